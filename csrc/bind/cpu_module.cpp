@@ -1,0 +1,69 @@
+// The module kedit_fast._cpu.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "../common/aligned_buffer.h"
+#include "../common/parallel.h"
+#include "../cpu/kernel_table.h"
+#include "../cpu/rank_k_update.h"
+#include "../cpu/symmetric_rank_k_update.h"
+#include "tensor_caster.h"
+
+namespace py = pybind11;
+using kf::Isa;
+using kf::bind::hold_on;
+
+namespace {
+
+constexpr Isa all_isas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::amx};
+
+Isa isa_from_name(const std::string& name) {
+  for (Isa isa : all_isas) {
+    if (name == kf::isa_name(isa)) return isa;
+  }
+  throw kf::InvalidArgument("isa must be generic, avx2, avx512 or amx, got '" + name + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "kedit_fast kernels in C++: plain functions over DLPack capsules or NumPy arrays.";
+  py::register_exception<kf::InvalidArgument>(m, "InvalidArgument", PyExc_ValueError);
+
+  m.def("isa", [] { return std::string(kf::isa_name(kf::cpu::active_isa())); });
+  m.def("select_isa", [](const std::string& name) { kf::cpu::select_isa(isa_from_name(name)); }, py::arg("name"));
+  m.def("isas", [] {
+    py::dict reasons;  // name -> why it cannot be used here, or None
+    for (Isa isa : all_isas) {
+      const std::string refusal = kf::isa_refusal(isa);
+      reasons[kf::isa_name(isa)] = refusal.empty() ? py::object(py::none()) : py::object(py::str(refusal));
+    }
+    return reasons;
+  });
+  m.def("cpu_features", &kf::cpu_features);
+  m.def("thread_source", [] { return std::string(kf::thread_source()); });
+  m.def("release_scratch", &kf::release_scratch, "Free the scratch memory kept between calls.");
+  m.def("compiler", [] { return std::string(__VERSION__); });
+
+  m.def(
+      "symmetric_rank_k_update_",
+      [](const py::object& acc, const py::object& x, const py::object& row_weights, const py::object& mask,
+         double alpha, int threads) {
+        auto a = hold_on(kDLCPU, acc, "acc"), b = hold_on(kDLCPU, x, "x");
+        auto w = hold_on(kDLCPU, row_weights, "row_weights"), k = hold_on(kDLCPU, mask, "mask");
+        py::gil_scoped_release release;
+        kf::cpu::symmetric_rank_k_update(a.view, b.view, w.view, k.view, alpha, threads);
+      },
+      py::arg("acc"), py::arg("x"), py::arg("row_weights"), py::arg("mask"), py::arg("alpha"), py::arg("threads"));
+
+  m.def(
+      "rank_k_update_",
+      [](const py::object& weight, const py::object& left, const py::object& right, double alpha,
+         const py::object& copy, int threads) {
+        auto w = hold_on(kDLCPU, weight, "weight"), l = hold_on(kDLCPU, left, "left");
+        auto r = hold_on(kDLCPU, right, "right"), c = hold_on(kDLCPU, copy, "copy");
+        py::gil_scoped_release release;
+        kf::cpu::rank_k_update(w.view, l.view, r.view, alpha, c.view, threads);
+      },
+      py::arg("weight"), py::arg("left"), py::arg("right"), py::arg("alpha"), py::arg("copy"), py::arg("threads"));
+}

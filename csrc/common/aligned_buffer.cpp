@@ -1,0 +1,81 @@
+#include "aligned_buffer.h"
+
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace kf {
+namespace {
+
+constexpr size_t alignment = 4096;
+
+struct Block {
+  void* data;
+  size_t bytes;
+};
+
+// Never destroyed: buffers may outlive static destruction in threads that are still running at exit.
+struct Pool {
+  std::mutex mutex;
+  std::vector<Block> blocks;
+  size_t bytes = 0;
+};
+
+Pool& pool() {
+  static Pool* instance = new Pool;
+  return *instance;
+}
+
+}  // namespace
+
+AlignedBuffer::AlignedBuffer(size_t bytes) {
+  bytes_ = (bytes + alignment - 1) / alignment * alignment;
+  if (bytes_ == 0) bytes_ = alignment;
+  {
+    Pool& p = pool();
+    std::lock_guard<std::mutex> lock(p.mutex);
+    size_t best = p.blocks.size();
+    for (size_t i = 0; i < p.blocks.size(); ++i) {
+      const bool fits = p.blocks[i].bytes >= bytes_;
+      if (fits && (best == p.blocks.size() || p.blocks[i].bytes < p.blocks[best].bytes)) best = i;
+    }
+    if (best < p.blocks.size()) {
+      data_ = p.blocks[best].data;
+      bytes_ = p.blocks[best].bytes;
+      p.bytes -= bytes_;
+      p.blocks.erase(p.blocks.begin() + static_cast<std::ptrdiff_t>(best));
+      return;
+    }
+  }
+  data_ = std::aligned_alloc(alignment, bytes_);
+  if (!data_) throw std::bad_alloc();
+}
+
+AlignedBuffer::~AlignedBuffer() {
+  Pool& p = pool();
+  {
+    std::lock_guard<std::mutex> lock(p.mutex);
+    if (bytes_ <= kept_bytes) {
+      while (!p.blocks.empty() && p.bytes + bytes_ > kept_bytes) {  // the oldest goes first
+        std::free(p.blocks.front().data);
+        p.bytes -= p.blocks.front().bytes;
+        p.blocks.erase(p.blocks.begin());
+      }
+      p.blocks.push_back({data_, bytes_});
+      p.bytes += bytes_;
+      return;
+    }
+  }
+  std::free(data_);
+}
+
+void release_scratch() {
+  Pool& p = pool();
+  std::lock_guard<std::mutex> lock(p.mutex);
+  for (const Block& block : p.blocks) std::free(block.data);
+  p.blocks.clear();
+  p.bytes = 0;
+}
+
+}  // namespace kf

@@ -1,0 +1,30 @@
+// Scratch memory for one call, aligned to a page. Freed blocks are kept for the next call, up to kept_bytes in all:
+// fresh pages cost more to fault in than the kernels take to fill them. Throws std::bad_alloc when there is none.
+#pragma once
+#include <cstddef>
+
+namespace kf {
+
+constexpr size_t kept_bytes = size_t(128) << 20;
+
+class AlignedBuffer {
+ public:
+  explicit AlignedBuffer(size_t bytes);
+  ~AlignedBuffer();
+  AlignedBuffer(const AlignedBuffer&) = delete;
+  AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+
+  template <class T = void>
+  T* get() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_;
+  size_t bytes_;
+};
+
+// Gives the kept blocks back to the system.
+void release_scratch();
+
+}  // namespace kf

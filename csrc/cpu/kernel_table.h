@@ -1,0 +1,90 @@
+// What one instruction set offers. Every body is compiled once per instruction set (isa_*.cpp) and hands its functions
+// to the drivers through this table, so that code of a wide instruction set is reached in no other way.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/cpu_features.h"
+#include "../common/tensor_view.h"
+
+namespace kf::cpu {
+
+// Rows of x [n, d] as symmetric_rank_k_update packs them: `weight` and `mask` may be null.
+struct PackSource {
+  const void* x;
+  DType dtype;
+  int64_t d;
+  int64_t row_stride, column_stride;
+  const double* weight;  // [n], contiguous
+  const uint8_t* mask;   // [n], contiguous: 0 leaves the row out
+};
+
+// Rows of x packed by one task.
+constexpr int64_t pack_step = 32;
+
+// The symmetric update: operands are packed by panels of mr resp. nr columns of x, `depth` rows at a time.
+struct SymmetricKernel {
+  int mr, nr;            // tile shape
+  int side;              // columns of a macro block: a multiple of mr and of nr
+  size_t scratch_bytes;  // working memory of `block`, for each thread
+  size_t (*left_panel_bytes)(int64_t depth, bool weighted);
+  size_t (*right_panel_bytes)(int64_t depth);
+  // Packs rows [k, k + rows) of the chunk of `depth` rows that starts at k0, for all columns; zeros where d ends and
+  // in masked rows. k is a multiple of pack_step, and so is rows unless the chunk ends there.
+  void (*pack)(const PackSource&, int64_t k0, int64_t depth, int64_t k, int64_t rows, void* left, void* right);
+  // Adds alpha times the tiles of rows [i0, i1) x columns [j0, j1) to the lower triangle of acc. i0 is a multiple of
+  // mr, j0 of nr; both ranges are at most `side` long; left and right point at the first panel of all.
+  void (*block)(const void* left, const void* right, int64_t depth, bool weighted, int64_t i0, int64_t i1, int64_t j0,
+                int64_t j1, double alpha, void* acc, DType acc_dtype, int64_t acc_stride, void* scratch);
+  void (*enter)();  // once per thread before and after `block`; may be null
+  void (*leave)();
+};
+
+// Factor [rows, k] with any strides, packed into panels of `width` rows: out[k][width], times scale.
+struct FactorSource {
+  const void* data;
+  DType dtype;
+  int64_t rows, k;
+  int64_t row_stride, k_stride;
+  double scale;
+};
+
+struct RankKTarget {
+  void* weight;
+  DType dtype;
+  int64_t row_stride, column_stride;
+  void* copy;  // may be null
+  DType copy_dtype;
+  int64_t copy_row_stride, copy_column_stride;
+};
+
+struct RankKKernel {
+  int mr, nr;
+  size_t element;  // bytes of a packed number
+  void (*pack)(const FactorSource&, int64_t first_row, int width, void* out);
+  // weight[i0:i1, j0:j1] += left right^T, rounded once; panels point at the one that holds i0 resp. j0.
+  void (*block)(const void* left, const void* right, int64_t k, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
+                const RankKTarget&);
+};
+
+struct KernelTable {
+  SymmetricKernel symmetric_f32;   // x fp32, bf16, fp16: arithmetic in fp32
+  SymmetricKernel symmetric_f64;   // x fp64
+  SymmetricKernel symmetric_bf16;  // x bf16 on matrix units; mr == 0 where there are none
+  RankKKernel rank_k_f32, rank_k_f64;
+};
+
+const KernelTable& generic_table();
+#if defined(__x86_64__)
+const KernelTable& avx2_table();
+const KernelTable& avx512_table();
+const KernelTable& amx_table();
+#endif
+
+// The table in use: the widest allowed one unless select_isa() chose another.
+const KernelTable& active_table();
+Isa active_isa();
+// Throws InvalidArgument when `isa` cannot be used here.
+void select_isa(Isa isa);
+
+}  // namespace kf::cpu

@@ -1,0 +1,11 @@
+// weight [out, in] += alpha left [out, k] right [in, k]^T, rounded once; see kedit_fast/ops/rank_k_update.py.
+#pragma once
+#include "../common/tensor_view.h"
+
+namespace kf::cpu {
+
+// `copy` (bf16/fp16, beside an fp32 weight) may be undefined. Throws InvalidArgument.
+void rank_k_update(const TensorView& weight, const TensorView& left, const TensorView& right, double alpha,
+                   const TensorView& copy, int threads);
+
+}  // namespace kf::cpu

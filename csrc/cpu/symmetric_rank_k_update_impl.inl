@@ -1,0 +1,82 @@
+// symmetric_rank_k_update for fp32 and fp64 arithmetic on the vectors of one instruction set.
+
+template <class T>
+struct SymmetricBody {
+  static constexpr int MR = tile_rows, NR = tile_columns<T>;
+  static constexpr int64_t DEPTH = 256;  // rows of x whose right panel stays in the first-level cache
+  static constexpr int SIDE = 256 / (MR * NR / gcd(MR, NR)) * (MR * NR / gcd(MR, NR));
+  static_assert(SIDE > 0 && SIDE % MR == 0 && SIDE % NR == 0);
+
+  static size_t left_bytes(int64_t depth, bool) { return size_t(depth) * MR * sizeof(T); }
+  static size_t right_bytes(int64_t depth) { return size_t(depth) * NR * sizeof(T); }
+
+  // Rows [k, k + rows) of one panel of WIDTH columns from c0; `out` is the panel.
+  template <class S, int WIDTH>
+  static void pack_panel(const PackSource& s, int64_t k0, int64_t k, int64_t rows, int64_t c0, bool weighted, T* out) {
+    const int64_t width = s.d - c0 < WIDTH ? s.d - c0 : WIDTH;
+    out += k * WIDTH;
+    for (int64_t r = k0 + k; r < k0 + k + rows; ++r, out += WIDTH) {
+      if (s.mask && !s.mask[r]) {
+        for (int c = 0; c < WIDTH; ++c) out[c] = 0;
+        continue;
+      }
+      const S* x = static_cast<const S*>(s.x) + r * s.row_stride + c0 * s.column_stride;
+      if (s.column_stride == 1 && width == WIDTH) {
+        if constexpr (WIDTH % lanes<T> == 0) {
+          for (int c = 0; c < WIDTH; c += lanes<T>) store_vector(out + c, load_vector(x + c));
+        } else {
+          for (int c = 0; c < WIDTH; ++c) out[c] = widen<T>(x[c]);
+        }
+      } else {
+        for (int64_t c = 0; c < width; ++c) out[c] = widen<T>(x[c * s.column_stride]);
+        for (int64_t c = width; c < WIDTH; ++c) out[c] = 0;
+      }
+      if (weighted) {
+        const T w = T(s.weight[r]);
+        for (int c = 0; c < WIDTH; ++c) out[c] *= w;
+      }
+    }
+  }
+
+  template <class S>
+  static void pack_as(const PackSource& s, int64_t k0, int64_t depth, int64_t k, int64_t rows, T* left, T* right) {
+    for (int64_t c = 0; c < s.d; c += MR) {
+      pack_panel<S, MR>(s, k0, k, rows, c, s.weight != nullptr, left + c * depth);
+    }
+    for (int64_t c = 0; c < s.d; c += NR) pack_panel<S, NR>(s, k0, k, rows, c, false, right + c * depth);
+  }
+
+  static void pack(const PackSource& s, int64_t k0, int64_t depth, int64_t k, int64_t rows, void* left, void* right) {
+    T *l = static_cast<T*>(left), *r = static_cast<T*>(right);
+    if constexpr (sizeof(T) == 8) {
+      pack_as<double>(s, k0, depth, k, rows, l, r);
+    } else {
+      if (s.dtype == DType::f32) pack_as<float>(s, k0, depth, k, rows, l, r);
+      else if (s.dtype == DType::bf16) pack_as<Bf16>(s, k0, depth, k, rows, l, r);
+      else pack_as<F16>(s, k0, depth, k, rows, l, r);
+    }
+  }
+
+  // Depth is outside: the block of acc and the panels of one step stay in the second-level cache.
+  static void block(const void* left, const void* right, int64_t depth, bool, int64_t i0, int64_t i1, int64_t j0,
+                    int64_t j1, double alpha, void* acc, DType acc_dtype, int64_t acc_stride, void*) {
+    alignas(64) T tile[MR * NR];
+    for (int64_t k0 = 0; k0 < depth; k0 += DEPTH) {
+      const int64_t k = depth - k0 < DEPTH ? depth - k0 : DEPTH;
+      for (int64_t j = j0; j < j1; j += NR) {
+        const T* b = static_cast<const T*>(right) + j / NR * (depth * NR) + k0 * NR;
+        const int64_t reaching = j / MR * MR;  // the first tile whose last row is on or below row j
+        for (int64_t i = reaching > i0 ? reaching : i0; i < i1; i += MR) {
+          const int64_t rows = i1 - i < MR ? i1 - i : MR, columns = j1 - j < NR ? j1 - j : NR;
+          prefetch_tile(rows, columns, i, j, acc, acc_dtype, acc_stride);
+          multiply_panels<T, MR, NR>(static_cast<const T*>(left) + i / MR * (depth * MR) + k0 * MR, b, k, tile);
+          add_lower_tile(tile, NR, rows, columns, i, j, T(alpha), acc, acc_dtype, acc_stride);
+        }
+      }
+    }
+  }
+
+  static SymmetricKernel kernel() {
+    return {MR, NR, SIDE, 0, left_bytes, right_bytes, pack, block, nullptr, nullptr};
+  }
+};

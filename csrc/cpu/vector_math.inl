@@ -1,0 +1,174 @@
+// Vectors of the instruction set being compiled, as GCC/Clang vector types, and exact conversions to and from them.
+// Included by isa_*.cpp inside an anonymous namespace; KF_VECTOR_BYTES is 16, 32 or 64.
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(KF_VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+constexpr int lanes = KF_VECTOR_BYTES / sizeof(T);
+
+typedef uint32_t VecU32 __attribute__((vector_size(KF_VECTOR_BYTES)));
+typedef uint16_t VecU16 __attribute__((vector_size(KF_VECTOR_BYTES / 2)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t u) {
+  float f;
+  __builtin_memcpy(&f, &u, 4);
+  return f;
+}
+inline uint32_t float_to_bits(float f) {
+  uint32_t u;
+  __builtin_memcpy(&u, &f, 4);
+  return u;
+}
+
+inline float to_float(float v) { return v; }
+inline float to_float(Bf16 v) { return bits_to_float(uint32_t(v.bits) << 16); }
+inline float to_float(F16 v) {
+#if defined(__F16C__)
+  return _cvtsh_ss(v.bits);
+#else
+  const uint32_t sign = uint32_t(v.bits & 0x8000) << 16;
+  const uint32_t exponent = (v.bits >> 10) & 0x1f, fraction = v.bits & 0x3ff;
+  if (exponent == 0x1f) return bits_to_float(sign | 0x7f800000 | (fraction << 13));
+  if (exponent == 0) {
+    const float magnitude = float(fraction) * 5.9604644775390625e-08f;  // 2^-24
+    return sign ? -magnitude : magnitude;
+  }
+  return bits_to_float(sign | ((exponent + 112) << 23) | (fraction << 13));
+#endif
+}
+inline double to_double(double v) { return v; }
+template <class T>
+inline double to_double(T v) {
+  return to_float(v);
+}
+
+inline void from_float(float v, float* out) { *out = v; }
+inline void from_float(float v, Bf16* out) {
+  const uint32_t u = float_to_bits(v);
+  const bool nan = (u & 0x7fffffff) > 0x7f800000;
+  out->bits = nan ? 0x7fc0 : uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+inline void from_float(float v, F16* out) {
+#if defined(__F16C__)
+  out->bits = _cvtss_sh(v, 0);
+#else
+  const uint32_t u = float_to_bits(v), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    out->bits = uint16_t(sign | 0x7e00);
+  } else if (magnitude >= 0x477ff000) {  // 65520 and above round to infinity
+    out->bits = uint16_t(sign | 0x7c00);
+  } else if (magnitude < 0x38800000) {  // below 2^-14: a multiple of 2^-24, rounded by adding 0.5
+    const float shifted = bits_to_float(magnitude) + 0.5f;
+    out->bits = uint16_t(sign | (float_to_bits(shifted) - 0x3f000000));
+  } else {
+    const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+    out->bits = uint16_t(sign | ((rounded - 0x38000000) >> 13));
+  }
+#endif
+}
+inline void from_double(double v, double* out) { *out = v; }
+
+// Numbers of arithmetic type T (float or double) from and to storage type S.
+template <class T, class S>
+inline T widen(S v) {
+  if constexpr (sizeof(T) == 8) return to_double(v);
+  else return to_float(v);
+}
+template <class T, class S>
+inline void narrow(T v, S* out) {
+  if constexpr (sizeof(T) == 8) from_double(v, out);
+  else from_float(v, out);
+}
+
+template <class V, class P>
+inline V load_unaligned(const P* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class P>
+inline void store_unaligned(P* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+inline Vec<float> load_vector(const float* p) { return load_unaligned<Vec<float>>(p); }
+inline Vec<double> load_vector(const double* p) { return load_unaligned<Vec<double>>(p); }
+inline Vec<float> load_vector(const Bf16* p) {
+  const VecU32 wide = __builtin_convertvector(load_unaligned<VecU16>(p), VecU32) << 16;
+  return (Vec<float>)wide;
+}
+inline Vec<float> load_vector(const F16* p) {
+#if KF_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif KF_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Vec<float> v;
+  for (int i = 0; i < lanes<float>; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+
+inline void store_vector(float* p, Vec<float> v) { store_unaligned(p, v); }
+inline void store_vector(double* p, Vec<double> v) { store_unaligned(p, v); }
+inline void store_vector(Bf16* p, Vec<float> v) {
+  const VecU32 u = (VecU32)v;
+  const VecU32 nan = (VecU32)((u & 0x7fffffff) > 0x7f800000);
+  const VecU32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  store_unaligned(p, __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), VecU16));
+}
+inline void store_vector(F16* p, Vec<float> v) {
+#if KF_VECTOR_BYTES == 64
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif KF_VECTOR_BYTES == 32
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < lanes<float>; ++i) from_float(v[i], p + i);
+#endif
+}
+
+// tile [MR, NR] (row-major) = (or +=, when ADD) left panel [k, MR] times right panel [k, NR].
+template <class T, int MR, int NR>
+inline void multiply_panels(const T* __restrict left, const T* __restrict right, int64_t k, T* __restrict tile) {
+  constexpr int columns = NR / lanes<T>;
+  Vec<T> sum[MR][columns] = {};
+  for (int64_t p = 0; p < k; ++p) {
+    Vec<T> b[columns];
+#pragma GCC unroll 4
+    for (int v = 0; v < columns; ++v) b[v] = load_vector(right + p * NR + v * lanes<T>);
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) {
+      const T a = left[p * MR + i];
+#pragma GCC unroll 4
+      for (int v = 0; v < columns; ++v) sum[i][v] += a * b[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < columns; ++v) store_vector(tile + i * NR + v * lanes<T>, sum[i][v]);
+  }
+}
+
+#if KF_VECTOR_BYTES == 64
+constexpr int tile_rows = 14;
+#elif KF_VECTOR_BYTES == 32
+constexpr int tile_rows = 6;
+#else
+constexpr int tile_rows = 4;
+#endif
+template <class T>
+constexpr int tile_columns = 2 * lanes<T>;
+
+constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }

@@ -1,0 +1,223 @@
+#include "rank_k_update.cuh"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <utility>
+
+#include "../common/error.h"
+
+namespace kf::cuda {
+namespace {
+
+// A block of 8 warps owns 64 rows x 256 columns of the weight: a warp 8 rows, a lane 8 neighbouring columns, so that a
+// lane reads and writes 16 bytes of a 16-bit weight at once. Factors pass through shared memory DEPTH columns at a time.
+constexpr int WARPS = 8, ROWS_PER_WARP = 8, LANE_COLUMNS = 8, DEPTH = 16;
+constexpr int BLOCK_ROWS = WARPS * ROWS_PER_WARP, BLOCK_COLUMNS = 32 * LANE_COLUMNS;
+
+__device__ inline float to_float(float v) { return v; }
+__device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+__device__ inline float to_float(__half v) { return __half2float(v); }
+__device__ inline void from_float(float v, float* out) { *out = v; }
+__device__ inline void from_float(float v, __nv_bfloat16* out) { *out = __float2bfloat16_rn(v); }
+__device__ inline void from_float(float v, __half* out) { *out = __float2half_rn(v); }
+
+template <class T>
+struct alignas(16) Pack {
+  T item[16 / sizeof(T)];
+};
+
+template <class T>
+__device__ inline void load_eight(const T* from, float* to) {
+  constexpr int n = 16 / sizeof(T);
+#pragma unroll
+  for (int p = 0; p < LANE_COLUMNS / n; ++p) {
+    const Pack<T> pack = reinterpret_cast<const Pack<T>*>(from)[p];
+#pragma unroll
+    for (int i = 0; i < n; ++i) to[p * n + i] = to_float(pack.item[i]);
+  }
+}
+
+template <class T>
+__device__ inline void store_eight(T* to, const float* from) {
+  constexpr int n = 16 / sizeof(T);
+#pragma unroll
+  for (int p = 0; p < LANE_COLUMNS / n; ++p) {
+    Pack<T> pack;
+#pragma unroll
+    for (int i = 0; i < n; ++i) from_float(from[p * n + i], &pack.item[i]);
+    reinterpret_cast<Pack<T>*>(to)[p] = pack;
+  }
+}
+
+struct Factor {
+  const float* data;
+  int64_t row_stride, k_stride;
+};
+
+template <class W, class C, bool ALIGNED>
+__global__ void __launch_bounds__(WARPS * 32)
+    rank_k_update_kernel(W* weight, int64_t weight_stride, C* copy, int64_t copy_stride, Factor left, Factor right,
+                         float alpha, int64_t rows, int64_t columns, int64_t k) {
+  __shared__ float left_part[DEPTH][BLOCK_ROWS];
+  __shared__ __align__(16) float right_part[DEPTH][BLOCK_COLUMNS];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t row0 = int64_t(blockIdx.y) * BLOCK_ROWS, column0 = int64_t(blockIdx.x) * BLOCK_COLUMNS;
+
+  float sum[ROWS_PER_WARP][LANE_COLUMNS] = {};
+  for (int64_t k0 = 0; k0 < k; k0 += DEPTH) {
+    const int depth = k - k0 < DEPTH ? int(k - k0) : DEPTH;
+    for (int i = threadIdx.x; i < DEPTH * BLOCK_ROWS; i += blockDim.x) {
+      const int p = i / BLOCK_ROWS, r = i % BLOCK_ROWS;
+      const bool inside = p < depth && row0 + r < rows;
+      left_part[p][r] = inside ? alpha * left.data[(row0 + r) * left.row_stride + (k0 + p) * left.k_stride] : 0.0f;
+    }
+    for (int i = threadIdx.x; i < DEPTH * BLOCK_COLUMNS; i += blockDim.x) {
+      const int p = i / BLOCK_COLUMNS, c = i % BLOCK_COLUMNS;
+      const bool inside = p < depth && column0 + c < columns;
+      right_part[p][c] = inside ? right.data[(column0 + c) * right.row_stride + (k0 + p) * right.k_stride] : 0.0f;
+    }
+    __syncthreads();
+    for (int p = 0; p < depth; ++p) {
+      float b[LANE_COLUMNS];
+      load_eight(&right_part[p][lane * LANE_COLUMNS], b);
+#pragma unroll
+      for (int r = 0; r < ROWS_PER_WARP; ++r) {
+        const float a = left_part[p][warp * ROWS_PER_WARP + r];
+#pragma unroll
+        for (int c = 0; c < LANE_COLUMNS; ++c) sum[r][c] = fmaf(a, b[c], sum[r][c]);
+      }
+    }
+    __syncthreads();
+  }
+
+  const int64_t column = column0 + lane * LANE_COLUMNS;
+#pragma unroll
+  for (int r = 0; r < ROWS_PER_WARP; ++r) {
+    const int64_t row = row0 + warp * ROWS_PER_WARP + r;
+    if (row >= rows || column >= columns) continue;
+    W* w = weight + row * weight_stride + column;
+    C* c = copy ? copy + row * copy_stride + column : nullptr;
+    if (ALIGNED && column + LANE_COLUMNS <= columns) {
+      float value[LANE_COLUMNS];
+      load_eight(w, value);
+#pragma unroll
+      for (int i = 0; i < LANE_COLUMNS; ++i) value[i] += sum[r][i];
+      store_eight(w, value);
+      if (c) store_eight(c, value);
+    } else {
+      for (int i = 0; i < LANE_COLUMNS && column + i < columns; ++i) {
+        const float value = to_float(w[i]) + sum[r][i];
+        from_float(value, w + i);
+        if (c) from_float(value, c + i);
+      }
+    }
+  }
+}
+
+void check_cuda(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+// The current device, put back when the call ends.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) check_cuda(cudaSetDevice(device), "cudaSetDevice");
+  }
+  ~DeviceGuard() { cudaSetDevice(before_); }
+
+ private:
+  int before_ = 0;
+};
+
+bool aligned16(const TensorView& t, int64_t row_stride) {
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && row_stride * item_size(t.dtype) % 16 == 0;
+}
+
+template <class W, class C>
+void launch(const TensorView& weight, const TensorView& copy, Factor left, Factor right, float alpha, int64_t rows,
+            int64_t columns, int64_t k, int64_t weight_stride, int64_t copy_stride, cudaStream_t stream) {
+  const int64_t grid_y = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+  require(grid_y <= 65535, "weight has more rows than the CUDA kernel takes (4,194,240)");
+  const dim3 grid((columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS, grid_y);
+  W* w = static_cast<W*>(weight.data);
+  C* c = static_cast<C*>(copy.data);
+  if (aligned16(weight, weight_stride) && (!copy.defined() || aligned16(copy, copy_stride))) {
+    rank_k_update_kernel<W, C, true><<<grid, WARPS * 32, 0, stream>>>(w, weight_stride, c, copy_stride, left, right,
+                                                                      alpha, rows, columns, k);
+  } else {
+    rank_k_update_kernel<W, C, false><<<grid, WARPS * 32, 0, stream>>>(w, weight_stride, c, copy_stride, left, right,
+                                                                       alpha, rows, columns, k);
+  }
+  check_cuda(cudaGetLastError(), "rank_k_update launch");
+}
+
+}  // namespace
+
+void rank_k_update(const TensorView& weight, const TensorView& left, const TensorView& right, double alpha,
+                   const TensorView& copy, int device, void* stream) {
+  require(weight.ndim == 2 && weight.dtype != DType::f64 && weight.dtype != DType::u8,
+          "weight must be a float32, bfloat16 or float16 matrix [out, in]");
+  require(left.ndim == 2 && left.dtype == DType::f32 && left.shape[0] == weight.shape[0],
+          "left must be float32 [out, k]");
+  require(right.ndim == 2 && right.dtype == DType::f32 && right.shape[0] == weight.shape[1],
+          "right must be float32 [in, k]");
+  require(left.shape[1] == right.shape[1], "left and right must have the same k");
+  if (copy.defined()) {
+    require(weight.dtype == DType::f32, "copy needs a float32 weight");
+    require(copy.dtype == DType::bf16 || copy.dtype == DType::f16, "copy must be bfloat16 or float16");
+    require(copy.ndim == 2 && copy.shape[0] == weight.shape[0] && copy.shape[1] == weight.shape[1],
+            "copy must have the shape of weight");
+  }
+  int64_t rows = weight.shape[0], columns = weight.shape[1];
+  if (rows == 0 || columns == 0) return;
+  const int64_t k = left.shape[1];
+  Factor a = {static_cast<const float*>(left.data), left.stride[0], left.stride[1]};
+  Factor b = {static_cast<const float*>(right.data), right.stride[0], right.stride[1]};
+  int64_t weight_stride = weight.stride[0], copy_stride = copy.stride[0], copy_unit = copy.stride[1];
+  if (weight.stride[1] != 1) {  // a transposed weight: update its transpose
+    require(weight.stride[0] == 1, "weight must have unit stride in one dimension");
+    std::swap(rows, columns);
+    std::swap(a, b);
+    weight_stride = weight.stride[1];
+    copy_stride = copy.stride[1];
+    copy_unit = copy.stride[0];
+  }
+  require(!copy.defined() || copy_unit == 1, "copy must be laid out as weight");
+
+  DeviceGuard guard(device);
+  cudaStream_t on = static_cast<cudaStream_t>(stream);
+  const float scale = static_cast<float>(alpha);
+  if (weight.dtype == DType::bf16) {
+    launch<__nv_bfloat16, __nv_bfloat16>(weight, {}, a, b, scale, rows, columns, k, weight_stride, 0, on);
+  } else if (weight.dtype == DType::f16) {
+    launch<__half, __half>(weight, {}, a, b, scale, rows, columns, k, weight_stride, 0, on);
+  } else if (copy.defined() && copy.dtype == DType::f16) {
+    launch<float, __half>(weight, copy, a, b, scale, rows, columns, k, weight_stride, copy_stride, on);
+  } else {
+    launch<float, __nv_bfloat16>(weight, copy, a, b, scale, rows, columns, k, weight_stride, copy_stride, on);
+  }
+}
+
+std::string refusal() {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess) return cudaGetErrorString(status);
+  return count > 0 ? "" : "no CUDA device";
+}
+
+int runtime_version() {
+  int version = 0;
+  return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+}  // namespace kf::cuda

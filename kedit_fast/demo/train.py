@@ -1,0 +1,222 @@
+"""Train the bundled demo model: `python -m kedit_fast.demo.train --out DIR` (about an hour on two cores).
+
+A small Llama left to itself reads the *first* tokens of a subject directly, and then no edit at the subject's last
+token can change what it says. So for most rows the attention mask lets everything after a subject see that subject
+through its last token alone: the model learns to gather a subject there, as large models do by themselves. The
+rest of the rows, and every use of the finished model, have the plain causal mask.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kedit_fast.demo import world
+
+VOCABULARY = 2048
+ROW = 64  # tokens in a training row
+MASKED_SHARE = 0.85  # rows in which a subject is seen through its last token alone
+CONFIG = dict(
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    tie_word_embeddings=True,
+    rms_norm_eps=1e-5,
+)
+
+
+def train_tokenizer(seed: int = world.SEED) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the world's text, every name replaced by a random one of its kind.
+
+    The replacement keeps whole names out of the vocabulary, so that subjects stay several tokens long.
+    """
+    rng = random.Random(seed + 1)
+    pools = {
+        "person": [f"{g} {f}" for g, f in zip(world.given_names(rng, 300), world.family_names(rng, 300), strict=True)],
+        "city": world.place_names(rng, 2000),
+        "company": [f"{name} {rng.choice(('Works', 'Group', 'Labs'))}" for name in world.company_names(rng, 600)],
+    }
+    kinds = {subject: kind for kind, names in world.world().subjects.items() for subject in names}
+
+    def text():
+        for document in world.documents(seed + 2, 12_000):
+            for sentence in document:
+                if sentence.subject:
+                    name = rng.choice(pools[kinds[sentence.subject]])
+                    yield sentence.text.replace(sentence.subject, name)
+                else:
+                    yield sentence.text
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text(), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=256
+    )
+
+
+class Rows:
+    """Training rows [ROW] with loss weights and subject spans, made from whole sentences."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
+        self.tokenizer, self.seed = tokenizer, seed
+        self.pad, self.bos = tokenizer.pad_token_id, tokenizer.bos_token_id
+
+    def _encode(self, text: str, sentence: world.Sentence) -> tuple[list[int], list[float], tuple[int, int] | None]:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+        weights = [0.3] * len(ids)
+        subject = None
+        if sentence.subject:
+            start = text.index(sentence.subject)
+            end = start + len(sentence.subject)
+            inside = [i for i, (a, b) in enumerate(spans) if a < end and b > start]
+            subject = (inside[0], inside[-1])
+        if sentence.object:
+            begin = len(text) - 1 - len(sentence.object)
+            weights = [1.0 if b > begin else w for (_, b), w in zip(spans, weights, strict=True)]
+        return ids, weights, subject
+
+    def batches(self, rows: int):
+        """Yield (ids [rows, ROW], weights [rows, ROW], spans) for ever."""
+        epoch = 0
+        while True:
+            ids, weights, spans = [], [], []
+            for document in world.documents(self.seed * 100_003 + epoch, 20_000, 6):
+                row, weight, span = [self.bos], [0.0], []
+                for i, sentence in enumerate(document):
+                    text = sentence.text if i == 0 else " " + sentence.text
+                    tokens, w, subject = self._encode(text, sentence)
+                    if len(row) + len(tokens) > ROW:
+                        break
+                    if subject:
+                        span.append((len(row) + subject[0], len(row) + subject[1]))
+                    row, weight = row + tokens, weight + w
+                ids.append(row + [self.pad] * (ROW - len(row)))
+                weights.append(weight + [0.0] * (ROW - len(weight)))
+                spans.append(span)
+                if len(ids) == rows:
+                    yield torch.tensor(ids), torch.tensor(weights), spans
+                    ids, weights, spans = [], [], []
+            epoch += 1
+
+
+def gather_mask(spans: list[list[tuple[int, int]]], masked: list[bool]) -> torch.Tensor:
+    """Additive mask [rows, 1, ROW, ROW]: causal, and in `masked` rows subjects visible by their last token alone."""
+    allowed = torch.ones(ROW, ROW, dtype=torch.bool).tril().repeat(len(spans), 1, 1)
+    for i, row in enumerate(spans):
+        if masked[i]:
+            for first, last in row:
+                allowed[i, last + 1 :, first:last] = False
+    return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
+
+
+@torch.inference_mode()
+def recall(model, tokenizer, held_out: bool, count: int = 1200) -> float:
+    """Share of (fact, phrasing) pairs whose object tokens are all the argmax, under the plain causal mask."""
+    rng = random.Random(3)
+    pairs = []
+    for fact in world.world().facts:
+        for i, phrasing in enumerate(fact.relation.phrasings):
+            if (i in fact.held_out) == held_out:
+                pairs.append((phrasing.format(fact.subject), " " + fact.object))
+    right = 0
+    tokenizer.padding_side = "right"
+    chosen = rng.sample(pairs, min(count, len(pairs)))
+    for begin in range(0, len(chosen), 100):
+        chunk = chosen[begin : begin + 100]
+        batch = tokenizer([p + o for p, o in chunk], return_tensors="pt", padding=True)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.argmax(-1)
+        for row, (_, target) in enumerate(chunk):
+            n = len(tokenizer(target, add_special_tokens=False)["input_ids"])
+            end = int(batch["attention_mask"][row].sum())
+            right += bool((logits[row, end - n - 1 : end - 1] == batch["input_ids"][row, end - n : end]).all())
+    return right / len(chosen)
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="folder for weights, tokenizer and requests")],
+    steps: Annotated[int, typer.Option(help="optimiser steps")] = 4000,
+    rows: Annotated[int, typer.Option(help="rows of 64 tokens a step")] = 32,
+    rate: Annotated[float, typer.Option(help="peak learning rate")] = 2e-3,
+    seed: Annotated[int, typer.Option(help="seed of weights and data")] = 1,
+    checkpoint_every: Annotated[int, typer.Option(help="steps between saves")] = 1000,
+) -> None:
+    """Train the demo model and write it, its tokenizer and its requests to `out`."""
+    torch.manual_seed(seed)
+    tokenizer = train_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **CONFIG,
+    )
+    model = LlamaForCausalLM(config)
+    out.mkdir(parents=True, exist_ok=True)
+    step_model = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
+    rng = random.Random(seed)
+    start = time.perf_counter()
+    for step, (ids, weights, spans) in zip(range(1, steps + 1), Rows(tokenizer, seed).batches(rows), strict=False):
+        mask = gather_mask(spans, [rng.random() < MASKED_SHARE for _ in spans])
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = step_model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+        )
+        weight = weights[:, 1:].flatten()
+        loss = (losses * weight).sum() / weight.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps:
+            facts = weight == 1.0
+            typer.echo(
+                f"step {step} loss {loss.item():.3f} objects {losses[facts].mean().item():.3f} "
+                f"{time.perf_counter() - start:.0f} s"
+            )
+        if step % checkpoint_every == 0 or step == steps:
+            model.eval()
+            known, paraphrased = recall(model, tokenizer, False), recall(model, tokenizer, True)
+            typer.echo(f"step {step} recall: trained phrasings {known:.3f}, held-out phrasings {paraphrased:.3f}")
+            save(model, tokenizer, out)
+            model.train()
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write weights (fp16), tokenizer and requests to `out`."""
+    half = LlamaForCausalLM(model.config).to(torch.float16)
+    half.load_state_dict(model.state_dict())
+    half.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    lines = [json.dumps(record) for record in world.requests()]
+    (out / "requests.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(train)

@@ -1,0 +1,191 @@
+"""Builds the native modules. Torch is not needed: they take DLPack capsules.
+
+KEDIT_FAST_NATIVE      auto (default) | on | off    the C++ module kedit_fast._cpu
+KEDIT_FAST_CUDA        off (default) | auto | on    the CUDA module kedit_fast._cuda, with nvcc
+KEDIT_FAST_CUDA_ARCHS  default "80;90"              compute capabilities; the last one also as PTX
+KEDIT_FAST_SANITIZE    empty (default)              for example "address,undefined": a build for tests
+
+auto builds what it can and notes in kedit_fast/_build_info.py why it could not; on makes that an error.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+CSRC = ROOT / "csrc"
+X86 = platform.machine() in ("x86_64", "AMD64")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
+ISA_FLAGS = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
+STANDARD = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+
+built: dict[str, str] = {}  # module -> "" when built, else why not
+
+
+def switch(name: str, default: str) -> str:
+    value = os.environ.get(name, default).lower()
+    if value not in ("auto", "on", "off"):
+        sys.exit(f"{name} must be auto, on or off, got {value!r}")
+    return value
+
+
+NATIVE, CUDA = switch("KEDIT_FAST_NATIVE", "auto"), switch("KEDIT_FAST_CUDA", "off")
+ARCHS = [a for a in os.environ.get("KEDIT_FAST_CUDA_ARCHS", "80;90").replace(",", ";").split(";") if a]
+
+
+def compiler_refusal() -> str:
+    if NATIVE == "off":
+        return "KEDIT_FAST_NATIVE=off"
+    from distutils.ccompiler import new_compiler
+    from distutils.sysconfig import customize_compiler
+
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    command = getattr(compiler, "compiler_cxx", None) or getattr(compiler, "compiler", None)
+    if command and not shutil.which(command[0]):
+        return f"no C++ compiler: {command[0]} not found (KEDIT_FAST_NATIVE={NATIVE})"
+    return ""
+
+
+def nvcc_path() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which(str(Path(home) / "bin" / "nvcc"))
+
+
+def cuda_refusal() -> str:
+    if CUDA == "off":
+        return "KEDIT_FAST_CUDA=off"
+    return "" if nvcc_path() else f"no nvcc found (KEDIT_FAST_CUDA={CUDA})"
+
+
+class BuildNative(build_ext):
+    """Gives each isa_*.cpp its own flags, sends .cu files to nvcc, and turns failures into reasons where allowed."""
+
+    def build_extensions(self):
+        plain = self.compiler._compile
+
+        def compile_with_isa(obj, src, ext, cc_args, extra_postargs, pp_opts):
+            return plain(obj, src, ext, cc_args, [*extra_postargs, *ISA_FLAGS.get(Path(src).stem, [])], pp_opts)
+
+        self.compiler._compile = compile_with_isa
+        super().build_extensions()
+
+    def build_extension(self, ext):
+        module = ext.name.rsplit(".", 1)[1]
+        required = (CUDA if module == "_cuda" else NATIVE) == "on"
+        try:
+            import pybind11
+
+            ext.include_dirs.append(pybind11.get_include())
+            if module == "_cuda":
+                self.add_cuda_objects(ext)
+            super().build_extension(ext)
+            built[module] = ""
+        except Exception as error:
+            if required:
+                raise
+            built[module] = f"build failed: {type(error).__name__}: {error}".splitlines()[0]
+            print(f"kedit_fast: {module} not built: {built[module]}", file=sys.stderr)
+
+    def add_cuda_objects(self, ext):
+        nvcc = nvcc_path()
+        assert nvcc, "checked by cuda_refusal()"
+        out = Path(self.build_temp) / "cuda"
+        out.mkdir(parents=True, exist_ok=True)
+        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
+        codes.append(f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}")
+        for source in sorted((CSRC / "cuda").glob("*.cu")):
+            target = out / f"{source.stem}.o"
+            flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *codes]
+            subprocess.run([nvcc, "-c", str(source), "-o", str(target), *flags], check=True)
+            ext.extra_objects.append(str(target))
+        home = Path(nvcc).resolve().parent.parent
+        libraries = [str(p) for p in (home / "lib64", home / "targets" / "x86_64-linux" / "lib") if p.is_dir()]
+        ext.library_dirs.extend(libraries)
+        ext.libraries.extend(["cudart_static", "dl", "rt", "pthread"])
+
+    def get_outputs(self):
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+    def copy_extensions_to_source(self):
+        self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath_built(e)).exists()]
+        super().copy_extensions_to_source()
+
+    def get_ext_fullpath_built(self, ext):
+        return os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
+
+    def run(self):
+        super().run()
+        target = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        write_build_info(target / "kedit_fast")
+
+
+class BuildPython(build_py):
+    """Writes the build information of a build without extension modules."""
+
+    def run(self):
+        super().run()
+        if not self.distribution.ext_modules:
+            write_build_info((ROOT if self.editable_mode else Path(self.build_lib)) / "kedit_fast")
+
+
+def write_build_info(folder: Path) -> None:
+    lines = [
+        '"""What setup.py built, and why not the rest. Generated."""',
+        "",
+        f"MODULES = {dict(sorted(built.items()))!r}  # module -> empty when built, else the reason",
+        f"CUDA_ARCHS = {ARCHS if built.get('_cuda') == '' else []!r}",
+        f"SWITCHES = {{'KEDIT_FAST_NATIVE': {NATIVE!r}, 'KEDIT_FAST_CUDA': {CUDA!r}}}",
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_build_info.py").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def extensions() -> list[Extension]:
+    built["_cpu"], built["_cuda"] = compiler_refusal(), cuda_refusal()
+    for module, mode in (("_cpu", NATIVE), ("_cuda", CUDA)):
+        if mode == "on" and built[module]:
+            sys.exit(f"kedit_fast.{module} was asked for but cannot be built: {built[module]}")
+    if built["_cpu"] and not built["_cuda"]:
+        built["_cuda"] = built["_cpu"]
+    packing = "sdist" in sys.argv or "egg_info" in sys.argv  # the source distribution carries all of csrc
+    files = [str(p.relative_to(ROOT)) for p in sorted(CSRC.rglob("*")) if p.is_file()]
+    sanitize = os.environ.get("KEDIT_FAST_SANITIZE", "")
+    extra = [f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer"] if sanitize else []
+    cpu_sources = ["csrc/bind/cpu_module.cpp"]
+    for path in [*sorted((CSRC / "common").glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]:
+        if X86 or path.stem not in ISA_FLAGS:
+            cpu_sources.append(str(path.relative_to(ROOT)))
+    flags = [*STANDARD, *extra, *shlex.split(os.environ.get("KEDIT_FAST_CXXFLAGS", ""))]
+    link = [*extra, "-pthread", "-ldl"]
+    found = []
+    if packing or not built["_cpu"]:
+        found.append(
+            Extension(
+                "kedit_fast._cpu", cpu_sources, depends=files, extra_compile_args=flags, extra_link_args=link,
+                language="c++",
+            )
+        )  # fmt: skip
+    if not packing and not built["_cuda"]:
+        define = [("KEDIT_FAST_CUDA_ARCHS", '"' + ";".join(ARCHS) + '"')]
+        found.append(
+            Extension(
+                "kedit_fast._cuda", ["csrc/bind/cuda_module.cpp"], define_macros=define, depends=files,
+                extra_compile_args=flags, extra_link_args=link, language="c++",
+            )
+        )  # fmt: skip
+    return found
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "build_py": BuildPython})
