@@ -1,0 +1,73 @@
+"""Closed-form knowledge editing of language models: fast kernels, exact solves, small reversible updates.
+
+The ops and the backends are loaded here; everything that needs transformers is loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from kedit_fast import ops
+from kedit_fast._version import __version__
+from kedit_fast.backends import backends, explain, use_backend
+from kedit_fast.kernels import native as _native  # registers what it can run
+from kedit_fast.kernels import triton as _triton
+from kedit_fast.ops import (
+    distribution_kl,
+    mirror_,
+    rank_k_update_,
+    rank_one_update_,
+    spd_solve,
+    symmetric_rank_k_update_,
+    target_log_probs,
+)
+
+if TYPE_CHECKING:
+    from kedit_fast.editing.requests import EditRequest, load_requests
+    from kedit_fast.editor import Editor
+    from kedit_fast.evaluation.metrics import evaluate
+    from kedit_fast.statistics.collect import collect_statistics
+    from kedit_fast.statistics.store import load_statistics, save_statistics
+
+_LAZY = {
+    "EditRequest": "kedit_fast.editing.requests",
+    "Editor": "kedit_fast.editor",
+    "collect_statistics": "kedit_fast.statistics.collect",
+    "evaluate": "kedit_fast.evaluation.metrics",
+    "load_requests": "kedit_fast.editing.requests",
+    "load_statistics": "kedit_fast.statistics.store",
+    "save_statistics": "kedit_fast.statistics.store",
+}
+
+__all__ = [
+    "EditRequest",
+    "Editor",
+    "__version__",
+    "backends",
+    "collect_statistics",
+    "distribution_kl",
+    "evaluate",
+    "explain",
+    "load_requests",
+    "load_statistics",
+    "mirror_",
+    "ops",
+    "rank_k_update_",
+    "rank_one_update_",
+    "save_statistics",
+    "spd_solve",
+    "symmetric_rank_k_update_",
+    "target_log_probs",
+    "use_backend",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'kedit_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

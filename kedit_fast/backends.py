@@ -1,0 +1,175 @@
+"""Which implementation of an op runs, and why the others do not.
+
+An op has one implementation for each backend it supports: `torch` (the reference, always there), `cpu` (C++),
+`triton` and `cuda`. The choice, first match wins: the call's `backend=` argument, `with use_backend(...)`, the
+environment variable KEDIT_FAST_BACKEND, then the first implementation that accepts the arguments. An explicit choice
+never falls back: it raises with the reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from kedit_fast.errors import BackendUnavailableError
+
+BACKENDS = ("cuda", "triton", "cpu", "torch")  # the order of automatic choice
+AUTO = "auto"
+
+_log = logging.getLogger("kedit_fast")
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("kedit_fast_backend", default=None)
+_probes: dict[str, Callable[[], Probe]] = {}
+_implementations: dict[str, dict[str, Implementation]] = {}
+_declined: set[tuple[str, str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a backend says of itself: `reason` is empty when it can run here."""
+
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One row of `backends()`."""
+
+    name: str
+    available: bool
+    detail: str  # instruction set, threads, versions; or why it is not available
+
+    def __str__(self) -> str:
+        return f"{self.name:7} {'yes' if self.available else 'no':4} {self.detail}"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One backend's implementation of an op. `declines(*args)` returns why it does not take these arguments, or ''."""
+
+    op: str
+    backend: str
+    run: Callable[..., Any]
+    declines: Callable[..., str] = field(default=lambda *args: "")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the backend that runs, and for each other one the reason why not."""
+
+    op: str
+    runs: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.runs}"]
+        lines += [f"  {name:7} {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def register_probe(backend: str, probe: Callable[[], Probe]) -> None:
+    """Tell how to find out whether `backend` can run here."""
+    _probes[backend] = probe
+
+
+def register(implementation: Implementation) -> None:
+    """Add an implementation of an op."""
+    _implementations.setdefault(implementation.op, {})[implementation.backend] = implementation
+
+
+def check_name(backend: str) -> str:
+    """Return `backend`, or raise BackendUnavailableError when there is none of that name."""
+    if backend not in (*BACKENDS, AUTO):
+        raise BackendUnavailableError(f"unknown backend {backend!r}: choose from {', '.join((*BACKENDS, AUTO))}")
+    return backend
+
+
+@contextlib.contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Run ops on `backend` inside the with block: 'torch', 'cpu', 'triton', 'cuda' or 'auto'.
+
+    Raises:
+        BackendUnavailableError: the backend is unknown or cannot run here.
+    """
+    check_name(backend)
+    if backend != AUTO and (reason := probe(backend).reason):
+        raise BackendUnavailableError(f"backend {backend!r} cannot run here: {reason}")
+    token = _chosen.set(backend)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def requested(backend: str | None) -> str:
+    """The backend asked for by argument, context or environment; 'auto' when nothing was asked."""
+    if backend is not None:
+        return check_name(backend)
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
+    return check_name(os.environ.get("KEDIT_FAST_BACKEND", AUTO) or AUTO)
+
+
+def probe(backend: str) -> Probe:
+    """Ask one backend whether it can run here."""
+    return _probes[backend]() if backend in _probes else Probe("")
+
+
+def select(op: str, backend: str, *args: Any) -> Implementation:
+    """The implementation of `op` that runs for `args` when `backend` was requested.
+
+    Raises:
+        BackendUnavailableError: an explicit backend that cannot run, with the reason.
+    """
+    table = _implementations[op]
+    if backend != AUTO:
+        reason = _refusal(op, backend, *args)
+        if reason:
+            raise BackendUnavailableError(f"{op} cannot run on backend {backend!r}: {reason}")
+        return table[backend]
+    for name in BACKENDS:
+        if name in table:
+            reason = _refusal(op, name, *args)
+            if not reason:
+                return table[name]
+            if (op, name, reason) not in _declined:
+                _declined.add((op, name, reason))
+                _log.debug("%s: not on %s: %s", op, name, reason)
+    raise BackendUnavailableError(f"{op} has no implementation for these arguments")
+
+
+def explain(op: str, *args: Any, backend: str | None = None) -> Explanation:
+    """Say which backend runs `op` on `args`, and why the others do not.
+
+    `op` is the name of a public op, for example "rank_k_update_"; `args` are its tensors in order.
+    """
+    if op not in _implementations:
+        raise BackendUnavailableError(f"unknown op {op!r}: choose from {', '.join(sorted(_implementations))}")
+    runs = select(op, requested(backend), *args).backend
+    reasons = {}
+    for name in BACKENDS:
+        if name != runs:
+            reasons[name] = _refusal(op, name, *args) or "could run; another comes first"
+    return Explanation(op, runs + (f" ({probe(runs).detail})" if probe(runs).detail else ""), reasons)
+
+
+def backends() -> list[BackendStatus]:
+    """Every backend, whether it can run here, and its details or the reason why not."""
+    rows = []
+    for name in BACKENDS:
+        found = probe(name)
+        rows.append(BackendStatus(name, not found.reason, found.reason or found.detail))
+    return rows
+
+
+def _refusal(op: str, backend: str, *args: Any) -> str:
+    implementation = _implementations[op].get(backend)
+    if implementation is None:
+        return f"{op} has no {backend} implementation"
+    return probe(backend).reason or implementation.declines(*args)

@@ -1,0 +1,125 @@
+"""The only importer of the compiled modules `kedit_fast._cpu` and `kedit_fast._cuda`.
+
+Tensors cross as DLPack capsules, so the modules link no libtorch and one build serves every torch version.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import lru_cache
+from types import ModuleType
+
+import torch  # before the native modules: they borrow the OpenMP runtime that torch brings
+from torch.utils.dlpack import to_dlpack
+
+from kedit_fast.backends import Probe, register_probe
+from kedit_fast.errors import BackendUnavailableError, InvalidArgumentError
+
+
+def build_reason(module: str) -> str:
+    """Why `module` ('_cpu' or '_cuda') was not built, or '' when the build information does not say."""
+    try:
+        info = importlib.import_module("kedit_fast._build_info")
+    except ModuleNotFoundError:
+        return "not built (a source tree without build information)"
+    return info.MODULES.get(module, "") or ""
+
+
+@lru_cache(maxsize=None)
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    reason = build_reason(name)
+    try:
+        module = importlib.import_module(f"kedit_fast.{name}")
+    except ModuleNotFoundError:
+        return None, f"not built: {reason}" if reason else "not built"
+    except ImportError as error:
+        return None, f"built but cannot be loaded: {error}"
+    if name == "_cpu" and (isa := os.environ.get("KEDIT_FAST_ISA")):
+        try:
+            module.select_isa(isa)
+        except ValueError as error:
+            return None, f"KEDIT_FAST_ISA={isa}: {error}"
+    return module, ""
+
+
+def cpu() -> ModuleType:
+    """The C++ module; raises BackendUnavailableError with the reason when there is none."""
+    module, reason = _load("_cpu")
+    if module is None:
+        raise BackendUnavailableError(f"backend 'cpu' cannot run here: {reason}")
+    return module
+
+
+def cuda() -> ModuleType:
+    """The CUDA module; raises BackendUnavailableError with the reason when there is none."""
+    module, reason = _load("_cuda")
+    if module is None:
+        raise BackendUnavailableError(f"backend 'cuda' cannot run here: {reason}")
+    return module
+
+
+def capsule(tensor: torch.Tensor | None):
+    """A DLPack capsule of the tensor's own memory, or None."""
+    return None if tensor is None else to_dlpack(tensor.detach())
+
+
+def probe_cpu() -> Probe:
+    """Whether the C++ module can run, with its instruction set and threads."""
+    module, reason = _load("_cpu")
+    if module is None:
+        return Probe(reason)
+    return Probe("", f"{module.isa()}, {torch.get_num_threads()} threads ({module.thread_source()})")
+
+
+@lru_cache(maxsize=1)
+def _cuda_refusal() -> str:
+    module, reason = _load("_cuda")
+    return reason if module is None else module.refusal()
+
+
+def probe_cuda() -> Probe:
+    """Whether the CUDA module can run, with its architectures."""
+    reason = _cuda_refusal()
+    if not reason and not torch.cuda.is_available():
+        reason = "this torch has no CUDA"
+    return Probe(reason) if reason else Probe("", f"sm_{cuda().architectures().replace(';', ', sm_')}")
+
+
+def symmetric_rank_k_update_(
+    acc: torch.Tensor, x: torch.Tensor, row_weights: torch.Tensor | None, mask: torch.Tensor | None, alpha: float
+) -> None:
+    """Call the C++ kernel of the op of the same name."""
+    flags = None if mask is None else mask.view(torch.uint8)
+    _call(
+        cpu().symmetric_rank_k_update_,
+        capsule(acc), capsule(x), capsule(row_weights), capsule(flags), alpha, torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def rank_k_update_cpu(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha: float, copy: torch.Tensor | None
+) -> None:
+    """Call the C++ kernel of `rank_k_update_`."""
+    threads = torch.get_num_threads()
+    _call(cpu().rank_k_update_, capsule(weight), capsule(left), capsule(right), alpha, capsule(copy), threads)
+
+
+def rank_k_update_cuda(
+    weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha: float, copy: torch.Tensor | None
+) -> None:
+    """Call the CUDA kernel of `rank_k_update_` on torch's current stream."""
+    stream = torch.cuda.current_stream(weight.device).cuda_stream
+    left, right = left.float(), right.float()
+    _call(cuda().rank_k_update_, capsule(weight), capsule(left), capsule(right), alpha, capsule(copy), stream)
+
+
+def _call(function, *args) -> None:
+    try:
+        function(*args)
+    except ValueError as error:
+        raise InvalidArgumentError(str(error)) from None
+
+
+register_probe("cpu", probe_cpu)
+register_probe("cuda", probe_cuda)

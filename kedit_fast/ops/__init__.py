@@ -1,0 +1,18 @@
+"""Public ops. Each file holds one op: its schema, its checks, its backends and its documentation."""
+
+from kedit_fast.ops.distribution_kl import distribution_kl
+from kedit_fast.ops.rank_k_update import rank_k_update_, rank_one_update_
+from kedit_fast.ops.spd_solve import spd_solve
+from kedit_fast.ops.symmetric_rank_k_update import mirror_, symmetric_rank_k_update_
+from kedit_fast.ops.target_log_probs import TargetLogProbs, target_log_probs
+
+__all__ = [
+    "TargetLogProbs",
+    "distribution_kl",
+    "mirror_",
+    "rank_k_update_",
+    "rank_one_update_",
+    "spd_solve",
+    "symmetric_rank_k_update_",
+    "target_log_probs",
+]

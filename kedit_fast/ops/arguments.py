@@ -1,0 +1,79 @@
+"""Checks that the ops share: each raises with the argument's name, what it got and what it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kedit_fast.errors import GradientError, InvalidArgumentError
+
+LIBRARY = torch.library.Library("kedit_fast", "DEF")
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise InvalidArgumentError(message) unless ok."""
+    if not ok:
+        raise InvalidArgumentError(message)
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """Shape, dtype and device in a few characters."""
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
+
+
+def require_dtype(name: str, tensor: torch.Tensor, accepted: Sequence[torch.dtype]) -> None:
+    """Raise unless the tensor's dtype is one of `accepted`."""
+    if tensor.dtype not in accepted:
+        names = ", ".join(str(d).removeprefix("torch.") for d in accepted)
+        raise InvalidArgumentError(f"{name} must be {names}; got {describe(tensor)}")
+
+
+def require_same_device(**tensors: torch.Tensor | None) -> None:
+    """Raise unless all given tensors are on one device; meta and fake tensors count as where they claim to be."""
+    given = {name: t for name, t in tensors.items() if t is not None}
+    if len({t.device for t in given.values()}) > 1:
+        places = ", ".join(f"{name} on {t.device}" for name, t in given.items())
+        raise InvalidArgumentError(f"all tensors must be on one device; got {places}")
+
+
+def require_no_grad(op: str, **tensors: torch.Tensor | None) -> None:
+    """Raise GradientError when grad mode is on and one of the tensors requires grad."""
+    if torch.is_grad_enabled():
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise GradientError(
+                    f"{op} has no derivative with respect to {name}, which requires grad: "
+                    f"call it under torch.no_grad() or pass {name}.detach()"
+                )
+
+
+def require_not_overlapping(name: str, tensor: torch.Tensor) -> None:
+    """Raise when two indices of a written tensor share memory (an expanded tensor, for example)."""
+    reach = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride < reach:
+            raise InvalidArgumentError(
+                f"{name} overlaps itself (shape {list(tensor.shape)}, strides {list(tensor.stride())}): pass a copy"
+            )
+        reach = stride * (size - 1) + reach
+
+
+def require_apart(name: str, written: torch.Tensor, **read: torch.Tensor | None) -> None:
+    """Raise when a written tensor's memory range intersects that of another argument."""
+    begin, end = _range(written)
+    for other_name, other in read.items():
+        if other is None or other.device != written.device:
+            continue
+        other_begin, other_end = _range(other)
+        if begin < other_end and other_begin < end:
+            raise InvalidArgumentError(f"{name} and {other_name} share memory: pass {other_name}.clone()")
+
+
+def _range(tensor: torch.Tensor) -> tuple[int, int]:
+    if tensor.numel() == 0:
+        return 0, 0
+    begin = tensor.data_ptr()
+    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return begin, begin + (last + 1) * tensor.element_size()

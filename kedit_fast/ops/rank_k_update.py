@@ -1,0 +1,138 @@
+"""The write: weight += alpha left right^T, rounded once."""
+
+from __future__ import annotations
+
+import torch
+
+from kedit_fast import backends
+from kedit_fast.kernels import native
+from kedit_fast.ops.arguments import (
+    FLOATS,
+    LIBRARY,
+    describe,
+    require,
+    require_apart,
+    require_dtype,
+    require_no_grad,
+    require_not_overlapping,
+    require_same_device,
+)
+from kedit_fast.reference import rank_k_update as reference
+
+OP = "rank_k_update_"
+LIBRARY.define(f"{OP}(Tensor(a!) weight, Tensor left, Tensor right, float alpha, Tensor(b!)? copy, str backend) -> ()")
+
+
+def rank_k_update_(
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    alpha: float = 1.0,
+    copy: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """`weight += alpha left right^T` in place, computed in fp32 (fp64 for fp64 weights) and rounded once.
+
+    Equivalent to `weight.copy_(weight.float() + alpha * left.float() @ right.float().T)`, and with `copy` to
+    `copy.copy_(weight)` after it.
+
+    Args:
+        weight: [out, in] float32, float64, bfloat16 or float16, any strides (a transposed Conv1D weight as it is);
+            written.
+        left: [out, k] of a floating dtype, any strides.
+        right: [in, k] likewise.
+        alpha: factor of the update.
+        copy: [out, in] bfloat16 or float16, or None. Only beside a float32 `weight`, the master: receives the
+            rounded result in the same pass. Written.
+        backend: "torch", "cpu", "triton", "cuda" or "auto"; None asks the context and the environment.
+
+    Returns:
+        `weight`. The same bits for any number of threads; across backends within 1 ulp of its dtype.
+
+    Raises:
+        InvalidArgumentError: a wrong shape, dtype, device, or overlapping memory.
+        BackendUnavailableError: `backend` cannot run.
+        GradientError: an argument requires grad.
+
+    Cost: 2 out in k flops; reads and writes `weight` once.
+    Source: the insertion of ROME (arXiv 2202.05262, eq. 2) and MEMIT (arXiv 2210.07229, eq. 14).
+    """
+    require_no_grad(OP, weight=weight, left=left, right=right, copy=copy)
+    torch.ops.kedit_fast.rank_k_update_(weight, left, right, float(alpha), copy, backend or "")
+    return weight
+
+
+def rank_one_update_(
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    alpha: float = 1.0,
+    copy: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """`weight += alpha left ⊗ right` in place: `rank_k_update_` with left [out] and right [in].
+
+    Equivalent to `weight.copy_(torch.addr(weight.float(), left, right, alpha=alpha))`. Errors and cost are those of
+    `rank_k_update_` with k = 1.
+    """
+    require(left.ndim == 1 and right.ndim == 1, "left and right must be vectors, [out] and [in]")
+    return rank_k_update_(weight, left[:, None], right[:, None], alpha, copy, backend=backend)
+
+
+def _check(weight, left, right, copy) -> None:
+    require(weight.ndim == 2, f"weight must be [out, in]; got {describe(weight)}")
+    require_dtype("weight", weight, FLOATS)
+    out, inner = weight.shape
+    require(left.ndim == 2 and left.shape[0] == out, f"left must be [{out}, k]; got {describe(left)}")
+    k = left.shape[1]
+    require(tuple(right.shape) == (inner, k), f"right must be [{inner}, {k}]; got {describe(right)}")
+    require_dtype("left", left, FLOATS)
+    require_dtype("right", right, FLOATS)
+    if copy is not None:
+        require(weight.dtype == torch.float32, f"copy needs a float32 weight; got {describe(weight)}")
+        require(copy.shape == weight.shape, f"copy must be {list(weight.shape)}; got {describe(copy)}")
+        require_dtype("copy", copy, (torch.bfloat16, torch.float16))
+    require_same_device(weight=weight, left=left, right=right, copy=copy)
+
+
+@torch.library.impl(LIBRARY, OP, "CompositeExplicitAutograd")
+def _run(weight, left, right, alpha, copy, backend):
+    _check(weight, left, right, copy)
+    require_not_overlapping("weight", weight)
+    require_apart("weight", weight, left=left, right=right, copy=copy)
+    if copy is not None:
+        require_not_overlapping("copy", copy)
+        require_apart("copy", copy, left=left, right=right)
+    if left.shape[1] == 0 and copy is None:
+        return
+    chosen = backends.select(OP, backends.requested(backend or None), weight, left, right, copy)
+    chosen.run(weight, left, right, alpha, copy)
+
+
+@torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
+def _fake(weight, left, right, alpha, copy, backend):
+    _check(weight, left, right, copy)
+
+
+def _cpu_declines(weight, *_) -> str:
+    return "" if weight.device.type == "cpu" else f"tensors on {weight.device}"
+
+
+def _cuda_declines(weight, left=None, right=None, copy=None, *_) -> str:
+    if weight.device.type != "cuda":
+        return f"tensors on {weight.device}"
+    if weight.dtype == torch.float64:
+        return "float64 weights"
+    if 1 not in weight.stride():
+        return "a weight without unit stride"
+    unit = weight.stride().index(1)
+    if copy is not None and copy.stride(unit) != 1:
+        return "a copy that is not laid out as its weight"
+    return ""
+
+
+backends.register(backends.Implementation(OP, "torch", reference.rank_k_update_))
+backends.register(backends.Implementation(OP, "cpu", native.rank_k_update_cpu, _cpu_declines))
+backends.register(backends.Implementation(OP, "cuda", native.rank_k_update_cuda, _cuda_declines))

@@ -1,0 +1,109 @@
+"""The second-moment kernel: acc += alpha x^T diag(w) x on the lower triangle."""
+
+from __future__ import annotations
+
+import torch
+
+from kedit_fast import backends
+from kedit_fast.kernels import native
+from kedit_fast.ops.arguments import (
+    FLOATS,
+    LIBRARY,
+    describe,
+    require,
+    require_apart,
+    require_dtype,
+    require_no_grad,
+    require_not_overlapping,
+    require_same_device,
+)
+from kedit_fast.reference import symmetric_rank_k_update as reference
+
+OP = "symmetric_rank_k_update_"
+LIBRARY.define(f"{OP}(Tensor(a!) acc, Tensor x, Tensor? row_weights, Tensor? mask, float alpha, str backend) -> ()")
+
+
+def symmetric_rank_k_update_(
+    acc: torch.Tensor,
+    x: torch.Tensor,
+    row_weights: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """`acc += alpha x^T diag(row_weights * mask) x`, the lower triangle only, in place.
+
+    Equivalent to `acc += torch.tril(alpha * (x.float() * w[:, None]).T @ x.float())`, except that the strict upper
+    triangle is neither read nor written; `mirror_(acc)` fills it.
+
+    Args:
+        acc: [d, d] float32 or float64, contiguous rows; written.
+        x: [n, d] float32, float64, bfloat16 or float16, any strides. float64 rows need a float64 `acc`.
+        row_weights: [n] float32 or float64, or None for ones.
+        mask: [n] bool, or None. Rows whose mask is false or whose weight is 0 do not count, whatever they hold.
+        alpha: factor of the whole update.
+        backend: "torch", "cpu", "triton", "cuda" or "auto"; None asks the context and the environment.
+
+    Returns:
+        `acc`. Products are exact in fp32 for 16-bit rows; sums over a chunk of rows are fp32 (fp64 for fp64 rows),
+        chunks are added in the dtype of `acc`. The same bits for any number of threads.
+
+    Raises:
+        InvalidArgumentError: a wrong shape, dtype, device, or overlapping memory.
+        BackendUnavailableError: `backend` cannot run.
+        GradientError: an argument requires grad.
+
+    Cost: n d (d + 1) flops; reads n d elements, reads and writes d (d + 1) / 2 elements of `acc`.
+    Source: the covariance of ROME (arXiv 2202.05262, eq. 8) and MEMIT (arXiv 2210.07229, eq. 15).
+    """
+    require_no_grad(OP, acc=acc, x=x, row_weights=row_weights)
+    torch.ops.kedit_fast.symmetric_rank_k_update_(acc, x, row_weights, mask, float(alpha), backend or "")
+    return acc
+
+
+def mirror_(acc: torch.Tensor) -> torch.Tensor:
+    """Copy the lower triangle of `acc` [d, d] to its upper one, in place; returns `acc`."""
+    require(acc.ndim == 2 and acc.shape[0] == acc.shape[1], f"acc must be square; got {describe(acc)}")
+    reference.mirror_(acc)
+    return acc
+
+
+def _check(acc, x, row_weights, mask) -> None:
+    require(acc.ndim == 2 and acc.shape[0] == acc.shape[1], f"acc must be [d, d]; got {describe(acc)}")
+    require_dtype("acc", acc, (torch.float32, torch.float64))
+    require(acc.shape[1] <= 1 or acc.stride(1) == 1, f"acc must have contiguous rows; got strides {acc.stride()}")
+    require(x.ndim == 2 and x.shape[1] == acc.shape[0], f"x must be [n, {acc.shape[0]}]; got {describe(x)}")
+    require_dtype("x", x, FLOATS)
+    require(x.dtype != torch.float64 or acc.dtype == torch.float64, "acc must be float64 for float64 rows of x")
+    for name, tensor in (("row_weights", row_weights), ("mask", mask)):
+        if tensor is not None:
+            shape = (x.shape[0],)
+            require(tensor.shape == shape, f"{name} must be [{x.shape[0]}], a number a row; got {describe(tensor)}")
+    if row_weights is not None:
+        require_dtype("row_weights", row_weights, (torch.float32, torch.float64))
+    if mask is not None:
+        require_dtype("mask", mask, (torch.bool,))
+    require_same_device(acc=acc, x=x, row_weights=row_weights, mask=mask)
+
+
+@torch.library.impl(LIBRARY, OP, "CompositeExplicitAutograd")
+def _run(acc, x, row_weights, mask, alpha, backend):
+    _check(acc, x, row_weights, mask)
+    require_not_overlapping("acc", acc)
+    require_apart("acc", acc, x=x, row_weights=row_weights, mask=mask)
+    chosen = backends.select(OP, backends.requested(backend or None), acc, x)
+    chosen.run(acc, x, row_weights, mask, alpha)
+
+
+@torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
+def _fake(acc, x, row_weights, mask, alpha, backend):
+    _check(acc, x, row_weights, mask)
+
+
+def _cpu_declines(acc, x, *_) -> str:
+    return "" if acc.device.type == "cpu" else f"tensors on {acc.device}"
+
+
+backends.register(backends.Implementation(OP, "torch", reference.symmetric_rank_k_update_))
+backends.register(backends.Implementation(OP, "cpu", native.symmetric_rank_k_update_, _cpu_declines))

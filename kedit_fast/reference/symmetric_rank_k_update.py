@@ -1,0 +1,48 @@
+"""Reference of `symmetric_rank_k_update_`: acc's lower triangle += alpha x^T diag(w) x."""
+
+from __future__ import annotations
+
+import torch
+
+
+def symmetric_rank_k_update_(
+    acc: torch.Tensor,
+    x: torch.Tensor,
+    row_weights: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    chunk: int = 1024,
+) -> None:
+    """Add alpha x^T diag(row_weights * mask) x, [d, d], to the lower triangle of `acc`.
+
+    Rows that the mask or a zero weight leaves out do not count, whatever they hold. Products and the sums over a chunk
+    of rows are in fp32 (fp64 for fp64 rows); chunks are added up in the dtype of `acc`.
+    """
+    if row_weights is not None:
+        kept = row_weights != 0
+        mask = kept if mask is None else mask & kept
+    if mask is not None:
+        x = x[mask]
+        row_weights = None if row_weights is None else row_weights[mask]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for begin in range(0, x.shape[0], chunk):
+        rows = x[begin : begin + chunk].to(dtype)  # [chunk, d]
+        weighted = rows if row_weights is None else rows * row_weights[begin : begin + chunk, None].to(dtype)
+        _add_lower_(acc, weighted, rows, alpha)
+
+
+def _add_lower_(acc: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alpha: float, block: int = 512) -> None:
+    """Add alpha left^T right to the lower triangle, by blocks of rows: the strict upper triangle is not touched."""
+    d = acc.shape[0]
+    for i in range(0, d, block):
+        end = min(i + block, d)
+        product = (left[:, i:end].T @ right[:, :end]).to(acc.dtype)  # [block, end]
+        acc[i:end, :i].add_(product[:, :i], alpha=alpha)
+        corner = acc[i:end, i:end]
+        below = torch.ones(end - i, end - i, dtype=torch.bool, device=acc.device).tril()
+        corner.copy_(torch.where(below, corner + alpha * product[:, i:], corner))
+
+
+def mirror_(acc: torch.Tensor) -> None:
+    """Copy the lower triangle of `acc` [d, d] to its upper one."""
+    acc.copy_(torch.tril(acc) + torch.tril(acc, -1).T)
