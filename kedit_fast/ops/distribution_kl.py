@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kedit_fast import backends
+from kedit_fast.backends import Implementation, register, requested, select
 from kedit_fast.errors import GradientError
 from kedit_fast.ops.arguments import LIBRARY, describe, require, require_dtype, require_no_grad, require_same_device
 from kedit_fast.ops.target_log_probs import check_head
@@ -67,7 +67,7 @@ def _check(hidden, hidden_ref, head, bias, softcap) -> None:
 @torch.library.impl(LIBRARY, OP, "CompositeExplicitAutograd")
 def _run(hidden, hidden_ref, head, bias, softcap, backend):
     _check(hidden, hidden_ref, head, bias, softcap)
-    chosen = backends.select(OP, backends.requested(backend or None), hidden, hidden_ref, head)
+    chosen = select(OP, requested(backend or None), hidden, hidden_ref, head)
     return chosen.run(hidden, hidden_ref, head, bias, softcap)
 
 
@@ -80,7 +80,7 @@ def _fake(hidden, hidden_ref, head, bias, softcap, backend):
 
 @torch.library.impl(LIBRARY, f"{OP}_backward", "CompositeExplicitAutograd")
 def _run_backward(grad, hidden, hidden_ref, head, bias, softcap, kl, total, total_ref, backend):
-    chosen = backends.select(f"{OP}_backward", backends.requested(backend or None), hidden, hidden_ref, head)
+    chosen = select(f"{OP}_backward", requested(backend or None), hidden, hidden_ref, head)
     return chosen.run(grad, hidden, hidden_ref, head, bias, softcap, kl, total, total_ref)
 
 
@@ -107,5 +107,5 @@ def _backward(ctx, grad, *_):
 
 
 torch.library.register_autograd(f"kedit_fast::{OP}", _backward, setup_context=_setup_context, lib=LIBRARY)
-backends.register(backends.Implementation(OP, "torch", reference.distribution_kl))
-backends.register(backends.Implementation(f"{OP}_backward", "torch", reference.distribution_kl_backward))
+register(Implementation(OP, "torch", reference.distribution_kl))
+register(Implementation(f"{OP}_backward", "torch", reference.distribution_kl_backward))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kedit_fast import backends
+from kedit_fast.backends import Implementation, register, requested, select
 from kedit_fast.kernels import native
 from kedit_fast.ops.arguments import (
     FLOATS,
@@ -107,7 +107,7 @@ def _run(weight, left, right, alpha, copy, backend):
         require_apart("copy", copy, left=left, right=right)
     if left.shape[1] == 0 and copy is None:
         return
-    chosen = backends.select(OP, backends.requested(backend or None), weight, left, right, copy)
+    chosen = select(OP, requested(backend or None), weight, left, right, copy)
     chosen.run(weight, left, right, alpha, copy)
 
 
@@ -133,6 +133,6 @@ def _cuda_declines(weight, left=None, right=None, copy=None, *_) -> str:
     return ""
 
 
-backends.register(backends.Implementation(OP, "torch", reference.rank_k_update_))
-backends.register(backends.Implementation(OP, "cpu", native.rank_k_update_cpu, _cpu_declines))
-backends.register(backends.Implementation(OP, "cuda", native.rank_k_update_cuda, _cuda_declines))
+register(Implementation(OP, "torch", reference.rank_k_update_))
+register(Implementation(OP, "cpu", native.rank_k_update_cpu, _cpu_declines))
+register(Implementation(OP, "cuda", native.rank_k_update_cuda, _cuda_declines))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kedit_fast import backends
+from kedit_fast.backends import Implementation, register, requested, select
 from kedit_fast.errors import SolveError
 from kedit_fast.ops.arguments import LIBRARY, describe, require, require_dtype, require_no_grad, require_same_device
 from kedit_fast.reference import spd_solve as reference
@@ -56,7 +56,7 @@ def _check(gram, rhs) -> None:
 @torch.library.impl(LIBRARY, OP, "CompositeExplicitAutograd")
 def _run(gram, rhs, ridge, backend):
     _check(gram, rhs)
-    chosen = backends.select(OP, backends.requested(backend or None), gram, rhs)
+    chosen = select(OP, requested(backend or None), gram, rhs)
     batched = gram.ndim == 3
     solution, info = chosen.run(gram if batched else gram[None], rhs if batched else rhs[None], ridge)
     if gram.numel() and rhs.numel():
@@ -86,4 +86,4 @@ def _fake(gram, rhs, ridge, backend):
     return rhs.new_empty(rhs.shape)
 
 
-backends.register(backends.Implementation(OP, "torch", reference.spd_solve))
+register(Implementation(OP, "torch", reference.spd_solve))

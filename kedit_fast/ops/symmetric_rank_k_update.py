@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kedit_fast import backends
+from kedit_fast.backends import Implementation, register, requested, select
 from kedit_fast.kernels import native
 from kedit_fast.ops.arguments import (
     FLOATS,
@@ -92,7 +92,7 @@ def _run(acc, x, row_weights, mask, alpha, backend):
     _check(acc, x, row_weights, mask)
     require_not_overlapping("acc", acc)
     require_apart("acc", acc, x=x, row_weights=row_weights, mask=mask)
-    chosen = backends.select(OP, backends.requested(backend or None), acc, x)
+    chosen = select(OP, requested(backend or None), acc, x)
     chosen.run(acc, x, row_weights, mask, alpha)
 
 
@@ -105,5 +105,5 @@ def _cpu_declines(acc, x, *_) -> str:
     return "" if acc.device.type == "cpu" else f"tensors on {acc.device}"
 
 
-backends.register(backends.Implementation(OP, "torch", reference.symmetric_rank_k_update_))
-backends.register(backends.Implementation(OP, "cpu", native.symmetric_rank_k_update_, _cpu_declines))
+register(Implementation(OP, "torch", reference.symmetric_rank_k_update_))
+register(Implementation(OP, "cpu", native.symmetric_rank_k_update_, _cpu_declines))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from kedit_fast import backends
+from kedit_fast.backends import Implementation, register, requested, select
 from kedit_fast.errors import GradientError
 from kedit_fast.ops.arguments import (
     FLOATS,
@@ -106,7 +106,7 @@ def _run(hidden, head, targets, bias, softcap, backend):
     if targets.device.type == "cpu" and targets.numel():
         low, high = int(targets.min()), int(targets.max())
         require(low >= 0 and high < head.shape[0], f"targets must be in [0, {head.shape[0]}); got {low} to {high}")
-    chosen = backends.select(OP, backends.requested(backend or None), hidden, head, targets)
+    chosen = select(OP, requested(backend or None), hidden, head, targets)
     return chosen.run(hidden, head, targets, bias, softcap)
 
 
@@ -119,7 +119,7 @@ def _fake(hidden, head, targets, bias, softcap, backend):
 
 @torch.library.impl(LIBRARY, f"{OP}_backward", "CompositeExplicitAutograd")
 def _run_backward(grad, hidden, head, targets, bias, softcap, total, backend):
-    chosen = backends.select(f"{OP}_backward", backends.requested(backend or None), hidden, head, targets)
+    chosen = select(f"{OP}_backward", requested(backend or None), hidden, head, targets)
     return chosen.run(grad, hidden, head, targets, bias, softcap, total)
 
 
@@ -146,5 +146,5 @@ def _backward(ctx, grad, *_):
 
 
 torch.library.register_autograd(f"kedit_fast::{OP}", _backward, setup_context=_setup_context, lib=LIBRARY)
-backends.register(backends.Implementation(OP, "torch", reference.target_log_probs))
-backends.register(backends.Implementation(f"{OP}_backward", "torch", reference.target_log_probs_backward))
+register(Implementation(OP, "torch", reference.target_log_probs))
+register(Implementation(f"{OP}_backward", "torch", reference.target_log_probs_backward))

@@ -1,0 +1,1 @@
+"""Requests, prompts, keys, values, and the ledger of what was written."""

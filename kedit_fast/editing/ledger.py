@@ -1,0 +1,131 @@
+"""The ledger: every write in order, so that any number of batches can be taken back to the bit.
+
+M_0 = fp32(W_0); M_t = M_{t-1} + fp32(L_t R_t^T) in batch order; W = round_nearest(M_t). An fp32 (or fp64) weight is its
+own master. Taking batches back replays the rest from M_0 with the same op and the same backends, which gives the bits
+of never having applied them. A batch is all or nothing: `transaction()` restores every matrix on any failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from kedit_fast.backends import requested, select
+from kedit_fast.errors import EditError, InvalidArgumentError
+from kedit_fast.ops import rank_k_update_
+from kedit_fast.solver.low_rank import LowRankUpdate
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One write to one matrix."""
+
+    name: str
+    update: LowRankUpdate  # fp32 factors (fp64 for an fp64 weight)
+    backend: str  # that wrote it, and writes it again in a replay
+
+
+@dataclass
+class _Matrix:
+    weight: torch.Tensor  # [out, in], a view on the model's memory
+    original: torch.Tensor  # its value before the first write, in its dtype
+    master: torch.Tensor | None  # fp32, for 16-bit weights
+
+    def write(self, entry: Entry) -> None:
+        left, right = entry.update.left, entry.update.right
+        if self.master is None:
+            rank_k_update_(self.weight, left, right, backend=entry.backend)
+        else:
+            rank_k_update_(self.master, left, right, copy=self.weight, backend=entry.backend)
+
+    def reset(self) -> None:
+        self.weight.copy_(self.original)
+        if self.master is not None:
+            self.master.copy_(self.original)
+
+
+@dataclass
+class Ledger:
+    """Writes to named matrices [out, in], in order, with rollback."""
+
+    batches: list[tuple[Entry, ...]] = field(default_factory=list)
+    _matrices: dict[str, _Matrix] = field(default_factory=dict)
+    _open: list[Entry] | None = None
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Writes inside the block become one batch when it ends, and are all taken back when it raises."""
+        if self._open is not None:
+            raise EditError("a batch is already open")
+        self._open = []
+        try:
+            yield
+        except BaseException:
+            entries, self._open = self._open, None
+            self._replay({entry.name for entry in entries})
+            raise
+        entries, self._open = self._open, None
+        self.batches.append(tuple(entries))
+
+    def write(self, name: str, weight: torch.Tensor, update: LowRankUpdate) -> None:
+        """Add an update to a matrix, inside a transaction.
+
+        Args:
+            name: of the matrix; the same name must always come with the same weight.
+            weight: [out, in] view on the model's memory; written.
+            update: the factors.
+
+        Raises:
+            EditError: no open transaction, or factors that are not finite.
+        """
+        if self._open is None:
+            raise EditError("write() belongs inside transaction()")
+        if not update.is_finite():
+            raise EditError(f"the update of {name} is not finite")
+        if name not in self._matrices:
+            wide = weight.dtype in (torch.float32, torch.float64)
+            self._matrices[name] = _Matrix(weight, weight.clone(), None if wide else weight.float())
+        matrix = self._matrices[name]
+        if matrix.weight.data_ptr() != weight.data_ptr():
+            raise EditError(f"{name} has moved in memory since its first edit: restore before moving the model")
+        factors = update.compacted().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        if not factors.is_finite():
+            raise EditError(f"the update of {name} overflows float32")
+        target = weight if matrix.master is None else matrix.master
+        copy = None if matrix.master is None else weight
+        args = (target, factors.left, factors.right, copy)
+        runs = select("rank_k_update_", requested(None), *args).backend
+        entry = Entry(name, factors, runs)
+        self._open.append(entry)  # before the write: an interrupt in the middle of it is taken back too
+        matrix.write(entry)
+        if not bool(torch.isfinite(weight).all()):
+            raise EditError(f"{name} is not finite after the update")
+
+    def rollback(self, count: int = 1) -> None:
+        """Take back the last `count` batches, to the bit; raises InvalidArgumentError when there are fewer."""
+        if not 0 <= count <= len(self.batches):
+            raise InvalidArgumentError(f"cannot take back {count} batches of {len(self.batches)}")
+        if self._open is not None:
+            raise EditError("a batch is open")
+        if count == 0:
+            return
+        gone = self.batches[len(self.batches) - count :]
+        del self.batches[len(self.batches) - count :]
+        self._replay({entry.name for batch in gone for entry in batch})
+
+    def restore(self) -> None:
+        """Take back everything: every matrix is what it was before the first write."""
+        self.rollback(len(self.batches))
+
+    def _replay(self, names: set[str]) -> None:
+        with torch.no_grad():
+            for name in names:
+                matrix = self._matrices[name]
+                matrix.reset()
+                for batch in self.batches:
+                    for entry in batch:
+                        if entry.name == name:
+                            matrix.write(entry)

@@ -1,0 +1,301 @@
+"""The mass and sequential drivers: one pipeline of values, keys, solve and write for every recipe."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kedit_fast.editing.keys import collisions, keys_and_outputs
+from kedit_fast.editing.ledger import Ledger
+from kedit_fast.editing.prompts import PreparedRequest, generate_prefixes, prepare
+from kedit_fast.editing.requests import EditRequest, parse_request
+from kedit_fast.editing.values import Values, optimise_values
+from kedit_fast.errors import EditError, MethodError, StatisticsError
+from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.recipes import Recipe, find_recipe
+from kedit_fast.models.architectures import ArchSpec, ModelView
+from kedit_fast.models.forward import Site
+from kedit_fast.solver.least_squares import rank_one_equality, ridge_update
+from kedit_fast.solver.low_rank import LowRankUpdate
+from kedit_fast.solver.preconditioners import Covariance, Identity, Preconditioner
+from kedit_fast.statistics.collect import Statistics
+
+_log = logging.getLogger("kedit_fast")
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """What one call of `Editor.edit` did."""
+
+    batch: int  # its number in the ledger, from 1
+    requests: tuple[EditRequest, ...]
+    updates: dict[str, tuple[LowRankUpdate, ...]]  # weight name -> what was added to it, in order
+    losses: tuple[float, ...]  # of the values, at their last forward pass
+    steps: tuple[int, ...]  # optimiser steps of the values
+    relative_norms: dict[str, float]  # weight name -> |Delta| / |W| (W before the batch)
+    residual: float  # |z - h| after the write / before it, over all requests: what the write left undone
+    collisions: tuple[tuple[int, int], ...]  # pairs of requests with nearly one key at the last layer
+    skipped: tuple[int, ...]  # requests left out (a bad pivot with on_bad_pivot = "skip")
+    prefixes: tuple[str, ...]  # the context prefixes that were used
+    seconds: dict[str, float]  # values, keys, solve, write
+
+
+class Editor:
+    """Edits a causal language model in place; every call of `edit` is one batch that can be taken back.
+
+    Example:
+        >>> editor = Editor(model, tokenizer, "memit", statistics=statistics)
+        >>> editor.edit([{"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "violin"}])
+        >>> editor.rollback()
+
+    Args:
+        model: a causal language model of a known architecture; its edited matrices are written in place.
+        tokenizer: its tokenizer.
+        method: "memit" or "rome".
+        statistics: second moments for the edited layers, from collect_statistics or load_statistics; needed unless
+            the method runs with `mom2_adjustment=False`.
+        layers: edited layers, zero-based; None for the preset's.
+        hparams: values that override the preset's, by name (see kedit_fast.methods.hparams.Hparams).
+        seed: of the context prefixes.
+        prefixes: context prefixes to use instead of generated ones, each ending in ". ".
+        spec: an ArchSpec for an architecture that is not known.
+        progress: show bars on stderr.
+
+    Raises:
+        UnsupportedModelError, MethodError, StatisticsError: see the messages.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        method: str = "memit",
+        *,
+        statistics: Statistics | None = None,
+        layers: Sequence[int] | None = None,
+        hparams: Mapping[str, Any] | None = None,
+        seed: int = 0,
+        prefixes: Sequence[str] | None = None,
+        spec: ArchSpec | None = None,
+        progress: bool = False,
+    ):
+        self.view = ModelView(model, spec)
+        self.tokenizer = tokenizer
+        self.recipe: Recipe = find_recipe(method)
+        overrides = dict(hparams or {})
+        if layers is not None:
+            overrides["layers"] = tuple(layers)
+        self.hparams, self.origin = make_hparams(method, model.config, overrides)
+        self.view.check_layers(self.hparams.layers)
+        if self.hparams.v_loss_layer not in (-1, self.view.num_layers - 1):
+            raise MethodError(
+                f"v_loss_layer = {self.hparams.v_loss_layer} is not implemented: the loss is taken after the last layer, "
+                f"{self.view.num_layers - 1}"
+            )
+        self.ledger = Ledger()
+        self.seed = seed
+        self.progress = progress
+        self._statistics = statistics
+        self._preconditioners: dict[int, Preconditioner] = {}
+        self._prefixes = None if prefixes is None else tuple(prefixes)
+        if self.hparams.mom2_adjustment:
+            if statistics is None:
+                raise StatisticsError(
+                    f"{self.recipe.name} needs statistics for layers {', '.join(map(str, self.hparams.layers))}: "
+                    "collect_statistics(model, tokenizer, texts, layers), or `kedit-fast stats`"
+                )
+            for layer in self.hparams.layers:
+                statistics.moment(layer)
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """The context prefixes, generated from the unedited model on first use."""
+        if self._prefixes is None:
+            lengths = self.hparams.context_template_length_params
+            self._prefixes = generate_prefixes(self.view, self.tokenizer, lengths, self.seed)
+        return self._prefixes
+
+    def edit(self, requests: Sequence[EditRequest | Mapping[str, Any]]) -> EditResult:
+        """Write one batch of requests; calling it again is sequential editing.
+
+        A method with a batch form writes all requests at once, a rank-one method one after another inside the batch.
+
+        Raises:
+            RequestError: a malformed request, by id or position.
+            EditError, SolveError: the edit failed; the model and the ledger are as they were before, to the bit.
+        """
+        parsed = tuple(
+            r if isinstance(r, EditRequest) else parse_request(r, f"request {i}") for i, r in enumerate(requests, 1)
+        )
+        if not parsed:
+            raise EditError("no requests")
+        prepared = prepare(self.tokenizer, parsed, self.prefixes, self.view.max_length)
+        batch = _Batch(self, prepared)
+        with self.ledger.transaction(), torch.no_grad():
+            batch.run()
+        return batch.result(len(self.ledger.batches), parsed)
+
+    def rollback(self, batches: int = 1) -> None:
+        """Take back the last `batches` calls of `edit`, to the bit."""
+        with torch.no_grad():
+            self.ledger.rollback(batches)
+
+    def restore(self) -> None:
+        """Take back everything: the model is what it was, to the bit."""
+        with torch.no_grad():
+            self.ledger.restore()
+
+    def preconditioner(self, layer: int) -> Preconditioner:
+        """S^-1 of a layer, factored on first use and kept."""
+        if layer not in self._preconditioners:
+            weight = self.view.weight(layer)
+            if self.hparams.mom2_adjustment:
+                assert self._statistics is not None
+                moment = self._statistics.moment(layer).moment
+                if moment.shape[0] != weight.shape[1]:
+                    raise StatisticsError(
+                        f"statistics of layer {layer} are {list(moment.shape)}, "
+                        f"{self.view.weight_name(layer)} takes {weight.shape[1]} inputs"
+                    )
+                self._preconditioners[layer] = Covariance.from_moment(
+                    moment.to(weight.device), self.hparams.mom2_ridge
+                )
+            else:
+                self._preconditioners[layer] = Identity(weight.shape[1])
+        return self._preconditioners[layer]
+
+
+class _Batch:
+    """The state of one call of `Editor.edit`."""
+
+    def __init__(self, editor: Editor, prepared: list[PreparedRequest]):
+        self.editor, self.prepared = editor, prepared
+        self.view, self.hparams, self.recipe = editor.view, editor.hparams, editor.recipe
+        self.updates: dict[str, list[LowRankUpdate]] = {}
+        self.weight_norms: dict[str, float] = {}
+        self.seconds = dict.fromkeys(("values", "keys", "solve", "write"), 0.0)
+        self.losses: list[float] = []
+        self.steps: list[int] = []
+        self.skipped: list[int] = []
+        self.collisions: list[tuple[int, int]] = []
+        self.before = self.after = 0.0  # squared norms of the residuals
+
+    def run(self) -> None:
+        if self.recipe.solve == "ridge":
+            self.run_mass()
+        else:
+            for index in range(len(self.prepared)):
+                self.run_single(index)
+
+    def run_mass(self) -> None:
+        """All requests at once: the residual at the last layer, spread over the layers from below."""
+        layers = self.hparams.layers
+        site = Site(layers[-1], self.recipe.site)
+        values = self.optimise(self.prepared, site)
+        for i, layer in enumerate(layers):
+            with self.timed("keys"):
+                seen = keys_and_outputs(self.view, self.prepared, layer, site, self.recipe.key_weights)
+            residual = values.targets.to(seen.outputs) - seen.outputs  # [h, u]
+            if i == 0:
+                self.before = float(residual.square().sum())
+            with self.timed("solve"):
+                device = self.view.weight(layer).device
+                update = ridge_update(
+                    self.editor.preconditioner(layer),
+                    seen.keys.to(device),
+                    residual.to(device) / (len(layers) - i),
+                    self.hparams.mom2_update_weight,
+                )
+            self.write(layer, update)
+            if layer == layers[-1]:
+                self.collisions = collisions(seen.keys)
+        with self.timed("keys"):
+            seen = keys_and_outputs(self.view, self.prepared, layers[-1], site, self.recipe.key_weights)
+        self.after = float((values.targets.to(seen.outputs) - seen.outputs).square().sum())
+
+    def run_single(self, index: int) -> None:
+        """One request: the output at the bare prompt becomes the value exactly."""
+        (layer,) = self.hparams.layers
+        site = Site(layer, self.recipe.site)
+        prepared = [self.prepared[index]]
+        values = self.optimise(prepared, site)
+        with self.timed("keys"):
+            seen = keys_and_outputs(self.view, prepared, layer, site, self.recipe.key_weights)
+        residual = (values.targets.to(seen.outputs) - seen.outputs)[:, 0]
+        with self.timed("solve"):
+            update, _ = rank_one_equality(
+                self.editor.preconditioner(layer),
+                seen.keys[:, 0],
+                seen.bare_keys[:, 0],
+                residual,
+                on_bad_pivot=self.hparams.on_bad_pivot,
+            )
+        self.before += float(residual.square().sum())
+        if update is None:
+            self.skipped.append(index)
+            self.after += float(residual.square().sum())
+            return
+        self.write(layer, update)
+        # With one layer the output moves by Delta k_v, so no second pass is needed.
+        left_over = residual - update.left @ (update.right.T @ seen.bare_keys[:, 0].double())
+        self.after += float(left_over.square().sum())
+
+    def optimise(self, prepared: list[PreparedRequest], site: Site) -> Values:
+        with self.timed("values"), torch.enable_grad():
+            values = optimise_values(
+                self.view, prepared, site.layer, site.what, self.hparams, progress=self.editor.progress
+            )
+        self.losses += values.losses.tolist()
+        self.steps += values.steps.tolist()
+        return values
+
+    def write(self, layer: int, update: LowRankUpdate) -> None:
+        name, weight = self.view.weight_name(layer), self.view.weight(layer)
+        self.weight_norms.setdefault(name, float(torch.linalg.vector_norm(weight, dtype=torch.float32)))
+        with self.timed("write"):
+            self.editor.ledger.write(name, weight, update)
+        self.updates.setdefault(name, []).append(update)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        begin = _now(self.view.device)
+        try:
+            yield
+        finally:
+            self.seconds[phase] += _now(self.view.device) - begin
+
+    def result(self, number: int, requests: tuple[EditRequest, ...]) -> EditResult:
+        norms = {name: _total_norm(updates) / self.weight_norms[name] for name, updates in self.updates.items()}
+        for name, norm in norms.items():
+            if norm > 1:
+                _log.warning("%s: the update is %.1f times the weight's norm", name, norm)
+        return EditResult(
+            batch=number,
+            requests=requests,
+            updates={name: tuple(updates) for name, updates in self.updates.items()},
+            losses=tuple(self.losses),
+            steps=tuple(self.steps),
+            relative_norms=norms,
+            residual=(self.after / self.before) ** 0.5 if self.before else 0.0,
+            collisions=tuple(self.collisions),
+            skipped=tuple(self.skipped),
+            prefixes=self.editor.prefixes,
+            seconds=self.seconds,
+        )
+
+
+def _total_norm(updates: Sequence[LowRankUpdate]) -> float:
+    joined = LowRankUpdate(torch.cat([u.left for u in updates], 1), torch.cat([u.right for u in updates], 1))
+    return joined.norm()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,1 @@
+"""How well edits took, and what they left alone."""

@@ -1,0 +1,1 @@
+"""Methods as data: recipes name strategies, presets hold published hyper-parameters."""

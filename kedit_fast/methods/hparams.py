@@ -1,0 +1,183 @@
+"""Hyper-parameters by the field's names, from presets, our toml, EasyEdit's yaml or memit's json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kedit_fast.errors import MethodError
+from kedit_fast.methods.recipes import Recipe, find_recipe
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class Hparams:
+    """All numbers of a method. Names are those of the memit repository's files."""
+
+    method: str
+    layers: tuple[int, ...]  # edited, zero-based; the value is optimised at the last one
+    v_num_grad_steps: int  # iterations; the last one only measures the loss
+    v_lr: float  # of Adam
+    v_weight_decay: float  # of |delta| / |h0|^2
+    clamp_norm_factor: float  # |delta| <= factor * |h0|
+    kl_factor: float  # of KL at "{subject} is a"
+    mom2_adjustment: bool  # S = C, or I when false
+    mom2_update_weight: float = 0.0  # lambda, the weight of C; not used by rank-one methods
+    mom2_ridge: float = 0.0  # added to C, relative to its mean diagonal
+    v_stop_loss: float = 0.05  # a request whose loss is below stops before its next step
+    context_template_length_params: tuple[tuple[int, int], ...] = ()  # (tokens, count) of generated prefixes
+    on_bad_pivot: str = "raise"  # rank-one methods: raise, skip or allow
+    values_batch: int = 32  # requests optimised together; does not change the result
+    v_loss_layer: int = -1  # of the published files; only the last layer, -1, is implemented
+
+    def __post_init__(self):
+        check = {
+            "layers": len(self.layers) > 0,
+            "v_num_grad_steps": self.v_num_grad_steps >= 1,
+            "v_lr": self.v_lr > 0,
+            "v_weight_decay": self.v_weight_decay >= 0,
+            "clamp_norm_factor": self.clamp_norm_factor > 0,
+            "kl_factor": self.kl_factor >= 0,
+            "mom2_update_weight": self.mom2_update_weight > 0 or find_recipe(self.method).solve != "ridge",
+            "mom2_ridge": self.mom2_ridge >= 0,
+            "values_batch": self.values_batch >= 1,
+            "on_bad_pivot": self.on_bad_pivot in ("raise", "skip", "allow"),
+        }
+        for name, ok in check.items():
+            if not ok:
+                raise MethodError(f"hyper-parameter {name} = {getattr(self, name)!r} is out of range")
+        if find_recipe(self.method).solve == "rank_one" and len(self.layers) != 1:
+            raise MethodError(f"{self.method} edits one layer; got layers {', '.join(map(str, self.layers))}")
+
+
+# Keys of the frameworks' files that name places, devices or data: the package takes those elsewhere.
+_ELSEWHERE = {
+    "alg_name", "model_name", "stats_dir", "device", "mom2_dataset", "mom2_n_samples", "mom2_dtype",
+    "rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module",
+    "model_parallel", "fp16", "batch_size", "max_length", "layer_selection", "fact_token",
+}  # fmt: skip
+# Of those, values that this package does not implement otherwise.
+_FIXED = {"layer_selection": ("all",), "fact_token": ("subject_last",)}
+
+
+def read_hparams(path: str | Path) -> dict[str, Any]:
+    """Values of a .toml (ours), .yaml (EasyEdit) or .json (memit, AlphaEdit) file that this package knows.
+
+    Raises:
+        MethodError: the file cannot be read, or asks for something that is not implemented.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            raw = tomllib.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            raw = yaml.safe_load(text)
+        elif path.suffix == ".json":
+            raw = json.loads(text)
+        else:
+            raise MethodError(f"{path}: hyper-parameters come as .toml, .yaml or .json")
+    except OSError as error:
+        raise MethodError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise MethodError(f"{path} is malformed: {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, Mapping):
+        raise MethodError(f"{path} must hold names and values")
+    return parse_values(raw, str(path))
+
+
+def parse_values(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """Convert values to the types of Hparams; raises MethodError by name for what is unknown or not implemented."""
+    types = {f.name: f.type for f in fields(Hparams)}
+    found: dict[str, Any] = {}
+    for name, value in raw.items():
+        if name in _FIXED and value not in _FIXED[name]:
+            raise MethodError(f"{origin}: {name} = {value!r} is not implemented, only {' or '.join(_FIXED[name])}")
+        if name in types:
+            try:
+                found[name] = _convert(types[name], value)
+            except (TypeError, ValueError):
+                raise MethodError(f"{origin}: {name} = {value!r} is not a {types[name]}") from None
+        elif name not in _ELSEWHERE:
+            raise MethodError(f"{origin}: unknown hyper-parameter {name!r}; known are {', '.join(sorted(types))}")
+    return found
+
+
+def _convert(kind: str, value: Any) -> Any:
+    if kind == "tuple[int, ...]":
+        return parse_layers(value)
+    if kind == "tuple[tuple[int, int], ...]":
+        value = json.loads(value) if isinstance(value, str) else value
+        return tuple((int(length), int(count)) for length, count in value)
+    if kind == "bool":
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() not in ("true", "false"):
+            raise ValueError(value)
+        return str(value).lower() == "true"
+    if kind == "int":
+        if isinstance(value, float) and value != int(value):
+            raise ValueError(value)
+        return int(value)
+    if kind == "float":
+        return float(value)  # yaml reads 5e-1 as a string
+    return str(value)
+
+
+def parse_layers(value: Any) -> tuple[int, ...]:
+    """Zero-based layers from "4-8" (both ends count), "3,5,7", an integer or a list; raises ValueError."""
+    if isinstance(value, int):
+        return (value,)
+    if not isinstance(value, str):
+        return tuple(sorted({int(v) for v in value}))
+    layers: set[int] = set()
+    for part in value.split(","):
+        first, dash, last = part.strip().partition("-")
+        begin, end = int(first), int(last) if dash else int(first)
+        if end < begin:
+            raise ValueError(f"{part} runs backwards")
+        layers.update(range(begin, end + 1))
+    return tuple(sorted(layers))
+
+
+def preset_hparams(recipe: Recipe, config: Any) -> tuple[dict[str, Any], str]:
+    """Published values for a model, and where they are from; a guess by relative depth when there is no preset."""
+    table = tomllib.loads((PRESETS / f"{recipe.name}.toml").read_text(encoding="utf-8"))
+    for entry in table["preset"]:
+        wanted = entry["match"]
+        if all(getattr(config, name, None) == value for name, value in wanted.items()):
+            return parse_values(entry["values"], entry["source"]), f"preset {entry['name']} ({entry['source']})"
+    family = next((e for e in table["family"] if config.model_type in e["model_types"]), table["family"][-1])
+    values = parse_values(family["values"], family["source"])
+    count = config.num_hidden_layers
+    first, last = (min(count - 1, round(depth * (count - 1))) for depth in family["depth"])
+    layers = (last,) if recipe.solve == "rank_one" else tuple(range(first, last + 1))
+    return {**values, "layers": layers}, f"guess: layers by relative depth, values of {family['source']}"
+
+
+def make_hparams(method: str, config: Any, *overrides: Mapping[str, Any]) -> tuple[Hparams, str]:
+    """Hyper-parameters of a method for a model: its preset, then each of `overrides` in order; and their origin."""
+    recipe = find_recipe(method)
+    values, origin = preset_hparams(recipe, config)
+    values.setdefault("context_template_length_params", recipe.contexts)
+    for override in overrides:
+        values.update(override)
+    values["method"] = recipe.name
+    return Hparams(**values), origin
+
+
+def with_values(hparams: Hparams, **values: Any) -> Hparams:
+    """A copy with other values, checked."""
+    return replace(hparams, **values)

@@ -1,0 +1,1 @@
+"""Architectures as data, and partial forward passes through them."""

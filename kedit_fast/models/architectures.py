@@ -1,0 +1,145 @@
+"""What the editor must know of an architecture, as data, and the refusal of those it does not know.
+
+To add an architecture, add one ArchSpec to ARCHITECTURES.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """Names of the modules of one family of decoders. Paths are relative to the causal language model."""
+
+    name: str
+    model_types: tuple[str, ...]  # config.model_type
+    blocks: str  # path of the list of decoder blocks
+    mlp: str  # path of the MLP inside a block; its output joins the residual stream
+    edit: str  # path, inside a block, of the linear layer whose weight is edited
+    transposed: bool  # its weight is stored [in, out] (transformers' Conv1D)
+    norm: str  # path of the norm before the head
+
+
+ARCHITECTURES = (
+    ArchSpec("GPT-2", ("gpt2",), "transformer.h", "mlp", "mlp.c_proj", True, "transformer.ln_f"),
+    ArchSpec("GPT-J", ("gptj",), "transformer.h", "mlp", "mlp.fc_out", False, "transformer.ln_f"),
+    ArchSpec("Llama", ("llama",), "model.layers", "mlp", "mlp.down_proj", False, "model.norm"),
+)
+
+_EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_OTHER_INPUTS = ("vision_config", "audio_config", "vision_tower", "image_token_id", "audio_token_id")
+
+
+def find_architecture(config: Any) -> ArchSpec:
+    """The ArchSpec for a model configuration.
+
+    Raises:
+        UnsupportedModelError: mixture-of-experts, multimodal, encoder-decoder and unknown models, each by name.
+    """
+    kind = getattr(config, "model_type", None) or type(config).__name__
+    experts = [field for field in _EXPERT_FIELDS if (getattr(config, field, None) or 0) > 1]
+    if experts or "moe" in kind:
+        raise UnsupportedModelError(
+            f"{kind!r} is a mixture-of-experts model{f' ({experts[0]} > 1)' if experts else ''}: a fact is not stored "
+            "in one matrix there, so closed-form editing does not apply. Use a dense model."
+        )
+    if any(getattr(config, field, None) is not None for field in _OTHER_INPUTS):
+        raise UnsupportedModelError(
+            f"{kind!r} is a multimodal model: edit its text model alone, loaded as a causal language model."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind!r} is an encoder-decoder model: closed-form editing needs a decoder.")
+    for spec in ARCHITECTURES:
+        if kind in spec.model_types:
+            return spec
+    known = ", ".join(sorted(t for spec in ARCHITECTURES for t in spec.model_types))
+    raise UnsupportedModelError(
+        f"unknown architecture {kind!r}: known are {known}. "
+        "To add it, pass an ArchSpec (kedit_fast.models.architectures.ArchSpec) with its module names."
+    )
+
+
+class ModelView:
+    """A causal language model seen through its ArchSpec."""
+
+    def __init__(self, model: torch.nn.Module, spec: ArchSpec | None = None):
+        self.model = model
+        self.config = model.config
+        self.spec = spec or find_architecture(model.config)
+        try:
+            self.blocks = model.get_submodule(self.spec.blocks)
+            self.norm = model.get_submodule(self.spec.norm)
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not have the modules of {self.spec.name} ({error}): "
+                "load it with AutoModelForCausalLM"
+            ) from None
+        for layer in range(len(self.blocks)):
+            weight = self.edited_module(layer).weight
+            if not weight.is_floating_point() or weight.ndim != 2:
+                raise UnsupportedModelError(
+                    f"{self.weight_name(layer)} is a quantised weight ({weight.dtype}): "
+                    "load the model in float32, bfloat16 or float16 to edit it"
+                )
+        head = model.get_output_embeddings()
+        self.head = head.weight.detach()  # [V, h]
+        self.head_bias = None if getattr(head, "bias", None) is None else head.bias.detach()
+        self.softcap = float(getattr(model.config, "final_logit_softcapping", None) or 0.0)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the embedding."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence the model takes."""
+        config = self.config
+        return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
+
+    def block(self, layer: int) -> torch.nn.Module:
+        """Decoder block `layer`."""
+        return self.blocks[layer]
+
+    def mlp(self, layer: int) -> torch.nn.Module:
+        """The MLP of block `layer`."""
+        return self.block(layer).get_submodule(self.spec.mlp)
+
+    def edited_module(self, layer: int) -> torch.nn.Module:
+        """The linear layer of block `layer` whose weight is edited."""
+        return self.block(layer).get_submodule(self.spec.edit)
+
+    def module_name(self, layer: int) -> str:
+        """Its path in the model, for example `model.layers.4.mlp.down_proj`."""
+        return f"{self.spec.blocks}.{layer}.{self.spec.edit}"
+
+    def weight_name(self, layer: int) -> str:
+        """The path of its weight in the state dict."""
+        return f"{self.module_name(layer)}.weight"
+
+    def weight(self, layer: int) -> torch.Tensor:
+        """Its weight as [out, in], a view on the model's own memory whatever the stored orientation."""
+        weight = self.edited_module(layer).weight.detach()
+        return weight.T if self.spec.transposed else weight
+
+    def check_layers(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """Sorted layers without repetition; raises InvalidArgumentError when one is out of range."""
+        if not layers:
+            raise InvalidArgumentError("no layers given")
+        for layer in layers:
+            if not 0 <= layer < self.num_layers:
+                raise InvalidArgumentError(
+                    f"layer {layer} is out of range: the model has layers 0-{self.num_layers - 1}"
+                )
+        return tuple(sorted(set(layers)))

@@ -1,0 +1,76 @@
+"""Which model statistics belong to: its shape, its tokenizer, and samples of all weights that editing does not touch.
+
+Independent of the dtype the model is loaded in (samples are compared with a tolerance) and of edits made to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from kedit_fast.models.architectures import ModelView
+
+_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+_SAMPLES = 8  # numbers a tensor
+_TOLERANCE = 2**-6  # of a sample, above bf16 rounding
+
+
+def fingerprint(view: ModelView, tokenizer: Any) -> dict[str, str]:
+    """The fingerprint as strings, as it stands in the metadata of a statistics file."""
+    config = {field: getattr(view.config, field, None) for field in _FIELDS}
+    return {
+        "model_config": json.dumps(config, sort_keys=True),
+        "model_samples": json.dumps(_samples(view)),
+        "tokenizer": tokenizer_hash(tokenizer),
+    }
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of the vocabulary and of one encoded sentence (which shows the special tokens added)."""
+    digest = hashlib.sha256()
+    for token, index in sorted(tokenizer.get_vocab().items()):
+        digest.update(f"{token}\0{index}\0".encode("utf-8", "surrogatepass"))
+    digest.update(json.dumps(tokenizer("The quick brown fox, 123.")["input_ids"]).encode())
+    return digest.hexdigest()[:32]
+
+
+def difference(stored: dict[str, str], current: dict[str, str]) -> str:
+    """What differs between two fingerprints, or '' when they are of one model."""
+    for field in ("model_config", "tokenizer"):
+        if stored.get(field) != current.get(field):
+            if field == "model_config" and stored.get(field):
+                return f"{field} ({stored[field]} there, {current[field]} here)"
+            return field
+    there, here = json.loads(stored.get("model_samples", "{}")), json.loads(current["model_samples"])
+    if there.keys() != here.keys():
+        return "names of the weights"
+    for name, values in there.items():
+        for a, b in zip(values, here[name], strict=True):
+            if abs(a - b) > _TOLERANCE * max(abs(a), abs(b)) + 1e-6:
+                return f"weights (first in {name})"
+    return ""
+
+
+def _samples(view: ModelView) -> dict[str, list[float]]:
+    edited = {view.weight_name(layer) for layer in range(view.num_layers)}
+    found = {}
+    for name, tensor in view.model.state_dict().items():
+        if name in edited or not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        count = min(_SAMPLES, tensor.numel())
+        index = torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64).round().long()
+        where = torch.unravel_index(index, tensor.shape)
+        values = tensor[tuple(i.to(tensor.device) for i in where)]
+        found[name] = [float(f"{v:.6g}") for v in values.float().tolist()]
+    return found

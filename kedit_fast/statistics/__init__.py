@@ -1,0 +1,1 @@
+"""Second moments of layer inputs: accumulate, collect through a model, store."""
