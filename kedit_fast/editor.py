@@ -27,6 +27,7 @@ from kedit_fast.solver.preconditioners import Covariance, Identity, Precondition
 from kedit_fast.statistics.collect import Statistics
 
 _log = logging.getLogger("kedit_fast")
+NORM_WARNING = 2.0  # |Delta| / |W| above which an edit is more likely to harm than to teach
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,7 @@ class Editor:
                         f"statistics of layer {layer} are {list(moment.shape)}, "
                         f"{self.view.weight_name(layer)} takes {weight.shape[1]} inputs"
                     )
-                self._preconditioners[layer] = Covariance.from_moment(
-                    moment.to(weight.device), self.hparams.mom2_ridge
-                )
+                self._preconditioners[layer] = Covariance.from_moment(moment.to(weight.device), self.hparams.mom2_ridge)
             else:
                 self._preconditioners[layer] = Identity(weight.shape[1])
         return self._preconditioners[layer]
@@ -273,7 +272,7 @@ class _Batch:
     def result(self, number: int, requests: tuple[EditRequest, ...]) -> EditResult:
         norms = {name: _total_norm(updates) / self.weight_norms[name] for name, updates in self.updates.items()}
         for name, norm in norms.items():
-            if norm > 1:
+            if norm > NORM_WARNING:
                 _log.warning("%s: the update is %.1f times the weight's norm", name, norm)
         return EditResult(
             batch=number,

@@ -1,0 +1,34 @@
+"""The bundled demo model: a small Llama that knows 4,600 invented facts, its tokenizer, requests and corpus.
+
+`python -m kedit_fast.demo.train` made it; `kedit-fast demo` edits it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).parent / "data"
+
+
+def load() -> tuple[Any, Any]:
+    """The demo model in float32 and its tokenizer, from package data."""
+    import torch
+
+    from kedit_fast.pipeline import load_model
+
+    return load_model(DATA, dtype=torch.float32)
+
+
+def requests(count: int | None = None) -> list[Any]:
+    """The first `count` of the 600 bundled counterfactual requests (all for None)."""
+    from kedit_fast.editing.requests import load_requests
+
+    return load_requests(DATA / "requests.jsonl")[:count]
+
+
+def corpus(documents: int = 1500) -> list[str]:
+    """Text for statistics: about 40 tokens a document."""
+    from kedit_fast.demo import world
+
+    return world.corpus(documents)

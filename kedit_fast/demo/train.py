@@ -214,6 +214,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     half.load_state_dict(model.state_dict())
     half.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    settings = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every supported transformers knows
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     lines = [json.dumps(record) for record in world.requests()]
     (out / "requests.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

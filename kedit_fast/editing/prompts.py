@@ -103,9 +103,7 @@ def prepare(
         name = f"request {request.id!r}" if request.id is not None else f"request {number}"
         try:
             target = target_tokens(tokenizer, request.text, request.target_new)
-            rewriting = tuple(
-                fill(tokenizer, request.prompt, request.subject, prefix) for prefix in ("", *prefixes)
-            )
+            rewriting = tuple(fill(tokenizer, request.prompt, request.subject, prefix) for prefix in ("", *prefixes))
             rewriting = tuple(_without_end(tokenizer, prompt) for prompt in rewriting)
             kl = _without_end(tokenizer, fill(tokenizer, KL_PROMPT, request.subject))
         except RequestError as error:

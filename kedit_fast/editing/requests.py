@@ -103,7 +103,9 @@ def parse_request(record: Any, where: str = "record") -> EditRequest:
             prompt=prompt,
             subject=subject,
             target_new=_target(fields["target_new"], where, "target_new"),
-            target_true=None if fields.get("target_true") is None else _target(fields["target_true"], where, "target_true"),
+            target_true=None
+            if fields.get("target_true") is None
+            else _target(fields["target_true"], where, "target_true"),
             paraphrase_prompts=_texts(fields.get("paraphrase_prompts"), where, "paraphrase_prompts"),
             neighborhood_prompts=_texts(fields.get("neighborhood_prompts"), where, "neighborhood_prompts"),
             id=fields.get("id"),

@@ -23,10 +23,12 @@ from kedit_fast.editing.prompts import PreparedRequest
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
-from kedit_fast.models.forward import Site, adding, capture, evaluating, last_hidden, pad
+from kedit_fast.models.forward import Site, evaluating
+from kedit_fast.models.suffix import TailRunner
 from kedit_fast.ops import distribution_kl, target_log_probs
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, torch's defaults
+LEAVE_SHARE = 0.8  # prompts of stopped requests leave the batch when no more than this share still moves
 
 
 @dataclass(frozen=True)
@@ -40,45 +42,74 @@ class Values:
     steps: torch.Tensor  # [u] optimiser steps taken
 
 
-class _Rows:
-    """The padded prompts of a few requests, and where to look in them."""
+class _Prompts:
+    """The prompts of a few requests on a TailRunner, and where to look in their tails."""
 
-    def __init__(self, view: ModelView, prepared: Sequence[PreparedRequest]):
-        ids: list[tuple[int, ...]] = []
-        lookup, owner, target_rows, target_positions, target_ids, target_weights, target_owner = [], [], [], [], [], [], []
-        kl_rows, kl_positions = [], []
+    def __init__(self, view: ModelView, prepared: Sequence[PreparedRequest], site: Site):
+        rows: list[tuple[int, ...]] = []
+        lookups: list[int] = []
+        owner: list[int] = []  # request of each row
+        targets: list[tuple[int, int, int, int, float]] = []  # row, tail index, token, request, weight
+        kl_rows: list[int] = []
+        bare_rows: list[int] = []
         for i, request in enumerate(prepared):
-            contexts, length = len(request.rewriting), len(request.target)
+            bare_rows.append(len(rows))
+            weight = 1.0 / (len(request.rewriting) * len(request.target))
             for prompt in request.rewriting:
-                for t, token in enumerate(request.target):
-                    target_rows.append(len(ids))
-                    target_positions.append(len(prompt.ids) - 1 + t)
-                    target_ids.append(token)
-                    target_weights.append(1.0 / (contexts * length))
-                    target_owner.append(i)
-                ids.append((*prompt.ids, *request.target[:-1]))
-                lookup.append(prompt.lookup)
+                last = len(prompt.ids) - 1 - prompt.lookup
+                targets += [(len(rows), last + t, token, i, weight) for t, token in enumerate(request.target)]
+                rows.append((*prompt.ids, *request.target[:-1]))
+                lookups.append(prompt.lookup)
                 owner.append(i)
-            kl_rows.append(len(ids))
-            kl_positions.append(request.kl.lookup)
-            ids.append(request.kl.ids)
-            lookup.append(request.kl.lookup)
+            kl_rows.append(len(rows))
+            rows.append(request.kl.cut().ids)
+            lookups.append(request.kl.lookup)
             owner.append(i)
-        device = view.head.device
+        self.device = view.head.device
+        self.runner = TailRunner(view, rows, lookups, site)
         self.count = len(prepared)
-        self.batch = pad(ids, view.device)
-        self.lookup = torch.tensor(lookup, device=device)
-        self.owner = torch.tensor(owner, device=device)
-        self.target_rows = torch.tensor(target_rows, device=device)
-        self.target_positions = torch.tensor(target_positions, device=device)
-        self.target_ids = torch.tensor(target_ids, device=device)
-        self.target_weights = torch.tensor(target_weights, device=device)
-        self.target_owner = torch.tensor(target_owner, device=device)
-        self.kl_rows = torch.tensor(kl_rows, device=device)
-        self.kl_positions = torch.tensor(kl_positions, device=device)
-        self.bare_rows = torch.tensor(
-            [next(r for r, o in enumerate(owner) if o == i) for i in range(self.count)], device=device
-        )
+        self.owner = torch.tensor(owner, device=self.device)
+        self.kl_rows = torch.tensor(kl_rows, device=self.device)
+        row, index, token, request, weight = zip(*targets, strict=True)
+        self.target_rows = torch.tensor(row, device=self.device)
+        self.target_index = torch.tensor(index, device=self.device)
+        self.target_ids = torch.tensor(token, device=self.device)
+        self.target_owner = torch.tensor(request, device=self.device)
+        self.target_weights = torch.tensor(weight, device=self.device)
+        self.h0 = self.runner.site_output.to(self.device)[torch.tensor(bare_rows, device=self.device)].float()  # [u, h]
+        self.reference = self.runner.start.to(self.device)[self.kl_rows, 0]  # [u, h]
+
+    def select(self, keep: torch.Tensor) -> _Prompts:
+        """The prompts of some of the requests, `keep` [v] in increasing order."""
+        chosen = object.__new__(_Prompts)
+        number = torch.full((self.count,), -1, device=self.device)
+        number[keep] = torch.arange(keep.numel(), device=self.device)
+        rows = torch.nonzero(number[self.owner] >= 0)[:, 0]
+        row_number = torch.full((self.owner.numel(),), -1, device=self.device)
+        row_number[rows] = torch.arange(rows.numel(), device=self.device)
+        targets = torch.nonzero(number[self.target_owner] >= 0)[:, 0]
+        chosen.device, chosen.count = self.device, keep.numel()
+        chosen.runner = self.runner.select(rows)
+        chosen.owner = number[self.owner[rows]]
+        chosen.kl_rows = row_number[self.kl_rows[keep]]
+        chosen.target_rows = row_number[self.target_rows[targets]]
+        chosen.target_index = self.target_index[targets]
+        chosen.target_ids = self.target_ids[targets]
+        chosen.target_owner = number[self.target_owner[targets]]
+        chosen.target_weights = self.target_weights[targets]
+        chosen.h0, chosen.reference = self.h0[keep], self.reference[keep]
+        return chosen
+
+    def losses(self, view: ModelView, delta: torch.Tensor, hparams: Hparams) -> torch.Tensor:
+        """The objective of each request [u] at delta [u, h]."""
+        hidden = self.runner.run(delta[self.owner]).to(self.device)  # [R, S, h]
+        at_targets = hidden[self.target_rows, self.target_index]
+        log_probs = target_log_probs(at_targets, view.head, self.target_ids, view.head_bias, view.softcap).log_prob
+        nll = torch.zeros(self.count, device=self.device, dtype=log_probs.dtype)
+        nll = nll.index_add(0, self.target_owner, -log_probs * self.target_weights.to(log_probs))
+        kl = distribution_kl(hidden[self.kl_rows, 0], self.reference, view.head, view.head_bias, view.softcap)
+        decay = hparams.v_weight_decay * torch.linalg.vector_norm(delta, dim=1) / self.h0.norm(dim=1) ** 2
+        return (nll + hparams.kl_factor * kl + decay).float()
 
 
 def optimise_values(
@@ -103,8 +134,9 @@ def optimise_values(
     Raises:
         EditError: a loss or gradient that is not finite, naming the request.
 
-    Cost: for each iteration a forward pass of every context and a backward pass above `layer`, for the requests that
-        have not stopped; the head runs on target rows alone.
+    Cost: one full pass over the prompts, then for each iteration a forward and a backward pass of the blocks above
+        `layer` over the tokens from the subject's last one on, for requests that have not stopped; the head runs on
+        target rows alone.
     """
     if not prepared:
         raise EditError("no requests")
@@ -128,31 +160,30 @@ def optimise_values(
 
 
 def _optimise(view: ModelView, prepared: Sequence[PreparedRequest], site: Site, hparams: Hparams) -> Values:
-    rows = _Rows(view, prepared)
-    u, device = rows.count, view.head.device
-    start = capture(view, rows.batch, [site], rows.lookup)[site].to(device)  # [rows, h]
-    h0 = start[rows.bare_rows].float()  # [u, h]
-    reference = _kl_states(view, rows).to(device)  # [u, h]
+    prompts = _Prompts(view, prepared, site)
+    u, device, h0 = prompts.count, prompts.device, prompts.h0
     limit = hparams.clamp_norm_factor * h0.norm(dim=1)
-
     delta, mean, square = (torch.zeros_like(h0) for _ in range(3))
     losses, first, steps = (torch.zeros(u, device=device) for _ in range(3))
-    active = torch.arange(u, device=device)
-    here = rows
+    going = torch.ones(u, dtype=torch.bool, device=device)  # requests that have not stopped
+    held = torch.arange(u, device=device)  # requests whose prompts still run
     for iteration in range(hparams.v_num_grad_steps):
-        current = delta[active].requires_grad_(True)
-        loss = _losses(view, here, site, current, h0[active], reference[active], hparams)  # [active]
-        _require_finite(loss.detach(), active, prepared, "loss")
-        losses[active] = loss.detach()
+        current = delta[held].requires_grad_(True)
+        loss = prompts.losses(view, current, hparams)
+        measured = loss.detach()
+        _require_finite(measured, held, prepared, "loss")
+        live = going[held]
+        losses[held] = torch.where(live, measured, losses[held])
         if iteration == 0:
-            first[active] = loss.detach()
+            first[held] = measured
         if iteration == hparams.v_num_grad_steps - 1:
             break
-        going = loss.detach() >= hparams.v_stop_loss
-        if not bool(going.any()):
+        live = live & (measured >= hparams.v_stop_loss)
+        going[held] = live
+        if not bool(live.any()):
             break
-        (gradient,) = torch.autograd.grad(loss[going].sum(), current)
-        gradient, moving = gradient[going], active[going]
+        (gradient,) = torch.autograd.grad(loss[live].sum(), current)
+        moving, gradient = held[live], gradient[live]
         _require_finite(gradient.sum(1), moving, prepared, "gradient")
         steps[moving] += 1
         count = steps[moving][:, None]
@@ -163,9 +194,8 @@ def _optimise(view: ModelView, prepared: Sequence[PreparedRequest], site: Site, 
         moved = delta[moving] - hparams.v_lr * corrected / scale
         norm = moved.norm(dim=1)
         delta[moving] = torch.where((norm > limit[moving])[:, None], moved * (limit[moving] / norm)[:, None], moved)
-        if moving.numel() < active.numel():
-            active = moving
-            here = _Rows(view, [prepared[i] for i in active.tolist()])
+        if moving.numel() <= LEAVE_SHARE * held.numel():
+            prompts, held = prompts.select(torch.nonzero(live)[:, 0]), moving
     return Values(
         targets=(h0.double() + delta.double()).T.contiguous(),
         deltas=delta.T.contiguous(),
@@ -173,36 +203,6 @@ def _optimise(view: ModelView, prepared: Sequence[PreparedRequest], site: Site, 
         first_losses=first.cpu(),
         steps=steps.long().cpu(),
     )
-
-
-def _losses(view, rows: _Rows, site: Site, delta, h0, reference, hparams: Hparams) -> torch.Tensor:
-    with adding(view, site, rows.lookup, delta[rows.owner.to(delta.device)]):
-        hidden = last_hidden(view, rows.batch).to(view.head.device)
-    at_targets = hidden[rows.target_rows, rows.target_positions]
-    log_probs = target_log_probs(at_targets, view.head, rows.target_ids, view.head_bias, view.softcap).log_prob
-    nll = torch.zeros(rows.count, device=hidden.device, dtype=log_probs.dtype)
-    nll = nll.index_add(0, rows.target_owner, -log_probs * rows.target_weights.to(log_probs))
-    kl = distribution_kl(
-        hidden[rows.kl_rows, rows.kl_positions], reference, view.head, view.head_bias, view.softcap
-    )
-    decay = hparams.v_weight_decay * _safe_norm(delta) / h0.norm(dim=1) ** 2
-    return (nll + hparams.kl_factor * kl + decay).float()
-
-
-def _safe_norm(delta: torch.Tensor) -> torch.Tensor:
-    """|delta| a row, with the gradient 0 at delta = 0 that torch.norm gives."""
-    return torch.linalg.vector_norm(delta, dim=1)
-
-
-@torch.no_grad()
-def _kl_states(view: ModelView, rows: _Rows) -> torch.Tensor:
-    """The unedited model's last hidden states [u, h] at the lookup token of "{subject} is a"."""
-    from kedit_fast.models.forward import TokenBatch
-
-    at = rows.kl_rows.to(rows.batch.input_ids.device)
-    batch = TokenBatch(rows.batch.input_ids[at], rows.batch.attention_mask[at])
-    hidden = last_hidden(view, batch)
-    return hidden[torch.arange(rows.count, device=hidden.device), rows.kl_positions.to(hidden.device)]
 
 
 def _require_finite(values: torch.Tensor, which: torch.Tensor, prepared: Sequence[PreparedRequest], name: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch  # before the native modules: they borrow the OpenMP runtime that torch brings
@@ -26,7 +26,7 @@ def build_reason(module: str) -> str:
     return info.MODULES.get(module, "") or ""
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(name: str) -> tuple[ModuleType | None, str]:
     reason = build_reason(name)
     try:
@@ -121,5 +121,6 @@ def _call(function, *args) -> None:
         raise InvalidArgumentError(str(error)) from None
 
 
+register_probe("torch", lambda: Probe("", f"reference, torch {torch.__version__}"))
 register_probe("cpu", probe_cpu)
 register_probe("cuda", probe_cuda)

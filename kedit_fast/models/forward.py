@@ -126,25 +126,6 @@ def _run_base(view: ModelView, batch: TokenBatch):
 
 
 @contextlib.contextmanager
-def adding(view: ModelView, site: Site, positions: torch.Tensor, delta: torch.Tensor) -> Iterator[None]:
-    """Inside the with block, `delta` [R, h] is added to the site's output at `positions` [R], row by row."""
-
-    def hook(module, args, output):
-        hidden = hidden_of(output)
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        added = hidden.index_put(
-            (rows, positions.to(hidden.device)), delta.to(hidden.dtype).to(hidden.device), accumulate=True
-        )
-        return with_hidden(output, added)
-
-    handle = module_at(view, site).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
 def evaluating(view: ModelView) -> Iterator[None]:
     """Evaluation mode, and no gradients kept for parameters, as long as the block lasts."""
     training = view.model.training

@@ -13,9 +13,7 @@ OP = "spd_solve"
 LIBRARY.define(f"{OP}(Tensor gram, Tensor rhs, float ridge, str backend) -> Tensor")
 
 
-def spd_solve(
-    gram: torch.Tensor, rhs: torch.Tensor, ridge: float = 0.0, *, backend: str | None = None
-) -> torch.Tensor:
+def spd_solve(gram: torch.Tensor, rhs: torch.Tensor, ridge: float = 0.0, *, backend: str | None = None) -> torch.Tensor:
     """`(gram + ridge I)^-1 rhs` by Cholesky, for one system or a batch of them.
 
     Equivalent to `torch.linalg.solve(gram + ridge * torch.eye(u), rhs)`.
@@ -59,9 +57,8 @@ def _run(gram, rhs, ridge, backend):
     chosen = select(OP, requested(backend or None), gram, rhs)
     batched = gram.ndim == 3
     solution, info = chosen.run(gram if batched else gram[None], rhs if batched else rhs[None], ridge)
-    if gram.numel() and rhs.numel():
-        if not bool(torch.isfinite(solution).all() & (info == 0).all()):
-            _explain_failure(gram, rhs, info, batched)
+    if gram.numel() and rhs.numel() and not bool(torch.isfinite(solution).all() & (info == 0).all()):
+        _explain_failure(gram, rhs, info, batched)
     return (solution if batched else solution[0]).contiguous()
 
 

@@ -28,7 +28,9 @@ FORMAT_VERSION = "1"
 _MODEL_FIELDS = ("model_config", "model_samples", "tokenizer")
 
 
-def save_statistics(statistics: Statistics, folder: str | os.PathLike, dtype: torch.dtype = torch.float64) -> list[Path]:
+def save_statistics(
+    statistics: Statistics, folder: str | os.PathLike, dtype: torch.dtype = torch.float64
+) -> list[Path]:
     """Write one file a layer into `folder` (made if absent) and return their paths.
 
     Raises:

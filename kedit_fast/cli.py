@@ -1,0 +1,365 @@
+"""The command line: `kedit-fast demo | stats | edit | backends`.
+
+Exit status: 0 done, 1 an error (one to three lines on stderr, nothing on stdout), 2 wrong options, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+import kedit_fast
+from kedit_fast.errors import KeditError, MethodError, StatisticsError
+
+app = typer.Typer(
+    help="Closed-form knowledge editing of language models.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False,
+)  # fmt: skip
+_errors = Console(stderr=True, highlight=False, soft_wrap=True)
+_output = Console(highlight=False)
+
+
+class Dtype(str, Enum):
+    """Dtypes a model can be loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn errors into one to three lines and an exit status."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        _set_up_logging()
+        try:
+            function(*args, **kwargs)
+        except KeditError as error:
+            _fail(str(error))
+        except MemoryError:
+            _fail("out of memory: use a smaller batch (--set values_batch=8, --batch-tokens) or dtype")
+        except OSError as error:
+            _fail(f"{error.filename + ': ' if error.filename else ''}{error.strerror or error}")
+        except KeyboardInterrupt:
+            _errors.print("kedit-fast: interrupted; nothing was written", markup=False)
+            raise typer.Exit(130) from None
+
+    return wrapped
+
+
+def _fail(message: str) -> None:
+    _errors.print(f"kedit-fast: {message}", markup=False)
+    raise typer.Exit(1)
+
+
+def _set_up_logging() -> None:
+    level = os.environ.get("KEDIT_FAST_LOG", "WARNING").upper()
+    if not isinstance(logging.getLevelName(level), int):
+        _fail(f"KEDIT_FAST_LOG must be DEBUG, INFO, WARNING or ERROR; got {level}")
+    log = logging.getLogger("kedit_fast")
+    log.setLevel(level)
+    log.handlers = [RichHandler(console=_errors, show_path=False, show_time=False)]
+    log.propagate = False
+
+
+@app.command()
+@_command
+def demo(
+    method: Annotated[str, typer.Option(help="memit or rome")] = "memit",
+    edits: Annotated[int | None, typer.Option(min=1, help="requests to write, of 600; default 100, 5 for rome")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the context prefixes")] = 0,
+    out: Annotated[Path | None, typer.Option(help="save the edited model here")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Change facts inside the bundled demo model and show what changed. Saves nothing without --out."""
+    from kedit_fast import demo as bundled
+    from kedit_fast.methods.hparams import make_hparams
+    from kedit_fast.methods.recipes import find_recipe
+    from kedit_fast.pipeline import check_new, complete, run_edits, save_model
+    from kedit_fast.statistics.collect import collect_statistics
+
+    recipe = find_recipe(method)
+    edits = edits or (100 if recipe.solve == "ridge" else 5)
+    if out is not None:
+        check_new(out, overwrite)
+    requests = bundled.requests()
+    if edits > len(requests):
+        raise MethodError(f"--edits {edits}: the demo has {len(requests)} requests")
+    requests = requests[:edits]
+    model, tokenizer = bundled.load()
+    hparams, _ = make_hparams(method, model.config)
+    begin = time.perf_counter()
+    statistics = collect_statistics(model, tokenizer, bundled.corpus(), hparams.layers, progress=_interactive())
+    spent = time.perf_counter() - begin
+    shown = requests[:3]
+    before = [complete(model, tokenizer, request.text) for request in shown]
+    report = run_edits(
+        model, tokenizer, requests, recipe.name, statistics=statistics, statistics_seconds=spent, seed=seed,
+        progress=_interactive(),
+    )  # fmt: skip
+    after = [complete(model, tokenizer, request.text) for request in shown]
+    if out is not None:
+        save_model(model, tokenizer, out, overwrite)
+    if as_json:
+        _print_json(report.as_dict())
+        return
+    _print_report(report, f"{recipe.name.upper()}: {report.edits} edits of the demo model")
+    table = Table(title="Completions", title_justify="left")
+    for column in ("prompt", "before", "after", "asked for"):
+        table.add_column(column)
+    for request, old, new in zip(shown, before, after, strict=True):
+        table.add_row(request.text, old, new, request.target_new)
+    _output.print(table)
+    if out is not None:
+        _output.print(f"Saved to {out}", markup=False)
+
+
+@app.command()
+@_command
+def stats(
+    model: Annotated[str, typer.Argument(help="model folder or hub name")],
+    text: Annotated[Path, typer.Option(help=".txt, one document a line, or .jsonl")],
+    layers: Annotated[str, typer.Option(help="zero-based, 4-8 (both ends count) or 3,5,7")],
+    out: Annotated[Path, typer.Option(help="folder for the statistics")],
+    field: Annotated[str, typer.Option(help="field of a .jsonl record that holds the text")] = "text",
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="stop after this many tokens")] = None,
+    max_length: Annotated[int, typer.Option(min=1, help="cut documents to this many tokens")] = 1024,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="tokens of a batch")] = 4096,
+    dtype: Annotated[Dtype, typer.Option(help="dtype the model runs in")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Collect the second moments an edit needs, in one pass over a text."""
+    from kedit_fast.pipeline import DTYPES, check_new, load_config, load_model, new_folder
+    from kedit_fast.statistics.collect import collect_statistics
+    from kedit_fast.statistics.store import save_statistics
+
+    wanted = _layers(layers)
+    check_new(out, overwrite)
+    documents = _read_text(text, field)
+    config = load_config(model)
+    _check_range(wanted, config)
+    loaded, tokenizer = load_model(model, DTYPES[dtype.value], _device(device))
+    begin = time.perf_counter()
+    with new_folder(out, overwrite) as work:
+        found = collect_statistics(
+            loaded, tokenizer, documents, wanted, max_tokens=max_tokens, max_length=max_length,
+            batch_tokens=batch_tokens, progress=_interactive(),
+        )  # fmt: skip
+        names = [path.name for path in save_statistics(found, work)]
+    spent = time.perf_counter() - begin
+    count = next(iter(found.layers.values())).count
+    if as_json:
+        _print_json(
+            {"layers": list(found.layers), "tokens": count, "files": names, "out": str(out), "seconds": round(spent, 3)}
+        )
+        return
+    _output.print(f"{count:,} tokens, layers {', '.join(map(str, found.layers))}, {spent:.1f} s: {out}", markup=False)
+
+
+@app.command()
+@_command
+def edit(
+    model: Annotated[str, typer.Argument(help="model folder or hub name")],
+    requests: Annotated[Path, typer.Option(help=".json or .jsonl of edit requests")],
+    out: Annotated[Path, typer.Option(help="folder for the edited model")],
+    method: Annotated[str, typer.Option(help="memit or rome")] = "memit",
+    stats: Annotated[Path | None, typer.Option(help="folder that `kedit-fast stats` wrote")] = None,
+    layers: Annotated[str | None, typer.Option(help="zero-based, 4-8 or 3,5,7")] = None,
+    hparams: Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the context prefixes")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="requests a batch; all at once by default")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="dtype the model is loaded and saved in")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Write facts into a model and save it."""
+    from kedit_fast.editing.requests import load_requests
+    from kedit_fast.methods.hparams import make_hparams, parse_values, read_hparams
+    from kedit_fast.methods.recipes import find_recipe
+    from kedit_fast.pipeline import DTYPES, check_new, load_config, load_model, run_edits, save_model
+    from kedit_fast.statistics.store import load_statistics
+
+    recipe = find_recipe(method)
+    check_new(out, overwrite)
+    records = load_requests(requests)
+    overrides = read_hparams(hparams) if hparams is not None else {}
+    overrides.update(parse_values(dict(_assignment(text) for text in set_ or ()), "--set"))
+    if layers is not None:
+        overrides["layers"] = _layers(layers)
+    config = load_config(model)
+    chosen, origin = make_hparams(method, config, overrides)
+    _check_range(chosen.layers, config)
+    if origin.startswith("guess") and hparams is None:
+        _errors.print(
+            f"kedit-fast: no preset for this model: {origin}; layers {','.join(map(str, chosen.layers))}", markup=False
+        )
+    if chosen.mom2_adjustment and stats is None:
+        span = ",".join(map(str, chosen.layers))
+        raise StatisticsError(
+            f"{recipe.name} needs statistics of this model for layers {span}; collect them once, then pass --stats:\n"
+            f"  kedit-fast stats {model} --text FILE --layers {span} --out DIR"
+        )
+    loaded, tokenizer = load_model(model, DTYPES[dtype.value], _device(device))
+    statistics = load_statistics(stats, loaded, tokenizer, chosen.layers) if chosen.mom2_adjustment and stats else None
+    report = run_edits(
+        loaded, tokenizer, records, recipe.name, statistics=statistics, hparams=overrides, batch_size=batch_size,
+        seed=seed, progress=_interactive(),
+    )  # fmt: skip
+    save_model(loaded, tokenizer, out, overwrite)
+    if as_json:
+        _print_json({**report.as_dict(), "layers": list(chosen.layers), "out": str(out)})
+        return
+    _print_report(report, f"{recipe.name.upper()}: {report.edits} edits of {model}")
+    _output.print(f"Saved to {out}", markup=False)
+
+
+@app.command()
+@_command
+def backends(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
+    """Show which backends can run here, and why the others cannot."""
+    rows = kedit_fast.backends()
+    if as_json:
+        _print_json({row.name: {"available": row.available, "detail": row.detail} for row in rows})
+        return
+    for row in rows:
+        _output.print(str(row), markup=False)
+
+
+def print_environment() -> None:
+    """Backends, processor features, versions and build information: what a bug report needs."""
+    import importlib.metadata
+
+    from kedit_fast.kernels import native
+
+    print(f"kedit_fast {kedit_fast.__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print("\nBackends")
+    for row in kedit_fast.backends():
+        print(f"  {row}")
+    print("\nNative modules")
+    for module in ("_cpu", "_cuda"):
+        print(f"  {module}: {native.build_reason(module) or 'built'}")
+    if not native.probe_cpu().reason:
+        cpu = native.cpu()
+        print(f"  compiler {cpu.compiler()}, threads of {cpu.thread_source()}")
+        print(f"  processor features: {' '.join(cpu.cpu_features()) or 'none of those used'}")
+        for name, reason in cpu.isas().items():
+            print(f"  isa {name}: {reason or ('in use' if name == cpu.isa() else 'usable')}")
+    print("\nVersions")
+    for package in ("torch", "triton", "numpy", "transformers", "safetensors", "pybind11"):
+        try:
+            print(f"  {package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"  {package} not installed")
+    print("\nEnvironment")
+    for name in sorted(n for n in os.environ if n.startswith(("KEDIT_FAST_", "OMP_NUM_THREADS", "TRITON_INTERPRET"))):
+        print(f"  {name}={os.environ[name]}")
+
+
+def _print_report(report: Any, title: str) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("share of prompts")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    before, after = report.before.as_dict(), report.after.as_dict()
+    for name, value in after.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), f"{before[name]:.3f}", f"{value:.3f}")
+    _output.print(table)
+    spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
+    _output.print(f"Seconds: {spent}", markup=False)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
+def _interactive() -> bool:
+    return sys.stderr.isatty()
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    from kedit_fast.methods.hparams import parse_layers
+
+    try:
+        return parse_layers(text)
+    except ValueError:
+        raise typer.BadParameter(f"layers are written 4-8 or 3,5,7; got {text!r}") from None
+
+
+def _check_range(layers: tuple[int, ...], config: Any) -> None:
+    outside = [layer for layer in layers if layer >= config.num_hidden_layers]
+    if outside:
+        raise MethodError(f"layer {outside[0]} is out of range: the model has layers 0-{config.num_hidden_layers - 1}")
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise typer.BadParameter(f"--set takes key=value; got {text!r}")
+    return name.strip(), value.strip()
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise KeditError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def _read_text(path: Path, field: str) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise StatisticsError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise StatisticsError(f"{path} is not UTF-8 text: {error}") from error
+    if path.suffix != ".jsonl":
+        documents = [line for line in lines if line.strip()]
+    else:
+        documents = []
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise StatisticsError(f"{path}, line {number}: malformed JSON: {error}") from error
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                raise StatisticsError(f"{path}, line {number}: no text in field {field!r} (choose one with --field)")
+            documents.append(record[field])
+    if not documents:
+        raise StatisticsError(f"{path} holds no text")
+    return documents
+
+
+def main() -> None:
+    """The entry point `kedit-fast`."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

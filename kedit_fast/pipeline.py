@@ -1,0 +1,207 @@
+"""Load, edit, measure, save: what the command line does, as functions."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kedit_fast.editing.requests import EditRequest
+from kedit_fast.editor import Editor, EditResult
+from kedit_fast.errors import KeditError, UnsupportedModelError
+from kedit_fast.evaluation.metrics import Metrics, evaluate
+from kedit_fast.models.architectures import ModelView, find_architecture
+from kedit_fast.models.forward import evaluating, last_hidden, pad
+from kedit_fast.statistics.collect import Statistics
+
+_log = logging.getLogger("kedit_fast")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+PHASES = ("statistics", "keys", "values", "solve", "write", "evaluate", "total")
+
+
+def load_config(path: str | os.PathLike) -> Any:
+    """A model's configuration, refused by name when its architecture is not supported."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(f"cannot load a model from {path}: {_first_line(error)}") from error
+    find_architecture(config)
+    return config
+
+
+def load_model(path: str | os.PathLike, dtype: Any = "auto", device: str = "cpu") -> tuple[Any, Any]:
+    """A causal language model and its tokenizer from a folder or a hub name.
+
+    Raises:
+        UnsupportedModelError: no model there, one that cannot be read, or an architecture that is not supported.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    transformers.utils.logging.disable_progress_bar()
+    load_config(path)
+    name = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path), **{name: dtype})
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except Exception as error:  # whatever a damaged file makes the loaders raise
+        raise UnsupportedModelError(f"cannot load a model from {path}: {_first_line(error)}") from error
+    return model.to(device).eval(), tokenizer
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill that appears at `path` only when the block ends without an error.
+
+    Raises:
+        KeditError: `path` exists and `overwrite` is not set, or cannot be written.
+    """
+    path = Path(path)
+    check_new(path, overwrite)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise KeditError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        yield work
+        os.chmod(work, 0o755)
+        _replace(work, path)
+    except OSError as error:
+        raise KeditError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_new(path: str | os.PathLike, overwrite: bool) -> None:
+    """Raise KeditError when `path` exists and may not be overwritten."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise KeditError(f"{path} exists: choose another --out or pass --overwrite")
+    if path.exists() and not path.is_dir():
+        raise KeditError(f"{path} is a file, not a folder")
+
+
+def _replace(work: Path, path: Path) -> None:
+    """Put `work` where `path` is; the old folder is gone only after the new one is there."""
+    if not path.exists():
+        os.rename(work, path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    os.rename(path, old / path.name)
+    try:
+        os.rename(work, path)
+    except OSError:
+        os.rename(old / path.name, path)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def save_model(model: Any, tokenizer: Any, path: str | os.PathLike, overwrite: bool = False) -> None:
+    """Write a model and its tokenizer so that from_pretrained loads them; all or nothing."""
+    with new_folder(path, overwrite) as work:
+        try:
+            model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+        except OSError:
+            raise
+        except Exception as error:  # safetensors reports a full disk with an error of its own
+            raise KeditError(f"cannot write {path}: {_first_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run of edits did, before and after, and how long each phase took."""
+
+    method: str
+    edits: int
+    before: Metrics
+    after: Metrics
+    seconds: dict[str, float]
+    results: tuple[EditResult, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        pairs: dict[str, Any] = {"method": self.method, "edits": self.edits}
+        before, after = self.before.as_dict(), self.after.as_dict()
+        for name in after:
+            pairs[name] = after[name]
+            pairs[f"{name}_before"] = before[name]
+        pairs["seconds"] = self.seconds
+        return pairs
+
+
+def run_edits(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    method: str,
+    *,
+    statistics: Statistics | None,
+    statistics_seconds: float = 0.0,
+    hparams: Mapping[str, Any] | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Report:
+    """Measure, edit in batches of `batch_size` (all at once for None), measure again."""
+    begin = time.perf_counter()
+    editor = Editor(
+        model, tokenizer, method, statistics=statistics, hparams=hparams, seed=seed, progress=progress
+    )
+    _log.info("%s on layers %s (%s)", method, ",".join(map(str, editor.hparams.layers)), editor.origin)
+    seconds = dict.fromkeys(PHASES, 0.0)
+    seconds["statistics"] = statistics_seconds
+    before = evaluate(model, tokenizer, requests)
+    seconds["evaluate"] += time.perf_counter() - begin
+    size = batch_size or len(requests)
+    results = []
+    for start in range(0, len(requests), size):
+        results.append(editor.edit(requests[start : start + size]))
+        for phase, spent in results[-1].seconds.items():
+            seconds[phase] += spent
+    measuring = time.perf_counter()
+    after = evaluate(model, tokenizer, requests)
+    now = time.perf_counter()
+    seconds["evaluate"] += now - measuring
+    seconds["total"] = now - begin + statistics_seconds
+    seconds = {phase: round(spent, 3) for phase, spent in seconds.items()}
+    return Report(method, len(requests), before, after, seconds, tuple(results))
+
+
+def complete(model: Any, tokenizer: Any, prompt: str, tokens: int = 6) -> str:
+    """The greedy continuation of a prompt, up to the end of its first sentence."""
+    view = ModelView(model)
+    special = set(tokenizer.all_special_ids)
+    ids = list(tokenizer(prompt)["input_ids"])
+    while len(ids) > 1 and ids[-1] in special:
+        ids.pop()
+    begin = len(ids)
+    with evaluating(view), torch.no_grad():
+        for _ in range(tokens):
+            state = last_hidden(view, pad([ids], view.device))[0, -1].to(view.head.device)
+            logits = view.head @ state + (0 if view.head_bias is None else view.head_bias)
+            ids.append(int(logits.argmax()))
+    text = tokenizer.decode(ids[begin:], skip_special_tokens=True).strip()
+    return text.split(".")[0].strip()
+
+
+def _version(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
