@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -44,18 +45,36 @@ NATIVE, CUDA = switch("KEDIT_FAST_NATIVE", "auto"), switch("KEDIT_FAST_CUDA", "o
 ARCHS = [a for a in os.environ.get("KEDIT_FAST_CUDA_ARCHS", "80;90").replace(",", ";").split(";") if a]
 
 
-def compiler_refusal() -> str:
-    if NATIVE == "off":
-        return "KEDIT_FAST_NATIVE=off"
+def compiler_command() -> list[str]:
+    """The C++ compiler that setuptools will call, empty when it is not there."""
     from distutils.ccompiler import new_compiler
     from distutils.sysconfig import customize_compiler
 
     compiler = new_compiler()
     customize_compiler(compiler)
-    command = getattr(compiler, "compiler_cxx", None) or getattr(compiler, "compiler", None)
-    if command and not shutil.which(command[0]):
-        return f"no C++ compiler: {command[0]} not found (KEDIT_FAST_NATIVE={NATIVE})"
-    return ""
+    command = list(getattr(compiler, "compiler_cxx", None) or getattr(compiler, "compiler", None) or [])
+    return command if command and shutil.which(command[0]) else []
+
+
+def compiler_refusal() -> str:
+    if NATIVE == "off":
+        return "KEDIT_FAST_NATIVE=off"
+    return "" if compiler_command() else f"no C++ compiler found (KEDIT_FAST_NATIVE={NATIVE})"
+
+
+def supported_isas(command: list[str]) -> list[str]:
+    """Stems of the isa_*.cpp files whose flags this compiler knows."""
+    if not X86:
+        return []
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <immintrin.h>\nint main() { return 0; }\n", encoding="utf-8")
+        for stem, flags in ISA_FLAGS.items():
+            probe = [*command, *flags, "-std=c++17", "-c", str(source), "-o", str(Path(folder) / "probe.o")]
+            if subprocess.run(probe, capture_output=True).returncode == 0:
+                found.append(stem)
+    return found
 
 
 def nvcc_path() -> str | None:
@@ -154,18 +173,19 @@ def write_build_info(folder: Path) -> None:
 
 def extensions() -> list[Extension]:
     built["_cpu"], built["_cuda"] = compiler_refusal(), cuda_refusal()
+    if not built["_cuda"] and not compiler_command():
+        built["_cuda"] = "no C++ compiler"
     for module, mode in (("_cpu", NATIVE), ("_cuda", CUDA)):
         if mode == "on" and built[module]:
             sys.exit(f"kedit_fast.{module} was asked for but cannot be built: {built[module]}")
-    if built["_cpu"] and not built["_cuda"]:
-        built["_cuda"] = built["_cpu"]
     packing = "sdist" in sys.argv or "egg_info" in sys.argv  # the source distribution carries all of csrc
     files = [str(p.relative_to(ROOT)) for p in sorted(CSRC.rglob("*")) if p.is_file()]
     sanitize = os.environ.get("KEDIT_FAST_SANITIZE", "")
     extra = [f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer"] if sanitize else []
+    isas = [] if built["_cpu"] else supported_isas(compiler_command())
     cpu_sources = ["csrc/bind/cpu_module.cpp"]
     for path in [*sorted((CSRC / "common").glob("*.cpp")), *sorted((CSRC / "cpu").glob("*.cpp"))]:
-        if X86 or path.stem not in ISA_FLAGS:
+        if packing or path.stem not in ISA_FLAGS or path.stem in isas:
             cpu_sources.append(str(path.relative_to(ROOT)))
     flags = [*STANDARD, *extra, *shlex.split(os.environ.get("KEDIT_FAST_CXXFLAGS", ""))]
     link = [*extra, "-pthread", "-ldl"]
@@ -173,7 +193,8 @@ def extensions() -> list[Extension]:
     if packing or not built["_cpu"]:
         found.append(
             Extension(
-                "kedit_fast._cpu", cpu_sources, depends=files, extra_compile_args=flags, extra_link_args=link,
+                "kedit_fast._cpu", cpu_sources, depends=files, extra_compile_args=flags,
+                define_macros=[(f"KF_{stem.upper()}", "1") for stem in isas], extra_link_args=link,
                 language="c++",
             )
         )  # fmt: skip

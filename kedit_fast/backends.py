@@ -34,6 +34,7 @@ class Probe:
 
     reason: str
     detail: str = ""
+    misconfigured: bool = False  # an explicit setting cannot be honoured: automatic choice raises too
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def select(op: str, backend: str, *args: Any) -> Implementation:
             reason = _refusal(op, name, *args)
             if not reason:
                 return table[name]
+            if probe(name).misconfigured:
+                raise BackendUnavailableError(f"{op}: {reason}")
             if (op, name, reason) not in _declined:
                 _declined.add((op, name, reason))
                 _log.debug("%s: not on %s: %s", op, name, reason)

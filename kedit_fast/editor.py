@@ -256,7 +256,7 @@ class _Batch:
 
     def write(self, layer: int, update: LowRankUpdate) -> None:
         name, weight = self.view.weight_name(layer), self.view.weight(layer)
-        self.weight_norms.setdefault(name, float(torch.linalg.vector_norm(weight, dtype=torch.float32)))
+        self.weight_norms.setdefault(name, _norm(weight))
         with self.timed("write"):
             self.editor.ledger.write(name, weight, update)
         self.updates.setdefault(name, []).append(update)
@@ -287,6 +287,11 @@ class _Batch:
             prefixes=self.editor.prefixes,
             seconds=self.seconds,
         )
+
+
+def _norm(weight: torch.Tensor) -> float:
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return float(torch.linalg.vector_norm(weight, dtype=wide))
 
 
 def _total_norm(updates: Sequence[LowRankUpdate]) -> float:

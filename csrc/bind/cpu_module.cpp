@@ -35,7 +35,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isas", [] {
     py::dict reasons;  // name -> why it cannot be used here, or None
     for (Isa isa : all_isas) {
-      const std::string refusal = kf::isa_refusal(isa);
+      const std::string refusal = kf::cpu::refusal(isa);
       reasons[kf::isa_name(isa)] = refusal.empty() ? py::object(py::none()) : py::object(py::str(refusal));
     }
     return reasons;

@@ -92,13 +92,6 @@ std::string isa_refusal(Isa isa) {
 #endif
 }
 
-Isa best_isa() {
-  for (Isa isa : {Isa::amx, Isa::avx512, Isa::avx2}) {
-    if (isa_refusal(isa).empty()) return isa;
-  }
-  return Isa::generic;
-}
-
 std::vector<std::string> cpu_features() {
   const Features& f = features();
   std::vector<std::string> names;

@@ -12,9 +12,6 @@ const char* isa_name(Isa isa);
 // Empty when `isa` may be used here, otherwise why not. Asks the kernel for the AMX tile state when needed.
 std::string isa_refusal(Isa isa);
 
-// The widest usable instruction set.
-Isa best_isa();
-
 // Names of the processor features the kernels look at, e.g. "avx2", "amx_bf16".
 std::vector<std::string> cpu_features();
 

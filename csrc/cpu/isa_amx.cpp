@@ -106,7 +106,14 @@ inline void store_tile(char* to, const __m512i tile[16]) {
 inline __m512i take_bf16(__m512& v) {
   const __m512i u = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i bits = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+  __m512i bits = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+  // What is not finite, or would be once rounded up, is cut instead, NaN kept quiet.
+  const __m512i exponent = _mm512_set1_epi32(0x7f80), high = _mm512_srli_epi32(u, 16);
+  const __mmask16 cut = _mm512_cmpeq_epi32_mask(_mm512_and_si512(bits, exponent), exponent) |
+                        _mm512_cmpeq_epi32_mask(_mm512_and_si512(high, exponent), exponent);
+  bits = _mm512_mask_mov_epi32(bits, cut, high);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  bits = _mm512_mask_or_epi32(bits, nan, bits, _mm512_set1_epi32(0x40));
   v = _mm512_sub_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
   return bits;
 }
@@ -213,7 +220,7 @@ void block(const void* left, const void* right, int64_t depth, bool weighted, in
         for (int64_t k = k0; k < k1; ++k) multiply_step(a + k * 2 * TILE, b + k * 2 * TILE);
         store_sums(sums);
         if (last) {
-          add_lower_tile(sums, PANEL, rows, columns, i, j, static_cast<float>(alpha), acc, acc_dtype, acc_stride);
+          add_lower_tile(sums, PANEL, rows, columns, i, j, alpha, acc, acc_dtype, acc_stride);
         }
       }
     }

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 #include "../common/cpu_features.h"
 #include "../common/tensor_view.h"
@@ -74,16 +75,17 @@ struct KernelTable {
   RankKKernel rank_k_f32, rank_k_f64;
 };
 
+// setup.py defines KF_ISA_* for those whose flags the compiler knows.
 const KernelTable& generic_table();
-#if defined(__x86_64__)
 const KernelTable& avx2_table();
 const KernelTable& avx512_table();
 const KernelTable& amx_table();
-#endif
 
 // The table in use: the widest allowed one unless select_isa() chose another.
 const KernelTable& active_table();
 Isa active_isa();
+// Empty when `isa` is in this build and may be used here, otherwise why not.
+std::string refusal(Isa isa);
 // Throws InvalidArgument when `isa` cannot be used here.
 void select_isa(Isa isa);
 

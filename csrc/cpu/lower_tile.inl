@@ -2,19 +2,20 @@
 
 template <class T, class A>
 inline void add_lower_rows(const T* tile, int tile_stride, int64_t rows, int64_t columns, int64_t i0, int64_t j0,
-                           T alpha, A* acc, int64_t acc_stride) {
+                           double alpha, A* acc, int64_t acc_stride) {
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t below = i0 + i - j0 + 1;
     const int64_t n = below < columns ? below : columns;
     A* __restrict to = acc + (i0 + i) * acc_stride + j0;
     const T* __restrict from = tile + i * tile_stride;
-    for (int64_t j = 0; j < n; ++j) to[j] += A(alpha) * A(from[j]);
+    const A scale = A(alpha);
+    for (int64_t j = 0; j < n; ++j) to[j] += scale * A(from[j]);
   }
 }
 
 template <class T>
 inline void add_lower_tile(const T* tile, int tile_stride, int64_t rows, int64_t columns, int64_t i0, int64_t j0,
-                           T alpha, void* acc, DType acc_dtype, int64_t acc_stride) {
+                           double alpha, void* acc, DType acc_dtype, int64_t acc_stride) {
   if (acc_dtype == DType::f64) {
     add_lower_rows(tile, tile_stride, rows, columns, i0, j0, alpha, static_cast<double*>(acc), acc_stride);
   } else {

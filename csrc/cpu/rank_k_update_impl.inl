@@ -3,6 +3,7 @@
 template <class T>
 struct RankKBody {
   static constexpr int MR = tile_rows, NR = tile_columns<T>;
+  static constexpr int64_t DEPTH = 256;
 
   template <class S>
   static void pack_as(const FactorSource& f, int64_t first, int width, T* out) {
@@ -59,6 +60,16 @@ struct RankKBody {
     }
   }
 
+  // Long sums go by blocks of DEPTH terms, which keeps their rounding near that of a pairwise sum.
+  static void sum_products(const T* left, const T* right, int64_t k, T* tile) {
+    multiply_panels<T, MR, NR>(left, right, k < DEPTH ? k : DEPTH, tile);
+    alignas(64) T part[MR * NR];
+    for (int64_t p = DEPTH; p < k; p += DEPTH) {
+      multiply_panels<T, MR, NR>(left + p * MR, right + p * NR, k - p < DEPTH ? k - p : DEPTH, part);
+      for (int e = 0; e < MR * NR; ++e) tile[e] += part[e];
+    }
+  }
+
   template <class W, class C>
   static void block_as(const T* left, const T* right, int64_t k, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
                        const RankKTarget& t) {
@@ -68,7 +79,7 @@ struct RankKBody {
     for (int64_t i = i0; i < i1; i += MR) {
       const int64_t rows = i1 - i < MR ? i1 - i : MR;
       for (int64_t j = j0; j < j1; j += NR) {
-        multiply_panels<T, MR, NR>(left + (i - i0) * k, right + (j - j0) * k, k, tile);
+        sum_products(left + (i - i0) * k, right + (j - j0) * k, k, tile);
         const int64_t columns = j1 - j < NR ? j1 - j : NR;
         for (int64_t r = 0; r < rows; ++r) {
           add_row(tile + r * NR, columns, weight + (i + r) * t.row_stride + j * t.column_stride, t.column_stride,

@@ -70,7 +70,7 @@ struct SymmetricBody {
           const int64_t rows = i1 - i < MR ? i1 - i : MR, columns = j1 - j < NR ? j1 - j : NR;
           prefetch_tile(rows, columns, i, j, acc, acc_dtype, acc_stride);
           multiply_panels<T, MR, NR>(static_cast<const T*>(left) + i / MR * (depth * MR) + k0 * MR, b, k, tile);
-          add_lower_tile(tile, NR, rows, columns, i, j, T(alpha), acc, acc_dtype, acc_stride);
+          add_lower_tile(tile, NR, rows, columns, i, j, alpha, acc, acc_dtype, acc_stride);
         }
       }
     }

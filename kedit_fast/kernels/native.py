@@ -29,10 +29,12 @@ def build_reason(module: str) -> str:
 @cache
 def _load(name: str) -> tuple[ModuleType | None, str]:
     reason = build_reason(name)
+    if reason:
+        return None, f"not built: {reason}"
     try:
         module = importlib.import_module(f"kedit_fast.{name}")
     except ModuleNotFoundError:
-        return None, f"not built: {reason}" if reason else "not built"
+        return None, "not built"
     except ImportError as error:
         return None, f"built but cannot be loaded: {error}"
     if name == "_cpu" and (isa := os.environ.get("KEDIT_FAST_ISA")):
@@ -68,7 +70,7 @@ def probe_cpu() -> Probe:
     """Whether the C++ module can run, with its instruction set and threads."""
     module, reason = _load("_cpu")
     if module is None:
-        return Probe(reason)
+        return Probe(reason, misconfigured=reason.startswith("KEDIT_FAST_ISA"))
     return Probe("", f"{module.isa()}, {torch.get_num_threads()} threads ({module.thread_source()})")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -10,6 +11,21 @@ from kedit_fast.errors import GradientError, InvalidArgumentError
 
 LIBRARY = torch.library.Library("kedit_fast", "DEF")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@contextlib.contextmanager
+def stated_precision(tensor: torch.Tensor) -> Iterator[None]:
+    """Inside, plain torch computes in the dtypes the code names: no autocast, no TF32 or bf16 in place of fp32."""
+    before = torch.get_float32_matmul_precision()
+    with torch.autocast(tensor.device.type, enabled=False):
+        if before == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def require(ok: bool, message: str) -> None:
@@ -68,7 +84,7 @@ def require_apart(name: str, written: torch.Tensor, **read: torch.Tensor | None)
             continue
         other_begin, other_end = _range(other)
         if begin < other_end and other_begin < end:
-            raise InvalidArgumentError(f"{name} and {other_name} share memory: pass {other_name}.clone()")
+            raise InvalidArgumentError(f"{name} and {other_name} share memory (their ranges intersect): pass {other_name}.clone()")
 
 
 def _range(tensor: torch.Tensor) -> tuple[int, int]:

@@ -6,7 +6,15 @@ import torch
 
 from kedit_fast.backends import Implementation, register, requested, select
 from kedit_fast.errors import GradientError
-from kedit_fast.ops.arguments import LIBRARY, describe, require, require_dtype, require_no_grad, require_same_device
+from kedit_fast.ops.arguments import (
+    LIBRARY,
+    describe,
+    require,
+    require_dtype,
+    require_no_grad,
+    require_same_device,
+    stated_precision,
+)
 from kedit_fast.ops.target_log_probs import check_head
 from kedit_fast.reference import distribution_kl as reference
 from kedit_fast.reference.target_log_probs import wide
@@ -68,7 +76,8 @@ def _check(hidden, hidden_ref, head, bias, softcap) -> None:
 def _run(hidden, hidden_ref, head, bias, softcap, backend):
     _check(hidden, hidden_ref, head, bias, softcap)
     chosen = select(OP, requested(backend or None), hidden, hidden_ref, head)
-    return chosen.run(hidden, hidden_ref, head, bias, softcap)
+    with stated_precision(hidden):
+        return chosen.run(hidden, hidden_ref, head, bias, softcap)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
@@ -81,7 +90,8 @@ def _fake(hidden, hidden_ref, head, bias, softcap, backend):
 @torch.library.impl(LIBRARY, f"{OP}_backward", "CompositeExplicitAutograd")
 def _run_backward(grad, hidden, hidden_ref, head, bias, softcap, kl, total, total_ref, backend):
     chosen = select(f"{OP}_backward", requested(backend or None), hidden, hidden_ref, head)
-    return chosen.run(grad, hidden, hidden_ref, head, bias, softcap, kl, total, total_ref)
+    with stated_precision(hidden):
+        return chosen.run(grad, hidden, hidden_ref, head, bias, softcap, kl, total, total_ref)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}_backward", lib=LIBRARY)
@@ -97,7 +107,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
-    if torch.is_grad_enabled() and grad.requires_grad:
+    if torch.is_grad_enabled():  # create_graph=True: autograd would trace through the arithmetic with stale sums
         raise GradientError(f"{OP} has no second derivative")
     hidden, hidden_ref, head, bias, kl, total, total_ref = ctx.saved_tensors
     d_hidden = torch.ops.kedit_fast.distribution_kl_backward(

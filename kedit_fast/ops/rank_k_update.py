@@ -16,6 +16,7 @@ from kedit_fast.ops.arguments import (
     require_no_grad,
     require_not_overlapping,
     require_same_device,
+    stated_precision,
 )
 from kedit_fast.reference import rank_k_update as reference
 
@@ -48,7 +49,8 @@ def rank_k_update_(
         backend: "torch", "cpu", "triton", "cuda" or "auto"; None asks the context and the environment.
 
     Returns:
-        `weight`. The same bits for any number of threads; across backends within 1 ulp of its dtype.
+        `weight`. The C++ kernels give the same bits for any number of threads. Backends differ by the rounding of the
+        fp32 sums, at most k 2^-23 (|alpha| |left| |right|^T + |weight|) an entry, and 1 ulp of the weight's dtype.
 
     Raises:
         InvalidArgumentError: a wrong shape, dtype, device, or overlapping memory.
@@ -108,7 +110,11 @@ def _run(weight, left, right, alpha, copy, backend):
     if left.shape[1] == 0 and copy is None:
         return
     chosen = select(OP, requested(backend or None), weight, left, right, copy)
-    chosen.run(weight, left, right, alpha, copy)
+    with stated_precision(weight):
+        chosen.run(weight, left, right, alpha, copy)
+    torch.autograd.graph.increment_version(weight)
+    if copy is not None:
+        torch.autograd.graph.increment_version(copy)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)

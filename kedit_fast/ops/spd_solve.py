@@ -6,7 +6,15 @@ import torch
 
 from kedit_fast.backends import Implementation, register, requested, select
 from kedit_fast.errors import SolveError
-from kedit_fast.ops.arguments import LIBRARY, describe, require, require_dtype, require_no_grad, require_same_device
+from kedit_fast.ops.arguments import (
+    LIBRARY,
+    describe,
+    require,
+    require_dtype,
+    require_no_grad,
+    require_same_device,
+    stated_precision,
+)
 from kedit_fast.reference import spd_solve as reference
 
 OP = "spd_solve"
@@ -56,14 +64,15 @@ def _run(gram, rhs, ridge, backend):
     _check(gram, rhs)
     chosen = select(OP, requested(backend or None), gram, rhs)
     batched = gram.ndim == 3
-    solution, info = chosen.run(gram if batched else gram[None], rhs if batched else rhs[None], ridge)
+    with stated_precision(gram):
+        solution, info = chosen.run(gram if batched else gram[None], rhs if batched else rhs[None], ridge)
     if gram.numel() and rhs.numel() and not bool(torch.isfinite(solution).all() & (info == 0).all()):
         _explain_failure(gram, rhs, info, batched)
     return (solution if batched else solution[0]).contiguous()
 
 
 def _explain_failure(gram, rhs, info, batched) -> None:
-    for name, tensor in (("gram", gram), ("rhs", rhs)):
+    for name, tensor in (("gram", gram.tril()), ("rhs", rhs)):
         if not bool(torch.isfinite(tensor).all()):
             raise SolveError(f"{OP}: {name} has values that are not finite")
     failed = torch.nonzero(info)

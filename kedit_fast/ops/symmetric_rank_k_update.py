@@ -16,6 +16,7 @@ from kedit_fast.ops.arguments import (
     require_no_grad,
     require_not_overlapping,
     require_same_device,
+    stated_precision,
 )
 from kedit_fast.reference import symmetric_rank_k_update as reference
 
@@ -47,7 +48,8 @@ def symmetric_rank_k_update_(
 
     Returns:
         `acc`. Products are exact in fp32 for 16-bit rows; sums over a chunk of rows are fp32 (fp64 for fp64 rows),
-        chunks are added in the dtype of `acc`. The same bits for any number of threads.
+        chunks are added in the dtype of `acc`. The C++ kernels give the same bits for any number of threads. A counted row
+        that is not finite makes the entries it touches not finite.
 
     Raises:
         InvalidArgumentError: a wrong shape, dtype, device, or overlapping memory.
@@ -93,7 +95,9 @@ def _run(acc, x, row_weights, mask, alpha, backend):
     require_not_overlapping("acc", acc)
     require_apart("acc", acc, x=x, row_weights=row_weights, mask=mask)
     chosen = select(OP, requested(backend or None), acc, x)
-    chosen.run(acc, x, row_weights, mask, alpha)
+    with stated_precision(acc):
+        chosen.run(acc, x, row_weights, mask, alpha)
+    torch.autograd.graph.increment_version(acc)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)

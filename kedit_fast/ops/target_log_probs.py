@@ -16,6 +16,7 @@ from kedit_fast.ops.arguments import (
     require_dtype,
     require_no_grad,
     require_same_device,
+    stated_precision,
 )
 from kedit_fast.reference import target_log_probs as reference
 
@@ -66,7 +67,7 @@ def target_log_probs(
         TargetLogProbs.
 
     Raises:
-        InvalidArgumentError: a wrong shape, dtype or device, or a target outside the vocabulary.
+        InvalidArgumentError: a wrong shape, dtype or device, or a target outside the vocabulary (on a GPU that gives NaN).
         GradientError: head or bias require grad.
 
     Cost: 2 rows V h flops forward, 4 backward; one chunk of 16,384 logits a row exists at a time.
@@ -102,12 +103,13 @@ def _check(hidden, head, targets, bias, softcap) -> None:
 @torch.library.impl(LIBRARY, OP, "CompositeExplicitAutograd")
 def _run(hidden, head, targets, bias, softcap, backend):
     _check(hidden, head, targets, bias, softcap)
-    # Reading the bounds on a GPU would stall it at every step; there the gather itself asserts.
+    # Reading the bounds on a GPU would stall it at every step; there such a target gives NaN.
     if targets.device.type == "cpu" and targets.numel():
         low, high = int(targets.min()), int(targets.max())
         require(low >= 0 and high < head.shape[0], f"targets must be in [0, {head.shape[0]}); got {low} to {high}")
     chosen = select(OP, requested(backend or None), hidden, head, targets)
-    return chosen.run(hidden, head, targets, bias, softcap)
+    with stated_precision(hidden):
+        return chosen.run(hidden, head, targets, bias, softcap)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
@@ -120,7 +122,8 @@ def _fake(hidden, head, targets, bias, softcap, backend):
 @torch.library.impl(LIBRARY, f"{OP}_backward", "CompositeExplicitAutograd")
 def _run_backward(grad, hidden, head, targets, bias, softcap, total, backend):
     chosen = select(f"{OP}_backward", requested(backend or None), hidden, head, targets)
-    return chosen.run(grad, hidden, head, targets, bias, softcap, total)
+    with stated_precision(hidden):
+        return chosen.run(grad, hidden, head, targets, bias, softcap, total)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}_backward", lib=LIBRARY)
@@ -137,7 +140,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad, *_):
     hidden, head, targets, bias, total = ctx.saved_tensors
-    if torch.is_grad_enabled() and grad.requires_grad:
+    if torch.is_grad_enabled():  # create_graph=True: autograd would trace through the arithmetic with stale sums
         raise GradientError(f"{OP} has no second derivative")
     d_hidden = torch.ops.kedit_fast.target_log_probs_backward(
         grad, hidden, head, targets, bias, ctx.softcap, total, ctx.backend

@@ -46,7 +46,7 @@ def target_log_probs(
     """Return log p(targets), logsumexp, the top-1 id and its log p, each [rows], from hidden [rows, h], head [V, h]."""
     rows, dtype = hidden.shape[0], wide(hidden)
     total = torch.full((rows,), -torch.inf, dtype=dtype, device=hidden.device)
-    at_target = torch.zeros(rows, dtype=dtype, device=hidden.device)
+    at_target = torch.full((rows,), torch.nan, dtype=dtype, device=hidden.device)  # NaN: outside the vocabulary
     best = torch.full((rows,), -torch.inf, dtype=dtype, device=hidden.device)
     best_id = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
     for begin in range(0, head.shape[0], chunk):

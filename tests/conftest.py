@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from kedit_fast.kernels import native
+
+ISAS = ("generic", "avx2", "avx512", "amx")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Every instruction set this machine has, one after another."""
+    if native.probe_cpu().reason:
+        pytest.skip(f"no C++ module: {native.probe_cpu().reason}")
+    cpu = native.cpu()
+    if reason := cpu.isas()[request.param]:
+        pytest.skip(reason)
+    before = cpu.isa()
+    cpu.select_isa(request.param)
+    yield request.param
+    cpu.select_isa(before)
+
+
+@pytest.fixture(params=("torch", "cpu"))
+def backend(request):
+    if request.param == "cpu" and native.probe_cpu().reason:
+        pytest.skip(native.probe_cpu().reason)
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def demo_model():
+    """The bundled model and tokenizer. Tests that edit it must restore it."""
+    from kedit_fast import demo
+
+    return demo.load()
+
+
+@pytest.fixture(scope="session")
+def demo_statistics(demo_model):
+    from kedit_fast import demo
+    from kedit_fast.statistics.collect import collect_statistics
+
+    return collect_statistics(*demo_model, demo.corpus(800), (0, 1), progress=False)

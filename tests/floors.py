@@ -1,0 +1,26 @@
+"""Error limits: relative Frobenius against float64. A kernel passes when its error is at most
+max(floor, twice the error of the torch reference in the same dtype). The worst measured error stands beside each floor."""
+
+from __future__ import annotations
+
+import torch
+
+SYMMETRIC = {  # by rows of x, fp32 or fp64 accumulator
+    torch.float32: 6e-7,  # 5.4e-7 (avx512, n 1500)
+    torch.bfloat16: 6e-7,  # 4.7e-7 (avx2)
+    torch.float16: 6e-7,  # 4.6e-7 (avx512)
+    torch.float64: 4e-15,  # 1.7e-15
+}
+RANK_K = {  # by weight: half an ulp of it, relative to norms
+    torch.float32: 1e-6,  # 9.9e-7 (avx512, k 70)
+    torch.bfloat16: 4e-3,  # 3.4e-3
+    torch.float16: 5e-4,  # 4.6e-4
+    torch.float64: 2e-14,  # 1.1e-14
+}
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """|found - expected| / |expected| (Frobenius); NaN anywhere gives NaN, which no limit accepts."""
+    scale = expected.double().norm()
+    error = (found.double() - expected.double()).norm()
+    return float(error / scale) if scale > 0 else float(error)

@@ -1,0 +1,68 @@
+"""opcheck and torch.compile(fullgraph=True) for every op."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import kedit_fast
+
+OPS = torch.ops.kedit_fast
+
+
+def cases():
+    hidden, head = torch.randn(6, 8), torch.randn(50, 8)
+    targets = torch.randint(0, 50, (6,))
+    master, copy = torch.randn(20, 30), torch.empty(20, 30, dtype=torch.bfloat16)
+    left, right = torch.randn(20, 3), torch.randn(30, 3)
+    mask, weights = torch.rand(6) > 0.5, torch.rand(6)
+    return [
+        (OPS.symmetric_rank_k_update_, (torch.zeros(8, 8), hidden, weights, mask, 1.0, "")),
+        (OPS.rank_k_update_, (master.clone(), left, right, 1.0, None, "")),
+        (OPS.rank_k_update_, (master.clone(), left, right, 1.0, copy, "")),
+        (OPS.spd_solve, (torch.eye(4), torch.randn(4, 2), 0.1, "")),
+        (OPS.target_log_probs, (hidden.clone().requires_grad_(), head, targets, None, 0.0, "")),
+        (OPS.distribution_kl, (hidden.clone().requires_grad_(), torch.randn(6, 8), head, None, 2.0, "")),
+    ]
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_opcheck(index):
+    op, args = cases()[index]
+    torch.library.opcheck(op, args)
+
+
+def _compiled(function, *args):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager")(*args)
+
+
+def test_update_ops_compile_without_a_graph_break():
+    x = torch.randn(6, 8)
+
+    def step(acc, weight, left, right):
+        kedit_fast.symmetric_rank_k_update_(acc, x)
+        kedit_fast.rank_k_update_(weight, left, right, 2.0)
+        return acc.sum() + weight.sum()
+
+    args = torch.zeros(8, 8), torch.randn(4, 5), torch.randn(4, 2), torch.randn(5, 2)
+    expected = step(*(a.clone() for a in args))
+    torch.testing.assert_close(_compiled(step, *(a.clone() for a in args)), expected)
+
+
+def test_differentiable_ops_compile_without_a_graph_break():
+    head, other, targets = torch.randn(50, 8), torch.randn(6, 8), torch.randint(0, 50, (6,))
+
+    def loss(hidden):
+        log_prob = kedit_fast.target_log_probs(hidden, head, targets, return_top1=True).log_prob
+        return kedit_fast.distribution_kl(hidden, other, head).sum() - log_prob.sum()
+
+    plain, compiled = (torch.randn(6, 8, generator=torch.manual_seed(1)).requires_grad_() for _ in range(2))
+    loss(plain).backward()
+    _compiled(loss, compiled).backward()
+    torch.testing.assert_close(compiled.grad, plain.grad)
+
+
+def test_spd_solve_compiles_without_a_graph_break():
+    gram = torch.eye(3) * 2
+    torch.testing.assert_close(_compiled(lambda g: kedit_fast.spd_solve(g, torch.eye(3)), gram), torch.eye(3) / 2)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kedit_fast
+from kedit_fast.errors import BackendUnavailableError, KeditError
+from kedit_fast.kernels import native
+
+
+def test_backends_are_listed_with_a_detail_or_a_reason():
+    rows = {row.name: row for row in kedit_fast.backends()}
+    assert set(rows) == {"cuda", "triton", "cpu", "torch"}
+    assert rows["torch"].available and all(row.detail for row in rows.values())
+
+
+def test_an_explicit_backend_never_falls_back():
+    weight, left, right = torch.zeros(2, 3), torch.ones(2, 1), torch.ones(3, 1)
+    if native.probe_cuda().reason:
+        with pytest.raises(BackendUnavailableError, match="cuda"):
+            kedit_fast.rank_k_update_(weight, left, right, backend="cuda")
+        with pytest.raises(BackendUnavailableError), kedit_fast.use_backend("cuda"):
+            pass
+    with pytest.raises(BackendUnavailableError, match="no triton implementation|cannot run"):
+        kedit_fast.spd_solve(torch.eye(2), torch.eye(2), backend="triton")
+    with pytest.raises(BackendUnavailableError, match="unknown backend 'gpu'"):
+        kedit_fast.rank_k_update_(weight, left, right, backend="gpu")
+    assert torch.equal(weight, torch.zeros(2, 3))
+
+
+def test_argument_beats_context_beats_environment(monkeypatch):
+    weight, left, right = torch.zeros(2, 3), torch.ones(2, 1), torch.ones(3, 1)
+    monkeypatch.setenv("KEDIT_FAST_BACKEND", "torch")
+    assert kedit_fast.explain("rank_k_update_", weight, left, right).runs.startswith("torch")
+    if not native.probe_cpu().reason:
+        with kedit_fast.use_backend("cpu"):
+            assert kedit_fast.explain("rank_k_update_", weight, left, right).runs.startswith("cpu")
+            with kedit_fast.use_backend("torch"):
+                assert kedit_fast.explain("rank_k_update_", weight, left, right).runs.startswith("torch")
+        assert kedit_fast.explain("rank_k_update_", weight, left, right, backend="cpu").runs.startswith("cpu")
+    monkeypatch.setenv("KEDIT_FAST_BACKEND", "nonsense")
+    with pytest.raises(BackendUnavailableError, match="nonsense"):
+        kedit_fast.rank_k_update_(weight, left, right)
+
+
+def test_explain_gives_a_reason_for_every_other_backend():
+    found = kedit_fast.explain("rank_k_update_", torch.zeros(2, 3), torch.ones(2, 1), torch.ones(3, 1))
+    assert set(found.reasons) | {found.runs.split()[0]} == {"cuda", "triton", "cpu", "torch"}
+    assert all(found.reasons.values())
+    with pytest.raises(KeditError, match="unknown op"):
+        kedit_fast.explain("rank_two_update_")
+
+
+def run_python(code, **environment):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_importing_the_package_loads_neither_transformers_nor_triton():
+    code = "import sys, kedit_fast; sys.exit(any(m in sys.modules for m in ('transformers', 'triton')))"
+    assert run_python(code).returncode == 0
+
+
+def test_an_isa_forced_by_the_environment_is_used_or_named():
+    if native.probe_cpu().reason:
+        pytest.skip(native.probe_cpu().reason)
+    code = "import kedit_fast; print(*kedit_fast.backends(), sep='\\n')"
+    assert "generic" in run_python(code, KEDIT_FAST_ISA="generic").stdout
+    wrong = run_python(code, KEDIT_FAST_ISA="sse9").stdout
+    assert "KEDIT_FAST_ISA=sse9" in wrong and "generic, avx2, avx512 or amx" in wrong

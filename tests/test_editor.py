@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from floors import relative_error
+from tiny_models import KINDS, TEXT, make_model, make_tokenizer
+
+from kedit_fast import Editor, EditRequest, collect_statistics, demo, evaluate
+from kedit_fast.editing.keys import keys_and_outputs
+from kedit_fast.editing.prompts import prepare
+from kedit_fast.editing.values import optimise_values
+from kedit_fast.errors import EditError, KeditError, MethodError, RequestError, StatisticsError
+from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.forward import Site
+
+PREFIXES = ("The old tower. ", "Because I saw. ")
+REQUESTS = [
+    EditRequest("{} plays the", "Miles Davis", "violin"),
+    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English"),
+    EditRequest("{} is located in", "Autonomous University of Madrid", "Sweden"),
+]
+NUMBERS = dict(v_num_grad_steps=6, v_lr=0.1, clamp_norm_factor=0.5, mom2_ridge=1e-3)
+
+
+def make_editor(kind="llama", method="memit", dtype=torch.float32, **hparams):
+    tokenizer, model = make_tokenizer(), make_model(kind, dtype)
+    layers = (0, 1) if method == "memit" else (1,)
+    statistics = collect_statistics(model, tokenizer, TEXT * 2, (0, 1), progress=False)
+    numbers = {**NUMBERS, **({"mom2_update_weight": 10.0} if method == "memit" else {"mom2_adjustment": True}), **hparams}
+    return Editor(
+        model, tokenizer, method, statistics=statistics, layers=layers, hparams=numbers, prefixes=PREFIXES
+    )
+
+
+def weights(editor):
+    return {name: tensor.clone() for name, tensor in editor.view.model.state_dict().items()}
+
+
+def same(editor, before):
+    return all(torch.equal(tensor, before[name]) for name, tensor in editor.view.model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memit_is_the_published_dense_update_layer_by_layer(kind):
+    """Transcribed from the published loop: R / layers left, (lambda C + K K^T)^-1 K, in fp64, on an fp64 model."""
+    editor = make_editor(kind, dtype=torch.float64)
+    expected, other = editor.view, ModelView(make_model(kind, torch.float64))
+    prepared = prepare(editor.tokenizer, REQUESTS, PREFIXES, 128)
+    site = Site(1, "block")
+    targets = optimise_values(other, prepared, 1, "block", editor.hparams).targets
+    result = editor.edit(REQUESTS)
+    for i, layer in enumerate((0, 1)):
+        seen = keys_and_outputs(other, prepared, layer, site, "bare_half")
+        keys, residual = seen.keys, (targets - seen.outputs) / (2 - i)
+        moment = editor._statistics.moment(layer).moment
+        moment = moment + 1e-3 * moment.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+        delta = residual @ torch.linalg.solve(10.0 * moment + keys @ keys.T, keys).T
+        other.weight(layer).add_(delta)
+        assert relative_error(expected.weight(layer), other.weight(layer)) < 1e-9
+        assert abs(result.relative_norms[expected.weight_name(layer)] - float(delta.norm() / (other.weight(layer) - delta).norm())) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_are_half_the_bare_prompt_and_half_the_mean_of_the_prefixed(kind):
+    tokenizer, model = make_tokenizer(bos=True), make_model(kind)
+    view = ModelView(model)
+    (prepared,) = prepare(tokenizer, REQUESTS[:1], PREFIXES, 128)
+    keys = []
+    for prompt in prepared.rewriting:
+        hook = view.edited_module(1).register_forward_pre_hook(
+            lambda m, a, prompt=prompt: keys.append(a[0][0, prompt.lookup].double())
+        )
+        with torch.no_grad():
+            model(torch.tensor([prompt.ids]))
+        hook.remove()
+    half = keys_and_outputs(view, [prepared], 1, Site(1, "block"), "bare_half")
+    mean = keys_and_outputs(view, [prepared], 1, Site(1, "mlp"), "mean")
+    torch.testing.assert_close(half.keys[:, 0], (keys[0] + (keys[1] + keys[2]) / 2) / 2, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(mean.keys[:, 0], torch.stack(keys).mean(0), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(mean.bare_keys[:, 0], keys[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rome_makes_the_bare_prompt_say_the_value(kind):
+    editor = make_editor(kind, "rome")
+    prepared = prepare(editor.tokenizer, REQUESTS[:1], PREFIXES, 128)
+    value = optimise_values(editor.view, prepared, 1, "mlp", editor.hparams).targets
+    result = editor.edit(REQUESTS[:1])
+    seen = keys_and_outputs(editor.view, prepared, 1, Site(1, "mlp"), "mean")
+    assert relative_error(seen.outputs, value) < 1e-4
+    assert result.residual < 1e-6 and result.updates[editor.view.weight_name(1)][0].rank == 1
+
+
+@pytest.mark.parametrize("method", ("memit", "rome"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_sequential_edits_roll_back_to_the_bit(method, dtype):
+    editor = make_editor("gpt2", method, dtype)
+    snapshots = [weights(editor)]
+    for request in REQUESTS:
+        editor.edit([request])
+        snapshots.append(weights(editor))
+        assert not same(editor, snapshots[-2])
+    editor.rollback()
+    assert same(editor, snapshots[2])
+    editor.rollback(2)
+    assert same(editor, snapshots[0])
+    editor.edit(REQUESTS)
+    editor.restore()
+    assert same(editor, snapshots[0])
+
+
+@pytest.mark.parametrize("layer", (0, 1))
+@pytest.mark.parametrize("error", (RuntimeError, KeyboardInterrupt))
+def test_a_failure_at_any_layer_leaves_the_model_as_it_was(monkeypatch, layer, error):
+    editor = make_editor()
+    editor.edit(REQUESTS[:1])
+    before = weights(editor)
+    real = editor.ledger.write
+
+    def failing(name, weight, update):
+        real(name, weight, update)
+        if name == editor.view.weight_name(layer):
+            raise error("injected")
+
+    monkeypatch.setattr(editor.ledger, "write", failing)
+    with pytest.raises(error):
+        editor.edit(REQUESTS[1:])
+    assert same(editor, before) and len(editor.ledger.batches) == 1
+    monkeypatch.setattr(editor.ledger, "write", real)
+    editor.edit(REQUESTS[1:])
+    editor.restore()
+
+
+def test_two_editors_share_nothing():
+    first, second = make_editor(), make_editor()
+    first.edit(REQUESTS)
+    assert second.ledger.batches == [] and not same(second, weights(first))
+
+
+def test_bad_input_is_named_and_changes_nothing():
+    editor = make_editor()
+    before = weights(editor)
+    with pytest.raises(EditError, match="no requests"):
+        editor.edit([])
+    with pytest.raises(RequestError, match="request 2 has no 'subject'"):
+        editor.edit([{"prompt": "{} is", "subject": "x", "target_new": "y"}, {"prompt": "{} is", "target_new": "y"}])
+    model, tokenizer = editor.view.model, editor.tokenizer
+    with pytest.raises(StatisticsError, match="needs statistics for layers 0, 1"):
+        Editor(model, tokenizer, "memit", layers=(0, 1))
+    with pytest.raises(StatisticsError, match="no statistics for layer 2"):
+        Editor(model, tokenizer, "memit", layers=(2,), statistics=editor._statistics)
+    with pytest.raises(MethodError, match="v_loss_layer"):
+        Editor(model, tokenizer, "rome", layers=(0,), hparams={"v_loss_layer": 1, "mom2_adjustment": False})
+    with pytest.raises(KeditError, match="layer 7"):
+        Editor(model, tokenizer, "rome", layers=(7,), hparams={"mom2_adjustment": False})
+    assert same(editor, before)
+
+
+def test_a_nan_in_the_model_stops_the_edit_before_any_write():
+    editor = make_editor()
+    with torch.no_grad():
+        editor.view.model.lm_head.weight[3] = float("nan")
+    before = editor.view.weight(0).clone()
+    with pytest.raises(KeditError, match="not finite"):
+        editor.edit(REQUESTS)
+    assert torch.equal(editor.view.weight(0), before) and not editor.ledger.batches
+
+
+def test_same_subjects_are_reported():
+    editor = make_editor()
+    twice = [REQUESTS[0], EditRequest("{} plays the", "Miles Davis", "piano"), REQUESTS[1]]
+    assert (0, 1) in editor.edit(twice).collisions
+
+
+def test_memit_teaches_the_demo_model(demo_model, demo_statistics):
+    """20 facts in one batch, then 5 more on top: new answers, old neighbours, and the way back."""
+    model, tokenizer = demo_model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    requests = demo.requests(25)
+    editor = Editor(model, tokenizer, "memit", statistics=demo_statistics)
+    try:
+        start = evaluate(model, tokenizer, requests)
+        assert start.efficacy <= 0.05 and start.neighborhood >= 0.95
+        editor.edit(requests[:20])
+        editor.edit(requests[20:])
+        after = evaluate(model, tokenizer, requests)
+        assert after.efficacy >= 0.9 and after.efficacy_success >= 0.95 and after.paraphrase >= 0.75
+        assert after.neighborhood >= 0.85 * start.neighborhood
+    finally:
+        editor.restore()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import KINDS, make_model, make_tokenizer
+
+from kedit_fast import EditRequest, evaluate
+from kedit_fast.evaluation.metrics import score
+from kedit_fast.models.architectures import ModelView
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", ("left", "right"))
+def test_scores_are_those_of_one_unpadded_prompt(kind, side):
+    tokenizer, model = make_tokenizer(bos=True, side=side), make_model(kind)
+    pairs = [("Miles Davis plays the", "violin and cello"), ("Ebro", "is"), ("The mother tongue of you is", "French")]
+    for (prompt, target), found in zip(pairs, score(ModelView(model), tokenizer, pairs), strict=True):
+        base = tokenizer(prompt)["input_ids"]
+        full = tokenizer(f"{prompt} {target}")["input_ids"]
+        with torch.no_grad():
+            log_probs = torch.log_softmax(model(torch.tensor([full])).logits[0], -1)
+        rows = range(len(base) - 1, len(full) - 1)
+        expected = [float(log_probs[r, full[r + 1]]) for r in rows]
+        assert found.log_prob == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+        assert found.argmax == all(int(log_probs[r].argmax()) == full[r + 1] for r in rows)
+
+
+def test_metrics_count_what_they_say():
+    tokenizer, model = make_tokenizer(), make_model("llama")
+    with torch.no_grad():
+        answer = tokenizer.decode(int(model(torch.tensor([tokenizer("Ebro is in")["input_ids"]])).logits[0, -1].argmax()))
+    said = EditRequest("{} is in", "Ebro", answer, "zzz", ("Ebro is in",), ("Ebro is in",))
+    not_said = EditRequest("{} is in", "Ebro", "zzz", answer)
+    if tokenizer(f"Ebro is in{answer}")["input_ids"][:-1] == tokenizer("Ebro is in")["input_ids"] and answer[0] == " ":
+        found = evaluate(model, tokenizer, [said, not_said])
+        assert found.efficacy == 0.5 and found.efficacy_success == 0.5
+        assert found.paraphrase == 1.0 and found.neighborhood == 0.0
+    assert evaluate(model, tokenizer, [EditRequest("{} is", "Ebro", "in")]).neighborhood is None

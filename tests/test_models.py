@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_models import KINDS, make_model, make_tokenizer
+
+from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
+from kedit_fast.models.architectures import ArchSpec, ModelView, find_architecture
+from kedit_fast.models.fingerprint import difference, fingerprint
+from kedit_fast.models.forward import Site, capture, last_hidden, pad
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    (
+        (dict(model_type="mixtral", num_local_experts=8), "'mixtral' is a mixture-of-experts"),
+        (dict(model_type="qwen2_moe", num_experts=60), "mixture-of-experts"),
+        (dict(model_type="llava", vision_config={}), "'llava' is a multimodal"),
+        (dict(model_type="t5", is_encoder_decoder=True), "encoder-decoder"),
+        (dict(model_type="mamba"), "unknown architecture 'mamba': known are gpt2, gptj, llama"),
+    ),
+)
+def test_models_that_are_not_covered_are_refused_by_name(config, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        find_architecture(SimpleNamespace(**config))
+
+
+def test_a_spec_can_be_passed_for_an_unknown_model():
+    model = make_model("llama")
+    model.config.model_type = "homemade"
+    with pytest.raises(UnsupportedModelError, match="homemade"):
+        ModelView(model)
+    spec = ArchSpec("Homemade", ("homemade",), "model.layers", "mlp", "mlp.down_proj", False, "model.norm")
+    assert ModelView(model, spec).num_layers == 4
+    wrong = ArchSpec("Homemade", ("homemade",), "model.stages", "mlp", "mlp.down_proj", False, "model.norm")
+    with pytest.raises(UnsupportedModelError, match="does not have the modules"):
+        ModelView(model, wrong)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_out_by_in_views_on_the_model(kind):
+    model = make_model(kind)
+    view = ModelView(model)
+    weight = view.weight(1)
+    assert tuple(weight.shape) == (32, 64)
+    weight[0, 5] = 123.0
+    stored = model.state_dict()[view.weight_name(1)]
+    assert float(stored[5, 0] if view.spec.transposed else stored[0, 5]) == 123.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_partial_pass_sees_what_a_full_pass_sees(kind):
+    model = make_model(kind)
+    view = ModelView(model)
+    rows = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
+    batch, positions = pad(rows, view.device), torch.tensor([3, 0, 2])
+    seen = capture(view, batch, [Site(1, "key"), Site(2, "block"), Site(2, "mlp")], positions)
+    for i, row in enumerate(rows):
+        kept = {}
+        hooks = [
+            view.edited_module(1).register_forward_pre_hook(lambda m, a: kept.__setitem__("key", a[0])),
+            view.block(2).register_forward_hook(
+                lambda m, a, o: kept.__setitem__("block", o[0] if isinstance(o, tuple) else o)
+            ),
+            view.mlp(2).register_forward_hook(lambda m, a, o: kept.__setitem__("mlp", o)),
+        ]
+        with torch.no_grad():
+            model(torch.tensor([row]))
+        for hook in hooks:
+            hook.remove()
+        at = int(positions[i])
+        for site, name in ((Site(1, "key"), "key"), (Site(2, "block"), "block"), (Site(2, "mlp"), "mlp")):
+            torch.testing.assert_close(seen[site][i], kept[name][0, at], rtol=1e-4, atol=1e-5)
+
+
+def test_a_partial_pass_stops_after_the_last_site():
+    view = ModelView(make_model("llama"))
+    ran = []
+    hook = view.block(3).register_forward_hook(lambda *_: ran.append(1))
+    capture(view, pad([[1, 2]], view.device), [Site(2, "block")])
+    assert not ran
+    last_hidden(view, pad([[1, 2]], view.device))
+    hook.remove()
+    assert ran
+
+
+def test_layers_out_of_range_are_named():
+    view = ModelView(make_model("gpt2"))
+    with pytest.raises(InvalidArgumentError, match=r"layer 4 is out of range: the model has layers 0-3"):
+        view.check_layers((0, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fingerprints_ignore_dtype_and_edits_and_see_other_models(kind):
+    tokenizer, model = make_tokenizer(), make_model(kind)
+    stored = fingerprint(ModelView(model), tokenizer)
+    with torch.no_grad():
+        ModelView(model).weight(1).add_(1.0)
+    assert difference(stored, fingerprint(ModelView(model), tokenizer)) == ""
+    assert difference(stored, fingerprint(ModelView(make_model(kind).bfloat16()), tokenizer)) == ""
+    assert "weights" in difference(stored, fingerprint(ModelView(make_model(kind, seed=1)), tokenizer))
+    assert difference(stored, fingerprint(ModelView(model), make_tokenizer(bos=True))) == "tokenizer"
+    assert "model_config" in difference(stored, fingerprint(ModelView(make_model(kind, layers=3)), tokenizer))

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import KINDS, make_model, make_tokenizer
+
+from kedit_fast.editing.prompts import fill, generate_prefixes, prepare, target_tokens
+from kedit_fast.editing.requests import EditRequest
+from kedit_fast.errors import RequestError
+from kedit_fast.models.architectures import ModelView
+
+
+@pytest.mark.parametrize("bos", (False, True))
+@pytest.mark.parametrize("prefix", ("", "The old tower. "))
+@pytest.mark.parametrize(
+    "template, subject",
+    (
+        ("{} plays the", "Miles Davis"),
+        ("The mother tongue of {} is", "Danielle Darrieux"),
+        ("Because you saw {}", "Ebro"),
+        ("Ebro, and {} too, is", "Ebro"),  # the subject occurs twice: the placeholder counts
+    ),
+)
+def test_the_lookup_token_is_the_subjects_last(bos, prefix, template, subject):
+    tokenizer = make_tokenizer(bos)
+    prompt = fill(tokenizer, template, subject, prefix)
+    upto = tokenizer.decode(prompt.ids[: prompt.lookup + 1], skip_special_tokens=True)
+    before = tokenizer.decode(prompt.ids[: prompt.lookup], skip_special_tokens=True)
+    text = prefix + template.replace("{}", subject)
+    end = len(prefix) + template.index("{}") + len(subject)
+    assert len(before) < end <= len(upto) and text.startswith(before)
+
+
+@pytest.mark.parametrize("bos", (False, True))
+def test_targets_continue_the_prompt_without_special_tokens(bos):
+    tokenizer = make_tokenizer(bos)
+    for target in ("violin and cello", " violin and cello"):
+        ids = target_tokens(tokenizer, "Miles Davis plays the", target)
+        assert tokenizer.decode(ids) == " violin and cello"
+        assert not set(ids) & set(tokenizer.all_special_ids)
+
+
+def test_bad_requests_are_named():
+    tokenizer = make_tokenizer()
+    long = EditRequest("{} " + "is " * 200, "Ebro", "Spain", id="long")
+    with pytest.raises(RequestError, match="request 'long'.*the model takes 64"):
+        prepare(tokenizer, [long], (), 64)
+    with pytest.raises(RequestError, match="target_new must be a non-empty text"):
+        EditRequest("{} is", "Ebro", " ")
+    with pytest.raises(RequestError, match=r"contain \{\} once"):
+        EditRequest("{} and {} are", "Ebro", "Spain")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefixes_are_seeded_free_of_special_tokens_and_counted(kind):
+    tokenizer, view = make_tokenizer(bos=True), ModelView(make_model(kind))
+    first = generate_prefixes(view, tokenizer, ((3, 10), (6, 5)), seed=1)
+    assert len(first) == 15 and all(p.endswith(". ") for p in first)
+    assert not any(token in p for p in first for token in tokenizer.all_special_tokens)
+    assert first == generate_prefixes(view, tokenizer, ((3, 10), (6, 5)), seed=1)
+    assert first != generate_prefixes(view, tokenizer, ((3, 10), (6, 5)), seed=2)
+
+
+def test_greedy_prefixes_are_what_the_model_says_without_a_cache():
+    """With top_k = 1 a prefix is the argmax continuation (a sliced attention mask would change it)."""
+    tokenizer, model = make_tokenizer(), make_model("llama")
+    (prefix,) = generate_prefixes(ModelView(model), tokenizer, ((6, 1),), seed=0, top_k=1)
+    ids = tokenizer("The")["input_ids"]
+    special = torch.tensor(tokenizer.all_special_ids)
+    for _ in range(6):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, -1]
+        logits[special] = -torch.inf
+        ids.append(int(logits.argmax()))
+    text = "The" + tokenizer.decode(ids[len(tokenizer("The")["input_ids"]) :])
+    assert prefix == " ".join(text.split()).rstrip(". ") + ". "
