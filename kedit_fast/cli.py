@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 import kedit_fast
@@ -53,23 +54,45 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         except KeditError as error:
             _fail(str(error))
         except MemoryError:
-            _fail("out of memory: use a smaller batch (--set values_batch=8, --batch-tokens) or dtype")
+            _fail(_OUT_OF_MEMORY)
         except OSError as error:
-            _fail(f"{error.filename + ': ' if error.filename else ''}{error.strerror or error}")
+            _fail(f"{str(error.filename) + ': ' if error.filename else ''}{error.strerror or error}")
         except KeyboardInterrupt:
-            _errors.print("kedit-fast: interrupted; nothing was written", markup=False)
-            raise typer.Exit(130) from None
+            _interrupted()
+        except Exception as error:
+            if _caused_by_interrupt(error):  # a lazy import wraps the Ctrl-C that hit it
+                _interrupted()
+            if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+                _fail(_OUT_OF_MEMORY)
+            raise
 
     return wrapped
 
 
-def _fail(message: str) -> None:
+_OUT_OF_MEMORY = "out of memory: use a smaller batch (edit: --set values_batch=8, stats: --batch-tokens) or --dtype"
+
+
+def _interrupted() -> NoReturn:
+    _errors.print("kedit-fast: interrupted; nothing was written", markup=False)
+    raise typer.Exit(130)
+
+
+def _caused_by_interrupt(error: BaseException) -> bool:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def _fail(message: str) -> NoReturn:
     _errors.print(f"kedit-fast: {message}", markup=False)
     raise typer.Exit(1)
 
 
 def _set_up_logging() -> None:
-    level = os.environ.get("KEDIT_FAST_LOG", "WARNING").upper()
+    level = (os.environ.get("KEDIT_FAST_LOG") or "WARNING").upper()
     if not isinstance(logging.getLevelName(level), int):
         _fail(f"KEDIT_FAST_LOG must be DEBUG, INFO, WARNING or ERROR; got {level}")
     log = logging.getLogger("kedit_fast")
@@ -125,7 +148,7 @@ def demo(
     for column in ("prompt", "before", "after", "asked for"):
         table.add_column(column)
     for request, old, new in zip(shown, before, after, strict=True):
-        table.add_row(request.text, old, new, request.target_new)
+        table.add_row(*map(escape, (request.text, old, new, request.target_new)))
     _output.print(table)
     if out is not None:
         _output.print(f"Saved to {out}", markup=False)
@@ -210,7 +233,7 @@ def edit(
     config = load_config(model)
     chosen, origin = make_hparams(method, config, overrides)
     _check_range(chosen.layers, config)
-    if origin.startswith("guess") and hparams is None:
+    if origin.startswith("guess") and hparams is None and layers is None:
         _errors.print(
             f"kedit-fast: no preset for this model: {origin}; layers {','.join(map(str, chosen.layers))}", markup=False
         )
@@ -277,7 +300,7 @@ def print_environment() -> None:
 
 
 def _print_report(report: Any, title: str) -> None:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("share of prompts")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
@@ -324,7 +347,8 @@ def _device(name: str) -> str:
     import torch
 
     try:
-        torch.empty(0, device=name)
+        if torch.empty(0, device=name).device.type == "meta":
+            raise KeditError("device 'meta' holds no numbers")
     except (RuntimeError, AssertionError) as error:
         raise KeditError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return name
@@ -332,7 +356,7 @@ def _device(name: str) -> str:
 
 def _read_text(path: Path, field: str) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise StatisticsError(f"cannot read {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

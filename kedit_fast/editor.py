@@ -20,6 +20,7 @@ from kedit_fast.errors import EditError, MethodError, StatisticsError
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.methods.recipes import Recipe, find_recipe
 from kedit_fast.models.architectures import ArchSpec, ModelView
+from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site
 from kedit_fast.solver.least_squares import rank_one_equality, ridge_update
 from kedit_fast.solver.low_rank import LowRankUpdate
@@ -113,6 +114,8 @@ class Editor:
                 )
             for layer in self.hparams.layers:
                 statistics.moment(layer)
+            if what := difference(statistics.model, fingerprint(self.view, tokenizer)):
+                raise StatisticsError(f"the statistics are of another model: different {what}")
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -131,16 +134,24 @@ class Editor:
             RequestError: a malformed request, by id or position.
             EditError, SolveError: the edit failed; the model and the ledger are as they were before, to the bit.
         """
-        parsed = tuple(
-            r if isinstance(r, EditRequest) else parse_request(r, f"request {i}") for i, r in enumerate(requests, 1)
-        )
-        if not parsed:
-            raise EditError("no requests")
-        prepared = prepare(self.tokenizer, parsed, self.prefixes, self.view.max_length)
+        if torch.is_inference_mode_enabled():
+            raise EditError("values need gradients: call edit() outside torch.inference_mode()")
+        prepared = self.check(requests)
+        parsed = tuple(p.request for p in prepared)
         batch = _Batch(self, prepared)
         with self.ledger.transaction(), torch.no_grad():
             batch.run()
-        return batch.result(len(self.ledger.batches), parsed)
+            result = batch.result(len(self.ledger.batches) + 1, parsed)
+        return result
+
+    def check(self, requests: Sequence[EditRequest | Mapping[str, Any]]) -> list[PreparedRequest]:
+        """Tokenise requests as `edit` does, and raise what it would raise; nothing is written."""
+        parsed = [
+            r if isinstance(r, EditRequest) else parse_request(r, f"request {i}") for i, r in enumerate(requests, 1)
+        ]
+        if not parsed:
+            raise EditError("no requests")
+        return prepare(self.tokenizer, parsed, self.prefixes, self.view.max_length)
 
     def rollback(self, batches: int = 1) -> None:
         """Take back the last `batches` calls of `edit`, to the bit."""
@@ -270,7 +281,9 @@ class _Batch:
             self.seconds[phase] += _now(self.view.device) - begin
 
     def result(self, number: int, requests: tuple[EditRequest, ...]) -> EditResult:
-        norms = {name: _total_norm(updates) / self.weight_norms[name] for name, updates in self.updates.items()}
+        norms = {
+            name: _total_norm(updates) / max(self.weight_norms[name], 1e-30) for name, updates in self.updates.items()
+        }
         for name, norm in norms.items():
             if norm > NORM_WARNING:
                 _log.warning("%s: the update is %.1f times the weight's norm", name, norm)

@@ -33,7 +33,7 @@ def load_config(path: str | os.PathLike) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(path))
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"cannot load a model from {path}: {_first_line(error)}") from error
     find_architecture(config)
@@ -53,10 +53,14 @@ def load_model(path: str | os.PathLike, dtype: Any = "auto", device: str = "cpu"
     load_config(path)
     name = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), **{name: dtype})
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            str(path), trust_remote_code=False, output_loading_info=True, **{name: dtype}
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # whatever a damaged file makes the loaders raise
         raise UnsupportedModelError(f"cannot load a model from {path}: {_first_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UnsupportedModelError(f"{path} has no weights for {missing[0]} ({len(missing)} tensors are missing)")
     return model.to(device).eval(), tokenizer
 
 
@@ -85,12 +89,19 @@ def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Pat
 
 
 def check_new(path: str | os.PathLike, overwrite: bool) -> None:
-    """Raise KeditError when `path` exists and may not be overwritten."""
+    """Raise KeditError when `path` exists and may not be overwritten, or cannot be made."""
     path = Path(path)
     if path.exists() and not overwrite:
         raise KeditError(f"{path} exists: choose another --out or pass --overwrite")
     if path.exists() and not path.is_dir():
         raise KeditError(f"{path} is a file, not a folder")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=parent))
+    except OSError as error:
+        raise KeditError(f"cannot write {path}: {parent}: {error.strerror or error}") from error
 
 
 def _replace(work: Path, path: Path) -> None:
@@ -99,14 +110,16 @@ def _replace(work: Path, path: Path) -> None:
         os.rename(work, path)
         return
     old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-    os.rename(path, old / path.name)
     try:
+        os.rename(path, old / path.name)
         os.rename(work, path)
-    except OSError:
-        os.rename(old / path.name, path)
+    except BaseException:
+        if (old / path.name).exists() and not path.exists():
+            os.rename(old / path.name, path)
         raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def save_model(model: Any, tokenizer: Any, path: str | os.PathLike, overwrite: bool = False) -> None:
@@ -158,12 +171,11 @@ def run_edits(
 ) -> Report:
     """Measure, edit in batches of `batch_size` (all at once for None), measure again."""
     begin = time.perf_counter()
-    editor = Editor(
-        model, tokenizer, method, statistics=statistics, hparams=hparams, seed=seed, progress=progress
-    )
+    editor = Editor(model, tokenizer, method, statistics=statistics, hparams=hparams, seed=seed, progress=progress)
     _log.info("%s on layers %s (%s)", method, ",".join(map(str, editor.hparams.layers)), editor.origin)
     seconds = dict.fromkeys(PHASES, 0.0)
     seconds["statistics"] = statistics_seconds
+    editor.check(requests)
     before = evaluate(model, tokenizer, requests)
     seconds["evaluate"] += time.perf_counter() - begin
     size = batch_size or len(requests)

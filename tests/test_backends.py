@@ -74,3 +74,34 @@ def test_an_isa_forced_by_the_environment_is_used_or_named():
     assert "generic" in run_python(code, KEDIT_FAST_ISA="generic").stdout
     wrong = run_python(code, KEDIT_FAST_ISA="sse9").stdout
     assert "KEDIT_FAST_ISA=sse9" in wrong and "generic, avx2, avx512 or amx" in wrong
+    failing = run_python(
+        "import torch, kedit_fast; kedit_fast.symmetric_rank_k_update_(torch.zeros(2, 2), torch.ones(1, 2))",
+        KEDIT_FAST_ISA="sse9",
+    )
+    assert failing.returncode != 0 and "KEDIT_FAST_ISA=sse9" in failing.stderr
+
+
+def test_autocast_and_lower_matmul_precision_do_not_reach_the_ops(backend):
+    weight, left, right = torch.randn(64, 80), torch.randn(64, 16), torch.randn(80, 16)
+    hidden, head, targets = torch.randn(5, 64), torch.randn(90, 64), torch.zeros(5, dtype=torch.int64)
+    plain = kedit_fast.rank_k_update_(weight.clone(), left, right, backend=backend)
+    log_prob = kedit_fast.target_log_probs(hidden, head, targets).log_prob
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = kedit_fast.rank_k_update_(weight.clone(), left, right, backend=backend)
+            found_log_prob = kedit_fast.target_log_probs(hidden, head, targets).log_prob
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found, plain) and torch.equal(found_log_prob, log_prob)
+
+
+def test_autograd_sees_that_a_weight_was_written(backend):
+    weight, x = torch.randn(4, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+    y = (x @ weight.T).pow(2).sum()
+    with torch.no_grad():
+        kedit_fast.rank_k_update_(weight, torch.ones(4, 1), torch.ones(6, 1), backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y, x)

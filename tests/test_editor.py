@@ -26,10 +26,12 @@ def make_editor(kind="llama", method="memit", dtype=torch.float32, **hparams):
     tokenizer, model = make_tokenizer(), make_model(kind, dtype)
     layers = (0, 1) if method == "memit" else (1,)
     statistics = collect_statistics(model, tokenizer, TEXT * 2, (0, 1), progress=False)
-    numbers = {**NUMBERS, **({"mom2_update_weight": 10.0} if method == "memit" else {"mom2_adjustment": True}), **hparams}
-    return Editor(
-        model, tokenizer, method, statistics=statistics, layers=layers, hparams=numbers, prefixes=PREFIXES
-    )
+    numbers = {
+        **NUMBERS,
+        **({"mom2_update_weight": 10.0} if method == "memit" else {"mom2_adjustment": True}),
+        **hparams,
+    }
+    return Editor(model, tokenizer, method, statistics=statistics, layers=layers, hparams=numbers, prefixes=PREFIXES)
 
 
 def weights(editor):
@@ -57,7 +59,13 @@ def test_memit_is_the_published_dense_update_layer_by_layer(kind):
         delta = residual @ torch.linalg.solve(10.0 * moment + keys @ keys.T, keys).T
         other.weight(layer).add_(delta)
         assert relative_error(expected.weight(layer), other.weight(layer)) < 1e-9
-        assert abs(result.relative_norms[expected.weight_name(layer)] - float(delta.norm() / (other.weight(layer) - delta).norm())) < 1e-6
+        assert (
+            abs(
+                result.relative_norms[expected.weight_name(layer)]
+                - float(delta.norm() / (other.weight(layer) - delta).norm())
+            )
+            < 1e-6
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)

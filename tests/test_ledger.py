@@ -94,3 +94,50 @@ def test_factors_wider_than_the_matrix_are_compacted():
 def test_writes_belong_inside_a_transaction():
     with pytest.raises(EditError, match="inside"):
         Ledger().write("w", torch.zeros(20, 30), update())
+
+
+def test_a_weight_changed_by_something_else_is_not_overwritten():
+    for dtype in (torch.bfloat16, torch.float32):
+        weight, ledger = torch.randn(20, 30).to(dtype), Ledger()
+        with ledger.transaction():
+            ledger.write("w", weight, update())
+        weight[3, 4] += 1.0
+        changed = weight.clone()
+        with pytest.raises(EditError, match="changed by something else"), ledger.transaction():
+            ledger.write("w", weight, update())
+        weight.copy_(changed)
+        with pytest.raises(EditError, match="changed by something else"):
+            ledger.rollback()
+        assert torch.equal(weight, changed) and len(ledger.batches) == 1
+
+
+def test_after_a_restore_the_weight_is_free_to_change():
+    weight, ledger = torch.randn(20, 30).bfloat16(), Ledger()
+    with ledger.transaction():
+        ledger.write("w", weight, update())
+    ledger.restore()
+    weight.copy_(torch.randn(20, 30))
+    before = weight.clone()
+    with ledger.transaction():
+        ledger.write("w", weight, update())
+    ledger.restore()
+    assert torch.equal(weight, before)
+
+
+def test_an_interrupted_rollback_takes_nothing_back(monkeypatch):
+    weight, ledger = torch.randn(20, 30), Ledger()
+    for _ in range(3):
+        with ledger.transaction():
+            ledger.write("w", weight, update())
+    before, real, calls = weight.clone(), Ledger._replay, []
+
+    def interrupted(self, names, batches):
+        calls.append(names)
+        real(self, names, batches)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ledger, "_replay", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.rollback(2)
+    assert torch.equal(weight, before) and len(ledger.batches) == 3

@@ -28,7 +28,9 @@ def test_scores_are_those_of_one_unpadded_prompt(kind, side):
 def test_metrics_count_what_they_say():
     tokenizer, model = make_tokenizer(), make_model("llama")
     with torch.no_grad():
-        answer = tokenizer.decode(int(model(torch.tensor([tokenizer("Ebro is in")["input_ids"]])).logits[0, -1].argmax()))
+        answer = tokenizer.decode(
+            int(model(torch.tensor([tokenizer("Ebro is in")["input_ids"]])).logits[0, -1].argmax())
+        )
     said = EditRequest("{} is in", "Ebro", answer, "zzz", ("Ebro is in",), ("Ebro is in",))
     not_said = EditRequest("{} is in", "Ebro", "zzz", answer)
     if tokenizer(f"Ebro is in{answer}")["input_ids"][:-1] == tokenizer("Ebro is in")["input_ids"] and answer[0] == " ":

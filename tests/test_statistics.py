@@ -44,7 +44,9 @@ def test_batching_and_limits():
     small = collect(model, tokenizer, batch_tokens=1)
     assert relative_error(small.moment(0).moment, whole.moment(0).moment) < 1e-6
     assert collect(model, tokenizer, max_tokens=50).moment(0).count == 50
-    assert collect(model, tokenizer, max_length=4).moment(0).count == 4 * len(TEXTS) - 4 + len(tokenizer("One.")["input_ids"])
+    assert collect(model, tokenizer, max_length=4).moment(0).count == 4 * len(TEXTS) - 4 + len(
+        tokenizer("One.")["input_ids"]
+    )
 
 
 def test_bad_corpora_and_layers_are_named():

@@ -21,6 +21,7 @@ TEXT = [
     "Miles Davis plays the trumpet. The instrument that Thelonious Monk plays is the piano.",
 ]
 KINDS = ("gpt2", "gptj", "llama")
+SPECIAL = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
 
 
 def make_tokenizer(bos: bool = False, side: str = "right") -> PreTrainedTokenizerFast:
@@ -46,17 +47,17 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32, layers: int = 4, s
     """A random model with rows large enough for its outputs to depend on everything."""
     torch.manual_seed(seed)
     if kind == "gpt2":
-        config = GPT2Config(vocab_size=400, n_embd=32, n_layer=layers, n_head=4, n_positions=128, n_inner=64)
+        config = GPT2Config(vocab_size=400, n_embd=32, n_layer=layers, n_head=4, n_positions=128, n_inner=64, **SPECIAL)
         model = GPT2LMHeadModel(config)
     elif kind == "gptj":
         config = GPTJConfig(
-            vocab_size=400, n_embd=32, n_layer=layers, n_head=4, n_positions=128, n_inner=64, rotary_dim=4
+            vocab_size=400, n_embd=32, n_layer=layers, n_head=4, n_positions=128, n_inner=64, rotary_dim=4, **SPECIAL
         )
         model = GPTJForCausalLM(config)
     else:
         config = LlamaConfig(
             vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128,
+            num_key_value_heads=2, max_position_embeddings=128, **SPECIAL,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
     with torch.no_grad():

@@ -33,6 +33,21 @@ class _Matrix:
     weight: torch.Tensor  # [out, in], a view on the model's memory
     original: torch.Tensor  # its value before the first write, in its dtype
     master: torch.Tensor | None  # fp32, for 16-bit weights
+    bits: int = 0  # sum of the weight's bits after the last write
+
+    def mark(self) -> None:
+        self.bits = self._sum_of_bits()
+
+    def require_untouched(self, name: str) -> None:
+        if self._sum_of_bits() != self.bits:
+            raise EditError(
+                f"{name} was changed by something else since this editor last wrote it (another editor, load_state_dict, "
+                "training): take edits back in the reverse order they were made, or start a new Editor"
+            )
+
+    def _sum_of_bits(self) -> int:
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self.weight.element_size()]
+        return int(self.weight.view(integer).sum(dtype=torch.int64))
 
     def write(self, entry: Entry) -> None:
         left, right = entry.update.left, entry.update.right
@@ -65,7 +80,8 @@ class Ledger:
             yield
         except BaseException:
             entries, self._open = self._open, None
-            self._replay({entry.name for entry in entries})
+            self._replay({entry.name for entry in entries}, self.batches)
+            self._forget()
             raise
         entries, self._open = self._open, None
         self.batches.append(tuple(entries))
@@ -88,9 +104,11 @@ class Ledger:
         if name not in self._matrices:
             wide = weight.dtype in (torch.float32, torch.float64)
             self._matrices[name] = _Matrix(weight, weight.clone(), None if wide else weight.float())
+            self._matrices[name].mark()
         matrix = self._matrices[name]
         if matrix.weight.data_ptr() != weight.data_ptr():
             raise EditError(f"{name} has moved in memory since its first edit: restore before moving the model")
+        matrix.require_untouched(name)
         factors = update.compacted().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
         if not factors.is_finite():
             raise EditError(f"the update of {name} overflows float32")
@@ -101,6 +119,7 @@ class Ledger:
         entry = Entry(name, factors, runs)
         self._open.append(entry)  # before the write: an interrupt in the middle of it is taken back too
         matrix.write(entry)
+        matrix.mark()
         if not bool(torch.isfinite(weight).all()):
             raise EditError(f"{name} is not finite after the update")
 
@@ -112,20 +131,35 @@ class Ledger:
             raise EditError("a batch is open")
         if count == 0:
             return
-        gone = self.batches[len(self.batches) - count :]
-        del self.batches[len(self.batches) - count :]
-        self._replay({entry.name for batch in gone for entry in batch})
+        kept, gone = self.batches[: len(self.batches) - count], self.batches[len(self.batches) - count :]
+        names = {entry.name for batch in gone for entry in batch}
+        for name in names:
+            self._matrices[name].require_untouched(name)
+        try:
+            self._replay(names, kept)
+        except BaseException:
+            self._replay(names, self.batches)  # an interrupt in the middle: nothing is taken back
+            raise
+        self.batches = kept
+        self._forget()
 
     def restore(self) -> None:
         """Take back everything: every matrix is what it was before the first write."""
         self.rollback(len(self.batches))
 
-    def _replay(self, names: set[str]) -> None:
+    def _forget(self) -> None:
+        """Drop matrices that no batch has written: they are what they were, and free to change."""
+        written = {entry.name for batch in self.batches for entry in batch}
+        for name in set(self._matrices) - written:
+            del self._matrices[name]
+
+    def _replay(self, names: set[str], batches: list[tuple[Entry, ...]]) -> None:
         with torch.no_grad():
             for name in names:
                 matrix = self._matrices[name]
                 matrix.reset()
-                for batch in self.batches:
+                for batch in batches:
                     for entry in batch:
                         if entry.name == name:
                             matrix.write(entry)
+                matrix.mark()

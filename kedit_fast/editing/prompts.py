@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kedit_fast.editing.requests import EditRequest
-from kedit_fast.errors import RequestError
+from kedit_fast.errors import EditError, RequestError
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad
 
@@ -63,7 +63,9 @@ def _covering_without_offsets(tokenizer: Any, text: str, begin: int, end: int, i
     before, upto = text[:begin], text[:end]
     special = set(tokenizer.all_special_ids)
     for count in range(1, len(ids) + 1):
-        if len(tokenizer.decode([i for i in ids[:count] if i not in special]).strip()) >= len(upto.strip()):
+        kept = [i for i in ids[:count] if i not in special]
+        decoded = tokenizer.decode(kept, clean_up_tokenization_spaces=False).lstrip()
+        if decoded.startswith(upto.strip()):  # part of a multi-byte character decodes to something else
             return [count - 1] if len(upto) > len(before) else []
     return []
 
@@ -79,13 +81,15 @@ def target_tokens(tokenizer: Any, prompt: str, target: str) -> tuple[int, ...]:
     special = set(tokenizer.all_special_ids)
     while base and base[-1] in special:
         base.pop()
-    while full and full[-1] in special:
+    while full and full[-1] in special and not joined.rstrip().endswith(tokenizer.decode(full[-1:]).strip()):
         full.pop()
     if full[: len(base)] == base and len(full) > len(base):
-        return tuple(full[len(base) :])
-    text = joined[len(prompt) :]
-    ids = [i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i not in special]
-    if not ids:
+        ids = full[len(base) :]
+    else:
+        ids = tokenizer(joined[len(prompt) :], add_special_tokens=False)["input_ids"]
+    if special & set(ids):
+        raise RequestError(f"the target {target!r} holds a special token")
+    if not ids or not tokenizer.decode(ids).strip():
         raise RequestError(f"the target {target!r} has no tokens")
     return tuple(ids)
 
@@ -128,7 +132,7 @@ def generate_prefixes(
 ) -> tuple[str, ...]:
     """Context prefixes the model itself writes, each ending in ". ": `count` of them for each (tokens, count).
 
-    Sampled from the `top_k` most probable tokens with a generator of `seed`; special tokens are never drawn, so none
+    `tokens` counts the start, as the published max_out_len does. Sampled from the `top_k` most probable tokens with a generator of `seed`; special tokens are never drawn, so none
     is in a prefix. Where there are several starts they take turns.
 
     Cost: `tokens` forward passes over all prefixes together.
@@ -141,7 +145,7 @@ def generate_prefixes(
         rows = [list(_without_end(tokenizer, Prompt(tuple(tokenizer(s)["input_ids"]), 0)).ids) for s in starts]
         begins = [len(row) for row in rows]
         with evaluating(view), torch.no_grad():
-            for _ in range(tokens):
+            for _ in range(max(1, tokens - 1)):
                 hidden = last_hidden(view, pad(rows, view.device))
                 ends = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
                 states = hidden[torch.arange(len(rows), device=hidden.device), ends]  # [count, h]
@@ -149,6 +153,8 @@ def generate_prefixes(
                 if view.head_bias is not None:
                     logits = logits + view.head_bias
                 logits = logits.float().cpu()
+                if not bool(torch.isfinite(logits).all()):
+                    raise EditError("the model's output is not finite (NaN or overflow in its weights?)")
                 logits[:, special[special < logits.shape[1]]] = -torch.inf
                 values, ids = logits.topk(min(top_k, logits.shape[1]), dim=-1)
                 drawn = torch.multinomial(values.softmax(-1), 1, generator=generator)

@@ -29,8 +29,24 @@ class EditRequest:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise RequestError(f"{where}{name} must be a non-empty text; got {value!r}")
+        for name, texts in self._texts():
+            for text in texts:
+                if not text.strip():
+                    raise RequestError(f"{where}{name} holds an empty text")
+                if any("\ud800" <= character <= "\udfff" for character in text):
+                    raise RequestError(f"{where}{name} holds a character that is not valid Unicode: {text!r}")
         if self.prompt.count("{}") != 1:
             raise RequestError(f"{where}prompt must contain {{}} once, where the subject stands; got {self.prompt!r}")
+
+    def _texts(self) -> list[tuple[str, tuple[str, ...]]]:
+        return [
+            ("prompt", (self.prompt,)),
+            ("subject", (self.subject,)),
+            ("target_new", (self.target_new,)),
+            ("target_true", () if self.target_true is None else (self.target_true,)),
+            ("paraphrase_prompts", self.paraphrase_prompts),
+            ("neighborhood_prompts", self.neighborhood_prompts),
+        ]
 
     @property
     def text(self) -> str:
@@ -53,7 +69,7 @@ def load_requests(path: str | Path) -> list[EditRequest]:
         raise RequestError(f"{path} is not UTF-8 text: {error}") from error
     if path.suffix == ".jsonl":
         records = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 records.append(_parse(line, f"{path}, line {number}"))
     else:
@@ -68,7 +84,7 @@ def load_requests(path: str | Path) -> list[EditRequest]:
 def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise RequestError(f"{where}: malformed JSON: {error}") from error
 
 

@@ -15,7 +15,8 @@ import torch
 
 from kedit_fast.editing.prompts import target_tokens
 from kedit_fast.editing.requests import EditRequest
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.errors import RequestError
+from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad
 from kedit_fast.ops import target_log_probs
 
@@ -44,12 +45,14 @@ class Continuation:
     log_prob: float  # mean over the target's tokens
 
 
-def evaluate(model: torch.nn.Module, tokenizer: Any, requests: Sequence[EditRequest]) -> Metrics:
+def evaluate(
+    model: torch.nn.Module, tokenizer: Any, requests: Sequence[EditRequest], spec: ArchSpec | None = None
+) -> Metrics:
     """Measure requests on `model`; nothing in it changes.
 
     Cost: one forward pass over every prompt with its target, in batches by length; the head on target rows alone.
     """
-    view = ModelView(model)
+    view = ModelView(model, spec)
     pairs: list[tuple[str, str]] = []
     uses: dict[str, list[int]] = {"new": [], "true": [], "paraphrase": [], "neighborhood": []}
 
@@ -88,6 +91,13 @@ def score(view: ModelView, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> 
         while len(ids) > 1 and ids[-1] in special:
             ids.pop()
         rows.append((ids, target_tokens(tokenizer, prompt, target)))
+        if not ids:
+            raise RequestError(f"the prompt {prompt!r} has no tokens")
+        if len(ids) + len(rows[-1][1]) - 1 > view.max_length:
+            raise RequestError(
+                f"{len(ids) + len(rows[-1][1]) - 1} tokens with target in a prompt that begins {prompt[:40]!r}, "
+                f"the model takes {view.max_length}"
+            )
     found: list[Continuation | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]), reverse=True)
     with evaluating(view), torch.no_grad():

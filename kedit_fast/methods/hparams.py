@@ -95,11 +95,15 @@ def read_hparams(path: str | Path) -> dict[str, Any]:
         raise MethodError(f"{path} is malformed: {str(error).splitlines()[0]}") from error
     if not isinstance(raw, Mapping):
         raise MethodError(f"{path} must hold names and values")
-    return parse_values(raw, str(path))
+    return parse_values(raw, str(path), foreign=True)
 
 
-def parse_values(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Convert values to the types of Hparams; raises MethodError by name for what is unknown or not implemented."""
+def parse_values(raw: Mapping[str, Any], origin: str, foreign: bool = False) -> dict[str, Any]:
+    """Convert values to the types of Hparams; with `foreign`, names that the frameworks' files hold beside are let be.
+
+    Raises:
+        MethodError: by name, for what is unknown, of the wrong type or not implemented.
+    """
     types = {f.name: f.type for f in fields(Hparams)}
     found: dict[str, Any] = {}
     for name, value in raw.items():
@@ -108,9 +112,9 @@ def parse_values(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
         if name in types:
             try:
                 found[name] = _convert(types[name], value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise MethodError(f"{origin}: {name} = {value!r} is not a {types[name]}") from None
-        elif name not in _ELSEWHERE:
+        elif not foreign or name not in _ELSEWHERE:
             raise MethodError(f"{origin}: unknown hyper-parameter {name!r}; known are {', '.join(sorted(types))}")
     return found
 

@@ -128,14 +128,15 @@ def _run_base(view: ModelView, batch: TokenBatch):
 @contextlib.contextmanager
 def evaluating(view: ModelView) -> Iterator[None]:
     """Evaluation mode, and no gradients kept for parameters, as long as the block lasts."""
-    training = view.model.training
+    training = [module for module in view.model.modules() if module.training]
     required = [p for p in view.model.parameters() if p.requires_grad]
-    view.model.eval()
-    for parameter in required:
-        parameter.requires_grad_(False)
     try:
+        view.model.eval()
+        for parameter in required:
+            parameter.requires_grad_(False)
         yield
     finally:
         for parameter in required:
             parameter.requires_grad_(True)
-        view.model.train(training)
+        for module in training:
+            module.training = True

@@ -65,16 +65,16 @@ class TailRunner:
             index = at.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])
             seen["entering"] = hidden.gather(1, index)  # [R, S, h]
 
-        hooks = [module_at(view, self.site).register_forward_hook(keep_site)]
-        if self.first_live > 0:
-            hooks.append(view.block(self.first_live - 1).register_forward_hook(keep_entering))
+        hooks = []
         try:
+            hooks.append(module_at(view, self.site).register_forward_hook(keep_site))
+            if self.first_live > 0:
+                hooks.append(view.block(self.first_live - 1).register_forward_hook(keep_entering))
             output = view.model.base_model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 position_ids=batch.position_ids,
                 use_cache=True,
-                past_key_values=DynamicCache(),
             )
         finally:
             for hook in hooks:
@@ -131,15 +131,19 @@ class TailRunner:
         if self.site.what == "block":
             added = states[:, 0] + delta.to(states.dtype).to(states.device)
             states = torch.cat([added[:, None], states[:, 1:]], 1)
+        as_tuple = _returns_tuple(self.view)
         stubbed = [self.view.block(layer) for layer in range(self.first_live)]
-        for layer, block in enumerate(stubbed):
-            result = states if layer == self.first_live - 1 else None
-            block.forward = _stub(result, _returns_tuple(self.view))
+        own = [vars(block).get("forward") for block in stubbed]  # dispatch hooks put one on the instance
         try:
+            for layer, block in enumerate(stubbed):
+                block.forward = _stub(states if layer == self.first_live - 1 else None, as_tuple)
             yield
         finally:
-            for block in stubbed:
-                del block.forward  # the class's own shows again
+            for block, forward in zip(stubbed, own, strict=True):
+                if forward is not None:
+                    block.forward = forward
+                else:
+                    vars(block).pop("forward", None)  # the class's own shows again
 
     @contextlib.contextmanager
     def _hook(self, delta: torch.Tensor) -> Iterator[None]:

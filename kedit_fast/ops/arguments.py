@@ -84,7 +84,9 @@ def require_apart(name: str, written: torch.Tensor, **read: torch.Tensor | None)
             continue
         other_begin, other_end = _range(other)
         if begin < other_end and other_begin < end:
-            raise InvalidArgumentError(f"{name} and {other_name} share memory (their ranges intersect): pass {other_name}.clone()")
+            raise InvalidArgumentError(
+                f"{name} and {other_name} share memory (their ranges intersect): pass {other_name}.clone()"
+            )
 
 
 def _range(tensor: torch.Tensor) -> tuple[int, int]:

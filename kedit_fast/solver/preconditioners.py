@@ -1,4 +1,4 @@
-"""S^-1 of the one equation: what an update should leave alone. Each has `apply(keys)` = S^-1 K and `system(...)`."""
+"""S^-1 of the one equation: what an update should leave alone. Each has `apply(keys)` = S^-1 K and `matrix()` = S."""
 
 from __future__ import annotations
 

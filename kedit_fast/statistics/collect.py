@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from kedit_fast.errors import StatisticsError
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import fingerprint
 from kedit_fast.models.forward import Site, capture, evaluating, pad
 from kedit_fast.statistics.moments import SecondMoment, SecondMomentAccumulator
@@ -48,6 +48,7 @@ def collect_statistics(
     max_length: int = 1024,
     batch_tokens: int = 4096,
     progress: bool = True,
+    spec: ArchSpec | None = None,
 ) -> Statistics:
     """Second moments of the inputs of the edited linear layers over a corpus.
 
@@ -58,8 +59,9 @@ def collect_statistics(
         layers: zero-based layers.
         max_tokens: stop after this many tokens; None for all.
         max_length: sequences are cut to this many tokens (and to what the model takes).
-        batch_tokens: tokens of a batch, padding included: sequences are sorted by length within a window.
+        batch_tokens: tokens of a batch, padding included; sequences of like length share one.
         progress: show a bar on stderr.
+        spec: an ArchSpec for an architecture that is not known.
 
     Returns:
         Statistics, fp64 moments on the model's device.
@@ -69,7 +71,7 @@ def collect_statistics(
 
     Cost: one pass through the blocks up to the last layer, and tokens * d (d + 1) flops a layer.
     """
-    view = ModelView(model)
+    view = ModelView(model, spec)
     layers = view.check_layers(tuple(layers))
     max_length = min(max_length, view.max_length)
     sequences, digest = _tokenise(tokenizer, texts, max_length, max_tokens)

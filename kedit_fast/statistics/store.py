@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from kedit_fast._version import __version__
 from kedit_fast.errors import StatisticsError
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.statistics.moments import SecondMoment
@@ -60,7 +60,11 @@ def save_statistics(
 
 
 def load_statistics(
-    folder: str | os.PathLike, model: torch.nn.Module, tokenizer: Any, layers: Sequence[int] | None = None
+    folder: str | os.PathLike,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    layers: Sequence[int] | None = None,
+    spec: ArchSpec | None = None,
 ) -> Statistics:
     """Read statistics and check that they are of this model and tokenizer.
 
@@ -69,12 +73,13 @@ def load_statistics(
         model: the model they are to be used with; edits made to it do not matter.
         tokenizer: its tokenizer.
         layers: which layers to read; None for all that are there.
+        spec: an ArchSpec for an architecture that is not known.
 
     Raises:
         StatisticsError: a missing layer, a damaged or foreign file, or statistics of another model, by file name.
     """
     folder = Path(folder)
-    view = ModelView(model)
+    view = ModelView(model, spec)
     if not folder.is_dir():
         raise StatisticsError(f"no statistics folder {folder}: make one with `kedit-fast stats`")
     if layers is None:

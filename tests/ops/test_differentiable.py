@@ -100,3 +100,14 @@ def test_spd_solve_names_the_minor_that_failed():
         spd_solve(torch.stack([torch.eye(4), gram]), torch.eye(4).expand(2, 4, 4))
     with pytest.raises(SolveError, match="rhs has values that are not finite"):
         spd_solve(torch.eye(2), torch.tensor([[float("nan")], [1.0]]))
+
+
+@pytest.mark.parametrize("op", ("log_probs", "kl"))
+def test_second_derivatives_are_refused(op):
+    hidden, head = torch.randn(3, 8, requires_grad=True), torch.randn(20, 8)
+    if op == "kl":
+        value = distribution_kl(hidden, torch.randn(3, 8), head)
+    else:
+        value = target_log_probs(hidden, head, torch.zeros(3, dtype=torch.int64)).log_prob
+    with pytest.raises(GradientError, match="second derivative"):
+        torch.autograd.grad(value.sum(), hidden, create_graph=True)

@@ -1,0 +1,273 @@
+"""The command line as a user sees it: exit status, stdout, stderr, files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+from tiny_models import TEXT, make_model, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kedit_fast
+from kedit_fast import cli, demo, pipeline
+from kedit_fast.errors import UnsupportedModelError
+
+
+def run(*args, cwd=None, **environment):
+    """The command in this process: (returncode, stdout, stderr), as a shell would see them."""
+    out, err, before, here = io.StringIO(), io.StringIO(), dict(os.environ), os.getcwd()
+    os.environ.update({"HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment})
+    os.chdir(cwd or here)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                cli.app([str(a) for a in args], prog_name="kedit-fast")
+                code = 0
+            except SystemExit as stop:
+                code = stop.code or 0
+    finally:
+        os.chdir(here)
+        os.environ.clear()
+        os.environ.update(before)
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+def saved(folder, kind, **options):
+    make_model(kind, **options).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tiny model, a text, requests, and the model's statistics."""
+    root = tmp_path_factory.mktemp("cli")
+    saved(root / "model", "gpt2")
+    (root / "text.txt").write_text("\n".join(TEXT * 3))
+    (root / "text.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in TEXT))
+    records = [
+        {"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "violin", "target_true": "trumpet",
+         "paraphrase_prompts": ["Miles Davis is known for the"], "neighborhood_prompts": ["Thelonious Monk plays the"]},
+        {"prompt": "{} is in", "subject": "Ebro", "target_new": "Sweden", "target_true": "Spain"},
+    ]  # fmt: skip
+    (root / "requests.json").write_text(json.dumps(records))
+    done = run(
+        "stats", root / "model", "--text", root / "text.txt", "--layers", "0-2", "--out", root / "stats", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["layers"] == [0, 1, 2]
+    return root
+
+
+FAST = ("--set", "v_num_grad_steps=3", "--set", "mom2_ridge=1e-3", "--layers", "0-1")
+
+
+def edit_args(place, out, *more):
+    return ("edit", place / "model", "--requests", place / "requests.json", "--stats", place / "stats",
+            "--out", out, *FAST, *more)  # fmt: skip
+
+
+def test_demo_prints_exactly_one_json_object():
+    """In a process of its own: nothing else may reach its stdout."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kedit_fast.cli", "demo", "--edits", "3", "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.strip().splitlines()
+    found = json.loads(line)
+    names = ["efficacy", "efficacy_success", "paraphrase", "neighborhood"]
+    assert set(found) == {"method", "edits", "seconds", *names, *(f"{n}_before" for n in names)}
+    assert found["method"] == "memit" and found["edits"] == 3
+    assert all(0 <= found[n] <= 1 for n in names)
+    assert set(found["seconds"]) == {"statistics", "keys", "values", "solve", "write", "evaluate", "total"}
+    assert all(isinstance(s, float) for s in found["seconds"].values())
+    assert found["efficacy"] > found["efficacy_before"]
+
+
+def test_demo_prints_tables_and_saves_only_when_asked(tmp_path):
+    done = run("demo", "--method", "rome", "--edits", 1, "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for text in ("efficacy", "paraphrase", "neighborhood", "before", "after", "Seconds: statistics", "asked for"):
+        assert text in done.stdout
+    assert os.listdir(tmp_path) == ["out"]
+    original, edited = load_file(demo.DATA / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    changed = {n for n in original if not (original[n].float() == edited[n].float()).all()}
+    assert changed == {"model.layers.0.mlp.down_proj.weight"}
+
+
+@pytest.mark.parametrize("kind", ("gpt2", "gptj", "llama"))
+def test_stats_and_edit_make_a_model_that_transformers_loads(tmp_path, kind):
+    model = saved(tmp_path / "model", kind)
+    (tmp_path / "text.txt").write_text("\n".join(TEXT * 3))
+    records = [{"prompt": "{} is in", "subject": "Ebro", "target_new": "Sweden"}]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, records)))
+    stats = run("stats", model, "--text", tmp_path / "text.txt", "--layers", "0,1", "--out", tmp_path / "stats")
+    assert stats.returncode == 0, stats.stderr
+    done = run("edit", model, "--requests", tmp_path / "r.jsonl", "--stats", tmp_path / "stats", "--out",
+               tmp_path / "edited", *FAST, "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["edits"] == 1 and found["layers"] == [0, 1] and found["neighborhood"] is None
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "edited").state_dict()
+    changed = {name for name in before if not (before[name] == after[name]).all()}
+    assert len(changed) == 2 and all(("mlp" in name) for name in changed)
+    assert AutoTokenizer.from_pretrained(tmp_path / "edited")("Ebro")["input_ids"]
+
+
+def test_edit_in_batches_with_hparams_of_a_framework(place, tmp_path):
+    (tmp_path / "h.yaml").write_text("layers: [1]\nv_lr: 1e-1\nmom2_update_weight: 5\nstats_dir: ./data\n")
+    args = list(edit_args(place, tmp_path / "out", "--hparams", tmp_path / "h.yaml", "--batch-size", 1, "--seed", 3))
+    del args[args.index("--layers") : args.index("--layers") + 2]
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    assert "efficacy" in done.stdout and "Saved to" in done.stdout
+
+
+def failing_cases(place, tmp):
+    bad = tmp / "bad.json"
+    bad.write_text('[{"prompt": "{} is", "target_new": "x"}]')
+    broken = tmp / "broken.json"
+    broken.write_text("[{")
+    absent_subject = tmp / "absent.json"
+    absent_subject.write_text('[{"prompt": "Tagus is in", "subject": "Ebro", "target_new": "x"}]')
+    (tmp / "exists").mkdir()
+    other = saved(tmp / "other", "gpt2", seed=5)
+    t5 = tmp / "t5"
+    t5.mkdir()
+    (t5 / "config.json").write_text('{"model_type": "t5"}')
+    moe = tmp / "moe"
+    moe.mkdir()
+    (moe / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
+    base, out = edit_args(place, tmp / "out"), tmp / "out"
+
+    def replaced(option, value):
+        args = list(base)
+        args[args.index(option) + 1] = value
+        return args
+
+    def other_model(path):
+        return [base[0], path, *base[2:]]
+
+    return [
+        ("missing requests", replaced("--requests", tmp / "no.json"), "no.json"),
+        ("record without subject", replaced("--requests", bad), "record 1 has no 'subject'"),
+        ("malformed requests", replaced("--requests", broken), "malformed JSON"),
+        ("subject not in prompt", replaced("--requests", absent_subject), "stands 0 times"),
+        ("unknown method", [*base, "--method", "mend"], "unknown method 'mend'"),
+        ("layers out of range", replaced("--layers", "3-9"), "layer 4 is out of range"),
+        ("statistics of another model", other_model(other), "another model"),
+        ("no statistics", [a for a in base if a not in ("--stats", place / "stats")], "kedit-fast stats"),
+        ("missing model", other_model(tmp / "nowhere"), "nowhere"),
+        ("encoder-decoder", other_model(t5), "encoder-decoder"),
+        ("mixture of experts", other_model(moe), "mixture-of-experts"),
+        ("existing out", replaced("--out", tmp / "exists"), "--overwrite"),
+        ("unknown hyper-parameter", [*base, "--set", "v_lrr=1"], "v_lrr"),
+        ("missing hparams", [*base, "--hparams", tmp / "h.json"], "h.json"),
+        ("no such folder to write", replaced("--out", place / "text.txt" / "out"), "text.txt"),
+        ("device", [*base, "--device", "cuda:99"], "cuda:99"),
+        ("missing text", ["stats", place / "model", "--text", tmp / "t.txt", "--layers", "0", "--out", out], "t.txt"),
+        ("field", ["stats", place / "model", "--text", place / "text.jsonl", "--layers", "0", "--out", out], "--field"),
+        (
+            "stats layers",
+            ["stats", place / "model", "--text", place / "text.txt", "--layers", "9", "--out", out],
+            "0-3",
+        ),
+        ("too many edits", ["demo", "--edits", "601"], "600"),
+        ("log level", ["backends", "KEDIT_FAST_LOG=LOUD"], "KEDIT_FAST_LOG"),
+    ]
+
+
+def test_bad_input_ends_in_status_1_with_a_named_remedy_and_nothing_written(place, tmp_path):
+    wrong = []
+    for name, args, message in failing_cases(place, tmp_path):
+        environment = dict(a.split("=", 1) for a in map(str, args) if a.startswith("KEDIT_FAST_"))
+        before = sorted(os.listdir(tmp_path))
+        done = run(*(a for a in args if not str(a).startswith("KEDIT_FAST_")), **environment)
+        lines = done.stderr.strip().splitlines()
+        fine = (
+            done.returncode == 1 and done.stdout == "" and message in done.stderr
+            and 1 <= len(lines) <= 3 and "Traceback" not in done.stderr and sorted(os.listdir(tmp_path)) == before
+        )  # fmt: skip
+        if not fine:
+            wrong.append((name, done.returncode, done.stdout[-200:], done.stderr[-600:]))
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize(
+    "args", (("edit",), ("demo", "--edits", "0"), ("demo", "--frobnicate"), ("nothing",), ("demo", "--edits", "x"))
+)
+def test_wrong_options_end_in_status_2(args):
+    done = run(*args)
+    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
+
+
+def test_wrong_layer_and_set_syntax_end_in_status_2(place, tmp_path):
+    for more in (("--layers", "8-4"), ("--set", "novalue")):
+        done = run(*edit_args(place, tmp_path / "out", *more))
+        assert done.returncode == 2 and done.stdout == "", (more, done)
+
+
+def test_an_interrupt_ends_in_status_130_and_writes_nothing(place, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run_edits", stop)
+    done = run(*edit_args(place, tmp_path / "out"))
+    assert done.returncode == 130 and done.stdout == "" and "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_overwrite_replaces_the_folder_only_after_success(place, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "keep").write_text("x")
+    assert run(*edit_args(place, out, "--overwrite", "--method", "mend")).returncode == 1
+    assert (out / "keep").exists()
+    assert run(*edit_args(place, out, "--overwrite")).returncode == 0
+    assert not (out / "keep").exists() and (out / "config.json").exists() and os.listdir(tmp_path) == ["out"]
+
+
+def test_backends_and_the_bug_report():
+    done = run("backends", "--json")
+    assert set(json.loads(done.stdout)) == {"cuda", "triton", "cpu", "torch"}
+    assert "torch" in run("backends").stdout
+    report = subprocess.run([sys.executable, "-m", "kedit_fast"], capture_output=True, text=True).stdout
+    for text in (kedit_fast.__version__, "Backends", "Native modules", "Versions", "transformers"):
+        assert text in report
+
+
+def test_an_interrupted_replacement_keeps_one_of_the_folders(tmp_path, monkeypatch):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old").write_text("x")
+    real, calls = os.rename, []
+
+    def interrupted(source, destination):
+        calls.append(source)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(source, destination)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), pipeline.new_folder(target, overwrite=True) as work:
+        (work / "new").write_text("y")
+    assert (target / "old").exists() and os.listdir(tmp_path) == ["model"]
+
+
+def test_a_checkpoint_without_some_weights_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    model = saved(tmp_path / "model", "llama")
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"no weights for model.layers.1.mlp.up_proj.weight"):
+        pipeline.load_model(model)
