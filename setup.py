@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -129,9 +130,9 @@ class BuildNative(build_ext):
             flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *codes]
             subprocess.run([nvcc, "-c", str(source), "-o", str(target), *flags], check=True)
             ext.extra_objects.append(str(target))
-        home = Path(nvcc).resolve().parent.parent
-        libraries = [str(p) for p in (home / "lib64", home / "targets" / "x86_64-linux" / "lib") if p.is_dir()]
-        ext.library_dirs.extend(libraries)
+        # nvcc knows where its libraries are, wherever it is installed and whatever wraps it.
+        dry = subprocess.run([nvcc, "--dryrun", "-c", str(source), "-o", str(target)], capture_output=True, text=True)
+        ext.library_dirs.extend(re.findall(r'"-L([^"]+)"', dry.stderr + dry.stdout))
         ext.libraries.extend(["cudart_static", "dl", "rt", "pthread"])
 
     def get_outputs(self):

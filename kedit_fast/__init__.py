@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from kedit_fast import ops
 from kedit_fast._version import __version__
 from kedit_fast.backends import backends, explain, use_backend
-from kedit_fast.kernels import native as _native  # registers what it can run
-from kedit_fast.kernels import triton as _triton
+from kedit_fast.kernels import native as _native  # noqa: F401  registers what it can run
+from kedit_fast.kernels import triton as _triton  # noqa: F401
 from kedit_fast.ops import (
     distribution_kl,
     mirror_,

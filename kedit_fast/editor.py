@@ -97,8 +97,8 @@ class Editor:
         self.view.check_layers(self.hparams.layers)
         if self.hparams.v_loss_layer not in (-1, self.view.num_layers - 1):
             raise MethodError(
-                f"v_loss_layer = {self.hparams.v_loss_layer} is not implemented: the loss is taken after the last layer, "
-                f"{self.view.num_layers - 1}"
+                f"v_loss_layer = {self.hparams.v_loss_layer} is not implemented: the loss is taken after the last "
+                f"layer, {self.view.num_layers - 1}"
             )
         self.ledger = Ledger()
         self.seed = seed

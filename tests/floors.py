@@ -1,5 +1,8 @@
-"""Error limits: relative Frobenius against float64. A kernel passes when its error is at most
-max(floor, twice the error of the torch reference in the same dtype). The worst measured error stands beside each floor."""
+"""Error limits: relative Frobenius against float64.
+
+A kernel passes when its error is at most max(floor, twice the error of the torch reference in the same dtype). The
+worst measured error stands beside each floor.
+"""
 
 from __future__ import annotations
 

@@ -72,4 +72,4 @@ def serial_value(model, module, prepared, hparams):
         if delta.norm() > limit:
             with torch.no_grad():
                 delta.mul_(limit / delta.norm())
-    return h0.double() + delta.detach().double(), float(loss), steps
+    return h0.double() + delta.detach().double(), float(loss.detach()), steps

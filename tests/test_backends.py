@@ -24,7 +24,7 @@ def test_an_explicit_backend_never_falls_back():
             kedit_fast.rank_k_update_(weight, left, right, backend="cuda")
         with pytest.raises(BackendUnavailableError), kedit_fast.use_backend("cuda"):
             pass
-    with pytest.raises(BackendUnavailableError, match="no triton implementation|cannot run"):
+    with pytest.raises(BackendUnavailableError, match=r"no triton implementation|cannot run"):
         kedit_fast.spd_solve(torch.eye(2), torch.eye(2), backend="triton")
     with pytest.raises(BackendUnavailableError, match="unknown backend 'gpu'"):
         kedit_fast.rank_k_update_(weight, left, right, backend="gpu")

@@ -78,7 +78,7 @@ def test_updates_that_are_not_finite_or_overflow_are_refused():
     bad = update()
     bad.left[0, 0] = float("nan")
     for wrong in (bad, update(scale=1e300), update(scale=1e30)):
-        with pytest.raises(EditError, match="finite|overflow"), ledger.transaction():
+        with pytest.raises(EditError, match=r"finite|overflow"), ledger.transaction():
             ledger.write("w", weight, wrong)
         assert torch.equal(weight, before)
 

@@ -60,11 +60,11 @@ def test_a_partial_pass_sees_what_a_full_pass_sees(kind):
     for i, row in enumerate(rows):
         kept = {}
         hooks = [
-            view.edited_module(1).register_forward_pre_hook(lambda m, a: kept.__setitem__("key", a[0])),
+            view.edited_module(1).register_forward_pre_hook(lambda m, a, kept=kept: kept.__setitem__("key", a[0])),
             view.block(2).register_forward_hook(
-                lambda m, a, o: kept.__setitem__("block", o[0] if isinstance(o, tuple) else o)
+                lambda m, a, o, kept=kept: kept.__setitem__("block", o[0] if isinstance(o, tuple) else o)
             ),
-            view.mlp(2).register_forward_hook(lambda m, a, o: kept.__setitem__("mlp", o)),
+            view.mlp(2).register_forward_hook(lambda m, a, o, kept=kept: kept.__setitem__("mlp", o)),
         ]
         with torch.no_grad():
             model(torch.tensor([row]))

@@ -43,7 +43,7 @@ def test_targets_continue_the_prompt_without_special_tokens(bos):
 def test_bad_requests_are_named():
     tokenizer = make_tokenizer()
     long = EditRequest("{} " + "is " * 200, "Ebro", "Spain", id="long")
-    with pytest.raises(RequestError, match="request 'long'.*the model takes 64"):
+    with pytest.raises(RequestError, match=r"request 'long'.*the model takes 64"):
         prepare(tokenizer, [long], (), 64)
     with pytest.raises(RequestError, match="target_new must be a non-empty text"):
         EditRequest("{} is", "Ebro", " ")

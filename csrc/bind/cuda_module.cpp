@@ -27,8 +27,7 @@ PYBIND11_MODULE(_cuda, m) {
           kf::require(!other->view.defined() || other->device_id == w.device_id, "all tensors must be on one device");
         }
         py::gil_scoped_release release;
-        kf::cuda::rank_k_update(w.view, l.view, r.view, alpha, c.view, w.device_id,
-                                reinterpret_cast<void*>(stream));
+        kf::cuda::rank_k_update(w.view, l.view, r.view, alpha, c.view, w.device_id, reinterpret_cast<void*>(stream));
       },
       py::arg("weight"), py::arg("left"), py::arg("right"), py::arg("alpha"), py::arg("copy"), py::arg("stream"));
 }

@@ -61,9 +61,9 @@ inline HeldTensor hold(const py::object& object, const std::string& name) {
 
 inline HeldTensor hold_on(int32_t device_type, const py::object& object, const std::string& name) {
   HeldTensor held = hold(object, name);
-  require(!held.view.defined() || held.device_type == device_type,
-          name + " is on DLPack device type " + std::to_string(held.device_type) + ", expected " +
-              std::to_string(device_type));
+  require(!held.view.defined() || held.device_type == device_type, name + " is on DLPack device type " +
+                                                                       std::to_string(held.device_type) +
+                                                                       ", expected " + std::to_string(device_type));
   return held;
 }
 

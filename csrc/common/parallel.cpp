@@ -35,7 +35,8 @@ int remember_openmp(dl_phdr_info* info, size_t, void* data) {
   auto* found = static_cast<std::string*>(data);
   const char* path = info->dlpi_name;
   const char* file = path ? std::strrchr(path, '/') : nullptr;
-  if (!file || (!std::strstr(file, "libgomp") && !std::strstr(file, "libomp") && !std::strstr(file, "libiomp"))) return 0;
+  if (!file || (!std::strstr(file, "libgomp") && !std::strstr(file, "libomp") && !std::strstr(file, "libiomp")))
+    return 0;
   if (found->empty() || std::strstr(path, "/torch")) *found = path;
   return 0;
 }

@@ -40,8 +40,7 @@ void run_team_raw(int threads, void (*body)(void* data, int member, Team& team),
 
 template <class Body>
 void run_team(int threads, Body&& body) {
-  run_team_raw(
-      threads, [](void* data, int member, Team& team) { (*static_cast<Body*>(data))(member, team); }, &body);
+  run_team_raw(threads, [](void* data, int member, Team& team) { (*static_cast<Body*>(data))(member, team); }, &body);
 }
 
 // Where the threads come from: "libgomp.so.1 of torch", for example, or "std::thread".

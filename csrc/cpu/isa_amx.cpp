@@ -4,10 +4,10 @@
 // interleaved. Both come from the same 16 x 16 block of 32-bit pairs (x[2r, c], x[2r + 1, c]): as it is it is a right
 // tile, transposed it is a left one. Tiles are packed once per panel of 32 columns and then only loaded.
 // Products of two bf16 are exact in fp32 and sums are kept in fp32; the unit treats subnormal numbers as zero.
+#include <immintrin.h>
+
 #include <cstddef>
 #include <cstdint>
-
-#include <immintrin.h>
 
 #include "kernel_table.h"
 
@@ -16,15 +16,15 @@
 namespace kf::cpu {
 namespace {
 
-#include "vector_math.inl"
 #include "lower_tile.inl"
+#include "vector_math.inl"
 
-constexpr int PANEL = 32;                    // columns of a panel: two tiles
-constexpr int STEP = 32;                     // rows of x in one tile
-constexpr int64_t TILE = 1024;               // bytes
-constexpr int DEPTH_STEPS = 16;              // steps whose right panel stays in the first-level cache
-constexpr int SIDE = 256;                    // columns of a macro block, its sums a matrix in the second-level cache
-constexpr int PARTS = 3;                     // bf16 terms that hold a weighted fp32 operand to its last bit
+constexpr int PANEL = 32;        // columns of a panel: two tiles
+constexpr int STEP = 32;         // rows of x in one tile
+constexpr int64_t TILE = 1024;   // bytes
+constexpr int DEPTH_STEPS = 16;  // steps whose right panel stays in the first-level cache
+constexpr int SIDE = 256;        // columns of a macro block, its sums a matrix in the second-level cache
+constexpr int PARTS = 3;         // bf16 terms that hold a weighted fp32 operand to its last bit
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -232,8 +232,7 @@ void block(const void* left, const void* right, int64_t depth, bool weighted, in
 const KernelTable& amx_table() {
   static const KernelTable table = [] {
     KernelTable t = avx512_table();
-    t.symmetric_bf16 = {PANEL,     PANEL,      SIDE,  SIDE * SIDE * 4, left_bytes, right_bytes,
-                        pack,  block, enter, leave};
+    t.symmetric_bf16 = {PANEL, PANEL, SIDE, SIDE * SIDE * 4, left_bytes, right_bytes, pack, block, enter, leave};
     return t;
   }();
   return table;

@@ -1,10 +1,11 @@
 // The bodies on AVX512; setup.py gives this file, and no other, its flags.
 // Nothing with external linkage is defined here but the table: inline functions shared with other files would let the
 // linker keep this file's copy for everyone.
+#include <immintrin.h>
+
 #include <cstddef>
 #include <cstdint>
 
-#include <immintrin.h>
 #include "kernel_table.h"
 
 #define KF_VECTOR_BYTES 64
@@ -12,16 +13,19 @@
 namespace kf::cpu {
 namespace {
 
-#include "vector_math.inl"
 #include "lower_tile.inl"
-#include "symmetric_rank_k_update_impl.inl"
 #include "rank_k_update_impl.inl"
+#include "symmetric_rank_k_update_impl.inl"
+#include "vector_math.inl"
 
 }  // namespace
 
 const KernelTable& avx512_table() {
-  static const KernelTable table = {SymmetricBody<float>::kernel(), SymmetricBody<double>::kernel(), {},
-                                    RankKBody<float>::kernel(), RankKBody<double>::kernel()};
+  static const KernelTable table = {SymmetricBody<float>::kernel(),
+                                    SymmetricBody<double>::kernel(),
+                                    {},
+                                    RankKBody<float>::kernel(),
+                                    RankKBody<double>::kernel()};
   return table;
 }
 

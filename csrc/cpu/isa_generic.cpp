@@ -11,16 +11,19 @@
 namespace kf::cpu {
 namespace {
 
-#include "vector_math.inl"
 #include "lower_tile.inl"
-#include "symmetric_rank_k_update_impl.inl"
 #include "rank_k_update_impl.inl"
+#include "symmetric_rank_k_update_impl.inl"
+#include "vector_math.inl"
 
 }  // namespace
 
 const KernelTable& generic_table() {
-  static const KernelTable table = {SymmetricBody<float>::kernel(), SymmetricBody<double>::kernel(), {},
-                                    RankKBody<float>::kernel(), RankKBody<double>::kernel()};
+  static const KernelTable table = {SymmetricBody<float>::kernel(),
+                                    SymmetricBody<double>::kernel(),
+                                    {},
+                                    RankKBody<float>::kernel(),
+                                    RankKBody<double>::kernel()};
   return table;
 }
 

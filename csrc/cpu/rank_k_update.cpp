@@ -48,8 +48,8 @@ void rank_k_update(const TensorView& weight, const TensorView& left, const Tenso
   const int64_t k = left.shape[1];
   if (rows == 0 || columns == 0) return;
 
-  RankKTarget target = {weight.data,  weight.dtype,   weight.stride[0], weight.stride[1],
-                        copy.data,    copy.dtype,     copy.stride[0],   copy.stride[1]};
+  RankKTarget target = {weight.data, weight.dtype, weight.stride[0], weight.stride[1],
+                        copy.data,   copy.dtype,   copy.stride[0],   copy.stride[1]};
   FactorSource a = {left.data, left.dtype, rows, k, left.stride[0], left.stride[1], alpha};
   FactorSource b = {right.data, right.dtype, columns, k, right.stride[0], right.stride[1], 1.0};
   if (weight.stride[1] != 1 && weight.stride[0] == 1) {  // a transposed weight: update its transpose

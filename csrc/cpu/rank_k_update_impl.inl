@@ -83,8 +83,7 @@ struct RankKBody {
         const int64_t columns = j1 - j < NR ? j1 - j : NR;
         for (int64_t r = 0; r < rows; ++r) {
           add_row(tile + r * NR, columns, weight + (i + r) * t.row_stride + j * t.column_stride, t.column_stride,
-                  copy ? copy + (i + r) * t.copy_row_stride + j * t.copy_column_stride : nullptr,
-                  t.copy_column_stride);
+                  copy ? copy + (i + r) * t.copy_row_stride + j * t.copy_column_stride : nullptr, t.copy_column_stride);
         }
       }
     }

@@ -11,9 +11,9 @@
 namespace kf::cpu {
 namespace {
 
-constexpr int64_t depth_step = 512;          // rows of x: chunks are multiples of this
-constexpr int64_t packed_bytes = 64 << 20;   // of packed operands in one chunk, where one step fits
-constexpr int64_t most_rows = 4096;          // of one chunk: its sums are in fp32 before they join acc
+constexpr int64_t depth_step = 512;         // rows of x: chunks are multiples of this
+constexpr int64_t packed_bytes = 64 << 20;  // of packed operands in one chunk, where one step fits
+constexpr int64_t most_rows = 4096;         // of one chunk: its sums are in fp32 before they join acc
 
 void check(const TensorView& acc, const TensorView& x, const TensorView& w, const TensorView& mask) {
   require(acc.ndim == 2 && acc.shape[0] == acc.shape[1], "acc must be square, [d, d]");
@@ -66,11 +66,16 @@ void symmetric_rank_k_update(const TensorView& acc, const TensorView& x, const T
   }
 
   const SymmetricKernel& kernel = choose(x.dtype);
-  const PackSource source = {x.data,        x.dtype, d, x.stride[0], x.stride[1], weighted ? weight.data() : nullptr,
+  const PackSource source = {x.data,
+                             x.dtype,
+                             d,
+                             x.stride[0],
+                             x.stride[1],
+                             weighted ? weight.data() : nullptr,
                              keep.empty() ? nullptr : keep.data()};
   const int64_t left_panels = (d + kernel.mr - 1) / kernel.mr, right_panels = (d + kernel.nr - 1) / kernel.nr;
-  const int64_t step_bytes = left_panels * kernel.left_panel_bytes(depth_step, weighted) +
-                             right_panels * kernel.right_panel_bytes(depth_step);
+  const int64_t step_bytes =
+      left_panels * kernel.left_panel_bytes(depth_step, weighted) + right_panels * kernel.right_panel_bytes(depth_step);
   const int64_t steps_that_fit = std::max<int64_t>(1, packed_bytes / step_bytes);
   const int64_t depth = std::min({n, steps_that_fit * depth_step, most_rows});
   AlignedBuffer left(left_panels * kernel.left_panel_bytes(depth, weighted));

@@ -76,7 +76,5 @@ struct SymmetricBody {
     }
   }
 
-  static SymmetricKernel kernel() {
-    return {MR, NR, SIDE, 0, left_bytes, right_bytes, pack, block, nullptr, nullptr};
-  }
+  static SymmetricKernel kernel() { return {MR, NR, SIDE, 0, left_bytes, right_bytes, pack, block, nullptr, nullptr}; }
 };

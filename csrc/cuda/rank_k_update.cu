@@ -1,5 +1,3 @@
-#include "rank_k_update.cuh"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -8,12 +6,14 @@
 #include <utility>
 
 #include "../common/error.h"
+#include "rank_k_update.cuh"
 
 namespace kf::cuda {
 namespace {
 
 // A block of 8 warps owns 64 rows x 256 columns of the weight: a warp 8 rows, a lane 8 neighbouring columns, so that a
-// lane reads and writes 16 bytes of a 16-bit weight at once. Factors pass through shared memory DEPTH columns at a time.
+// lane reads and writes 16 bytes of a 16-bit weight at once. Factors pass through shared memory DEPTH columns at a
+// time.
 constexpr int WARPS = 8, ROWS_PER_WARP = 8, LANE_COLUMNS = 8, DEPTH = 16;
 constexpr int BLOCK_ROWS = WARPS * ROWS_PER_WARP, BLOCK_COLUMNS = 32 * LANE_COLUMNS;
 
@@ -147,11 +147,11 @@ void launch(const TensorView& weight, const TensorView& copy, Factor left, Facto
   W* w = static_cast<W*>(weight.data);
   C* c = static_cast<C*>(copy.data);
   if (aligned16(weight, weight_stride) && (!copy.defined() || aligned16(copy, copy_stride))) {
-    rank_k_update_kernel<W, C, true><<<grid, WARPS * 32, 0, stream>>>(w, weight_stride, c, copy_stride, left, right,
-                                                                      alpha, rows, columns, k);
+    rank_k_update_kernel<W, C, true>
+        <<<grid, WARPS * 32, 0, stream>>>(w, weight_stride, c, copy_stride, left, right, alpha, rows, columns, k);
   } else {
-    rank_k_update_kernel<W, C, false><<<grid, WARPS * 32, 0, stream>>>(w, weight_stride, c, copy_stride, left, right,
-                                                                       alpha, rows, columns, k);
+    rank_k_update_kernel<W, C, false>
+        <<<grid, WARPS * 32, 0, stream>>>(w, weight_stride, c, copy_stride, left, right, alpha, rows, columns, k);
   }
   check_cuda(cudaGetLastError(), "rank_k_update launch");
 }

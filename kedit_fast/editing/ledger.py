@@ -41,8 +41,8 @@ class _Matrix:
     def require_untouched(self, name: str) -> None:
         if self._sum_of_bits() != self.bits:
             raise EditError(
-                f"{name} was changed by something else since this editor last wrote it (another editor, load_state_dict, "
-                "training): take edits back in the reverse order they were made, or start a new Editor"
+                f"{name} was changed by something else since this editor last wrote it (another editor, training, "
+                "load_state_dict): take edits back in the reverse order they were made, or start a new Editor"
             )
 
     def _sum_of_bits(self) -> int:

@@ -132,8 +132,11 @@ def generate_prefixes(
 ) -> tuple[str, ...]:
     """Context prefixes the model itself writes, each ending in ". ": `count` of them for each (tokens, count).
 
-    `tokens` counts the start, as the published max_out_len does. Sampled from the `top_k` most probable tokens with a generator of `seed`; special tokens are never drawn, so none
-    is in a prefix. Where there are several starts they take turns.
+    `tokens` counts the start, as the published max_out_len does. Sampled from the `top_k` most probable tokens with a
+    generator of `seed`; special tokens are never drawn, so none is in a prefix. Several starts take turns.
+
+    Raises:
+        EditError: the model's output is not finite.
 
     Cost: `tokens` forward passes over all prefixes together.
     """

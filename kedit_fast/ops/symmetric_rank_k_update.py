@@ -48,8 +48,8 @@ def symmetric_rank_k_update_(
 
     Returns:
         `acc`. Products are exact in fp32 for 16-bit rows; sums over a chunk of rows are fp32 (fp64 for fp64 rows),
-        chunks are added in the dtype of `acc`. The C++ kernels give the same bits for any number of threads. A counted row
-        that is not finite makes the entries it touches not finite.
+        chunks are added in the dtype of `acc`. The C++ kernels give the same bits for any number of threads. A row that
+        counts and is not finite makes the entries it touches not finite.
 
     Raises:
         InvalidArgumentError: a wrong shape, dtype, device, or overlapping memory.

@@ -67,7 +67,7 @@ def target_log_probs(
         TargetLogProbs.
 
     Raises:
-        InvalidArgumentError: a wrong shape, dtype or device, or a target outside the vocabulary (on a GPU that gives NaN).
+        InvalidArgumentError: a wrong shape, dtype or device, or a target outside the vocabulary (on a GPU: NaN).
         GradientError: head or bias require grad.
 
     Cost: 2 rows V h flops forward, 4 backward; one chunk of 16,384 logits a row exists at a time.
