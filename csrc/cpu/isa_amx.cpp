@@ -16,8 +16,8 @@
 namespace kf::cpu {
 namespace {
 
-#include "lower_tile.inl"
 #include "vector_math.inl"
+#include "lower_tile.inl"
 
 constexpr int PANEL = 32;        // columns of a panel: two tiles
 constexpr int STEP = 32;         // rows of x in one tile

@@ -13,10 +13,10 @@
 namespace kf::cpu {
 namespace {
 
-#include "lower_tile.inl"
-#include "rank_k_update_impl.inl"
-#include "symmetric_rank_k_update_impl.inl"
 #include "vector_math.inl"
+#include "lower_tile.inl"
+#include "symmetric_rank_k_update_impl.inl"
+#include "rank_k_update_impl.inl"
 
 }  // namespace
 
