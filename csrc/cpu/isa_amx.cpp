@@ -24,7 +24,8 @@ constexpr int STEP = 32;         // rows of x in one tile
 constexpr int64_t TILE = 1024;   // bytes
 constexpr int DEPTH_STEPS = 16;  // steps whose right panel stays in the first-level cache
 constexpr int SIDE = 256;        // columns of a macro block, its sums a matrix in the second-level cache
-constexpr int PARTS = 3;         // bf16 terms that hold a weighted fp32 operand to its last bit
+constexpr int64_t PREFETCH_COLUMNS = 4 * PANEL;
+constexpr int PARTS = 3;  // bf16 terms that hold a weighted fp32 operand to its last bit
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -138,6 +139,15 @@ void pack_weighted(const PackSource& s, int64_t row, int64_t end, int64_t c0, in
   }
 }
 
+// Asks for a coming part of 32 rows: so many streams are more than the hardware prefetcher follows.
+inline void prefetch_rows(const PackSource& s, int64_t row, int64_t end, int64_t column) {
+  if (column >= s.d || s.column_stride != 1) return;
+  const uint16_t* x = static_cast<const uint16_t*>(s.x) + column;
+  for (int64_t r = row; r < row + STEP && r < end; ++r) {
+    _mm_prefetch(reinterpret_cast<const char*>(x + r * s.row_stride), _MM_HINT_T0);
+  }
+}
+
 void pack(const PackSource& s, int64_t k0, int64_t depth, int64_t k, int64_t rows, void* left, void* right) {
   const int64_t end = k0 + depth, part_bytes = right_bytes(depth), panel_bytes = left_bytes(depth, s.weight != nullptr);
   for (int64_t at = k; at < k + rows; at += STEP) {
@@ -146,6 +156,7 @@ void pack(const PackSource& s, int64_t k0, int64_t depth, int64_t k, int64_t row
       char* to_left = static_cast<char*>(left) + c0 / PANEL * panel_bytes + offset;
       char* to_right = static_cast<char*>(right) + c0 / PANEL * part_bytes + offset;
       __m512i tile[2][16];
+      prefetch_rows(s, row, end, c0 + PREFETCH_COLUMNS);
       for (int r = 0; r < 16; ++r) {
         const __m512i even = load_row(s, row + 2 * r, end, c0), odd = load_row(s, row + 2 * r + 1, end, c0);
         tile[0][r] = interleave(half_of(even, 0), half_of(odd, 0));

@@ -21,6 +21,7 @@ struct SymmetricBody {
         continue;
       }
       const S* x = static_cast<const S*>(s.x) + r * s.row_stride + c0 * s.column_stride;
+      if (s.column_stride == 1 && c0 + 8 * WIDTH < s.d) __builtin_prefetch(x + 7 * WIDTH);
       if (s.column_stride == 1 && width == WIDTH) {
         if constexpr (WIDTH % lanes<T> == 0) {
           for (int c = 0; c < WIDTH; c += lanes<T>) store_vector(out + c, load_vector(x + c));
