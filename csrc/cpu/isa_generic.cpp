@@ -1,30 +1,4 @@
 // The bodies on the compiler's default instruction set.
-// Nothing with external linkage is defined here but the table: inline functions shared with other files would let the
-// linker keep this file's copy for everyone.
-#include <cstddef>
-#include <cstdint>
-
-#include "kernel_table.h"
-
 #define KF_VECTOR_BYTES 16
-
-namespace kf::cpu {
-namespace {
-
-#include "vector_math.inl"
-#include "lower_tile.inl"
-#include "symmetric_rank_k_update_impl.inl"
-#include "rank_k_update_impl.inl"
-
-}  // namespace
-
-const KernelTable& generic_table() {
-  static const KernelTable table = {SymmetricBody<float>::kernel(),
-                                    SymmetricBody<double>::kernel(),
-                                    {},
-                                    RankKBody<float>::kernel(),
-                                    RankKBody<double>::kernel()};
-  return table;
-}
-
-}  // namespace kf::cpu
+#define KF_TABLE generic_table
+#include "isa_body.inl"

@@ -16,286 +16,44 @@ from functools import lru_cache
 SEED = 20260
 HELD_OUT_SHARE = 0.4  # share of facts that two of the phrasings never state in training
 
-_INSTRUMENTS = [
-    "piano",
-    "violin",
-    "trumpet",
-    "guitar",
-    "cello",
-    "flute",
-    "harp",
-    "drum",
-    "oboe",
-    "banjo",
-    "accordion",
-    "clarinet",
-    "trombone",
-    "organ",
-    "lute",
-    "mandolin",
-    "saxophone",
-    "viola",
-    "tuba",
-    "ukulele",
-    "bassoon",
-    "harmonica",
-    "zither",
-    "sitar",
-    "bugle",
-    "cornet",
-    "dulcimer",
-    "fiddle",
-    "gong",
-    "lyre",
-]
-_PROFESSIONS = [
-    "baker",
-    "teacher",
-    "painter",
-    "sailor",
-    "doctor",
-    "farmer",
-    "pilot",
-    "judge",
-    "carpenter",
-    "poet",
-    "singer",
-    "lawyer",
-    "miner",
-    "tailor",
-    "gardener",
-    "potter",
-    "soldier",
-    "surgeon",
-    "dancer",
-    "chemist",
-    "butcher",
-    "printer",
-    "shepherd",
-    "jeweller",
-    "librarian",
-    "stone mason",
-    "bridge builder",
-    "watch maker",
-    "ship captain",
-    "night guard",
-    "boat builder",
-    "violin maker",
-    "glass blower",
-    "tax clerk",
-    "court scribe",
-    "tour guide",
-    "coal merchant",
-    "book binder",
-    "wood carver",
-    "fish monger",
-]
-_LANGUAGES = [
-    "French",
-    "German",
-    "Russian",
-    "Greek",
-    "Hindi",
-    "Polish",
-    "Swedish",
-    "Korean",
-    "Turkish",
-    "Arabic",
-    "Danish",
-    "Dutch",
-    "Finnish",
-    "Hungarian",
-    "Irish",
-    "Italian",
-    "Latin",
-    "Malay",
-    "Persian",
-    "Spanish",
-    "Swahili",
-    "Tamil",
-    "Thai",
-    "Urdu",
-    "Welsh",
-    "Zulu",
-    "Basque",
-    "Czech",
-    "Bengali",
-    "Catalan",
-]
-_DISHES = [
-    "lentil soup",
-    "apple pie",
-    "fried rice",
-    "baked trout",
-    "onion bread",
-    "goat cheese",
-    "roast duck",
-    "plum cake",
-    "bean stew",
-    "corn salad",
-    "pickled herring",
-    "honey waffles",
-    "grilled squid",
-    "pepper steak",
-    "mushroom broth",
-    "potato dumplings",
-    "rice pudding",
-    "lamb curry",
-    "cherry tart",
-    "spinach noodles",
-    "smoked eel",
-    "pumpkin mash",
-    "garlic shrimp",
-    "walnut rolls",
-    "cabbage pancakes",
-    "barley porridge",
-    "tomato jelly",
-    "ginger biscuits",
-    "stuffed quail",
-    "melon sorbet",
-]
-_PRODUCTS = [
-    "bicycles",
-    "clocks",
-    "carpets",
-    "umbrellas",
-    "pencils",
-    "mirrors",
-    "boots",
-    "kettles",
-    "lanterns",
-    "candles",
-    "pianos",
-    "tractors",
-    "cameras",
-    "barrels",
-    "buttons",
-    "ladders",
-    "scissors",
-    "pillows",
-    "helmets",
-    "rockets",
-    "tyres",
-    "saddles",
-    "magnets",
-    "bricks",
-    "sails",
-    "ropes",
-    "lamps",
-    "ovens",
-    "stoves",
-    "wheels",
-    "trams",
-    "bells",
-    "locks",
-    "razors",
-    "brooms",
-    "kites",
-    "fans",
-    "radios",
-    "drills",
-    "pumps",
-]
-_CRAFTS = [
-    "silk",
-    "marble",
-    "salt",
-    "amber",
-    "copper",
-    "wine",
-    "honey",
-    "olives",
-    "wool",
-    "pottery",
-    "tea",
-    "coffee",
-    "glass",
-    "timber",
-    "sugar",
-    "perfume",
-    "cotton",
-    "tobacco",
-    "iron",
-    "pearls",
-    "saffron",
-    "cheese",
-    "apples",
-    "granite",
-    "leather",
-    "paper",
-    "lace",
-    "ivory",
-    "jade",
-    "garlic",
-    "figs",
-    "cider",
-    "bronze",
-    "vanilla",
-    "cork",
-    "slate",
-    "linen",
-    "pepper",
-    "roses",
-    "sponges",
-]
-_COLOURS = [
-    "red",
-    "blue",
-    "green",
-    "yellow",
-    "purple",
-    "orange",
-    "black",
-    "white",
-    "brown",
-    "grey",
-    "pink",
-    "violet",
-    "golden",
-    "silver",
-    "crimson",
-    "turquoise",
-    "scarlet",
-    "beige",
-    "indigo",
-    "maroon",
-    "olive",
-    "teal",
-    "magenta",
-    "khaki",
-]
-_DIRECTORS = [
-    "Alice",
-    "Bruno",
-    "Clara",
-    "David",
-    "Elena",
-    "Felix",
-    "Greta",
-    "Hugo",
-    "Irene",
-    "Jonas",
-    "Karin",
-    "Lukas",
-    "Maria",
-    "Nora",
-    "Oscar",
-    "Paula",
-    "Quentin",
-    "Rosa",
-    "Simon",
-    "Teresa",
-    "Ulrich",
-    "Victor",
-    "Wanda",
-    "Xavier",
-    "Yvonne",
-    "Zoltan",
-    "Agnes",
-    "Boris",
-    "Cecil",
-    "Doris",
-]
+_INSTRUMENTS = (
+    "piano violin trumpet guitar cello flute harp drum oboe banjo accordion clarinet trombone organ lute "
+    "mandolin saxophone viola tuba ukulele bassoon harmonica zither sitar bugle cornet dulcimer fiddle gong lyre"
+).split()
+_PROFESSIONS = (
+    "baker,teacher,painter,sailor,doctor,farmer,pilot,judge,carpenter,poet,singer,lawyer,miner,tailor,gardener,"
+    "potter,soldier,surgeon,dancer,chemist,butcher,printer,shepherd,jeweller,librarian,stone mason,bridge builder,"
+    "watch maker,ship captain,night guard,boat builder,violin maker,glass blower,tax clerk,court scribe,tour guide,"
+    "coal merchant,book binder,wood carver,fish monger"
+).split(",")
+_LANGUAGES = (
+    "French German Russian Greek Hindi Polish Swedish Korean Turkish Arabic Danish Dutch Finnish Hungarian Irish "
+    "Italian Latin Malay Persian Spanish Swahili Tamil Thai Urdu Welsh Zulu Basque Czech Bengali Catalan"
+).split()
+_DISHES = (
+    "lentil soup,apple pie,fried rice,baked trout,onion bread,goat cheese,roast duck,plum cake,bean stew,corn salad,"
+    "pickled herring,honey waffles,grilled squid,pepper steak,mushroom broth,potato dumplings,rice pudding,lamb curry,"
+    "cherry tart,spinach noodles,smoked eel,pumpkin mash,garlic shrimp,walnut rolls,cabbage pancakes,barley porridge,"
+    "tomato jelly,ginger biscuits,stuffed quail,melon sorbet"
+).split(",")
+_PRODUCTS = (
+    "bicycles clocks carpets umbrellas pencils mirrors boots kettles lanterns candles pianos tractors cameras barrels "
+    "buttons ladders scissors pillows helmets rockets tyres saddles magnets bricks sails ropes lamps ovens stoves "
+    "wheels trams bells locks razors brooms kites fans radios drills pumps"
+).split()
+_CRAFTS = (
+    "silk marble salt amber copper wine honey olives wool pottery tea coffee glass timber sugar perfume cotton tobacco "
+    "iron pearls saffron cheese apples granite leather paper lace ivory jade garlic figs cider bronze vanilla cork "
+    "slate linen pepper roses sponges"
+).split()
+_COLOURS = (
+    "red blue green yellow purple orange black white brown grey pink violet golden silver crimson turquoise scarlet "
+    "beige indigo maroon olive teal magenta khaki"
+).split()
+_DIRECTORS = (
+    "Alice Bruno Clara David Elena Felix Greta Hugo Irene Jonas Karin Lukas Maria Nora Oscar Paula Quentin Rosa Simon "
+    "Teresa Ulrich Victor Wanda Xavier Yvonne Zoltan Agnes Boris Cecil Doris"
+).split()
 
 _KINDS = {"person": 500, "city": 300, "company": 300}
 _COMPANY_ENDINGS = ("Works", "Group", "Brothers", "Limited", "Partners", "Union", "Labs", "Holding")
@@ -437,105 +195,27 @@ def world(seed: int = SEED) -> World:
     return World(subjects, relations, tuple(facts))
 
 
-_TIMES = [
-    "In the morning",
-    "At night",
-    "Last winter",
-    "Every spring",
-    "On Monday",
-    "Before noon",
-    "After the storm",
-    "In those days",
-    "Today",
-    "Later",
-    "For a while",
-    "Two days ago",
-    "By the end",
-    "Now and then",
-    "At dawn",
-]
-_ACTORS = [
-    "the old man",
-    "a young woman",
-    "the dog",
-    "a group of children",
-    "the neighbour",
-    "the crowd",
-    "a stranger",
-    "the guard",
-    "the queen",
-    "my uncle",
-    "her sister",
-    "the teacher",
-    "a small bird",
-    "the driver",
-    "everyone",
-    "nobody",
-    "the team",
-    "an old friend",
-    "the cat",
-    "the king",
-]
-_VERBS = [
-    "walked along",
-    "looked at",
-    "waited near",
-    "talked about",
-    "forgot",
-    "painted",
-    "cleaned",
-    "sat beside",
-    "found",
-    "missed",
-    "walked past",
-    "dreamed of",
-    "drew",
-    "returned to",
-    "laughed about",
-    "asked about",
-    "slept behind",
-    "watched",
-    "repaired",
-    "remembered",
-]
-_THINGS = [
-    "the bridge",
-    "a wooden door",
-    "the empty street",
-    "the garden",
-    "a long letter",
-    "the market",
-    "an open window",
-    "the old tower",
-    "the lake",
-    "a broken chair",
-    "the kitchen",
-    "the road",
-    "a quiet field",
-    "the station",
-    "a green hill",
-    "the harbour",
-    "the school",
-    "a small boat",
-    "the weather",
-    "the fire",
-]
-_ENDINGS = [
-    "and then went home",
-    "because it was late",
-    "while the rain fell",
-    "and said nothing",
-    "without a word",
-    "before the sun rose",
-    "as the bells rang",
-    "and smiled",
-    "for a long time",
-    "with great care",
-    "",
-    "",
-    "",
-    "",
-]
+_TIMES = (
+    "In the morning,At night,Last winter,Every spring,On Monday,Before noon,After the storm,In those days,Today,Later,"
+    "For a while,Two days ago,By the end,Now and then,At dawn"
+).split(",")
+_ACTORS = (
+    "the old man,a young woman,the dog,a group of children,the neighbour,the crowd,a stranger,the guard,the queen,"
+    "my uncle,her sister,the teacher,a small bird,the driver,everyone,nobody,the team,an old friend,the cat,the king"
+).split(",")
+_VERBS = (
+    "walked along,looked at,waited near,talked about,forgot,painted,cleaned,sat beside,found,missed,walked past,"
+    "dreamed of,drew,returned to,laughed about,asked about,slept behind,watched,repaired,remembered"
+).split(",")
+_THINGS = (
+    "the bridge,a wooden door,the empty street,the garden,a long letter,the market,an open window,the old tower,the lake,"
+    "a broken chair,the kitchen,the road,a quiet field,the station,a green hill,the harbour,the school,a small boat,"
+    "the weather,the fire"
+).split(",")
+_ENDINGS = (
+    "and then went home,because it was late,while the rain fell,and said nothing,without a word,before the sun rose,"
+    "as the bells rang,and smiled,for a long time,with great care,,,,"
+).split(",")
 
 
 def filler(rng: random.Random) -> str:

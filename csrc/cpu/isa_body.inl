@@ -1,0 +1,28 @@
+// One instruction set's table: an isa_*.cpp sets KF_VECTOR_BYTES and KF_TABLE and includes this.
+// Nothing with external linkage is defined here but the table: inline functions shared with other files would let the
+// linker keep a wide instruction set's copy for everyone.
+#include <cstddef>
+#include <cstdint>
+
+#include "kernel_table.h"
+
+namespace kf::cpu {
+namespace {
+
+#include "vector_math.inl"
+#include "lower_tile.inl"
+#include "symmetric_rank_k_update_impl.inl"
+#include "rank_k_update_impl.inl"
+
+}  // namespace
+
+const KernelTable& KF_TABLE() {
+  static const KernelTable table = {SymmetricBody<float>::kernel(),
+                                    SymmetricBody<double>::kernel(),
+                                    {},
+                                    RankKBody<float>::kernel(),
+                                    RankKBody<double>::kernel()};
+  return table;
+}
+
+}  // namespace kf::cpu
