@@ -208,8 +208,8 @@ _VERBS = (
     "dreamed of,drew,returned to,laughed about,asked about,slept behind,watched,repaired,remembered"
 ).split(",")
 _THINGS = (
-    "the bridge,a wooden door,the empty street,the garden,a long letter,the market,an open window,the old tower,the lake,"
-    "a broken chair,the kitchen,the road,a quiet field,the station,a green hill,the harbour,the school,a small boat,"
+    "the bridge,a wooden door,the empty street,the garden,a long letter,the market,an open window,the old tower,"
+    "the lake,a broken chair,the kitchen,the road,a quiet field,the station,a green hill,the harbour,the school,a small boat,"
     "the weather,the fire"
 ).split(",")
 _ENDINGS = (
