@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from floors import relative_error
 from tiny_models import KINDS, TEXT, make_model, make_tokenizer
 
@@ -45,6 +46,8 @@ def same(editor, before):
 @pytest.mark.parametrize("kind", KINDS)
 def test_memit_is_the_published_dense_update_layer_by_layer(kind):
     """Transcribed from the published loop: R / layers left, (lambda C + K K^T)^-1 K, in fp64, on an fp64 model."""
+    if kind == "gpt2" and tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56):
+        pytest.skip("GPT-2 in float64 overflows in this transformers' own attention mask")
     editor = make_editor(kind, dtype=torch.float64)
     expected, other = editor.view, ModelView(make_model(kind, torch.float64))
     prepared = prepare(editor.tokenizer, REQUESTS, PREFIXES, 128)

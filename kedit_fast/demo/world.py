@@ -209,8 +209,8 @@ _VERBS = (
 ).split(",")
 _THINGS = (
     "the bridge,a wooden door,the empty street,the garden,a long letter,the market,an open window,the old tower,"
-    "the lake,a broken chair,the kitchen,the road,a quiet field,the station,a green hill,the harbour,the school,a small boat,"
-    "the weather,the fire"
+    "the lake,a broken chair,the kitchen,the road,a quiet field,the station,a green hill,the harbour,the school,"
+    "a small boat,the weather,the fire"
 ).split(",")
 _ENDINGS = (
     "and then went home,because it was late,while the rain fell,and said nothing,without a word,before the sun rose,"
