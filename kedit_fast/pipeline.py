@@ -176,8 +176,9 @@ def run_edits(
     seconds = dict.fromkeys(PHASES, 0.0)
     seconds["statistics"] = statistics_seconds
     editor.check(requests)
+    measuring = time.perf_counter()
     before = evaluate(model, tokenizer, requests)
-    seconds["evaluate"] += time.perf_counter() - begin
+    seconds["evaluate"] += time.perf_counter() - measuring
     size = batch_size or len(requests)
     results = []
     for start in range(0, len(requests), size):
