@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,10 +57,12 @@ def test_explain_gives_a_reason_for_every_other_backend():
 
 
 def run_python(code, **environment):
-    import os
-
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,  # not the source tree: what is installed is tested
+        env={**os.environ, **environment},
     )
 
 

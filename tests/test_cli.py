@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -66,6 +67,7 @@ def place(tmp_path_factory):
     return root
 
 
+HERE = Path(__file__).parent  # not the source tree: what is installed is tested
 FAST = ("--set", "v_num_grad_steps=3", "--set", "mom2_ridge=1e-3", "--layers", "0-1")
 
 
@@ -77,8 +79,9 @@ def edit_args(place, out, *more):
 def test_demo_prints_exactly_one_json_object():
     """In a process of its own: nothing else may reach its stdout."""
     done = subprocess.run(
-        [sys.executable, "-m", "kedit_fast.cli", "demo", "--edits", "3", "--json"], capture_output=True, text=True
-    )
+        [sys.executable, "-m", "kedit_fast.cli", "demo", "--edits", "3", "--json"],
+        capture_output=True, text=True, cwd=HERE,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.strip().splitlines()
     found = json.loads(line)
@@ -239,7 +242,7 @@ def test_backends_and_the_bug_report():
     done = run("backends", "--json")
     assert set(json.loads(done.stdout)) == {"cuda", "triton", "cpu", "torch"}
     assert "torch" in run("backends").stdout
-    report = subprocess.run([sys.executable, "-m", "kedit_fast"], capture_output=True, text=True).stdout
+    report = subprocess.run([sys.executable, "-m", "kedit_fast"], capture_output=True, text=True, cwd=HERE).stdout
     for text in (kedit_fast.__version__, "Backends", "Native modules", "Versions", "transformers"):
         assert text in report
 
