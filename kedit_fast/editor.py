@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -226,7 +226,8 @@ class _Batch:
             if layer == layers[-1]:
                 self.collisions = collisions(seen.keys)
         with self.timed("keys"):
-            seen = keys_and_outputs(self.view, self.prepared, layers[-1], site, self.recipe.key_weights)
+            bare = [replace(prepared, rewriting=prepared.rewriting[:1]) for prepared in self.prepared]
+            seen = keys_and_outputs(self.view, bare, layers[-1], site, self.recipe.key_weights)
         self.after = float((values.targets.to(seen.outputs) - seen.outputs).square().sum())
 
     def run_single(self, index: int) -> None:

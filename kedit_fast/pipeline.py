@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from kedit_fast.editing.prompts import open_ended
 from kedit_fast.editing.requests import EditRequest
 from kedit_fast.editor import Editor, EditResult
 from kedit_fast.errors import KeditError, UnsupportedModelError
@@ -197,10 +198,7 @@ def run_edits(
 def complete(model: Any, tokenizer: Any, prompt: str, tokens: int = 6) -> str:
     """The greedy continuation of a prompt, up to the end of its first sentence."""
     view = ModelView(model)
-    special = set(tokenizer.all_special_ids)
-    ids = list(tokenizer(prompt)["input_ids"])
-    while len(ids) > 1 and ids[-1] in special:
-        ids.pop()
+    ids = open_ended(tokenizer, tokenizer(prompt)["input_ids"], 1)
     begin = len(ids)
     with evaluating(view), torch.no_grad():
         for _ in range(tokens):

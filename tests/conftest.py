@@ -18,12 +18,18 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def cpu_module():
+    """The C++ module; a pure-Python install has none, which is a supported one (.ci/run requires it)."""
+    if reason := native.probe_cpu().reason:
+        pytest.skip(f"no C++ module: {reason}")
+    return native.cpu()
+
+
 @pytest.fixture(params=ISAS)
-def isa(request):
+def isa(request, cpu_module):
     """Every instruction set this machine has, one after another."""
-    if native.probe_cpu().reason:
-        pytest.skip(f"no C++ module: {native.probe_cpu().reason}")
-    cpu = native.cpu()
+    cpu = cpu_module
     if reason := cpu.isas()[request.param]:
         pytest.skip(reason)
     before = cpu.isa()
@@ -34,8 +40,8 @@ def isa(request):
 
 @pytest.fixture(params=("torch", "cpu"))
 def backend(request):
-    if request.param == "cpu" and native.probe_cpu().reason:
-        pytest.skip(native.probe_cpu().reason)
+    if request.param == "cpu":
+        request.getfixturevalue("cpu_module")
     return request.param
 
 

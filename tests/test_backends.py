@@ -71,9 +71,7 @@ def test_importing_the_package_loads_neither_transformers_nor_triton():
     assert run_python(code).returncode == 0
 
 
-def test_an_isa_forced_by_the_environment_is_used_or_named():
-    if native.probe_cpu().reason:
-        pytest.skip(native.probe_cpu().reason)
+def test_an_isa_forced_by_the_environment_is_used_or_named(cpu_module):
     code = "import kedit_fast; print(*kedit_fast.backends(), sep='\\n')"
     assert "generic" in run_python(code, KEDIT_FAST_ISA="generic").stdout
     wrong = run_python(code, KEDIT_FAST_ISA="sse9").stdout

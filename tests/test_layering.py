@@ -58,8 +58,7 @@ def test_imports_point_down():
         for name in imports(path):
             if name and name.startswith("kedit_fast."):
                 target = name.split(".")[1]
-                lazy = part == "demo" and target == "pipeline"
-                if target != part and LEVEL[target] >= LEVEL[part] and not lazy:
+                if target != part and LEVEL[target] >= LEVEL[part]:
                     wrong.append(f"{path.relative_to(ROOT)} imports {name}")
     assert not wrong, wrong
 

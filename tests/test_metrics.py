@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import KINDS, make_model, make_tokenizer
 
-from kedit_fast import EditRequest, evaluate
+from kedit_fast import EditRequest, demo, evaluate
 from kedit_fast.evaluation.metrics import score
 from kedit_fast.models.architectures import ModelView
 
@@ -25,16 +25,17 @@ def test_scores_are_those_of_one_unpadded_prompt(kind, side):
         assert found.argmax == all(int(log_probs[r].argmax()) == full[r + 1] for r in rows)
 
 
-def test_metrics_count_what_they_say():
-    tokenizer, model = make_tokenizer(), make_model("llama")
-    with torch.no_grad():
-        answer = tokenizer.decode(
-            int(model(torch.tensor([tokenizer("Ebro is in")["input_ids"]])).logits[0, -1].argmax())
-        )
-    said = EditRequest("{} is in", "Ebro", answer, "zzz", ("Ebro is in",), ("Ebro is in",))
-    not_said = EditRequest("{} is in", "Ebro", "zzz", answer)
-    if tokenizer(f"Ebro is in{answer}")["input_ids"][:-1] == tokenizer("Ebro is in")["input_ids"] and answer[0] == " ":
-        found = evaluate(model, tokenizer, [said, not_said])
-        assert found.efficacy == 0.5 and found.efficacy_success == 0.5
-        assert found.paraphrase == 1.0 and found.neighborhood == 0.0
+def test_metrics_count_what_they_say(demo_model):
+    """The demo model says target_true: a request for that is met, one for target_new is not."""
+    model, tokenizer = demo_model
+    (request,) = demo.requests(1)
+    true, new, text = request.target_true, request.target_new, request.text
+    said = EditRequest(request.prompt, request.subject, true, new, (text,), (text,))
+    not_said = EditRequest(request.prompt, request.subject, new, true)
+    found = evaluate(model, tokenizer, [said, not_said])
+    assert found.efficacy == 0.5 and found.efficacy_success == 0.5
+    assert found.paraphrase == 1.0 and found.neighborhood == 0.0
+    turned = EditRequest(request.prompt, request.subject, new, true, (text,), (text,))
+    found = evaluate(model, tokenizer, [turned])
+    assert found.paraphrase == 0.0 and found.neighborhood == 1.0
     assert evaluate(model, tokenizer, [EditRequest("{} is", "Ebro", "in")]).neighborhood is None

@@ -104,11 +104,11 @@ class Ledger:
         if name not in self._matrices:
             wide = weight.dtype in (torch.float32, torch.float64)
             self._matrices[name] = _Matrix(weight, weight.clone(), None if wide else weight.float())
-            self._matrices[name].mark()
-        matrix = self._matrices[name]
-        if matrix.weight.data_ptr() != weight.data_ptr():
+        elif self._matrices[name].weight.data_ptr() != weight.data_ptr():
             raise EditError(f"{name} has moved in memory since its first edit: restore before moving the model")
-        matrix.require_untouched(name)
+        else:
+            self._matrices[name].require_untouched(name)
+        matrix = self._matrices[name]
         factors = update.compacted().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
         if not factors.is_finite():
             raise EditError(f"the update of {name} overflows float32")

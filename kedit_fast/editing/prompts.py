@@ -77,10 +77,8 @@ def target_tokens(tokenizer: Any, prompt: str, target: str) -> tuple[int, ...]:
     the tokenizer would put before a separate text can enter.
     """
     joined = prompt + ("" if target[:1].isspace() or prompt[-1:].isspace() else " ") + target
-    base, full = list(tokenizer(prompt)["input_ids"]), list(tokenizer(joined)["input_ids"])
+    base, full = open_ended(tokenizer, tokenizer(prompt)["input_ids"]), list(tokenizer(joined)["input_ids"])
     special = set(tokenizer.all_special_ids)
-    while base and base[-1] in special:
-        base.pop()
     while full and full[-1] in special and not joined.rstrip().endswith(tokenizer.decode(full[-1:]).strip()):
         full.pop()
     if full[: len(base)] == base and len(full) > len(base):
@@ -119,12 +117,19 @@ def prepare(
     return prepared
 
 
+def open_ended(tokenizer: Any, ids: Sequence[int], keep: int = 0) -> list[int]:
+    """Token ids without the special tokens a tokenizer adds after a text, where something is to follow.
+
+    The first `keep` ids stay whatever they are.
+    """
+    special, end = set(tokenizer.all_special_ids), len(ids)
+    while end > keep and ids[end - 1] in special:
+        end -= 1
+    return list(ids[:end])
+
+
 def _without_end(tokenizer: Any, prompt: Prompt) -> Prompt:
-    """Drop special tokens that a tokenizer adds after the text: the target follows there."""
-    ids, special = list(prompt.ids), set(tokenizer.all_special_ids)
-    while len(ids) > prompt.lookup + 1 and ids[-1] in special:
-        ids.pop()
-    return Prompt(tuple(ids), prompt.lookup)
+    return Prompt(tuple(open_ended(tokenizer, prompt.ids, prompt.lookup + 1)), prompt.lookup)
 
 
 def generate_prefixes(
@@ -145,7 +150,7 @@ def generate_prefixes(
     prefixes: list[str] = []
     for tokens, count in lengths:
         starts = [_STARTS[i % len(_STARTS)] if count <= len(_STARTS) else _STARTS[0] for i in range(count)]
-        rows = [list(_without_end(tokenizer, Prompt(tuple(tokenizer(s)["input_ids"]), 0)).ids) for s in starts]
+        rows = [open_ended(tokenizer, tokenizer(start)["input_ids"], 1) for start in starts]
         begins = [len(row) for row in rows]
         with evaluating(view), torch.no_grad():
             for _ in range(max(1, tokens - 1)):

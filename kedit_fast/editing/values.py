@@ -38,7 +38,6 @@ class Values:
     targets: torch.Tensor  # [h, u] h0 + delta, fp64
     deltas: torch.Tensor  # [h, u] fp32
     losses: torch.Tensor  # [u] at the last forward pass
-    first_losses: torch.Tensor  # [u] at delta = 0
     steps: torch.Tensor  # [u] optimiser steps taken
 
 
@@ -154,7 +153,6 @@ def optimise_values(
         targets=torch.cat([p.targets for p in parts], 1)[:, back.to(parts[0].targets.device)],
         deltas=torch.cat([p.deltas for p in parts], 1)[:, back.to(parts[0].deltas.device)],
         losses=torch.cat([p.losses for p in parts])[back],
-        first_losses=torch.cat([p.first_losses for p in parts])[back],
         steps=torch.cat([p.steps for p in parts])[back],
     )
 
@@ -164,7 +162,7 @@ def _optimise(view: ModelView, prepared: Sequence[PreparedRequest], site: Site, 
     u, device, h0 = prompts.count, prompts.device, prompts.h0
     limit = hparams.clamp_norm_factor * h0.norm(dim=1)
     delta, mean, square = (torch.zeros_like(h0) for _ in range(3))
-    losses, first, steps = (torch.zeros(u, device=device) for _ in range(3))
+    losses, steps = (torch.zeros(u, device=device) for _ in range(2))
     going = torch.ones(u, dtype=torch.bool, device=device)  # requests that have not stopped
     held = torch.arange(u, device=device)  # requests whose prompts still run
     for iteration in range(hparams.v_num_grad_steps):
@@ -174,8 +172,6 @@ def _optimise(view: ModelView, prepared: Sequence[PreparedRequest], site: Site, 
         _require_finite(measured, held, prepared, "loss")
         live = going[held]
         losses[held] = torch.where(live, measured, losses[held])
-        if iteration == 0:
-            first[held] = measured
         if iteration == hparams.v_num_grad_steps - 1:
             break
         live = live & (measured >= hparams.v_stop_loss)
@@ -200,7 +196,6 @@ def _optimise(view: ModelView, prepared: Sequence[PreparedRequest], site: Site, 
         targets=(h0.double() + delta.double()).T.contiguous(),
         deltas=delta.T.contiguous(),
         losses=losses.cpu(),
-        first_losses=first.cpu(),
         steps=steps.long().cpu(),
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.prompts import target_tokens
+from kedit_fast.editing.prompts import open_ended, target_tokens
 from kedit_fast.editing.requests import EditRequest
 from kedit_fast.errors import RequestError
 from kedit_fast.models.architectures import ArchSpec, ModelView
@@ -84,12 +84,9 @@ def evaluate(
 
 def score(view: ModelView, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Continuation]:
     """How the model sees each (prompt, target)."""
-    special = set(tokenizer.all_special_ids)
     rows = []
     for prompt, target in pairs:
-        ids = list(tokenizer(prompt)["input_ids"])
-        while len(ids) > 1 and ids[-1] in special:
-            ids.pop()
+        ids = open_ended(tokenizer, tokenizer(prompt)["input_ids"], 1)
         rows.append((ids, target_tokens(tokenizer, prompt, target)))
         if not ids:
             raise RequestError(f"the prompt {prompt!r} has no tokens")

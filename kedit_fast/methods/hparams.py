@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -180,8 +180,3 @@ def make_hparams(method: str, config: Any, *overrides: Mapping[str, Any]) -> tup
         values.update(override)
     values["method"] = recipe.name
     return Hparams(**values), origin
-
-
-def with_values(hparams: Hparams, **values: Any) -> Hparams:
-    """A copy with other values, checked."""
-    return replace(hparams, **values)

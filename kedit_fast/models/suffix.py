@@ -35,6 +35,7 @@ class TailRunner:
     def __init__(self, view: ModelView, rows: Sequence[Sequence[int]], lookups: Sequence[int], site: Site):
         self.view, self.site = view, site
         self.first_live = site.layer + 1 if site.what == "block" else site.layer
+        self.as_tuple = False
         batch = pad(rows, view.device)
         lookup = torch.tensor(list(lookups), device=view.device)
         lengths = batch.attention_mask.sum(1)
@@ -64,6 +65,7 @@ class TailRunner:
             hidden = hidden_of(output)
             index = at.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])
             seen["entering"] = hidden.gather(1, index)  # [R, S, h]
+            self.as_tuple = isinstance(output, tuple)  # what this version's blocks return
 
         hooks = []
         try:
@@ -95,6 +97,7 @@ class TailRunner:
         """A runner with some of the rows."""
         chosen = object.__new__(TailRunner)
         chosen.view, chosen.site, chosen.first_live, chosen.prefix = self.view, self.site, self.first_live, self.prefix
+        chosen.as_tuple = self.as_tuple
         for name in ("positions", "ids", "mask", "site_output", "entering", "start"):
             value = getattr(self, name)
             setattr(chosen, name, None if value is None else value[rows.to(value.device)])
@@ -131,12 +134,11 @@ class TailRunner:
         if self.site.what == "block":
             added = states[:, 0] + delta.to(states.dtype).to(states.device)
             states = torch.cat([added[:, None], states[:, 1:]], 1)
-        as_tuple = _returns_tuple(self.view)
         stubbed = [self.view.block(layer) for layer in range(self.first_live)]
         own = [vars(block).get("forward") for block in stubbed]  # dispatch hooks put one on the instance
         try:
             for layer, block in enumerate(stubbed):
-                block.forward = _stub(states if layer == self.first_live - 1 else None, as_tuple)
+                block.forward = _stub(states if layer == self.first_live - 1 else None, self.as_tuple)
             yield
         finally:
             for block, forward in zip(stubbed, own, strict=True):
@@ -169,22 +171,6 @@ def _stub(result: torch.Tensor | None, as_tuple: bool):
         return (out, None) if as_tuple else out
 
     return forward
-
-
-def _returns_tuple(view: ModelView) -> bool:
-    """Whether this version's blocks return a tuple: found once by looking at one."""
-    known = getattr(view, "_block_returns_tuple", None)
-    if known is None:
-        found = []
-        hook = view.block(0).register_forward_hook(lambda module, args, output: found.append(isinstance(output, tuple)))
-        try:
-            with torch.no_grad():
-                batch = pad([[0]], view.device)
-                view.model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        finally:
-            hook.remove()
-        known = view._block_returns_tuple = found[0]
-    return known
 
 
 def _keys_values(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

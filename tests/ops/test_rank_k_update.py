@@ -7,7 +7,6 @@ from floors import RANK_K, relative_error
 
 from kedit_fast import rank_k_update_, rank_one_update_
 from kedit_fast.errors import InvalidArgumentError
-from kedit_fast.kernels import native
 
 SHAPES = [(o, i) for o in (1, 7, 64, 129) for i in (1, 63, 127, 1000)] + [(40, 4097)]
 
@@ -102,14 +101,12 @@ def test_factors_in_half_precision_and_of_other_strides(backend):
     assert relative_error(weight, expected) < 1e-6
 
 
-def test_the_native_module_takes_numpy_arrays():
-    if native.probe_cpu().reason:
-        pytest.skip(native.probe_cpu().reason)
+def test_the_native_module_takes_numpy_arrays(cpu_module):
     weight, left, right = np.zeros((3, 4), np.float32), np.ones((3, 1), np.float32), np.ones((4, 1), np.float32)
-    native.cpu().rank_k_update_(weight, left, right, 2.0, None, 1)
+    cpu_module.rank_k_update_(weight, left, right, 2.0, None, 1)
     assert (weight == 2.0).all()
     with pytest.raises(ValueError, match="left must be"):
-        native.cpu().rank_k_update_(weight, right, left, 1.0, None, 1)
+        cpu_module.rank_k_update_(weight, right, left, 1.0, None, 1)
 
 
 def test_writing_into_shared_memory_is_refused():

@@ -107,9 +107,7 @@ def test_a_forced_isa_is_used(isa):
     assert native.cpu().isa() == isa
 
 
-def test_scratch_memory_can_be_released():
-    if native.probe_cpu().reason:
-        pytest.skip(native.probe_cpu().reason)
+def test_scratch_memory_can_be_released(cpu_module):
     symmetric_rank_k_update_(torch.zeros(300, 300), torch.randn(400, 300), backend="cpu")
-    native.cpu().release_scratch()
+    cpu_module.release_scratch()
     run_case(100, 64, torch.float32, torch.float32, "plain", "cpu")
