@@ -20,21 +20,22 @@ from kedit_fast.errors import BackendUnavailableError
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")  # the order of automatic choice
 AUTO = "auto"
+_NOT_ASKED = "could run; only when asked for"
 
 _log = logging.getLogger("kedit_fast")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("kedit_fast_backend", default=None)
-_probes: dict[str, Callable[[], Probe]] = {}
+_probes: dict[str, tuple[Callable[[], Probe], Callable[[], str]]] = {}
 _implementations: dict[str, dict[str, Implementation]] = {}
 _declined: set[tuple[str, str, str]] = set()
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a backend says of itself: `reason` is empty when it can run here."""
+    """Whether a backend can run here: `reason` is empty when it can."""
 
-    reason: str
-    detail: str = ""
+    reason: str = ""
     misconfigured: bool = False  # an explicit setting cannot be honoured: automatic choice raises too
+    explicit_only: bool = False  # runs when asked for, never by automatic choice
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,12 @@ class Explanation:
         return "\n".join(lines)
 
 
-def register_probe(backend: str, probe: Callable[[], Probe]) -> None:
-    """Tell how to find out whether `backend` can run here."""
-    _probes[backend] = probe
+def register_probe(backend: str, probe: Callable[[], Probe], detail: Callable[[], str]) -> None:
+    """Tell how to find out whether `backend` can run here, and how it describes itself when it can.
+
+    `probe` is asked at every call of an op, so it should remember its answer.
+    """
+    _probes[backend] = probe, detail
 
 
 def register(implementation: Implementation) -> None:
@@ -119,7 +123,12 @@ def requested(backend: str | None) -> str:
 
 def probe(backend: str) -> Probe:
     """Ask one backend whether it can run here."""
-    return _probes[backend]() if backend in _probes else Probe("")
+    return _probes[backend][0]()
+
+
+def detail(backend: str) -> str:
+    """Instruction set, threads or versions of a backend that can run here; otherwise why it cannot."""
+    return probe(backend).reason or _probes[backend][1]()
 
 
 def select(op: str, backend: str, *args: Any) -> Implementation:
@@ -138,7 +147,9 @@ def select(op: str, backend: str, *args: Any) -> Implementation:
         if name in table:
             reason = _refusal(op, name, *args)
             if not reason:
-                return table[name]
+                if not probe(name).explicit_only:
+                    return table[name]
+                reason = _NOT_ASKED
             if probe(name).misconfigured:
                 raise BackendUnavailableError(f"{op}: {reason}")
             if (op, name, reason) not in _declined:
@@ -158,17 +169,14 @@ def explain(op: str, *args: Any, backend: str | None = None) -> Explanation:
     reasons = {}
     for name in BACKENDS:
         if name != runs:
-            reasons[name] = _refusal(op, name, *args) or "could run; another comes first"
-    return Explanation(op, runs + (f" ({probe(runs).detail})" if probe(runs).detail else ""), reasons)
+            other = _NOT_ASKED if probe(name).explicit_only else "could run; another comes first"
+            reasons[name] = _refusal(op, name, *args) or other
+    return Explanation(op, f"{runs} ({detail(runs)})", reasons)
 
 
 def backends() -> list[BackendStatus]:
     """Every backend, whether it can run here, and its details or the reason why not."""
-    rows = []
-    for name in BACKENDS:
-        found = probe(name)
-        rows.append(BackendStatus(name, not found.reason, found.reason or found.detail))
-    return rows
+    return [BackendStatus(name, not probe(name).reason, detail(name)) for name in BACKENDS]
 
 
 def _refusal(op: str, backend: str, *args: Any) -> str:

@@ -63,29 +63,30 @@ def cuda() -> ModuleType:
 
 def capsule(tensor: torch.Tensor | None):
     """A DLPack capsule of the tensor's own memory, or None."""
-    return None if tensor is None else to_dlpack(tensor.detach())
-
-
-def probe_cpu() -> Probe:
-    """Whether the C++ module can run, with its instruction set and threads."""
-    module, reason = _load("_cpu")
-    if module is None:
-        return Probe(reason, misconfigured=reason.startswith("KEDIT_FAST_ISA"))
-    return Probe("", f"{module.isa()}, {torch.get_num_threads()} threads ({module.thread_source()})")
+    return None if tensor is None else to_dlpack(tensor)
 
 
 @lru_cache(maxsize=1)
-def _cuda_refusal() -> str:
-    module, reason = _load("_cuda")
-    return reason if module is None else module.refusal()
+def probe_cpu() -> Probe:
+    """Whether the C++ module can run."""
+    reason = _load("_cpu")[1]
+    return Probe(reason, misconfigured=reason.startswith("KEDIT_FAST_ISA"))
 
 
+def _describe_cpu() -> str:
+    return f"{cpu().isa()}, {torch.get_num_threads()} threads ({cpu().thread_source()})"
+
+
+@lru_cache(maxsize=1)
 def probe_cuda() -> Probe:
-    """Whether the CUDA module can run, with its architectures."""
-    reason = _cuda_refusal()
-    if not reason and not torch.cuda.is_available():
-        reason = "this torch has no CUDA"
-    return Probe(reason) if reason else Probe("", f"sm_{cuda().architectures().replace(';', ', sm_')}")
+    """Whether the CUDA module can run."""
+    module, reason = _load("_cuda")
+    reason = reason if module is None else module.refusal()
+    return Probe(reason or ("" if torch.cuda.is_available() else "this torch has no CUDA"))
+
+
+def _describe_cuda() -> str:
+    return f"sm_{cuda().architectures().replace(';', ', sm_')}"
 
 
 def symmetric_rank_k_update_(
@@ -123,6 +124,7 @@ def _call(function, *args) -> None:
         raise InvalidArgumentError(str(error)) from None
 
 
-register_probe("torch", lambda: Probe("", f"reference, torch {torch.__version__}"))
-register_probe("cpu", probe_cpu)
-register_probe("cuda", probe_cuda)
+_RUNS = Probe()
+register_probe("torch", lambda: _RUNS, lambda: f"reference, torch {torch.__version__}")
+register_probe("cpu", probe_cpu, _describe_cpu)
+register_probe("cuda", probe_cuda, _describe_cuda)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
+from kedit_fast.backends import Implementation
 from kedit_fast.errors import GradientError, InvalidArgumentError
 
 LIBRARY = torch.library.Library("kedit_fast", "DEF")
@@ -26,6 +28,14 @@ def stated_precision(tensor: torch.Tensor) -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(before)
+
+
+def run_stated(chosen: Implementation, first: torch.Tensor, *rest: Any) -> Any:
+    """Run an implementation on its arguments; plain torch in the stated precision, which kernels have by themselves."""
+    if chosen.backend != "torch":
+        return chosen.run(first, *rest)
+    with stated_precision(first):
+        return chosen.run(first, *rest)
 
 
 def require(ok: bool, message: str) -> None:

@@ -6,6 +6,7 @@ import torch
 
 from kedit_fast.backends import Implementation, register, requested, select
 from kedit_fast.errors import GradientError
+from kedit_fast.kernels import triton
 from kedit_fast.ops.arguments import (
     LIBRARY,
     describe,
@@ -13,9 +14,9 @@ from kedit_fast.ops.arguments import (
     require_dtype,
     require_no_grad,
     require_same_device,
-    stated_precision,
+    run_stated,
 )
-from kedit_fast.ops.target_log_probs import check_head
+from kedit_fast.ops.target_log_probs import check_head, triton_declines
 from kedit_fast.reference import distribution_kl as reference
 from kedit_fast.reference.target_log_probs import wide
 
@@ -50,7 +51,7 @@ def distribution_kl(
         head: [V, h] of the same dtype. No gradient flows to it.
         bias: [V] or None.
         softcap: Gemma 2's logit cap; 0 for none.
-        backend: "torch" or "auto".
+        backend: "torch", "triton" or "auto"; None asks the context and the environment.
 
     Returns:
         [rows] fp32 (fp64 for fp64 input).
@@ -76,8 +77,7 @@ def _check(hidden, hidden_ref, head, bias, softcap) -> None:
 def _run(hidden, hidden_ref, head, bias, softcap, backend):
     _check(hidden, hidden_ref, head, bias, softcap)
     chosen = select(OP, requested(backend or None), hidden, hidden_ref, head)
-    with stated_precision(hidden):
-        return chosen.run(hidden, hidden_ref, head, bias, softcap)
+    return run_stated(chosen, hidden, hidden_ref, head, bias, softcap)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
@@ -90,8 +90,7 @@ def _fake(hidden, hidden_ref, head, bias, softcap, backend):
 @torch.library.impl(LIBRARY, f"{OP}_backward", "CompositeExplicitAutograd")
 def _run_backward(grad, hidden, hidden_ref, head, bias, softcap, kl, total, total_ref, backend):
     chosen = select(f"{OP}_backward", requested(backend or None), hidden, hidden_ref, head)
-    with stated_precision(hidden):
-        return chosen.run(grad, hidden, hidden_ref, head, bias, softcap, kl, total, total_ref)
+    return run_stated(chosen, grad, hidden, hidden_ref, head, bias, softcap, kl, total, total_ref)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}_backward", lib=LIBRARY)
@@ -119,3 +118,5 @@ def _backward(ctx, grad, *_):
 torch.library.register_autograd(f"kedit_fast::{OP}", _backward, setup_context=_setup_context, lib=LIBRARY)
 register(Implementation(OP, "torch", reference.distribution_kl))
 register(Implementation(f"{OP}_backward", "torch", reference.distribution_kl_backward))
+register(Implementation(OP, "triton", triton.lazy("distribution_kl", OP), triton_declines))
+register(Implementation(f"{OP}_backward", "triton", triton.lazy("distribution_kl", f"{OP}_backward"), triton_declines))

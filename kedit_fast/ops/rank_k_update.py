@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kedit_fast.backends import Implementation, register, requested, select
-from kedit_fast.kernels import native
+from kedit_fast.kernels import native, triton
 from kedit_fast.ops.arguments import (
     FLOATS,
     LIBRARY,
@@ -16,7 +16,7 @@ from kedit_fast.ops.arguments import (
     require_no_grad,
     require_not_overlapping,
     require_same_device,
-    stated_precision,
+    run_stated,
 )
 from kedit_fast.reference import rank_k_update as reference
 
@@ -110,8 +110,7 @@ def _run(weight, left, right, alpha, copy, backend):
     if left.shape[1] == 0 and copy is None:
         return
     chosen = select(OP, requested(backend or None), weight, left, right, copy)
-    with stated_precision(weight):
-        chosen.run(weight, left, right, alpha, copy)
+    run_stated(chosen, weight, left, right, alpha, copy)
     torch.autograd.graph.increment_version(weight)
     if copy is not None:
         torch.autograd.graph.increment_version(copy)
@@ -139,6 +138,12 @@ def _cuda_declines(weight, left=None, right=None, copy=None, *_) -> str:
     return ""
 
 
+def _triton_declines(weight, left=None, right=None, *_) -> str:
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (weight, left, right))
+    return triton.declines_device(weight) or ("float64 weights or factors" if wide else "")
+
+
 register(Implementation(OP, "torch", reference.rank_k_update_))
 register(Implementation(OP, "cpu", native.rank_k_update_cpu, _cpu_declines))
 register(Implementation(OP, "cuda", native.rank_k_update_cuda, _cuda_declines))
+register(Implementation(OP, "triton", triton.lazy("rank_k_update", OP), _triton_declines))

@@ -13,7 +13,7 @@ from kedit_fast.ops.arguments import (
     require_dtype,
     require_no_grad,
     require_same_device,
-    stated_precision,
+    run_stated,
 )
 from kedit_fast.reference import spd_solve as reference
 
@@ -64,8 +64,7 @@ def _run(gram, rhs, ridge, backend):
     _check(gram, rhs)
     chosen = select(OP, requested(backend or None), gram, rhs)
     batched = gram.ndim == 3
-    with stated_precision(gram):
-        solution, info = chosen.run(gram if batched else gram[None], rhs if batched else rhs[None], ridge)
+    solution, info = run_stated(chosen, gram if batched else gram[None], rhs if batched else rhs[None], ridge)
     if gram.numel() and rhs.numel() and not bool(torch.isfinite(solution).all() & (info == 0).all()):
         _explain_failure(gram, rhs, info, batched)
     return (solution if batched else solution[0]).contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kedit_fast.backends import Implementation, register, requested, select
-from kedit_fast.kernels import native
+from kedit_fast.kernels import native, triton
 from kedit_fast.ops.arguments import (
     FLOATS,
     LIBRARY,
@@ -16,7 +16,7 @@ from kedit_fast.ops.arguments import (
     require_no_grad,
     require_not_overlapping,
     require_same_device,
-    stated_precision,
+    run_stated,
 )
 from kedit_fast.reference import symmetric_rank_k_update as reference
 
@@ -95,8 +95,7 @@ def _run(acc, x, row_weights, mask, alpha, backend):
     require_not_overlapping("acc", acc)
     require_apart("acc", acc, x=x, row_weights=row_weights, mask=mask)
     chosen = select(OP, requested(backend or None), acc, x)
-    with stated_precision(acc):
-        chosen.run(acc, x, row_weights, mask, alpha)
+    run_stated(chosen, acc, x, row_weights, mask, alpha)
     torch.autograd.graph.increment_version(acc)
 
 
@@ -109,5 +108,10 @@ def _cpu_declines(acc, x, *_) -> str:
     return "" if acc.device.type == "cpu" else f"tensors on {acc.device}"
 
 
+def _triton_declines(acc, x, *_) -> str:
+    return triton.declines_device(acc) or ("float64 rows" if x.dtype == torch.float64 else "")
+
+
 register(Implementation(OP, "torch", reference.symmetric_rank_k_update_))
 register(Implementation(OP, "cpu", native.symmetric_rank_k_update_, _cpu_declines))
+register(Implementation(OP, "triton", triton.lazy("symmetric_rank_k_update", OP), _triton_declines))

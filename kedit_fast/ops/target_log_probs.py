@@ -8,6 +8,7 @@ import torch
 
 from kedit_fast.backends import Implementation, register, requested, select
 from kedit_fast.errors import GradientError
+from kedit_fast.kernels import triton
 from kedit_fast.ops.arguments import (
     FLOATS,
     LIBRARY,
@@ -16,7 +17,7 @@ from kedit_fast.ops.arguments import (
     require_dtype,
     require_no_grad,
     require_same_device,
-    stated_precision,
+    run_stated,
 )
 from kedit_fast.reference import target_log_probs as reference
 
@@ -61,7 +62,7 @@ def target_log_probs(
         bias: [V] or None.
         softcap: Gemma 2's logit cap; 0 for none.
         return_top1: also return the most probable token and its log probability (not differentiable).
-        backend: "torch" or "auto".
+        backend: "torch", "triton" or "auto"; None asks the context and the environment.
 
     Returns:
         TargetLogProbs.
@@ -93,6 +94,11 @@ def check_head(hidden, head, bias, softcap) -> None:
     require(0.0 <= softcap < float("inf"), f"softcap must be 0 (none) or a positive number; got {softcap}")
 
 
+def triton_declines(hidden, *_) -> str:
+    """Why Triton does not take these states, or ''."""
+    return triton.declines_device(hidden) or ("float64 states" if hidden.dtype == torch.float64 else "")
+
+
 def _check(hidden, head, targets, bias, softcap) -> None:
     check_head(hidden, head, bias, softcap)
     require(tuple(targets.shape) == (hidden.shape[0],), f"targets must be [{hidden.shape[0]}]; got {describe(targets)}")
@@ -108,8 +114,7 @@ def _run(hidden, head, targets, bias, softcap, backend):
         low, high = int(targets.min()), int(targets.max())
         require(low >= 0 and high < head.shape[0], f"targets must be in [0, {head.shape[0]}); got {low} to {high}")
     chosen = select(OP, requested(backend or None), hidden, head, targets)
-    with stated_precision(hidden):
-        return chosen.run(hidden, head, targets, bias, softcap)
+    return run_stated(chosen, hidden, head, targets, bias, softcap)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
@@ -122,8 +127,7 @@ def _fake(hidden, head, targets, bias, softcap, backend):
 @torch.library.impl(LIBRARY, f"{OP}_backward", "CompositeExplicitAutograd")
 def _run_backward(grad, hidden, head, targets, bias, softcap, total, backend):
     chosen = select(f"{OP}_backward", requested(backend or None), hidden, head, targets)
-    with stated_precision(hidden):
-        return chosen.run(grad, hidden, head, targets, bias, softcap, total)
+    return run_stated(chosen, grad, hidden, head, targets, bias, softcap, total)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}_backward", lib=LIBRARY)
@@ -151,3 +155,5 @@ def _backward(ctx, grad, *_):
 torch.library.register_autograd(f"kedit_fast::{OP}", _backward, setup_context=_setup_context, lib=LIBRARY)
 register(Implementation(OP, "torch", reference.target_log_probs))
 register(Implementation(f"{OP}_backward", "torch", reference.target_log_probs_backward))
+register(Implementation(OP, "triton", triton.lazy("target_log_probs", OP), triton_declines))
+register(Implementation(f"{OP}_backward", "triton", triton.lazy("target_log_probs", f"{OP}_backward"), triton_declines))

@@ -1,0 +1,101 @@
+"""Tile shapes by op, shape class and architecture.
+
+None of these rows was tuned on a GPU yet: they are the shapes that compile without spills for sm_80 and sm_90
+(benchmarks/results/triton_resources.json) and keep the matrix unit's operands in shared memory. KEDIT_FAST_AUTOTUNE=1
+times CANDIDATES at the first call of every shape class and uses the fastest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of m x n results, k deep; `group` rows of tiles share their operands through the second-level cache."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    group: int = 8
+
+
+SYMMETRIC, RANK_K, LOGITS, GRADIENT = "symmetric_rank_k_update_", "rank_k_update_", "logits", "gradient"
+
+# Shape classes. symmetric: "native" (16-bit rows as they are), "split" (fp32 rows or weights, written as bf16 terms).
+# rank_k: "fma" (small k), "dot". logits (forward and backward of the head ops) and gradient (d logits times head):
+# "native" (16-bit states), "split" (fp32); "pair" computes two distributions at once.
+TABLE: dict[tuple[str, str], dict[str, Config]] = {
+    (SYMMETRIC, "native"): {
+        "sm_80": Config(128, 128, 32, 4, 4),
+        "sm_90": Config(128, 128, 64, 8, 4),
+    },
+    (SYMMETRIC, "split"): {
+        "sm_80": Config(64, 64, 32, 4, 3),
+        "sm_90": Config(64, 64, 32, 4, 3),
+    },
+    (RANK_K, "fma"): {"sm_80": Config(32, 256, 1, 4, 2)},
+    (RANK_K, "dot"): {"sm_80": Config(64, 64, 32, 4, 2)},
+    (LOGITS, "native"): {
+        "sm_80": Config(64, 128, 32, 4, 4),
+        "sm_90": Config(64, 128, 64, 4, 4),
+    },
+    (LOGITS, "split"): {"sm_80": Config(64, 64, 32, 4, 2)},
+    (LOGITS, "pair_native"): {
+        "sm_80": Config(64, 64, 32, 4, 4),
+        "sm_90": Config(64, 128, 64, 8, 3),
+    },
+    (LOGITS, "pair_split"): {"sm_80": Config(32, 64, 32, 4, 2)},
+    (GRADIENT, "native"): {"sm_80": Config(64, 64, 32, 4, 3)},
+    (GRADIENT, "split"): {"sm_80": Config(64, 64, 32, 4, 2)},
+}
+
+# The interpreter's: small, so that odd shapes meet several tiles in every direction.
+INTERPRETED = {
+    SYMMETRIC: Config(32, 32, 32, 4, 1, group=2),
+    RANK_K: Config(32, 64, 32, 4, 1),
+    LOGITS: Config(16, 32, 32, 4, 1),
+    GRADIENT: Config(16, 32, 32, 4, 1),
+}
+
+CANDIDATES: dict[str, tuple[Config, ...]] = {
+    SYMMETRIC: tuple(
+        Config(side, side, k, warps, stages, group)
+        for side, k, warps, stages in (
+            (64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 4, 3), (128, 32, 4, 4), (128, 32, 8, 3), (128, 32, 8, 4),
+            (128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3), (128, 64, 8, 4), (256, 32, 8, 3), (256, 64, 8, 3),
+        )
+        for group in (4, 8, 16)
+    ),
+    RANK_K: tuple(
+        Config(m, n, k, warps, stages)
+        for m, n, k, warps, stages in (
+            (8, 256, 1, 4, 2), (16, 128, 1, 4, 2), (16, 256, 1, 4, 2), (32, 128, 1, 4, 2), (32, 256, 1, 8, 2),
+            (64, 128, 1, 8, 2), (64, 64, 32, 4, 2), (64, 128, 32, 8, 2), (128, 64, 32, 8, 2), (64, 64, 16, 4, 3),
+        )
+    ),
+    LOGITS: tuple(
+        Config(m, n, k, warps, stages)
+        for m, n, k, warps, stages in (
+            (16, 128, 64, 4, 4), (16, 256, 64, 4, 3), (32, 128, 64, 4, 4), (64, 64, 64, 4, 4), (64, 128, 32, 4, 4),
+            (64, 128, 64, 4, 3), (64, 128, 64, 8, 4), (64, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4),
+        )
+    ),
+    GRADIENT: tuple(
+        Config(m, n, k, warps, stages)
+        for m, n, k, warps, stages in (
+            (16, 128, 64, 4, 3), (32, 64, 32, 4, 3), (64, 64, 32, 4, 2), (64, 64, 64, 4, 3), (64, 128, 32, 8, 3),
+            (128, 64, 32, 8, 3),
+        )
+    ),
+}  # fmt: skip
+
+
+def lookup(op: str, shape_class: str, architecture: str) -> Config:
+    """The row of the newest listed architecture that is not newer than this one."""
+    rows = TABLE[op, shape_class]
+    number = int(architecture.removeprefix("sm_"))
+    known = [int(name.removeprefix("sm_")) for name in rows]
+    return rows[f"sm_{max((n for n in known if n <= number), default=min(known))}"]

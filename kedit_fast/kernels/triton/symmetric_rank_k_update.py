@@ -1,0 +1,168 @@
+"""acc's lower triangle += alpha x^T diag(w) x: lower tiles alone, in the order that shares x in the L2 cache.
+
+Where the tiles do not fill the device, the rows of x are split over several programs, whose sums a second kernel adds
+in a fixed order: the result has the same bits at every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kedit_fast.kernels.triton.arithmetic import dot
+from kedit_fast.kernels.triton.configs import SYMMETRIC, Config
+from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, processors, run
+
+SUMMED_ROWS = 8192  # rows whose sum is kept in fp32 before it joins acc
+WAVES = 2  # programs for each multiprocessor that splitting aims at
+
+
+@triton.jit
+def _triangle_row(index):
+    """The largest r with r (r + 1) / 2 <= index."""
+    r = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) / 2.0).to(tl.int32)
+    r = tl.where(r * (r + 1) // 2 > index, r - 1, r)  # the square root is rounded
+    return tl.where((r + 1) * (r + 2) // 2 <= index, r + 1, r)
+
+
+@triton.jit
+def _lower_tile(index, tiles, GROUP: tl.constexpr):
+    """Row and column of the index-th lower tile: bands of GROUP rows, in a band column by column."""
+    band = _triangle_row(index) // GROUP
+    first = band * GROUP
+    local = index - first * (first + 1) // 2
+    rows = tl.minimum(tiles - first, GROUP)
+    inside = local - first * rows  # index in the triangle at the end of the band, when not negative
+    i = _triangle_row(tl.maximum(inside, 0))
+    full = inside < 0
+    row = tl.where(full, first + local % rows, first + i)
+    column = tl.where(full, local // rows, first + inside - i * (i + 1) // 2)
+    return row, column
+
+
+@triton.jit
+def _symmetric_rank_k_update_kernel(
+    acc, x, row_weights, mask, parts, alpha_high, alpha_low, rows, d, tiles, rows_per_split,
+    acc_stride, x_row_stride, x_column_stride, weight_stride, mask_stride,
+    WEIGHTED: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRODUCTS: tl.constexpr,
+    SIDE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    tile_row, tile_column = _lower_tile(tl.program_id(0), tiles, GROUP)
+    split = tl.program_id(1)
+    begin = split * rows_per_split
+    end = tl.minimum(begin + rows_per_split, rows)
+    i = tile_row * SIDE + tl.arange(0, SIDE)
+    j = tile_column * SIDE + tl.arange(0, SIDE)
+    depth = tl.arange(0, DEPTH)
+    left_columns = x + i.to(tl.int64)[:, None] * x_column_stride
+    right_columns = x + j.to(tl.int64)[None, :] * x_column_stride
+    total = tl.zeros((SIDE, SIDE), tl.float32)
+    for first in range(begin, end, DEPTH):
+        row = first + depth
+        kept = row < end
+        offset = row.to(tl.int64) * x_row_stride
+        if MASKED:
+            kept = kept & (tl.load(mask + row.to(tl.int64) * mask_stride, mask=kept, other=0) != 0)
+        if WEIGHTED:
+            weight = tl.load(row_weights + row.to(tl.int64) * weight_stride, mask=kept, other=0.0).to(tl.float32)
+            kept = kept & (weight != 0)
+        left = tl.load(left_columns + offset[None, :], mask=(i < d)[:, None] & kept[None, :], other=0.0)
+        right = tl.load(right_columns + offset[:, None], mask=kept[:, None] & (j < d)[None, :], other=0.0)
+        if WEIGHTED:
+            left = left.to(tl.float32) * weight[None, :]  # left is 0 where a row is not kept, whatever its weight
+        total = dot(left, right, total, PRODUCTS, INTERPRET)
+    if SPLIT:
+        within = tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+        at = (split.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (SIDE * SIDE)
+        tl.store(parts + at + within, total)
+    else:
+        target = acc + i.to(tl.int64)[:, None] * acc_stride + j[None, :]
+        lower = (i[:, None] >= j[None, :]) & (i < d)[:, None]
+        summed = total.to(acc.dtype.element_ty)
+        scaled = alpha_high * summed + alpha_low * summed
+        tl.store(target, tl.load(target, mask=lower, other=0.0) + scaled, mask=lower)
+
+
+@triton.jit
+def _add_parts_kernel(
+    acc, parts, alpha_high, alpha_low, d, tiles, splits, acc_stride, SIDE: tl.constexpr, GROUP: tl.constexpr
+):
+    tile_row, tile_column = _lower_tile(tl.program_id(0), tiles, GROUP)
+    i = tile_row * SIDE + tl.arange(0, SIDE)
+    j = tile_column * SIDE + tl.arange(0, SIDE)
+    within = tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+    wide = acc.dtype.element_ty
+    total = tl.zeros((SIDE, SIDE), wide)
+    for split in range(splits):
+        at = (split * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (SIDE * SIDE)
+        total += tl.load(parts + at + within).to(wide)
+    target = acc + i.to(tl.int64)[:, None] * acc_stride + j[None, :]
+    lower = (i[:, None] >= j[None, :]) & (i < d)[:, None]
+    scaled = alpha_high * total + alpha_low * total
+    tl.store(target, tl.load(target, mask=lower, other=0.0) + scaled, mask=lower)
+
+
+def shape_class(x: torch.Tensor, row_weights: torch.Tensor | None) -> str:
+    """'native' when the rows go to the matrix unit as they are, else 'split'."""
+    return "native" if x.dtype != torch.float32 and row_weights is None else "split"
+
+
+def plan(
+    acc: torch.Tensor,
+    x: torch.Tensor,
+    row_weights: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    alpha: float,
+    config: Config,
+) -> list[Launch]:
+    """The launches that add alpha x^T diag(w) x to `acc`."""
+    rows, d = x.shape
+    tiles = triton.cdiv(d, config.m)
+    lower_tiles = tiles * (tiles + 1) // 2
+    products = 1 if shape_class(x, row_weights) == "native" else 3 if x.dtype == torch.bfloat16 else 6
+    wanted = triton.cdiv(WAVES * processors(acc.device), lower_tiles)
+    splits = max(1, min(wanted, triton.cdiv(min(rows, SUMMED_ROWS), 4 * config.k)))
+    high = float(torch.tensor(alpha, dtype=torch.float32))  # numbers reach a kernel in fp32: two hold an fp64 one
+    scale = {"alpha_high": high, "alpha_low": alpha - high}
+    parts = x.new_empty(splits * lower_tiles * config.m**2 if splits > 1 else 0, dtype=torch.float32)
+    tile = {"SIDE": config.m, "GROUP": config.group}
+    launches = []
+    for begin in range(0, rows, splits * SUMMED_ROWS):
+        slab = x[begin : begin + splits * SUMMED_ROWS]
+        weights = None if row_weights is None else row_weights[begin : begin + slab.shape[0]]
+        flags = None if mask is None else mask[begin : begin + slab.shape[0]].view(torch.uint8)
+        each = triton.cdiv(triton.cdiv(slab.shape[0], splits), config.k) * config.k
+        arguments = {
+            "acc": acc, "x": slab, "row_weights": slab if weights is None else weights,
+            "mask": slab if flags is None else flags, "parts": parts, **scale, "rows": slab.shape[0], "d": d,
+            "tiles": tiles, "rows_per_split": each, "acc_stride": acc.stride(0), "x_row_stride": slab.stride(0),
+            "x_column_stride": slab.stride(1), "weight_stride": 0 if weights is None else weights.stride(0),
+            "mask_stride": 0 if flags is None else flags.stride(0),
+        }  # fmt: skip
+        constants = {
+            "WEIGHTED": weights is not None, "MASKED": flags is not None, "SPLIT": splits > 1, "PRODUCTS": products,
+            "DEPTH": config.k, "INTERPRET": INTERPRET, **tile,
+        }  # fmt: skip
+        launches.append(Launch(_symmetric_rank_k_update_kernel, (lower_tiles, splits), arguments, constants, config))
+        if splits > 1:
+            reduce = {
+                "acc": acc, "parts": parts, **scale, "d": d, "tiles": tiles, "splits": splits,
+                "acc_stride": acc.stride(0),
+            }  # fmt: skip
+            launches.append(Launch(_add_parts_kernel, (lower_tiles,), reduce, tile, config))
+    return launches
+
+
+def symmetric_rank_k_update_(
+    acc: torch.Tensor, x: torch.Tensor, row_weights: torch.Tensor | None, mask: torch.Tensor | None, alpha: float
+) -> None:
+    """Run the op of the same name; see kedit_fast/ops/symmetric_rank_k_update.py."""
+    if x.numel() == 0:
+        return
+
+    def trial(config: Config) -> list[Launch]:
+        return plan(torch.zeros_like(acc), x, row_weights, mask, alpha, config)
+
+    config = choose(SYMMETRIC, shape_class(x, row_weights), acc.device, trial)
+    run(plan(acc, x, row_weights, mask, alpha, config), acc.device)
