@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kedit_fast.kernels import native
+from kedit_fast.kernels import native  # noqa: E402
 
 ISAS = ("generic", "avx2", "avx512", "amx")
 

@@ -20,6 +20,16 @@ RANK_K = {  # by weight: half an ulp of it, relative to norms
     torch.float16: 5e-4,  # 4.6e-4
     torch.float64: 2e-14,  # 1.1e-14
 }
+HEAD = {  # log probabilities and KL by states, relative to the larger of 1 and their norm
+    torch.float32: 1e-6,
+    torch.bfloat16: 1e-6,
+    torch.float16: 1e-6,
+}
+HEAD_GRADIENT = {  # gradients by states: the rounding of their dtype
+    torch.float32: 1e-6,
+    torch.bfloat16: 2.5e-3,
+    torch.float16: 3.2e-4,
+}
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

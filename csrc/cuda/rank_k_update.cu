@@ -57,10 +57,18 @@ struct Factor {
   int64_t row_stride, k_stride;
 };
 
+// A matrix that is written. Strides are in elements; `step` is that between columns.
+template <class T>
+struct Target {
+  T* data;
+  int64_t row_stride, step;
+};
+
+// ALIGNED: neighbouring columns are neighbours in memory and rows begin at multiples of 16 bytes.
 template <class W, class C, bool ALIGNED>
 __global__ void __launch_bounds__(WARPS * 32)
-    rank_k_update_kernel(W* weight, int64_t weight_stride, C* copy, int64_t copy_stride, Factor left, Factor right,
-                         float alpha, int64_t rows, int64_t columns, int64_t k) {
+    rank_k_update_kernel(Target<W> weight, Target<C> copy, Factor left, Factor right, float alpha, int64_t rows,
+                         int64_t columns, int64_t k) {
   __shared__ float left_part[DEPTH][BLOCK_ROWS];
   __shared__ __align__(16) float right_part[DEPTH][BLOCK_COLUMNS];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -98,8 +106,9 @@ __global__ void __launch_bounds__(WARPS * 32)
   for (int r = 0; r < ROWS_PER_WARP; ++r) {
     const int64_t row = row0 + warp * ROWS_PER_WARP + r;
     if (row >= rows || column >= columns) continue;
-    W* w = weight + row * weight_stride + column;
-    C* c = copy ? copy + row * copy_stride + column : nullptr;
+    const int64_t w_step = ALIGNED ? 1 : weight.step, c_step = ALIGNED ? 1 : copy.step;
+    W* w = weight.data + row * weight.row_stride + column * w_step;
+    C* c = copy.data ? copy.data + row * copy.row_stride + column * c_step : nullptr;
     if (ALIGNED && column + LANE_COLUMNS <= columns) {
       float value[LANE_COLUMNS];
       load_eight(w, value);
@@ -109,9 +118,9 @@ __global__ void __launch_bounds__(WARPS * 32)
       if (c) store_eight(c, value);
     } else {
       for (int i = 0; i < LANE_COLUMNS && column + i < columns; ++i) {
-        const float value = to_float(w[i]) + sum[r][i];
-        from_float(value, w + i);
-        if (c) from_float(value, c + i);
+        const float value = to_float(w[i * w_step]) + sum[r][i];
+        from_float(value, w + i * w_step);
+        if (c) from_float(value, c + i * c_step);
       }
     }
   }
@@ -134,24 +143,37 @@ class DeviceGuard {
   int before_ = 0;
 };
 
-bool aligned16(const TensorView& t, int64_t row_stride) {
-  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && row_stride * item_size(t.dtype) % 16 == 0;
+template <class T>
+bool aligned16(const Target<T>& t) {
+  return t.step == 1 && reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.row_stride * int64_t(sizeof(T)) % 16 == 0;
+}
+
+struct Problem {
+  Factor left, right;
+  float alpha;
+  int64_t rows, columns, k;
+  bool transposed;  // rows and columns are those of the transposed weight
+};
+
+template <class T>
+Target<T> target_of(const TensorView& t, const Problem& p) {
+  T* data = static_cast<T*>(t.data);
+  return p.transposed ? Target<T>{data, t.stride[1], t.stride[0]} : Target<T>{data, t.stride[0], t.stride[1]};
 }
 
 template <class W, class C>
-void launch(const TensorView& weight, const TensorView& copy, Factor left, Factor right, float alpha, int64_t rows,
-            int64_t columns, int64_t k, int64_t weight_stride, int64_t copy_stride, cudaStream_t stream) {
-  const int64_t grid_y = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+void launch(const TensorView& weight, const TensorView& copy, const Problem& p, cudaStream_t stream) {
+  const int64_t grid_y = (p.rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
   require(grid_y <= 65535, "weight has more rows than the CUDA kernel takes (4,194,240)");
-  const dim3 grid((columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS, grid_y);
-  W* w = static_cast<W*>(weight.data);
-  C* c = static_cast<C*>(copy.data);
-  if (aligned16(weight, weight_stride) && (!copy.defined() || aligned16(copy, copy_stride))) {
+  const dim3 grid((p.columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS, grid_y);
+  const Target<W> w = target_of<W>(weight, p);
+  const Target<C> c = target_of<C>(copy, p);
+  if (aligned16(w) && (!copy.defined() || aligned16(c))) {
     rank_k_update_kernel<W, C, true>
-        <<<grid, WARPS * 32, 0, stream>>>(w, weight_stride, c, copy_stride, left, right, alpha, rows, columns, k);
+        <<<grid, WARPS * 32, 0, stream>>>(w, c, p.left, p.right, p.alpha, p.rows, p.columns, p.k);
   } else {
     rank_k_update_kernel<W, C, false>
-        <<<grid, WARPS * 32, 0, stream>>>(w, weight_stride, c, copy_stride, left, right, alpha, rows, columns, k);
+        <<<grid, WARPS * 32, 0, stream>>>(w, c, p.left, p.right, p.alpha, p.rows, p.columns, p.k);
   }
   check_cuda(cudaGetLastError(), "rank_k_update launch");
 }
@@ -173,33 +195,29 @@ void rank_k_update(const TensorView& weight, const TensorView& left, const Tenso
     require(copy.ndim == 2 && copy.shape[0] == weight.shape[0] && copy.shape[1] == weight.shape[1],
             "copy must have the shape of weight");
   }
-  int64_t rows = weight.shape[0], columns = weight.shape[1];
-  if (rows == 0 || columns == 0) return;
-  const int64_t k = left.shape[1];
-  Factor a = {static_cast<const float*>(left.data), left.stride[0], left.stride[1]};
-  Factor b = {static_cast<const float*>(right.data), right.stride[0], right.stride[1]};
-  int64_t weight_stride = weight.stride[0], copy_stride = copy.stride[0], copy_unit = copy.stride[1];
-  if (weight.stride[1] != 1) {  // a transposed weight: update its transpose
-    require(weight.stride[0] == 1, "weight must have unit stride in one dimension");
-    std::swap(rows, columns);
-    std::swap(a, b);
-    weight_stride = weight.stride[1];
-    copy_stride = copy.stride[1];
-    copy_unit = copy.stride[0];
+  if (weight.shape[0] == 0 || weight.shape[1] == 0) return;
+  Problem p = {{static_cast<const float*>(left.data), left.stride[0], left.stride[1]},
+               {static_cast<const float*>(right.data), right.stride[0], right.stride[1]},
+               static_cast<float>(alpha),
+               weight.shape[0],
+               weight.shape[1],
+               left.shape[1],
+               weight.stride[0] < weight.stride[1]};
+  if (p.transposed) {  // neighbours in memory should be neighbouring columns: update the transpose
+    std::swap(p.rows, p.columns);
+    std::swap(p.left, p.right);
   }
-  require(!copy.defined() || copy_unit == 1, "copy must be laid out as weight");
 
   DeviceGuard guard(device);
   cudaStream_t on = static_cast<cudaStream_t>(stream);
-  const float scale = static_cast<float>(alpha);
   if (weight.dtype == DType::bf16) {
-    launch<__nv_bfloat16, __nv_bfloat16>(weight, {}, a, b, scale, rows, columns, k, weight_stride, 0, on);
+    launch<__nv_bfloat16, __nv_bfloat16>(weight, {}, p, on);
   } else if (weight.dtype == DType::f16) {
-    launch<__half, __half>(weight, {}, a, b, scale, rows, columns, k, weight_stride, 0, on);
+    launch<__half, __half>(weight, {}, p, on);
   } else if (copy.defined() && copy.dtype == DType::f16) {
-    launch<float, __half>(weight, copy, a, b, scale, rows, columns, k, weight_stride, copy_stride, on);
+    launch<float, __half>(weight, copy, p, on);
   } else {
-    launch<float, __nv_bfloat16>(weight, copy, a, b, scale, rows, columns, k, weight_stride, copy_stride, on);
+    launch<float, __nv_bfloat16>(weight, copy, p, on);
   }
 }
 

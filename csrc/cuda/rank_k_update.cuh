@@ -7,8 +7,9 @@
 
 namespace kf::cuda {
 
-// Launches on `stream` (a cudaStream_t) of `device`; left and right are fp32 with any strides, weight has unit stride
-// in one of its dimensions. `copy` (bf16/fp16, beside an fp32 weight, laid out as weight) may be undefined.
+// Launches on `stream` (a cudaStream_t) of `device`; left and right are fp32, all tensors have any strides. `copy`
+// (bf16/fp16, beside an fp32 weight) may be undefined. Rows that begin at multiples of 16 bytes are read and written 16
+// bytes at a time.
 // Throws InvalidArgument for what it does not take and std::runtime_error for what CUDA reports.
 void rank_k_update(const TensorView& weight, const TensorView& left, const TensorView& right, double alpha,
                    const TensorView& copy, int device, void* stream);

@@ -125,22 +125,20 @@ def _cpu_declines(weight, *_) -> str:
     return "" if weight.device.type == "cpu" else f"tensors on {weight.device}"
 
 
-def _cuda_declines(weight, left=None, right=None, copy=None, *_) -> str:
+def _cuda_declines(weight, left=None, right=None, *_) -> str:
     if weight.device.type != "cuda":
         return f"tensors on {weight.device}"
-    if weight.dtype == torch.float64:
-        return "float64 weights"
-    if 1 not in weight.stride():
-        return "a weight without unit stride"
-    unit = weight.stride().index(1)
-    if copy is not None and copy.stride(unit) != 1:
-        return "a copy that is not laid out as its weight"
-    return ""
+    return _wide(weight, left, right)
 
 
 def _triton_declines(weight, left=None, right=None, *_) -> str:
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (weight, left, right))
-    return triton.declines_device(weight) or ("float64 weights or factors" if wide else "")
+    return triton.declines_device(weight) or _wide(weight, left, right)
+
+
+def _wide(*tensors) -> str:
+    """Why kernels that compute in fp32 do not take these, or ''."""
+    found = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return "float64 weights or factors" if found else ""
 
 
 register(Implementation(OP, "torch", reference.rank_k_update_))

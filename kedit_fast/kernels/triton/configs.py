@@ -24,30 +24,35 @@ class Config:
 
 SYMMETRIC, RANK_K, LOGITS, GRADIENT = "symmetric_rank_k_update_", "rank_k_update_", "logits", "gradient"
 
-# Shape classes. symmetric: "native" (16-bit rows as they are), "split" (fp32 rows or weights, written as bf16 terms).
+# Shape classes. symmetric: "native" (16-bit rows as they are), "native64" (the same with an fp64 acc, whose tile takes
+# twice the registers), "split" (fp32 rows or weights, written as bf16 terms).
 # rank_k: "fma" (small k), "dot". logits (forward and backward of the head ops) and gradient (d logits times head):
 # "native" (16-bit states), "split" (fp32); "pair" computes two distributions at once.
 TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (SYMMETRIC, "native"): {
-        "sm_80": Config(128, 128, 32, 4, 4),
+        "sm_80": Config(128, 128, 32, 8, 4),
+        "sm_90": Config(128, 128, 64, 8, 4),
+    },
+    (SYMMETRIC, "native64"): {
+        "sm_80": Config(64, 64, 32, 4, 4),
         "sm_90": Config(128, 128, 64, 8, 4),
     },
     (SYMMETRIC, "split"): {
-        "sm_80": Config(64, 64, 32, 4, 3),
+        "sm_80": Config(64, 64, 16, 4, 4),
         "sm_90": Config(64, 64, 32, 4, 3),
     },
     (RANK_K, "fma"): {"sm_80": Config(32, 256, 1, 4, 2)},
-    (RANK_K, "dot"): {"sm_80": Config(64, 64, 32, 4, 2)},
+    (RANK_K, "dot"): {"sm_80": Config(64, 64, 32, 8, 2)},
     (LOGITS, "native"): {
         "sm_80": Config(64, 128, 32, 4, 4),
         "sm_90": Config(64, 128, 64, 4, 4),
     },
-    (LOGITS, "split"): {"sm_80": Config(64, 64, 32, 4, 2)},
+    (LOGITS, "split"): {"sm_80": Config(64, 64, 32, 8, 2)},
     (LOGITS, "pair_native"): {
         "sm_80": Config(64, 64, 32, 4, 4),
         "sm_90": Config(64, 128, 64, 8, 3),
     },
-    (LOGITS, "pair_split"): {"sm_80": Config(32, 64, 32, 4, 2)},
+    (LOGITS, "pair_split"): {"sm_80": Config(32, 64, 32, 8, 2)},
     (GRADIENT, "native"): {"sm_80": Config(64, 64, 32, 4, 3)},
     (GRADIENT, "split"): {"sm_80": Config(64, 64, 32, 4, 2)},
 }

@@ -16,6 +16,7 @@ from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, processo
 
 SUMMED_ROWS = 8192  # rows whose sum is kept in fp32 before it joins acc
 WAVES = 2  # programs for each multiprocessor that splitting aims at
+STRIP = 16  # rows of a tile that one program adds up
 
 
 @triton.jit
@@ -86,26 +87,29 @@ def _symmetric_rank_k_update_kernel(
 
 @triton.jit
 def _add_parts_kernel(
-    acc, parts, alpha_high, alpha_low, d, tiles, splits, acc_stride, SIDE: tl.constexpr, GROUP: tl.constexpr
-):
+    acc, parts, alpha_high, alpha_low, d, tiles, splits, acc_stride,
+    SIDE: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
     tile_row, tile_column = _lower_tile(tl.program_id(0), tiles, GROUP)
-    i = tile_row * SIDE + tl.arange(0, SIDE)
+    within = tl.program_id(1) * STRIP + tl.arange(0, STRIP)
+    i = tile_row * SIDE + within
     j = tile_column * SIDE + tl.arange(0, SIDE)
-    within = tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
-    wide = acc.dtype.element_ty
-    total = tl.zeros((SIDE, SIDE), wide)
+    offset = within[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
+    total = tl.zeros((STRIP, SIDE), acc.dtype.element_ty)
     for split in range(splits):
         at = (split * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (SIDE * SIDE)
-        total += tl.load(parts + at + within).to(wide)
+        total += tl.load(parts + at + offset).to(acc.dtype.element_ty)
     target = acc + i.to(tl.int64)[:, None] * acc_stride + j[None, :]
     lower = (i[:, None] >= j[None, :]) & (i < d)[:, None]
     scaled = alpha_high * total + alpha_low * total
     tl.store(target, tl.load(target, mask=lower, other=0.0) + scaled, mask=lower)
 
 
-def shape_class(x: torch.Tensor, row_weights: torch.Tensor | None) -> str:
-    """'native' when the rows go to the matrix unit as they are, else 'split'."""
-    return "native" if x.dtype != torch.float32 and row_weights is None else "split"
+def shape_class(acc: torch.Tensor, x: torch.Tensor, row_weights: torch.Tensor | None) -> str:
+    """'native' or 'native64' (by acc) when the rows go to the matrix unit as they are, else 'split'."""
+    if x.dtype == torch.float32 or row_weights is not None:
+        return "split"
+    return "native" if acc.dtype == torch.float32 else "native64"
 
 
 def plan(
@@ -120,7 +124,7 @@ def plan(
     rows, d = x.shape
     tiles = triton.cdiv(d, config.m)
     lower_tiles = tiles * (tiles + 1) // 2
-    products = 1 if shape_class(x, row_weights) == "native" else 3 if x.dtype == torch.bfloat16 else 6
+    products = 1 if shape_class(acc, x, row_weights) != "split" else 3 if x.dtype == torch.bfloat16 else 6
     wanted = triton.cdiv(WAVES * processors(acc.device), lower_tiles)
     splits = max(1, min(wanted, triton.cdiv(min(rows, SUMMED_ROWS), 4 * config.k)))
     high = float(torch.tensor(alpha, dtype=torch.float32))  # numbers reach a kernel in fp32: two hold an fp64 one
@@ -150,7 +154,8 @@ def plan(
                 "acc": acc, "parts": parts, **scale, "d": d, "tiles": tiles, "splits": splits,
                 "acc_stride": acc.stride(0),
             }  # fmt: skip
-            launches.append(Launch(_add_parts_kernel, (lower_tiles,), reduce, tile, config))
+            strips = config.m // STRIP
+            launches.append(Launch(_add_parts_kernel, (lower_tiles, strips), reduce, {"STRIP": STRIP, **tile}, config))
     return launches
 
 
@@ -164,5 +169,5 @@ def symmetric_rank_k_update_(
     def trial(config: Config) -> list[Launch]:
         return plan(torch.zeros_like(acc), x, row_weights, mask, alpha, config)
 
-    config = choose(SYMMETRIC, shape_class(x, row_weights), acc.device, trial)
+    config = choose(SYMMETRIC, shape_class(acc, x, row_weights), acc.device, trial)
     run(plan(acc, x, row_weights, mask, alpha, config), acc.device)

@@ -1,0 +1,220 @@
+"""Compile every Triton kernel ahead of time, no GPU needed: `python -m benchmarks.aot [--json FILE] [--quick]`.
+
+Each variant comes from the plan that a call would launch, with the configuration of its architecture, for sm_80 and
+sm_90. Registers, shared memory and spills are those of the cubin. A spill is an error: exit status 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+ARCHITECTURES = (80, 90)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can ask for
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named plan: `launches(architecture)` are what a call with these tensors would launch."""
+
+    op: str
+    case: str
+    launches: Any
+
+
+def variants() -> Iterator[Variant]:
+    """Every combination of dtypes and options that compiles to different code."""
+    from kedit_fast.kernels.triton import (
+        distribution_kl,
+        head,
+        rank_k_update,
+        symmetric_rank_k_update,
+        target_log_probs,
+    )
+    from kedit_fast.kernels.triton.configs import GRADIENT, LOGITS, RANK_K, SYMMETRIC, lookup
+
+    def zeros(*shape, dtype=torch.float32):
+        return torch.zeros(*shape, dtype=dtype)
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for acc_dtype in (torch.float32, torch.float64):
+            for options, d in (("", 4096), ("split", 256), ("mask", 4096), ("weights, mask", 4096)):
+                x, acc = zeros(4096, d, dtype=dtype), zeros(1, 1, dtype=acc_dtype).expand(d, d)
+                weights = torch.ones(4096) if "weights" in options else None
+                mask = torch.ones(4096, dtype=torch.bool) if "mask" in options else None
+                kind = symmetric_rank_k_update.shape_class(acc, x, weights)
+                yield Variant(
+                    SYMMETRIC, ", ".join(filter(None, (f"{name(dtype)} rows", f"{name(acc_dtype)} acc", options))),
+                    lambda arch, a=(acc, x, weights, mask, 0.5), kind=kind: symmetric_rank_k_update.plan(
+                        *a, lookup(SYMMETRIC, kind, arch)
+                    ),
+                )  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for k in (1, 16, 64):
+            for copy_dtype in (None, torch.bfloat16) if dtype == torch.float32 else (None,):
+                weight, left, right = zeros(256, 512, dtype=dtype), zeros(256, k), zeros(512, k)
+                copy = None if copy_dtype is None else zeros(256, 512, dtype=copy_dtype)
+                kind = "fma" if k <= rank_k_update.MOST_FMA else "dot"
+                yield Variant(
+                    RANK_K, f"{name(dtype)} weight, k {k}" + ("" if copy is None else f", {name(copy_dtype)} copy"),
+                    lambda arch, a=(weight, left, right, 0.5, copy), kind=kind: rank_k_update.plan(
+                        *a, lookup(RANK_K, kind, arch)
+                    ),
+                )  # fmt: skip
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        states, other, vocabulary = (zeros(n, 256, dtype=dtype) for n in (32, 32, 4096))
+        targets, row = torch.zeros(32, dtype=torch.int64), zeros(32)
+        kind = head.shape_class(states)
+        for bias, cap in ((None, 0.0), (zeros(4096), 30.0)):
+            case = f"{name(dtype)}" + (", bias, soft-cap" if cap else "")
+            both = (states, other, vocabulary, bias, cap)
+            one = (states, vocabulary, targets, bias, cap)
+            yield Variant(
+                "target_log_probs", case,
+                lambda arch, a=one, kind=kind: target_log_probs.plan(*a, lookup(LOGITS, kind, arch))[0],
+            )  # fmt: skip
+            yield Variant(
+                "target_log_probs_backward", case,
+                lambda arch, a=one, kind=kind, row=row: target_log_probs.d_logits_plan(
+                    row, *a, row, 0, zeros(32, 4096), lookup(LOGITS, kind, arch)
+                ),
+            )  # fmt: skip
+            yield Variant(
+                "distribution_kl", case,
+                lambda arch, a=both, kind=kind: distribution_kl.plan(*a, lookup(LOGITS, f"pair_{kind}", arch))[0],
+            )  # fmt: skip
+            yield Variant(
+                "distribution_kl_backward", case,
+                lambda arch, a=both, kind=kind, row=row: distribution_kl.d_logits_plan(
+                    row, *a, row, row, row, zeros(32, 4096), lookup(LOGITS, f"pair_{kind}", arch)
+                ),
+            )  # fmt: skip
+        kind = "native" if dtype == torch.bfloat16 else "split"
+        yield Variant(
+            "gradient of both", f"{name(dtype)}",
+            lambda arch, e=vocabulary, kind=kind: head.gradient_plan(zeros(32, 4096), e, lookup(GRADIENT, kind, arch))[0],
+        )  # fmt: skip
+
+
+def name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def compile_launch(launch, architecture: int):
+    """The kernel as Triton would compile it for these arguments, specialised as a launch specialises it."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointer = {
+        torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+        torch.int64: "*i64", torch.uint8: "*u8", torch.int32: "*i32",
+    }  # fmt: skip
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for index, argument in enumerate(launch.kernel.arg_names):
+        if argument in launch.constants:
+            signature[argument] = "constexpr"
+            continue
+        value = launch.arguments[argument]
+        if isinstance(value, torch.Tensor):
+            signature[argument] = pointer[value.dtype]
+            divisible = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[argument], divisible = "fp32", False
+        elif value == 1:
+            signature[argument], constants[argument] = "constexpr", 1
+            continue
+        else:
+            signature[argument] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            divisible = value % 16 == 0
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local bytes of a cubin, as cuobjdump reads them."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "spill_bytes": found["STACK"] + found["LOCAL"]}
+
+
+def table(quick: bool = False) -> list[dict[str, Any]]:
+    rows = []
+    for variant in variants():
+        if quick and not ("bfloat16" in variant.case or "float32 rows, float32" in variant.case):
+            continue
+        for architecture in ARCHITECTURES:
+            for launch in variant.launches(f"sm_{architecture}"):
+                compiled = compile_launch(launch, architecture)
+                c = launch.config
+                rows.append({
+                    "op": variant.op, "case": variant.case, "kernel": launch.kernel.__name__,
+                    "architecture": f"sm_{architecture}", "tile": [c.m, c.n, c.k], "warps": c.warps,
+                    "stages": c.stages, **resources(compiled.asm["cubin"]),
+                    "shared_bytes": compiled.metadata.shared,
+                })  # fmt: skip
+    return rows
+
+
+def faults(rows: list[dict[str, Any]]) -> list[str]:
+    """Variants that spill or ask for more shared memory than there is."""
+    found = []
+    for row in rows:
+        where = f"{row['op']} ({row['case']}), {row['kernel']} on {row['architecture']}"
+        if row["spill_bytes"]:
+            found.append(f"{where} spills {row['spill_bytes']} bytes")
+        if row["shared_bytes"] > SHARED_LIMIT[int(row["architecture"].removeprefix("sm_"))]:
+            found.append(f"{where} asks for {row['shared_bytes']} bytes of shared memory")
+    return found
+
+
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
+    quick: Annotated[bool, typer.Option(help="bf16 variants and plain fp32 rows alone")] = False,
+) -> None:
+    """Compile, print the table, and exit with 1 when a variant spills."""
+    import triton
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("TRITON_INTERPRET=1 compiles nothing: unset it")
+    rows = table(quick)
+    shown = Table(title=f"triton {triton.__version__}", title_justify="left")
+    columns = ("op", "case", "kernel", "architecture", "tile", "warps", "stages", "registers", "spill_bytes",
+               "shared_bytes")  # fmt: skip
+    for column in columns:
+        shown.add_column(column)
+    for row in rows:
+        shown.add_row(*(str(row[column]) for column in columns))
+    Console(width=180).print(shown)
+    if json_file is not None:
+        document = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
+        json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    for fault in (found := faults(rows)):
+        print(fault, file=sys.stderr)
+    raise typer.Exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,215 @@
+"""Triton kernels against float64: on a GPU where there is one, else under the interpreter (see conftest.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from floors import HEAD, HEAD_GRADIENT, RANK_K, SYMMETRIC, relative_error
+
+import kedit_fast
+from kedit_fast import distribution_kl, rank_k_update_, symmetric_rank_k_update_, target_log_probs
+from kedit_fast.backends import probe
+from kedit_fast.errors import BackendUnavailableError
+
+triton = pytest.importorskip("triton")
+tl = triton.language
+from kedit_fast.kernels.triton import head as head_kernels  # noqa: E402
+from kedit_fast.kernels.triton import symmetric_rank_k_update as symmetric_kernel  # noqa: E402
+
+_lower_tile = symmetric_kernel._lower_tile
+ROOT = Path(__file__).parents[2]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+pytestmark = [
+    pytest.mark.skipif(bool(probe("triton").reason), reason=f"triton: {probe('triton').reason}"),
+    pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning:triton.*"),  # the interpreter's -inf minus -inf
+]
+
+
+def on_device(*tensors):
+    return [None if t is None else t.to(DEVICE) for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("mode", ("plain", "masked", "weighted", "transposed"))
+@pytest.mark.parametrize("acc_dtype", (torch.float32, torch.float64), ids=str)
+def test_the_symmetric_update_adds_the_lower_triangle(dtype, mode, acc_dtype):
+    for n, d in ((1, 1), (7, 63), (129, 100), (600, 33)):
+        x = torch.randn(d, n).to(dtype).T if mode == "transposed" else torch.randn(n, d + 5)[:, :d].to(dtype)
+        weights = torch.rand(n, dtype=torch.float64) + 0.1 if mode == "weighted" else None
+        mask = torch.rand(n) > 0.4 if mode in ("masked", "weighted") else None
+        rows = x.double().clone()
+        if mask is not None:
+            rows[~mask] = 0
+            x = x.clone()
+            x[~mask] = float("nan")  # rows left out may hold anything
+        scale = torch.ones(n, dtype=torch.float64) if weights is None else weights
+        start = torch.randn(d, d, dtype=acc_dtype).tril()
+        expected = start.double() + 0.3 * torch.tril((rows * scale[:, None]).T @ rows)
+        border = torch.full((d + 2, d + 6), 7.0, dtype=acc_dtype).to(DEVICE)
+        acc = border[1 : 1 + d, 2 : 2 + d]
+        acc.copy_(start + torch.triu(torch.full((d, d), float("nan"), dtype=acc_dtype), 1))
+        symmetric_rank_k_update_(acc, *on_device(x, weights, mask), 0.3, backend="triton")
+        upper = torch.triu(torch.ones(d, d, dtype=torch.bool, device=DEVICE), 1)
+        assert bool(torch.isnan(acc[upper]).all()), "upper triangle was written"
+        outside = torch.ones_like(border, dtype=torch.bool)
+        outside[1 : 1 + d, 2 : 2 + d] = False
+        assert bool((border[outside] == 7.0).all()), "memory beside acc was written"
+        plain = start.clone()
+        symmetric_rank_k_update_(plain, x, weights, mask, 0.3, backend="torch")
+        limit = max(SYMMETRIC[dtype], 2 * relative_error(plain, expected))
+        assert relative_error(torch.tril(acc.nan_to_num(0.0)).cpu(), expected) <= limit
+
+
+def test_rows_beyond_one_fp32_sum_and_no_rows_at_all(monkeypatch):
+    monkeypatch.setattr(symmetric_kernel, "SUMMED_ROWS", 64)
+    x, weights, mask = torch.randn(700, 40), torch.rand(700), torch.rand(700) > 0.5
+    acc = torch.zeros(40, 40, device=DEVICE)
+    symmetric_rank_k_update_(acc, *on_device(x, weights, mask), backend="triton")
+    rows = x.double() * mask[:, None]
+    expected = torch.tril((rows * weights.double()[:, None]).T @ rows)
+    assert relative_error(acc.cpu(), expected) < SYMMETRIC[torch.float32]
+    before = acc.clone()
+    symmetric_rank_k_update_(acc, x[:0].to(DEVICE), backend="triton")
+    symmetric_rank_k_update_(acc, x.to(DEVICE), mask=torch.zeros(700, dtype=torch.bool, device=DEVICE),
+                             backend="triton")  # fmt: skip
+    assert torch.equal(acc, before)
+
+
+@triton.jit
+def _visit(counts, tiles, GROUP: tl.constexpr):
+    row, column = _lower_tile(tl.program_id(0), tiles, GROUP)
+    tl.atomic_add(counts + row * tiles + column, 1)
+
+
+def test_lower_tiles_are_each_visited_once():
+    for tiles in (1, 2, 7, 8, 9, 23):
+        for group in (1, 2, 8):
+            counts = torch.zeros(tiles, tiles, dtype=torch.int32, device=DEVICE)
+            _visit[(tiles * (tiles + 1) // 2,)](counts, tiles, group)
+            assert torch.equal(counts.cpu(), torch.ones(tiles, tiles, dtype=torch.int32).tril()), (tiles, group)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("k", (1, 7, 16, 17, 70))
+def test_the_rank_k_update_adds_the_product(dtype, k):
+    for out, inner in ((1, 1), (7, 63), (40, 129)):
+        layouts = (
+            torch.randn(out, inner).to(dtype), torch.randn(inner, out).to(dtype).T,
+            torch.randn(out + 3, inner + 5).to(dtype)[1 : out + 1, 2 : inner + 2],
+            torch.randn(2 * out, 3 * inner).to(dtype)[::2, ::3],
+        )  # fmt: skip
+        for weight in layouts:
+            left, right = torch.randn(out, k) / 4, torch.randn(k, inner).T.bfloat16() / 4
+            expected = weight.double() - 0.5 * left.double() @ right.double().T
+            plain = rank_k_update_(weight.clone(), left, right, -0.5, backend="torch")
+            copy = torch.full_like(weight, float("nan"), dtype=torch.bfloat16) if dtype == torch.float32 else None
+            weight, left, right, copy = on_device(weight, left, right, copy)
+            rank_k_update_(weight, left, right, -0.5, copy, backend="triton")
+            limit = max(RANK_K[dtype], 2 * relative_error(plain, expected))
+            assert relative_error(weight.cpu(), expected) <= limit
+            if copy is not None:
+                assert torch.equal(copy, weight.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("cap", (0.0, 2.0))
+@pytest.mark.parametrize("with_bias", (False, True))
+def test_the_head_ops_and_their_gradients_are_right(dtype, cap, with_bias):
+    for rows, width, vocabulary in ((1, 1, 1), (19, 40, 150)):
+        hidden, other, head = (
+            torch.randn(rows, width + 3).to(dtype)[:, :width], torch.randn(rows, width).to(dtype),
+            (torch.randn(width, vocabulary).to(dtype) / 4).T,
+        )  # fmt: skip
+        bias = torch.randn(vocabulary) if with_bias else None
+        targets = torch.randint(0, vocabulary, (rows,))
+
+        def results(tensors, backend):
+            hidden, other, head, bias, targets = tensors
+            hidden = hidden.clone().requires_grad_()
+            found = target_log_probs(hidden, head, targets, bias, cap, True, backend=backend)
+            kl = distribution_kl(hidden, other, head, bias, cap, backend=backend)
+            scale = torch.linspace(0.5, 2, rows, device=hidden.device)
+            gradients = [torch.autograd.grad((v * scale).sum(), hidden)[0] for v in (found.log_prob, kl)]
+            return [v.detach().cpu() for v in (found.log_prob, found.top1_log_prob, kl, *gradients)], found.top1.cpu()
+
+        given = (hidden, other, head, bias, targets)
+        wide = [t if t is None or t.dtype == torch.int64 else t.double() for t in given]
+        expected, expected_top1 = results(wide, "torch")
+        plain, _ = results(given, "torch")
+        found, top1 = results(on_device(*given), "triton")
+        assert torch.equal(top1, expected_top1)
+        for index, (mine, theirs, right) in enumerate(zip(found, plain, expected, strict=True)):
+            floor = (HEAD_GRADIENT if index > 2 else HEAD)[dtype]
+            scale = right.norm().clamp(min=1.0)  # an answer near zero is judged by its absolute error
+            error, reference = (float((v.double() - right).norm() / scale) for v in (mine, theirs))
+            assert error <= max(floor, 2 * reference), (index, error, reference)
+
+
+def test_states_without_rows_and_tokens_that_cannot_be():
+    hidden, head = torch.randn(4, 20, device=DEVICE), torch.randn(50, 20, device=DEVICE)
+    none = target_log_probs(hidden[:0], head, torch.empty(0, dtype=torch.int64, device=DEVICE), backend="triton")
+    assert none.log_prob.shape == (0,) and distribution_kl(hidden[:0], hidden[:0], head, backend="triton").shape == (0,)
+    bias = torch.randn(50, device=DEVICE)
+    bias[:40] = -torch.inf  # whole tiles of tokens that have no probability
+    targets = torch.tensor([41, 42, 3, 49], device=DEVICE)
+    found = target_log_probs(hidden, head, targets, bias, return_top1=True, backend="triton")
+    expected = torch.log_softmax(hidden @ head.T + bias, -1)
+    torch.testing.assert_close(found.log_prob, expected.gather(1, targets[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.top1, expected.argmax(-1))
+    hidden[2, 5] = float("nan")
+    log_prob = target_log_probs(hidden, head, targets, backend="triton").log_prob
+    assert torch.isnan(log_prob[2]) and bool(torch.isfinite(log_prob[[0, 1, 3]]).all())
+
+
+def test_large_vocabularies_are_taken_in_parts(monkeypatch):
+    monkeypatch.setattr(head_kernels, "D_LOGITS_BYTES", 0)
+    hidden = torch.randn(3, 16, device=DEVICE, requires_grad=True)
+    head, targets = torch.randn(2100, 16, device=DEVICE), torch.tensor([0, 1024, 2099], device=DEVICE)
+    gradients = {}
+    for backend in ("torch", "triton"):
+        log_prob = target_log_probs(hidden, head, targets, backend=backend).log_prob.sum()
+        (gradients[backend],) = torch.autograd.grad(log_prob, hidden)
+    torch.testing.assert_close(gradients["triton"], gradients["torch"], rtol=1e-5, atol=1e-5)
+
+
+def test_what_triton_does_not_take_is_said():
+    wide = torch.zeros(3, 3, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(BackendUnavailableError, match="float64 rows"):
+        symmetric_rank_k_update_(wide, wide.clone(), backend="triton")
+    with pytest.raises(BackendUnavailableError, match="float64 weights"):
+        rank_k_update_(wide, wide[:, :1].clone(), wide[:, :1].clone(), backend="triton")
+    with pytest.raises(BackendUnavailableError, match="float64 states"):
+        distribution_kl(wide, wide, wide, backend="triton")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the interpreter is not in use")
+def test_the_interpreter_runs_only_when_asked_for():
+    x = torch.zeros(2, 2)
+    assert not kedit_fast.explain("symmetric_rank_k_update_", x, x).runs.startswith("triton")
+    assert "only when asked" in kedit_fast.explain("symmetric_rank_k_update_", x, x).reasons["triton"]
+    assert kedit_fast.explain("symmetric_rank_k_update_", x, x, backend="triton").runs.startswith("triton")
+
+
+@pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="no source tree")
+def test_kernels_compile_ahead_of_time_without_spills(tmp_path):
+    """For sm_80 and sm_90; the committed table holds every variant (python -m benchmarks.aot makes it)."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = tmp_path / "rows.json"
+    command = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r}); sys.argv = ['aot', '--quick',"
+               f" '--json', {str(out)!r}]; from benchmarks import aot; aot.typer.run(aot.main)"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    keys = ("op", "case", "kernel", "architecture", "tile", "warps", "stages")
+    committed = json.loads((ROOT / "benchmarks" / "results" / "triton_resources.json").read_text(encoding="utf-8"))
+    known = {json.dumps([row[key] for key in keys]) for row in committed["rows"]}
+    for row in json.loads(out.read_text(encoding="utf-8"))["rows"]:
+        assert json.dumps([row[key] for key in keys]) in known, "run python -m benchmarks.aot --json again"
+    assert not any(row["spill_bytes"] for row in committed["rows"])
