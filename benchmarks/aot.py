@@ -105,7 +105,9 @@ def variants() -> Iterator[Variant]:
         kind = "native" if dtype == torch.bfloat16 else "split"
         yield Variant(
             "gradient of both", f"{name(dtype)}",
-            lambda arch, e=vocabulary, kind=kind: head.gradient_plan(zeros(32, 4096), e, lookup(GRADIENT, kind, arch))[0],
+            lambda arch, e=vocabulary, kind=kind: head.gradient_plan(
+                zeros(32, 4096), e, lookup(GRADIENT, kind, arch)
+            )[0],
         )  # fmt: skip
 
 

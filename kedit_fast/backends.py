@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from kedit_fast.errors import BackendUnavailableError
@@ -85,6 +86,7 @@ def register_probe(backend: str, probe: Callable[[], Probe], detail: Callable[[]
 def register(implementation: Implementation) -> None:
     """Add an implementation of an op."""
     _implementations.setdefault(implementation.op, {})[implementation.backend] = implementation
+    _automatic.cache_clear()
 
 
 def check_name(backend: str) -> str:
@@ -137,25 +139,39 @@ def select(op: str, backend: str, *args: Any) -> Implementation:
     Raises:
         BackendUnavailableError: an explicit backend that cannot run, with the reason.
     """
-    table = _implementations[op]
     if backend != AUTO:
         reason = _refusal(op, backend, *args)
         if reason:
             raise BackendUnavailableError(f"{op} cannot run on backend {backend!r}: {reason}")
-        return table[backend]
-    for name in BACKENDS:
-        if name in table:
-            reason = _refusal(op, name, *args)
-            if not reason:
-                if not probe(name).explicit_only:
-                    return table[name]
-                reason = _NOT_ASKED
-            if probe(name).misconfigured:
-                raise BackendUnavailableError(f"{op}: {reason}")
-            if (op, name, reason) not in _declined:
-                _declined.add((op, name, reason))
-                _log.debug("%s: not on %s: %s", op, name, reason)
+        return _implementations[op][backend]
+    for implementation in _automatic(op):
+        reason = implementation.declines(*args)
+        if not reason:
+            return implementation
+        _note(op, implementation.backend, reason)
     raise BackendUnavailableError(f"{op} has no implementation for these arguments")
+
+
+@cache
+def _automatic(op: str) -> tuple[Implementation, ...]:
+    """The implementations that can run here without being asked for, in order."""
+    found = []
+    for name in BACKENDS:
+        if name in _implementations[op]:
+            asked = probe(name)
+            if asked.misconfigured:
+                raise BackendUnavailableError(f"{op}: {asked.reason}")
+            if asked.reason or asked.explicit_only:
+                _note(op, name, asked.reason or _NOT_ASKED)
+            else:
+                found.append(_implementations[op][name])
+    return tuple(found)
+
+
+def _note(op: str, backend: str, reason: str) -> None:
+    if (op, backend, reason) not in _declined:
+        _declined.add((op, backend, reason))
+        _log.debug("%s: not on %s: %s", op, backend, reason)
 
 
 def explain(op: str, *args: Any, backend: str | None = None) -> Explanation:

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():  # before anything imports triton
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kedit_fast.kernels import native  # noqa: E402
+from kedit_fast.kernels import native
 
 ISAS = ("generic", "avx2", "avx512", "amx")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,10 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @contextlib.contextmanager
-def stated_precision(tensor: torch.Tensor) -> Iterator[None]:
+def _stated_precision(device_type: str) -> Iterator[None]:
     """Inside, plain torch computes in the dtypes the code names: no autocast, no TF32 or bf16 in place of fp32."""
     before = torch.get_float32_matmul_precision()
-    with torch.autocast(tensor.device.type, enabled=False):
-        if before == "highest":
-            yield
-            return
+    with torch.autocast(device_type, enabled=False):
         torch.set_float32_matmul_precision("highest")
         try:
             yield
@@ -32,16 +29,17 @@ def stated_precision(tensor: torch.Tensor) -> Iterator[None]:
 
 def run_stated(chosen: Implementation, first: torch.Tensor, *rest: Any) -> Any:
     """Run an implementation on its arguments; plain torch in the stated precision, which kernels have by themselves."""
-    if chosen.backend != "torch":
+    stated = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(first.device.type)
+    if stated or chosen.backend != "torch":
         return chosen.run(first, *rest)
-    with stated_precision(first):
+    with _stated_precision(first.device.type):
         return chosen.run(first, *rest)
 
 
-def require(ok: bool, message: str) -> None:
-    """Raise InvalidArgumentError(message) unless ok."""
+def require(ok: bool, message: Callable[[], str]) -> None:
+    """Raise InvalidArgumentError(message()) unless ok."""
     if not ok:
-        raise InvalidArgumentError(message)
+        raise InvalidArgumentError(message())
 
 
 def describe(tensor: torch.Tensor) -> str:
@@ -58,10 +56,15 @@ def require_dtype(name: str, tensor: torch.Tensor, accepted: Sequence[torch.dtyp
 
 def require_same_device(**tensors: torch.Tensor | None) -> None:
     """Raise unless all given tensors are on one device; meta and fake tensors count as where they claim to be."""
-    given = {name: t for name, t in tensors.items() if t is not None}
-    if len({t.device for t in given.values()}) > 1:
-        places = ", ".join(f"{name} on {t.device}" for name, t in given.items())
-        raise InvalidArgumentError(f"all tensors must be on one device; got {places}")
+    device = None
+    for tensor in tensors.values():
+        if tensor is None:
+            continue
+        if device is None:
+            device = tensor.device
+        elif tensor.device != device:
+            places = ", ".join(f"{name} on {t.device}" for name, t in tensors.items() if t is not None)
+            raise InvalidArgumentError(f"all tensors must be on one device; got {places}")
 
 
 def require_no_grad(op: str, **tensors: torch.Tensor | None) -> None:
@@ -77,6 +80,8 @@ def require_no_grad(op: str, **tensors: torch.Tensor | None) -> None:
 
 def require_not_overlapping(name: str, tensor: torch.Tensor) -> None:
     """Raise when two indices of a written tensor share memory (an expanded tensor, for example)."""
+    if tensor.is_contiguous():
+        return
     reach = 1
     for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
         if stride < reach:
@@ -100,8 +105,8 @@ def require_apart(name: str, written: torch.Tensor, **read: torch.Tensor | None)
 
 
 def _range(tensor: torch.Tensor) -> tuple[int, int]:
-    if tensor.numel() == 0:
-        return 0, 0
     begin = tensor.data_ptr()
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return begin, begin + tensor.nbytes
     last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
     return begin, begin + (last + 1) * tensor.element_size()

@@ -68,7 +68,9 @@ def distribution_kl(
 
 def _check(hidden, hidden_ref, head, bias, softcap) -> None:
     check_head(hidden, head, bias, softcap)
-    require(hidden_ref.shape == hidden.shape, f"hidden_ref must be {list(hidden.shape)}; got {describe(hidden_ref)}")
+    require(
+        hidden_ref.shape == hidden.shape, lambda: f"hidden_ref must be {list(hidden.shape)}; got {describe(hidden_ref)}"
+    )
     require_dtype("hidden_ref", hidden_ref, (hidden.dtype,))
     require_same_device(hidden=hidden, hidden_ref=hidden_ref, head=head, bias=bias)
 

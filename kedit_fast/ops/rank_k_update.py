@@ -22,6 +22,7 @@ from kedit_fast.reference import rank_k_update as reference
 
 OP = "rank_k_update_"
 LIBRARY.define(f"{OP}(Tensor(a!) weight, Tensor left, Tensor right, float alpha, Tensor(b!)? copy, str backend) -> ()")
+_op = torch.ops.kedit_fast.rank_k_update_.default
 
 
 def rank_k_update_(
@@ -61,7 +62,7 @@ def rank_k_update_(
     Source: the insertion of ROME (arXiv 2202.05262, eq. 2) and MEMIT (arXiv 2210.07229, eq. 14).
     """
     require_no_grad(OP, weight=weight, left=left, right=right, copy=copy)
-    torch.ops.kedit_fast.rank_k_update_(weight, left, right, float(alpha), copy, backend or "")
+    _op(weight, left, right, float(alpha), copy, backend or "")
     return weight
 
 
@@ -79,22 +80,22 @@ def rank_one_update_(
     Equivalent to `weight.copy_(torch.addr(weight.float(), left, right, alpha=alpha))`. Errors and cost are those of
     `rank_k_update_` with k = 1.
     """
-    require(left.ndim == 1 and right.ndim == 1, "left and right must be vectors, [out] and [in]")
+    require(left.ndim == 1 and right.ndim == 1, lambda: "left and right must be vectors, [out] and [in]")
     return rank_k_update_(weight, left[:, None], right[:, None], alpha, copy, backend=backend)
 
 
 def _check(weight, left, right, copy) -> None:
-    require(weight.ndim == 2, f"weight must be [out, in]; got {describe(weight)}")
+    require(weight.ndim == 2, lambda: f"weight must be [out, in]; got {describe(weight)}")
     require_dtype("weight", weight, FLOATS)
     out, inner = weight.shape
-    require(left.ndim == 2 and left.shape[0] == out, f"left must be [{out}, k]; got {describe(left)}")
+    require(left.ndim == 2 and left.shape[0] == out, lambda: f"left must be [{out}, k]; got {describe(left)}")
     k = left.shape[1]
-    require(tuple(right.shape) == (inner, k), f"right must be [{inner}, {k}]; got {describe(right)}")
+    require(tuple(right.shape) == (inner, k), lambda: f"right must be [{inner}, {k}]; got {describe(right)}")
     require_dtype("left", left, FLOATS)
     require_dtype("right", right, FLOATS)
     if copy is not None:
-        require(weight.dtype == torch.float32, f"copy needs a float32 weight; got {describe(weight)}")
-        require(copy.shape == weight.shape, f"copy must be {list(weight.shape)}; got {describe(copy)}")
+        require(weight.dtype == torch.float32, lambda: f"copy needs a float32 weight; got {describe(weight)}")
+        require(copy.shape == weight.shape, lambda: f"copy must be {list(weight.shape)}; got {describe(copy)}")
         require_dtype("copy", copy, (torch.bfloat16, torch.float16))
     require_same_device(weight=weight, left=left, right=right, copy=copy)
 

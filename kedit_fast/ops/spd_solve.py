@@ -50,10 +50,10 @@ def spd_solve(gram: torch.Tensor, rhs: torch.Tensor, ridge: float = 0.0, *, back
 def _check(gram, rhs) -> None:
     require(
         gram.ndim in (2, 3) and gram.shape[-1] == gram.shape[-2],
-        f"gram must be [u, u] or [b, u, u]; got {describe(gram)}",
+        lambda: f"gram must be [u, u] or [b, u, u]; got {describe(gram)}",
     )
     fits = rhs.ndim == gram.ndim and rhs.shape[:-1] == gram.shape[:-1]
-    require(fits, f"rhs must be {[*gram.shape[:-1], 'm']}; got {describe(rhs)}")
+    require(fits, lambda: f"rhs must be {[*gram.shape[:-1], 'm']}; got {describe(rhs)}")
     require_dtype("gram", gram, (torch.float32, torch.float64))
     require_dtype("rhs", rhs, (gram.dtype,))
     require_same_device(gram=gram, rhs=rhs)

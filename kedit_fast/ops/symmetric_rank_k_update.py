@@ -22,6 +22,7 @@ from kedit_fast.reference import symmetric_rank_k_update as reference
 
 OP = "symmetric_rank_k_update_"
 LIBRARY.define(f"{OP}(Tensor(a!) acc, Tensor x, Tensor? row_weights, Tensor? mask, float alpha, str backend) -> ()")
+_op = torch.ops.kedit_fast.symmetric_rank_k_update_.default
 
 
 def symmetric_rank_k_update_(
@@ -60,33 +61,38 @@ def symmetric_rank_k_update_(
     Source: the covariance of ROME (arXiv 2202.05262, eq. 8) and MEMIT (arXiv 2210.07229, eq. 15).
     """
     require_no_grad(OP, acc=acc, x=x, row_weights=row_weights)
-    torch.ops.kedit_fast.symmetric_rank_k_update_(acc, x, row_weights, mask, float(alpha), backend or "")
+    _op(acc, x, row_weights, mask, float(alpha), backend or "")
     return acc
 
 
 def mirror_(acc: torch.Tensor) -> torch.Tensor:
     """Copy the lower triangle of `acc` [d, d] to its upper one, in place; returns `acc`."""
-    require(acc.ndim == 2 and acc.shape[0] == acc.shape[1], f"acc must be square; got {describe(acc)}")
+    require(acc.ndim == 2 and acc.shape[0] == acc.shape[1], lambda: f"acc must be square; got {describe(acc)}")
     reference.mirror_(acc)
     return acc
 
 
 def _check(acc, x, row_weights, mask) -> None:
-    require(acc.ndim == 2 and acc.shape[0] == acc.shape[1], f"acc must be [d, d]; got {describe(acc)}")
+    require(acc.ndim == 2 and acc.shape[0] == acc.shape[1], lambda: f"acc must be [d, d]; got {describe(acc)}")
     require_dtype("acc", acc, (torch.float32, torch.float64))
-    require(acc.shape[1] <= 1 or acc.stride(1) == 1, f"acc must have contiguous rows; got strides {acc.stride()}")
-    require(x.ndim == 2 and x.shape[1] == acc.shape[0], f"x must be [n, {acc.shape[0]}]; got {describe(x)}")
+    require(
+        acc.shape[1] <= 1 or acc.stride(1) == 1, lambda: f"acc must have contiguous rows; got strides {acc.stride()}"
+    )
+    require(x.ndim == 2 and x.shape[1] == acc.shape[0], lambda: f"x must be [n, {acc.shape[0]}]; got {describe(x)}")
     require_dtype("x", x, FLOATS)
-    require(x.dtype != torch.float64 or acc.dtype == torch.float64, "acc must be float64 for float64 rows of x")
-    for name, tensor in (("row_weights", row_weights), ("mask", mask)):
-        if tensor is not None:
-            shape = (x.shape[0],)
-            require(tensor.shape == shape, f"{name} must be [{x.shape[0]}], a number a row; got {describe(tensor)}")
+    require(x.dtype != torch.float64 or acc.dtype == torch.float64, lambda: "acc must be float64 for float64 rows of x")
     if row_weights is not None:
+        _check_rows("row_weights", row_weights, x)
         require_dtype("row_weights", row_weights, (torch.float32, torch.float64))
     if mask is not None:
+        _check_rows("mask", mask, x)
         require_dtype("mask", mask, (torch.bool,))
     require_same_device(acc=acc, x=x, row_weights=row_weights, mask=mask)
+
+
+def _check_rows(name, tensor, x) -> None:
+    fits = tensor.shape == x.shape[:1]
+    require(fits, lambda: f"{name} must be [{x.shape[0]}], a number a row; got {describe(tensor)}")
 
 
 @torch.library.impl(LIBRARY, OP, "CompositeExplicitAutograd")

@@ -83,15 +83,15 @@ def target_log_probs(
 
 def check_head(hidden, head, bias, softcap) -> None:
     """Checks shared with `distribution_kl`."""
-    require(hidden.ndim == 2, f"hidden must be [rows, h]; got {describe(hidden)}")
+    require(hidden.ndim == 2, lambda: f"hidden must be [rows, h]; got {describe(hidden)}")
     require_dtype("hidden", hidden, FLOATS)
     fits = head.ndim == 2 and head.shape[1] == hidden.shape[1] and head.shape[0] > 0
-    require(fits, f"head must be [V, {hidden.shape[1]}] with V > 0; got {describe(head)}")
+    require(fits, lambda: f"head must be [V, {hidden.shape[1]}] with V > 0; got {describe(head)}")
     require_dtype("head", head, (hidden.dtype,))
     if bias is not None:
-        require(tuple(bias.shape) == (head.shape[0],), f"bias must be [{head.shape[0]}]; got {describe(bias)}")
+        require(tuple(bias.shape) == (head.shape[0],), lambda: f"bias must be [{head.shape[0]}]; got {describe(bias)}")
         require_dtype("bias", bias, FLOATS)
-    require(0.0 <= softcap < float("inf"), f"softcap must be 0 (none) or a positive number; got {softcap}")
+    require(0.0 <= softcap < float("inf"), lambda: f"softcap must be 0 (none) or a positive number; got {softcap}")
 
 
 def triton_declines(hidden, *_) -> str:
@@ -101,7 +101,10 @@ def triton_declines(hidden, *_) -> str:
 
 def _check(hidden, head, targets, bias, softcap) -> None:
     check_head(hidden, head, bias, softcap)
-    require(tuple(targets.shape) == (hidden.shape[0],), f"targets must be [{hidden.shape[0]}]; got {describe(targets)}")
+    require(
+        tuple(targets.shape) == (hidden.shape[0],),
+        lambda: f"targets must be [{hidden.shape[0]}]; got {describe(targets)}",
+    )
     require_dtype("targets", targets, (torch.int64,))
     require_same_device(hidden=hidden, head=head, targets=targets, bias=bias)
 
@@ -112,7 +115,9 @@ def _run(hidden, head, targets, bias, softcap, backend):
     # Reading the bounds on a GPU would stall it at every step; there such a target gives NaN.
     if targets.device.type == "cpu" and targets.numel():
         low, high = int(targets.min()), int(targets.max())
-        require(low >= 0 and high < head.shape[0], f"targets must be in [0, {head.shape[0]}); got {low} to {high}")
+        require(
+            low >= 0 and high < head.shape[0], lambda: f"targets must be in [0, {head.shape[0]}); got {low} to {high}"
+        )
     chosen = select(OP, requested(backend or None), hidden, head, targets)
     return run_stated(chosen, hidden, head, targets, bias, softcap)
 

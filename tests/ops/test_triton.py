@@ -136,7 +136,7 @@ def test_the_head_ops_and_their_gradients_are_right(dtype, cap, with_bias):
             hidden = hidden.clone().requires_grad_()
             found = target_log_probs(hidden, head, targets, bias, cap, True, backend=backend)
             kl = distribution_kl(hidden, other, head, bias, cap, backend=backend)
-            scale = torch.linspace(0.5, 2, rows, device=hidden.device)
+            scale = torch.linspace(0.5, 2, len(hidden), device=hidden.device)
             gradients = [torch.autograd.grad((v * scale).sum(), hidden)[0] for v in (found.log_prob, kl)]
             return [v.detach().cpu() for v in (found.log_prob, found.top1_log_prob, kl, *gradients)], found.top1.cpu()
 
