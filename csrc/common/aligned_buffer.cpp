@@ -5,10 +5,24 @@
 #include <new>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace kf {
 namespace {
 
-constexpr size_t alignment = 4096;
+constexpr size_t page = 4096, huge_page = 2 << 20;
+
+// Large buffers ask for large pages: panels are read from more places at once than there are entries for small ones.
+void* allocate(size_t bytes) {
+  if (bytes < huge_page) return std::aligned_alloc(page, bytes);
+  void* data = std::aligned_alloc(huge_page, bytes);
+#if defined(__linux__)
+  if (data) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+  return data;
+}
 
 struct Block {
   void* data;
@@ -30,8 +44,8 @@ Pool& pool() {
 }  // namespace
 
 AlignedBuffer::AlignedBuffer(size_t bytes) {
-  bytes_ = (bytes + alignment - 1) / alignment * alignment;
-  if (bytes_ == 0) bytes_ = alignment;
+  const size_t unit = bytes < huge_page ? page : huge_page;
+  bytes_ = bytes == 0 ? page : (bytes + unit - 1) / unit * unit;
   {
     Pool& p = pool();
     std::lock_guard<std::mutex> lock(p.mutex);
@@ -48,7 +62,7 @@ AlignedBuffer::AlignedBuffer(size_t bytes) {
       return;
     }
   }
-  data_ = std::aligned_alloc(alignment, bytes_);
+  data_ = allocate(bytes_);
   if (!data_) throw std::bad_alloc();
 }
 

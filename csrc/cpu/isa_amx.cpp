@@ -2,8 +2,10 @@
 //
 // A product needs the left operand by columns of x (16 columns, 32 rows of x) and the right one with pairs of rows
 // interleaved. Both come from the same 16 x 16 block of 32-bit pairs (x[2r, c], x[2r + 1, c]): as it is it is a right
-// tile, transposed it is a left one. Tiles are packed once per panel of 32 columns and then only loaded.
-// Products of two bf16 are exact in fp32 and sums are kept in fp32; the unit treats subnormal numbers as zero.
+// tile, transposed it is a left one. Tiles are packed once per panel of 32 columns and then only loaded. A packed chunk
+// is ordered by turns of DEPTH_STEPS steps, in a turn by panels, in a panel by steps: what a macro block reads in a
+// turn lies in one piece. Products of two bf16 are exact in fp32 and sums are kept in fp32; the unit treats subnormal
+// numbers as zero.
 #include <immintrin.h>
 
 #include <cstddef>
@@ -25,6 +27,7 @@ constexpr int64_t TILE = 1024;   // bytes
 constexpr int DEPTH_STEPS = 16;  // steps whose right panel stays in the first-level cache
 constexpr int SIDE = 256;        // columns of a macro block, its sums a matrix in the second-level cache
 constexpr int64_t PREFETCH_COLUMNS = 4 * PANEL;
+constexpr int PREFETCH_STEPS = 4;
 constexpr int PARTS = 3;  // bf16 terms that hold a weighted fp32 operand to its last bit
 
 struct alignas(64) TileConfig {
@@ -148,27 +151,46 @@ inline void prefetch_rows(const PackSource& s, int64_t row, int64_t end, int64_t
   }
 }
 
+// Where the tiles of a panel begin in one turn of a packed chunk, and where the turn's other panels and parts are.
+struct Turn {
+  int64_t first, steps;  // of the chunk's steps
+  int64_t base;          // bytes before the turn
+  int64_t panel_bytes, part_bytes;
+
+  Turn(int64_t depth, int64_t step, int64_t d, int parts) {
+    const int64_t panels = (d + PANEL - 1) / PANEL;
+    first = step / DEPTH_STEPS * DEPTH_STEPS;
+    steps = steps_of(depth) - first < DEPTH_STEPS ? steps_of(depth) - first : DEPTH_STEPS;
+    base = first * 2 * TILE * panels * parts;
+    panel_bytes = steps * 2 * TILE;
+    part_bytes = panels * panel_bytes;
+  }
+  int64_t panel(int64_t column, int64_t part) const { return base + part * part_bytes + column / PANEL * panel_bytes; }
+};
+
 void pack(const PackSource& s, int64_t k0, int64_t depth, int64_t k, int64_t rows, void* left, void* right) {
-  const int64_t end = k0 + depth, part_bytes = right_bytes(depth), panel_bytes = left_bytes(depth, s.weight != nullptr);
+  const int64_t end = k0 + depth;
   for (int64_t at = k; at < k + rows; at += STEP) {
-    const int64_t offset = at / STEP * 2 * TILE, row = k0 + at;
+    const int64_t row = k0 + at;
+    const Turn to_right(depth, at / STEP, s.d, 1), to_left(depth, at / STEP, s.d, s.weight ? PARTS : 1);
+    const int64_t offset = (at / STEP - to_right.first) * 2 * TILE;
     for (int64_t c0 = 0; c0 < s.d; c0 += PANEL) {
-      char* to_left = static_cast<char*>(left) + c0 / PANEL * panel_bytes + offset;
-      char* to_right = static_cast<char*>(right) + c0 / PANEL * part_bytes + offset;
+      char* l = static_cast<char*>(left) + to_left.panel(c0, 0) + offset;
+      char* r = static_cast<char*>(right) + to_right.panel(c0, 0) + offset;
       __m512i tile[2][16];
       prefetch_rows(s, row, end, c0 + PREFETCH_COLUMNS);
-      for (int r = 0; r < 16; ++r) {
-        const __m512i even = load_row(s, row + 2 * r, end, c0), odd = load_row(s, row + 2 * r + 1, end, c0);
-        tile[0][r] = interleave(half_of(even, 0), half_of(odd, 0));
-        tile[1][r] = interleave(half_of(even, 1), half_of(odd, 1));
+      for (int i = 0; i < 16; ++i) {
+        const __m512i even = load_row(s, row + 2 * i, end, c0), odd = load_row(s, row + 2 * i + 1, end, c0);
+        tile[0][i] = interleave(half_of(even, 0), half_of(odd, 0));
+        tile[1][i] = interleave(half_of(even, 1), half_of(odd, 1));
       }
       for (int half = 0; half < 2; ++half) {
-        store_tile(to_right + half * TILE, tile[half]);
+        store_tile(r + half * TILE, tile[half]);
         if (s.weight) {
-          pack_weighted(s, row, end, c0, half, part_bytes, to_left + half * TILE);
+          pack_weighted(s, row, end, c0, half, to_left.part_bytes, l + half * TILE);
         } else {
           transpose(tile[half]);
-          store_tile(to_left + half * TILE, tile[half]);
+          store_tile(l + half * TILE, tile[half]);
         }
       }
     }
@@ -197,41 +219,50 @@ void zero_sums() {
   _tile_zero(3);
 }
 
-void multiply_step(const char* a, const char* b) {
+// Asks for lines [begin, end) of the left tiles that come PREFETCH_STEPS later: they stream from the second-level
+// cache.
+template <int BEGIN, int END>
+inline void prefetch_left(const char* a) {
+#pragma GCC unroll 16
+  for (int line = BEGIN; line < END; ++line) _mm_prefetch(a + PREFETCH_STEPS * 2 * TILE + line * 64, _MM_HINT_T0);
+}
+
+inline void multiply_step(const char* a, const char* b) {
   _tile_loadd(4, a, 64);
   _tile_loadd(6, b, 64);
-  _tile_loadd(5, a + TILE, 64);
-  _tile_loadd(7, b + TILE, 64);
+  prefetch_left<0, 8>(a);
   _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, b + TILE, 64);
+  prefetch_left<8, 20>(a);
   _tile_dpbf16ps(1, 4, 7);
+  _tile_loadd(5, a + TILE, 64);
+  prefetch_left<20, 32>(a);
   _tile_dpbf16ps(2, 5, 6);
   _tile_dpbf16ps(3, 5, 7);
 }
 
-void block(const void* left, const void* right, int64_t depth, bool weighted, int64_t i0, int64_t i1, int64_t j0,
-           int64_t j1, double alpha, void* acc, DType acc_dtype, int64_t acc_stride, void* scratch) {
-  const int64_t steps = steps_of(depth), parts = weighted ? PARTS : 1, part_bytes = steps * 2 * TILE;
-  const int64_t turns = parts * ((steps + DEPTH_STEPS - 1) / DEPTH_STEPS);
-  for (int64_t turn = 0; turn < turns; ++turn) {
-    const int64_t part = turn % parts, k0 = turn / parts * DEPTH_STEPS;
-    const int64_t k1 = steps - k0 < DEPTH_STEPS ? steps : k0 + DEPTH_STEPS;
-    const bool first = turn == 0, last = turn == turns - 1;
-    for (int64_t j = j0; j < j1; j += PANEL) {
-      const char* b = static_cast<const char*>(right) + j / PANEL * part_bytes;
-      for (int64_t i = i0 > j ? i0 : j; i < i1; i += PANEL) {
-        const char* a = static_cast<const char*>(left) + i / PANEL * parts * part_bytes + part * part_bytes;
-        float* sums = static_cast<float*>(scratch) + (i - i0) * SIDE + (j - j0) * PANEL;
-        const int64_t rows = i1 - i < PANEL ? i1 - i : PANEL, columns = j1 - j < PANEL ? j1 - j : PANEL;
-        if (last) prefetch_tile(rows, columns, i, j, acc, acc_dtype, acc_stride);
-        if (first) {
-          zero_sums();
-        } else {
-          load_sums(sums);
-        }
-        for (int64_t k = k0; k < k1; ++k) multiply_step(a + k * 2 * TILE, b + k * 2 * TILE);
-        store_sums(sums);
-        if (last) {
-          add_lower_tile(sums, PANEL, rows, columns, i, j, alpha, acc, acc_dtype, acc_stride);
+void block(const void* left, const void* right, int64_t depth, bool weighted, int64_t d, int64_t i0, int64_t i1,
+           int64_t j0, int64_t j1, double alpha, void* acc, DType acc_dtype, int64_t acc_stride, void* scratch) {
+  const int64_t steps = steps_of(depth), parts = weighted ? PARTS : 1;
+  for (int64_t k0 = 0; k0 < steps; k0 += DEPTH_STEPS) {
+    const Turn of_left(depth, k0, d, parts), of_right(depth, k0, d, 1);
+    for (int64_t part = 0; part < parts; ++part) {
+      const bool first = k0 == 0 && part == 0, last = k0 + DEPTH_STEPS >= steps && part == parts - 1;
+      for (int64_t j = j0; j < j1; j += PANEL) {
+        const char* b = static_cast<const char*>(right) + of_right.panel(j, 0);
+        for (int64_t i = i0 > j ? i0 : j; i < i1; i += PANEL) {
+          const char* a = static_cast<const char*>(left) + of_left.panel(i, part);
+          float* sums = static_cast<float*>(scratch) + (i - i0) * SIDE + (j - j0) * PANEL;
+          const int64_t rows = i1 - i < PANEL ? i1 - i : PANEL, columns = j1 - j < PANEL ? j1 - j : PANEL;
+          if (last) prefetch_tile(rows, columns, i, j, acc, acc_dtype, acc_stride);
+          if (first) {
+            zero_sums();
+          } else {
+            load_sums(sums);
+          }
+          for (int64_t k = 0; k < of_left.steps; ++k) multiply_step(a + k * 2 * TILE, b + k * 2 * TILE);
+          store_sums(sums);
+          if (last) add_lower_tile(sums, PANEL, rows, columns, i, j, alpha, acc, acc_dtype, acc_stride);
         }
       }
     }

@@ -35,8 +35,8 @@ struct SymmetricKernel {
   void (*pack)(const PackSource&, int64_t k0, int64_t depth, int64_t k, int64_t rows, void* left, void* right);
   // Adds alpha times the tiles of rows [i0, i1) x columns [j0, j1) to the lower triangle of acc. i0 is a multiple of
   // mr, j0 of nr; both ranges are at most `side` long; left and right point at the first panel of all.
-  void (*block)(const void* left, const void* right, int64_t depth, bool weighted, int64_t i0, int64_t i1, int64_t j0,
-                int64_t j1, double alpha, void* acc, DType acc_dtype, int64_t acc_stride, void* scratch);
+  void (*block)(const void* left, const void* right, int64_t depth, bool weighted, int64_t d, int64_t i0, int64_t i1,
+                int64_t j0, int64_t j1, double alpha, void* acc, DType acc_dtype, int64_t acc_stride, void* scratch);
   void (*enter)();  // once per thread before and after `block`; may be null
   void (*leave)();
 };

@@ -103,7 +103,7 @@ void symmetric_rank_k_update(const TensorView& acc, const TensorView& x, const T
       for (int64_t t; (t = block_next.take()) < tasks;) {
         int64_t bi = 0, bj = t;  // rows of blocks, each one longer than the last
         while (bj > bi) bj -= ++bi;
-        kernel.block(left.get(), right.get(), rows, weighted, bi * side, std::min(d, (bi + 1) * side), bj * side,
+        kernel.block(left.get(), right.get(), rows, weighted, d, bi * side, std::min(d, (bi + 1) * side), bj * side,
                      std::min(d, (bj + 1) * side), alpha, acc.data, acc.dtype, acc.stride[0],
                      scratch.get<char>() + member * kernel.scratch_bytes);
       }
