@@ -1,7 +1,8 @@
 """Compile every Triton kernel ahead of time, no GPU needed: `python -m benchmarks.aot [--json FILE] [--quick]`.
 
 Each variant comes from the plan that a call would launch, with the configuration of its architecture, for sm_80 and
-sm_90. Registers, shared memory and spills are those of the cubin. A spill is an error: exit status 1.
+sm_90. Registers, shared memory and spills are those of the cubin. A spill is an error: exit status 1. `--module FILE`
+reads the CUDA kernels of a built kedit_fast._cuda too.
 """
 
 from __future__ import annotations
@@ -87,9 +88,9 @@ def variants() -> Iterator[Variant]:
                 lambda arch, a=one, kind=kind: target_log_probs.plan(*a, lookup(LOGITS, kind, arch))[0],
             )  # fmt: skip
             yield Variant(
-                "target_log_probs_backward", case,
+                "target_log_probs, gradient", case,
                 lambda arch, a=one, kind=kind, row=row: target_log_probs.d_logits_plan(
-                    row, *a, row, 0, zeros(32, 4096), lookup(LOGITS, kind, arch)
+                    *a, row, 0, zeros(32, 4096), lookup(LOGITS, kind, arch)
                 ),
             )  # fmt: skip
             yield Variant(
@@ -97,9 +98,9 @@ def variants() -> Iterator[Variant]:
                 lambda arch, a=both, kind=kind: distribution_kl.plan(*a, lookup(LOGITS, f"pair_{kind}", arch))[0],
             )  # fmt: skip
             yield Variant(
-                "distribution_kl_backward", case,
+                "distribution_kl, gradient", case,
                 lambda arch, a=both, kind=kind, row=row: distribution_kl.d_logits_plan(
-                    row, *a, row, row, row, zeros(32, 4096), lookup(LOGITS, f"pair_{kind}", arch)
+                    *a, row, row, row, 0, zeros(32, 4096), lookup(LOGITS, f"pair_{kind}", arch)
                 ),
             )  # fmt: skip
         kind = "native" if dtype == torch.bfloat16 else "split"
@@ -149,17 +150,50 @@ def compile_launch(launch, architecture: int):
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local bytes of a cubin, as cuobjdump reads them."""
+def usage(binary: Path) -> list[dict[str, Any]]:
+    """Function, architecture, registers, stack, local and shared bytes of every kernel that cuobjdump finds."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    found, architecture = [], ""
+    for line in text.splitlines():
+        if match := re.match(r"arch = (sm_\d+)", line):
+            architecture = match[1]
+        elif match := re.match(r" *Function (\S+):", line):
+            function = match[1]
+        elif "REG:" in line:
+            number = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
+            found.append({
+                "kernel": function, "architecture": architecture, "registers": number["REG"],
+                "spill_bytes": number["STACK"] + number["LOCAL"], "shared_bytes": number["SHARED"],
+            })  # fmt: skip
+    return found
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and spilled bytes of a cubin with one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": found["REG"], "spill_bytes": found["STACK"] + found["LOCAL"]}
+        (found,) = usage(Path(file.name))
+    return {name: found[name] for name in ("registers", "spill_bytes")}
+
+
+def module_table(path: Path) -> list[dict[str, Any]]:
+    """The kernels of a built kedit_fast._cuda."""
+    rows = []
+    for row in usage(path):
+        op, types = re.search(r"\d+([a-z_]+)_kernelI(.*?)EEv", row["kernel"]).groups()
+        names = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
+        types = types.replace("S3_", re.match(r"f|\d+[a-z_0-9]*?(?:16|half)", types)[0])  # the first type again
+        given = [names[t] for t in re.findall(r"f|13__nv_bfloat16|6__half", types.rsplit("Lb", 1)[0])]
+        aligned = "16-byte accesses" if "Lb1" in types else "any strides"
+        rows.append({
+            "op": f"{op}_", "case": f"{given[0]} weight, {given[1]} copy, {aligned}", **row,
+            "kernel": f"{op}_kernel (CUDA C++)", "tile": None, "warps": None, "stages": None,
+        })  # fmt: skip
+    return rows
 
 
 def table(quick: bool = False) -> list[dict[str, Any]]:
@@ -195,13 +229,14 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
     quick: Annotated[bool, typer.Option(help="bf16 variants and plain fp32 rows alone")] = False,
+    module: Annotated[Path | None, typer.Option(help="a built kedit_fast._cuda to read")] = None,
 ) -> None:
     """Compile, print the table, and exit with 1 when a variant spills."""
     import triton
 
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 compiles nothing: unset it")
-    rows = table(quick)
+    rows = ([] if module is None else module_table(module)) + table(quick)
     shown = Table(title=f"triton {triton.__version__}", title_justify="left")
     columns = ("op", "case", "kernel", "architecture", "tile", "warps", "stages", "registers", "spill_bytes",
                "shared_bytes")  # fmt: skip

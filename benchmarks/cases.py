@@ -2,33 +2,111 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
-class SymmetricCase:
-    """`symmetric_rank_k_update_` of `rows` rows of width `d`."""
+class Model:
+    """The widths that the ops meet in a model: W of down_proj is [hidden, inner]."""
 
-    d: int
-    rows: int
-    dtype: str
-    floor: float  # the ratio to reach (on AMX for bf16, on AVX-512 for fp32)
-
-
-@dataclass(frozen=True)
-class RankKCase:
-    """`rank_k_update_` of rank `k` on a weight [out, inner]: Llama-3-8B's down_proj."""
-
-    out: int
+    hidden: int
     inner: int
-    k: int
+    vocabulary: int
+
+
+MODELS = {
+    "GPT-2": Model(768, 3072, 50257),
+    "GPT-J": Model(4096, 16384, 50400),
+    "Llama-3-8B": Model(4096, 14336, 128256),
+    "Qwen2.5-7B": Model(3584, 18944, 152064),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one shape; `floor` and `goal` are ratios against the eager baseline on a CPU with AMX / AVX-512."""
+
+    op: str
+    name: str
     dtype: str
-    floor: float
+    sizes: dict[str, int] = field(hash=False)
+    floor: float | None = None
+    goal: float | None = None
+    note: str = ""  # what was scaled down, and why
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.name} {self.dtype}"
 
 
-SYMMETRIC = [
-    SymmetricCase(d, rows, dtype, floor)
-    for dtype, floor in (("bfloat16", 5.0), ("float32", 1.4))
-    for d, rows in ((1024, 4096), (2048, 4096), (4096, 4096), (8192, 2048))
+def _symmetric() -> list[Case]:
+    """The rows of x are tokens. Published statistics take 100,000 texts; the ratio does not depend on how many."""
+    found = [
+        Case("symmetric_rank_k_update_", f"x [{rows}, {d}]", dtype, {"rows": rows, "d": d}, floor, goal)
+        for dtype, floor, goal in (("bfloat16", 5.0, 10.0), ("float32", 1.4, 1.8))
+        for d, rows in ((1024, 4096), (2048, 4096), (4096, 4096), (8192, 2048))
+    ]
+    for model, dtype, rows in (
+        ("GPT-2", "float32", 4096), ("GPT-J", "float32", 1024), ("Llama-3-8B", "bfloat16", 1024),
+        ("Qwen2.5-7B", "bfloat16", 512),
+    ):  # fmt: skip
+        d = MODELS[model].inner
+        sizes = {"rows": rows, "d": d}
+        note = "" if rows == 4096 else f"{rows} rows instead of 4096: time on 2 cores"
+        found.append(Case("symmetric_rank_k_update_", f"{model}, x [{rows}, {d}]", dtype, sizes, note=note))
+    return found
+
+
+def _rank_k() -> list[Case]:
+    floors = {1: (5.0, 8.0), 16: (4.0, 8.0), 64: (2.0, 3.0)}
+    found = []
+    for model, dtype, ranks in (
+        ("Llama-3-8B", "bfloat16", (1, 16, 64, 100)), ("GPT-2", "float32", (1, 16, 64)),
+        ("GPT-J", "float16", (1, 16, 64)), ("Qwen2.5-7B", "bfloat16", (1, 16, 64)),
+    ):  # fmt: skip
+        out, inner = MODELS[model].hidden, MODELS[model].inner
+        for k in ranks:
+            floor, goal = floors.get(k, (None, None)) if model == "Llama-3-8B" else (None, None)
+            sizes = {"out": out, "inner": inner, "k": k, "transposed": model == "GPT-2"}  # GPT-2's Conv1D
+            found.append(Case("rank_k_update_", f"{model}, W [{out}, {inner}], k {k}", dtype, sizes, floor, goal))
+    m = MODELS["Llama-3-8B"]
+    for k in (1, 16):
+        sizes = {"out": m.hidden, "inner": m.inner, "k": k, "copy": True}
+        name = f"Llama-3-8B, fp32 master + bf16 copy, k {k}"
+        found.append(Case("rank_k_update_", name, "float32", sizes))
+    return found
+
+
+def _head() -> list[Case]:
+    """Rows are the target tokens of a step: 64 requests of three tokens, and one KL prompt each."""
+    found = []
+    for model, dtype, rows in (("GPT-2", "float32", 192), ("GPT-J", "float32", 64), ("Llama-3-8B", "bfloat16", 64)):
+        m = MODELS[model]
+        sizes = {"rows": rows, "width": m.hidden, "vocabulary": m.vocabulary}
+        note = "" if rows == 192 else f"{rows} rows instead of 192: time on 2 cores"
+        for op in ("target_log_probs", "distribution_kl"):
+            name = f"{model}, [{rows}, {m.hidden}] x [{m.vocabulary}, {m.hidden}], forward + backward"
+            found.append(Case(op, name, dtype, sizes, note=note))
+    return found
+
+
+def _solve() -> list[Case]:
+    return [
+        Case("spd_solve", f"[{u}, {u}], {m} right sides", dtype, {"u": u, "columns": m})
+        for dtype in ("float32", "float64")
+        for u, m in ((100, 4096), (1000, 4096))
+    ]
+
+
+OPS = [*_symmetric(), *_rank_k(), *_head(), *_solve()]
+
+# Odd small shapes that take milliseconds: the harness's own test, and a look at whether everything runs.
+SMALL = [
+    Case("symmetric_rank_k_update_", "x [130, 65]", "bfloat16", {"rows": 130, "d": 65}),
+    Case("symmetric_rank_k_update_", "x [130, 65]", "float32", {"rows": 130, "d": 65}),
+    Case("rank_k_update_", "W [33, 70], k 5", "bfloat16", {"out": 33, "inner": 70, "k": 5}),
+    Case("rank_k_update_", "W [33, 70], k 5, transposed", "float32", {"out": 33, "inner": 70, "k": 5, "transposed": 1}),
+    Case("rank_k_update_", "W [33, 70], k 5, copy", "float32", {"out": 33, "inner": 70, "k": 5, "copy": 1}),
+    Case("target_log_probs", "[5, 16] x [99, 16]", "float32", {"rows": 5, "width": 16, "vocabulary": 99}),
+    Case("distribution_kl", "[5, 16] x [99, 16]", "bfloat16", {"rows": 5, "width": 16, "vocabulary": 99}),
+    Case("spd_solve", "[9, 9], 4 right sides", "float64", {"u": 9, "columns": 4}),
 ]
-RANK_K = [RankKCase(4096, 14336, k, "bfloat16", floor) for k, floor in ((1, 5.0), (16, 4.0), (64, 2.0))]

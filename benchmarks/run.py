@@ -1,7 +1,11 @@
-"""Time the update ops against their torch expressions: `python -m benchmarks.run [--json FILE]`.
+"""Time the ops against torch.
 
-Runs of the two are interleaved in one process (A B A B ...); a ratio is baseline median / our median. A case whose
-result is wrong has no numbers.
+    python -m benchmarks.run [--suite ops|overhead|all] [--json FILE] [--only TEXT]
+    python -m benchmarks.run compare OLD NEW      exit status 1 when a ratio fell by more than a tenth
+    python -m benchmarks.run plot FILE --out DIR  ratio bars and a roofline, PNG and SVG
+
+Runs of an op and its baselines are interleaved in one process (A B C A B C ...); a ratio is baseline median / our
+median. A case whose result is wrong has no numbers. The machine's own peaks are measured in the same run.
 """
 
 from __future__ import annotations
@@ -12,143 +16,303 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 import kedit_fast
-from benchmarks.cases import RANK_K, SYMMETRIC
+from benchmarks.cases import OPS, SMALL, Case
+from benchmarks.problems import Problem, build
+from kedit_fast.backends import probe
 from kedit_fast.kernels import native
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+console = Console(width=200, highlight=False)
+Row = dict[str, Any]
 
-def interleaved(ours: Callable[[], Any], baseline: Callable[[], Any], runs: int) -> tuple[list[float], list[float]]:
-    """Seconds of each run of both, after one warm-up each."""
-    times: tuple[list[float], list[float]] = ([], [])
-    for which in (ours, baseline):
-        which()
+
+class Suite(str, Enum):
+    """What to time."""
+
+    ops = "ops"
+    overhead = "overhead"
+    small = "small"
+    all = "all"
+
+
+def synchronise(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def interleaved(calls: Sequence[Callable[[], Any]], runs: int, device: str) -> list[list[float]]:
+    """Seconds of each run of each call, after one warm-up each."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    synchronise(device)
     for _ in range(runs):
-        for seconds, which in zip(times, (ours, baseline), strict=True):
+        for seconds, call in zip(times, calls, strict=True):
             begin = time.perf_counter()
-            which()
+            call()
+            synchronise(device)
             seconds.append(time.perf_counter() - begin)
     return times
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+def measured_peaks(device: str) -> Row:
+    """Bytes and operations a second that torch reaches on this machine: the best of several runs."""
+
+    def best(call: Callable[[], Any], runs: int = 7) -> float:
+        return min(interleaved([call], runs, device)[0])
+
+    def copied() -> float:
+        source = torch.ones(1 << (28 if device == "cpu" else 31), dtype=torch.uint8, device=device)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / best(lambda: target.copy_(source))
+
+    side = 4096 if device == "cpu" else 8192
+    peaks = {"copy_bytes_per_s": copied()}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64)):
+        n = side // 2 if dtype == torch.float64 else side
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        peaks[f"{name}_flops_per_s"] = 2 * n**3 / best(lambda a=a, b=b: torch.mm(a, b))
+    return peaks
 
 
-def symmetric_row(case, runs: int) -> dict[str, Any]:
-    x = torch.randn(case.rows, case.d).to(getattr(torch, case.dtype))
-    acc, plain = torch.zeros(case.d, case.d), torch.zeros(case.d, case.d)
-    wide = x.double()
-    probe = kedit_fast.symmetric_rank_k_update_(torch.zeros(case.d, case.d), x)
-    error, limit = relative(probe, torch.tril(wide.T @ wide)), 6e-7
-    del wide, probe
-
-    def baseline():
-        wide = x.float()
-        plain.addmm_(wide.T, wide)
-
+def rows_of(case: Case, problem: Problem, peaks: Row, runs: int, device: str) -> list[Row]:
+    """A row for each baseline, from one interleaved run; without numbers when the result is wrong."""
+    error = problem.error()
     row = {
-        "op": "symmetric_rank_k_update_",
-        "case": f"x [{case.rows}, {case.d}]",
-        "dtype": case.dtype,
-        "baseline": "acc.addmm_(x.float().T, x.float())" if case.dtype == "bfloat16" else "acc.addmm_(x.T, x)",
-        "flops": case.rows * case.d * (case.d + 1),
-        "floor": case.floor,
-    }
-    return timed(row, error, limit, lambda: kedit_fast.symmetric_rank_k_update_(acc, x), baseline, runs)
+        "op": case.op, "case": case.name, "dtype": case.dtype, "backend": problem.backend,
+        "isa": isa(problem.backend, case.op, case.dtype),
+        "error": error, "error_limit": problem.limit, "flops": problem.flops, "bytes": problem.bytes,
+        "floor": case.floor, "goal": case.goal, "note": case.note,
+    }  # fmt: skip
+    if not error <= problem.limit:
+        return [{**row, "baseline": name, "ratio": None} for name in problem.baselines]
+    mine, *others = interleaved([problem.ours, *problem.baselines.values()], runs, device)
+    row |= timing(mine)
+    least = max(problem.flops / peaks[f"{problem.rate}_flops_per_s"], problem.bytes / peaks["copy_bytes_per_s"])
+    row["share_of_peak"] = least / row["median_s"]
+    return [with_baseline(row, name, times) for name, times in zip(problem.baselines, others, strict=True)]
 
 
-def rank_k_row(case, runs: int) -> dict[str, Any]:
-    weight = torch.randn(case.out, case.inner).to(getattr(torch, case.dtype))
-    left, right = torch.randn(case.out, case.k) * 1e-3, torch.randn(case.inner, case.k)
-    expected = torch.addmm(weight.double(), left.double(), right.double().T)
-    error, limit = relative(kedit_fast.rank_k_update_(weight.clone(), left, right), expected), 4e-3
-    del expected
-    row = {
-        "op": "rank_k_update_",
-        "case": f"W [{case.out}, {case.inner}], k {case.k}",
-        "dtype": case.dtype,
-        "baseline": "W += (left @ right.T).to(W.dtype)",
-        "flops": 2 * case.out * case.inner * case.k,
-        "floor": case.floor,
-    }
-    return timed(
-        row, error, limit, lambda: kedit_fast.rank_k_update_(weight, left, right),
-        lambda: weight.add_((left @ right.T).to(weight.dtype)), runs,
-    )  # fmt: skip
+def timing(times: list[float]) -> Row:
+    tenths = statistics.quantiles(times, n=10)
+    return {"median_s": statistics.median(times), "p20_s": tenths[1], "p80_s": tenths[7]}
 
 
-def timed(row, error, limit, ours, baseline, runs) -> dict[str, Any]:
-    row.update(error=error, error_limit=limit)
-    if not error <= limit:
-        return {**row, "ratio": None}
-    mine, theirs = interleaved(ours, baseline, runs)
-    middle, theirs_middle = statistics.median(mine), statistics.median(theirs)
-    deciles = statistics.quantiles(mine, n=10)
-    return {
-        **row,
-        "median_s": middle,
-        "p20_s": deciles[1],
-        "p80_s": deciles[7],
-        "baseline_median_s": theirs_middle,
-        "ratio": theirs_middle / middle,
-        "gflops": row["flops"] / middle / 1e9,
-    }
+def with_baseline(row: Row, name: str, times: list[float]) -> Row:
+    median = statistics.median(times)
+    extra = {"baseline": name, "baseline_median_s": median, "ratio": median / row["median_s"]}
+    return {**row, **extra}
 
 
-def provenance() -> dict[str, Any]:
+def isa(backend: str, op: str, dtype: str) -> str:
+    """The instruction set or device that runs this op: the AMX table has AVX-512 code but for one op on bf16."""
+    if backend == "cpu":
+        active = native.cpu().isa()
+        matrix = op == "symmetric_rank_k_update_" and dtype == "bfloat16"
+        return "avx512" if active == "amx" and not matrix else active
+    if backend in ("cuda", "triton") and torch.cuda.is_available():
+        return f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
+    return torch.backends.cpu.get_cpu_capability().lower()
+
+
+def overhead_rows(device: str, runs: int) -> list[Row]:
+    """Seconds of a call on 16 elements, by op and backend, against the torch expression: 100 calls a run."""
+    w, x = torch.randn(4, 4, device=device), torch.randn(4, 4, device=device)
+    one, targets = torch.randn(4, 1, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    spd = torch.eye(4, device=device)
+    calls = {
+        "symmetric_rank_k_update_": (
+            lambda b: kedit_fast.symmetric_rank_k_update_(w, x, backend=b), "acc.addmm_(x.T, x)",
+            lambda: w.addmm_(x.T, x),
+        ),
+        "rank_k_update_": (
+            lambda b: kedit_fast.rank_k_update_(w, one, one, backend=b), "W += (left @ right.T).to(W.dtype)",
+            lambda: w.add_((one @ one.T).to(w.dtype)),
+        ),
+        "target_log_probs": (
+            lambda b: kedit_fast.target_log_probs(x, w, targets, backend=b), "log_softmax(h @ E.T).gather(1, t)",
+            lambda: torch.log_softmax(x @ w.T, -1).gather(1, targets[:, None]),
+        ),
+        "distribution_kl": (
+            lambda b: kedit_fast.distribution_kl(x, x, w, backend=b), "kl_div(log_softmax(r), log_softmax(h))",
+            lambda: torch.nn.functional.kl_div(
+                torch.log_softmax(x @ w.T, -1), torch.log_softmax(x @ w.T, -1), log_target=True, reduction="none"
+            ).sum(-1),
+        ),
+        "spd_solve": (
+            lambda b: kedit_fast.spd_solve(spd, x, backend=b), "torch.linalg.solve(A, B)",
+            lambda: torch.linalg.solve(spd, x),
+        ),
+    }  # fmt: skip
+    found = []
+    for op, (ours, name, baseline) in calls.items():
+        for backend in ("torch", "cpu", "triton", "cuda"):
+            if probe(backend).reason or probe(backend).explicit_only:
+                continue
+            try:
+                ours(backend)
+            except kedit_fast.errors.BackendUnavailableError:
+                continue  # no implementation of this op there, or not on this device
+            with torch.no_grad():
+                pair = (hundred(partial(ours, backend)), hundred(baseline))
+                mine, theirs = ([t / 100 for t in times] for times in interleaved(pair, runs, device))
+            row = {"op": op, "case": f"call overhead, 16 elements, {backend}", "dtype": "float32", "backend": backend,
+                   "isa": isa(backend, op, "float32"), "flops": None, "bytes": None, "share_of_peak": None,
+                   "error": None, "error_limit": None, "floor": None, "goal": None, "note": ""}  # fmt: skip
+            found.append(with_baseline({**row, **timing(mine)}, name, theirs))
+    return found
+
+
+def hundred(call: Callable[[], Any]) -> Callable[[], Any]:
+    def calls() -> None:
+        for _ in range(100):
+            call()
+
+    return calls
+
+
+def provenance(device: str) -> Row:
     """Machine, versions and commit, as they stand beside every row."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    isa = "none" if native.probe_cpu().reason else native.cpu().isa()
-    return {
-        "backend": kedit_fast.explain("rank_k_update_", torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1, 1)).runs,
-        "isa": isa,
-        "machine": f"{model}, {torch.get_num_threads()} threads",
-        "versions": {
-            "kedit_fast": kedit_fast.__version__,
-            "torch": torch.__version__,
-            "python": sys.version.split()[0],
-        },
-        "commit": commit,
-    }
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    ).stdout.strip()
+    if device == "cpu":
+        info = Path("/proc/cpuinfo")
+        lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        machine = f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    else:
+        machine = torch.cuda.get_device_name()
+    versions = {"kedit_fast": kedit_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"machine": machine, "versions": versions, "commit": commit}
 
 
-def main(
+def show(rows: list[Row], about: Row, peaks: Row) -> None:
+    title = f"{about['machine']}, torch {torch.__version__}, {about['commit']}"
+    table = Table(title=title, title_justify="left")
+    for column in ("op", "case", "dtype", "backend", "baseline", "ms", "baseline ms", "ratio", "floor", "of peak",
+                   "error"):  # fmt: skip
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        left = (row["op"], row["case"], row["dtype"], f"{row['backend']} {row['isa']}", row["baseline"])
+        if row["ratio"] is None:
+            table.add_row(*left, "wrong result", "", "", "", "", f"{row['error']:.1e}")
+            continue
+        share, error = row["share_of_peak"], row["error"]
+        table.add_row(
+            *left, f"{row['median_s'] * 1e3:.4g}", f"{row['baseline_median_s'] * 1e3:.4g}", f"{row['ratio']:.2f}",
+            f"{row['floor'] or ''}", "" if share is None else f"{share:.0%}", "" if error is None else f"{error:.1e}",
+        )  # fmt: skip
+    console.print(table)
+    console.print("peaks:", ", ".join(f"{name} {value / 1e9:.0f}e9" for name, value in peaks.items()))
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    suite: Annotated[
+        Suite, typer.Option(help="ops: real shapes; overhead: a 16-element call; small: odd tiny shapes")
+    ] = Suite.all,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
     runs: Annotated[int, typer.Option(min=7, help="interleaved runs of each")] = 9,
+    only: Annotated[str, typer.Option(help="cases whose op, name or dtype contains this text")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    backend: Annotated[str | None, typer.Option(help="force a backend: torch, cpu, triton or cuda")] = None,
+    compiled: Annotated[bool, typer.Option(help="torch.compile baselines too")] = True,
 ) -> None:
-    """Print a table of ratios, and write the rows to a file when asked."""
-    rows = [symmetric_row(case, runs) for case in SYMMETRIC] + [rank_k_row(case, runs) for case in RANK_K]
-    about = provenance()
-    table = Table(title=f"{about['machine']}, {about['isa']}, torch {torch.__version__}", title_justify="left")
-    for column in ("op", "case", "dtype", "ms", "baseline ms", "ratio", "floor", "GFLOP/s", "error"):
-        table.add_column(column)
-    for row in rows:
-        if row["ratio"] is None:
-            table.add_row(row["op"], row["case"], row["dtype"], "wrong result", "", "", "", "", f"{row['error']:.1e}")
-            continue
-        table.add_row(
-            row["op"], row["case"], row["dtype"], f"{row['median_s'] * 1e3:.1f}",
-            f"{row['baseline_median_s'] * 1e3:.1f}", f"{row['ratio']:.2f}", f"{row['floor']}", f"{row['gflops']:.0f}",
-            f"{row['error']:.1e}",
-        )  # fmt: skip
-    Console(width=140).print(table)
+    """Time the cases, print a table, and write the rows to a file when asked."""
+    if context.invoked_subcommand is not None:
+        return
+    chosen = {Suite.ops: OPS, Suite.all: OPS, Suite.small: SMALL, Suite.overhead: []}[suite]
+    chosen = [case for case in chosen if only in str(case)]
+    peaks, rows = measured_peaks(device), []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for case in progress.track(chosen, description="cases"):
+            problem = build(case, device, backend, compiled)
+            rows += rows_of(case, problem, peaks, runs, device)
+            del problem
+            torch.compiler.reset()
+    if suite in (Suite.overhead, Suite.all):
+        rows += [row for row in overhead_rows(device, runs) if only in f"{row['op']} {row['case']} {row['dtype']}"]
+    about = provenance(device)
+    rows = [{**row, **about} for row in rows]
+    show(rows, about, peaks)
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps([{**row, **about} for row in rows], indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps({"peaks": peaks, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    if any(row["ratio"] is None for row in rows):
+        raise typer.Exit(1)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file that `run --json` wrote."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not all({"op", "case", "dtype", "baseline", "ratio"} <= set(row) for row in document["rows"]):
+            raise KeyError("rows")
+        return document
+    except OSError as error:
+        sys.exit(f"{path}: {error.strerror}")
+    except (ValueError, KeyError, TypeError):
+        sys.exit(f"{path} is not a file that benchmarks.run --json wrote")
+
+
+@app.command()
+def compare(
+    old: Path, new: Path, drop: Annotated[float, typer.Option(help="a ratio may fall by this share")] = 0.1
+) -> None:
+    """Exit with 1 when a ratio of NEW is below (1 - drop) of that in OLD, or its result became wrong."""
+    before, after = ({_key(row): row for row in read(path)["rows"]} for path in (old, new))
+    worse = 0
+    table = Table("op", "case", "dtype", "baseline", "old", "new", "change")
+    for key, row in before.items():
+        if key not in after:
+            table.add_row(*key, _ratio(row), "not measured", "")
+            continue
+        found = after[key]["ratio"]
+        fell = row["ratio"] is not None and (found is None or found < (1 - drop) * row["ratio"])
+        worse += fell
+        change = "" if not row["ratio"] or not found else f"{found / row['ratio'] - 1:+.0%}"
+        table.add_row(*key, _ratio(row), _ratio(after[key]), f"{change} worse" if fell else change)
+    console.print(table)
+    console.print(f"{worse} of {len(before)} rows fell by more than {drop:.0%}")
+    raise typer.Exit(1 if worse else 0)
+
+
+def _key(row: Row) -> tuple[str, str, str, str]:
+    return row["op"], row["case"], row["dtype"], row["baseline"]
+
+
+def _ratio(row: Row) -> str:
+    return "wrong result" if row["ratio"] is None else f"{row['ratio']:.2f}"
+
+
+@app.command()
+def plot(
+    file: Path, out: Annotated[Path, typer.Option(help="folder for the pictures")] = Path("benchmarks/results")
+) -> None:
+    """Draw ratio bars and a roofline as PNG and SVG."""
+    from benchmarks.plots import ratio_bars, roofline
+
+    document = read(file)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, draw in (("ratios", ratio_bars), ("roofline", roofline)):
+        for path in draw(document, out / f"{file.stem}_{name}"):
+            console.print(str(path))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -42,13 +43,21 @@ def require(ok: bool, message: Callable[[], str]) -> None:
         raise InvalidArgumentError(message())
 
 
+def require_finite(name: str, number: float) -> None:
+    """Raise unless the number is finite."""
+    if not math.isfinite(number):
+        raise InvalidArgumentError(f"{name} must be finite; got {number}")
+
+
 def describe(tensor: torch.Tensor) -> str:
     """Shape, dtype and device in a few characters."""
     return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
 
 
 def require_dtype(name: str, tensor: torch.Tensor, accepted: Sequence[torch.dtype]) -> None:
-    """Raise unless the tensor's dtype is one of `accepted`."""
+    """Raise unless the tensor is dense and its dtype one of `accepted`."""
+    if tensor.layout is not torch.strided:
+        raise InvalidArgumentError(f"{name} must be a dense tensor; got {tensor.layout}")
     if tensor.dtype not in accepted:
         names = ", ".join(str(d).removeprefix("torch.") for d in accepted)
         raise InvalidArgumentError(f"{name} must be {names}; got {describe(tensor)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from kedit_fast.backends import Implementation, register, requested, select
-from kedit_fast.errors import GradientError
 from kedit_fast.kernels import triton
 from kedit_fast.ops.arguments import (
     LIBRARY,
@@ -16,18 +15,14 @@ from kedit_fast.ops.arguments import (
     require_same_device,
     run_stated,
 )
-from kedit_fast.ops.target_log_probs import check_head, triton_declines
+from kedit_fast.ops.target_log_probs import chain, check_head, fake_gradient, triton_declines
 from kedit_fast.reference import distribution_kl as reference
 from kedit_fast.reference.target_log_probs import wide
 
 OP = "distribution_kl"
 LIBRARY.define(
-    f"{OP}(Tensor hidden, Tensor hidden_ref, Tensor head, Tensor? bias, float softcap, str backend)"
-    " -> (Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    f"{OP}_backward(Tensor grad, Tensor hidden, Tensor hidden_ref, Tensor head, Tensor? bias, float softcap,"
-    " Tensor kl, Tensor total, Tensor total_ref, str backend) -> Tensor"
+    f"{OP}(Tensor hidden, Tensor hidden_ref, Tensor head, Tensor? bias, float softcap, bool gradient, str backend)"
+    " -> (Tensor, Tensor)"
 )
 
 
@@ -60,10 +55,15 @@ def distribution_kl(
         InvalidArgumentError: a wrong shape, dtype or device.
         GradientError: hidden_ref, head or bias require grad.
 
-    Cost: 8 rows V h flops forward, 6 backward; one chunk of 16,384 logits a row and distribution exists at a time.
+    Cost: 4 rows V h flops, and 4 (triton: 6) more where a gradient is wanted, which is computed at once and kept,
+    [rows, h]. At a time there are 8,192 logits a row and distribution on a CPU and 16,384 on a GPU (torch), or none for
+    the value and 64 MiB of them for the gradient (triton).
     """
     require_no_grad(OP, hidden_ref=hidden_ref, head=head, bias=bias)
-    return torch.ops.kedit_fast.distribution_kl(hidden, hidden_ref, head, bias, float(softcap), backend or "")[0]
+    gradient = hidden.requires_grad and torch.is_grad_enabled()
+    return torch.ops.kedit_fast.distribution_kl(
+        hidden, hidden_ref, head, bias, float(softcap), gradient, backend or ""
+    )[0]
 
 
 def _check(hidden, hidden_ref, head, bias, softcap) -> None:
@@ -76,49 +76,29 @@ def _check(hidden, hidden_ref, head, bias, softcap) -> None:
 
 
 @torch.library.impl(LIBRARY, OP, "CompositeExplicitAutograd")
-def _run(hidden, hidden_ref, head, bias, softcap, backend):
+def _run(hidden, hidden_ref, head, bias, softcap, gradient, backend):
     _check(hidden, hidden_ref, head, bias, softcap)
     chosen = select(OP, requested(backend or None), hidden, hidden_ref, head)
-    return run_stated(chosen, hidden, hidden_ref, head, bias, softcap)
+    return run_stated(chosen, hidden, hidden_ref, head, bias, softcap, gradient)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
-def _fake(hidden, hidden_ref, head, bias, softcap, backend):
+def _fake(hidden, hidden_ref, head, bias, softcap, gradient, backend):
     _check(hidden, hidden_ref, head, bias, softcap)
-    row = hidden.new_empty(hidden.shape[0], dtype=wide(hidden))
-    return row, torch.empty_like(row), torch.empty_like(row)
-
-
-@torch.library.impl(LIBRARY, f"{OP}_backward", "CompositeExplicitAutograd")
-def _run_backward(grad, hidden, hidden_ref, head, bias, softcap, kl, total, total_ref, backend):
-    chosen = select(f"{OP}_backward", requested(backend or None), hidden, hidden_ref, head)
-    return run_stated(chosen, grad, hidden, hidden_ref, head, bias, softcap, kl, total, total_ref)
-
-
-@torch.library.register_fake(f"kedit_fast::{OP}_backward", lib=LIBRARY)
-def _fake_backward(grad, hidden, hidden_ref, head, bias, softcap, kl, total, total_ref, backend):
-    return hidden.new_empty(hidden.shape)
+    return hidden.new_empty(hidden.shape[0], dtype=wide(hidden)), fake_gradient(hidden, gradient)
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, hidden_ref, head, bias, ctx.softcap, ctx.backend = inputs
-    kl, total, total_ref = output
-    ctx.mark_non_differentiable(total, total_ref)
-    ctx.save_for_backward(hidden, hidden_ref, head, bias, kl, total, total_ref)
+    _, slope = output
+    ctx.mark_non_differentiable(slope)
+    ctx.gradient, ctx.dtype = inputs[5], inputs[0].dtype
+    ctx.save_for_backward(slope)
 
 
 def _backward(ctx, grad, *_):
-    if torch.is_grad_enabled():  # create_graph=True: autograd would trace through the arithmetic with stale sums
-        raise GradientError(f"{OP} has no second derivative")
-    hidden, hidden_ref, head, bias, kl, total, total_ref = ctx.saved_tensors
-    d_hidden = torch.ops.kedit_fast.distribution_kl_backward(
-        grad, hidden, hidden_ref, head, bias, ctx.softcap, kl, total, total_ref, ctx.backend
-    )
-    return d_hidden, None, None, None, None, None
+    return chain(OP, ctx, grad), None, None, None, None, None, None
 
 
 torch.library.register_autograd(f"kedit_fast::{OP}", _backward, setup_context=_setup_context, lib=LIBRARY)
 register(Implementation(OP, "torch", reference.distribution_kl))
-register(Implementation(f"{OP}_backward", "torch", reference.distribution_kl_backward))
 register(Implementation(OP, "triton", triton.lazy("distribution_kl", OP), triton_declines))
-register(Implementation(f"{OP}_backward", "triton", triton.lazy("distribution_kl", f"{OP}_backward"), triton_declines))

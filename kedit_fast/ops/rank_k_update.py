@@ -13,6 +13,7 @@ from kedit_fast.ops.arguments import (
     require,
     require_apart,
     require_dtype,
+    require_finite,
     require_no_grad,
     require_not_overlapping,
     require_same_device,
@@ -54,13 +55,14 @@ def rank_k_update_(
         fp32 sums, at most k 2^-23 (|alpha| |left| |right|^T + |weight|) an entry, and 1 ulp of the weight's dtype.
 
     Raises:
-        InvalidArgumentError: a wrong shape, dtype, device, or overlapping memory.
+        InvalidArgumentError: a wrong shape, dtype, device, overlapping memory, or an alpha that is not finite.
         BackendUnavailableError: `backend` cannot run.
         GradientError: an argument requires grad.
 
     Cost: 2 out in k flops; reads and writes `weight` once.
     Source: the insertion of ROME (arXiv 2202.05262, eq. 2) and MEMIT (arXiv 2210.07229, eq. 14).
     """
+    require_finite("alpha", alpha)
     require_no_grad(OP, weight=weight, left=left, right=right, copy=copy)
     _op(weight, left, right, float(alpha), copy, backend or "")
     return weight

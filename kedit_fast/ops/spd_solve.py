@@ -11,6 +11,7 @@ from kedit_fast.ops.arguments import (
     describe,
     require,
     require_dtype,
+    require_finite,
     require_no_grad,
     require_same_device,
     run_stated,
@@ -33,16 +34,17 @@ def spd_solve(gram: torch.Tensor, rhs: torch.Tensor, ridge: float = 0.0, *, back
         backend: "torch" or "auto".
 
     Returns:
-        [u, m] or [b, u, m].
+        [u, m] or [b, u, m], stored by columns.
 
     Raises:
         SolveError: a system that is not positive definite, with the order of its first failing minor; or input or
             solution that is not finite.
-        InvalidArgumentError: a wrong shape, dtype or device.
+        InvalidArgumentError: a wrong shape, dtype or device, or a ridge that is not finite.
         GradientError: an argument requires grad.
 
     Cost: u^3 / 3 + 2 u^2 m flops a system; on a GPU one synchronisation to read the outcome.
     """
+    require_finite("ridge", ridge)
     require_no_grad(OP, gram=gram, rhs=rhs)
     return torch.ops.kedit_fast.spd_solve(gram, rhs, float(ridge), backend or "")
 
@@ -65,12 +67,12 @@ def _run(gram, rhs, ridge, backend):
     chosen = select(OP, requested(backend or None), gram, rhs)
     batched = gram.ndim == 3
     solution, info = run_stated(chosen, gram if batched else gram[None], rhs if batched else rhs[None], ridge)
-    if gram.numel() and rhs.numel() and not bool(torch.isfinite(solution).all() & (info == 0).all()):
-        _explain_failure(gram, rhs, info, batched)
-    return (solution if batched else solution[0]).contiguous()
+    if gram.numel() and rhs.numel() and not bool(torch.isfinite(solution.sum()) & (info == 0).all()):
+        _explain_failure(gram, rhs, solution, info, batched)
+    return solution if batched else solution[0]
 
 
-def _explain_failure(gram, rhs, info, batched) -> None:
+def _explain_failure(gram, rhs, solution, info, batched) -> None:
     for name, tensor in (("gram", gram.tril()), ("rhs", rhs)):
         if not bool(torch.isfinite(tensor).all()):
             raise SolveError(f"{OP}: {name} has values that are not finite")
@@ -82,13 +84,14 @@ def _explain_failure(gram, rhs, info, batched) -> None:
             f"{OP}: {system}not positive definite, the leading minor of order {int(info[which])} of "
             f"{gram.shape[-1]} failed; add a ridge or merge keys that are alike"
         )
-    raise SolveError(f"{OP}: the solution is not finite")
+    if not bool(torch.isfinite(solution).all()):  # otherwise only its sum is too large for the dtype
+        raise SolveError(f"{OP}: the solution is not finite")
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
 def _fake(gram, rhs, ridge, backend):
     _check(gram, rhs)
-    return rhs.new_empty(rhs.shape)
+    return rhs.new_empty(*rhs.shape[:-2], rhs.shape[-1], rhs.shape[-2]).mT  # by columns, as LAPACK leaves it
 
 
 register(Implementation(OP, "torch", reference.spd_solve))

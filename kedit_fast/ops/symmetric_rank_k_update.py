@@ -13,6 +13,7 @@ from kedit_fast.ops.arguments import (
     require,
     require_apart,
     require_dtype,
+    require_finite,
     require_no_grad,
     require_not_overlapping,
     require_same_device,
@@ -49,17 +50,20 @@ def symmetric_rank_k_update_(
 
     Returns:
         `acc`. Products are exact in fp32 for 16-bit rows; sums over a chunk of rows are fp32 (fp64 for fp64 rows),
-        chunks are added in the dtype of `acc`. The C++ kernels give the same bits for any number of threads. A row that
-        counts and is not finite makes the entries it touches not finite.
+        chunks are added in the dtype of `acc`. The Triton kernel writes fp32 rows, and weighted ones, as sums of three
+        bf16 numbers and keeps the six largest of the nine products: exact to the rounding of fp32. The C++ kernels
+        give the same bits for any number of threads, the Triton kernel at every run. A row that counts and is not
+        finite makes the entries it touches not finite.
 
     Raises:
-        InvalidArgumentError: a wrong shape, dtype, device, or overlapping memory.
+        InvalidArgumentError: a wrong shape, dtype, device, overlapping memory, or an alpha that is not finite.
         BackendUnavailableError: `backend` cannot run.
         GradientError: an argument requires grad.
 
     Cost: n d (d + 1) flops; reads n d elements, reads and writes d (d + 1) / 2 elements of `acc`.
     Source: the covariance of ROME (arXiv 2202.05262, eq. 8) and MEMIT (arXiv 2210.07229, eq. 15).
     """
+    require_finite("alpha", alpha)
     require_no_grad(OP, acc=acc, x=x, row_weights=row_weights)
     _op(acc, x, row_weights, mask, float(alpha), backend or "")
     return acc

@@ -20,15 +20,12 @@ from kedit_fast.ops.arguments import (
     run_stated,
 )
 from kedit_fast.reference import target_log_probs as reference
+from kedit_fast.reference.target_log_probs import wide
 
 OP = "target_log_probs"
 LIBRARY.define(
-    f"{OP}(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float softcap, str backend)"
+    f"{OP}(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float softcap, bool gradient, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
-)
-LIBRARY.define(
-    f"{OP}_backward(Tensor grad, Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float softcap,"
-    " Tensor total, str backend) -> Tensor"
 )
 
 
@@ -71,11 +68,14 @@ def target_log_probs(
         InvalidArgumentError: a wrong shape, dtype or device, or a target outside the vocabulary (on a GPU: NaN).
         GradientError: head or bias require grad.
 
-    Cost: 2 rows V h flops forward, 4 backward; one chunk of 16,384 logits a row exists at a time.
+    Cost: 2 rows V h flops, and 2 (triton: 4) more where a gradient is wanted, which is computed at once and kept,
+    [rows, h]. At a time there are 8,192 logits a row on a CPU and 16,384 on a GPU (torch), or none for the value and
+    64 MiB of them for the gradient (triton).
     """
     require_no_grad(OP, head=head, bias=bias)
-    softcap = float(softcap)
-    log_prob, _, top1, best = torch.ops.kedit_fast.target_log_probs(hidden, head, targets, bias, softcap, backend or "")
+    gradient = hidden.requires_grad and torch.is_grad_enabled()
+    found = torch.ops.kedit_fast.target_log_probs(hidden, head, targets, bias, float(softcap), gradient, backend or "")
+    log_prob, top1, best, _ = found
     if return_top1:
         return TargetLogProbs(log_prob, top1, best.detach())
     return TargetLogProbs(log_prob, None, None)
@@ -110,7 +110,7 @@ def _check(hidden, head, targets, bias, softcap) -> None:
 
 
 @torch.library.impl(LIBRARY, OP, "CompositeExplicitAutograd")
-def _run(hidden, head, targets, bias, softcap, backend):
+def _run(hidden, head, targets, bias, softcap, gradient, backend):
     _check(hidden, head, targets, bias, softcap)
     # Reading the bounds on a GPU would stall it at every step; there such a target gives NaN.
     if targets.device.type == "cpu" and targets.numel():
@@ -119,46 +119,42 @@ def _run(hidden, head, targets, bias, softcap, backend):
             low >= 0 and high < head.shape[0], lambda: f"targets must be in [0, {head.shape[0]}); got {low} to {high}"
         )
     chosen = select(OP, requested(backend or None), hidden, head, targets)
-    return run_stated(chosen, hidden, head, targets, bias, softcap)
+    return run_stated(chosen, hidden, head, targets, bias, softcap, gradient)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
-def _fake(hidden, head, targets, bias, softcap, backend):
+def _fake(hidden, head, targets, bias, softcap, gradient, backend):
     _check(hidden, head, targets, bias, softcap)
-    row = hidden.new_empty(hidden.shape[0], dtype=reference.wide(hidden))
-    return row, torch.empty_like(row), torch.empty_like(targets), torch.empty_like(row)
+    row = hidden.new_empty(hidden.shape[0], dtype=wide(hidden))
+    return row, torch.empty_like(targets), torch.empty_like(row), fake_gradient(hidden, gradient)
 
 
-@torch.library.impl(LIBRARY, f"{OP}_backward", "CompositeExplicitAutograd")
-def _run_backward(grad, hidden, head, targets, bias, softcap, total, backend):
-    chosen = select(f"{OP}_backward", requested(backend or None), hidden, head, targets)
-    return run_stated(chosen, grad, hidden, head, targets, bias, softcap, total)
-
-
-@torch.library.register_fake(f"kedit_fast::{OP}_backward", lib=LIBRARY)
-def _fake_backward(grad, hidden, head, targets, bias, softcap, total, backend):
-    return hidden.new_empty(hidden.shape)
+def fake_gradient(hidden, gradient) -> torch.Tensor:
+    """The shape of the gradient that comes with the value: [rows, h], or [0, h] when it is not asked for."""
+    return hidden.new_empty(hidden.shape[0] if gradient else 0, hidden.shape[1], dtype=wide(hidden))
 
 
 def _setup_context(ctx, inputs, output):
-    hidden, head, targets, bias, ctx.softcap, ctx.backend = inputs
-    _, total, top1, best = output
-    ctx.mark_non_differentiable(total, top1, best)
-    ctx.save_for_backward(hidden, head, targets, bias, total)
+    _, top1, best, slope = output
+    ctx.mark_non_differentiable(top1, best, slope)
+    ctx.gradient, ctx.dtype = inputs[5], inputs[0].dtype
+    ctx.save_for_backward(slope)
 
 
 def _backward(ctx, grad, *_):
-    hidden, head, targets, bias, total = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True: autograd would trace through the arithmetic with stale sums
-        raise GradientError(f"{OP} has no second derivative")
-    d_hidden = torch.ops.kedit_fast.target_log_probs_backward(
-        grad, hidden, head, targets, bias, ctx.softcap, total, ctx.backend
-    )
-    return d_hidden, None, None, None, None, None
+    return chain(OP, ctx, grad), None, None, None, None, None, None
+
+
+def chain(op, ctx, grad) -> torch.Tensor:
+    """grad [rows] times the gradient that was computed with the value [rows, h]; raises where that would be wrong."""
+    if torch.is_grad_enabled():  # create_graph=True: the kept gradient has no graph
+        raise GradientError(f"{op} has no second derivative")
+    if not ctx.gradient:
+        raise GradientError(f"{op} was called with gradient=False")
+    (slope,) = ctx.saved_tensors
+    return (grad[:, None] * slope).to(ctx.dtype)
 
 
 torch.library.register_autograd(f"kedit_fast::{OP}", _backward, setup_context=_setup_context, lib=LIBRARY)
 register(Implementation(OP, "torch", reference.target_log_probs))
-register(Implementation(f"{OP}_backward", "torch", reference.target_log_probs_backward))
 register(Implementation(OP, "triton", triton.lazy("target_log_probs", OP), triton_declines))
-register(Implementation(f"{OP}_backward", "triton", triton.lazy("target_log_probs", f"{OP}_backward"), triton_declines))

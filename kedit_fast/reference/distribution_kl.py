@@ -1,14 +1,15 @@
 """Reference of `distribution_kl`: KL(p || p_ref) of two next-token distributions, in vocabulary chunks.
 
-With z, r the (capped) logits of `hidden` and `hidden_ref`: KL = sum_v p_v (z_v - r_v) - lse(z) + lse(r). The gradient
-with respect to z_v is p_v (z_v - r_v - lse(z) + lse(r) - KL).
+With z, r the (capped) logits of `hidden` and `hidden_ref` and D = z - r: KL = E_p[D] - lse(z) + lse(r), and its
+gradient with respect to a row of H is sum_v p_v (D_v - E_p[D]) cap'(z_v) E_v. The sums run over chunks of logits that
+are computed once; D is counted from its level in the first chunk, so that what the two have in common does not cancel.
 """
 
 from __future__ import annotations
 
 import torch
 
-from kedit_fast.reference.target_log_probs import CHUNK, cap_slope, chunk_logits, wide
+from kedit_fast.reference.target_log_probs import OnlineSum, cap_slope, capped, default_chunk, wide
 
 
 def distribution_kl(
@@ -17,46 +18,36 @@ def distribution_kl(
     head: torch.Tensor,
     bias: torch.Tensor | None = None,
     softcap: float = 0.0,
-    chunk: int = CHUNK,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return KL(p || p_ref) and both logsumexps, each [rows], from hidden, hidden_ref [rows, h] and head [V, h]."""
-    rows, dtype = hidden.shape[0], wide(hidden)
-    total = torch.full((rows,), -torch.inf, dtype=dtype, device=hidden.device)
-    total_ref = total.clone()
-    for begin in range(0, head.shape[0], chunk):
-        logits, _ = chunk_logits(hidden, head, bias, softcap, begin, chunk)
-        logits_ref, _ = chunk_logits(hidden_ref, head, bias, softcap, begin, chunk)
-        total = torch.logaddexp(total, torch.logsumexp(logits, dim=1))
-        total_ref = torch.logaddexp(total_ref, torch.logsumexp(logits_ref, dim=1))
-    kl = torch.zeros(rows, dtype=dtype, device=hidden.device)
-    for begin in range(0, head.shape[0], chunk):
-        logits, _ = chunk_logits(hidden, head, bias, softcap, begin, chunk)
-        logits_ref, _ = chunk_logits(hidden_ref, head, bias, softcap, begin, chunk)
-        log_p = logits - total[:, None]
-        kl += (torch.exp(log_p) * (log_p - (logits_ref - total_ref[:, None]))).sum(dim=1)
-    return kl, total, total_ref
+    gradient: bool = False,
+    chunk: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return KL(p || p_ref) [rows] and d KL / d hidden from hidden, hidden_ref [rows, h] and head [V, h].
 
-
-def distribution_kl_backward(
-    grad: torch.Tensor,
-    hidden: torch.Tensor,
-    hidden_ref: torch.Tensor,
-    head: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float,
-    kl: torch.Tensor,
-    total: torch.Tensor,
-    total_ref: torch.Tensor,
-    chunk: int = CHUNK,
-) -> torch.Tensor:
-    """Gradient [rows, h] of sum(grad * KL) with respect to `hidden`."""
-    result = torch.zeros(hidden.shape, dtype=wide(hidden), device=hidden.device)
-    grad = grad.to(result.dtype)
-    for begin in range(0, head.shape[0], chunk):
-        logits, part = chunk_logits(hidden, head, bias, softcap, begin, chunk)
-        logits_ref, _ = chunk_logits(hidden_ref, head, bias, softcap, begin, chunk)
-        log_p = logits - total[:, None]
-        difference = log_p - (logits_ref - total_ref[:, None])
-        d_logits = torch.exp(log_p) * (difference - kl[:, None]) * grad[:, None]
-        result += (d_logits * cap_slope(logits, softcap)) @ part
-    return result.to(hidden.dtype)
+    The gradient is [rows, h], or [0, h] when it is not asked for.
+    """
+    rows, width = hidden.shape
+    states, step = torch.cat([hidden, hidden_ref]).to(wide(hidden)), chunk or default_chunk(hidden)
+    total, total_ref = OnlineSum(rows, hidden), OnlineSum(rows, hidden)
+    level: torch.Tensor | None = None
+    apart = torch.zeros_like(total.sum)  # sum of exp(z - peak) (D - level)
+    sums = torch.zeros(2 if gradient else 0, rows, width, dtype=states.dtype, device=hidden.device)
+    for begin in range(0, head.shape[0], step):
+        part = head[begin : begin + step].to(states.dtype)  # [c, h]
+        both = capped(states @ part.T, None if bias is None else bias[begin : begin + step], softcap)
+        logits, logits_ref = both[:rows], both[rows:]  # [rows, c]
+        weights, fade = total.add(logits)
+        total_ref.add(logits_ref)
+        if level is None:
+            level = total.log() - total_ref.log()
+            level = torch.where(level.isfinite(), level, 0.0)
+        weighted = weights * (logits - logits_ref - level[:, None])
+        apart = apart * fade + weighted.sum(dim=1)
+        if gradient:
+            slope = cap_slope(logits, softcap)
+            now = torch.cat([weighted * slope, weights * slope]) @ part
+            sums = sums * fade[:, None] + now.view(2, rows, width)
+    mean = apart / total.sum  # E_p[D] - level
+    kl = mean - ((total.log() - total_ref.log()) - (0.0 if level is None else level))
+    if not gradient:
+        return kl, sums.new_zeros(0, width)
+    return kl, (sums[0] - mean[:, None] * sums[1]) / total.sum[:, None]

@@ -1,28 +1,18 @@
 """Reference of `target_log_probs`: log-softmax of a language-model head at target tokens, in vocabulary chunks.
 
-With z = cap tanh((H E^T + b) / cap) (no cap: z = H E^T + b), log p(t) = z_t - logsumexp(z). The gradient with respect
-to z is g (onehot(t) - p), and with respect to H it is that times cap' times E.
+With z = cap tanh((H E^T + b) / cap) (no cap: z = H E^T + b), log p(t) = z_t - logsumexp(z), and its gradient with
+respect to a row of H is cap'(z_t) E_t - sum_v p_v cap'(z_v) E_v. Both sums over v run together, rescaled whenever a
+higher logit turns up, so that each chunk of logits is computed once: two matrix products in all, as autograd needs.
 """
 
 from __future__ import annotations
 
 import torch
 
-CHUNK = 16384  # vocabulary entries whose logits exist at once
 
-
-def chunk_logits(
-    hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, softcap: float, begin: int, chunk: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Capped logits [rows, c] of vocabulary entries [begin, begin + chunk), and the head's part [c, h], both wide."""
-    dtype = wide(hidden)
-    part = head[begin : begin + chunk].to(dtype)
-    logits = hidden.to(dtype) @ part.T
-    if bias is not None:
-        logits = logits + bias[begin : begin + chunk].to(dtype)
-    if softcap > 0:
-        logits = softcap * torch.tanh(logits / softcap)
-    return logits, part
+def default_chunk(tensor: torch.Tensor) -> int:
+    """Vocabulary entries whose logits exist at once: few enough for a CPU's cache, enough to fill a GPU."""
+    return 8192 if tensor.device.type == "cpu" else 16384
 
 
 def wide(tensor: torch.Tensor) -> torch.dtype:
@@ -30,9 +20,39 @@ def wide(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def capped(logits: torch.Tensor, bias: torch.Tensor | None, softcap: float) -> torch.Tensor:
+    """Logits with the part of the bias that is theirs and the soft-cap; `logits` is overwritten."""
+    if bias is not None:
+        logits += bias.to(logits.dtype)
+    if softcap > 0:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
+
+
 def cap_slope(logits: torch.Tensor, softcap: float) -> torch.Tensor | float:
     """d capped / d raw logit, from the capped logits."""
     return 1 - (logits / softcap) ** 2 if softcap > 0 else 1.0
+
+
+class OnlineSum:
+    """logsumexp of chunks of logits [rows, c] that come one after another."""
+
+    def __init__(self, rows: int, like: torch.Tensor):
+        self.peak = torch.full((rows,), -torch.inf, dtype=wide(like), device=like.device)
+        self.sum = torch.zeros_like(self.peak)
+
+    def add(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """exp(logits - peak) [rows, c], and what earlier sums are to be multiplied by [rows]."""
+        peak = torch.maximum(self.peak, logits.amax(dim=1))
+        floor = torch.where(peak == -torch.inf, 0.0, peak)  # nothing but -inf so far: exp(-inf - 0), not NaN
+        fade, weights = torch.exp(self.peak - floor), torch.exp(logits - floor[:, None])
+        self.sum = self.sum * fade + weights.sum(dim=1)
+        self.peak = peak
+        return weights, fade
+
+    def log(self) -> torch.Tensor:
+        """The logsumexp [rows] of what was added."""
+        return self.peak + self.sum.log()
 
 
 def target_log_probs(
@@ -41,45 +61,34 @@ def target_log_probs(
     targets: torch.Tensor,
     bias: torch.Tensor | None = None,
     softcap: float = 0.0,
-    chunk: int = CHUNK,
+    gradient: bool = False,
+    chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log p(targets), logsumexp, the top-1 id and its log p, each [rows], from hidden [rows, h], head [V, h]."""
-    rows, dtype = hidden.shape[0], wide(hidden)
-    total = torch.full((rows,), -torch.inf, dtype=dtype, device=hidden.device)
-    at_target = torch.full((rows,), torch.nan, dtype=dtype, device=hidden.device)  # NaN: outside the vocabulary
-    best = torch.full((rows,), -torch.inf, dtype=dtype, device=hidden.device)
+    """Return log p(targets), the top-1 id and its log p, each [rows], and d log p / d hidden from hidden [rows, h].
+
+    The gradient is [rows, h], or [0, h] when it is not asked for.
+    """
+    rows, width = hidden.shape
+    states, step = hidden.to(wide(hidden)), chunk or default_chunk(hidden)
+    total = OnlineSum(rows, hidden)
+    at_target = torch.full_like(total.peak, torch.nan)  # NaN: outside the vocabulary
     best_id = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
-    for begin in range(0, head.shape[0], chunk):
-        logits, _ = chunk_logits(hidden, head, bias, softcap, begin, chunk)
-        total = torch.logaddexp(total, torch.logsumexp(logits, dim=1))
-        inside = (targets >= begin) & (targets < begin + logits.shape[1])
-        index = torch.where(inside, targets - begin, 0)
-        at_target = torch.where(inside, logits.gather(1, index[:, None])[:, 0], at_target)
+    expected = torch.zeros(rows if gradient else 0, width, dtype=states.dtype, device=hidden.device)
+    for begin in range(0, head.shape[0], step):
+        part = head[begin : begin + step].to(states.dtype)  # [c, h]
+        logits = capped(states @ part.T, None if bias is None else bias[begin : begin + step], softcap)  # [rows, c]
+        inside = (targets >= begin) & (targets < begin + part.shape[0])
+        index = torch.where(inside, targets - begin, 0)[:, None]
+        at_target = torch.where(inside, logits.gather(1, index)[:, 0], at_target)
         value, where = logits.max(dim=1)
-        better = value > best
-        best, best_id = torch.where(better, value, best), torch.where(better, where + begin, best_id)
-    return at_target - total, total, best_id, best - total
-
-
-def target_log_probs_backward(
-    grad: torch.Tensor,
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float,
-    total: torch.Tensor,
-    chunk: int = CHUNK,
-) -> torch.Tensor:
-    """Gradient [rows, h] of sum(grad * log p(targets)) with respect to `hidden`."""
-    result = torch.zeros(hidden.shape, dtype=wide(hidden), device=hidden.device)
-    grad = grad.to(result.dtype)
-    for begin in range(0, head.shape[0], chunk):
-        logits, part = chunk_logits(hidden, head, bias, softcap, begin, chunk)
-        slope = cap_slope(logits, softcap)
-        d_logits = -torch.exp(logits - total[:, None]) * grad[:, None]
-        inside = (targets >= begin) & (targets < begin + logits.shape[1])
-        index = torch.where(inside, targets - begin, 0)
-        d_logits.scatter_add_(1, index[:, None], torch.where(inside, grad, 0.0)[:, None])
-        result += (d_logits * slope) @ part
-    return result.to(hidden.dtype)
+        best_id = torch.where(value > total.peak, where + begin, best_id)
+        weights, fade = total.add(logits)
+        if gradient:
+            expected = torch.addmm(expected * fade[:, None], weights * cap_slope(logits, softcap), part)
+    if gradient:
+        known = targets.clamp(0, head.shape[0] - 1)
+        slope = cap_slope(at_target, softcap)
+        chosen = head[known].to(states.dtype) * (slope[:, None] if softcap > 0 else 1.0)
+        expected = chosen - expected / total.sum[:, None]
+    log_sum = total.log()
+    return at_target - log_sum, best_id, total.peak - log_sum, expected

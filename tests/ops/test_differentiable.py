@@ -25,10 +25,10 @@ def test_target_log_probs_are_the_log_softmax_in_any_chunks(cap, with_bias, chun
     bias = torch.randn(50, dtype=torch.float64) if with_bias else None
     targets = torch.randint(0, 50, (9,))
     expected = torch.log_softmax(logits_of(hidden, head, bias, cap), -1)
-    found = log_prob_reference.target_log_probs(hidden, head, targets, bias, cap, chunk)
+    found = log_prob_reference.target_log_probs(hidden, head, targets, bias, cap, chunk=chunk)
     torch.testing.assert_close(found[0], expected.gather(1, targets[:, None])[:, 0], rtol=1e-12, atol=1e-12)
-    assert torch.equal(found[2], expected.argmax(-1))
-    torch.testing.assert_close(found[3], expected.max(-1).values, rtol=1e-12, atol=1e-12)
+    assert torch.equal(found[1], expected.argmax(-1))
+    torch.testing.assert_close(found[2], expected.max(-1).values, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("cap", (0.0, 2.0))
@@ -38,7 +38,7 @@ def test_distribution_kl_is_the_kl_in_any_chunks(cap, chunk):
     log_p = torch.log_softmax(logits_of(hidden, head, None, cap), -1)
     log_q = torch.log_softmax(logits_of(other, head, None, cap), -1)
     expected = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-    found = kl_reference.distribution_kl(hidden, other, head, None, cap, chunk)[0]
+    found = kl_reference.distribution_kl(hidden, other, head, None, cap, chunk=chunk)[0]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -49,6 +49,41 @@ def test_gradients_are_right(cap, monkeypatch):
     bias, targets = torch.randn(30, dtype=torch.float64), torch.randint(0, 30, (4,))
     assert torch.autograd.gradcheck(lambda h: target_log_probs(h, head, targets, bias, cap).log_prob, (hidden,))
     assert torch.autograd.gradcheck(lambda h: distribution_kl(h, other, head, bias, cap), (hidden,))
+
+
+@pytest.mark.parametrize("cap", (0.0, 2.0))
+def test_gradients_do_not_depend_on_the_chunks(cap):
+    hidden, other, head = (torch.randn(*s, dtype=torch.float64) for s in ((9, 12), (9, 12), (50, 12)))
+    hidden *= torch.linspace(0.1, 30, 9, dtype=torch.float64)[:, None]  # flat and peaked distributions
+    targets = torch.randint(0, 50, (9,))
+    whole = log_prob_reference.target_log_probs(hidden, head, targets, None, cap, True, chunk=50)
+    whole_kl = kl_reference.distribution_kl(hidden, other, head, None, cap, True, chunk=50)
+    for chunk in (1, 7, 49):
+        parts = log_prob_reference.target_log_probs(hidden, head, targets, None, cap, True, chunk=chunk)
+        parts_kl = kl_reference.distribution_kl(hidden, other, head, None, cap, True, chunk=chunk)
+        for a, b in zip((*whole, *whole_kl), (*parts, *parts_kl), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_logits_that_lie_far_apart_do_not_cost_the_kl_its_accuracy():
+    """The two distributions differ little, their logits by a thousand."""
+    hidden, head = torch.randn(6, 16), torch.randn(300, 16) / 4
+    head[:, 0] = 1.0  # the same for every token: it moves all logits and no probability
+    other = hidden + 1e-2 * torch.randn(6, 16)
+    other[:, 0] += 1000
+    expected = kl_reference.distribution_kl(hidden.double(), other.double(), head.double(), None, 0.0, True)
+    found = kl_reference.distribution_kl(hidden, other, head, None, 0.0, True, chunk=64)
+    # the logits themselves are rounded to 1000 * 2^-24
+    assert float((found[0].double() - expected[0]).abs().max()) < 5e-5
+    assert float((found[1].double() - expected[1]).abs().max()) < 2e-4
+
+
+def test_a_call_that_computed_no_gradient_refuses_to_invent_one():
+    hidden, head = torch.randn(2, 8, requires_grad=True), torch.randn(20, 8)
+    op = torch.ops.kedit_fast.target_log_probs
+    log_prob = op(hidden, head, torch.zeros(2, dtype=torch.int64), None, 0.0, False, "")[0]
+    with pytest.raises(GradientError, match="gradient=False"):
+        log_prob.sum().backward()
 
 
 def test_the_kl_of_equal_states_is_zero_with_a_zero_gradient():

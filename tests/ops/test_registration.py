@@ -21,8 +21,8 @@ def cases():
         (OPS.rank_k_update_, (master.clone(), left, right, 1.0, None, "")),
         (OPS.rank_k_update_, (master.clone(), left, right, 1.0, copy, "")),
         (OPS.spd_solve, (torch.eye(4), torch.randn(4, 2), 0.1, "")),
-        (OPS.target_log_probs, (hidden.clone().requires_grad_(), head, targets, None, 0.0, "")),
-        (OPS.distribution_kl, (hidden.clone().requires_grad_(), torch.randn(6, 8), head, None, 2.0, "")),
+        (OPS.target_log_probs, (hidden.clone().requires_grad_(), head, targets, None, 0.0, True, "")),
+        (OPS.distribution_kl, (hidden.clone().requires_grad_(), torch.randn(6, 8), head, None, 2.0, True, "")),
     ]
 
 

@@ -180,6 +180,32 @@ def test_large_vocabularies_are_taken_in_parts(monkeypatch):
     torch.testing.assert_close(gradients["triton"], gradients["torch"], rtol=1e-5, atol=1e-5)
 
 
+def far_apart(rows, columns, dtype=torch.float32):
+    """A matrix whose last row begins 2^31 elements after its first; only the pages in use take memory."""
+    stride = 2**31 // (rows - 1)
+    storage = torch.empty(stride * (rows - 1) + columns, dtype=dtype, device=DEVICE)
+    matrix = storage.as_strided((rows, columns), (stride, 1))
+    return matrix.copy_(torch.randn(rows, columns))
+
+
+def test_offsets_of_more_than_32_bits():
+    x, acc = far_apart(3, 5, torch.bfloat16), far_apart(5, 5)
+    expected = acc.double() + torch.tril(x.double().T @ x.double())
+    symmetric_rank_k_update_(acc, x, backend="triton")
+    assert relative_error(acc, expected) < 1e-6
+    del acc
+    weight, factor = far_apart(3, 5, torch.bfloat16), torch.randn(20, 3, device=DEVICE).T
+    for left in (factor[:, :2], factor):
+        right = torch.randn(5, left.shape[1], device=DEVICE)
+        expected = weight.double() + left.double() @ right.double().T
+        rank_k_update_(weight, left, right, backend="triton")
+        assert relative_error(weight, expected) < RANK_K[torch.bfloat16]
+    head, hidden = far_apart(5, 3, torch.bfloat16).T, torch.randn(2, 5, device=DEVICE).bfloat16()
+    found = target_log_probs(hidden, head, torch.tensor([0, 2], device=DEVICE), backend="triton").log_prob
+    expected = torch.log_softmax(hidden.double() @ head.double().T, -1)
+    torch.testing.assert_close(found.double(), expected[[0, 1], [0, 2]], rtol=1e-5, atol=1e-5)
+
+
 def test_what_triton_does_not_take_is_said():
     wide = torch.zeros(3, 3, dtype=torch.float64, device=DEVICE)
     with pytest.raises(BackendUnavailableError, match="float64 rows"):
@@ -208,7 +234,7 @@ def test_kernels_compile_ahead_of_time_without_spills(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     keys = ("op", "case", "kernel", "architecture", "tile", "warps", "stages")
-    committed = json.loads((ROOT / "benchmarks" / "results" / "triton_resources.json").read_text(encoding="utf-8"))
+    committed = json.loads((ROOT / "benchmarks" / "results" / "kernel_resources.json").read_text(encoding="utf-8"))
     known = {json.dumps([row[key] for key in keys]) for row in committed["rows"]}
     for row in json.loads(out.read_text(encoding="utf-8"))["rows"]:
         assert json.dumps([row[key] for key in keys]) in known, "run python -m benchmarks.aot --json again"

@@ -1,7 +1,7 @@
 """Tile shapes by op, shape class and architecture.
 
 None of these rows was tuned on a GPU yet: they are the shapes that compile without spills for sm_80 and sm_90
-(benchmarks/results/triton_resources.json) and keep the matrix unit's operands in shared memory. KEDIT_FAST_AUTOTUNE=1
+(benchmarks/results/kernel_resources.json) and keep the matrix unit's operands in shared memory. KEDIT_FAST_AUTOTUNE=1
 times CANDIDATES at the first call of every shape class and uses the fastest.
 """
 

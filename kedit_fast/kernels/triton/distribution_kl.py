@@ -66,14 +66,14 @@ def _distribution_kl_kernel(
 
 @triton.jit
 def _d_logits_kernel(
-    hidden, hidden_ref, head, bias, kls, totals, totals_ref, grad, out,
+    hidden, hidden_ref, head, bias, kls, totals, totals_ref, out,
     rows, vocabulary, width,
     hidden_row_stride, hidden_column_stride, ref_row_stride, ref_column_stride, head_row_stride, head_column_stride,
     out_stride, softcap,
     BIAS: tl.constexpr, CAPPED: tl.constexpr, PRODUCTS: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d raw logits of `vocabulary` tokens: p (z - r - lse(z) + lse(r) - KL)."""
+    """d KL / d raw logits of `vocabulary` tokens: p (z - r - lse(z) + lse(r) - KL)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     inside = row < rows
@@ -88,9 +88,8 @@ def _d_logits_kernel(
     total = tl.load(totals + row, mask=inside, other=0.0)
     total_ref = tl.load(totals_ref + row, mask=inside, other=0.0)
     kl = tl.load(kls + row, mask=inside, other=0.0)
-    scale = tl.load(grad + row, mask=inside, other=0.0)
     log_p = logits - total[:, None]
-    d_logits = tl.exp(log_p) * (log_p - (reference - total_ref[:, None]) - kl[:, None]) * scale[:, None]
+    d_logits = tl.exp(log_p) * (log_p - (reference - total_ref[:, None]) - kl[:, None])
     if CAPPED:
         share = logits / softcap
         d_logits *= 1 - share * share
@@ -127,17 +126,40 @@ def plan(
     return [launch], parts
 
 
+def d_logits_plan(
+    hidden: torch.Tensor,
+    hidden_ref: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float,
+    kl: torch.Tensor,
+    total: torch.Tensor,
+    total_ref: torch.Tensor,
+    begin: int,
+    out: torch.Tensor,
+    config: Config,
+) -> list[Launch]:
+    """The launch that fills out [rows, c] with d KL / d raw logits of tokens [begin, begin + c)."""
+    end = begin + out.shape[1]
+    part = None if bias is None else bias[begin:end]
+    arguments, constants = _pair_arguments(hidden, hidden_ref, head[begin:end], part, softcap, config)
+    arguments |= {"kls": kl, "totals": total, "totals_ref": total_ref, "out": out, "out_stride": out.stride(0)}
+    grid = (triton.cdiv(hidden.shape[0], config.m), triton.cdiv(out.shape[1], config.n))
+    return [Launch(_d_logits_kernel, grid, arguments, constants, config)]
+
+
 def distribution_kl(
     hidden: torch.Tensor,
     hidden_ref: torch.Tensor,
     head: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    softcap: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return KL(p || p_ref) and both logsumexps, each [rows]."""
+    bias: torch.Tensor | None,
+    softcap: float,
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return KL(p || p_ref) [rows] and d KL / d hidden [rows, h] ([0, h] if not asked for)."""
+    none = hidden.new_empty(0, hidden.shape[1], dtype=torch.float32)
     if hidden.shape[0] == 0:
-        empty = torch.empty(3, 0, dtype=torch.float32, device=hidden.device)
-        return tuple(part.clone() for part in empty)
+        return none.new_empty(0), none
 
     def trial(config: Config) -> list[Launch]:
         return plan(hidden, hidden_ref, head, bias, softcap, config)[0]
@@ -148,54 +170,12 @@ def distribution_kl(
     total = torch.logsumexp(peaks + sums.log(), dim=0)
     total_ref = torch.logsumexp(peaks_ref + sums_ref.log(), dim=0)
     mean = (differences * torch.exp(peaks - total)).sum(0)  # E_p[z - r]
-    return mean - total + total_ref, total, total_ref
+    kl = mean - (total - total_ref)
 
+    def fill(begin: int, out: torch.Tensor) -> None:
+        launches = d_logits_plan(
+            hidden, hidden_ref, head, bias, softcap, kl, total, total_ref, begin, out, config
+        )  # fmt: skip
+        run(launches, hidden.device)
 
-def d_logits_plan(
-    grad: torch.Tensor,
-    hidden: torch.Tensor,
-    hidden_ref: torch.Tensor,
-    head: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float,
-    kl: torch.Tensor,
-    total: torch.Tensor,
-    total_ref: torch.Tensor,
-    out: torch.Tensor,
-    config: Config,
-) -> list[Launch]:
-    """The launch that fills out [rows, c] with d loss / d raw logits; `head` and `bias` are those of the c tokens."""
-    arguments, constants = _pair_arguments(hidden, hidden_ref, head, bias, softcap, config)
-    arguments |= {
-        "kls": kl, "totals": total, "totals_ref": total_ref, "grad": grad, "out": out, "out_stride": out.stride(0),
-    }  # fmt: skip
-    grid = (triton.cdiv(hidden.shape[0], config.m), triton.cdiv(head.shape[0], config.n))
-    return [Launch(_d_logits_kernel, grid, arguments, constants, config)]
-
-
-def distribution_kl_backward(
-    grad: torch.Tensor,
-    hidden: torch.Tensor,
-    hidden_ref: torch.Tensor,
-    head: torch.Tensor,
-    bias: torch.Tensor | None,
-    softcap: float,
-    kl: torch.Tensor,
-    total: torch.Tensor,
-    total_ref: torch.Tensor,
-) -> torch.Tensor:
-    """Gradient [rows, h] of sum(grad * KL) with respect to `hidden`."""
-    grad = grad.float().contiguous()
-
-    def fill(begin: int, end: int, out: torch.Tensor) -> None:
-        part, part_bias = head[begin:end], None if bias is None else bias[begin:end]
-
-        def planned(config: Config) -> list[Launch]:
-            return d_logits_plan(
-                grad, hidden, hidden_ref, part, part_bias, softcap, kl, total, total_ref, out, config
-            )  # fmt: skip
-
-        config = choose(LOGITS, f"pair_{shared.shape_class(hidden)}", hidden.device, planned)
-        run(planned(config), hidden.device)
-
-    return shared.gradient(hidden, head, fill)
+    return kl, shared.gradient(hidden, head, fill) if gradient else none

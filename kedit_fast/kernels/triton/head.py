@@ -31,7 +31,7 @@ def logits_tile(
     of_token = head + token.to(tl.int64)[None, :] * head_row_stride
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for first in range(0, width, DEPTH):
-        p = first + depth
+        p = (first + depth).to(tl.int64)
         inside = p < width
         a = tl.load(of_row + p[None, :] * hidden_column_stride, mask=rows_in & inside[None, :], other=0.0)
         b = tl.load(of_token + p[:, None] * head_column_stride, mask=inside[:, None] & tokens_in, other=0.0)
@@ -134,12 +134,12 @@ def vocabulary_parts(rows: int, vocabulary: int) -> Iterator[tuple[int, int]]:
 
 
 def gradient(
-    hidden: torch.Tensor, head: torch.Tensor, d_logits_of: Callable[[int, int, torch.Tensor], None]
+    hidden: torch.Tensor, head: torch.Tensor, d_logits_of: Callable[[int, torch.Tensor], None]
 ) -> torch.Tensor:
-    """Sum over vocabulary parts of d logits times head; `d_logits_of(begin, end, out)` fills out [rows, c]."""
+    """Sum over vocabulary parts of d logits times head, fp32; `d_logits_of(begin, out)` fills out [rows, c]."""
     result = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     if hidden.numel() == 0:
-        return result.to(hidden.dtype)
+        return result
     parts = list(vocabulary_parts(hidden.shape[0], head.shape[0]))
     scratch = torch.empty(hidden.shape[0], parts[0][1], dtype=torch.float32, device=hidden.device)
 
@@ -150,8 +150,8 @@ def gradient(
     config = choose(GRADIENT, kind, hidden.device, trial)
     for begin, end in parts:
         d_logits = scratch[:, : end - begin]
-        d_logits_of(begin, end, d_logits)
+        d_logits_of(begin, d_logits)
         launches, sums = gradient_plan(d_logits, head[begin:end], config)
         run(launches, hidden.device)
         result += sums.sum(0)
-    return result.to(hidden.dtype)
+    return result

@@ -28,13 +28,17 @@ def _rank_k_update_kernel(
     columns_in = j < columns
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     if PRODUCTS == 0:
-        for p in range(k):
-            a = tl.load(left + i * left_row_stride + p * left_k_stride, mask=rows_in, other=0.0).to(tl.float32)
-            b = tl.load(right + j * right_row_stride + p * right_k_stride, mask=columns_in, other=0.0).to(tl.float32)
+        of_left = left + i * left_row_stride
+        of_right = right + j * right_row_stride
+        for _ in range(k):
+            a = tl.load(of_left, mask=rows_in, other=0.0).to(tl.float32)
+            b = tl.load(of_right, mask=columns_in, other=0.0).to(tl.float32)
             total += (a * alpha)[:, None] * b[None, :]
+            of_left += left_k_stride
+            of_right += right_k_stride
     else:
         for first in range(0, k, DEPTH):
-            p = first + tl.arange(0, DEPTH)
+            p = (first + tl.arange(0, DEPTH)).to(tl.int64)
             inside = p < k
             a = tl.load(
                 left + i[:, None] * left_row_stride + p[None, :] * left_k_stride,

@@ -52,13 +52,13 @@ def _target_log_probs_kernel(
 
 @triton.jit
 def _d_logits_kernel(
-    hidden, head, bias, targets, totals, grad, out, first_token,
+    hidden, head, bias, targets, totals, out, first_token,
     rows, vocabulary, width,
     hidden_row_stride, hidden_column_stride, head_row_stride, head_column_stride, target_stride, out_stride, softcap,
     BIAS: tl.constexpr, CAPPED: tl.constexpr, PRODUCTS: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d raw logits of `vocabulary` tokens from `first_token` on; head and bias begin there."""
+    """d log p(target) / d raw logits of `vocabulary` tokens from `first_token` on; head and bias begin there."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     inside = row < rows
@@ -68,9 +68,8 @@ def _d_logits_kernel(
     )  # fmt: skip
     target = tl.load(targets + row * target_stride, mask=inside, other=-1) - first_token
     total = tl.load(totals + row, mask=inside, other=0.0)
-    scale = tl.load(grad + row, mask=inside, other=0.0)
     hit = tl.where(token[None, :] == target[:, None], 1.0, 0.0)
-    d_logits = (hit - tl.exp(logits - total[:, None])) * scale[:, None]
+    d_logits = hit - tl.exp(logits - total[:, None])
     if CAPPED:
         share = logits / softcap
         d_logits *= 1 - share * share
@@ -101,31 +100,7 @@ def plan(
     return [launch], (peaks, sums, best, at_target)
 
 
-def target_log_probs(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    softcap: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log p(targets), logsumexp, the top-1 id and its log p, each [rows]."""
-    if hidden.shape[0] == 0:
-        empty = torch.empty(0, dtype=torch.float32, device=hidden.device)
-        return empty, empty.clone(), torch.empty_like(targets), empty.clone()
-
-    def trial(config: Config) -> list[Launch]:
-        return plan(hidden, head, targets, bias, softcap, config)[0]
-
-    config = choose(LOGITS, shared.shape_class(hidden), hidden.device, trial)
-    launches, (peaks, sums, best, at_target) = plan(hidden, head, targets, bias, softcap, config)
-    run(launches, hidden.device)
-    total = torch.logsumexp(peaks + sums.log(), dim=0)
-    peak, split = peaks.max(dim=0)  # the first of equal ones
-    return at_target - total, total, best.gather(0, split[None])[0], peak - total
-
-
 def d_logits_plan(
-    grad: torch.Tensor,
     hidden: torch.Tensor,
     head: torch.Tensor,
     targets: torch.Tensor,
@@ -136,34 +111,42 @@ def d_logits_plan(
     out: torch.Tensor,
     config: Config,
 ) -> list[Launch]:
-    """The launch that fills out [rows, c] with d loss / d raw logits; `head` and `bias` are those of the c tokens."""
-    arguments, constants = shared.tile_arguments(hidden, head, bias, softcap, config)
+    """The launch that fills out [rows, c] with d log p / d raw logits of tokens [begin, begin + c)."""
+    end = begin + out.shape[1]
+    part = None if bias is None else bias[begin:end]
+    arguments, constants = shared.tile_arguments(hidden, head[begin:end], part, softcap, config)
     arguments |= {
-        "targets": targets, "totals": total, "grad": grad, "out": out, "first_token": begin,
-        "target_stride": targets.stride(0), "out_stride": out.stride(0),
+        "targets": targets, "totals": total, "out": out, "first_token": begin, "target_stride": targets.stride(0),
+        "out_stride": out.stride(0),
     }  # fmt: skip
-    grid = (triton.cdiv(hidden.shape[0], config.m), triton.cdiv(head.shape[0], config.n))
+    grid = (triton.cdiv(hidden.shape[0], config.m), triton.cdiv(out.shape[1], config.n))
     return [Launch(_d_logits_kernel, grid, arguments, constants, config)]
 
 
-def target_log_probs_backward(
-    grad: torch.Tensor,
+def target_log_probs(
     hidden: torch.Tensor,
     head: torch.Tensor,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     softcap: float,
-    total: torch.Tensor,
-) -> torch.Tensor:
-    """Gradient [rows, h] of sum(grad * log p(targets)) with respect to `hidden`."""
-    grad = grad.float().contiguous()
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return log p(targets), the top-1 id and its log p, each [rows], and d log p / d hidden ([0, h] if not asked)."""
+    none = hidden.new_empty(0, hidden.shape[1], dtype=torch.float32)
+    if hidden.shape[0] == 0:
+        return none.new_empty(0), torch.empty_like(targets), none.new_empty(0), none
 
-    def fill(begin: int, end: int, out: torch.Tensor) -> None:
-        part, part_bias = head[begin:end], None if bias is None else bias[begin:end]
+    def trial(config: Config) -> list[Launch]:
+        return plan(hidden, head, targets, bias, softcap, config)[0]
 
-        def planned(config: Config) -> list[Launch]:
-            return d_logits_plan(grad, hidden, part, targets, part_bias, softcap, total, begin, out, config)
+    config = choose(LOGITS, shared.shape_class(hidden), hidden.device, trial)
+    launches, (peaks, sums, best, at_target) = plan(hidden, head, targets, bias, softcap, config)
+    run(launches, hidden.device)
+    total = torch.logsumexp(peaks + sums.log(), dim=0)
+    peak, split = peaks.max(dim=0)  # the first of equal ones
 
-        run(planned(choose(LOGITS, shared.shape_class(hidden), hidden.device, planned)), hidden.device)
+    def fill(begin: int, out: torch.Tensor) -> None:
+        run(d_logits_plan(hidden, head, targets, bias, softcap, total, begin, out, config), hidden.device)
 
-    return shared.gradient(hidden, head, fill)
+    slope = shared.gradient(hidden, head, fill) if gradient else none
+    return at_target - total, best.gather(0, split[None])[0], peak - total, slope

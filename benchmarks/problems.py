@@ -1,0 +1,215 @@
+"""A case made real: inputs, our call, the baselines, the check that gates the numbers, and the work counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import kedit_fast
+from benchmarks.cases import Case
+
+# Relative Frobenius errors against float64 that a result may have; the tests hold the ops to tighter ones.
+LIMITS = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4, "float64": 1e-11}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is timed. Every callable can be called again and again."""
+
+    ours: Callable[[], Any]
+    baselines: dict[str, Callable[[], Any]]  # the expression, as text, and the call
+    error: Callable[[], float]  # of our result against float64
+    limit: float
+    flops: int
+    bytes: int  # that must move through memory: inputs read once, outputs written (and read, where added to)
+    rate: str  # the measured peak that bounds it: "fp32", "bf16" or "fp64"
+    backend: str
+
+
+def build(case: Case, device: str = "cpu", backend: str | None = None, compiled: bool = True) -> Problem:
+    """Make the tensors of a case on `device`; `compiled` adds the torch.compile baselines."""
+    torch.manual_seed(0)
+    problem = _BUILDERS[case.op](case, device, backend)
+    if not compiled:
+        baselines = {name: call for name, call in problem.baselines.items() if "compile" not in name}
+        problem = Problem(**{**problem.__dict__, "baselines": baselines})
+    return problem
+
+
+def _symmetric(case: Case, device: str, backend: str | None) -> Problem:
+    rows, d = case.sizes["rows"], case.sizes["d"]
+    dtype = getattr(torch, case.dtype)
+    x = torch.randn(rows, d, device=device).to(dtype)
+    acc, plain = torch.zeros(d, d, device=device), torch.zeros(d, d, device=device)
+
+    def error() -> float:
+        found = kedit_fast.symmetric_rank_k_update_(torch.zeros_like(acc), x, backend=backend)
+        return _lower_error(found, x)
+
+    def eager():
+        wide = x.float()
+        plain.addmm_(wide.T, wide)
+
+    def fused(total, x):
+        wide = x.float()
+        return total.addmm_(wide.T, wide)
+
+    compiled = torch.compile(fused)
+    text = "acc.addmm_(x.T, x)" if dtype == torch.float32 else "acc.addmm_(x.float().T, x.float())"
+    baselines = {text: eager}
+    if dtype != torch.float32:  # nothing to fuse otherwise
+        baselines[f"torch.compile({text})"] = lambda: compiled(plain, x)
+    return Problem(
+        ours=lambda: kedit_fast.symmetric_rank_k_update_(acc, x, backend=backend),
+        baselines=baselines, error=error, limit=LIMITS["float32"], flops=rows * d * (d + 1),
+        bytes=rows * d * x.element_size() + d * (d + 1) * 4, rate="fp32" if dtype == torch.float32 else "bf16",
+        backend=_runs("symmetric_rank_k_update_", acc, x, backend=backend),
+    )  # fmt: skip
+
+
+def _lower_error(found: torch.Tensor, x: torch.Tensor, block: int = 1024) -> float:
+    """Of the whole lower triangle, a band of rows at a time: a float64 matrix of these sizes does not fit."""
+    wide, wrong, scale = x.double(), 0.0, 0.0
+    for i in range(0, x.shape[1], block):
+        end = min(i + block, x.shape[1])
+        expected = torch.tril(wide[:, i:end].T @ wide[:, :end], diagonal=i)
+        wrong += float((found[i:end, :end].double() - expected).square().sum())
+        scale += float(expected.square().sum())
+    return (wrong / scale) ** 0.5
+
+
+def _rank_k(case: Case, device: str, backend: str | None) -> Problem:
+    out, inner, k = case.sizes["out"], case.sizes["inner"], case.sizes["k"]
+    dtype = getattr(torch, case.dtype)
+    weight = torch.randn(out, inner, device=device).to(dtype)
+    if case.sizes.get("transposed"):
+        weight = weight.T.contiguous().T
+    left, right = torch.randn(out, k, device=device) * 1e-3, torch.randn(inner, k, device=device)
+    copy = weight.bfloat16() if case.sizes.get("copy") else None
+    plain, plain_copy = weight.clone(), None if copy is None else copy.clone()
+
+    def error() -> float:
+        expected = torch.addmm(weight.double(), left.double(), right.double().T)
+        found, found_copy = weight.clone(), None if copy is None else torch.zeros_like(copy)
+        kedit_fast.rank_k_update_(found, left, right, copy=found_copy, backend=backend)
+        if copy is not None and not torch.equal(found_copy, found.bfloat16()):
+            return float("inf")
+        return float((found.double() - expected).norm() / expected.norm())
+
+    def expression(weight, copy, left, right):
+        weight += (left @ right.T).to(weight.dtype)
+        if copy is not None:
+            copy.copy_(weight)
+
+    compiled = torch.compile(expression)
+    text = "W += (left @ right.T).to(W.dtype)" + ("" if copy is None else "; copy.copy_(W)")
+    moved = weight.nbytes * 2 + left.nbytes + right.nbytes + (0 if copy is None else copy.nbytes)
+    return Problem(
+        ours=lambda: kedit_fast.rank_k_update_(weight, left, right, copy=copy, backend=backend),
+        baselines={
+            text: lambda: expression(plain, plain_copy, left, right),
+            f"torch.compile({text})": lambda: compiled(plain, plain_copy, left, right),
+        },
+        error=error, limit=LIMITS[case.dtype], flops=2 * out * inner * k, bytes=moved, rate="fp32",
+        backend=_runs("rank_k_update_", weight, left, right, copy, backend=backend),
+    )  # fmt: skip
+
+
+def _head(case: Case, device: str, backend: str | None) -> Problem:
+    rows, width, vocabulary = (case.sizes[name] for name in ("rows", "width", "vocabulary"))
+    dtype = getattr(torch, case.dtype)
+    hidden, other = (torch.randn(rows, width, device=device).to(dtype).requires_grad_(i == 0) for i in range(2))
+    head = torch.randn(vocabulary, width, device=device).to(dtype).mul_(width**-0.5)
+    targets = torch.randint(0, vocabulary, (rows,), device=device)
+    kl = case.op == "distribution_kl"
+    states = (hidden, other) if kl else (hidden,)
+
+    def ours():
+        if kl:
+            value = kedit_fast.distribution_kl(hidden, other, head, backend=backend)
+        else:
+            value = kedit_fast.target_log_probs(hidden, head, targets, backend=backend).log_prob
+        return value.detach(), torch.autograd.grad(value.sum(), hidden)[0]
+
+    def loss(hidden, other, head, targets):
+        log_p = F.log_softmax(hidden.float() @ head.float().T, -1)
+        if not kl:
+            return log_p.gather(1, targets[:, None])[:, 0]
+        log_q = F.log_softmax(other.float() @ head.float().T, -1)
+        return F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+
+    def baseline(function):
+        value = function(hidden, other, head, targets)
+        return torch.autograd.grad(value.sum(), hidden)[0]
+
+    def error() -> float:
+        """The larger of the value's and the gradient's; in float64 the head is taken a few rows at a time."""
+        value, gradient = ours()
+        worst = 0.0
+        wide = head.double()
+        for i in range(0, rows, 16):
+            part = hidden[i : i + 16].detach().double().requires_grad_()
+            log_p = F.log_softmax(part @ wide.T, -1)
+            if kl:
+                log_q = F.log_softmax(other[i : i + 16].double() @ wide.T, -1)
+                expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+            else:
+                expected = log_p.gather(1, targets[i : i + 16, None])[:, 0]
+            (slope,) = torch.autograd.grad(expected.sum(), part)
+            for found, right in ((value[i : i + 16], expected.detach()), (gradient[i : i + 16], slope)):
+                worst = max(worst, float((found.double() - right).norm() / right.norm()))
+        return worst
+
+    compiled = torch.compile(loss)
+    text = "kl_div(log_softmax(...), log_softmax(...))" if kl else "log_softmax(hidden.float() @ head.float().T)"
+    products = 3 if not kl else 5  # forward, logits again, times head; KL has the reference twice
+    return Problem(
+        ours=ours,
+        baselines={text: lambda: baseline(loss), f"torch.compile({text})": lambda: baseline(compiled)},
+        error=error, limit=max(LIMITS[case.dtype], 2e-6), flops=2 * products * rows * vocabulary * width,
+        bytes=2 * head.nbytes, rate="fp32", backend=_runs(case.op, *states, head, backend=backend),
+    )  # fmt: skip
+
+
+def _solve(case: Case, device: str, backend: str | None) -> Problem:
+    u, columns = case.sizes["u"], case.sizes["columns"]
+    dtype = getattr(torch, case.dtype)
+    factor = torch.randn(u, 2 * u, dtype=dtype, device=device)
+    gram, rhs = factor @ factor.T / (2 * u), torch.randn(u, columns, dtype=dtype, device=device)
+    eye = torch.eye(u, dtype=dtype, device=device)
+
+    def error() -> float:
+        expected = torch.linalg.solve(gram.double() + 0.1 * eye.double(), rhs.double())
+        found = kedit_fast.spd_solve(gram, rhs, 0.1, backend=backend)
+        return float((found.double() - expected).norm() / expected.norm())
+
+    def cholesky(gram, rhs):
+        return torch.cholesky_solve(rhs, torch.linalg.cholesky(gram + 0.1 * eye))
+
+    return Problem(
+        ours=lambda: kedit_fast.spd_solve(gram, rhs, 0.1, backend=backend),
+        baselines={
+            "torch.linalg.solve(A + ridge * I, B)": lambda: torch.linalg.solve(gram + 0.1 * eye, rhs),
+            "torch.cholesky_solve(B, torch.linalg.cholesky(A + ridge * I))": lambda: cholesky(gram, rhs),
+        },
+        error=error, limit=1e-5 if dtype == torch.float32 else LIMITS["float64"],
+        flops=u**3 // 3 + 2 * u * u * columns, bytes=gram.nbytes + 2 * rhs.nbytes,
+        rate="fp64" if dtype == torch.float64 else "fp32", backend=_runs("spd_solve", gram, rhs, backend=backend),
+    )  # fmt: skip
+
+
+def _runs(op: str, *args: Any, backend: str | None) -> str:
+    return kedit_fast.explain(op, *args, backend=backend).runs.split()[0]
+
+
+_BUILDERS = {
+    "symmetric_rank_k_update_": _symmetric,
+    "rank_k_update_": _rank_k,
+    "target_log_probs": _head,
+    "distribution_kl": _head,
+    "spd_solve": _solve,
+}

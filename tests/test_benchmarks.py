@@ -1,0 +1,110 @@
+"""The benchmark harness: a wrong result has no numbers, a fall is an exit status, pictures are drawn."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="no source tree")
+FIELDS = {
+    "op", "case", "dtype", "backend", "isa", "baseline", "median_s", "p20_s", "p80_s", "baseline_median_s", "ratio",
+    "error", "error_limit", "bytes", "flops", "share_of_peak", "machine", "versions", "commit",
+}  # fmt: skip
+
+
+def bench(*arguments):
+    """benchmarks.run in a process of its own, on what is installed (the source tree comes last on the path)."""
+    code = f"import sys; sys.path.append({str(ROOT)!r}); from benchmarks.run import app; app()"
+    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def harness():
+    sys.path.append(str(ROOT))
+    from benchmarks import problems, run
+
+    return problems, run
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "rows.json"
+    done = bench("--suite", "small", "--no-compiled", "--json", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return path
+
+
+def test_every_row_has_every_field(results):
+    document = json.loads(results.read_text())
+    assert {"copy_bytes_per_s", "fp32_flops_per_s", "bf16_flops_per_s"} <= set(document["peaks"])
+    assert {row["op"] for row in document["rows"]} >= {"symmetric_rank_k_update_", "rank_k_update_", "spd_solve"}
+    for row in document["rows"]:
+        assert set(row) >= FIELDS
+        assert row["ratio"] == pytest.approx(row["baseline_median_s"] / row["median_s"])
+        assert row["p20_s"] <= row["median_s"] <= row["p80_s"] and 0 < row["error"] <= row["error_limit"]
+
+
+def test_a_wrong_result_prints_no_number(harness):
+    problems, run = harness
+    case = next(c for c in run.SMALL if c.op == "spd_solve")
+    problem = problems.build(case)
+    wrong = problems.Problem(**{**problem.__dict__, "error": lambda: float("nan")})
+    peaks = {f"{name}_flops_per_s": 1.0 for name in ("fp32", "bf16", "fp64")} | {"copy_bytes_per_s": 1.0}
+    rows = run.rows_of(case, wrong, peaks, 7, "cpu")
+    assert rows and all(row["ratio"] is None and "median_s" not in row for row in rows)
+    assert run.rows_of(case, problem, peaks, 7, "cpu")[0]["ratio"] > 0
+
+
+def test_the_check_sees_a_wrong_kernel(harness, monkeypatch):
+    problems, run = harness
+    for case in run.SMALL:
+        assert problems.build(case, compiled=False).error() < 5e-3, case
+    case = next(c for c in run.SMALL if c.op == "rank_k_update_")
+    broken = problems.build(case, compiled=False)
+    monkeypatch.setattr("kedit_fast.rank_k_update_", lambda weight, *a, **k: weight.mul_(1.1))
+    assert broken.error() > broken.limit
+    case = next(c for c in run.SMALL if c.op == "symmetric_rank_k_update_")
+    broken = problems.build(case, compiled=False)
+    monkeypatch.setattr("kedit_fast.symmetric_rank_k_update_", lambda acc, x, **k: torch.ones_like(acc))
+    assert broken.error() > broken.limit
+
+
+def test_compare_exits_with_1_when_a_ratio_fell(results, tmp_path):
+    document = json.loads(results.read_text())
+    assert bench("compare", results, results).returncode == 0
+    for change, status in ((0.95, 0), (0.85, 1), (None, 1), (2.0, 0)):
+        ratio = document["rows"][0]["ratio"]
+        changed = {
+            **document,
+            "rows": [{**document["rows"][0], "ratio": change and ratio * change}, *document["rows"][1:]],
+        }
+        (tmp_path / "new.json").write_text(json.dumps(changed))
+        done = bench("compare", results, tmp_path / "new.json")
+        assert done.returncode == status, (change, done.stdout)
+    assert bench("compare", results, tmp_path / "new.json", "--drop", "-0.5").returncode == 1
+    (tmp_path / "new.json").write_text("{}")
+    assert "not a file that benchmarks.run" in bench("compare", results, tmp_path / "new.json").stderr
+    assert "No such file" in bench("compare", results, tmp_path / "none.json").stderr
+
+
+def test_plot_draws_png_and_svg(results, tmp_path):
+    done = bench("plot", results, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("ratios", "roofline"):
+        png, svg = tmp_path / f"rows_{name}.png", tmp_path / f"rows_{name}.svg"
+        assert png.read_bytes()[:4] == b"\x89PNG" and len(png.read_bytes()) > 10_000
+        assert "</svg>" in svg.read_text()
+
+
+def test_committed_results_are_complete_and_meet_their_floors():
+    for path in (ROOT / "benchmarks" / "results").glob("cpu_*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            assert set(row) >= FIELDS and row["ratio"] is not None, (path.name, row["op"], row["case"])
+            if row["floor"] and "compile" not in row["baseline"]:
+                assert row["ratio"] >= row["floor"], (path.name, row["case"], row["dtype"], row["ratio"])
