@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="no source tree")
@@ -75,22 +76,25 @@ def test_the_check_sees_a_wrong_kernel(harness, monkeypatch):
     assert broken.error() > broken.limit
 
 
-def test_compare_exits_with_1_when_a_ratio_fell(results, tmp_path):
-    document = json.loads(results.read_text())
-    assert bench("compare", results, results).returncode == 0
+def test_compare_exits_with_1_when_a_ratio_fell(harness, results, tmp_path):
+    def compare(*arguments):
+        return CliRunner().invoke(harness[1].app, ["compare", *map(str, arguments)])
+
+    document, new = json.loads(results.read_text()), tmp_path / "new.json"
+    assert compare(results, results).exit_code == 0
+    first, *rest = document["rows"]
     for change, status in ((0.95, 0), (0.85, 1), (None, 1), (2.0, 0)):
-        ratio = document["rows"][0]["ratio"]
-        changed = {
-            **document,
-            "rows": [{**document["rows"][0], "ratio": change and ratio * change}, *document["rows"][1:]],
-        }
-        (tmp_path / "new.json").write_text(json.dumps(changed))
-        done = bench("compare", results, tmp_path / "new.json")
-        assert done.returncode == status, (change, done.stdout)
-    assert bench("compare", results, tmp_path / "new.json", "--drop", "-0.5").returncode == 1
-    (tmp_path / "new.json").write_text("{}")
-    assert "not a file that benchmarks.run" in bench("compare", results, tmp_path / "new.json").stderr
-    assert "No such file" in bench("compare", results, tmp_path / "none.json").stderr
+        ratio = None if change is None else first["ratio"] * change
+        new.write_text(json.dumps({**document, "rows": [{**first, "ratio": ratio}, *rest]}))
+        done = compare(results, new)
+        assert done.exit_code == status, (change, done.output)
+    assert compare(new, results).exit_code == 1  # back from twice as fast
+    assert compare(new, results, "--drop", "0.6").exit_code == 0
+    new.write_text(json.dumps({**document, "rows": rest}))
+    assert "not measured" in compare(results, new).output
+    new.write_text("{}")
+    assert "not a file that benchmarks.run" in str(compare(results, new).exception)
+    assert "No such file" in str(compare(results, tmp_path / "none.json").exception)
 
 
 def test_plot_draws_png_and_svg(results, tmp_path):

@@ -90,7 +90,7 @@ def _visit(counts, tiles, GROUP: tl.constexpr):
 
 
 def test_lower_tiles_are_each_visited_once():
-    for tiles in (1, 2, 7, 8, 9, 23):
+    for tiles in (1, 2, 9, 17):
         for group in (1, 2, 8):
             counts = torch.zeros(tiles, tiles, dtype=torch.int32, device=DEVICE)
             _visit[(tiles * (tiles + 1) // 2,)](counts, tiles, group)
