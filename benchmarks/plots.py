@@ -41,7 +41,8 @@ def ratio_bars(document: dict[str, Any], stem: Path) -> list[Path]:
         if row.get("floor"):
             axes.plot([row["floor"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
     axes.set_yticks(places, [f"{row['op']}  {row['case'].split(', forward')[0]}  {row['dtype']}" for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
+    axes.set_xlim(right=1.25 * max((row["ratio"] for row in rows), default=1.0))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color="grey", linewidth=0.8)

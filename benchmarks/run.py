@@ -3,6 +3,7 @@
     python -m benchmarks.run [--suite ops|overhead|all] [--json FILE] [--only TEXT]
     python -m benchmarks.run compare OLD NEW      exit status 1 when a ratio fell by more than a tenth
     python -m benchmarks.run plot FILE --out DIR  ratio bars and a roofline, PNG and SVG
+    python -m benchmarks.run markdown FILE        the README's tables
 
 Runs of an op and its baselines are interleaved in one process (A B C A B C ...); a ratio is baseline median / our
 median. A case whose result is wrong has no numbers. The machine's own peaks are measured in the same run.
@@ -236,6 +237,7 @@ def run(
     """Time the cases, print a table, and write the rows to a file when asked."""
     if context.invoked_subcommand is not None:
         return
+    about = provenance(device)  # of what is loaded now, whatever is edited meanwhile
     chosen = {Suite.ops: OPS, Suite.all: OPS, Suite.small: SMALL, Suite.overhead: []}[suite]
     chosen = [case for case in chosen if only in str(case)]
     peaks, rows = measured_peaks(device), []
@@ -247,7 +249,6 @@ def run(
             torch.compiler.reset()
     if suite in (Suite.overhead, Suite.all):
         rows += [row for row in overhead_rows(device, runs) if only in f"{row['op']} {row['case']} {row['dtype']}"]
-    about = provenance(device)
     rows = [{**row, **about} for row in rows]
     show(rows, about, peaks)
     if json_file is not None:
@@ -312,6 +313,31 @@ def plot(
     for name, draw in (("ratios", ratio_bars), ("roofline", roofline)):
         for path in draw(document, out / f"{file.stem}_{name}"):
             console.print(str(path))
+
+
+@app.command()
+def markdown(file: Path) -> None:
+    """Print the rows as the README shows them: the ratio against the expression, and against it compiled."""
+    document = read(file)
+    cases: dict[tuple[str, ...], list[Row]] = {}
+    for row in document["rows"]:
+        cases.setdefault((row["op"], row["case"], row["dtype"]), []).append(row)
+    overhead = {key: rows for key, rows in cases.items() if rows[0]["flops"] is None}
+    print("| op | case | dtype | runs on | ms | ratio: eager | ratio: compiled | of peak |\n" + "|---" * 8 + "|")
+    for (op, case, dtype), rows in cases.items():
+        if (op, case, dtype) in overhead:
+            continue
+        first, compiled = rows[0], [row for row in rows if "compile" in row["baseline"]]
+        print(
+            f"| `{op}` | {case} | {dtype} | {first['backend']} {first['isa']} | {first['median_s'] * 1e3:.3g} "
+            f"| {_ratio(first)} | {_ratio(compiled[0]) if compiled else ''} | {first['share_of_peak']:.0%} |"
+        )
+    print("\n| op | backend | µs a call | torch expression | µs |\n" + "|---" * 5 + "|")
+    for (op, _, _), (row, *_) in overhead.items():
+        print(
+            f"| `{op}` | {row['backend']} | {row['median_s'] * 1e6:.0f} | `{row['baseline']}` "
+            f"| {row['baseline_median_s'] * 1e6:.0f} |"
+        )
 
 
 if __name__ == "__main__":
