@@ -24,7 +24,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One op on one shape; `floor` and `goal` are ratios against the eager baseline on a CPU with AMX / AVX-512."""
+    """One op on one shape; `floor` and `goal` are ratios against the eager baseline on the machine the case is for."""
 
     op: str
     name: str
@@ -98,6 +98,32 @@ def _solve() -> list[Case]:
 
 
 OPS = [*_symmetric(), *_rank_k(), *_head(), *_solve()]
+
+
+def _gpu() -> list[Case]:
+    """Real sizes with nothing scaled down; floors and goals are those of an H200."""
+    found = [
+        Case("symmetric_rank_k_update_", f"{model}, x [{rows}, {d}]", dtype, {"rows": rows, "d": d}, floor, goal)
+        for model, rows, d, dtype, floor, goal in (
+            ("Llama-3-8B", 16384, 14336, "bfloat16", 1.3, 1.6), ("Llama-3-8B", 16384, 14336, "float32", None, None),
+            ("GPT-2", 16384, 3072, "float32", None, None), ("GPT-J", 16384, 16384, "float16", None, None),
+            ("Qwen2.5-7B", 16384, 18944, "bfloat16", None, None),
+        )
+    ]  # fmt: skip
+    for model, out, inner in (("Llama-3-8B", 4096, 14336), ("Llama-3-70B", 8192, 28672)):
+        for k in (1, 16, 64, 256):
+            sizes = {"out": out, "inner": inner, "k": k}
+            found.append(Case("rank_k_update_", f"{model}, W [{out}, {inner}], k {k}", "bfloat16", sizes))
+    for model, dtype in (("GPT-2", "float32"), ("Llama-3-8B", "bfloat16"), ("Qwen2.5-7B", "bfloat16")):
+        m = MODELS[model]
+        sizes = {"rows": 1152, "width": m.hidden, "vocabulary": m.vocabulary}
+        for op in ("target_log_probs", "distribution_kl"):
+            name = f"{model}, [1152, {m.hidden}] x [{m.vocabulary}, {m.hidden}], forward + backward"
+            found.append(Case(op, name, dtype, sizes))
+    return found + _solve()
+
+
+GPU_OPS = _gpu()
 
 # Odd small shapes that take milliseconds: the harness's own test, and a look at whether everything runs.
 SMALL = [

@@ -1,7 +1,7 @@
 """Time the ops against torch.
 
     python -m benchmarks.run [--suite ops|overhead|all] [--json FILE] [--only TEXT]
-    python -m benchmarks.run compare OLD NEW      exit status 1 when a ratio fell by more than a tenth
+    python -m benchmarks.run compare OLD NEW      exit status 1 when a ratio fell by more than a tenth or a row is gone
     python -m benchmarks.run plot FILE --out DIR  ratio bars and a roofline, PNG and SVG
     python -m benchmarks.run markdown FILE        the README's tables
 
@@ -30,7 +30,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import kedit_fast
-from benchmarks.cases import OPS, SMALL, Case
+from benchmarks.cases import GPU_OPS, OPS, SMALL, Case
 from benchmarks.problems import Problem, build
 from kedit_fast.backends import probe
 from kedit_fast.kernels import native
@@ -94,7 +94,7 @@ def rows_of(case: Case, problem: Problem, peaks: Row, runs: int, device: str) ->
     error = problem.error()
     row = {
         "op": case.op, "case": case.name, "dtype": case.dtype, "backend": problem.backend,
-        "isa": isa(problem.backend, case.op, case.dtype),
+        "isa": isa(problem.backend, case.op, case.dtype, device),
         "error": error, "error_limit": problem.limit, "flops": problem.flops, "bytes": problem.bytes,
         "floor": case.floor, "goal": case.goal, "note": case.note,
     }  # fmt: skip
@@ -118,14 +118,14 @@ def with_baseline(row: Row, name: str, times: list[float]) -> Row:
     return {**row, **extra}
 
 
-def isa(backend: str, op: str, dtype: str) -> str:
+def isa(backend: str, op: str, dtype: str, device: str) -> str:
     """The instruction set or device that runs this op: the AMX table has AVX-512 code but for one op on bf16."""
+    if device != "cpu":
+        return f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
     if backend == "cpu":
         active = native.cpu().isa()
         matrix = op == "symmetric_rank_k_update_" and dtype == "bfloat16"
         return "avx512" if active == "amx" and not matrix else active
-    if backend in ("cuda", "triton") and torch.cuda.is_available():
-        return f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
     return torch.backends.cpu.get_cpu_capability().lower()
 
 
@@ -171,7 +171,7 @@ def overhead_rows(device: str, runs: int) -> list[Row]:
                 pair = (hundred(partial(ours, backend)), hundred(baseline))
                 mine, theirs = ([t / 100 for t in times] for times in interleaved(pair, runs, device))
             row = {"op": op, "case": f"call overhead, 16 elements, {backend}", "dtype": "float32", "backend": backend,
-                   "isa": isa(backend, op, "float32"), "flops": None, "bytes": None, "share_of_peak": None,
+                   "isa": isa(backend, op, "float32", device), "flops": None, "bytes": None, "share_of_peak": None,
                    "error": None, "error_limit": None, "floor": None, "goal": None, "note": ""}  # fmt: skip
             found.append(with_baseline({**row, **timing(mine)}, name, theirs))
     return found
@@ -238,7 +238,8 @@ def run(
     if context.invoked_subcommand is not None:
         return
     about = provenance(device)  # of what is loaded now, whatever is edited meanwhile
-    chosen = {Suite.ops: OPS, Suite.all: OPS, Suite.small: SMALL, Suite.overhead: []}[suite]
+    real = OPS if device == "cpu" else GPU_OPS
+    chosen = {Suite.ops: real, Suite.all: real, Suite.small: SMALL, Suite.overhead: []}[suite]
     chosen = [case for case in chosen if only in str(case)]
     peaks, rows = measured_peaks(device), []
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -273,23 +274,31 @@ def read(path: Path) -> dict[str, Any]:
 
 @app.command()
 def compare(
-    old: Path, new: Path, drop: Annotated[float, typer.Option(help="a ratio may fall by this share")] = 0.1
+    old: Path,
+    new: Path,
+    drop: Annotated[float, typer.Option(help="a ratio may fall by this share")] = 0.1,
+    allow_missing: Annotated[bool, typer.Option("--allow-missing", help="rows of OLD need not be in NEW")] = False,
 ) -> None:
-    """Exit with 1 when a ratio of NEW is below (1 - drop) of that in OLD, or its result became wrong."""
+    """Exit with 1 when a ratio of NEW is below (1 - drop) of that in OLD, a row is gone, or a result is wrong."""
     before, after = ({_key(row): row for row in read(path)["rows"]} for path in (old, new))
     worse = 0
+    for key in after.keys() - before.keys():
+        if after[key]["ratio"] is None:
+            console.print(*key, "wrong result")
+            worse += 1
     table = Table("op", "case", "dtype", "baseline", "old", "new", "change")
     for key, row in before.items():
         if key not in after:
-            table.add_row(*key, _ratio(row), "not measured", "")
+            table.add_row(*key, _ratio(row), "not measured", "" if allow_missing else "worse")
+            worse += not allow_missing
             continue
         found = after[key]["ratio"]
-        fell = row["ratio"] is not None and (found is None or found < (1 - drop) * row["ratio"])
+        fell = found is None or (row["ratio"] is not None and found < (1 - drop) * row["ratio"])
         worse += fell
         change = "" if not row["ratio"] or not found else f"{found / row['ratio'] - 1:+.0%}"
         table.add_row(*key, _ratio(row), _ratio(after[key]), f"{change} worse" if fell else change)
     console.print(table)
-    console.print(f"{worse} of {len(before)} rows fell by more than {drop:.0%}")
+    console.print(f"{worse} of {len(before)} rows fell by more than {drop:.0%}, are gone, or are wrong")
     raise typer.Exit(1 if worse else 0)
 
 
@@ -328,6 +337,9 @@ def markdown(file: Path) -> None:
         if (op, case, dtype) in overhead:
             continue
         first, compiled = rows[0], [row for row in rows if "compile" in row["baseline"]]
+        if first["ratio"] is None:
+            print(f"| `{op}` | {case} | {dtype} | {first['backend']} {first['isa']} | wrong result | | | |")
+            continue
         print(
             f"| `{op}` | {case} | {dtype} | {first['backend']} {first['isa']} | {first['median_s'] * 1e3:.3g} "
             f"| {_ratio(first)} | {_ratio(compiled[0]) if compiled else ''} | {first['share_of_peak']:.0%} |"

@@ -91,10 +91,24 @@ def test_compare_exits_with_1_when_a_ratio_fell(harness, results, tmp_path):
     assert compare(new, results).exit_code == 1  # back from twice as fast
     assert compare(new, results, "--drop", "0.6").exit_code == 0
     new.write_text(json.dumps({**document, "rows": rest}))
-    assert "not measured" in compare(results, new).output
+    assert compare(results, new).exit_code == 1 and "not measured" in compare(results, new).output
+    assert compare(results, new, "--allow-missing").exit_code == 0
+    new.write_text(json.dumps({**document, "rows": [*rest, {**first, "case": "another", "ratio": None}]}))
+    assert compare(results, new, "--allow-missing").exit_code == 1
     new.write_text("{}")
     assert "not a file that benchmarks.run" in str(compare(results, new).exception)
     assert "No such file" in str(compare(results, tmp_path / "none.json").exception)
+
+
+def test_markdown_has_a_line_a_case_even_for_a_wrong_result(harness, results, tmp_path):
+    document = json.loads(results.read_text())
+    wrong = {k: v for k, v in document["rows"][0].items() if not k.endswith("_s") and k != "share_of_peak"}
+    (tmp_path / "rows.json").write_text(
+        json.dumps({**document, "rows": [{**wrong, "ratio": None}, *document["rows"][1:]]})
+    )
+    done = CliRunner().invoke(harness[1].app, ["markdown", str(tmp_path / "rows.json")])
+    assert done.exit_code == 0 and done.output.count("wrong result") == 1
+    assert all(case.name in done.output for case in harness[1].SMALL)
 
 
 def test_plot_draws_png_and_svg(results, tmp_path):
@@ -107,7 +121,9 @@ def test_plot_draws_png_and_svg(results, tmp_path):
 
 
 def test_committed_results_are_complete_and_meet_their_floors():
-    for path in (ROOT / "benchmarks" / "results").glob("cpu_*.json"):
+    files = sorted((ROOT / "benchmarks" / "results").glob("cpu_*.json"))
+    assert files
+    for path in files:
         for row in json.loads(path.read_text())["rows"]:
             assert set(row) >= FIELDS and row["ratio"] is not None, (path.name, row["op"], row["case"])
             if row["floor"] and "compile" not in row["baseline"]:

@@ -62,6 +62,7 @@ void symmetric_rank_k_update(const TensorView& acc, const TensorView& x, const T
     weight[i] = row_weights.dtype == DType::f64 ? static_cast<const double*>(row_weights.data)[at]
                                                 : static_cast<const float*>(row_weights.data)[at];
     if (weight[i] == 0) keep[i] = 0;
+    if (!keep[i]) weight[i] = 0;  // whatever it was: NaN times a zero would count
     weighted = weighted || (keep[i] && weight[i] != 1);
   }
 

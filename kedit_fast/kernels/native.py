@@ -89,6 +89,17 @@ def _describe_cuda() -> str:
     return f"sm_{cuda().architectures().replace(';', ', sm_')}"
 
 
+@lru_cache(maxsize=64)
+def cuda_declines(device: torch.device) -> str:
+    """Why the CUDA module has no code for a device, or '': its own architectures, or PTX that is not newer."""
+    if device.type != "cuda":
+        return f"tensors on {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    built = [divmod(int(name), 10) for name in cuda().architectures().split(";")]
+    has_code = any(own == major and least <= minor for own, least in built)
+    return "" if has_code or built[-1] <= (major, minor) else f"{device} is sm_{major}{minor}, built for {built}"
+
+
 def symmetric_rank_k_update_(
     acc: torch.Tensor, x: torch.Tensor, row_weights: torch.Tensor | None, mask: torch.Tensor | None, alpha: float
 ) -> None:

@@ -129,9 +129,7 @@ def _cpu_declines(weight, *_) -> str:
 
 
 def _cuda_declines(weight, left=None, right=None, *_) -> str:
-    if weight.device.type != "cuda":
-        return f"tensors on {weight.device}"
-    return _wide(weight, left, right)
+    return native.cuda_declines(weight.device) or _wide(weight, left, right)
 
 
 def _triton_declines(weight, left=None, right=None, *_) -> str:

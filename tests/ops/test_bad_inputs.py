@@ -16,6 +16,7 @@ from kedit_fast import (
     symmetric_rank_k_update_,
     target_log_probs,
 )
+from kedit_fast.backends import probe
 from kedit_fast.errors import BackendUnavailableError, GradientError, InvalidArgumentError, KeditError, SolveError
 
 META = torch.device("meta")
@@ -106,6 +107,15 @@ BAD = [
     ("ridge NaN", lambda: spd_solve(torch.eye(3), of(3, 1), math.nan), Invalid, "ridge must be finite"),
     ("gram not positive", lambda: spd_solve(-torch.eye(3), of(3, 1)), SolveError, "order 1 of 3"),
 ]  # fmt: skip
+
+
+@pytest.fixture(params=("torch", "cpu", "triton"))
+def backend(request):
+    if request.param == "cpu":
+        request.getfixturevalue("cpu_module")
+    if request.param == "triton" and not probe("triton").explicit_only:
+        pytest.skip("the interpreter is not in use: Triton takes no tensors of the CPU")
+    return request.param
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])

@@ -80,6 +80,7 @@ def test_calls_can_be_captured(writer):
         return log_prob + distribution_kl(x, x, head, backend="triton")
 
     warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm):
         expected = step()
     warm.synchronize()

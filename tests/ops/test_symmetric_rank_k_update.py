@@ -89,6 +89,19 @@ def test_bf16_weights_lose_nothing_on_amx(isa):
     assert relative_error(found, expected) < 6e-7
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_more_rows_than_one_chunk(isa, dtype):
+    run_case(4700, 70, dtype, torch.float64, "weighted", "cpu")
+
+
+def test_weights_of_rows_that_the_mask_leaves_out_may_be_anything(backend, isa):
+    x, weights, mask = torch.randn(40, 33).bfloat16(), torch.rand(40) + 0.5, torch.rand(40) > 0.5
+    expected = symmetric_rank_k_update_(torch.zeros(33, 33), x, weights, mask, backend=backend)
+    weights[~mask] = torch.tensor([float("nan"), float("inf")]).repeat(40)[: int((~mask).sum())]
+    found = symmetric_rank_k_update_(torch.zeros(33, 33), x, weights, mask, backend=backend)
+    assert torch.equal(found, expected) and bool(found.isfinite().all())
+
+
 def test_no_rows_change_nothing(backend):
     acc = torch.randn(5, 5)
     before = acc.clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -25,17 +26,15 @@ def probe_triton() -> Probe:
         return Probe("no GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)")
     if torch.version.hip:
         return Probe("an AMD GPU: the configurations are NVIDIA's")
-    major, minor = torch.cuda.get_device_capability()
-    if major < 8:
-        return Probe(f"sm_{major}{minor}: compute capability 8.0 or higher is needed")
+    if not any(map(shutil.which, filter(None, (os.environ.get("CC"), "gcc", "clang", "cc")))):
+        return Probe("no C compiler: Triton needs one when it first launches a kernel")
     return Probe()
 
 
 def _describe() -> str:
     if probe_triton().explicit_only:
         return "interpreter on the CPU: slow, only when asked for"
-    major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()}, sm_{major}{minor}"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
 def lazy(module: str, function: str) -> Callable[..., Any]:
@@ -49,9 +48,15 @@ def lazy(module: str, function: str) -> Callable[..., Any]:
 
 def declines_device(tensor: torch.Tensor) -> str:
     """Why Triton does not take tensors of this device, or ''. The interpreter takes them all."""
-    if tensor.device.type == "cuda" or probe_triton().explicit_only:
+    if probe_triton().explicit_only:
         return ""
-    return f"tensors on {tensor.device}"
+    return _too_old(tensor.device) if tensor.device.type == "cuda" else f"tensors on {tensor.device}"
+
+
+@lru_cache(maxsize=64)
+def _too_old(device: torch.device) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"sm_{major}{minor} ({device}): compute capability 8.0 or higher is needed"
 
 
 register_probe("triton", probe_triton, _describe)

@@ -1,8 +1,14 @@
 """Exact products on matrix units, and what the interpreter lacks.
 
 An fp32 number is the sum of three bf16 numbers (8 + 8 + 8 bits). Of the nine products of two such sums the six largest
-are kept: what is left out is below 2^-24 of the product, the rounding of fp32 itself. The interpreter multiplies bf16
-bit patterns as integers and rounds them half up, so there the operands stay fp32 and the rounding is written out.
+are kept: what is left out is below 2^-24 of the product, the rounding of fp32 itself.
+
+Matrix units cut their sums instead of rounding them (Fasi et al., PeerJ Computer Science 7, e330), each step by up to
+an ulp and always towards zero, so a long sum drifts. Here a sum of the unit is 256 deep and joins the total by an
+ordinary addition.
+
+The interpreter multiplies bf16 bit patterns as integers and rounds them half up, so there the operands stay fp32 and
+the rounding is written out.
 """
 
 from __future__ import annotations
@@ -60,6 +66,23 @@ def dot(a, b, total, PRODUCTS: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def accumulate(a, b, part, total, step, PRODUCTS: tl.constexpr, DEPTH: tl.constexpr, INTERPRET: tl.constexpr):
+    """Add a b to `part`, and `part` to `total` when it is as deep as it may be: the new part and total.
+
+    `step` counts calls from 0; after the last one part + total is the result.
+    """
+    STEPS: tl.constexpr = 256 // DEPTH  # 256 is a multiple of every tile's depth
+    if PRODUCTS == 1:
+        part = dot(a, b, part, PRODUCTS, INTERPRET)
+        if step % STEPS == STEPS - 1:
+            total += part
+            part = tl.zeros_like(part)
+    else:
+        total += dot(a, b, tl.zeros_like(part), PRODUCTS, INTERPRET)
+    return part, total
+
+
+@triton.jit
 def narrow(value, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     """fp32 `value` rounded to nearest even in `dtype`."""
     if INTERPRET and dtype == tl.bfloat16:
@@ -77,4 +100,5 @@ def tanh(x):
     square = x * x
     series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
     big = 1 - 2 / (tl.exp(2 * tl.minimum(tl.abs(x), 15.0)) + 1)
-    return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -big, big))
+    bounded = tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -big, big))
+    return tl.where(x != x, x, bounded)  # a GPU's minimum of NaN and 15 is 15

@@ -2,7 +2,8 @@
 
 None of these rows was tuned on a GPU yet: they are the shapes that compile without spills for sm_80 and sm_90
 (benchmarks/results/kernel_resources.json) and keep the matrix unit's operands in shared memory. KEDIT_FAST_AUTOTUNE=1
-times CANDIDATES at the first call of every shape class and uses the fastest.
+times CANDIDATES at the first call of every shape class and size and uses the fastest; another tile may round a sum of
+many terms in another way, so bits can differ between processes then.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ TABLE: dict[tuple[str, str], dict[str, Config]] = {
         "sm_90": Config(128, 128, 64, 8, 4),
     },
     (SYMMETRIC, "split"): {
-        "sm_80": Config(64, 64, 16, 4, 4),
+        "sm_80": Config(64, 64, 16, 8, 3),
         "sm_90": Config(64, 64, 32, 4, 3),
     },
     (RANK_K, "fma"): {"sm_80": Config(32, 256, 1, 4, 2)},
     (RANK_K, "dot"): {"sm_80": Config(64, 64, 32, 8, 2)},
     (LOGITS, "native"): {
-        "sm_80": Config(64, 128, 32, 4, 4),
-        "sm_90": Config(64, 128, 64, 4, 4),
+        "sm_80": Config(64, 128, 32, 8, 4),
+        "sm_90": Config(64, 128, 64, 8, 4),
     },
     (LOGITS, "split"): {"sm_80": Config(64, 64, 32, 8, 2)},
     (LOGITS, "pair_native"): {
@@ -70,7 +71,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         Config(side, side, k, warps, stages, group)
         for side, k, warps, stages in (
             (64, 32, 4, 3), (64, 64, 4, 3), (128, 32, 4, 3), (128, 32, 4, 4), (128, 32, 8, 3), (128, 32, 8, 4),
-            (128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3), (128, 64, 8, 4), (256, 32, 8, 3), (256, 64, 8, 3),
+            (128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3), (128, 64, 8, 4),
         )
         for group in (4, 8, 16)
     ),
@@ -104,3 +105,10 @@ def lookup(op: str, shape_class: str, architecture: str) -> Config:
     number = int(architecture.removeprefix("sm_"))
     known = [int(name.removeprefix("sm_")) for name in rows]
     return rows[f"sm_{max((n for n in known if n <= number), default=min(known))}"]
+
+
+def candidates(op: str, shape_class: str) -> tuple[Config, ...]:
+    """What autotuning tries for a shape class."""
+    if op == RANK_K:
+        return tuple(config for config in CANDIDATES[op] if (config.k == 1) == (shape_class == "fma"))
+    return CANDIDATES[op]

@@ -1,6 +1,7 @@
 """KL(p || p_ref) by an online softmax over both distributions; d logits for the backward pass.
 
-With z, r the logits: KL = sum_v p_v (z_v - r_v) - lse(z) + lse(r), in one pass over the vocabulary.
+With z, r the logits and D = z - r: KL = E_p[D] - lse(z) + lse(r), in one pass over the vocabulary. D is counted from
+its level in the first tile, so that what the two have in common does not cancel.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from kedit_fast.kernels.triton.launch import Launch, choose, run
 
 @triton.jit
 def _distribution_kl_kernel(
-    hidden, hidden_ref, head, bias, peaks, sums, differences, peaks_ref, sums_ref,
+    hidden, hidden_ref, head, bias, peaks, sums, differences, peaks_ref, sums_ref, levels,
     rows, vocabulary, width, tokens_per_split,
     hidden_row_stride, hidden_column_stride, ref_row_stride, ref_column_stride, head_row_stride, head_column_stride,
     softcap,
@@ -32,7 +33,8 @@ def _distribution_kl_kernel(
     peak_ref = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     total_ref = tl.zeros((ROWS,), tl.float32)
-    difference = tl.zeros((ROWS,), tl.float32)  # sum of exp(z - peak) (z - r)
+    difference = tl.zeros((ROWS,), tl.float32)  # sum of exp(z - peak) (z - r - level)
+    level = tl.zeros((ROWS,), tl.float32)
     for first in range(begin, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
         logits = logits_tile(
@@ -43,15 +45,20 @@ def _distribution_kl_kernel(
             hidden_ref, head, bias, row, rows, token, vocabulary, width, ref_row_stride, ref_column_stride,
             head_row_stride, head_column_stride, softcap, BIAS, CAPPED, PRODUCTS, ROWS, TOKENS, DEPTH, INTERPRET,
         )  # fmt: skip
-        higher = tl.maximum(peak, tl.max(logits, axis=1))
+        here = tl.max(logits, axis=1)
+        here_ref = tl.max(reference, axis=1)
+        if first == begin:
+            level = here - here_ref
+            level = tl.where(tl.abs(level) < float("inf"), level, 0.0)  # NaN too
+        higher = tl.maximum(peak, here)
         floor = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp(logits - floor[:, None])
-        apart = tl.where((token < vocabulary)[None, :], logits - reference, 0.0)
+        apart = tl.where((token < vocabulary)[None, :], logits - reference - level[:, None], 0.0)
         fade = tl.exp(peak - floor)
         total = total * fade + tl.sum(weight, axis=1)
         difference = difference * fade + tl.sum(weight * apart, axis=1)
         peak = higher
-        higher_ref = tl.maximum(peak_ref, tl.max(reference, axis=1))
+        higher_ref = tl.maximum(peak_ref, here_ref)
         floor_ref = tl.where(higher_ref == float("-inf"), 0.0, higher_ref)
         total_ref = total_ref * tl.exp(peak_ref - floor_ref) + tl.sum(tl.exp(reference - floor_ref[:, None]), axis=1)
         peak_ref = higher_ref
@@ -62,6 +69,7 @@ def _distribution_kl_kernel(
     tl.store(differences + out, difference, mask=inside)
     tl.store(peaks_ref + out, peak_ref, mask=inside)
     tl.store(sums_ref + out, total_ref, mask=inside)
+    tl.store(levels + out, level, mask=inside)
 
 
 @triton.jit
@@ -115,12 +123,12 @@ def plan(
     softcap: float,
     config: Config,
 ) -> tuple[list[Launch], torch.Tensor]:
-    """The launch and what it fills, [5, splits, rows]: peak, sum, difference, peak and sum of the reference."""
+    """The launch and what it fills, [6, splits, rows]: peak, sum, difference, peak and sum of the reference, level."""
     rows = hidden.shape[0]
     splits, each = shared.vocabulary_splits(rows, head.shape[0], hidden.device, config)
     arguments, constants = _pair_arguments(hidden, hidden_ref, head, bias, softcap, config)
-    parts = torch.empty(5, splits, rows, dtype=torch.float32, device=hidden.device)
-    names = ("peaks", "sums", "differences", "peaks_ref", "sums_ref")
+    parts = torch.empty(6, splits, rows, dtype=torch.float32, device=hidden.device)
+    names = ("peaks", "sums", "differences", "peaks_ref", "sums_ref", "levels")
     arguments |= {"tokens_per_split": each, **dict(zip(names, parts, strict=True))}
     launch = Launch(_distribution_kl_kernel, (triton.cdiv(rows, config.m), splits), arguments, constants, config)
     return [launch], parts
@@ -164,13 +172,15 @@ def distribution_kl(
     def trial(config: Config) -> list[Launch]:
         return plan(hidden, hidden_ref, head, bias, softcap, config)[0]
 
-    config = choose(LOGITS, f"pair_{shared.shape_class(hidden)}", hidden.device, trial)
-    launches, (peaks, sums, differences, peaks_ref, sums_ref) = plan(hidden, hidden_ref, head, bias, softcap, config)
+    config = choose(LOGITS, f"pair_{shared.shape_class(hidden)}", hidden.device, trial, shared.size_of(hidden, head))
+    launches, parts = plan(hidden, hidden_ref, head, bias, softcap, config)
+    peaks, sums, differences, peaks_ref, sums_ref, levels = parts
     run(launches, hidden.device)
     total = torch.logsumexp(peaks + sums.log(), dim=0)
     total_ref = torch.logsumexp(peaks_ref + sums_ref.log(), dim=0)
-    mean = (differences * torch.exp(peaks - total)).sum(0)  # E_p[z - r]
-    kl = mean - (total - total_ref)
+    level = levels[0]
+    mean = ((differences + (levels - level) * sums) * torch.exp(peaks - total)).sum(0)  # E_p[D] - level
+    kl = mean - ((total - total_ref) - level)
 
     def fill(begin: int, out: torch.Tensor) -> None:
         launches = d_logits_plan(

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kedit_fast.kernels.triton.arithmetic import dot, tanh
+from kedit_fast.kernels.triton.arithmetic import accumulate, tanh
 from kedit_fast.kernels.triton.configs import GRADIENT, Config
-from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, processors, run
+from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, processors, run, size_class
 
 WAVES = 4  # programs for each multiprocessor that splitting aims at
 D_LOGITS_BYTES = 64 << 20  # of the part of d logits that exists at a time
@@ -30,12 +30,14 @@ def logits_tile(
     of_row = hidden + row.to(tl.int64)[:, None] * hidden_row_stride
     of_token = head + token.to(tl.int64)[None, :] * head_row_stride
     total = tl.zeros((ROWS, TOKENS), tl.float32)
+    part = tl.zeros((ROWS, TOKENS), tl.float32)
     for first in range(0, width, DEPTH):
         p = (first + depth).to(tl.int64)
         inside = p < width
         a = tl.load(of_row + p[None, :] * hidden_column_stride, mask=rows_in & inside[None, :], other=0.0)
         b = tl.load(of_token + p[:, None] * head_column_stride, mask=inside[:, None] & tokens_in, other=0.0)
-        total = dot(a, b, total, PRODUCTS, INTERPRET)
+        part, total = accumulate(a, b, part, total, first // DEPTH, PRODUCTS, DEPTH, INTERPRET)
+    total += part
     if BIAS:
         total += tl.load(bias + token, mask=token < vocabulary, other=0.0).to(tl.float32)[None, :]
     if CAPPED:
@@ -66,7 +68,7 @@ def _gradient_kernel(
             of_column + token.to(tl.int64)[:, None] * head_row_stride,
             mask=inside[:, None] & (column < width)[None, :], other=0.0,
         )  # fmt: skip
-        total = dot(a, b, total, PRODUCTS, INTERPRET)
+        _, total = accumulate(a, b, total, total, 0, PRODUCTS, DEPTH, INTERPRET)
     to = out + (split * rows + row).to(tl.int64)[:, None] * width + column[None, :]
     tl.store(to, total, mask=(row < rows)[:, None] & (column < width)[None, :])
 
@@ -74,6 +76,11 @@ def _gradient_kernel(
 def products_of(tensor: torch.Tensor) -> int:
     """Matrix products for two operands of this dtype: 16-bit numbers need one, fp32 six."""
     return 6 if tensor.dtype == torch.float32 else 1
+
+
+def size_of(hidden: torch.Tensor, head: torch.Tensor) -> str:
+    """What, beside the shape class, a tuned configuration depends on."""
+    return f"{hidden.dtype}, rows {size_class(hidden.shape[0])}, V {size_class(head.shape[0])}, h {head.shape[1]}"
 
 
 def shape_class(hidden: torch.Tensor) -> str:
@@ -147,7 +154,7 @@ def gradient(
         return gradient_plan(scratch, head[: parts[0][1]], config)[0]
 
     kind = "native" if hidden.dtype == torch.bfloat16 else "split"
-    config = choose(GRADIENT, kind, hidden.device, trial)
+    config = choose(GRADIENT, kind, hidden.device, trial, size_of(hidden, head))
     for begin, end in parts:
         d_logits = scratch[:, : end - begin]
         d_logits_of(begin, d_logits)

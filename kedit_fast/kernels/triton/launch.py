@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kedit_fast.kernels.triton.configs import CANDIDATES, INTERPRETED, Config, lookup
+from kedit_fast.kernels.triton.configs import INTERPRETED, Config, candidates, lookup
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 PROCESSORS = 132  # of the device that plans without one are made for
@@ -66,32 +66,44 @@ def _run(launches: Sequence[Launch]) -> None:
         launch.kernel[launch.grid](**launch.arguments, **launch.constants, **meta)
 
 
-def choose(op: str, shape_class: str, device: torch.device, trial: Callable[[Config], Sequence[Launch]]) -> Config:
+def size_class(number: int) -> str:
+    """A power of two at or above the number: what is tuned for one size serves its neighbours."""
+    return str(1 << max(0, number - 1).bit_length())
+
+
+def choose(
+    op: str, shape_class: str, device: torch.device, trial: Callable[[Config], Sequence[Launch]], size: str
+) -> Config:
     """The configuration for these shapes: from the table, or the fastest one when KEDIT_FAST_AUTOTUNE=1.
 
-    `trial(config)` is a plan that writes to scratch memory only.
+    `trial(config)` is a plan that writes to scratch memory only; `size` names what a tuned choice holds for.
     """
     if INTERPRET:
         return INTERPRETED[op]
-    key = (op, shape_class, architecture(device))
+    row = lookup(op, shape_class, architecture(device))
     if os.environ.get("KEDIT_FAST_AUTOTUNE") != "1" or torch.cuda.is_current_stream_capturing():
-        return lookup(*key)
+        return row
+    key = (op, shape_class, f"{architecture(device)}, {size}")
     if key not in _tuned:
-        _tuned[key] = _fastest(key, device, trial)
+        with torch.cuda.device(device):
+            _tuned[key] = _fastest(key, row, device, trial)
     return _tuned[key]
 
 
-def _fastest(key: tuple[str, str, str], device: torch.device, trial: Callable[[Config], Sequence[Launch]]) -> Config:
-    from triton.runtime.errors import OutOfResources
+def _fastest(
+    key: tuple[str, str, str], row: Config, device: torch.device, trial: Callable[[Config], Sequence[Launch]]
+) -> Config:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
-    times: dict[Config, float] = {}
-    for config in dict.fromkeys((lookup(*key), *CANDIDATES[key[0]])):
+    times = {row: do_bench(lambda: run(trial(row), device), return_mode="median")}
+    for config in candidates(*key[:2]):
         try:
             launches = trial(config)
             times[config] = do_bench(lambda launches=launches: run(launches, device), return_mode="median")
-        except OutOfResources as error:
-            _log.debug("%s: %s does not fit: %s", key, config, error)
+        except (OutOfResources, PTXASError, CompilationError, torch.OutOfMemoryError) as error:
+            _log.debug("%s: %s cannot be used: %s", key, config, error)  # a candidate need not fit this device
     best = min(times, key=times.__getitem__)
-    _log.info("tuned %s: %s, %.4f ms (the table's: %.4f ms)", key, best, times[best], times.get(lookup(*key), -1.0))
+    _log.info("tuned %s: %s, %.4f ms (the table's: %.4f ms)", key, best, times[best], times[row])
     return best

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kedit_fast.kernels.triton.arithmetic import dot, narrow
+from kedit_fast.kernels.triton.arithmetic import accumulate, narrow
 from kedit_fast.kernels.triton.configs import RANK_K, Config
-from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, run
+from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, run, size_class
 
 MOST_FMA = 16  # k up to which fused multiply-adds keep up with memory
 
@@ -48,7 +48,7 @@ def _rank_k_update_kernel(
                 right + j[None, :] * right_row_stride + p[:, None] * right_k_stride,
                 mask=inside[:, None] & columns_in[None, :], other=0.0,
             )  # fmt: skip
-            total = dot(a.to(tl.float32) * alpha, b, total, PRODUCTS, INTERPRET)
+            _, total = accumulate(a.to(tl.float32) * alpha, b, total, total, 0, PRODUCTS, DEPTH, INTERPRET)
     inside = rows_in[:, None] & columns_in[None, :]
     target = weight + i[:, None] * weight_row_stride + j[None, :] * weight_column_stride
     value = tl.load(target, mask=inside, other=0.0).to(tl.float32) + total
@@ -72,7 +72,7 @@ def plan(
     rows, columns = weight.shape
     k = left.shape[1]
     column_tiles = triton.cdiv(columns, config.n)
-    fma = config.k == 1 or k <= MOST_FMA
+    fma = k <= MOST_FMA
     target = weight if copy is None else copy
     arguments = {
         "weight": weight, "left": left, "right": right, "copy": target, "alpha": alpha, "rows": rows,
@@ -100,5 +100,7 @@ def rank_k_update_(
         scratch = torch.empty_like(weight)
         return plan(scratch, left, right, alpha, None if copy is None else torch.empty_like(copy), config)
 
-    shape_class = "fma" if left.shape[1] <= MOST_FMA else "dot"
-    run(plan(weight, left, right, alpha, copy, choose(RANK_K, shape_class, weight.device, trial)), weight.device)
+    kind = "fma" if left.shape[1] <= MOST_FMA else "dot"
+    size = f"{weight.dtype}, {size_class(weight.numel())}, k {size_class(left.shape[1])}"
+    config = choose(RANK_K, kind, weight.device, trial, size)
+    run(plan(weight, left, right, alpha, copy, config), weight.device)

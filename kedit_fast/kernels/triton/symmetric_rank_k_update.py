@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kedit_fast.kernels.triton.arithmetic import dot
+from kedit_fast.kernels.triton.arithmetic import accumulate
 from kedit_fast.kernels.triton.configs import SYMMETRIC, Config
-from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, processors, run
+from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, processors, run, size_class
 
 SUMMED_ROWS = 8192  # rows whose sum is kept in fp32 before it joins acc
 WAVES = 2  # programs for each multiprocessor that splitting aims at
@@ -59,6 +59,7 @@ def _symmetric_rank_k_update_kernel(
     left_columns = x + i.to(tl.int64)[:, None] * x_column_stride
     right_columns = x + j.to(tl.int64)[None, :] * x_column_stride
     total = tl.zeros((SIDE, SIDE), tl.float32)
+    part = tl.zeros((SIDE, SIDE), tl.float32)
     for first in range(begin, end, DEPTH):
         row = first + depth
         kept = row < end
@@ -72,7 +73,9 @@ def _symmetric_rank_k_update_kernel(
         right = tl.load(right_columns + offset[:, None], mask=kept[:, None] & (j < d)[None, :], other=0.0)
         if WEIGHTED:
             left = left.to(tl.float32) * weight[None, :]  # left is 0 where a row is not kept, whatever its weight
-        total = dot(left, right, total, PRODUCTS, INTERPRET)
+        step = (first - begin) // DEPTH
+        part, total = accumulate(left, right, part, total, step, PRODUCTS, DEPTH, INTERPRET)
+    total += part
     if SPLIT:
         within = tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
         at = (split.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (SIDE * SIDE)
@@ -169,5 +172,6 @@ def symmetric_rank_k_update_(
     def trial(config: Config) -> list[Launch]:
         return plan(torch.zeros_like(acc), x, row_weights, mask, alpha, config)
 
-    config = choose(SYMMETRIC, shape_class(acc, x, row_weights), acc.device, trial)
+    size = f"{x.dtype}, d {size_class(x.shape[1])}, rows {size_class(x.shape[0])}"
+    config = choose(SYMMETRIC, shape_class(acc, x, row_weights), acc.device, trial, size)
     run(plan(acc, x, row_weights, mask, alpha, config), acc.device)
