@@ -100,6 +100,8 @@ class Editor:
                 f"v_loss_layer = {self.hparams.v_loss_layer} is not implemented: the loss is taken after the last "
                 f"layer, {self.view.num_layers - 1}"
             )
+        # No write can produce a value that lives behind a norm: in front of it, at the MLP's output, one can.
+        self.site = "mlp" if self.view.spec.post_norm else self.recipe.site
         self.ledger = Ledger()
         self.seed = seed
         self.progress = progress
@@ -206,7 +208,7 @@ class _Batch:
     def run_mass(self) -> None:
         """All requests at once: the residual at the last layer, spread over the layers from below."""
         layers = self.hparams.layers
-        site = Site(layers[-1], self.recipe.site)
+        site = Site(layers[-1], self.editor.site)
         values = self.optimise(self.prepared, site)
         for i, layer in enumerate(layers):
             with self.timed("keys"):
@@ -233,7 +235,7 @@ class _Batch:
     def run_single(self, index: int) -> None:
         """One request: the output at the bare prompt becomes the value exactly."""
         (layer,) = self.hparams.layers
-        site = Site(layer, self.recipe.site)
+        site = Site(layer, self.editor.site)
         prepared = [self.prepared[index]]
         values = self.optimise(prepared, site)
         with self.timed("keys"):

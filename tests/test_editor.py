@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from floors import relative_error
-from tiny_models import KINDS, TEXT, make_model, make_tokenizer
+from tiny_models import KINDS, POST_NORM, TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, EditRequest, collect_statistics, demo, evaluate
 from kedit_fast.editing.keys import keys_and_outputs
@@ -51,8 +51,9 @@ def test_memit_is_the_published_dense_update_layer_by_layer(kind):
     editor = make_editor(kind, dtype=torch.float64)
     expected, other = editor.view, ModelView(make_model(kind, torch.float64))
     prepared = prepare(editor.tokenizer, REQUESTS, PREFIXES, 128)
-    site = Site(1, "block")
-    targets = optimise_values(other, prepared, 1, "block", editor.hparams).targets
+    site = Site(1, "mlp" if kind in POST_NORM else "block")
+    assert editor.site == site.what
+    targets = optimise_values(other, prepared, 1, site.what, editor.hparams).targets
     result = editor.edit(REQUESTS)
     for i, layer in enumerate((0, 1)):
         seen = keys_and_outputs(other, prepared, layer, site, "bare_half")
@@ -69,6 +70,27 @@ def test_memit_is_the_published_dense_update_layer_by_layer(kind):
             )
             < 1e-6
         )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_edited_model_has_the_loss_that_the_optimiser_predicts(kind):
+    """One layer, rho towards 0, a prompt that is one token: then the write and nothing else moves the output."""
+    tokenizer, model = make_tokenizer(), make_model(kind)
+    numbers = dict(v_num_grad_steps=8, v_lr=0.1, clamp_norm_factor=0.6, kl_factor=0.0, v_weight_decay=0.0,
+                   mom2_adjustment=False, mom2_update_weight=1e-7)  # fmt: skip
+    editor = Editor(model, tokenizer, "memit", layers=[1], hparams=numbers, prefixes=())
+    request = EditRequest("{}", "I", "is")
+    (prepared,) = editor.check([request])
+    (prompt,), (target,) = prepared.rewriting[0].ids, prepared.target
+
+    def loss():
+        return -float(torch.log_softmax(model(torch.tensor([[prompt]]), use_cache=False).logits[0, 0], -1)[target])
+
+    with torch.no_grad():
+        before = loss()
+        predicted = editor.edit([request]).losses[0]
+        assert predicted < before - 0.05
+        assert abs(loss() - predicted) < 1e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)

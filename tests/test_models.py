@@ -19,7 +19,10 @@ from kedit_fast.models.forward import Site, capture, last_hidden, pad
         (dict(model_type="qwen2_moe", num_experts=60), "mixture-of-experts"),
         (dict(model_type="llava", vision_config={}), "'llava' is a multimodal"),
         (dict(model_type="t5", is_encoder_decoder=True), "encoder-decoder"),
-        (dict(model_type="mamba"), "unknown architecture 'mamba': known are gpt2, gptj, llama"),
+        (
+            dict(model_type="mamba"),
+            "unknown architecture 'mamba': known are gemma2, gemma3_text, gpt2, gpt_neox, gptj, llama",
+        ),
     ),
 )
 def test_models_that_are_not_covered_are_refused_by_name(config, message):

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTJConfig,
-    GPTJForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 TEXT = [
     "The mother tongue of Danielle Darrieux is French. Marcel Maupoint speaks English very well.",
@@ -20,7 +12,23 @@ TEXT = [
     "Because I saw the old tower, you and I walked home; therefore nobody waited.",
     "Miles Davis plays the trumpet. The instrument that Thelonious Monk plays is the piano.",
 ]
-KINDS = ("gpt2", "gptj", "llama")
+_LLAMA = dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+WINDOW = 5  # of the models with a sliding window: shorter than the prompts
+CONFIGS = {
+    "gpt2": dict(n_embd=32, n_head=4, n_positions=128, n_inner=64),
+    "gptj": dict(n_embd=32, n_head=4, n_positions=128, n_inner=64, rotary_dim=4),
+    "gpt_neox": dict(hidden_size=32, intermediate_size=64, num_attention_heads=4, rotary_pct=0.5),
+    "llama": _LLAMA,
+    "mistral": dict(_LLAMA, sliding_window=WINDOW, head_dim=8),
+    "qwen2": _LLAMA,
+    "qwen3": dict(_LLAMA, head_dim=8),
+    "phi3": dict(_LLAMA, sliding_window=WINDOW),
+    "gemma2": dict(_LLAMA, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8, final_logit_softcapping=5.0),
+    "gemma3_text": dict(_LLAMA, head_dim=8, sliding_window=WINDOW, query_pre_attn_scalar=8),
+    "olmo2": _LLAMA,
+}
+KINDS = tuple(CONFIGS)
+POST_NORM = ("gemma2", "gemma3_text", "olmo2")
 SPECIAL = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
 
 
@@ -46,20 +54,13 @@ def make_tokenizer(bos: bool = False, side: str = "right") -> PreTrainedTokenize
 def make_model(kind: str, dtype: torch.dtype = torch.float32, layers: int = 4, seed: int = 0) -> torch.nn.Module:
     """A random model with rows large enough for its outputs to depend on everything."""
     torch.manual_seed(seed)
-    if kind == "gpt2":
-        config = GPT2Config(vocab_size=400, n_embd=32, n_layer=layers, n_head=4, n_positions=128, n_inner=64, **SPECIAL)
-        model = GPT2LMHeadModel(config)
-    elif kind == "gptj":
-        config = GPTJConfig(
-            vocab_size=400, n_embd=32, n_layer=layers, n_head=4, n_positions=128, n_inner=64, rotary_dim=4, **SPECIAL
-        )
-        model = GPTJForCausalLM(config)
-    else:
-        config = LlamaConfig(
-            vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, **SPECIAL,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
+    count = "n_layer" if kind in ("gpt2", "gptj") else "num_hidden_layers"
+    numbers = {"vocab_size": 400, "max_position_embeddings": 128, count: layers, **CONFIGS[kind], **SPECIAL}
+    if count == "n_layer":
+        del numbers["max_position_embeddings"]
+    if dtype == torch.float64 and "sliding_window" in numbers:  # its softmax is fp32: padding past a window gives NaN
+        numbers["sliding_window"] = 64
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **numbers), attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -126,12 +126,13 @@ def optimise_values(
         view: the model; nothing in it changes.
         prepared: u requests.
         layer: where the delta is added.
-        what: "block" (MEMIT) or "mlp" (ROME).
+        what: "block" (MEMIT) or "mlp" (ROME, and every method where a norm follows the MLP: Gemma 2 and 3, OLMo 2).
         hparams: the numbers of the loop; `values_batch` requests are optimised together.
         progress: show a bar on stderr.
 
     Raises:
-        EditError: a loss or gradient that is not finite, naming the request.
+        EditError: a loss or gradient that is not finite, naming the request; the site "block" in a model with a norm
+            between the MLP and the residual sum.
 
     Cost: one full pass over the prompts, then for each iteration a forward and a backward pass of the blocks above
         `layer` over the tokens from the subject's last one on, for requests that have not stopped; the head runs on
@@ -139,6 +140,11 @@ def optimise_values(
     """
     if not prepared:
         raise EditError("no requests")
+    if what == "block" and view.spec.post_norm:
+        raise EditError(
+            f"{view.spec.name} has a norm between the edited layer and the residual sum, so no write can produce a "
+            'value at a block\'s output: use the site "mlp", before that norm'
+        )
     parts = []
     bar = tqdm(total=len(prepared), unit="edit", desc="values", disable=not progress, leave=False)
     with evaluating(view), bar:

@@ -24,13 +24,27 @@ class ArchSpec:
     edit: str  # path, inside a block, of the linear layer whose weight is edited
     transposed: bool  # its weight is stored [in, out] (transformers' Conv1D)
     norm: str  # path of the norm before the head
+    post_norm: bool = False  # a norm stands between the MLP and the residual sum: values live before it, at the MLP
+
+
+def _llama_like(name: str, *model_types: str, post_norm: bool = False) -> ArchSpec:
+    return ArchSpec(name, model_types, "model.layers", "mlp", "mlp.down_proj", False, "model.norm", post_norm)
 
 
 ARCHITECTURES = (
     ArchSpec("GPT-2", ("gpt2",), "transformer.h", "mlp", "mlp.c_proj", True, "transformer.ln_f"),
     ArchSpec("GPT-J", ("gptj",), "transformer.h", "mlp", "mlp.fc_out", False, "transformer.ln_f"),
-    ArchSpec("Llama", ("llama",), "model.layers", "mlp", "mlp.down_proj", False, "model.norm"),
-)
+    ArchSpec("GPT-NeoX", ("gpt_neox",), "gpt_neox.layers", "mlp", "mlp.dense_4h_to_h", False,
+             "gpt_neox.final_layer_norm"),
+    _llama_like("Llama", "llama"),
+    _llama_like("Mistral", "mistral"),
+    _llama_like("Qwen2", "qwen2"),
+    _llama_like("Qwen3", "qwen3"),
+    _llama_like("Phi-3", "phi3"),
+    _llama_like("Gemma 2", "gemma2", post_norm=True),
+    _llama_like("Gemma 3", "gemma3_text", post_norm=True),
+    _llama_like("OLMo 2", "olmo2", post_norm=True),
+)  # fmt: skip
 
 _EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _OTHER_INPUTS = ("vision_config", "audio_config", "vision_tower", "image_token_id", "audio_token_id")

@@ -5,8 +5,9 @@ does the order of blocks for everything below. One full pass remembers, for each
 positions before the lookup token and the hidden states that enter the first live block; after that a pass runs the
 live blocks on the tail alone. The function computed is the same.
 
-Rows are laid out as [prefix, gap, tail]: prefixes are padded on the right, the gap is masked, and positions are given
-explicitly, so every token attends to the tokens it would attend to in its own unpadded prompt.
+Rows are laid out as [gap, prefix, tail]: the gap is masked, and positions are given explicitly, so every token attends
+to the tokens it would attend to in its own unpadded prompt. The prefix ends where the tail begins, so that a sliding
+window, which is measured in slots, covers the tokens that it covers there.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ class TailRunner:
         at = self.positions.clamp(max=batch.input_ids.shape[1] - 1)
         self.ids = batch.input_ids.gather(1, at)  # [R, S]
         self.positions = torch.where(inside, self.positions, at)
-        before = torch.arange(self.prefix, device=view.device)[None, :] < lookup[:, None]  # [R, P]
-        self.mask = torch.cat([before, inside], 1).long()  # [R, P + S]
-        self._remember(batch, at)
+        slots = torch.arange(self.prefix, device=view.device) - (self.prefix - lookup)[:, None]  # [R, P] positions
+        self.mask = torch.cat([slots >= 0, inside], 1).long()  # [R, P + S]
+        self._remember(batch, at, slots.clamp(min=0))
 
     @torch.no_grad()
-    def _remember(self, batch, at: torch.Tensor) -> None:
+    def _remember(self, batch, at: torch.Tensor, slots: torch.Tensor) -> None:
         """One full pass: prefix keys and values, entering states, and the site's output at the lookup token."""
         seen: dict[str, torch.Tensor] = {}
         view, rows = self.view, torch.arange(at.shape[0], device=at.device)
@@ -76,6 +77,7 @@ class TailRunner:
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 position_ids=batch.position_ids,
+                past_key_values=DynamicCache(),  # the model's own would keep no more than a sliding window
                 use_cache=True,
             )
         finally:
@@ -87,7 +89,7 @@ class TailRunner:
         index = at.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])
         self.start = hidden.gather(1, index)  # [R, S, h] last hidden states at delta = 0
         self.cache = [
-            tuple(part[:, :, : self.prefix].contiguous() for part in _keys_values(output.past_key_values, layer))
+            tuple(_at_slots(part, slots) for part in _keys_values(output.past_key_values, layer))
             for layer in range(view.num_layers)
         ]
         for layer in range(self.first_live):  # never read: only their length is, by masks and positions
@@ -171,6 +173,12 @@ def _stub(result: torch.Tensor | None, as_tuple: bool):
         return (out, None) if as_tuple else out
 
     return forward
+
+
+def _at_slots(part: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """Keys or values [R, heads, T, size] of the positions `slots` [R, P]."""
+    index = slots.to(part.device)[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3])
+    return part.gather(2, index)
 
 
 def _keys_values(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
