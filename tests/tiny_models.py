@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -58,7 +59,9 @@ def make_model(kind: str, dtype: torch.dtype = torch.float32, layers: int = 4, s
     numbers = {"vocab_size": 400, "max_position_embeddings": 128, count: layers, **CONFIGS[kind], **SPECIAL}
     if count == "n_layer":
         del numbers["max_position_embeddings"]
-    if dtype == torch.float64 and "sliding_window" in numbers:  # its softmax is fp32: padding past a window gives NaN
+    # In fp64, padding past a window gives NaN (transformers' softmax is fp32); older Gemmas cut masks to the window.
+    older = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56) and kind in ("gemma2", "gemma3_text")
+    if "sliding_window" in numbers and (dtype == torch.float64 or older):
         numbers["sliding_window"] = 64
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **numbers), attn_implementation="eager")
     with torch.no_grad():

@@ -88,6 +88,7 @@ class ModelView:
         self.spec = spec or find_architecture(model.config)
         try:
             self.blocks = model.get_submodule(self.spec.blocks)
+            self.base = model.get_submodule(self.spec.blocks.rpartition(".")[0])  # the decoder without its head
             self.norm = model.get_submodule(self.spec.norm)
         except AttributeError as error:
             raise UnsupportedModelError(

@@ -117,7 +117,7 @@ def last_hidden(view: ModelView, batch: TokenBatch) -> torch.Tensor:
 
 
 def _run_base(view: ModelView, batch: TokenBatch):
-    return view.model.base_model(
+    return view.base(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,

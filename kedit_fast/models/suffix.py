@@ -56,6 +56,8 @@ class TailRunner:
     def _remember(self, batch, at: torch.Tensor, slots: torch.Tensor) -> None:
         """One full pass: prefix keys and values, entering states, and the site's output at the lookup token."""
         seen: dict[str, torch.Tensor] = {}
+        windowed = getattr(self.view.config, "sliding_window", None)
+        cache = DynamicCache() if windowed else None  # the model's own would keep no more than the window
         view, rows = self.view, torch.arange(at.shape[0], device=at.device)
 
         def keep_site(module, args, output):
@@ -73,11 +75,11 @@ class TailRunner:
             hooks.append(module_at(view, self.site).register_forward_hook(keep_site))
             if self.first_live > 0:
                 hooks.append(view.block(self.first_live - 1).register_forward_hook(keep_entering))
-            output = view.model.base_model(
+            output = view.base(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 position_ids=batch.position_ids,
-                past_key_values=DynamicCache(),  # the model's own would keep no more than a sliding window
+                past_key_values=cache,
                 use_cache=True,
             )
         finally:
@@ -109,7 +111,7 @@ class TailRunner:
     def run(self, delta: torch.Tensor) -> torch.Tensor:
         """Last hidden states [R, S, h] of the tails with `delta` [R, h] added at the site's lookup token."""
         with self._stubs(delta), self._hook(delta):
-            return self.view.model.base_model(
+            return self.view.base(
                 input_ids=self.ids,
                 attention_mask=self.mask,
                 position_ids=self.positions,
