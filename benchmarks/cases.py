@@ -39,7 +39,7 @@ class Case:
 
 
 def _symmetric() -> list[Case]:
-    """The rows of x are tokens. Published statistics take 100,000 texts; the ratio does not depend on how many."""
+    """The rows of x are tokens."""
     found = [
         Case("symmetric_rank_k_update_", f"x [{rows}, {d}]", dtype, {"rows": rows, "d": d}, floor, goal)
         for dtype, floor, goal in (("bfloat16", 5.0, 10.0), ("float32", 1.4, 1.8))
