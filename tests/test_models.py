@@ -35,9 +35,9 @@ def test_a_spec_can_be_passed_for_an_unknown_model():
     model.config.model_type = "homemade"
     with pytest.raises(UnsupportedModelError, match="homemade"):
         ModelView(model)
-    spec = ArchSpec("Homemade", ("homemade",), "model.layers", "mlp", "mlp.down_proj", False, "model.norm")
+    spec = ArchSpec("Homemade", ("homemade",), "model.layers", "self_attn", "mlp", "mlp.down_proj", False, "model.norm")
     assert ModelView(model, spec).num_layers == 4
-    wrong = ArchSpec("Homemade", ("homemade",), "model.stages", "mlp", "mlp.down_proj", False, "model.norm")
+    wrong = ArchSpec("Homemade", ("homemade",), "model.stages", "self_attn", "mlp", "mlp.down_proj", False, "model.norm")
     with pytest.raises(UnsupportedModelError, match="does not have the modules"):
         ModelView(model, wrong)
 
@@ -59,7 +59,7 @@ def test_a_partial_pass_sees_what_a_full_pass_sees(kind):
     view = ModelView(model)
     rows = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
     batch, positions = pad(rows, view.device), torch.tensor([3, 0, 2])
-    seen = capture(view, batch, [Site(1, "key"), Site(2, "block"), Site(2, "mlp")], positions)
+    seen, _ = capture(view, batch, [Site(1, "key"), Site(2, "block"), Site(2, "mlp")], positions)
     for i, row in enumerate(rows):
         kept = {}
         hooks = [

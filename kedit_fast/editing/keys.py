@@ -46,7 +46,7 @@ def keys_and_outputs(
         for begin in range(0, len(prompts), ROWS):
             chunk = prompts[begin : begin + ROWS]
             positions = torch.tensor([prompt.lookup for prompt in chunk])
-            seen = capture(view, pad([prompt.ids for prompt in chunk], view.device), sites, positions)
+            seen, _ = capture(view, pad([prompt.ids for prompt in chunk], view.device), sites, positions)
             keys.append(seen[sites[0]].double())
             outputs.append(seen[site].double())
     all_keys = torch.cat(keys).unflatten(0, (len(prepared), contexts))  # [u, contexts, d]

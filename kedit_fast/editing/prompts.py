@@ -40,6 +40,12 @@ class PreparedRequest:
     kl: Prompt
     target: tuple[int, ...]
 
+    @property
+    def name(self) -> str:
+        """How messages call the request."""
+        request = self.request
+        return f"request {request.id!r}" if request.id is not None else f"the request on {request.subject!r}"
+
 
 def fill(tokenizer: Any, template: str, subject: str, prefix: str = "") -> Prompt:
     """Tokenise `prefix + template` with `subject` at the template's {}; raises RequestError when it has no tokens."""

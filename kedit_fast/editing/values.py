@@ -9,106 +9,69 @@ For each request, minimise over delta in R^h, added to the site's output h0 at t
 by Adam, and keep |delta| <= clamp_norm_factor |h0|. The order is the published loop's: forward, loss, stop if it is
 below v_stop_loss before the step, no step in the last iteration. Requests do not see each other: a batch of them
 gives what one at a time gives.
+
+PMET optimises two deltas together, at the outputs of attention and MLP, each with its own decay and clamp; the
+likelihood weighs a tenth in the iteration after one in which every target token was the argmax in every context, and a
+request for which that holds stops once kl_factor KL is at most 0.01.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
+from kedit_fast.editing.objective import Objective
 from kedit_fast.editing.prompts import PreparedRequest
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
-from kedit_fast.models.suffix import TailRunner
-from kedit_fast.ops import distribution_kl, target_log_probs
 
+_log = logging.getLogger("kedit_fast")
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, torch's defaults
-LEAVE_SHARE = 0.8  # prompts of stopped requests leave the batch when no more than this share still moves
+LEAVE_SHARE = 0.9  # with nobody waiting, requests that are done leave when no more than this share still goes
+ENTER_PARTS = 4  # requests enter in groups of this part of a batch
+EASED, EASED_KL = 0.1, 0.01  # PMET: the likelihood's weight after every target was right, and the KL that ends it
+SITES = {"block": ("block",), "mlp": ("mlp",), "attention and mlp": ("attention", "mlp")}
+GOING, USED_UP, STOPPED, PREDICTED, BAD_LOSS, BAD_GRADIENT = range(6)
+PROBLEMS = {
+    PREDICTED: "the model says the target already (its loss is below v_stop_loss before the first step)",
+    BAD_LOSS: "the loss of its value is not finite; is the model's output finite on its prompt?",
+    BAD_GRADIENT: "the gradient of its value is not finite; is the model's output finite on its prompt?",
+}
 
 
 @dataclass(frozen=True)
 class Values:
-    """Optimised values of u requests."""
+    """Optimised values of u requests, at one site or two."""
 
-    targets: torch.Tensor  # [h, u] h0 + delta, fp64
-    deltas: torch.Tensor  # [h, u] fp32
+    sites: tuple[str, ...]  # "block", "mlp", or "attention" and "mlp"
+    all_targets: torch.Tensor  # [sites, h, u] h0 + delta, fp64
+    all_deltas: torch.Tensor  # [sites, h, u] fp32
     losses: torch.Tensor  # [u] at the last forward pass
     steps: torch.Tensor  # [u] optimiser steps taken
+    status: torch.Tensor  # [u] USED_UP (all iterations), STOPPED, or a key of PROBLEMS
 
+    @property
+    def targets(self) -> torch.Tensor:
+        """[h, u] of the last site: the one whose layer is written."""
+        return self.all_targets[-1]
 
-class _Prompts:
-    """The prompts of a few requests on a TailRunner, and where to look in their tails."""
+    @property
+    def deltas(self) -> torch.Tensor:
+        """[h, u] of the last site."""
+        return self.all_deltas[-1]
 
-    def __init__(self, view: ModelView, prepared: Sequence[PreparedRequest], site: Site):
-        rows: list[tuple[int, ...]] = []
-        lookups: list[int] = []
-        owner: list[int] = []  # request of each row
-        targets: list[tuple[int, int, int, int, float]] = []  # row, tail index, token, request, weight
-        kl_rows: list[int] = []
-        bare_rows: list[int] = []
-        for i, request in enumerate(prepared):
-            bare_rows.append(len(rows))
-            weight = 1.0 / (len(request.rewriting) * len(request.target))
-            for prompt in request.rewriting:
-                last = len(prompt.ids) - 1 - prompt.lookup
-                targets += [(len(rows), last + t, token, i, weight) for t, token in enumerate(request.target)]
-                rows.append((*prompt.ids, *request.target[:-1]))
-                lookups.append(prompt.lookup)
-                owner.append(i)
-            kl_rows.append(len(rows))
-            rows.append(request.kl.cut().ids)
-            lookups.append(request.kl.lookup)
-            owner.append(i)
-        self.device = view.head.device
-        self.runner = TailRunner(view, rows, lookups, site)
-        self.count = len(prepared)
-        self.owner = torch.tensor(owner, device=self.device)
-        self.kl_rows = torch.tensor(kl_rows, device=self.device)
-        row, index, token, request, weight = zip(*targets, strict=True)
-        self.target_rows = torch.tensor(row, device=self.device)
-        self.target_index = torch.tensor(index, device=self.device)
-        self.target_ids = torch.tensor(token, device=self.device)
-        self.target_owner = torch.tensor(request, device=self.device)
-        self.target_weights = torch.tensor(weight, device=self.device)
-        self.h0 = self.runner.site_output.to(self.device)[torch.tensor(bare_rows, device=self.device)].float()  # [u, h]
-        self.reference = self.runner.start.to(self.device)[self.kl_rows, 0]  # [u, h]
-
-    def select(self, keep: torch.Tensor) -> _Prompts:
-        """The prompts of some of the requests, `keep` [v] in increasing order."""
-        chosen = object.__new__(_Prompts)
-        number = torch.full((self.count,), -1, device=self.device)
-        number[keep] = torch.arange(keep.numel(), device=self.device)
-        rows = torch.nonzero(number[self.owner] >= 0)[:, 0]
-        row_number = torch.full((self.owner.numel(),), -1, device=self.device)
-        row_number[rows] = torch.arange(rows.numel(), device=self.device)
-        targets = torch.nonzero(number[self.target_owner] >= 0)[:, 0]
-        chosen.device, chosen.count = self.device, keep.numel()
-        chosen.runner = self.runner.select(rows)
-        chosen.owner = number[self.owner[rows]]
-        chosen.kl_rows = row_number[self.kl_rows[keep]]
-        chosen.target_rows = row_number[self.target_rows[targets]]
-        chosen.target_index = self.target_index[targets]
-        chosen.target_ids = self.target_ids[targets]
-        chosen.target_owner = number[self.target_owner[targets]]
-        chosen.target_weights = self.target_weights[targets]
-        chosen.h0, chosen.reference = self.h0[keep], self.reference[keep]
-        return chosen
-
-    def losses(self, view: ModelView, delta: torch.Tensor, hparams: Hparams) -> torch.Tensor:
-        """The objective of each request [u] at delta [u, h]."""
-        hidden = self.runner.run(delta[self.owner]).to(self.device)  # [R, S, h]
-        at_targets = hidden[self.target_rows, self.target_index]
-        log_probs = target_log_probs(at_targets, view.head, self.target_ids, view.head_bias, view.softcap).log_prob
-        nll = torch.zeros(self.count, device=self.device, dtype=log_probs.dtype)
-        nll = nll.index_add(0, self.target_owner, -log_probs * self.target_weights.to(log_probs))
-        kl = distribution_kl(hidden[self.kl_rows, 0], self.reference, view.head, view.head_bias, view.softcap)
-        decay = hparams.v_weight_decay * torch.linalg.vector_norm(delta, dim=1) / self.h0.norm(dim=1) ** 2
-        return (nll + hparams.kl_factor * kl + decay).float()
+    def select(self, which: Sequence[int]) -> Values:
+        """The values of some of the requests."""
+        index = torch.tensor(list(which), dtype=torch.int64)
+        at = index.to(self.all_targets.device)
+        return Values(self.sites, self.all_targets[:, :, at], self.all_deltas[:, :, at],
+                      self.losses[index], self.steps[index], self.status[index])  # fmt: skip
 
 
 def optimise_values(
@@ -118,25 +81,32 @@ def optimise_values(
     what: str,
     hparams: Hparams,
     *,
+    on_problem: str = "raise",
     progress: bool = False,
+    finished: Callable[[Sequence[int], Values], None] | None = None,
 ) -> Values:
-    """Optimise the value of each request at the output of block or MLP `layer`.
+    """Optimise the value of each request at layer `layer`.
 
     Args:
         view: the model; nothing in it changes.
         prepared: u requests.
         layer: where the delta is added.
-        what: "block" (MEMIT) or "mlp" (ROME, and every method where a norm follows the MLP: Gemma 2 and 3, OLMo 2).
-        hparams: the numbers of the loop; `values_batch` requests are optimised together.
+        what: "block" (MEMIT), "mlp" (ROME, and every method where a norm follows the MLP: Gemma 2 and 3, OLMo 2), or
+            "attention and mlp" (PMET): two deltas under PMET's rule.
+        hparams: the numbers of the loop; `values_batch` requests are optimised together (0: as many as memory takes).
+        on_problem: "raise" at the first request whose loss or gradient is not finite, or "keep" going with the others:
+            `status` tells, and such a request has the delta it had before. A target the model says already is no
+            error here, `status` is PREDICTED.
         progress: show a bar on stderr.
+        finished: called with the numbers and values of requests as they are done.
 
     Raises:
         EditError: a loss or gradient that is not finite, naming the request; the site "block" in a model with a norm
             between the MLP and the residual sum.
 
     Cost: one full pass over the prompts, then for each iteration a forward and a backward pass of the blocks above
-        `layer` over the tokens from the subject's last one on, for requests that have not stopped; the head runs on
-        target rows alone.
+        `layer` over the tokens from the subject's last one on, for requests that have not stopped; the last block's
+        MLP and the head run on target tokens alone.
     """
     if not prepared:
         raise EditError("no requests")
@@ -145,70 +115,181 @@ def optimise_values(
             f"{view.spec.name} has a norm between the edited layer and the residual sum, so no write can produce a "
             'value at a block\'s output: use the site "mlp", before that norm'
         )
-    parts = []
+    sites = [Site(layer, name) for name in SITES[what]]
     bar = tqdm(total=len(prepared), unit="edit", desc="values", disable=not progress, leave=False)
     with evaluating(view), bar:
-        # Neighbours in length share a batch, so little of it is padding.
-        order = sorted(range(len(prepared)), key=lambda i: max(len(p.ids) for p in prepared[i].rewriting))
-        for begin in range(0, len(order), hparams.values_batch):
-            chosen = order[begin : begin + hparams.values_batch]
-            parts.append(_optimise(view, [prepared[i] for i in chosen], Site(layer, what), hparams))
-            bar.update(len(chosen))
-    back = torch.argsort(torch.tensor(order))
-    return Values(
-        targets=torch.cat([p.targets for p in parts], 1)[:, back.to(parts[0].targets.device)],
-        deltas=torch.cat([p.deltas for p in parts], 1)[:, back.to(parts[0].deltas.device)],
-        losses=torch.cat([p.losses for p in parts])[back],
-        steps=torch.cat([p.steps for p in parts])[back],
-    )
+        return _Descent(view, prepared, sites, hparams, on_problem, finished).run(bar)
 
 
-def _optimise(view: ModelView, prepared: Sequence[PreparedRequest], site: Site, hparams: Hparams) -> Values:
-    prompts = _Prompts(view, prepared, site)
-    u, device, h0 = prompts.count, prompts.device, prompts.h0
-    limit = hparams.clamp_norm_factor * h0.norm(dim=1)
-    delta, mean, square = (torch.zeros_like(h0) for _ in range(3))
-    losses, steps = (torch.zeros(u, device=device) for _ in range(2))
-    going = torch.ones(u, dtype=torch.bool, device=device)  # requests that have not stopped
-    held = torch.arange(u, device=device)  # requests whose prompts still run
-    for iteration in range(hparams.v_num_grad_steps):
-        current = delta[held].requires_grad_(True)
-        loss = prompts.losses(view, current, hparams)
+def by_length(prepared: Sequence[PreparedRequest]) -> list[int]:
+    """Requests with tails of one length together, and then prefixes of one length: so little of a batch is padding."""
+
+    def lengths(i: int) -> tuple[int, int]:
+        prompts = prepared[i].rewriting
+        tail = max(len(prompt.ids) - prompt.lookup for prompt in prompts) + len(prepared[i].target) - 1
+        return tail, max(prompt.lookup for prompt in prompts)
+
+    return sorted(range(len(prepared)), key=lengths)
+
+
+class _Descent:
+    """The published loop over all requests, `values_batch` of them at a time.
+
+    Requests enter by length, in groups, as others leave; each counts its own iterations. What is known of those that
+    run lies on the device, and is looked at every `check_every` iterations only.
+    """
+
+    RUNNING = ("held", "limit", "delta", "mean", "square", "losses", "factor", "steps", "status", "since")
+    KEPT = ("delta", "losses", "steps", "status")
+
+    def __init__(
+        self,
+        view: ModelView,
+        prepared: Sequence[PreparedRequest],
+        sites: Sequence[Site],
+        hparams: Hparams,
+        on_problem: str,
+        finished: Callable[[Sequence[int], Values], None] | None,
+    ):
+        self.view, self.prepared, self.sites, self.hparams = view, prepared, sites, hparams
+        self.on_problem, self.finished = on_problem, finished
+        self.eases = len(sites) == 2
+        self.asks = self.eases or hparams.most_probable_steps > 0
+        self.queue = by_length(prepared)
+        self.group = max(1, hparams.values_batch // ENTER_PARTS)
+        self.objective: Objective | None = None
+        self.results: dict[str, torch.Tensor] = {}  # of all requests, the last dimension
+        device, u = view.head.device, len(prepared)
+        self.every = hparams.check_every or (1 if device.type == "cpu" else 4)
+        self.losses = torch.zeros(u, device=device)
+
+    def run(self, bar: tqdm) -> Values:
+        """Optimise all requests."""
+        count = self.hparams.v_num_grad_steps
+        iteration = 0
+        self.enter()
+        while self.objective is not None:
+            iteration += 1
+            look = iteration % self.every == 0
+            with torch.enable_grad():
+                current = self.delta.clone().requires_grad_(True)
+                loss = self.measure(current)
+                going = self.look() if look else None
+                if going is None or going:
+                    (gradient,) = torch.autograd.grad(loss.sum(), current)
+                    self.move(gradient)
+            bar.update(self.held.numel() / count)
+            if going is not None:
+                self.leave(going)
+                self.enter()
+        bar.update(len(self.prepared) - bar.n)
+        return self.values(range(len(self.prepared)))
+
+    def enter(self) -> None:
+        """Groups of requests from the queue join as long as there is room for them."""
+        while self.queue and (self.objective is None or self.held.numel() + self.group <= self.hparams.values_batch):
+            group, self.queue = self.queue[: self.group], self.queue[self.group :]
+            objective = Objective(self.view, [self.prepared[i] for i in group], self.sites)
+            h0, device = objective.h0, objective.device  # [v, sites, h]
+            v = len(group)
+            new = {
+                "held": torch.tensor(group, device=device),
+                "limit": self.hparams.clamp_norm_factor * h0.norm(dim=2, keepdim=True),  # [v, sites, 1]
+                **{name: torch.zeros_like(h0) for name in ("delta", "mean", "square")},
+                "losses": torch.zeros(v, device=device),
+                "factor": torch.ones(v, device=device),  # of the likelihood
+                "steps": torch.zeros(v, device=device, dtype=torch.int64),
+                "status": torch.full((v,), GOING, device=device),
+                "since": torch.full((v,), -1, device=device),  # steps since every target was the argmax
+            }
+            for name, value in new.items():
+                setattr(self, name, value if self.objective is None else torch.cat([getattr(self, name), value]))
+            self.objective = objective if self.objective is None else self.objective.joined(objective)
+
+    def measure(self, current: torch.Tensor) -> torch.Tensor:
+        """The losses [v] at the deltas; who is done stops here, before the step. Nothing is read back."""
+        hparams, going = self.hparams, self.status == GOING
+        nll, kl, decay, right = self.objective.terms(current, self.asks)
+        loss = self.factor * nll + hparams.kl_factor * kl + hparams.v_weight_decay * decay
         measured = loss.detach()
-        _require_finite(measured, held, prepared, "loss")
-        live = going[held]
-        losses[held] = torch.where(live, measured, losses[held])
-        if iteration == hparams.v_num_grad_steps - 1:
-            break
-        live = live & (measured >= hparams.v_stop_loss)
-        going[held] = live
-        if not bool(live.any()):
-            break
-        (gradient,) = torch.autograd.grad(loss[live].sum(), current)
-        moving, gradient = held[live], gradient[live]
-        _require_finite(gradient.sum(1), moving, prepared, "gradient")
-        steps[moving] += 1
-        count = steps[moving][:, None]
-        mean[moving] = BETAS[0] * mean[moving] + (1 - BETAS[0]) * gradient
-        square[moving] = BETAS[1] * square[moving] + (1 - BETAS[1]) * gradient**2
-        corrected = mean[moving] / (1 - BETAS[0] ** count)
-        scale = (square[moving] / (1 - BETAS[1] ** count)).sqrt() + EPSILON
-        moved = delta[moving] - hparams.v_lr * corrected / scale
-        norm = moved.norm(dim=1)
-        delta[moving] = torch.where((norm > limit[moving])[:, None], moved * (limit[moving] / norm)[:, None], moved)
-        if moving.numel() <= LEAVE_SHARE * held.numel():
-            prompts, held = prompts.select(torch.nonzero(live)[:, 0]), moving
-    return Values(
-        targets=(h0.double() + delta.double()).T.contiguous(),
-        deltas=delta.T.contiguous(),
-        losses=losses.cpu(),
-        steps=steps.long().cpu(),
-    )
+        self.losses = torch.where(going, measured, self.losses)
+        stop = measured < hparams.v_stop_loss
+        if self.eases:
+            self.factor = torch.where(right, EASED, 1.0)
+            stop = stop | (right & (hparams.kl_factor * kl.detach() <= EASED_KL))
+        if hparams.most_probable_steps:
+            self.since = torch.where(self.since >= 0, self.since + 1, torch.where(right, 0, -1))
+            stop = stop | (self.since >= hparams.most_probable_steps)
+        over = torch.where(self.steps >= hparams.v_num_grad_steps - 1, USED_UP, GOING)
+        found = torch.where(stop, torch.where(self.steps == 0, PREDICTED, STOPPED), over)
+        found = torch.where(torch.isfinite(measured), found, BAD_LOSS)
+        self.status = torch.where(going, found, self.status)
+        return loss
 
+    def move(self, gradient: torch.Tensor) -> None:
+        """One step of Adam and the clamp, for requests that still go [v, sites, h]. Nothing is read back."""
+        finite = torch.isfinite(gradient.sum((1, 2)))
+        self.status = torch.where((self.status == GOING) & ~finite, BAD_GRADIENT, self.status)
+        going = self.status == GOING
+        moving = going[:, None, None]
+        self.steps = self.steps + going
+        count = self.steps.clamp(min=1)[:, None, None]
+        mean = torch.lerp(gradient, self.mean, BETAS[0])
+        square = torch.lerp(gradient.square(), self.square, BETAS[1])
+        self.mean, self.square = torch.where(moving, mean, self.mean), torch.where(moving, square, self.square)
+        scale = (self.square / (1 - BETAS[1] ** count)).sqrt() + EPSILON
+        moved = self.delta - self.hparams.v_lr * (self.mean / (1 - BETAS[0] ** count)) / scale
+        norm = moved.norm(dim=2, keepdim=True)
+        moved = torch.where(norm > self.limit, moved * (self.limit / norm), moved)
+        self.delta = torch.where(moving, moved, self.delta)
 
-def _require_finite(values: torch.Tensor, which: torch.Tensor, prepared: Sequence[PreparedRequest], name: str) -> None:
-    bad = torch.nonzero(~torch.isfinite(values))
-    if bad.numel():
-        request = prepared[int(which[int(bad[0])])].request
-        label = f"request {request.id!r}" if request.id is not None else f"the request on {request.subject!r}"
-        raise EditError(f"{label}: the {name} of its value is not finite; is the model's output finite on its prompt?")
+    def look(self) -> list[int]:
+        """The held requests that still go, as indices into `held`; raises for one that is not finite."""
+        status = self.status.tolist()  # the one wait for the device
+        if self.on_problem == "raise":
+            for i, code in zip(self.held.tolist(), status, strict=True):
+                if code in (BAD_LOSS, BAD_GRADIENT):
+                    raise EditError(f"{self.prepared[i].name}: {PROBLEMS[code]}")
+        return [i for i, code in enumerate(status) if code == GOING]
+
+    def leave(self, going: list[int]) -> None:
+        """Requests that are done leave, once they are enough for it to be worth it."""
+        held = self.held.numel()
+        if len(going) == held or (going and len(going) > LEAVE_SHARE * held and not self.queue):
+            return
+        gone = sorted(set(range(held)) - set(going))
+        self.keep(torch.tensor(gone, device=self.held.device))
+        if not going:
+            self.objective = None
+            return
+        stay = torch.tensor(going, device=self.held.device)
+        self.objective = self.objective.select(stay)
+        for name in self.RUNNING:
+            setattr(self, name, getattr(self, name)[stay])
+
+    def keep(self, gone: torch.Tensor) -> None:
+        """Write down what requests that leave have reached."""
+        h0 = self.objective.h0[gone]
+        found = {name: getattr(self, name)[gone] for name in self.KEPT}
+        found["h0"] = h0
+        where = self.held[gone]
+        for name, value in found.items():
+            if name not in self.results:
+                self.results[name] = value.new_zeros(len(self.prepared), *value.shape[1:])
+            self.results[name][where] = value
+        if self.finished is not None:
+            numbers = where.tolist()
+            self.finished(numbers, self.values(numbers))
+
+    def values(self, which: Sequence[int]) -> Values:
+        """The values of some requests that are done."""
+        index = torch.tensor(list(which), device=self.results["delta"].device)
+        delta, h0 = self.results["delta"][index], self.results["h0"][index]
+        flat = (self.results[name][index].cpu() for name in ("losses", "steps", "status"))
+        targets = h0.double() + delta.double()
+        return Values(
+            tuple(site.what for site in self.sites),
+            targets.permute(1, 2, 0).contiguous(),
+            delta.permute(1, 2, 0).contiguous(),
+            *flat,
+        )

@@ -40,6 +40,8 @@ class Hparams:
     context_template_length_params: tuple[tuple[int, int], ...] = ()  # (tokens, count) of generated prefixes
     on_bad_pivot: str = "raise"  # rank-one methods: raise, skip or allow
     values_batch: int = 32  # requests optimised together; does not change the result
+    check_every: int = 0  # iterations between looks at who has stopped, 0: 1 on a CPU, 4 on a GPU; the same result
+    most_probable_steps: int = 0  # stop this many steps after all target tokens are the argmax in all contexts; 0: off
     v_loss_layer: int = -1  # of the published files; only the last layer, -1, is implemented
 
     def __post_init__(self):
@@ -53,6 +55,8 @@ class Hparams:
             "mom2_update_weight": self.mom2_update_weight > 0 or find_recipe(self.method).solve != "ridge",
             "mom2_ridge": self.mom2_ridge >= 0,
             "values_batch": self.values_batch >= 1,
+            "check_every": self.check_every >= 0,
+            "most_probable_steps": self.most_probable_steps >= 0,
             "on_bad_pivot": self.on_bad_pivot in ("raise", "skip", "allow"),
         }
         for name, ok in check.items():

@@ -20,7 +20,8 @@ class ArchSpec:
     name: str
     model_types: tuple[str, ...]  # config.model_type
     blocks: str  # path of the list of decoder blocks
-    mlp: str  # path of the MLP inside a block; its output joins the residual stream
+    attention: str  # path of the attention inside a block
+    mlp: str  # path of the MLP inside a block, a function of each position; its output joins the residual stream
     edit: str  # path, inside a block, of the linear layer whose weight is edited
     transposed: bool  # its weight is stored [in, out] (transformers' Conv1D)
     norm: str  # path of the norm before the head
@@ -28,14 +29,16 @@ class ArchSpec:
 
 
 def _llama_like(name: str, *model_types: str, post_norm: bool = False) -> ArchSpec:
-    return ArchSpec(name, model_types, "model.layers", "mlp", "mlp.down_proj", False, "model.norm", post_norm)
+    return ArchSpec(
+        name, model_types, "model.layers", "self_attn", "mlp", "mlp.down_proj", False, "model.norm", post_norm
+    )
 
 
 ARCHITECTURES = (
-    ArchSpec("GPT-2", ("gpt2",), "transformer.h", "mlp", "mlp.c_proj", True, "transformer.ln_f"),
-    ArchSpec("GPT-J", ("gptj",), "transformer.h", "mlp", "mlp.fc_out", False, "transformer.ln_f"),
-    ArchSpec("GPT-NeoX", ("gpt_neox",), "gpt_neox.layers", "mlp", "mlp.dense_4h_to_h", False,
-             "gpt_neox.final_layer_norm"),
+    ArchSpec("GPT-2", ("gpt2",), "transformer.h", "attn", "mlp", "mlp.c_proj", True, "transformer.ln_f"),
+    ArchSpec("GPT-J", ("gptj",), "transformer.h", "attn", "mlp", "mlp.fc_out", False, "transformer.ln_f"),
+    ArchSpec("GPT-NeoX", ("gpt_neox",), "gpt_neox.layers", "attention", "mlp", "mlp.dense_4h_to_h",
+             False, "gpt_neox.final_layer_norm"),
     _llama_like("Llama", "llama"),
     _llama_like("Mistral", "mistral"),
     _llama_like("Qwen2", "qwen2"),
@@ -126,6 +129,10 @@ class ModelView:
     def block(self, layer: int) -> torch.nn.Module:
         """Decoder block `layer`."""
         return self.blocks[layer]
+
+    def attention(self, layer: int) -> torch.nn.Module:
+        """The attention of block `layer`."""
+        return self.block(layer).get_submodule(self.spec.attention)
 
     def mlp(self, layer: int) -> torch.nn.Module:
         """The MLP of block `layer`."""

@@ -1,4 +1,4 @@
-"""Partial forward passes: what goes into and comes out of modules, stopping as soon as it is known.
+"""Partial forward passes: what goes into and comes out of modules, starting and stopping where it is enough.
 
 Batches are padded on the right by this module, whatever the tokenizer's own side, so positions count from the left.
 """
@@ -6,7 +6,7 @@ Batches are padded on the right by this module, whatever the tokenizer's own sid
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,8 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Site:
-    """A place in the model: `what` is "key" (input of the edited linear layer), "mlp" or "block" (their outputs)."""
+    """A place in the model: `what` is "key" (input of the edited linear layer), or "attention", "mlp" or "block" (the
+    output of that module)."""
 
     layer: int
     what: str
@@ -65,13 +66,59 @@ def module_at(view: ModelView, site: Site) -> torch.nn.Module:
     """The module whose hook sees `site`."""
     if site.what == "key":
         return view.edited_module(site.layer)
-    return view.mlp(site.layer) if site.what == "mlp" else view.block(site.layer)
+    return {"attention": view.attention, "mlp": view.mlp, "block": view.block}[site.what](site.layer)
+
+
+@contextlib.contextmanager
+def replaced(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Modules with other forward functions, as long as the block lasts."""
+    own = {module: vars(module).get("forward") for module in forwards}  # dispatch hooks put one on the instance
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in own.items():
+            if forward is not None:
+                module.forward = forward
+            else:
+                vars(module).pop("forward", None)  # the class's own shows again
+
+
+def stubs(
+    view: ModelView, count: int, states: torch.Tensor | None, as_tuple: bool
+) -> dict[torch.nn.Module, Callable[..., Any]]:
+    """Forward functions for the first `count` blocks that return at once, the last of them with `states`."""
+
+    def stub(result: torch.Tensor | None) -> Callable[..., Any]:
+        def forward(hidden_states, *args, **kwargs):
+            out = hidden_states if result is None else result
+            return (out, None) if as_tuple else out
+
+        return forward
+
+    return {view.block(layer): stub(states if layer == count - 1 else None) for layer in range(count)}
+
+
+@dataclass(frozen=True)
+class Entering:
+    """What enters block `layer`: the states [R, T, h] of all positions, and how this version's blocks return them."""
+
+    layer: int
+    states: torch.Tensor
+    as_tuple: bool
 
 
 @torch.no_grad()
 def capture(
-    view: ModelView, batch: TokenBatch, sites: Sequence[Site], positions: torch.Tensor | None = None
-) -> dict[Site, torch.Tensor]:
+    view: ModelView,
+    batch: TokenBatch,
+    sites: Sequence[Site],
+    positions: torch.Tensor | None = None,
+    *,
+    entering: Entering | None = None,
+    keep_entering: int = 0,
+) -> tuple[dict[Site, torch.Tensor], Entering | None]:
     """Run the model until all `sites` are seen and return them.
 
     Args:
@@ -79,14 +126,20 @@ def capture(
         batch: R rows of tokens.
         sites: what to look at.
         positions: [R] one position for each row, or None for all positions.
+        entering: states from an earlier pass over the same batch, to start from instead of the embeddings.
+        keep_entering: a layer whose entering states to return too, not above the sites; 0 for none.
 
     Returns:
-        for each site [R, size] at the positions, or [R, T, size].
+        for each site [R, size] at the positions, or [R, T, size]; and the entering states asked for.
 
-    Cost: the blocks up to the last site; the head never runs.
+    Cost: the blocks from the first one needed to the last site; the head never runs.
     """
     seen: dict[Site, torch.Tensor] = {}
+    kept: list[Entering] = []
     rows = torch.arange(batch.input_ids.shape[0], device=batch.input_ids.device)
+
+    def keep_states(module, args, output):
+        kept.append(Entering(keep_entering, hidden_of(output), isinstance(output, tuple)))
 
     def keep(site: Site, states: torch.Tensor) -> None:
         if positions is not None:
@@ -106,9 +159,13 @@ def capture(
                     lambda module, args, output, site=site: keep(site, hidden_of(output))
                 )
             stack.callback(hook.remove)
+        if keep_entering:
+            stack.callback(view.block(keep_entering - 1).register_forward_hook(keep_states).remove)
+        if entering is not None:
+            stack.enter_context(replaced(stubs(view, entering.layer, entering.states, entering.as_tuple)))
         with contextlib.suppress(_Enough):
             _run_base(view, batch)
-    return seen
+    return seen, kept[0] if kept else None
 
 
 def last_hidden(view: ModelView, batch: TokenBatch) -> torch.Tensor:

@@ -3,7 +3,7 @@
 When a delta is added at the lookup token of a block, causality keeps everything before that token as it was, and so
 does the order of blocks for everything below. One full pass remembers, for each row, the keys and values of the
 positions before the lookup token and the hidden states that enter the first live block; after that a pass runs the
-live blocks on the tail alone. The function computed is the same.
+live blocks on the tail alone, and their MLPs on the tokens of it that matter. The function computed is the same.
 
 Rows are laid out as [gap, prefix, tail]: the gap is masked, and positions are given explicitly, so every token attends
 to the tokens it would attend to in its own unpadded prompt. The prefix ends where the tail begins, so that a sliding
@@ -13,14 +13,17 @@ window, which is measured in slots, covers the tokens that it covers there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
+from kedit_fast.models import tail_attention
 from kedit_fast.models.architectures import ModelView
-from kedit_fast.models.forward import Site, hidden_of, module_at, pad, with_hidden
+from kedit_fast.models.forward import Site, TokenBatch, hidden_of, module_at, pad, replaced, stubs, with_hidden
+
+PACK_BELOW = 0.9  # an MLP runs on picked tokens when they are fewer than this share of all
 
 
 class TailRunner:
@@ -30,39 +33,54 @@ class TailRunner:
         view: the model, in evaluation mode for as long as the runner lives.
         rows: token ids of each prompt.
         lookups: index of the lookup token in each; the tail starts there.
-        site: where a delta will be added: the output of a block or of its MLP.
+        sites: of one layer, where deltas will be added at the lookup token: the output of the block, or of its MLP,
+            or of its attention and its MLP.
+        references: rows whose last hidden state at the lookup token, without a delta, is kept in `reference`.
     """
 
-    def __init__(self, view: ModelView, rows: Sequence[Sequence[int]], lookups: Sequence[int], site: Site):
-        self.view, self.site = view, site
+    def __init__(
+        self,
+        view: ModelView,
+        rows: Sequence[Sequence[int]],
+        lookups: Sequence[int],
+        sites: Sequence[Site],
+        references: Sequence[int] = (),
+    ):
+        self.view, self.sites = view, tuple(sites)
+        site = self.sites[0]
         self.first_live = site.layer + 1 if site.what == "block" else site.layer
         self.as_tuple = False
         batch = pad(rows, view.device)
         lookup = torch.tensor(list(lookups), device=view.device)
         lengths = batch.attention_mask.sum(1)
         tail = int((lengths - lookup).max())
-        self.prefix = int(lookup.max())
+        self.lookup, self.prefix = lookup, int(lookup.max())
         offsets = torch.arange(tail, device=view.device)
         self.positions = lookup[:, None] + offsets  # [R, S], those past the end are masked
-        inside = self.positions < lengths[:, None]
+        self.inside = self.positions < lengths[:, None]
         at = self.positions.clamp(max=batch.input_ids.shape[1] - 1)
         self.ids = batch.input_ids.gather(1, at)  # [R, S]
-        self.positions = torch.where(inside, self.positions, at)
+        self.positions = torch.where(self.inside, self.positions, at)
         slots = torch.arange(self.prefix, device=view.device) - (self.prefix - lookup)[:, None]  # [R, P] positions
-        self.mask = torch.cat([slots >= 0, inside], 1).long()  # [R, P + S]
-        self._remember(batch, at, slots.clamp(min=0))
+        self.mask = torch.cat([slots >= 0, self.inside], 1).long()  # [R, P + S]
+        which = torch.tensor(list(references), dtype=torch.int64, device=view.device)
+        self._remember(batch, at, slots.clamp(min=0), which)
+        self._place()
 
     @torch.no_grad()
-    def _remember(self, batch, at: torch.Tensor, slots: torch.Tensor) -> None:
-        """One full pass: prefix keys and values, entering states, and the site's output at the lookup token."""
-        seen: dict[str, torch.Tensor] = {}
+    def _remember(self, batch: TokenBatch, at: torch.Tensor, slots: torch.Tensor, references: torch.Tensor) -> None:
+        """One full pass: prefix keys and values, entering states, the sites' outputs, and the reference states."""
+        seen: dict[Any, torch.Tensor] = {}
         windowed = getattr(self.view.config, "sliding_window", None)
         cache = DynamicCache() if windowed else None  # the model's own would keep no more than the window
-        view, rows = self.view, torch.arange(at.shape[0], device=at.device)
+        view, lookup, rows = self.view, self.lookup, torch.arange(at.shape[0], device=at.device)
 
-        def keep_site(module, args, output):
-            hidden = hidden_of(output)
-            seen["site"] = hidden[rows.to(hidden.device), at[:, 0].to(hidden.device)]
+        def keep_site(site: Site) -> Callable[..., None]:
+            def hook(module, args, output):
+                hidden = hidden_of(output)
+                seen[site] = hidden[rows.to(hidden.device), lookup.to(hidden.device)]
+
+            return hook
 
         def keep_entering(module, args, output):
             hidden = hidden_of(output)
@@ -70,11 +88,23 @@ class TailRunner:
             seen["entering"] = hidden.gather(1, index)  # [R, S, h]
             self.as_tuple = isinstance(output, tuple)  # what this version's blocks return
 
-        hooks = []
-        try:
-            hooks.append(module_at(view, self.site).register_forward_hook(keep_site))
+        # From the first live block on, nothing that is kept looks at a token after the lookup token.
+        length, valid = batch.input_ids.shape[1], batch.attention_mask.bool()
+        before = torch.arange(length, device=lookup.device) < lookup[:, None]
+        before[rows, lookup] = True
+        ends = references * length + lookup[references]
+        below, above = (torch.nonzero(mask.flatten())[:, 0] for mask in (valid, before))
+        last = view.num_layers - 1
+        picks = dict.fromkeys(range(view.num_layers), above) | dict.fromkeys(range(self.first_live), below)
+        if last > self.sites[0].layer:
+            picks[last] = ends
+
+        with contextlib.ExitStack() as stack:
+            for site in self.sites:
+                stack.callback(module_at(view, site).register_forward_hook(keep_site(site)).remove)
             if self.first_live > 0:
-                hooks.append(view.block(self.first_live - 1).register_forward_hook(keep_entering))
+                stack.callback(view.block(self.first_live - 1).register_forward_hook(keep_entering).remove)
+            stack.enter_context(replaced(_packed_mlps(view, picks)))
             output = view.base(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -82,99 +112,195 @@ class TailRunner:
                 past_key_values=cache,
                 use_cache=True,
             )
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self.site_output = seen["site"]  # [R, h]
+        self.site_outputs = torch.stack([seen[site].to(view.device) for site in self.sites], 1)  # [R, sites, h]
         self.entering = seen.get("entering")
         hidden = output.last_hidden_state
-        index = at.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])
-        self.start = hidden.gather(1, index)  # [R, S, h] last hidden states at delta = 0
-        self.cache = [
-            tuple(_at_slots(part, slots) for part in _keys_values(output.past_key_values, layer))
-            for layer in range(view.num_layers)
-        ]
-        for layer in range(self.first_live):  # never read: only their length is, by masks and positions
-            self.cache[layer] = tuple(part[:, :, :, :1].expand_as(part) for part in self.cache[layer])
+        self.reference = hidden.flatten(0, 1)[ends.to(hidden.device)]  # [references, h]
+        self.own_attention = tail_attention.usable(view)
+        self.caches = {}
+        for layer in range(self.first_live, view.num_layers):
+            keys, values = (_at_slots(part, slots) for part in _keys_values(output.past_key_values, layer))
+            self.caches[layer] = tail_attention.Joint(keys, values).padded(0, at.shape[1])
 
     def select(self, rows: torch.Tensor) -> TailRunner:
-        """A runner with some of the rows."""
-        chosen = object.__new__(TailRunner)
-        chosen.view, chosen.site, chosen.first_live, chosen.prefix = self.view, self.site, self.first_live, self.prefix
-        chosen.as_tuple = self.as_tuple
-        for name in ("positions", "ids", "mask", "site_output", "entering", "start"):
+        """A runner with some of the rows, no longer than they need."""
+        chosen = self._like()
+        lookup, lengths = (part[rows] for part in (self.lookup, self.inside.sum(1)))
+        chosen.lookup, chosen.prefix = lookup, int(lookup.max())
+        gap, tail = self.prefix - chosen.prefix, int(lengths.max())
+        for name in ("positions", "ids", "inside", "entering"):
             value = getattr(self, name)
-            setattr(chosen, name, None if value is None else value[rows.to(value.device)])
-        chosen.cache = [tuple(part[rows.to(part.device)] for part in pair) for pair in self.cache]
+            setattr(chosen, name, None if value is None else value[rows.to(value.device), :tail])
+        chosen.mask = self.mask[rows, gap : self.prefix + tail]
+        chosen.site_outputs = self.site_outputs[rows]
+        chosen.caches = {layer: cache.select(rows, gap, self.prefix + tail) for layer, cache in self.caches.items()}
+        chosen._place()
         return chosen
 
-    def run(self, delta: torch.Tensor) -> torch.Tensor:
-        """Last hidden states [R, S, h] of the tails with `delta` [R, h] added at the site's lookup token."""
-        with self._stubs(delta), self._hook(delta):
-            return self.view.base(
-                input_ids=self.ids,
-                attention_mask=self.mask,
-                position_ids=self.positions,
-                past_key_values=self._fresh_cache(),
-                use_cache=self.prefix > 0,
-            ).last_hidden_state
+    def joined(self, other: TailRunner) -> TailRunner:
+        """A runner with the rows of both, of one model and the same sites."""
+        whole = self._like()
+        whole.lookup = torch.cat([self.lookup, other.lookup])
+        whole.prefix = max(self.prefix, other.prefix)
+        tail = max(self.ids.shape[1], other.ids.shape[1])
+        pairs = [(runner, whole.prefix - runner.prefix, tail - runner.ids.shape[1]) for runner in (self, other)]
+        for name in ("positions", "ids", "inside"):
+            setattr(whole, name, torch.cat([_longer(getattr(runner, name), more) for runner, _, more in pairs]))
+        whole.mask = torch.cat([torch.nn.functional.pad(r.mask, (gap, more)) for r, gap, more in pairs])
+        whole.entering = None
+        if self.entering is not None and other.entering is not None:
+            whole.entering = torch.cat([
+                torch.nn.functional.pad(r.entering, (0, 0, 0, more)) for r, _, more in pairs
+            ])  # fmt: skip
+        whole.site_outputs = torch.cat([self.site_outputs, other.site_outputs])
+        whole.caches = {
+            layer: tail_attention.Joint.cat([r.caches[layer].padded(gap, more) for r, gap, more in pairs])
+            for layer in self.caches
+        }
+        whole._place()
+        return whole
 
-    def _fresh_cache(self):
+    def _like(self) -> TailRunner:
+        chosen = object.__new__(TailRunner)
+        for name in ("view", "sites", "first_live", "as_tuple", "own_attention"):
+            setattr(chosen, name, getattr(self, name))
+        return chosen
+
+    def run(self, delta: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Last hidden states of some tail tokens with deltas added at the sites' lookup token.
+
+        Args:
+            delta: [R, sites, h].
+            wanted: [n] index into the flattened [R * S] tail tokens, without repetition.
+
+        Returns:
+            [n, h].
+        """
+        last = self.view.num_layers - 1
+        if self.own_attention:  # one row of all tail tokens, no padding
+            first, wanted = self.number[:, 0], self.number.flatten()[wanted]
+            ids, positions = (part.flatten()[self.tokens][None] for part in (self.ids, self.positions))
+            mask, cache = None, tail_attention.TailCache(self.caches, self.layout)
+            attention = tail_attention.installed(self.view)
+            picks = {last: wanted} if last >= self.first_live else {}
+        else:
+            first = torch.arange(len(self.ids), device=delta.device) * self.ids.shape[1]
+            ids, positions, mask, cache = self.ids, self.positions, self.mask, self._fresh_cache()
+            attention = contextlib.nullcontext()
+            picks = {layer: wanted if layer == last else self.tokens for layer in self.caches}
+        forwards = {**self._stubs(delta, first), **_packed_mlps(self.view, picks)}
+        with replaced(forwards), self._hooks(delta, first), attention:
+            hidden = self.view.base(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+        return _Gather.apply(hidden.flatten(0, 1), wanted.to(hidden.device))
+
+    def _place(self) -> None:
+        """Which of the [R * S] places hold tokens, and their numbers when packed."""
+        self.tokens = torch.nonzero(self.inside.flatten())[:, 0]
+        if self.own_attention:
+            self.number = (self.inside.flatten().cumsum(0) - 1).view_as(self.inside)
+            self.layout = tail_attention.Layout(self.inside, self.positions, self.prefix, self.lookup)
+
+    def _fresh_cache(self) -> DynamicCache:
         """A new Cache object: each pass appends the tail to it."""
-        if self.prefix == 0:
-            return None
         cache = DynamicCache()
-        for layer, (keys, values) in enumerate(self.cache):
-            cache.update(keys, values, layer)
+        if self.prefix == 0:
+            return cache
+        for layer in range(self.view.num_layers):
+            if layer in self.caches:
+                joint = self.caches[layer]
+                cache.update(joint.keys[:, :, : self.prefix], joint.values[:, :, : self.prefix], layer)
+            else:  # never read: only its length is, by masks and positions
+                none = self.mask.new_zeros((), dtype=torch.float32).expand(len(self.ids), 1, self.prefix, 1)
+                cache.update(none, none, layer)
         return cache
 
-    @contextlib.contextmanager
-    def _stubs(self, delta: torch.Tensor) -> Iterator[None]:
+    def _stubs(self, delta: torch.Tensor, first: torch.Tensor) -> dict[torch.nn.Module, Callable[..., Any]]:
         """Blocks below the first live one return at once; the last of them returns the entering states."""
         if self.entering is None:
-            yield
-            return
+            return {}
         states = self.entering
-        if self.site.what == "block":
-            added = states[:, 0] + delta.to(states.dtype).to(states.device)
-            states = torch.cat([added[:, None], states[:, 1:]], 1)
-        stubbed = [self.view.block(layer) for layer in range(self.first_live)]
-        own = [vars(block).get("forward") for block in stubbed]  # dispatch hooks put one on the instance
-        try:
-            for layer, block in enumerate(stubbed):
-                block.forward = _stub(states if layer == self.first_live - 1 else None, self.as_tuple)
-            yield
-        finally:
-            for block, forward in zip(stubbed, own, strict=True):
-                if forward is not None:
-                    block.forward = forward
-                else:
-                    vars(block).pop("forward", None)  # the class's own shows again
+        if self.own_attention:
+            states = states.flatten(0, 1)[self.tokens.to(states.device)][None]
+        if self.sites[0].what == "block":
+            states = _added(states, delta[:, 0], first)
+        return stubs(self.view, self.first_live, states, self.as_tuple)
 
     @contextlib.contextmanager
-    def _hook(self, delta: torch.Tensor) -> Iterator[None]:
-        if self.site.what == "block":
+    def _hooks(self, delta: torch.Tensor, first: torch.Tensor) -> Iterator[None]:
+        def add(index: int) -> Callable[..., Any]:
+            return lambda module, args, output: with_hidden(
+                output, _added(hidden_of(output), delta[:, index], first)
+            )
+
+        with contextlib.ExitStack() as stack:
+            for index, site in enumerate(self.sites):
+                if site.what != "block":
+                    stack.callback(module_at(self.view, site).register_forward_hook(add(index)).remove)
             yield
-            return
-
-        def add(module, args, output):
-            hidden = hidden_of(output)
-            added = hidden[:, 0] + delta.to(hidden.dtype).to(hidden.device)
-            return with_hidden(output, torch.cat([added[:, None], hidden[:, 1:]], 1))
-
-        handle = module_at(self.view, self.site).register_forward_hook(add)
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
-def _stub(result: torch.Tensor | None, as_tuple: bool):
-    def forward(hidden_states, *args, **kwargs) -> Any:
-        out = hidden_states if result is None else result
-        return (out, None) if as_tuple else out
+def _longer(part: torch.Tensor, more: int) -> torch.Tensor:
+    """[R, S] with `more` zeros behind."""
+    return torch.nn.functional.pad(part, (0, more))
 
-    return forward
+
+def _added(states: torch.Tensor, delta: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """States with delta [R, h] added at the tokens `first` [R], counted through all rows of states."""
+    flat = states.flatten(0, 1)
+    return flat.index_add(0, first.to(flat.device), delta.to(flat.dtype).to(flat.device)).view(states.shape)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows `index`, none twice, of a matrix; the gradient is written, not added up."""
+
+    @staticmethod
+    def forward(ctx, matrix: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = matrix.shape[0]
+        return matrix.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (index,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.rows, gradient.shape[1]).index_copy_(0, index, gradient), None
+
+
+class _Scatter(torch.autograd.Function):
+    """A matrix of zeros with rows `index`, none twice, from another."""
+
+    @staticmethod
+    def forward(ctx, matrix: torch.Tensor, index: torch.Tensor, rows: int) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        return matrix.new_zeros(rows, matrix.shape[1]).index_copy_(0, index, matrix)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        (index,) = ctx.saved_tensors
+        return gradient.index_select(0, index), None, None
+
+
+def _packed_mlps(view: ModelView, picks: dict[int, torch.Tensor]) -> dict[torch.nn.Module, Callable[..., Any]]:
+    """Forward functions of MLPs that compute only the tokens picks[layer] of the flattened [R * T], zero elsewhere."""
+
+    def packed(forward: Callable[..., Any], index: torch.Tensor) -> Callable[..., Any]:
+        def run(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            flat = hidden.flatten(0, 1)  # [R * T, h]
+            if index.numel() > PACK_BELOW * flat.shape[0]:
+                return forward(hidden, *args, **kwargs)
+            here = index.to(flat.device)
+            output = forward(_Gather.apply(flat, here)[None], *args, **kwargs)
+            states = _Scatter.apply(hidden_of(output)[0], here, flat.shape[0]).unflatten(0, hidden.shape[:2])
+            return with_hidden(output, states)
+
+        return run
+
+    return {view.mlp(layer): packed(view.mlp(layer).forward, index) for layer, index in picks.items()}
 
 
 def _at_slots(part: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

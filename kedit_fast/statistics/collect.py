@@ -90,7 +90,7 @@ def collect_statistics(
     with evaluating(view), bar:
         for rows in _batches(sequences, batch_tokens):
             batch = pad(rows, view.device)
-            seen = capture(view, batch, [Site(layer, "key") for layer in layers])
+            seen, _ = capture(view, batch, [Site(layer, "key") for layer in layers])
             mask = batch.attention_mask.bool().flatten()
             for layer in layers:
                 states = seen[Site(layer, "key")].flatten(0, 1)  # [R T, d]

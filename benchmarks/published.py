@@ -1,0 +1,291 @@
+"""The published algorithms as plainly as they were published: the baseline of the benchmarks and the tests' oracle.
+
+Written from the description of memit's compute_z, compute_ks and execute_memit, of rome's compute_v, of PMET's
+compute_zs and of UltraEdit's cache; it shares nothing with the package but token ids and hyper-parameters. One request
+at a time; for each iteration the whole model runs on the request's prompts, and the head on all their positions, twice
+where the published code does so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+ADAM = dict(betas=(0.9, 0.999), eps=1e-8)
+
+
+@dataclass
+class Value:
+    """What one request's loop ended with."""
+
+    targets: list[torch.Tensor]  # of each site [h], fp64
+    deltas: list[torch.Tensor]  # of each site [h]
+    loss: float
+    steps: int
+    losses: list[float] = field(default_factory=list)  # of every iteration
+
+
+def first(output: Any) -> torch.Tensor:
+    """The hidden states in what a module returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def padded(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> dict[str, torch.Tensor]:
+    """Input ids, attention mask and positions of rows padded on `side`."""
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    mask = torch.zeros(len(rows), length, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[i, where] = torch.tensor(list(row))
+        mask[i, where] = 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return {name: t.to(device) for name, t in
+            (("input_ids", ids), ("attention_mask", mask), ("position_ids", positions))}  # fmt: skip
+
+
+@contextlib.contextmanager
+def deltas_at(modules: Sequence[torch.nn.Module], deltas: Sequence[torch.Tensor], at: torch.Tensor) -> Iterator[None]:
+    """Add deltas[m] to the output of modules[m] at token at[r] of every row r."""
+
+    def hook_for(delta: torch.Tensor):
+        def hook(module, args, output):
+            hidden = first(output).clone()
+            rows = torch.arange(hidden.shape[0], device=hidden.device)
+            hidden[rows, at] = hidden[rows, at] + delta.to(hidden.dtype)
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for module, delta in zip(modules, deltas, strict=True):
+            stack.callback(module.register_forward_hook(hook_for(delta)).remove)
+        yield
+
+
+def _log_softmax(states: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(states if states.dtype == torch.float64 else states.float(), -1)
+
+
+def _batches(rows: list[list[int]], side: str | None, device: torch.device) -> list[tuple[slice, dict, torch.Tensor]]:
+    """(which rows, inputs, first token of each row) of one padded batch, or of every row by itself for side None."""
+    if side is not None:
+        inputs = padded(rows, side, device)
+        offsets = inputs["input_ids"].shape[1] - inputs["attention_mask"].sum(1) if side == "left" else None
+        return [(slice(0, len(rows)), inputs, torch.zeros(len(rows), dtype=torch.int64, device=device)
+                 if offsets is None else offsets)]  # fmt: skip
+    alone = []
+    for i, row in enumerate(rows):
+        inputs = {"input_ids": torch.tensor([row], device=device)}
+        alone.append((slice(i, i + 1), inputs, torch.zeros(1, dtype=torch.int64, device=device)))
+    return alone
+
+
+def serial_value(
+    model: torch.nn.Module,
+    modules: Sequence[torch.nn.Module],
+    prepared: Any,
+    hparams: Any,
+    *,
+    side: str | None = "right",
+    pmet: bool = False,
+    most_probable_steps: int = 0,
+) -> Value:
+    """The published loop for one request, deltas living at the outputs of `modules`.
+
+    Args:
+        model: the whole causal language model.
+        modules: a block (memit), an MLP (rome), or attention and MLP (pmet).
+        prepared: a kedit_fast PreparedRequest: token ids and lookup positions.
+        hparams: v_lr, v_num_grad_steps, v_weight_decay, clamp_norm_factor, kl_factor, v_stop_loss.
+        side: pad the request's prompts into one batch on this side, as the published code does; None runs each
+            unpadded prompt alone, which no padding can make wrong.
+        pmet: PMET's rule: the likelihood weighs a tenth after every target token was the argmax, and the loop ends
+            when the KL term is at most 0.01 then.
+        most_probable_steps: end this many steps after every target token was the argmax in all contexts; 0 for never.
+    """
+    device = model.get_input_embeddings().weight.device
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    target = list(prepared.target)
+    rewriting = [([*p.ids, *target[:-1]], p.lookup, len(p.ids) - 1) for p in prepared.rewriting]
+    rows = [row for row, _, _ in rewriting] + [list(prepared.kl.ids)]
+    lookups = torch.tensor([lookup for _, lookup, _ in rewriting] + [prepared.kl.lookup], device=device)
+    starts = torch.tensor([start for _, _, start in rewriting], device=device)
+    contexts = len(rewriting)
+    batches = _batches(rows, side, device)
+    target_ids = torch.tensor(target, device=device)
+
+    kept: list[torch.Tensor] = [torch.empty(0)] * len(modules)
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        which, inputs, offset = batches[0]
+        for m, module in enumerate(modules):
+
+            def keep(_, __, output, m=m):
+                kept[m] = first(output)[0, lookups[0] + offset[0]].detach().clone()
+
+            stack.callback(module.register_forward_hook(keep).remove)
+        model(**inputs, use_cache=False)
+    wide = torch.float64 if kept[0].dtype == torch.float64 else torch.float32
+    initial = [state.to(wide) for state in kept]
+    deltas = [torch.zeros_like(state, requires_grad=True) for state in initial]
+    optimizer = torch.optim.Adam(deltas, lr=hparams.v_lr, **ADAM)
+    head = model.get_output_embeddings()
+    reference, factor, seen_at, history, steps = None, 1.0, None, [], 0
+    for iteration in range(hparams.v_num_grad_steps):
+        optimizer.zero_grad()
+        scores, tops, current = [], [], None
+        for which, inputs, offset in batches:
+            at = lookups[which] + offset
+            last: list[torch.Tensor] = []
+            keep = head.register_forward_pre_hook(lambda _, args, last=last: last.append(args[0]))
+            with deltas_at(modules, deltas, at):
+                logits = model(**inputs, use_cache=False).logits  # [rows, T, V]
+            keep.remove()
+            here = range(*which.indices(len(rows)))
+            if here[-1] == contexts:
+                current = _log_softmax(logits[-1, at[-1]])
+            scored = [r for r in here if r < contexts]
+            if not scored:
+                continue
+            if side is not None:  # published: the head once more, on all positions of the scored rows
+                logits = head(last[0][: len(scored)])
+                if cap := getattr(model.config, "final_logit_softcapping", None):
+                    logits = cap * torch.tanh(logits / cap)
+            log_probs = _log_softmax(logits)
+            for i, r in enumerate(scored):
+                begin = int(starts[r] + offset[i])
+                found = log_probs[i, begin : begin + len(target)]
+                scores.append(found.gather(1, target_ids[:, None])[:, 0])
+                tops.append(bool((found.argmax(1) == target_ids).all()))
+        reference = current.detach().clone() if reference is None else reference
+        nll = -torch.stack(scores).mean(1).mean()
+        kl = hparams.kl_factor * torch.nn.functional.kl_div(reference, current, log_target=True, reduction="sum")
+        decay = sum(d.norm() / h.norm() ** 2 for d, h in zip(deltas, initial, strict=True))
+        loss = factor * nll + kl + hparams.v_weight_decay * decay
+        history.append(float(loss.detach()))
+        if loss < hparams.v_stop_loss:
+            break
+        if pmet:
+            factor = 0.1 if all(tops) else 1.0
+            if all(tops) and kl <= 0.01:
+                break
+        if most_probable_steps:
+            seen_at = steps if seen_at is None and all(tops) else seen_at
+            if seen_at is not None and steps - seen_at >= most_probable_steps:
+                break
+        if iteration == hparams.v_num_grad_steps - 1:
+            break
+        loss.backward()
+        optimizer.step()
+        steps += 1
+        with torch.no_grad():
+            for delta, state in zip(deltas, initial, strict=True):
+                limit = hparams.clamp_norm_factor * state.norm()
+                if delta.norm() > limit:
+                    delta.mul_(limit / delta.norm())
+    done = [delta.detach() for delta in deltas]
+    targets = [state.double() + delta.double() for state, delta in zip(initial, done, strict=True)]
+    return Value(targets, done, history[-1], steps, history)
+
+
+@torch.no_grad()
+def keys_at(model: torch.nn.Module, module: torch.nn.Module, prompts: Sequence[Any], output: bool) -> torch.Tensor:
+    """Input (or output) of `module` at the lookup token of every prompt [n, size]: full passes of 128 prompts, head
+    and all, as repr_tools does."""
+    device = model.get_input_embeddings().weight.device
+    found = []
+    for begin in range(0, len(prompts), 128):
+        chunk = prompts[begin : begin + 128]
+        seen: list[torch.Tensor] = []
+        if output:
+            handle = module.register_forward_hook(lambda _, __, out, seen=seen: seen.append(first(out)))
+        else:
+            handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        model(**padded([prompt.ids for prompt in chunk], "right", device), use_cache=False)
+        handle.remove()
+        rows = torch.arange(len(chunk), device=device)
+        found.append(seen[0][rows, torch.tensor([p.lookup for p in chunk], device=device)])
+    return torch.cat(found)
+
+
+def memit(
+    model: torch.nn.Module,
+    blocks: Sequence[torch.nn.Module],
+    edited: Mapping[int, torch.nn.Module],
+    weights: Mapping[int, torch.Tensor],
+    moments: Mapping[int, torch.Tensor],
+    prepared: Sequence[Any],
+    hparams: Any,
+    *,
+    targets: torch.Tensor | None = None,
+) -> dict[int, torch.Tensor]:
+    """The published MEMIT pipeline: serial values, a full pass a layer for keys and for outputs, dense fp64 solves.
+
+    Args:
+        model, blocks: the model and its decoder blocks.
+        edited: layer -> the linear module whose inputs are keys.
+        weights: layer -> its weight [out, d]; written.
+        moments: layer -> C [d, d] fp64.
+        prepared: u requests.
+        hparams: as in kedit_fast.
+        targets: values [h, u] to use instead of optimising them.
+
+    Returns:
+        layer -> Delta [out, d] that was added, fp64.
+    """
+    last = hparams.layers[-1]
+    if targets is None:
+        values = [serial_value(model, [blocks[last]], request, hparams) for request in prepared]
+        targets = torch.stack([value.targets[0] for value in values], 1)
+    written = {}
+    contexts = len(prepared[0].rewriting)
+    for i, layer in enumerate(hparams.layers):
+        every = [prompt for request in prepared for prompt in request.rewriting]
+        keys = keys_at(model, edited[layer], every, output=False).double().unflatten(0, (len(prepared), contexts))
+        mean = keys[:, 0] if contexts == 1 else (keys[:, 0] + keys[:, 1:].mean(1)) / 2
+        keys = mean.T  # [d, u]
+        bare = [request.rewriting[0] for request in prepared]
+        current = keys_at(model, blocks[last], bare, output=True).double().T
+        residual = (targets.to(current) - current) / (len(hparams.layers) - i)
+        adjusted = torch.linalg.solve(hparams.mom2_update_weight * moments[layer] + keys @ keys.T, keys)
+        written[layer] = residual @ adjusted.T
+        with torch.no_grad():
+            weights[layer].add_(written[layer].to(weights[layer].dtype))
+    return written
+
+
+def serial_gradients(
+    model: torch.nn.Module, modules: Sequence[torch.nn.Module], prepared: Any, *, every_token: bool = False
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """UltraEdit's keys and value gradients of one request: cross entropy of the bare prompt's target, one backward.
+
+    Returns:
+        for each module its inputs [T, d] and the gradient of its outputs [T, out] at the tokens that predict the
+        answer, or at every token.
+    """
+    device = model.get_input_embeddings().weight.device
+    prompt, target = prepared.rewriting[0], list(prepared.target)
+    inputs = torch.tensor([[*prompt.ids, *target[:-1]]], device=device)
+    start = len(prompt.ids) - 1
+    where = slice(0, inputs.shape[1]) if every_token else slice(start, start + len(target))
+    keys: list[torch.Tensor] = [torch.empty(0)] * len(modules)
+    outputs: list[torch.Tensor] = [torch.empty(0)] * len(modules)
+    with torch.enable_grad(), contextlib.ExitStack() as stack:
+        for m, module in enumerate(modules):
+
+            def hook(_, args, output, m=m):
+                keys[m] = args[0][0, where].detach()
+                outputs[m] = output if output.requires_grad else output.requires_grad_(True)
+                return outputs[m]
+
+            stack.callback(module.register_forward_hook(hook).remove)
+        logits = model(input_ids=inputs, use_cache=False).logits[0, start : start + len(target)]
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        loss = torch.nn.functional.cross_entropy(wide, torch.tensor(target, device=device))
+        gradients = torch.autograd.grad(loss, outputs)
+    return keys, [gradient[0, where] for gradient in gradients]
