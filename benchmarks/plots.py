@@ -92,3 +92,46 @@ def _save(figure, stem: Path) -> list[Path]:
         figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
     return paths
+
+
+def batch_curves(document: dict[str, Any], stem: Path) -> list[Path]:
+    """Edits a second, and peak memory, against the number of requests optimised together."""
+    rows = document["batches"]
+    sizes = [row["batch"] for row in rows]
+    figure, left = plt.subplots(figsize=(7, 3.6))
+    left.plot(sizes, [row["edits_per_s"] for row in rows], "o-", color="#4c72b0", label="edits a second")
+    left.set_xscale("log", base=2)
+    left.xaxis.set_major_formatter("{x:g}")
+    left.set_xlabel("requests optimised together")
+    left.set_ylabel("edits a second")
+    left.set_ylim(bottom=0)
+    lines = left.get_lines()
+    if all(row["peak_bytes"] is not None for row in rows):
+        right = left.twinx()
+        right.plot(sizes, [row["peak_bytes"] / 2**20 for row in rows], "s--", color="#dd8452", label="peak memory, MiB")
+        right.set_ylabel("peak memory, MiB")
+        right.set_ylim(bottom=0)
+        lines = [*lines, *right.get_lines()]
+    left.legend(lines, [line.get_label() for line in lines], loc="lower right")
+    left.set_title(_machine(document["about"]))
+    return _save(figure, stem)
+
+
+def saving_bars(document: dict[str, Any], stem: Path) -> list[Path]:
+    """What each saving alone is worth to one iteration of the published loop."""
+    rows = [row for row in document["rows"] if row["op"] == "value iteration" and row["ratio"] is not None]
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.3 * len(rows)))
+    axes.barh(range(len(rows)), [row["ratio"] for row in rows], color="#55a868")
+    for place, row in enumerate(rows):
+        axes.text(row["ratio"] * 1.01, place, f"{row['ratio']:.2f}", va="center", fontsize=7)
+    axes.set_yticks(range(len(rows)), [row["case"] for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(right=1.15 * max((row["ratio"] for row in rows), default=1.0))
+    axes.axvline(1, color="grey", linewidth=0.8)
+    axes.set_xlabel("median of the published iteration / median with this saving alone")
+    axes.set_title(_machine(document["about"]))
+    return _save(figure, stem)
+
+
+def _machine(about: dict[str, Any]) -> str:
+    return f"{about['machine']}, torch {about['versions']['torch']}, commit {about['commit']}"

@@ -5,6 +5,7 @@ Exit status: 0 done, 1 an error (one to three lines on stderr, nothing on stdout
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -12,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -32,6 +33,13 @@ app = typer.Typer(
 )  # fmt: skip
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 _output = Console(highlight=False)
+
+
+class OnError(str, Enum):
+    """What to do with requests that cannot be written."""
+
+    stop = "raise"
+    skip = "skip"
 
 
 class Dtype(str, Enum):
@@ -211,12 +219,20 @@ def edit(
     set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
     seed: Annotated[int, typer.Option(help="seed of the context prefixes")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="requests a batch; all at once by default")] = None,
+    values: Annotated[
+        str | None, typer.Option(help="keep optimised values here and use those that fit; or memit's npz, with three {}")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="prompts as messages in the tokenizer's chat template")] = False,
+    on_error: Annotated[
+        OnError, typer.Option(help="requests that cannot be written: raise before any is, or skip them")
+    ] = OnError.stop,
     dtype: Annotated[Dtype, typer.Option(help="dtype the model is loaded and saved in")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Write facts into a model and save it."""
+    from kedit_fast.editing.prompts import chat_format
     from kedit_fast.editing.requests import load_requests
     from kedit_fast.methods.hparams import make_hparams, parse_values, read_hparams
     from kedit_fast.methods.recipes import find_recipe
@@ -243,13 +259,21 @@ def edit(
             f"{recipe.name} needs statistics of this model for layers {span}; collect them once, then pass --stats:\n"
             f"  kedit-fast stats {model} --text FILE --layers {span} --out DIR"
         )
-    loaded, tokenizer = load_model(model, DTYPES[dtype.value], _device(device))
-    statistics = load_statistics(stats, loaded, tokenizer, chosen.layers) if chosen.mom2_adjustment and stats else None
-    report = run_edits(
-        loaded, tokenizer, records, recipe.name, statistics=statistics, hparams=overrides, batch_size=batch_size,
-        seed=seed, progress=_interactive(),
-    )  # fmt: skip
-    save_model(loaded, tokenizer, out, overwrite)
+    with _processes(device) as (rank, where):
+        loaded, tokenizer = load_model(model, DTYPES[dtype.value], where)
+        statistics = None
+        if chosen.mom2_adjustment and stats:
+            statistics = load_statistics(stats, loaded, tokenizer, chosen.layers)
+        report = run_edits(
+            loaded, tokenizer, records, recipe.name, statistics=statistics, hparams=overrides, batch_size=batch_size,
+            seed=seed, values=values, prompt_format=chat_format(tokenizer) if chat else None,
+            on_error=on_error.value, progress=_interactive(),
+        )  # fmt: skip
+        if rank:
+            return  # the first process saves and speaks
+        save_model(loaded, tokenizer, out, overwrite)
+    for reason in report.skipped.values():
+        _errors.print(f"kedit-fast: skipped {reason}", markup=False)
     if as_json:
         _print_json({**report.as_dict(), "layers": list(chosen.layers), "out": str(out)})
         return
@@ -352,6 +376,20 @@ def _device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise KeditError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
     return name
+
+
+@contextlib.contextmanager
+def _processes(device: str) -> Iterator[tuple[int, str]]:
+    """The rank of this process and its device, in the group that torchrun describes if there is one."""
+    from kedit_fast import distributed
+
+    made = distributed.start()
+    rank, size = distributed.world()
+    try:
+        yield rank, _device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if size > 1 and device == "cuda" else device)
+    finally:
+        if made:
+            distributed.stop()
 
 
 def _read_text(path: Path, field: str) -> list[str]:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from kedit_fast.editing.keys import collisions, keys_and_outputs
+from kedit_fast.editing.keys import KeyPass, StateBudget, collisions
 from kedit_fast.editing.ledger import Ledger
-from kedit_fast.editing.prompts import PreparedRequest, generate_prefixes, prepare
+from kedit_fast.editing.prompts import (
+    PreparedRequest,
+    PromptFormat,
+    generate_prefixes,
+    prepare_each,
+    require_none,
+)
 from kedit_fast.editing.requests import EditRequest, parse_request
-from kedit_fast.editing.values import Values, optimise_values
-from kedit_fast.errors import EditError, MethodError, StatisticsError
+from kedit_fast.editing.shared_values import optimise_shared
+from kedit_fast.editing.value_store import ValueStore, open_values
+from kedit_fast.editing.values import PREDICTED, PROBLEMS, Values
+from kedit_fast.errors import EditError, MethodError, RequestError, StatisticsError
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.methods.recipes import Recipe, find_recipe
 from kedit_fast.models.architectures import ArchSpec, ModelView
@@ -36,14 +45,14 @@ class EditResult:
     """What one call of `Editor.edit` did."""
 
     batch: int  # its number in the ledger, from 1
-    requests: tuple[EditRequest, ...]
+    requests: tuple[EditRequest, ...]  # those that were written
     updates: dict[str, tuple[LowRankUpdate, ...]]  # weight name -> what was added to it, in order
     losses: tuple[float, ...]  # of the values, at their last forward pass
     steps: tuple[int, ...]  # optimiser steps of the values
     relative_norms: dict[str, float]  # weight name -> |Delta| / |W| (W before the batch)
     residual: float  # |z - h| after the write / before it, over all requests: what the write left undone
     collisions: tuple[tuple[int, int], ...]  # pairs of requests with nearly one key at the last layer
-    skipped: tuple[int, ...]  # requests left out (a bad pivot with on_bad_pivot = "skip")
+    skipped: dict[int, str]  # index in the call -> why it was left out (on_error or on_bad_pivot = "skip")
     prefixes: tuple[str, ...]  # the context prefixes that were used
     seconds: dict[str, float]  # values, keys, solve, write
 
@@ -67,7 +76,14 @@ class Editor:
         seed: of the context prefixes.
         prefixes: context prefixes to use instead of generated ones, each ending in ". ".
         spec: an ArchSpec for an architecture that is not known.
+        values: where optimised values are kept and looked up: a file of ours, a template of memit's npz files with
+            three {}, or an object like a ValueStore.
+        prompt_format: from a prompt, which may hold {} for the subject, to the text that the model reads, for example
+            kedit_fast.editing.prompts.chat_format(tokenizer).
+        state_budget: bytes for the states that are carried from layer to layer while keys are computed.
         progress: show bars on stderr.
+
+    Under torchrun every process makes the same calls; each optimises its share of the values and all write the same.
 
     Raises:
         UnsupportedModelError, MethodError, StatisticsError: see the messages.
@@ -85,6 +101,9 @@ class Editor:
         seed: int = 0,
         prefixes: Sequence[str] | None = None,
         spec: ArchSpec | None = None,
+        values: str | os.PathLike | ValueStore | None = None,
+        prompt_format: PromptFormat | None = None,
+        state_budget: StateBudget | None = None,
         progress: bool = False,
     ):
         self.view = ModelView(model, spec)
@@ -105,6 +124,9 @@ class Editor:
         self.ledger = Ledger()
         self.seed = seed
         self.progress = progress
+        self.prompt_format = prompt_format
+        self.state_budget = state_budget
+        self.values = open_values(values) if isinstance(values, str | os.PathLike) else values
         self._statistics = statistics
         self._preconditioners: dict[int, Preconditioner] = {}
         self._prefixes = None if prefixes is None else tuple(prefixes)
@@ -127,33 +149,68 @@ class Editor:
             self._prefixes = generate_prefixes(self.view, self.tokenizer, lengths, self.seed)
         return self._prefixes
 
-    def edit(self, requests: Sequence[EditRequest | Mapping[str, Any]]) -> EditResult:
+    def edit(
+        self, requests: Sequence[EditRequest | Mapping[str, Any] | PreparedRequest], on_error: str = "raise"
+    ) -> EditResult:
         """Write one batch of requests; calling it again is sequential editing.
 
         A method with a batch form writes all requests at once, a rank-one method one after another inside the batch.
 
+        Args:
+            requests: records, mappings, or what `check` returned.
+            on_error: "raise" at requests that cannot be written, before anything is; or "skip" them, go on with the
+                rest and name them in the result. Such are: a subject or target without tokens, a prompt longer than
+                the model takes, a target that the model says already (unless the hyper-parameter `on_predicted` is
+                "allow"), and a loss or gradient that is not finite.
+
         Raises:
-            RequestError: a malformed request, by id or position.
+            RequestError: requests that cannot be written, by id or position.
             EditError, SolveError: the edit failed; the model and the ledger are as they were before, to the bit.
         """
         if torch.is_inference_mode_enabled():
             raise EditError("values need gradients: call edit() outside torch.inference_mode()")
-        prepared = self.check(requests)
-        parsed = tuple(p.request for p in prepared)
-        batch = _Batch(self, prepared)
+        prepared, problems = self.check(requests, on_error)
+        if not prepared:
+            raise RequestError("every request was skipped:\n" + "\n".join(problems.values()))
+        numbers = [i for i in range(len(requests)) if i not in problems]
+        batch = _Batch(self, prepared, on_error)
         with self.ledger.transaction(), torch.no_grad():
             batch.run()
-            result = batch.result(len(self.ledger.batches) + 1, parsed)
+            problems |= {numbers[i]: reason for i, reason in batch.skipped.items()}
+            written = tuple(p.request for i, p in enumerate(prepared) if i not in batch.skipped)
+            result = batch.result(len(self.ledger.batches) + 1, written, dict(sorted(problems.items())))
         return result
 
-    def check(self, requests: Sequence[EditRequest | Mapping[str, Any]]) -> list[PreparedRequest]:
-        """Tokenise requests as `edit` does, and raise what it would raise; nothing is written."""
-        parsed = [
-            r if isinstance(r, EditRequest) else parse_request(r, f"request {i}") for i, r in enumerate(requests, 1)
-        ]
-        if not parsed:
+    def check(
+        self, requests: Sequence[EditRequest | Mapping[str, Any] | PreparedRequest], on_error: str = "raise"
+    ) -> tuple[list[PreparedRequest], dict[int, str]]:
+        """Tokenise requests as `edit` does: those that can be used, and index -> what is wrong; nothing is written.
+
+        Raises:
+            RequestError: with on_error "raise", naming every request that cannot be used.
+        """
+        if on_error not in ("raise", "skip"):
+            raise MethodError(f"on_error = {on_error!r}: choose raise or skip")
+        if not requests:
             raise EditError("no requests")
-        return prepare(self.tokenizer, parsed, self.prefixes, self.view.max_length)
+        if all(isinstance(r, PreparedRequest) for r in requests):
+            return list(requests), {}
+        parsed: dict[int, EditRequest] = {}
+        problems: dict[int, str] = {}
+        for i, record in enumerate(requests):
+            try:
+                record = record.request if isinstance(record, PreparedRequest) else record
+                parsed[i] = record if isinstance(record, EditRequest) else parse_request(record, f"request {i + 1}")
+            except RequestError as error:
+                problems[i] = str(error)
+        prepared, unusable = prepare_each(
+            self.tokenizer, list(parsed.values()), self.prefixes, self.view.max_length, self.prompt_format
+        )
+        numbers = list(parsed)
+        problems |= {numbers[i]: reason for i, reason in unusable.items()}
+        if on_error == "raise":
+            require_none(problems)
+        return prepared, problems
 
     def rollback(self, batches: int = 1) -> None:
         """Take back the last `batches` calls of `edit`, to the bit."""
@@ -186,15 +243,15 @@ class Editor:
 class _Batch:
     """The state of one call of `Editor.edit`."""
 
-    def __init__(self, editor: Editor, prepared: list[PreparedRequest]):
-        self.editor, self.prepared = editor, prepared
+    def __init__(self, editor: Editor, prepared: list[PreparedRequest], on_error: str):
+        self.editor, self.prepared, self.on_error = editor, prepared, on_error
         self.view, self.hparams, self.recipe = editor.view, editor.hparams, editor.recipe
         self.updates: dict[str, list[LowRankUpdate]] = {}
         self.weight_norms: dict[str, float] = {}
         self.seconds = dict.fromkeys(("values", "keys", "solve", "write"), 0.0)
         self.losses: list[float] = []
         self.steps: list[int] = []
-        self.skipped: list[int] = []
+        self.skipped: dict[int, str] = {}  # index in `prepared`
         self.collisions: list[tuple[int, int]] = []
         self.before = self.after = 0.0  # squared norms of the residuals
 
@@ -209,10 +266,14 @@ class _Batch:
         """All requests at once: the residual at the last layer, spread over the layers from below."""
         layers = self.hparams.layers
         site = Site(layers[-1], self.editor.site)
-        values = self.optimise(self.prepared, site)
+        prepared, values = self.optimise(range(len(self.prepared)), site)
+        if not prepared:
+            raise RequestError("every request was skipped:\n" + "\n".join(self.skipped.values()))
+        with self.timed("keys"):
+            passes = KeyPass(self.view, prepared, site, self.recipe.key_weights, self.editor.state_budget)
         for i, layer in enumerate(layers):
             with self.timed("keys"):
-                seen = keys_and_outputs(self.view, self.prepared, layer, site, self.recipe.key_weights)
+                seen = passes.at(layer)
             residual = values.targets.to(seen.outputs) - seen.outputs  # [h, u]
             if i == 0:
                 self.before = float(residual.square().sum())
@@ -228,21 +289,21 @@ class _Batch:
             if layer == layers[-1]:
                 self.collisions = collisions(seen.keys)
         with self.timed("keys"):
-            bare = [replace(prepared, rewriting=prepared.rewriting[:1]) for prepared in self.prepared]
-            seen = keys_and_outputs(self.view, bare, layers[-1], site, self.recipe.key_weights)
-        self.after = float((values.targets.to(seen.outputs) - seen.outputs).square().sum())
+            outputs = passes.outputs()
+        self.after = float((values.targets.to(outputs) - outputs).square().sum())
 
     def run_single(self, index: int) -> None:
         """One request: the output at the bare prompt becomes the value exactly."""
         (layer,) = self.hparams.layers
         site = Site(layer, self.editor.site)
-        prepared = [self.prepared[index]]
-        values = self.optimise(prepared, site)
+        prepared, values = self.optimise([index], site)
+        if not prepared:
+            return
         with self.timed("keys"):
-            seen = keys_and_outputs(self.view, prepared, layer, site, self.recipe.key_weights)
+            seen = KeyPass(self.view, prepared, site, self.recipe.key_weights, self.editor.state_budget).at(layer)
         residual = (values.targets.to(seen.outputs) - seen.outputs)[:, 0]
         with self.timed("solve"):
-            update, _ = rank_one_equality(
+            update, pivot = rank_one_equality(
                 self.editor.preconditioner(layer),
                 seen.keys[:, 0],
                 seen.bare_keys[:, 0],
@@ -251,7 +312,7 @@ class _Batch:
             )
         self.before += float(residual.square().sum())
         if update is None:
-            self.skipped.append(index)
+            self.skipped[index] = f"{prepared[0].name}: a bad pivot, cosine {pivot:.1e}"
             self.after += float(residual.square().sum())
             return
         self.write(layer, update)
@@ -259,14 +320,26 @@ class _Batch:
         left_over = residual - update.left @ (update.right.T @ seen.bare_keys[:, 0].double())
         self.after += float(left_over.square().sum())
 
-    def optimise(self, prepared: list[PreparedRequest], site: Site) -> Values:
+    def optimise(self, which: Sequence[int], site: Site) -> tuple[list[PreparedRequest], Values]:
+        """Values of some requests, and which of them can be written; the others are skipped or raised."""
+        prepared = [self.prepared[i] for i in which]
         with self.timed("values"), torch.enable_grad():
-            values = optimise_values(
-                self.view, prepared, site.layer, site.what, self.hparams, progress=self.editor.progress
-            )
+            values = optimise_shared(
+                self.view, self.editor.tokenizer, prepared, site.layer, site.what, self.hparams,
+                store=self.editor.values, progress=self.editor.progress,
+            )  # fmt: skip
+        problems = {}
+        for place, code in enumerate(values.status.tolist()):
+            if code in PROBLEMS and not (code == PREDICTED and self.hparams.on_predicted == "allow"):
+                problems[place] = f"{prepared[place].name}: {PROBLEMS[code]}"
+        if self.on_error == "raise":
+            require_none(problems)
+        self.skipped |= {which[place]: reason for place, reason in problems.items()}
+        usable = [place for place in range(len(prepared)) if place not in problems]
+        values = values.select(usable)
         self.losses += values.losses.tolist()
         self.steps += values.steps.tolist()
-        return values
+        return [prepared[place] for place in usable], values
 
     def write(self, layer: int, update: LowRankUpdate) -> None:
         name, weight = self.view.weight_name(layer), self.view.weight(layer)
@@ -283,7 +356,7 @@ class _Batch:
         finally:
             self.seconds[phase] += _now(self.view.device) - begin
 
-    def result(self, number: int, requests: tuple[EditRequest, ...]) -> EditResult:
+    def result(self, number: int, requests: tuple[EditRequest, ...], skipped: dict[int, str]) -> EditResult:
         norms = {
             name: _total_norm(updates) / max(self.weight_norms[name], 1e-30) for name, updates in self.updates.items()
         }
@@ -299,7 +372,7 @@ class _Batch:
             relative_norms=norms,
             residual=(self.after / self.before) ** 0.5 if self.before else 0.0,
             collisions=tuple(self.collisions),
-            skipped=tuple(self.skipped),
+            skipped=skipped,
             prefixes=self.editor.prefixes,
             seconds=self.seconds,
         )

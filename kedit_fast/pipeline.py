@@ -9,17 +9,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kedit_fast.editing.prompts import open_ended
+from kedit_fast.editing.prompts import PromptFormat, continuation
 from kedit_fast.editing.requests import EditRequest
 from kedit_fast.editor import Editor, EditResult
-from kedit_fast.errors import KeditError, UnsupportedModelError
-from kedit_fast.evaluation.metrics import Metrics, evaluate
+from kedit_fast.errors import EditError, KeditError, UnsupportedModelError
+from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary
 from kedit_fast.models.architectures import ModelView, find_architecture
 from kedit_fast.models.forward import evaluating, last_hidden, pad
 from kedit_fast.statistics.collect import Statistics
@@ -145,6 +145,7 @@ class Report:
     after: Metrics
     seconds: dict[str, float]
     results: tuple[EditResult, ...]
+    skipped: dict[int, str] = field(default_factory=dict)  # index of a request -> why it was left out
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -153,6 +154,7 @@ class Report:
         for name in after:
             pairs[name] = after[name]
             pairs[f"{name}_before"] = before[name]
+        pairs["skipped"] = [{"index": index, "reason": reason} for index, reason in sorted(self.skipped.items())]
         pairs["seconds"] = self.seconds
         return pairs
 
@@ -168,37 +170,54 @@ def run_edits(
     hparams: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
     seed: int = 0,
+    values: str | os.PathLike | None = None,
+    prompt_format: PromptFormat | None = None,
+    on_error: str = "raise",
     progress: bool = False,
 ) -> Report:
-    """Measure, edit in batches of `batch_size` (all at once for None), measure again."""
+    """Measure, edit in batches of `batch_size` (all at once for None), measure again; see Editor for the rest.
+
+    Requests that were skipped are in `skipped` and in no metric.
+    """
     begin = time.perf_counter()
-    editor = Editor(model, tokenizer, method, statistics=statistics, hparams=hparams, seed=seed, progress=progress)
+    editor = Editor(
+        model, tokenizer, method, statistics=statistics, hparams=hparams, seed=seed, values=values,
+        prompt_format=prompt_format, progress=progress,
+    )  # fmt: skip
     _log.info("%s on layers %s (%s)", method, ",".join(map(str, editor.hparams.layers)), editor.origin)
     seconds = dict.fromkeys(PHASES, 0.0)
     seconds["statistics"] = statistics_seconds
-    editor.check(requests)
+    prepared, skipped = editor.check(requests, on_error)
+    if not prepared:
+        raise EditError("every request was skipped:\n" + "\n".join(skipped.values()))
+    number = [i for i in range(len(requests)) if i not in skipped]
     measuring = time.perf_counter()
-    before = evaluate(model, tokenizer, requests)
+    before = evaluate_each(model, tokenizer, [p.request for p in prepared], prompt_format=prompt_format)
     seconds["evaluate"] += time.perf_counter() - measuring
-    size = batch_size or len(requests)
+    size = batch_size or len(prepared)
     results = []
-    for start in range(0, len(requests), size):
-        results.append(editor.edit(requests[start : start + size]))
+    for start in range(0, len(prepared), size):
+        results.append(editor.edit(prepared[start : start + size], on_error))
+        skipped |= {number[start + i]: reason for i, reason in results[-1].skipped.items()}
         for phase, spent in results[-1].seconds.items():
             seconds[phase] += spent
+    kept = [request for i, request in enumerate(requests) if i not in skipped]
     measuring = time.perf_counter()
-    after = evaluate(model, tokenizer, requests)
+    after = evaluate(model, tokenizer, kept, prompt_format=prompt_format)
+    before = [seen for i, seen in zip(number, before, strict=True) if i not in skipped]
     now = time.perf_counter()
     seconds["evaluate"] += now - measuring
     seconds["total"] = now - begin + statistics_seconds
     seconds = {phase: round(spent, 3) for phase, spent in seconds.items()}
-    return Report(method, len(requests), before, after, seconds, tuple(results))
+    return Report(method, len(kept), summary(before), after, seconds, tuple(results), skipped)
 
 
-def complete(model: Any, tokenizer: Any, prompt: str, tokens: int = 6) -> str:
+def complete(
+    model: Any, tokenizer: Any, prompt: str, tokens: int = 6, prompt_format: PromptFormat | None = None
+) -> str:
     """The greedy continuation of a prompt, up to the end of its first sentence."""
     view = ModelView(model)
-    ids = open_ended(tokenizer, tokenizer(prompt)["input_ids"], 1)
+    ids, _ = continuation(tokenizer, prompt, "", prompt_format)
     begin = len(ids)
     with evaluating(view), torch.no_grad():
         for _ in range(tokens):

@@ -86,7 +86,7 @@ def test_demo_prints_exactly_one_json_object():
     (line,) = done.stdout.strip().splitlines()
     found = json.loads(line)
     names = ["efficacy", "efficacy_success", "paraphrase", "neighborhood"]
-    assert set(found) == {"method", "edits", "seconds", *names, *(f"{n}_before" for n in names)}
+    assert set(found) == {"method", "edits", "seconds", "skipped", *names, *(f"{n}_before" for n in names)}
     assert found["method"] == "memit" and found["edits"] == 3
     assert all(0 <= found[n] <= 1 for n in names)
     assert set(found["seconds"]) == {"statistics", "keys", "values", "solve", "write", "evaluate", "total"}

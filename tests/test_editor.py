@@ -7,7 +7,7 @@ from floors import relative_error
 from tiny_models import KINDS, POST_NORM, TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, EditRequest, collect_statistics, demo, evaluate
-from kedit_fast.editing.keys import keys_and_outputs
+from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.prompts import prepare
 from kedit_fast.editing.values import optimise_values
 from kedit_fast.errors import EditError, KeditError, MethodError, RequestError, StatisticsError
@@ -56,7 +56,7 @@ def test_memit_is_the_published_dense_update_layer_by_layer(kind):
     targets = optimise_values(other, prepared, 1, site.what, editor.hparams).targets
     result = editor.edit(REQUESTS)
     for i, layer in enumerate((0, 1)):
-        seen = keys_and_outputs(other, prepared, layer, site, "bare_half")
+        seen = KeyPass(other, prepared, site, "bare_half").at(layer)
         keys, residual = seen.keys, (targets - seen.outputs) / (2 - i)
         moment = editor._statistics.moment(layer).moment
         moment = moment + 1e-3 * moment.diagonal().mean() * torch.eye(64, dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_the_edited_model_has_the_loss_that_the_optimiser_predicts(kind):
                    mom2_adjustment=False, mom2_update_weight=1e-7)  # fmt: skip
     editor = Editor(model, tokenizer, "memit", layers=[1], hparams=numbers, prefixes=())
     request = EditRequest("{}", "I", "is")
-    (prepared,) = editor.check([request])
+    (prepared,), _ = editor.check([request])
     (prompt,), (target,) = prepared.rewriting[0].ids, prepared.target
 
     def loss():
@@ -106,8 +106,8 @@ def test_keys_are_half_the_bare_prompt_and_half_the_mean_of_the_prefixed(kind):
         with torch.no_grad():
             model(torch.tensor([prompt.ids]))
         hook.remove()
-    half = keys_and_outputs(view, [prepared], 1, Site(1, "block"), "bare_half")
-    mean = keys_and_outputs(view, [prepared], 1, Site(1, "mlp"), "mean")
+    half = KeyPass(view, [prepared], Site(1, "block"), "bare_half").at(1)
+    mean = KeyPass(view, [prepared], Site(1, "mlp"), "mean").at(1)
     torch.testing.assert_close(half.keys[:, 0], (keys[0] + (keys[1] + keys[2]) / 2) / 2, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(mean.keys[:, 0], torch.stack(keys).mean(0), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(mean.bare_keys[:, 0], keys[0], rtol=1e-4, atol=1e-6)
@@ -119,7 +119,7 @@ def test_rome_makes_the_bare_prompt_say_the_value(kind):
     prepared = prepare(editor.tokenizer, REQUESTS[:1], PREFIXES, 128)
     value = optimise_values(editor.view, prepared, 1, "mlp", editor.hparams).targets
     result = editor.edit(REQUESTS[:1])
-    seen = keys_and_outputs(editor.view, prepared, 1, Site(1, "mlp"), "mean")
+    seen = KeyPass(editor.view, prepared, Site(1, "mlp"), "mean").at(1)
     assert relative_error(seen.outputs, value) < 1e-4
     assert result.residual < 1e-6 and result.updates[editor.view.weight_name(1)][0].rank == 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from kedit_fast.models.forward import evaluating, last_hidden, pad
 _log = logging.getLogger("kedit_fast")
 _STARTS = ("The", "Therefore", "Because", "I", "You")  # what prefixes are grown from, as in the memit repository
 KL_PROMPT = "{} is a"
+SHOWN = 10  # problems in one message
+PromptFormat = Callable[[str], str]  # from a prompt, which may hold {}, to the text that the model reads
 
 
 @dataclass(frozen=True)
@@ -47,21 +49,54 @@ class PreparedRequest:
         return f"request {request.id!r}" if request.id is not None else f"the request on {request.subject!r}"
 
 
-def fill(tokenizer: Any, template: str, subject: str, prefix: str = "") -> Prompt:
+def fill(
+    tokenizer: Any, template: str, subject: str, prefix: str = "", prompt_format: PromptFormat | None = None
+) -> Prompt:
     """Tokenise `prefix + template` with `subject` at the template's {}; raises RequestError when it has no tokens."""
-    text = prefix + template.replace("{}", subject, 1)
-    begin = len(prefix) + template.index("{}")
+    frame = prefix.replace("{}", "") + template
+    text, begin = in_format(frame, subject, prompt_format)
     end = begin + len(subject.rstrip())
+    special = _adds_special(tokenizer, text, prompt_format)
     if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(text, return_offsets_mapping=True)
+        encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
         ids = encoded["input_ids"]
         covering = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > begin and b > a]
     else:
-        ids = tokenizer(text)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
         covering = _covering_without_offsets(tokenizer, text, begin, end, ids)
     if not covering:
         raise RequestError(f"the subject {subject!r} has no tokens in {text!r}")
     return Prompt(tuple(ids), covering[-1])
+
+
+def in_format(template: str, subject: str, prompt_format: PromptFormat | None) -> tuple[str, int]:
+    """A template in the caller's format with its subject, and where the subject begins."""
+    framed = template if prompt_format is None else prompt_format(template)
+    if framed.count("{}") != 1:
+        raise RequestError(f"the prompt format must keep the {{}} of {template!r} once; it made {framed!r}")
+    begin = framed.index("{}")
+    return framed[:begin] + subject + framed[begin + 2 :], begin
+
+
+def chat_format(tokenizer: Any) -> PromptFormat:
+    """The prompt as a user's message in the tokenizer's chat template, up to where the answer begins.
+
+    Raises:
+        RequestError: the tokenizer has no chat template.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise RequestError("the tokenizer has no chat template, so prompts cannot be formatted as a chat")
+
+    def prompt_format(prompt: str) -> str:
+        message = [{"role": "user", "content": prompt}]
+        return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+
+    return prompt_format
+
+
+def _adds_special(tokenizer: Any, text: str, prompt_format: PromptFormat | None) -> bool:
+    """Whether the tokenizer should add its special tokens: not where the format has written the first already."""
+    return prompt_format is None or not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def _covering_without_offsets(tokenizer: Any, text: str, begin: int, end: int, ids: list[int]) -> list[int]:
@@ -76,51 +111,114 @@ def _covering_without_offsets(tokenizer: Any, text: str, begin: int, end: int, i
     return []
 
 
-def target_tokens(tokenizer: Any, prompt: str, target: str) -> tuple[int, ...]:
+def target_tokens(tokenizer: Any, prompt: str, target: str, special: bool = True) -> tuple[int, ...]:
     """The tokens of `target` as the continuation of `prompt`, a space between them unless one is there.
 
     They are what prompt and target together have beyond the prompt, so neither a special token nor a lone space that
-    the tokenizer would put before a separate text can enter.
+    the tokenizer would put before a separate text can enter. No space follows a special token that ends the prompt.
+    With `special` the tokenizer adds its special tokens, as it does to the prompt.
     """
-    joined = prompt + ("" if target[:1].isspace() or prompt[-1:].isspace() else " ") + target
-    base, full = open_ended(tokenizer, tokenizer(prompt)["input_ids"]), list(tokenizer(joined)["input_ids"])
-    special = set(tokenizer.all_special_ids)
-    while full and full[-1] in special and not joined.rstrip().endswith(tokenizer.decode(full[-1:]).strip()):
+    marks = [token for token in tokenizer.all_special_tokens if token]
+    apart = target[:1].isspace() or prompt[-1:].isspace() or prompt.endswith(tuple(marks))
+    joined = prompt + ("" if apart else " ") + target
+    base = open_ended(tokenizer, tokenizer(prompt, add_special_tokens=special)["input_ids"])
+    full = list(tokenizer(joined, add_special_tokens=special)["input_ids"])
+    if prompt.endswith(tuple(marks)):
+        base = list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+    known = set(tokenizer.all_special_ids)
+    while full and full[-1] in known and not joined.rstrip().endswith(tokenizer.decode(full[-1:]).strip()):
         full.pop()
     if full[: len(base)] == base and len(full) > len(base):
         ids = full[len(base) :]
     else:
         ids = tokenizer(joined[len(prompt) :], add_special_tokens=False)["input_ids"]
-    if special & set(ids):
+    if known & set(ids):
         raise RequestError(f"the target {target!r} holds a special token")
     if not ids or not tokenizer.decode(ids).strip():
         raise RequestError(f"the target {target!r} has no tokens")
     return tuple(ids)
 
 
+def continuation(
+    tokenizer: Any, prompt: str, target: str, prompt_format: PromptFormat | None = None
+) -> tuple[list[int], tuple[int, ...]]:
+    """Token ids of a text prompt, open for what follows, and of a target that continues it.
+
+    Raises:
+        RequestError: the target has no tokens or holds a special one.
+    """
+    text = prompt if prompt_format is None else prompt_format(prompt)
+    special = _adds_special(tokenizer, text, prompt_format)
+    ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    if prompt_format is None:
+        ids = open_ended(tokenizer, ids, 1)
+    return list(ids), target_tokens(tokenizer, text, target, special) if target else ()
+
+
 def prepare(
-    tokenizer: Any, requests: Sequence[EditRequest], prefixes: Sequence[str], max_length: int
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    prefixes: Sequence[str],
+    max_length: int,
+    prompt_format: PromptFormat | None = None,
 ) -> list[PreparedRequest]:
     """Tokenise requests once, for keys and values alike.
 
     Raises:
-        RequestError: naming each request by id or position: no subject tokens, no target tokens, or too long.
+        RequestError: naming every request that cannot be used, see `prepare_each`.
     """
-    prepared = []
-    for number, request in enumerate(requests, 1):
-        name = f"request {request.id!r}" if request.id is not None else f"request {number}"
-        try:
-            target = target_tokens(tokenizer, request.text, request.target_new)
-            rewriting = tuple(fill(tokenizer, request.prompt, request.subject, prefix) for prefix in ("", *prefixes))
-            rewriting = tuple(_without_end(tokenizer, prompt) for prompt in rewriting)
-            kl = _without_end(tokenizer, fill(tokenizer, KL_PROMPT, request.subject))
-        except RequestError as error:
-            raise RequestError(f"{name}: {error}") from None
-        longest = max(len(prompt.ids) for prompt in rewriting) + len(target) - 1
-        if longest > max_length:
-            raise RequestError(f"{name}: {longest} tokens with context and target, the model takes {max_length}")
-        prepared.append(PreparedRequest(request, rewriting, kl, target))
+    prepared, problems = prepare_each(tokenizer, requests, prefixes, max_length, prompt_format)
+    require_none(problems)
     return prepared
+
+
+def require_none(problems: dict[int, str]) -> None:
+    """Raise RequestError with the problems, by request."""
+    if problems:
+        shown = list(problems.values())[:SHOWN]
+        more = "" if len(problems) <= SHOWN else f"\nand {len(problems) - SHOWN} more"
+        raise RequestError("\n".join(shown) + more)
+
+
+def prepare_each(
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    prefixes: Sequence[str],
+    max_length: int,
+    prompt_format: PromptFormat | None = None,
+) -> tuple[list[PreparedRequest], dict[int, str]]:
+    """Tokenise requests once; those that cannot be used come back as index -> what is wrong, with their name.
+
+    What can be wrong: a subject or target without tokens, a special token in the target, more tokens than the model
+    takes.
+    """
+    prepared, problems = [], {}
+    for index, request in enumerate(requests):
+        name = f"request {request.id!r}" if request.id is not None else f"request {index + 1}"
+        try:
+            prepared.append(_prepared(tokenizer, request, prefixes, max_length, prompt_format))
+        except RequestError as error:
+            problems[index] = f"{name}: {error}"
+    return prepared, problems
+
+
+def _prepared(
+    tokenizer: Any,
+    request: EditRequest,
+    prefixes: Sequence[str],
+    max_length: int,
+    prompt_format: PromptFormat | None,
+) -> PreparedRequest:
+    text, _ = in_format(request.prompt, request.subject, prompt_format)
+    target = target_tokens(tokenizer, text, request.target_new, _adds_special(tokenizer, text, prompt_format))
+    filled = [fill(tokenizer, request.prompt, request.subject, prefix, prompt_format) for prefix in ("", *prefixes)]
+    kl = fill(tokenizer, KL_PROMPT, request.subject, "", prompt_format)
+    if prompt_format is None:  # a format ends where the answer begins, its special tokens belong there
+        filled, kl = [_without_end(tokenizer, prompt) for prompt in filled], _without_end(tokenizer, kl)
+    longest = max(len(prompt.ids) for prompt in filled) + len(target) - 1
+    if longest > max_length:
+        raise RequestError(f"{longest} tokens with context and target, the model takes {max_length}")
+    return PreparedRequest(request, tuple(filled), kl, target)
 
 
 def open_ended(tokenizer: Any, ids: Sequence[int], keep: int = 0) -> list[int]:

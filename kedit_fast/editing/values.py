@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from kedit_fast.editing.batch_size import fitting_batch
 from kedit_fast.editing.objective import Objective
 from kedit_fast.editing.prompts import PreparedRequest
 from kedit_fast.errors import EditError
@@ -55,6 +56,13 @@ class Values:
     losses: torch.Tensor  # [u] at the last forward pass
     steps: torch.Tensor  # [u] optimiser steps taken
     status: torch.Tensor  # [u] USED_UP (all iterations), STOPPED, or a key of PROBLEMS
+
+    @staticmethod
+    def concatenated(parts: Sequence[Values], device: torch.device) -> Values:
+        """The values of all parts, one after another, on one device."""
+        wide = (torch.cat([getattr(p, name).to(device) for p in parts], 2) for name in ("all_targets", "all_deltas"))
+        flat = (torch.cat([getattr(p, name) for p in parts]) for name in ("losses", "steps", "status"))
+        return Values(parts[0].sites, *wide, *flat)
 
     @property
     def targets(self) -> torch.Tensor:
@@ -93,7 +101,8 @@ def optimise_values(
         layer: where the delta is added.
         what: "block" (MEMIT), "mlp" (ROME, and every method where a norm follows the MLP: Gemma 2 and 3, OLMo 2), or
             "attention and mlp" (PMET): two deltas under PMET's rule.
-        hparams: the numbers of the loop; `values_batch` requests are optimised together (0: as many as memory takes).
+        hparams: the numbers of the loop; `values_batch` requests are optimised together (0: what memory takes, see
+            `fitting_batch`).
         on_problem: "raise" at the first request whose loss or gradient is not finite, or "keep" going with the others:
             `status` tells, and such a request has the delta it had before. A target the model says already is no
             error here, `status` is PREDICTED.
@@ -116,9 +125,14 @@ def optimise_values(
             'value at a block\'s output: use the site "mlp", before that norm'
         )
     sites = [Site(layer, name) for name in SITES[what]]
+    size = hparams.values_batch
+    if size == 0:
+        found = fitting_batch(view, prepared, sites)
+        size = found.requests
+        _log.info("values of %d requests at a time (%d MiB each)", size, found.request_bytes >> 20)
     bar = tqdm(total=len(prepared), unit="edit", desc="values", disable=not progress, leave=False)
     with evaluating(view), bar:
-        return _Descent(view, prepared, sites, hparams, on_problem, finished).run(bar)
+        return _Descent(view, prepared, sites, hparams, size, on_problem, finished).run(bar)
 
 
 def by_length(prepared: Sequence[PreparedRequest]) -> list[int]:
@@ -133,7 +147,7 @@ def by_length(prepared: Sequence[PreparedRequest]) -> list[int]:
 
 
 class _Descent:
-    """The published loop over all requests, `values_batch` of them at a time.
+    """The published loop over all requests, `size` of them at a time.
 
     Requests enter by length, in groups, as others leave; each counts its own iterations. What is known of those that
     run lies on the device, and is looked at every `check_every` iterations only.
@@ -148,6 +162,7 @@ class _Descent:
         prepared: Sequence[PreparedRequest],
         sites: Sequence[Site],
         hparams: Hparams,
+        size: int,
         on_problem: str,
         finished: Callable[[Sequence[int], Values], None] | None,
     ):
@@ -156,7 +171,7 @@ class _Descent:
         self.eases = len(sites) == 2
         self.asks = self.eases or hparams.most_probable_steps > 0
         self.queue = by_length(prepared)
-        self.group = max(1, hparams.values_batch // ENTER_PARTS)
+        self.size, self.group = size, max(1, size // ENTER_PARTS)
         self.objective: Objective | None = None
         self.results: dict[str, torch.Tensor] = {}  # of all requests, the last dimension
         device, u = view.head.device, len(prepared)
@@ -187,7 +202,7 @@ class _Descent:
 
     def enter(self) -> None:
         """Groups of requests from the queue join as long as there is room for them."""
-        while self.queue and (self.objective is None or self.held.numel() + self.group <= self.hparams.values_batch):
+        while self.queue and (self.objective is None or self.held.numel() + self.group <= self.size):
             group, self.queue = self.queue[: self.group], self.queue[self.group :]
             objective = Objective(self.view, [self.prepared[i] for i in group], self.sites)
             h0, device = objective.h0, objective.device  # [v, sites, h]

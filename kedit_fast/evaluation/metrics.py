@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.prompts import open_ended, target_tokens
+from kedit_fast.editing.prompts import PromptFormat, continuation
 from kedit_fast.editing.requests import EditRequest
 from kedit_fast.errors import RequestError
 from kedit_fast.models.architectures import ArchSpec, ModelView
@@ -46,48 +46,74 @@ class Continuation:
 
 
 def evaluate(
-    model: torch.nn.Module, tokenizer: Any, requests: Sequence[EditRequest], spec: ArchSpec | None = None
+    model: torch.nn.Module,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    spec: ArchSpec | None = None,
+    prompt_format: PromptFormat | None = None,
 ) -> Metrics:
-    """Measure requests on `model`; nothing in it changes.
+    """Measure requests on `model`, every prompt in `prompt_format` if there is one; nothing in the model changes.
 
     Cost: one forward pass over every prompt with its target, in batches by length; the head on target rows alone.
     """
-    view = ModelView(model, spec)
+    return summary(evaluate_each(model, tokenizer, requests, spec, prompt_format))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How the model sees one request."""
+
+    new: Continuation
+    true: Continuation | None
+    paraphrases: tuple[Continuation, ...]  # of target_new
+    neighborhood: tuple[Continuation, ...]  # of target_true
+
+
+def evaluate_each(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    spec: ArchSpec | None = None,
+    prompt_format: PromptFormat | None = None,
+) -> list[Seen]:
+    """What `evaluate` measures, request by request."""
     pairs: list[tuple[str, str]] = []
-    uses: dict[str, list[int]] = {"new": [], "true": [], "paraphrase": [], "neighborhood": []}
-
-    def ask(use: str, prompt: str, target: str) -> None:
-        uses[use].append(len(pairs))
-        pairs.append((prompt, target))
-
-    compared = []
+    counts = []
     for request in requests:
-        if request.target_true is not None:
-            compared.append(len(uses["new"]))
-            ask("true", request.text, request.target_true)
-        ask("new", request.text, request.target_new)
-        for text in request.paraphrase_prompts:
-            ask("paraphrase", text, request.target_new)
-        for text in request.neighborhood_prompts if request.target_true is not None else ():
-            ask("neighborhood", text, request.target_true)
-    seen = score(view, tokenizer, pairs)
-    new = [seen[i] for i in uses["new"]]
-    true = [seen[i] for i in uses["true"]]
-    success = [new[i].log_prob > old.log_prob for i, old in zip(compared, true, strict=True)]
+        true = request.target_true
+        old = [] if true is None else [(request.text, true)]
+        paraphrases = [(text, request.target_new) for text in request.paraphrase_prompts]
+        neighbors = [] if true is None else [(text, true) for text in request.neighborhood_prompts]
+        pairs += [(request.text, request.target_new), *old, *paraphrases, *neighbors]
+        counts.append((len(old), len(paraphrases), len(neighbors)))
+    scored = iter(score(ModelView(model, spec), tokenizer, pairs, prompt_format))
+    found = []
+    for old, paraphrases, neighbors in counts:
+        new = next(scored)
+        true = next(scored) if old else None
+        lists = (tuple(next(scored) for _ in range(count)) for count in (paraphrases, neighbors))
+        found.append(Seen(new, true, *lists))
+    return found
+
+
+def summary(seen: Sequence[Seen]) -> Metrics:
+    """The metrics over requests."""
     return Metrics(
-        efficacy=_share([c.argmax for c in new]) or 0.0,
-        efficacy_success=_share(success),
-        paraphrase=_share([seen[i].argmax for i in uses["paraphrase"]]),
-        neighborhood=_share([seen[i].argmax for i in uses["neighborhood"]]),
+        efficacy=_share([s.new.argmax for s in seen]) or 0.0,
+        efficacy_success=_share([s.new.log_prob > s.true.log_prob for s in seen if s.true is not None]),
+        paraphrase=_share([c.argmax for s in seen for c in s.paraphrases]),
+        neighborhood=_share([c.argmax for s in seen for c in s.neighborhood]),
     )
 
 
-def score(view: ModelView, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> list[Continuation]:
+def score(
+    view: ModelView, tokenizer: Any, pairs: Sequence[tuple[str, str]], prompt_format: PromptFormat | None = None
+) -> list[Continuation]:
     """How the model sees each (prompt, target)."""
     rows = []
     for prompt, target in pairs:
-        ids = open_ended(tokenizer, tokenizer(prompt)["input_ids"], 1)
-        rows.append((ids, target_tokens(tokenizer, prompt, target)))
+        rows.append(continuation(tokenizer, prompt, target, prompt_format))
+        ids = rows[-1][0]
         if not ids:
             raise RequestError(f"the prompt {prompt!r} has no tokens")
         if len(ids) + len(rows[-1][1]) - 1 > view.max_length:
@@ -102,8 +128,8 @@ def score(view: ModelView, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> 
             longest = len(rows[order[0]][0]) + len(rows[order[0]][1])
             count = max(1, BATCH_TOKENS // longest)
             chunk, order = order[:count], order[count:]
-            for i, continuation in zip(chunk, _score_batch(view, [rows[i] for i in chunk]), strict=True):
-                found[i] = continuation
+            for i, seen in zip(chunk, _score_batch(view, [rows[i] for i in chunk]), strict=True):
+                found[i] = seen
     return [c for c in found if c is not None]
 
 

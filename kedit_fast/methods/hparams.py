@@ -39,7 +39,8 @@ class Hparams:
     v_stop_loss: float = 0.05  # a request whose loss is below stops before its next step
     context_template_length_params: tuple[tuple[int, int], ...] = ()  # (tokens, count) of generated prefixes
     on_bad_pivot: str = "raise"  # rank-one methods: raise, skip or allow
-    values_batch: int = 32  # requests optimised together; does not change the result
+    on_predicted: str = "error"  # a target the model says already: error, or allow, as published: a value without delta
+    values_batch: int = 0  # requests optimised together, 0: what memory takes, up to 64 on a CPU; the same result
     check_every: int = 0  # iterations between looks at who has stopped, 0: 1 on a CPU, 4 on a GPU; the same result
     most_probable_steps: int = 0  # stop this many steps after all target tokens are the argmax in all contexts; 0: off
     v_loss_layer: int = -1  # of the published files; only the last layer, -1, is implemented
@@ -54,9 +55,10 @@ class Hparams:
             "kl_factor": self.kl_factor >= 0,
             "mom2_update_weight": self.mom2_update_weight > 0 or find_recipe(self.method).solve != "ridge",
             "mom2_ridge": self.mom2_ridge >= 0,
-            "values_batch": self.values_batch >= 1,
+            "values_batch": self.values_batch >= 0,
             "check_every": self.check_every >= 0,
             "most_probable_steps": self.most_probable_steps >= 0,
+            "on_predicted": self.on_predicted in ("error", "allow"),
             "on_bad_pivot": self.on_bad_pivot in ("raise", "skip", "allow"),
         }
         for name, ok in check.items():

@@ -1,0 +1,71 @@
+"""How many requests fit in memory together while their values are optimised."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kedit_fast.editing.objective import Objective
+from kedit_fast.editing.prompts import PreparedRequest
+from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.forward import Site, evaluating
+from kedit_fast.models.memory import free_bytes
+
+MOST = {"cpu": 64}  # on a CPU a larger batch is no faster (benchmarks/results)
+MOST_ELSEWHERE = 256
+SHARE = 0.6  # of the memory that is free
+FEW = 8  # so few are not worth asking for
+TRIED = 2  # requests in the trial
+TEMPORARY = 2.0  # what a backward pass takes at its peak, over what the forward pass has kept
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """A number of requests, and the bytes it comes from."""
+
+    requests: int
+    request_bytes: int  # of one more request, the longest one; 0 when nobody asked
+    free: int  # bytes that may be used, a share of what is free
+
+
+def fitting_batch(
+    view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site], most: int | None = None
+) -> BatchSize:
+    """The number of requests to optimise together: what memory takes, at most what makes sense on the device.
+
+    Cost: a forward pass of the two longest requests, whose kept tensors are counted.
+    """
+    if most is None:
+        most = MOST.get(view.head.device.type, MOST_ELSEWHERE)
+    free = int(SHARE * free_bytes(view.head.device))
+    most = min(most, len(prepared))
+    if most <= FEW:
+        return BatchSize(max(1, most), 0, free)
+    each = request_bytes(view, prepared, sites)
+    return BatchSize(max(1, min(most, free // each)), each, free)
+
+
+def request_bytes(view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site]) -> int:
+    """Bytes that one request takes while its value is optimised, by the two longest ones."""
+    longest = sorted(prepared, key=lambda r: sum(len(p.ids) for p in r.rewriting) + len(r.target))[-TRIED:]
+    with evaluating(view):
+        objective = Objective(view, longest, sites)
+        states = sum(
+            part.nbytes for cache in objective.runner.caches.values() for part in (cache.keys, cache.values)
+        ) + (0 if objective.runner.entering is None else objective.runner.entering.nbytes)
+        known = {p.untyped_storage().data_ptr() for p in view.model.parameters()}
+        kept: dict[int, int] = {}
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            delta = torch.zeros_like(objective.h0).requires_grad_(True)
+            terms = objective.terms(delta)
+        del terms
+    return int((2 * states + TEMPORARY * sum(kept.values())) / len(longest)) + 1

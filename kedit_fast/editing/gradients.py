@@ -1,0 +1,168 @@
+"""Gradients as values: what UltraEdit writes are the gradients of its modules' outputs at the tokens of the answer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kedit_fast.editing.prompts import PreparedRequest
+from kedit_fast.errors import EditError, InvalidArgumentError
+from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.forward import evaluating, last_hidden, pad
+from kedit_fast.ops import target_log_probs
+
+BATCH_TOKENS = 2048  # of one forward and backward pass
+
+
+@dataclass(frozen=True)
+class ModuleGradients:
+    """Inputs and output gradients of one linear module, a row for each token, in the order of requests and tokens."""
+
+    keys: torch.Tensor  # [n, d] fp32
+    gradients: torch.Tensor  # [n, out] fp32, of each request's mean cross entropy
+
+
+@dataclass(frozen=True)
+class AnswerGradients:
+    """What one backward pass a batch gives for several modules."""
+
+    modules: dict[str, ModuleGradients]  # by module path
+    request: torch.Tensor  # [n] the request of each row
+    losses: torch.Tensor  # [u] mean cross entropy of each request's target
+
+
+def answer_gradients(
+    view: ModelView, prepared: Sequence[PreparedRequest], modules: Sequence[str], tokens: str = "answer"
+) -> AnswerGradients:
+    """Keys and value gradients at answer tokens, of several modules from one backward pass a batch.
+
+    With L_i = -(1/T) sum_t log p(target_t) of request i at its bare prompt, a row holds the input of a module at one
+    token and dL_i / d(its output there). The published code takes the mean over all answer tokens of its small batches
+    instead, so there a gradient's scale depends on who shares the batch; UltraEdit's normaliser divides scales out.
+
+    Args:
+        view: the model; nothing in it changes.
+        prepared: u requests.
+        modules: paths of linear modules, for example "model.layers.11.mlp.gate_proj".
+        tokens: "answer", those that predict a token of the answer; or "all" of prompt and answer but the last.
+
+    Raises:
+        InvalidArgumentError: an unknown module or choice of tokens.
+        EditError: a loss or gradient that is not finite, naming the request.
+
+    Cost: one forward pass, one backward pass down to the lowest of the modules; the head on answer tokens alone. Memory
+        is that of a batch of 2,048 tokens, and the rows.
+
+    Source: UltraEdit (arXiv 2505.14679), its released `cache`.
+    """
+    if tokens not in ("answer", "all"):
+        raise InvalidArgumentError(f"tokens must be answer or all; got {tokens!r}")
+    found = {name: _linear(view, name) for name in modules}
+    if not prepared or not found:
+        raise InvalidArgumentError("no requests" if not prepared else "no modules given")
+    rows = [(*request.rewriting[0].ids, *request.target[:-1]) for request in prepared]
+    keys: dict[str, list[torch.Tensor]] = {name: [] for name in found}
+    gradients: dict[str, list[torch.Tensor]] = {name: [] for name in found}
+    owners: list[torch.Tensor] = []
+    losses = torch.zeros(len(prepared))
+    order = sorted(range(len(prepared)), key=lambda i: len(rows[i]), reverse=True)
+    with evaluating(view):
+        while order:
+            count = max(1, BATCH_TOKENS // len(rows[order[0]]))
+            chunk, order = sorted(order[:count]), order[count:]
+            seen, loss, owner = _one_pass(view, [prepared[i] for i in chunk], [rows[i] for i in chunk], found, tokens)
+            losses[chunk] = loss
+            owners.append(torch.tensor(chunk)[owner])
+            for name, (key, gradient) in seen.items():
+                keys[name].append(key)
+                gradients[name].append(gradient)
+    request = torch.cat(owners)
+    back = torch.argsort(request, stable=True)
+    whole = {
+        name: ModuleGradients(*(torch.cat(parts)[back.to(parts[0].device)] for parts in (keys[name], gradients[name])))
+        for name in found
+    }
+    request = request[back]
+    _require_finite(prepared, request, losses, whole)
+    return AnswerGradients(whole, request, losses)
+
+
+def _linear(view: ModelView, name: str) -> torch.nn.Module:
+    try:
+        module = view.model.get_submodule(name)
+    except AttributeError:
+        raise InvalidArgumentError(f"the model has no module {name!r}") from None
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        raise InvalidArgumentError(f"{name!r} is a {type(module).__name__}, not a linear module that can be edited")
+    return module
+
+
+def _one_pass(
+    view: ModelView,
+    prepared: Sequence[PreparedRequest],
+    rows: Sequence[tuple[int, ...]],
+    modules: dict[str, torch.nn.Module],
+    tokens: str,
+) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor]:
+    """Keys and gradients by module, losses [v], and the request of every row [n]."""
+    batch = pad(rows, view.device)
+    starts = [len(request.rewriting[0].ids) - 1 for request in prepared]
+    answers = [(r, starts[r] + t) for r, request in enumerate(prepared) for t in range(len(request.target))]
+    kept = answers if tokens == "answer" else [(r, t) for r, row in enumerate(rows) for t in range(len(row))]
+    at_answers, at_kept = (torch.tensor(places, device=view.device).T for places in (answers, kept))
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+
+    @contextlib.contextmanager
+    def watched() -> Iterator[None]:
+        def hook_for(name: str):
+            def hook(module, args, output):
+                row, token = at_kept.to(output.device)
+                inputs[name] = args[0].detach()[row, token].float()
+                outputs[name] = output if output.requires_grad else output.detach().requires_grad_(True)
+                return outputs[name]
+
+            return hook
+
+        with contextlib.ExitStack() as stack:
+            for name, module in modules.items():
+                stack.callback(module.register_forward_hook(hook_for(name)).remove)
+            yield
+
+    with torch.enable_grad(), watched():
+        hidden = last_hidden(view, batch)
+        row, token = at_answers.to(hidden.device)
+        states = hidden[row, token].to(view.head.device)
+        targets = torch.tensor([t for request in prepared for t in request.target], device=view.head.device)
+        log_probs = target_log_probs(states, view.head, targets, view.head_bias, view.softcap).log_prob
+        weights = torch.tensor([1 / len(request.target) for request in prepared], device=log_probs.device)
+        owner = at_answers[0].to(log_probs.device)
+        loss = torch.zeros_like(weights).index_add(0, owner, -log_probs.float() * weights[owner])
+        flowing = [name for name in modules if name in outputs]
+        if missing := sorted(set(modules) - set(flowing)):
+            raise InvalidArgumentError(f"{missing[0]!r} takes no part in the model's output")
+        found = torch.autograd.grad(loss.sum(), [outputs[name] for name in flowing])
+    seen = {}
+    for name, gradient in zip(flowing, found, strict=True):
+        row, token = at_kept.to(gradient.device)
+        seen[name] = (inputs[name], gradient[row, token].float())
+    return seen, loss.detach().cpu(), at_kept[0].cpu()
+
+
+def _require_finite(
+    prepared: Sequence[PreparedRequest],
+    request: torch.Tensor,
+    losses: torch.Tensor,
+    modules: dict[str, ModuleGradients],
+) -> None:
+    bad = ~torch.isfinite(losses)
+    for rows in modules.values():
+        wrong = ~(torch.isfinite(rows.keys).all(1) & torch.isfinite(rows.gradients).all(1)).cpu()
+        bad[request[wrong]] = True
+    if bool(bad.any()):
+        name = prepared[int(torch.nonzero(bad)[0])].name
+        raise EditError(f"{name}: the gradients of its target are not finite; is the model's output finite there?")

@@ -1,0 +1,230 @@
+"""Optimised values on disk, so that a run can be repeated or taken up again without optimising them again.
+
+Our file: one safetensors file, tensors `targets` [n, sites, h] fp64, `deltas` [n, sites, h] fp32, `losses`, `steps` and
+`status` [n], and metadata with a key for each. A key is a hash of all that a value depends on: the model with its
+edited matrices as they are, the request's tokens, the layer and sites, and the numbers of the loop.
+
+memit's files: one npz a request with `v_star` [h], at a path with three {} for layer, clamp and case id. They say
+nothing of the model they were made with; the path is all there is to tell them apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from kedit_fast._version import __version__
+from kedit_fast.editing.prompts import PreparedRequest
+from kedit_fast.editing.values import USED_UP, Values
+from kedit_fast.errors import EditError
+from kedit_fast.methods.hparams import Hparams
+from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.fingerprint import fingerprint
+
+FORMAT_VERSION = "1"
+SAVE_EVERY = 30.0  # seconds between writes while values are being optimised
+# Numbers that change what a value is; the others change where it is written, or how fast it is found.
+_LOOP = (
+    "v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor", "v_stop_loss",
+    "most_probable_steps",
+)  # fmt: skip
+
+
+class ValueStore(Protocol):
+    """Where values are looked up before they are optimised, and put after."""
+
+    def begin(self, view: ModelView, tokenizer: Any, layer: int, sites: str, hparams: Hparams) -> None:
+        """What the next calls are about."""
+
+    def load(self, request: PreparedRequest) -> Values | None:
+        """The value of a request, or None."""
+
+    def store(self, requests: Sequence[PreparedRequest], values: Values) -> None:
+        """Take values that were just optimised."""
+
+    def flush(self) -> None:
+        """Write what has been taken."""
+
+
+class ValueFile:
+    """Our file of values; made when it is not there.
+
+    Raises:
+        EditError: it cannot be read or written, or is not ours.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.entries: dict[str, dict[str, torch.Tensor]] = {}
+        self.reused = 0
+        self._context, self._dirty, self._saved = "", False, time.monotonic()
+        if self.path.exists():
+            self._read()
+        elif not os.access(self.path.absolute().parent, os.W_OK):
+            raise EditError(f"cannot write {self.path}: its folder is not there or read-only")
+
+    def begin(self, view: ModelView, tokenizer: Any, layer: int, sites: str, hparams: Hparams) -> None:
+        """What the next calls are about."""
+        numbers = {name: value for name, value in asdict(hparams).items() if name in _LOOP}
+        about = {"model": fingerprint(view, tokenizer), "edited": edited_hash(view), "layer": layer, "sites": sites,
+                 "numbers": numbers}  # fmt: skip
+        self._context = json.dumps(about, sort_keys=True)
+
+    def load(self, request: PreparedRequest) -> Values | None:
+        """The value of a request, or None."""
+        entry = self.entries.get(self._key(request))
+        if entry is None:
+            return None
+        self.reused += 1
+        sites = ("attention", "mlp") if entry["targets"].shape[0] == 2 else ("",)
+        return Values(sites, entry["targets"][:, :, None], entry["deltas"][:, :, None],
+                      entry["losses"][None], entry["steps"][None], entry["status"][None])  # fmt: skip
+
+    def store(self, requests: Sequence[PreparedRequest], values: Values) -> None:
+        """Take values that were just optimised; write them when the last write is a while ago."""
+        for i, request in enumerate(requests):
+            self.entries[self._key(request)] = {
+                "targets": values.all_targets[:, :, i].cpu().clone(),
+                "deltas": values.all_deltas[:, :, i].cpu().clone(),
+                "losses": values.losses[i].clone(), "steps": values.steps[i].clone(),
+                "status": values.status[i].clone(),
+            }  # fmt: skip
+        self._dirty = True
+        if time.monotonic() - self._saved > SAVE_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the file anew, in the place of the old one only when it is complete."""
+        if not self._dirty:
+            return
+        tensors: dict[str, torch.Tensor] = {}
+        shapes: dict[str, list[str]] = {}
+        for key, entry in self.entries.items():
+            shapes.setdefault("x".join(map(str, entry["targets"].shape)), []).append(key)
+        for shape, keys in shapes.items():
+            for name in ("targets", "deltas", "losses", "steps", "status"):
+                tensors[f"{shape}.{name}"] = torch.stack([self.entries[key][name] for key in keys])
+        metadata = {"format_version": FORMAT_VERSION, "kedit_fast": __version__, "values": json.dumps(shapes)}
+        temporary = None
+        try:
+            handle, temporary = tempfile.mkstemp(dir=self.path.absolute().parent, prefix=f".{self.path.name}.")
+            os.close(handle)
+            save_file(tensors, temporary, metadata)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, self.path)
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk with an error of its own
+            raise EditError(f"cannot write values to {self.path}: {error}") from error
+        finally:
+            if temporary is not None and os.path.exists(temporary):
+                os.unlink(temporary)
+        self._dirty, self._saved = False, time.monotonic()
+
+    def _read(self) -> None:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format_version") != FORMAT_VERSION or "values" not in metadata:
+                    raise EditError(f"{self.path} is not a file of values (format {FORMAT_VERSION})")
+                for shape, keys in json.loads(metadata["values"]).items():
+                    names = ("targets", "deltas", "losses", "steps", "status")
+                    columns = {name: file.get_tensor(f"{shape}.{name}") for name in names}
+                    for i, key in enumerate(keys):
+                        self.entries[key] = {name: column[i] for name, column in columns.items()}
+        except (SafetensorError, ValueError, KeyError, IndexError) as error:
+            raise EditError(f"{self.path} is damaged: {error}; remove it to optimise its values again") from error
+        except OSError as error:
+            raise EditError(f"cannot read {self.path}: {error.strerror or error}") from error
+
+    def _key(self, request: PreparedRequest) -> str:
+        tokens = [[list(p.ids), p.lookup] for p in (*request.rewriting, request.kl)] + [list(request.target)]
+        return hashlib.sha256((self._context + json.dumps(tokens)).encode()).hexdigest()
+
+
+class MemitCache:
+    """The files that memit's `cache_template` names: `..._layer_{}_clamp_{}_case_{}.npz`, one request each.
+
+    Raises:
+        EditError: a template without three {}, a request without an id, or a file that is damaged.
+    """
+
+    def __init__(self, template: str):
+        if template.count("{}") != 3:
+            raise EditError(f"{template!r} must hold three {{}}: layer, clamp_norm_factor and case id")
+        self.template, self.reused = template, 0
+        self._layer, self._clamp, self._size = 0, 0.0, 0
+
+    def begin(self, view: ModelView, tokenizer: Any, layer: int, sites: str, hparams: Hparams) -> None:
+        """What the next calls are about."""
+        if " " in sites:
+            raise EditError("memit's npz files hold one value a request; these values have two")
+        self._layer, self._clamp, self._size = layer, hparams.clamp_norm_factor, view.weight(layer).shape[0]
+
+    def load(self, request: PreparedRequest) -> Values | None:
+        """The value of a request, or None. A file has no delta: `all_deltas` is not a number."""
+        path = self._path(request)
+        if not path.exists():
+            return None
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                target = torch.from_numpy(file["v_star"]).double()
+        except (OSError, ValueError, KeyError) as error:
+            raise EditError(f"{path} is not one of memit's value files: {error}") from error
+        if target.shape != (self._size,) or not bool(torch.isfinite(target).all()):
+            raise EditError(f"{path}: v_star is {list(target.shape)}, a finite [{self._size}] is needed")
+        self.reused += 1
+        nothing = torch.full((1, self._size, 1), float("nan"))
+        return Values(("",), target[None, :, None], nothing, torch.tensor([float("nan")]), torch.tensor([0]),
+                      torch.tensor([USED_UP]))  # fmt: skip
+
+    def store(self, requests: Sequence[PreparedRequest], values: Values) -> None:
+        """Write each value at once, in the place of an older file only when it is complete."""
+        for i, request in enumerate(requests):
+            path = self._path(request)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part = path.with_name(f".{path.name}.part.npz")
+                np.savez(part, v_star=values.targets[:, i].float().cpu().numpy())
+                os.replace(part, path)
+            except OSError as error:
+                raise EditError(f"cannot write {path}: {error.strerror or error}") from error
+
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def _path(self, request: PreparedRequest) -> Path:
+        if request.request.id is None:
+            raise EditError(f"{request.name}: memit's value files are named by case id, and it has none")
+        return Path(self.template.format(self._layer, self._clamp, request.request.id))
+
+
+def open_values(path: str | os.PathLike) -> ValueFile | MemitCache:
+    """Our file, or memit's files where the path is a template with {}."""
+    return MemitCache(str(path)) if "{}" in str(path) else ValueFile(path)
+
+
+def edited_hash(view: ModelView) -> str:
+    """SHA-256 of the bits of every matrix that editing writes, and that a fingerprint therefore leaves out.
+
+    Cost: one pass over those matrices.
+    """
+    digest = hashlib.sha256()
+    for layer in range(view.num_layers):
+        weight = view.weight(layer)
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
+        bits = weight.view(integer)
+        place = torch.arange(1, bits.shape[1] + 1, device=bits.device)
+        by_row = (bits.to(torch.int64) * place).sum(1)  # wraps around; moved bits change it
+        digest.update(by_row.cpu().numpy().tobytes())
+    return digest.hexdigest()

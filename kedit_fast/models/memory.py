@@ -1,0 +1,47 @@
+"""How much memory is free, on a device or on the host."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+_UNKNOWN = 2 << 30  # where the system does not say
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated: of a GPU's memory with what torch holds in reserve, or of the host's."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min([_available(), *_group_limits()])
+
+
+def _available() -> int:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return _UNKNOWN
+
+
+def _group_limits() -> list[int]:
+    """What is left of a container's limit, where there is one."""
+    found = []
+    for limit, usage in _CGROUPS:
+        try:
+            text = Path(limit).read_text(encoding="ascii").strip()
+            if text != "max":
+                found.append(max(0, int(text) - int(Path(usage).read_text(encoding="ascii"))))
+        except (OSError, ValueError):
+            continue
+    return found
