@@ -80,9 +80,7 @@ def roofline(document: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def _title(rows: list[dict[str, Any]]) -> str:
-    if not rows:
-        return "no rows"
-    return f"{rows[0]['machine']}, torch {rows[0]['versions']['torch']}, commit {rows[0]['commit']}"
+    return _machine(rows[0]) if rows else "no rows"
 
 
 def _save(figure, stem: Path) -> list[Path]:

@@ -281,7 +281,7 @@ def run(
     context: typer.Context,
     suite: Annotated[Suite, typer.Option(help="what to time")] = Suite.all,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
-    runs: Annotated[int, typer.Option(min=1, help="interleaved runs of each")] = 7,
+    runs: Annotated[int, typer.Option(min=2, help="interleaved runs of each")] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
     """Time, print a table, and write the rows to a file when asked."""
