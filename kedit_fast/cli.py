@@ -1,4 +1,4 @@
-"""The command line: `kedit-fast demo | stats | edit | backends`.
+"""The command line: `kedit-fast demo | stats | edit | plan | backends`.
 
 Exit status: 0 done, 1 an error (one to three lines on stderr, nothing on stdout), 2 wrong options, 130 interrupted.
 """
@@ -220,7 +220,7 @@ def edit(
     seed: Annotated[int, typer.Option(help="seed of the context prefixes")] = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="requests a batch; all at once by default")] = None,
     values: Annotated[
-        str | None, typer.Option(help="keep optimised values here and use those that fit; or memit's npz, with three {}")
+        str | None, typer.Option(help="file of optimised values to use and add to; or memit's npz, with three {}")
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="prompts as messages in the tokenizer's chat template")] = False,
     on_error: Annotated[
@@ -234,7 +234,7 @@ def edit(
     """Write facts into a model and save it."""
     from kedit_fast.editing.prompts import chat_format
     from kedit_fast.editing.requests import load_requests
-    from kedit_fast.methods.hparams import make_hparams, parse_values, read_hparams
+    from kedit_fast.methods.hparams import make_hparams
     from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, check_new, load_config, load_model, run_edits, save_model
     from kedit_fast.statistics.store import load_statistics
@@ -242,10 +242,7 @@ def edit(
     recipe = find_recipe(method)
     check_new(out, overwrite)
     records = load_requests(requests)
-    overrides = read_hparams(hparams) if hparams is not None else {}
-    overrides.update(parse_values(dict(_assignment(text) for text in set_ or ()), "--set"))
-    if layers is not None:
-        overrides["layers"] = _layers(layers)
+    overrides = _overrides(hparams, set_, layers)
     config = load_config(model)
     chosen, origin = make_hparams(method, config, overrides)
     _check_range(chosen.layers, config)
@@ -279,6 +276,60 @@ def edit(
         return
     _print_report(report, f"{recipe.name.upper()}: {report.edits} edits of {model}")
     _output.print(f"Saved to {out}", markup=False)
+
+
+@app.command()
+@_command
+def plan(
+    model: Annotated[str, typer.Argument(help="model folder or hub name")],
+    edits: Annotated[int, typer.Option(min=1, help="how many edits, in one batch")],
+    method: Annotated[str, typer.Option(help="memit or rome")] = "memit",
+    requests: Annotated[Path | None, typer.Option(help="requests for the trial; the demo's by default")] = None,
+    layers: Annotated[str | None, typer.Option(help="zero-based, 4-8 or 3,5,7")] = None,
+    hparams: Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="dtype the model is loaded in")] = Dtype.auto,
+    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    trial: Annotated[bool, typer.Option(help="load the model and try; without, bytes from its configuration")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Estimate the memory, the batch and the time of a run of edits before it is started."""
+    from kedit_fast import demo as bundled
+    from kedit_fast.editing.requests import load_requests
+    from kedit_fast.methods.hparams import make_hparams
+    from kedit_fast.pipeline import DTYPES, empty_model, load_config, load_model
+    from kedit_fast.planning import plan as estimate
+
+    overrides = _overrides(hparams, set_, layers)
+    config = load_config(model)
+    chosen, _ = make_hparams(method, config, overrides)
+    _check_range(chosen.layers, config)
+    records = load_requests(requests) if requests is not None else bundled.requests() if trial else []
+    if trial:
+        loaded, tokenizer = load_model(model, DTYPES[dtype.value], _device(device))
+    else:
+        loaded, tokenizer = empty_model(config, DTYPES[dtype.value]), None
+    found = estimate(loaded, tokenizer, edits, method, requests=records, hparams=overrides)
+    if as_json:
+        _print_json(found.as_dict())
+        return
+    title = f"{found.method.upper()}: {edits:,} edits of {model}, layers {','.join(map(str, found.layers))}"
+    table = Table("memory", "", title=escape(title), title_justify="left")
+    table.columns[1].justify = "right"
+    for name, size in found.bytes.items():
+        table.add_row(name, _size(size))
+    table.add_section()
+    table.add_row("in all", _size(sum(found.bytes.values())))
+    if found.free_bytes is not None:
+        table.add_row(f"free on {found.device}, with the weights loaded", _size(found.free_bytes))
+    _output.print(table)
+    _output.print(f"Numbers: {found.hparams_from}", markup=False)
+    if found.seconds is None:
+        _output.print("No trial: the batch and the time are unknown", markup=False)
+        return
+    _output.print(f"Values of {found.values_batch} requests at a time", markup=False)
+    spent = ", ".join(f"{phase} {seconds:,.1f}" for phase, seconds in found.seconds.items())
+    _output.print(f"Seconds, at most: {spent}", markup=False)
 
 
 @app.command()
@@ -352,6 +403,25 @@ def _layers(text: str) -> tuple[int, ...]:
         return parse_layers(text)
     except ValueError:
         raise typer.BadParameter(f"layers are written 4-8 or 3,5,7; got {text!r}") from None
+
+
+def _overrides(hparams: Path | None, set_: list[str] | None, layers: str | None) -> dict[str, Any]:
+    """Hyper-parameters that the command line gives: a file, then --set, then --layers."""
+    from kedit_fast.methods.hparams import parse_values, read_hparams
+
+    found = read_hparams(hparams) if hparams is not None else {}
+    found.update(parse_values(dict(_assignment(text) for text in set_ or ()), "--set"))
+    if layers is not None:
+        found["layers"] = _layers(layers)
+    return found
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
 
 
 def _check_range(layers: tuple[int, ...], config: Any) -> None:

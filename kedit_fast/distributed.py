@@ -51,4 +51,3 @@ def require_same(what: str, digest: str) -> None:
     """
     if world()[1] > 1 and len(set(gather(digest))) > 1:
         raise EditError(f"the processes have different {what}: start them all with the same arguments")
-

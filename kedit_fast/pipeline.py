@@ -65,6 +65,18 @@ def load_model(path: str | os.PathLike, dtype: Any = "auto", device: str = "cpu"
     return model.to(device).eval(), tokenizer
 
 
+def empty_model(config: Any, dtype: Any = "auto") -> torch.nn.Module:
+    """A model without memory, on torch's "meta" device: for what can be told from shapes alone."""
+    from transformers import AutoModelForCausalLM
+
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).to(dtype)
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill that appears at `path` only when the block ends without an error.

@@ -27,7 +27,6 @@ def bench(*arguments):
 
 @pytest.fixture(scope="module")
 def harness():
-    sys.path.append(str(ROOT))
     from benchmarks import problems, run
 
     return problems, run
@@ -128,3 +127,77 @@ def test_committed_results_are_complete_and_meet_their_floors():
             assert set(row) >= FIELDS and row["ratio"] is not None, (path.name, row["op"], row["case"])
             if row["floor"] and "compile" not in row["baseline"]:
                 assert row["ratio"] >= row["floor"], (path.name, row["case"], row["dtype"], row["ratio"])
+
+
+def test_the_published_pipeline_is_what_the_editor_does(harness):
+    from tiny_models import make_model, make_tokenizer
+
+    from benchmarks import published
+    from kedit_fast import Editor, EditRequest
+
+    requests = [EditRequest("{} plays the", "Miles Davis", "violin"), EditRequest("{} is in", "Ebro", "Spain")]
+    numbers = dict(v_num_grad_steps=4, v_lr=0.1, mom2_update_weight=2.0, mom2_adjustment=False)
+    editor = Editor(make_model("llama"), make_tokenizer(), "memit", layers=[0, 1], hparams=numbers,
+                    prefixes=("The old tower. ", "I saw. "))  # fmt: skip
+    view = Editor(make_model("llama"), make_tokenizer(), "memit", layers=[0, 1], hparams=numbers, prefixes=()).view
+    prepared, _ = editor.check(requests)
+    weights = {layer: view.weight(layer) for layer in (0, 1)}
+    before = {layer: weight.clone() for layer, weight in weights.items()}
+    editor.edit(requests)
+    blocks = [view.block(layer) for layer in range(view.num_layers)]
+    edited = {layer: view.edited_module(layer) for layer in (0, 1)}
+    identity = {layer: torch.eye(64, dtype=torch.float64) for layer in (0, 1)}
+    published.memit(view.model, blocks, edited, weights, identity, prepared, editor.hparams)
+    for layer in (0, 1):
+        gap = (editor.view.weight(layer) - weights[layer]).norm() / (weights[layer] - before[layer]).norm()
+        assert float(gap) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ("llama", "gpt2"))
+def test_each_saving_computes_the_published_gradient(harness, kind):
+    import transformers
+    from tiny_models import make_model, make_tokenizer
+
+    from benchmarks import savings
+    from kedit_fast import EditRequest
+    from kedit_fast.editing.prompts import prepare
+    from kedit_fast.models.architectures import ModelView
+
+    if not hasattr(transformers.DynamicCache(), "layers"):
+        pytest.skip("this benchmark reads the cache of a newer transformers")
+    requests = [EditRequest("{} plays the", "Miles Davis", "violin"), EditRequest("Now {} is in", "Ebro", "Spain")]
+    view = ModelView(make_model(kind))
+    prepared = prepare(make_tokenizer(), requests, ("The old tower. ",), 128)
+    expected = savings.iteration(view, prepared, 1, ())()
+    assert float(expected.abs().max()) > 0
+    for saving in savings.SAVINGS:
+        torch.testing.assert_close(savings.iteration(view, prepared, 1, (saving,))(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_pictures_of_values_are_drawn(harness, tmp_path):
+    from benchmarks import values
+
+    about = {"machine": "a machine", "versions": {"torch": "2"}, "commit": "abc"}
+    batches = [{"batch": 2**i, "edits": 8, "edits_per_s": 1.0 + i, "peak_bytes": 2**20 * i} for i in range(4)]
+    rows = [{"op": "value iteration", "case": f"model: {name} alone", "ratio": 1.5} for name in ("depth", "batching")]
+    path = tmp_path / "values.json"
+    path.write_text(json.dumps({"about": about, "rows": rows, "batches": batches, "peaks": {}}))
+    done = CliRunner().invoke(values.app, ["plot", str(path), "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    for name in ("batches", "savings"):
+        assert (tmp_path / f"values_{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert "</svg>" in (tmp_path / f"values_{name}.svg").read_text()
+
+
+def test_a_sample_covers_the_lengths_and_changes_from_run_to_run(harness):
+    from types import SimpleNamespace
+
+    from benchmarks import values
+
+    requests = [SimpleNamespace(rewriting=[SimpleNamespace(ids=range(i))]) for i in range(64)]
+    seen = set()
+    for run in range(4):
+        chosen = [len(r.rewriting[0].ids) for r in values.sample(requests, 16, run, 4)]
+        assert len(set(chosen)) == 16 and chosen == sorted(chosen) and max(chosen) - min(chosen) >= 60
+        seen |= set(chosen)
+    assert len(seen) == 64

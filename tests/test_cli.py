@@ -274,3 +274,70 @@ def test_a_checkpoint_without_some_weights_is_refused(tmp_path):
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(UnsupportedModelError, match=r"no weights for model.layers.1.mlp.up_proj.weight"):
         pipeline.load_model(model)
+
+
+def test_values_are_kept_and_used_again(place, tmp_path):
+    values = tmp_path / "values.safetensors"
+    first = run(*edit_args(place, tmp_path / "one", "--values", values, "--json"))
+    assert first.returncode == 0, first.stderr
+    size = values.stat().st_mtime_ns
+    again = run(*edit_args(place, tmp_path / "two", "--values", values, "--json"))
+    assert again.returncode == 0, again.stderr
+    assert values.stat().st_mtime_ns == size  # nothing was new
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all((a[name] == b[name]).all() for name in a)
+    values.write_text("junk")
+    bad = run(*edit_args(place, tmp_path / "three", "--values", values))
+    assert bad.returncode == 1 and "is damaged" in bad.stderr and not (tmp_path / "three").exists()
+
+
+def test_bad_requests_stop_or_are_skipped_with_a_report(place, tmp_path):
+    records = json.loads((place / "requests.json").read_text())
+    records.append({"prompt": "{} " + "is " * 300, "subject": "Ebro", "target_new": "Spain", "id": "long"})
+    (tmp_path / "requests.json").write_text(json.dumps(records))
+    args = list(edit_args(place, tmp_path / "out"))
+    args[args.index("--requests") + 1] = tmp_path / "requests.json"
+    stopped = run(*args)
+    assert stopped.returncode == 1 and "request 'long'" in stopped.stderr and not (tmp_path / "out").exists()
+    skipped = run(*args, "--on-error", "skip", "--json")
+    assert skipped.returncode == 0, skipped.stderr
+    assert "skipped request 'long'" in skipped.stderr
+    found = json.loads(skipped.stdout)
+    assert found["edits"] == 2 and [s["index"] for s in found["skipped"]] == [2]
+
+
+def test_a_chat_needs_a_template(place, tmp_path):
+    done = run(*edit_args(place, tmp_path / "out", "--chat"))
+    assert done.returncode == 1 and "no chat template" in done.stderr and not (tmp_path / "out").exists()
+
+
+PLANNED = {"weights", "originals and masters", "statistics and factors", "factors of the updates", "key memory", "keys",
+           "values", "states between layers"}  # fmt: skip
+
+
+def test_plan_counts_bytes_and_tries_the_model(place):
+    done = run("plan", place / "model", "--method", "memit", "--edits", "1000", "--requests", place / "requests.json",
+               "--layers", "0-1", "--set", "v_num_grad_steps=5", "--json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    model = make_model("gpt2")
+    assert found["bytes"]["weights"] == sum(p.nbytes for p in model.parameters())
+    assert set(found["bytes"]) == PLANNED | {"values, while optimised"}
+    assert found["bytes"]["statistics and factors"] == 2 * 2 * 64 * 64 * 8
+    assert found["bytes"]["values"] == 32 * 1000 * 12 and found["total_bytes"] == sum(found["bytes"].values())
+    assert 1 <= found["values_batch"] <= 64 and found["request_bytes"] > 0
+    assert set(found["seconds"]) == {"values", "keys", "solve", "write", "total"}
+    assert found["seconds"]["values"] > 0 and found["free_bytes"] > 0
+    shown = run("plan", place / "model", "--edits", "10", "--layers", "0-1")
+    assert shown.returncode == 0 and "in all" in shown.stdout and "Seconds, at most" in shown.stdout
+
+
+def test_plan_needs_no_weights_for_bytes(place, tmp_path):
+    tmp_path.joinpath("config.json").write_text((place / "model" / "config.json").read_text())
+    done = run("plan", tmp_path, "--edits", "10000", "--method", "rome", "--no-trial", "--json", "--layers", "1")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["seconds"] is None and found["values_batch"] is None and set(found["bytes"]) == PLANNED
+    assert found["bytes"]["keys"] == 2 * 64 * 8  # one request after another
+    assert run("plan", tmp_path, "--edits", "0").returncode == 2
+    assert "out of range" in run("plan", tmp_path, "--edits", "1", "--no-trial", "--layers", "9").stderr

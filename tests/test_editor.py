@@ -199,6 +199,126 @@ def test_a_nan_in_the_model_stops_the_edit_before_any_write():
     assert torch.equal(editor.view.weight(0), before) and not editor.ledger.batches
 
 
+LONG = EditRequest("{} " + "is " * 200, "Ebro", "Spain", id="long")
+SPECIAL = EditRequest("{} is", "Ebro", "</s>", id="special")
+
+
+def nothing_of_the_subject(editor):
+    """A tokenizer that drops a character, and a request whose subject is that character."""
+    from tokenizers import normalizers
+
+    editor.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u00a7", "")
+    return EditRequest("{} is in", "\u00a7", "Spain", id="empty")
+
+
+@pytest.mark.parametrize("method", ("memit", "rome"))
+def test_requests_that_cannot_be_written_are_all_named_before_any_write(method):
+    editor = make_editor(method=method)
+    before = weights(editor)
+    empty = nothing_of_the_subject(editor)
+    with pytest.raises(RequestError) as caught:
+        editor.edit([REQUESTS[0], LONG, SPECIAL, empty, {"prompt": "{} is", "subject": "Ebro", "target_new": ""}])
+    for said in ("request 'long'", "the model takes 128", "'special'", "special token", "'empty'", "no tokens",
+                 "request 5", "target_new must be a non-empty text"):  # fmt: skip
+        assert said in str(caught.value)
+    assert same(editor, before) and not editor.ledger.batches
+
+
+@pytest.mark.parametrize("method", ("memit", "rome"))
+def test_skipped_requests_leave_the_update_of_the_others(method):
+    editor, other = make_editor(method=method), make_editor(method=method)
+    empty = nothing_of_the_subject(editor)
+    mixed = [LONG, REQUESTS[0], empty, REQUESTS[1], REQUESTS[2], SPECIAL]
+    result = editor.edit(mixed, on_error="skip")
+    other.edit(REQUESTS)
+    assert same(editor, weights(other))
+    assert list(result.skipped) == [0, 2, 5] and "'long'" in result.skipped[0]
+    assert result.requests == tuple(REQUESTS) and len(result.losses) == 3
+    with pytest.raises(RequestError, match="every request was skipped"):
+        editor.edit([LONG], on_error="skip")
+    with pytest.raises(MethodError, match="raise or skip"):
+        editor.edit(REQUESTS, on_error="ignore")
+
+
+@pytest.mark.parametrize("method", ("memit", "rome"))
+def test_a_target_that_is_said_already_is_named_skipped_or_allowed(method):
+    from dataclasses import replace
+
+    editor = make_editor(method=method, v_stop_loss=1e9)  # every loss is below
+    before = weights(editor)
+    with pytest.raises(RequestError, match=r"Miles Davis.*says the target already"):
+        editor.edit(REQUESTS)
+    assert same(editor, before)
+    with pytest.raises(RequestError, match="every request was skipped"):
+        editor.edit(REQUESTS, on_error="skip")
+    assert same(editor, before) and not editor.ledger.batches
+    editor.hparams = replace(editor.hparams, on_predicted="allow")
+    result = editor.edit(REQUESTS)  # as published: a value without a delta
+    assert result.steps == (0, 0, 0) and not result.skipped
+
+
+def test_a_nan_for_one_request_is_skipped_and_named():
+    editor, other = make_editor(), make_editor()
+    ids = [set(sum((p.ids for p in (*r.rewriting, r.kl)), ()) + r.target) for r in editor.check(REQUESTS)[0]]
+    (token, *_) = ids[0] - ids[1] - ids[2]
+    with torch.no_grad():
+        for one in (editor, other):
+            one.view.model.get_input_embeddings().weight[token] = float("nan")
+    with pytest.raises(RequestError, match=r"Miles Davis.*not finite"):
+        editor.edit(REQUESTS)
+    result = editor.edit(REQUESTS, on_error="skip")
+    other.edit(REQUESTS[1:])
+    assert list(result.skipped) == [0] and result.requests == tuple(REQUESTS[1:])
+    for layer in (0, 1):
+        assert torch.equal(editor.view.weight(layer), other.view.weight(layer))
+
+
+def test_an_interrupt_in_the_values_leaves_everything_as_it_was(monkeypatch):
+    from kedit_fast.editing import values
+
+    editor = make_editor()
+    before = weights(editor)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(values._Descent, "move", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit(REQUESTS)
+    assert same(editor, before) and not editor.ledger.batches
+    assert all(p.requires_grad for p in editor.view.model.parameters())
+
+
+CHAT = "{% for m in messages %}<s>user: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"
+
+
+def test_a_chat_is_edited_where_its_subject_stands():
+    from kedit_fast.editing.prompts import chat_format
+
+    editor = make_editor()
+    tokenizer = editor.tokenizer
+    with pytest.raises(RequestError, match="no chat template"):
+        chat_format(tokenizer)
+    tokenizer.chat_template = CHAT
+    editor.prompt_format = chat_format(tokenizer)
+    prepared, _ = editor.check(REQUESTS)
+    for request, record in zip(prepared, REQUESTS, strict=True):
+        bare, prefixed = request.rewriting[0], request.rewriting[1]
+        assert tokenizer.decode(bare.ids) == f"<s>user: {record.text}</s>bot:"
+        assert tokenizer.decode(prefixed.ids) == f"<s>user: {PREFIXES[0]}{record.text}</s>bot:"
+        assert bare.ids.count(tokenizer.bos_token_id) == 1  # not once more by the tokenizer
+        upto = tokenizer.decode(bare.ids[: bare.lookup + 1])
+        assert upto.endswith(record.subject) or record.subject in upto
+        assert tokenizer.decode(request.target) == " " + record.target_new
+    before = evaluate(editor.view.model, tokenizer, REQUESTS, prompt_format=editor.prompt_format)
+    editor.edit(REQUESTS)
+    after = evaluate(editor.view.model, tokenizer, REQUESTS, prompt_format=editor.prompt_format)
+    assert before != after or before.efficacy == 1.0
+    editor.prompt_format = lambda prompt: "no place"
+    with pytest.raises(RequestError, match=r"must keep the \{\}"):
+        editor.edit(REQUESTS)
+
+
 def test_same_subjects_are_reported():
     editor = make_editor()
     twice = [REQUESTS[0], EditRequest("{} plays the", "Miles Davis", "piano"), REQUESTS[1]]

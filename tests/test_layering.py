@@ -23,7 +23,7 @@ LAYERS = (
     {"editing"},
     {"editor"},
     {"evaluation"},
-    {"pipeline"},
+    {"pipeline", "planning"},
     {"demo"},
     {"cli"},
     {"__main__", "__init__"},

@@ -35,9 +35,10 @@ def test_a_spec_can_be_passed_for_an_unknown_model():
     model.config.model_type = "homemade"
     with pytest.raises(UnsupportedModelError, match="homemade"):
         ModelView(model)
-    spec = ArchSpec("Homemade", ("homemade",), "model.layers", "self_attn", "mlp", "mlp.down_proj", False, "model.norm")
+    names = ("self_attn", "mlp", "mlp.down_proj", False, "model.norm")
+    spec = ArchSpec("Homemade", ("homemade",), "model.layers", *names)
     assert ModelView(model, spec).num_layers == 4
-    wrong = ArchSpec("Homemade", ("homemade",), "model.stages", "self_attn", "mlp", "mlp.down_proj", False, "model.norm")
+    wrong = ArchSpec("Homemade", ("homemade",), "model.stages", *names)
     with pytest.raises(UnsupportedModelError, match="does not have the modules"):
         ModelView(model, wrong)
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_models import KINDS, POST_NORM, make_model, make_tokenizer
 
 from benchmarks.published import serial_value
+from kedit_fast.editing import batch_size
+from kedit_fast.editing import values as values_module
 from kedit_fast.editing.prompts import prepare
 from kedit_fast.editing.requests import EditRequest
-from kedit_fast.editing.values import optimise_values
+from kedit_fast.editing.values import BAD_LOSS, PREDICTED, STOPPED, USED_UP, optimise_values
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.recipes import find_recipe
+from kedit_fast.models import tail_attention
 from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.forward import Site
 
 PREFIXES = ("The old tower. ", "Because I saw. ")
 REQUESTS = [
@@ -72,13 +78,206 @@ def test_requests_that_stop_early_stop_where_the_serial_loop_does(demo_model, de
     assert len(set(stops)) > 1, "the requests should not all stop at the same step"
 
 
-def test_the_batch_a_request_is_in_does_not_matter():
-    tokenizer, model = make_tokenizer(), make_model("llama")
-    prepared, hparams = prepared_and_hparams(model, tokenizer, "block", 1)
-    together = optimise_values(ModelView(model), prepared, 1, "block", hparams)
+def check(values, prepared, model, modules, hparams, most=1e-4, **rule):
+    """Values equal the serial loop's, request by request; returns the steps it took."""
+    steps = []
     for i, request in enumerate(prepared):
-        alone = optimise_values(ModelView(model), [request], 1, "block", hparams)
-        assert torch.allclose(alone.targets[:, 0], together.targets[:, i], rtol=1e-4, atol=1e-5)
+        alone = serial_value(model, modules, request, hparams, side=None, **rule)
+        assert int(values.steps[i]) == alone.steps
+        for s, target in enumerate(alone.targets):
+            gap = (values.all_targets[s, :, i] - target).norm()
+            assert float(gap) <= most * float(values.all_deltas[s, :, i].norm()) + 1e-7
+        steps.append(alone.steps)
+    return steps
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pmets_two_deltas_equal_the_serial_loop(kind):
+    """The attention's delta reaches the block's own MLP where blocks are sequential, not where they are parallel."""
+    tokenizer, model = make_tokenizer(), make_model(kind)
+    view = ModelView(model)
+    prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1)
+    values = optimise_values(view, prepared, 1, "attention and mlp", hparams)
+    assert values.sites == ("attention", "mlp") and values.all_deltas.shape[0] == 2
+    check(values, prepared, model, [view.attention(1), view.mlp(1)], hparams, pmet=True)
+    start = values.all_targets - values.all_deltas
+    limits = 0.5 * start.norm(dim=1) * (1 + 1e-5)
+    assert bool((values.all_deltas.norm(dim=1) <= limits).all()), "each delta has a clamp of its own"
+
+
+def demo_case(demo_model, count=6, **numbers):
+    from kedit_fast import demo
+
+    model, tokenizer = demo_model
+    hparams, _ = make_hparams("memit", model.config, {"v_num_grad_steps": 14, **numbers})
+    return model, ModelView(model), prepare(tokenizer, demo.requests(count), ("The old man. ",), 256), hparams
+
+
+def test_pmet_eases_and_stops_where_the_serial_loop_does(demo_model):
+    model, view, prepared, hparams = demo_case(demo_model, kl_factor=0.001, clamp_norm_factor=3.0, v_stop_loss=1e-3)
+    values = optimise_values(view, prepared, 1, "attention and mlp", hparams)
+    steps = check(values, prepared, model, [view.attention(1), view.mlp(1)], hparams, pmet=True)
+    assert len(set(steps)) > 1, "some should stop by the rule"
+    assert STOPPED in values.status.tolist()
+
+
+def test_most_probable_early_stopping_is_the_serial_loops(demo_model):
+    model, view, prepared, hparams = demo_case(demo_model, most_probable_steps=2, v_stop_loss=1e-3)
+    values = optimise_values(view, prepared, 1, "block", hparams)
+    early = check(values, prepared, model, [view.block(1)], hparams, most_probable_steps=2)
+    full = optimise_values(view, prepared, 1, "block", replace(hparams, most_probable_steps=0))
+    assert sum(early) < int(full.steps.sum())
+
+
+def test_romes_twenty_one_contexts(demo_model):
+    from kedit_fast import demo
+
+    model, tokenizer = demo_model
+    contexts = find_recipe("rome").contexts
+    assert contexts == ((5, 10), (10, 10))
+    prefixes = [f"The {word} old man said so. " for word in "abcdefghijklmnopqrst"]
+    prepared = prepare(tokenizer, demo.requests(2), prefixes, 256)
+    assert len(prepared[0].rewriting) == 21 == 1 + sum(count for _, count in contexts)
+    hparams, _ = make_hparams("rome", model.config, {"v_num_grad_steps": 6})
+    values = optimise_values(ModelView(model), prepared, 0, "mlp", hparams)
+    check(values, prepared, model, [ModelView(model).mlp(0)], hparams)
+
+
+@pytest.mark.parametrize("side", ("left", "right"))
+@pytest.mark.parametrize("kind", ("gpt2", "llama", "mistral", "gpt_neox"))
+def test_the_tokenizers_padding_side_does_not_matter(kind, side):
+    tokenizer, model = make_tokenizer(side=side), make_model(kind)
+    view = ModelView(model)
+    prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1)
+    values = optimise_values(view, prepared, 1, "mlp", hparams)
+    if kind == "mistral":  # a window counts slots, and those of the left padding too: alone is the oracle
+        check(values, prepared, model, [view.mlp(1)], hparams)
+        return
+    for i, request in enumerate(prepared):
+        batched = serial_value(model, [view.mlp(1)], request, hparams, side=side)
+        assert int(values.steps[i]) == batched.steps
+        assert float((values.targets[:, i] - batched.targets[0]).norm() / values.deltas[:, i].norm()) < 1e-4
+
+
+@pytest.mark.parametrize("numbers", (dict(values_batch=1), dict(values_batch=2), dict(values_batch=4, check_every=3),
+                                     dict(values_batch=5, check_every=100), dict(check_every=4)), ids=str)  # fmt: skip
+def test_neither_the_batch_nor_the_looks_change_a_value(demo_model, numbers):
+    """Requests enter as others leave, at every size; who has stopped is frozen until the next look."""
+    _, view, prepared, hparams = demo_case(demo_model, v_stop_loss=0.4)
+    alone = [optimise_values(view, [request], 1, "block", hparams) for request in prepared]
+    together = optimise_values(view, prepared, 1, "block", replace(hparams, **numbers))
+    assert together.steps.tolist() == [int(one.steps) for one in alone]
+    assert len(set(together.steps.tolist())) > 1
+    for i, one in enumerate(alone):
+        assert float((one.targets[:, 0] - together.targets[:, i]).norm() / one.deltas.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_attention_over_kept_prefixes_is_the_models_own(kind, monkeypatch):
+    tokenizer, model = make_tokenizer(), make_model(kind)
+    view = ModelView(model)
+    prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1)
+    before = model.config._attn_implementation
+    fast = optimise_values(view, prepared, 1, "mlp", hparams)
+    assert model.config._attn_implementation == before
+    monkeypatch.setattr(tail_attention, "usable", lambda view: False)
+    plain = optimise_values(view, prepared, 1, "mlp", hparams)
+    torch.testing.assert_close(fast.targets, plain.targets, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_read_back_between_looks(demo_model, monkeypatch):
+    """A step of the loop's own arithmetic does not wait for the device."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Waits(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"):
+                waited.append(function)
+            return function(*args, **(kwargs or {}))
+
+    waited, watched = [], []
+
+    def watching(name):
+        original = getattr(values_module._Descent, name)
+
+        def call(self, *args):
+            with Waits():
+                watched.append(name)
+                return original(self, *args)
+
+        monkeypatch.setattr(values_module._Descent, name, call)
+
+    _, view, prepared, hparams = demo_case(demo_model, 3, most_probable_steps=3, check_every=4)
+    watching("measure")
+    watching("move")
+    optimise_values(view, prepared, 1, "block", hparams)
+    assert watched.count("measure") > 4 and not waited
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(demo_model, monkeypatch):
+    model, view, prepared, hparams = demo_case(demo_model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    implementation = model.config._attn_implementation
+    calls = []
+    original = values_module.Objective.terms
+
+    def interrupted(self, *args):
+        calls.append(1)
+        result = original(self, *args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(values_module.Objective, "terms", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        optimise_values(view, prepared, 1, "block", hparams)
+    assert model.config._attn_implementation == implementation
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_request_that_is_not_finite_does_not_touch_the_others():
+    tokenizer, model = make_tokenizer(), make_model("llama")
+    view = ModelView(model)
+    prepared, hparams = prepared_and_hparams(model, tokenizer, "block", 1)
+    clean = optimise_values(view, prepared, 1, "block", hparams)
+    used = [set(sum((p.ids for p in (*r.rewriting, r.kl)), ()) + r.target) for r in prepared]
+    (token, *_) = used[0] - set.union(*used[1:])
+    with torch.no_grad():
+        view.model.get_input_embeddings().weight[token] = float("nan")
+    values = optimise_values(view, prepared, 1, "block", hparams, on_problem="keep")
+    assert values.status.tolist() == [BAD_LOSS, *clean.status.tolist()[1:]]
+    torch.testing.assert_close(values.targets[:, 1:], clean.targets[:, 1:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(EditError, match=r"Miles Davis.*not finite"):
+        optimise_values(view, prepared, 1, "block", hparams)
+
+
+def test_what_is_said_already_is_told(demo_model):
+    from kedit_fast import demo
+    from kedit_fast.editing.requests import EditRequest
+
+    model, tokenizer = demo_model
+    known = [replace(r, target_new=r.target_true) for r in demo.requests(2)]
+    prepared = prepare(tokenizer, [*known, *demo.requests(3)[2:]], (), 256)
+    assert all(isinstance(r.request, EditRequest) for r in prepared)
+    hparams, _ = make_hparams("memit", model.config, {"v_stop_loss": 0.2, "v_num_grad_steps": 3})
+    values = optimise_values(ModelView(model), prepared, 1, "block", hparams)
+    assert values.status.tolist() == [PREDICTED, PREDICTED, USED_UP] and not values.deltas[:, :2].any()
+
+
+def test_the_batch_is_what_memory_takes(demo_model, monkeypatch):
+    from kedit_fast import demo
+
+    model, tokenizer = demo_model
+    view, sites = ModelView(model), [Site(1, "block")]
+    prepared = prepare(tokenizer, demo.requests(40), ("The old man. ",), 256)
+    each = batch_size.request_bytes(view, prepared, sites)
+    assert 1e5 < each < 1e8
+    long = prepare(tokenizer, demo.requests(40), ("The old man went there. " * 8,), 256)
+    assert batch_size.request_bytes(view, long, sites) > each
+    for free, most in ((1, 1), (10 * each, 10), (1 << 40, 40)):
+        monkeypatch.setattr(batch_size, "free_bytes", lambda device, free=free: int(free / batch_size.SHARE) + 9)
+        assert batch_size.fitting_batch(view, prepared, sites).requests == most
 
 
 def test_the_norm_of_delta_is_clamped():

@@ -142,9 +142,7 @@ class KeyPass:
     def report(self) -> str:
         """Where the carried states are, in words."""
         mib = {place: f"{size / 2**20:.0f} MiB" for place, size in self.kept.items()}
-        return (
-            f"{mib['device']} on the device, {mib['host']} on the host, {mib['recomputed']} not kept, computed again"
-        )
+        return f"{mib['device']} on the device, {mib['host']} on the host, {mib['recomputed']} not kept, computed again"
 
     def _run(self, chunk: _Chunk, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         key = Site(layer, "key")

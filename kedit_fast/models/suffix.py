@@ -234,9 +234,7 @@ class TailRunner:
     @contextlib.contextmanager
     def _hooks(self, delta: torch.Tensor, first: torch.Tensor) -> Iterator[None]:
         def add(index: int) -> Callable[..., Any]:
-            return lambda module, args, output: with_hidden(
-                output, _added(hidden_of(output), delta[:, index], first)
-            )
+            return lambda module, args, output: with_hidden(output, _added(hidden_of(output), delta[:, index], first))
 
         with contextlib.ExitStack() as stack:
             for index, site in enumerate(self.sites):

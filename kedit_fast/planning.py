@@ -1,0 +1,213 @@
+"""What a run of edits would take, before it is started: bytes, the batch of values, and time from a short trial."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from kedit_fast.editing.batch_size import fitting_batch, request_bytes
+from kedit_fast.editing.keys import KeyPass
+from kedit_fast.editing.prompts import PreparedRequest, PromptFormat, prepare
+from kedit_fast.editing.requests import EditRequest
+from kedit_fast.editing.values import optimise_values
+from kedit_fast.errors import MethodError
+from kedit_fast.methods.hparams import Hparams, make_hparams
+from kedit_fast.methods.recipes import Recipe, find_recipe
+from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.forward import Site, evaluating
+from kedit_fast.models.memory import free_bytes
+from kedit_fast.ops import rank_k_update_
+
+PREFIX = "The old man went to the market in the morning. "  # about as long as the published ones
+TRIAL = 16  # requests of the trial
+ITERATIONS = (1, 4)  # of the two trial runs; their difference is the price of an iteration
+ASSUMED_TOKENS = 24  # of a prompt with its prefix, where there is no tokenizer to ask
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An estimate. Bytes are held at the same time; seconds are an upper bound, requests that stop early save some."""
+
+    method: str
+    edits: int
+    layers: tuple[int, ...]
+    hparams_from: str
+    device: str
+    dtype: str
+    bytes: dict[str, int]
+    free_bytes: int | None  # on the device, with the model loaded; None when it was not
+    values_batch: int | None  # requests optimised together; None without a trial
+    request_bytes: int | None  # of each of them
+    seconds: dict[str, float] | None  # values, keys, solve, write, total; None without a trial
+
+    def as_dict(self) -> dict[str, Any]:
+        """The object that `--json` prints."""
+        return {**asdict(self), "total_bytes": sum(self.bytes.values())}
+
+
+def plan(
+    model: torch.nn.Module,
+    tokenizer: Any | None,
+    edits: int,
+    method: str = "memit",
+    *,
+    requests: Sequence[EditRequest] = (),
+    hparams: Mapping[str, Any] | None = None,
+    prompt_format: PromptFormat | None = None,
+) -> Plan:
+    """What `edits` edits in one batch would take.
+
+    Args:
+        model: loaded, or on the "meta" device for bytes alone.
+        tokenizer: its tokenizer; None with a model on "meta".
+        edits: how many.
+        method: a method's name.
+        requests: what the trial runs on, a few of them; needed unless the model is on "meta".
+        hparams: values that override the preset's.
+        prompt_format: as of Editor.
+
+    Raises:
+        MethodError: no edits, or a loaded model without requests.
+
+    Cost: the value loop of at most 16 requests for 5 iterations, one pass for their keys, and one write to a copy of an
+        edited matrix. Nothing in the model changes.
+    """
+    if edits < 1:
+        raise MethodError(f"cannot plan {edits} edits")
+    view, recipe = ModelView(model), find_recipe(method)
+    numbers, origin = make_hparams(method, model.config, hparams or {})
+    layers = view.check_layers(numbers.layers)
+    site = Site(layers[-1], "mlp" if view.spec.post_norm else recipe.site)
+    contexts = 1 + sum(count for _, count in numbers.context_template_length_params)
+    empty = view.device.type == "meta"
+    prepared: list[PreparedRequest] = []
+    if not empty:
+        if not requests or tokenizer is None:
+            raise MethodError("a trial needs requests and a tokenizer")
+        chosen = list(requests)[: min(edits, TRIAL)]
+        prepared = prepare(tokenizer, chosen, (PREFIX,) * (contexts - 1), view.max_length, prompt_format)
+    tokens = ASSUMED_TOKENS * contexts
+    if prepared:
+        tokens = max(len(p.cut().ids) for r in prepared for p in r.rewriting) * contexts
+    sizes = _bytes(view, recipe, numbers, edits, tokens)
+    batch = seconds = None
+    if prepared:
+        batch = fitting_batch(view, prepared * -(-edits // len(prepared)), [site])
+        if not batch.request_bytes:  # so few that nobody asked
+            batch = replace(batch, request_bytes=request_bytes(view, prepared, [site]))
+        sizes["values, while optimised"] = batch.requests * batch.request_bytes
+        seconds = _seconds(view, recipe, numbers, site, prepared, edits)
+    weight = view.weight(layers[0])
+    return Plan(
+        method=recipe.name,
+        edits=edits,
+        layers=layers,
+        hparams_from=origin,
+        device=str(view.device),
+        dtype=str(weight.dtype).removeprefix("torch."),
+        bytes=sizes,
+        free_bytes=None if empty else free_bytes(view.device),
+        values_batch=None if batch is None else batch.requests,
+        request_bytes=None if batch is None else batch.request_bytes,
+        seconds=seconds,
+    )
+
+
+def _bytes(view: ModelView, recipe: Recipe, numbers: Hparams, edits: int, tokens: int) -> dict[str, int]:
+    """Bytes by what they hold; `tokens` of one request's prompts, cut after the subject."""
+    out, d = view.weight(numbers.layers[0]).shape
+    size = view.weight(numbers.layers[0]).element_size()
+    count = len(numbers.layers)
+    seen: set[int] = set()
+    weights = 0
+    for parameter in view.model.parameters():
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            weights += parameter.nbytes
+    at_once = edits if recipe.solve == "ridge" else 1
+    return {
+        "weights": weights,
+        "originals and masters": count * out * d * (size + (4 if size == 2 else 0)),
+        "statistics and factors": count * 2 * d * d * 8 if numbers.mom2_adjustment else 0,
+        "factors of the updates": count * edits * (out + d) * 4,
+        "key memory": 0,  # these methods keep no earlier keys
+        "keys": 2 * d * at_once * 8,
+        "values": out * edits * (8 + 4),
+        "states between layers": tokens * at_once * out * size if count > 1 else 0,
+    }
+
+
+def _seconds(
+    view: ModelView,
+    recipe: Recipe,
+    numbers: Hparams,
+    site: Site,
+    prepared: Sequence[PreparedRequest],
+    edits: int,
+) -> dict[str, float]:
+    """Seconds by phase, from a trial on `prepared`."""
+    trial = len(prepared)
+    short, long = (
+        replace(numbers, v_num_grad_steps=count, v_stop_loss=-1.0, values_batch=trial) for count in ITERATIONS
+    )
+    optimise_values(view, prepared[:1], site.layer, site.what, short, on_problem="keep")  # warm
+    begin, end = (
+        _timed(view, lambda n=n: optimise_values(view, prepared, site.layer, site.what, n, on_problem="keep"))
+        for n in (short, long)
+    )
+    each = max(0.0, end - begin) / (ITERATIONS[1] - ITERATIONS[0])
+    values = (max(0.0, begin - each) + each * numbers.v_num_grad_steps) * edits / trial
+
+    def keys() -> None:
+        passes = KeyPass(view, prepared, site, recipe.key_weights)
+        for layer in numbers.layers:
+            passes.at(layer)
+
+    out, d = view.weight(numbers.layers[0]).shape
+    rate = _fp64_rate(view.device)
+    u = edits if recipe.solve == "ridge" else 1
+    count = len(numbers.layers)
+    factor = d**3 / 3 if numbers.mom2_adjustment else 0.0
+    if u > 0.67 * d:
+        flops = d * d * u + d**3 / 3 + 2 * d * d * u
+    else:
+        flops = factor + 2 * d * d * u + 2 * d * u * u + u**3 / 3
+    solve = count * 2 * flops / rate * (1 if recipe.solve == "ridge" else edits)
+    weight = view.weight(numbers.layers[0]).clone()
+    rank = min(u, 256)
+    left, right = (torch.zeros(rows, rank, device=weight.device) for rows in (out, d))
+    write = _timed(view, lambda: rank_k_update_(weight, left, right)) * count * edits / rank
+    found = {"values": values, "keys": _timed(view, keys) * edits / trial, "solve": solve, "write": write}
+    return {name: round(spent, 3) for name, spent in {**found, "total": sum(found.values())}.items()}
+
+
+def _timed(view: ModelView, call: Callable[[], object]) -> float:
+    def wait() -> None:
+        if view.device.type == "cuda":
+            torch.cuda.synchronize(view.device)
+
+    with evaluating(view):
+        wait()
+        begin = time.perf_counter()
+        call()
+        wait()
+        return time.perf_counter() - begin
+
+
+def _fp64_rate(device: torch.device, side: int = 1024) -> float:
+    """fp64 operations a second of a matrix product."""
+    a = torch.ones(side, side, dtype=torch.float64, device=device)
+    best = float("inf")
+    for _ in range(3):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * side**3 / best
