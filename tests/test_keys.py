@@ -30,7 +30,7 @@ def whole(model, view, prepared, layer, site):
     return keys, keys_at(model, module, [r.rewriting[0].cut() for r in prepared], output=True).double()
 
 
-@pytest.mark.parametrize("budget", (None, StateBudget(device=0), StateBudget(device=1500)), ids=("all", "none", "some"))
+@pytest.mark.parametrize("budget", (None, StateBudget(device=0), StateBudget(device=6000)), ids=("all", "none", "some"))
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_incremental_pass_equals_whole_passes(kind, budget, monkeypatch):
     monkeypatch.setattr("kedit_fast.editing.keys.ROWS", 4)

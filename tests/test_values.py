@@ -214,6 +214,38 @@ def test_nothing_is_read_back_between_looks(demo_model, monkeypatch):
     assert watched.count("measure") > 4 and not waited
 
 
+def test_a_step_that_can_be_replayed_is_the_step(demo_model, monkeypatch):
+    """What a CUDA graph records: it reads and writes the same tensors, and gives what the loop gives."""
+    _, view, prepared, hparams = demo_case(demo_model, 4, v_stop_loss=0.4, check_every=3)
+    plain = optimise_values(view, prepared, 1, "block", hparams)
+    moved = []
+
+    def replay(self):
+        before = {name: getattr(self, name).data_ptr() for name in self.RUNNING}
+        self.step()
+        moved.extend(name for name, place in before.items() if getattr(self, name).data_ptr() != place)
+
+    original = values_module._Descent.__init__
+
+    def capturing(self, *args):
+        original(self, *args)
+        self.captures = True
+
+    monkeypatch.setattr(values_module._Descent, "__init__", capturing)
+    monkeypatch.setattr(values_module._Descent, "replay", replay)
+    replayed = optimise_values(view, prepared, 1, "block", hparams)
+    assert not moved
+    assert torch.equal(replayed.steps, plain.steps)
+    torch.testing.assert_close(replayed.deltas, plain.deltas, rtol=1e-4, atol=1e-5)
+
+
+def test_a_graph_needs_a_gpu():
+    tokenizer, model = make_tokenizer(), make_model("llama")
+    prepared, hparams = prepared_and_hparams(model, tokenizer, "block", 1, values_graph=True)
+    with pytest.raises(EditError, match="values_graph needs a CUDA device"):
+        optimise_values(ModelView(model), prepared, 1, "block", hparams)
+
+
 def test_an_interrupt_leaves_the_model_as_it_was(demo_model, monkeypatch):
     model, view, prepared, hparams = demo_case(demo_model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -305,3 +337,14 @@ def test_a_model_that_says_nan_is_refused_by_request():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(EditError, match="not finite"):
         optimise_values(ModelView(model), prepared, 1, "block", hparams)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("graph", (False, True), ids=("eager", "graph"))
+@pytest.mark.parametrize("kind", ("gpt2", "llama", "gemma2"))
+def test_values_on_a_gpu_equal_the_serial_loop(kind, graph):
+    tokenizer, model = make_tokenizer(), make_model(kind).cuda()
+    view = ModelView(model)
+    prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1, values_graph=graph, check_every=4)
+    values = optimise_values(view, prepared, 1, "mlp", hparams)
+    check(values, prepared, model, [view.mlp(1)], hparams, most=1e-3)

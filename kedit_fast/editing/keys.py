@@ -49,6 +49,7 @@ class _Chunk:
     positions: torch.Tensor  # [R] lookup tokens
     bare: bool  # whether the site's output is wanted
     entering: Entering | None = None
+    homeless: bool = False  # there was no room for its states
 
 
 class KeyPass:
@@ -167,10 +168,13 @@ class KeyPass:
         size = entering.states.nbytes
         if chunk.entering is not None:
             place = "device" if chunk.entering.states.device.type == self.view.device.type else "host"
+        elif chunk.homeless:
+            return
         else:
             place = next((name for name in ("device", "host") if size <= self.left[name]), "recomputed")
             self.kept[place] += size
-            if place == "recomputed":
+            chunk.homeless = place == "recomputed"
+            if chunk.homeless:
                 return
             self.left[place] -= size
         states = entering.states if place == "device" else entering.states.cpu()

@@ -35,6 +35,7 @@ from kedit_fast.models.forward import Site, evaluating
 _log = logging.getLogger("kedit_fast")
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, torch's defaults
 LEAVE_SHARE = 0.9  # with nobody waiting, requests that are done leave when no more than this share still goes
+WARM = 2  # iterations before a graph is recorded: libraries choose their kernels in them
 ENTER_PARTS = 4  # requests enter in groups of this part of a batch
 EASED, EASED_KL = 0.1, 0.01  # PMET: the likelihood's weight after every target was right, and the KL that ends it
 SITES = {"block": ("block",), "mlp": ("mlp",), "attention and mlp": ("attention", "mlp")}
@@ -130,7 +131,10 @@ def optimise_values(
         found = fitting_batch(view, prepared, sites)
         size = found.requests
         _log.info("values of %d requests at a time (%d MiB each)", size, found.request_bytes >> 20)
-    bar = tqdm(total=len(prepared), unit="edit", desc="values", disable=not progress, leave=False)
+    shape = "{desc}: {percentage:3.0f}%|{bar}| {rate_fmt}, {remaining} left"
+    bar = tqdm(
+        total=len(prepared), unit=" edits", desc="values", bar_format=shape, disable=not progress, leave=False
+    )  # fmt: skip
     with evaluating(view), bar:
         return _Descent(view, prepared, sites, hparams, size, on_problem, finished).run(bar)
 
@@ -174,9 +178,13 @@ class _Descent:
         self.size, self.group = size, max(1, size // ENTER_PARTS)
         self.objective: Objective | None = None
         self.results: dict[str, torch.Tensor] = {}  # of all requests, the last dimension
-        device, u = view.head.device, len(prepared)
+        device = view.head.device
         self.every = hparams.check_every or (1 if device.type == "cpu" else 4)
-        self.losses = torch.zeros(u, device=device)
+        self.captures = hparams.values_graph
+        if self.captures and device.type != "cuda":
+            raise EditError(f"values_graph needs a CUDA device; the model is on {device}")
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.warm = 0  # iterations since the requests changed
 
     def run(self, bar: tqdm) -> Values:
         """Optimise all requests."""
@@ -186,19 +194,55 @@ class _Descent:
         while self.objective is not None:
             iteration += 1
             look = iteration % self.every == 0
-            with torch.enable_grad():
-                current = self.delta.clone().requires_grad_(True)
-                loss = self.measure(current)
+            going = None
+            if self.captures:
+                self.replay()
                 going = self.look() if look else None
-                if going is None or going:
-                    (gradient,) = torch.autograd.grad(loss.sum(), current)
-                    self.move(gradient)
+            else:
+                with torch.enable_grad():
+                    current = self.delta.clone().requires_grad_(True)
+                    loss = self.measure(current)
+                    going = self.look() if look else None
+                    if going is None or going:
+                        (gradient,) = torch.autograd.grad(loss.sum(), current)
+                        self.move(gradient)
             bar.update(self.held.numel() / count)
             if going is not None:
                 self.leave(going)
                 self.enter()
         bar.update(len(self.prepared) - bar.n)
         return self.values(range(len(self.prepared)))
+
+    def step(self) -> None:
+        """One iteration that leaves all of its state in the tensors it found it in, so that it can be replayed."""
+        found = {name: getattr(self, name) for name in self.RUNNING}
+        with torch.enable_grad():
+            current = self.delta.clone().requires_grad_(True)
+            loss = self.measure(current)
+            (gradient,) = torch.autograd.grad(loss.sum(), current)
+            self.move(gradient)
+        for name, tensor in found.items():
+            if getattr(self, name) is not tensor:
+                tensor.copy_(getattr(self, name))
+                setattr(self, name, tensor)
+
+    def replay(self) -> None:
+        """One iteration, as a CUDA graph from the third on that the same requests share."""
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        if self.warm < WARM:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.warm += 1
+            return
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):  # records, and does not run
+            self.step()
+        self.graph.replay()
 
     def enter(self) -> None:
         """Groups of requests from the queue join as long as there is room for them."""
@@ -220,6 +264,7 @@ class _Descent:
             for name, value in new.items():
                 setattr(self, name, value if self.objective is None else torch.cat([getattr(self, name), value]))
             self.objective = objective if self.objective is None else self.objective.joined(objective)
+            self.graph, self.warm = None, 0
 
     def measure(self, current: torch.Tensor) -> torch.Tensor:
         """The losses [v] at the deltas; who is done stops here, before the step. Nothing is read back."""
@@ -277,6 +322,7 @@ class _Descent:
         if not going:
             self.objective = None
             return
+        self.graph, self.warm = None, 0
         stay = torch.tensor(going, device=self.held.device)
         self.objective = self.objective.select(stay)
         for name in self.RUNNING:

@@ -42,6 +42,7 @@ class Hparams:
     on_predicted: str = "error"  # a target the model says already: error, or allow, as published: a value without delta
     values_batch: int = 0  # requests optimised together, 0: what memory takes, up to 64 on a CPU; the same result
     check_every: int = 0  # iterations between looks at who has stopped, 0: 1 on a CPU, 4 on a GPU; the same result
+    values_graph: bool = False  # on CUDA, replay iterations as a graph; not yet run on a GPU; the same result
     most_probable_steps: int = 0  # stop this many steps after all target tokens are the argmax in all contexts; 0: off
     v_loss_layer: int = -1  # of the published files; only the last layer, -1, is implemented
 
