@@ -156,7 +156,7 @@ def values_row(name: str, device: str, runs: int, floor: float, goal: float, tim
 def pipeline_row(device: str, runs: int, edits: int = 500, timed: int = 20) -> Row:
     """MEMIT on the demo model, statistics ready: values, keys, solve and write."""
     on = subject("demo model", edits, device)
-    moments = collect_statistics(on.model, on.tokenizer, demo.corpus(), on.hparams.layers)
+    moments = collect_statistics(on.model, on.tokenizer, demo.corpus(), on.hparams.layers, progress=False)
     editor = Editor(on.model, on.tokenizer, "memit", statistics=moments, prefixes=())
     dense = {layer: moments.moment(layer).moment.double().to(device) for layer in on.hparams.layers}
     ridged = {layer: m + on.hparams.mom2_ridge * m.diagonal().mean() * torch.eye(len(m), dtype=m.dtype, device=device)

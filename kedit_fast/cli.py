@@ -81,7 +81,7 @@ _OUT_OF_MEMORY = "out of memory: use a smaller batch (edit: --set values_batch=8
 
 
 def _interrupted() -> NoReturn:
-    _errors.print("kedit-fast: interrupted; nothing was written", markup=False)
+    _errors.print("kedit-fast: interrupted; the output was not written", markup=False)
     raise typer.Exit(130)
 
 

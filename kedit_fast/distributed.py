@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 import torch.distributed as dist
-
-from kedit_fast.errors import EditError
 
 
 def world() -> tuple[int, int]:
@@ -24,8 +23,8 @@ def start() -> bool:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available() or dist.is_initialized():
         return False
-    import torch
-
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return True
 
@@ -41,13 +40,3 @@ def gather(mine: Any) -> list[Any]:
     found: list[Any] = [None] * size
     dist.all_gather_object(found, mine)
     return found
-
-
-def require_same(what: str, digest: str) -> None:
-    """Raise on every rank when one of them has something else.
-
-    Raises:
-        EditError: the ranks differ.
-    """
-    if world()[1] > 1 and len(set(gather(digest))) > 1:
-        raise EditError(f"the processes have different {what}: start them all with the same arguments")

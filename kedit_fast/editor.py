@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from kedit_fast.editing.prompts import (
     require_none,
 )
 from kedit_fast.editing.requests import EditRequest, parse_request
-from kedit_fast.editing.shared_values import optimise_shared
+from kedit_fast.editing.shared_values import flush_store, optimise_shared
 from kedit_fast.editing.value_store import ValueStore, open_values
 from kedit_fast.editing.values import PREDICTED, PROBLEMS, Values
 from kedit_fast.errors import EditError, MethodError, RequestError, StatisticsError
@@ -44,7 +44,7 @@ NORM_WARNING = 2.0  # |Delta| / |W| above which an edit is more likely to harm t
 class EditResult:
     """What one call of `Editor.edit` did."""
 
-    batch: int  # its number in the ledger, from 1
+    batch: int  # its number in the ledger, from 1; 0 when every request was skipped
     requests: tuple[EditRequest, ...]  # those that were written
     updates: dict[str, tuple[LowRankUpdate, ...]]  # weight name -> what was added to it, in order
     losses: tuple[float, ...]  # of the values, at their last forward pass
@@ -83,7 +83,8 @@ class Editor:
         state_budget: bytes for the states that are carried from layer to layer while keys are computed.
         progress: show bars on stderr.
 
-    Under torchrun every process makes the same calls; each optimises its share of the values and all write the same.
+    Where torch.distributed is initialised (`kedit_fast.distributed.start()` under torchrun) every process makes the
+    same calls; each optimises its share of the values and all write the same.
 
     Raises:
         UnsupportedModelError, MethodError, StatisticsError: see the messages.
@@ -159,26 +160,32 @@ class Editor:
         Args:
             requests: records, mappings, or what `check` returned.
             on_error: "raise" at requests that cannot be written, before anything is; or "skip" them, go on with the
-                rest and name them in the result. Such are: a subject or target without tokens, a prompt longer than
+                rest and name them in the result; where nothing is left, nothing is written, which is no batch of
+                the ledger. Such are: a subject or target without tokens, a prompt longer than
                 the model takes, a target that the model says already (unless the hyper-parameter `on_predicted` is
                 "allow"), and a loss or gradient that is not finite.
 
         Raises:
-            RequestError: requests that cannot be written, by id or position.
+            RequestError: requests that cannot be written, by id, or by position or subject.
             EditError, SolveError: the edit failed; the model and the ledger are as they were before, to the bit.
         """
         if torch.is_inference_mode_enabled():
             raise EditError("values need gradients: call edit() outside torch.inference_mode()")
         prepared, problems = self.check(requests, on_error)
-        if not prepared:
-            raise RequestError("every request was skipped:\n" + "\n".join(problems.values()))
         numbers = [i for i in range(len(requests)) if i not in problems]
         batch = _Batch(self, prepared, on_error)
         with self.ledger.transaction(), torch.no_grad():
-            batch.run()
+            try:
+                batch.run()
+            except BaseException:
+                with contextlib.suppress(EditError):  # what stopped the run comes first
+                    flush_store(self.values)
+                raise
+            flush_store(self.values)
             problems |= {numbers[i]: reason for i, reason in batch.skipped.items()}
             written = tuple(p.request for i, p in enumerate(prepared) if i not in batch.skipped)
-            result = batch.result(len(self.ledger.batches) + 1, written, dict(sorted(problems.items())))
+            number = len(self.ledger.batches) + 1 if written else 0
+            result = batch.result(number, written, dict(sorted(problems.items())))
         return result
 
     def check(
@@ -204,10 +211,9 @@ class Editor:
             except RequestError as error:
                 problems[i] = str(error)
         prepared, unusable = prepare_each(
-            self.tokenizer, list(parsed.values()), self.prefixes, self.view.max_length, self.prompt_format
+            self.tokenizer, parsed, self.prefixes, self.view.max_length, self.prompt_format
         )
-        numbers = list(parsed)
-        problems |= {numbers[i]: reason for i, reason in unusable.items()}
+        problems |= unusable
         if on_error == "raise":
             require_none(problems)
         return prepared, problems
@@ -256,6 +262,8 @@ class _Batch:
         self.before = self.after = 0.0  # squared norms of the residuals
 
     def run(self) -> None:
+        if not self.prepared:
+            return
         if self.recipe.solve == "ridge":
             self.run_mass()
         else:
@@ -268,7 +276,7 @@ class _Batch:
         site = Site(layers[-1], self.editor.site)
         prepared, values = self.optimise(range(len(self.prepared)), site)
         if not prepared:
-            raise RequestError("every request was skipped:\n" + "\n".join(self.skipped.values()))
+            return
         with self.timed("keys"):
             passes = KeyPass(self.view, prepared, site, self.recipe.key_weights, self.editor.state_budget)
         for i, layer in enumerate(layers):
@@ -314,6 +322,8 @@ class _Batch:
         if update is None:
             self.skipped[index] = f"{prepared[0].name}: a bad pivot, cosine {pivot:.1e}"
             self.after += float(residual.square().sum())
+            self.losses.pop()
+            self.steps.pop()
             return
         self.write(layer, update)
         # With one layer the output moves by Delta k_v, so no second pass is needed.
@@ -348,7 +358,7 @@ class _Batch:
             self.editor.ledger.write(name, weight, update)
         self.updates.setdefault(name, []).append(update)
 
-    @contextmanager
+    @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         begin = _now(self.view.device)
         try:

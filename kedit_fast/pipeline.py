@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.prompts import PromptFormat, continuation
+from kedit_fast.editing.prompts import PromptFormat, continuation, require_none
 from kedit_fast.editing.requests import EditRequest
 from kedit_fast.editor import Editor, EditResult
 from kedit_fast.errors import EditError, KeditError, UnsupportedModelError
-from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary
+from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
 from kedit_fast.models.architectures import ModelView, find_architecture
 from kedit_fast.models.forward import evaluating, last_hidden, pad
 from kedit_fast.statistics.collect import Statistics
@@ -189,7 +189,8 @@ def run_edits(
 ) -> Report:
     """Measure, edit in batches of `batch_size` (all at once for None), measure again; see Editor for the rest.
 
-    Requests that were skipped are in `skipped` and in no metric.
+    Requests that were skipped are in `skipped` and in no metric. When a batch fails, or every request was skipped, the
+    model is what it was before the first.
     """
     begin = time.perf_counter()
     editor = Editor(
@@ -200,20 +201,33 @@ def run_edits(
     seconds = dict.fromkeys(PHASES, 0.0)
     seconds["statistics"] = statistics_seconds
     prepared, skipped = editor.check(requests, on_error)
-    if not prepared:
-        raise EditError("every request was skipped:\n" + "\n".join(skipped.values()))
     number = [i for i in range(len(requests)) if i not in skipped]
+    unmeasured = {
+        i: f"{p.name}: {what}" for i, p in zip(number, prepared, strict=True)
+        if (what := unusable(editor.view, tokenizer, p.request, prompt_format))
+    }  # fmt: skip
+    if on_error == "raise":
+        require_none(unmeasured)
+    skipped |= unmeasured
+    prepared = [p for i, p in zip(number, prepared, strict=True) if i not in unmeasured]
+    number = [i for i in number if i not in unmeasured]
     measuring = time.perf_counter()
     before = evaluate_each(model, tokenizer, [p.request for p in prepared], prompt_format=prompt_format)
     seconds["evaluate"] += time.perf_counter() - measuring
-    size = batch_size or len(prepared)
+    size = batch_size or max(1, len(prepared))
     results = []
-    for start in range(0, len(prepared), size):
-        results.append(editor.edit(prepared[start : start + size], on_error))
-        skipped |= {number[start + i]: reason for i, reason in results[-1].skipped.items()}
-        for phase, spent in results[-1].seconds.items():
-            seconds[phase] += spent
-    kept = [request for i, request in enumerate(requests) if i not in skipped]
+    try:
+        for start in range(0, len(prepared), size):
+            results.append(editor.edit(prepared[start : start + size], on_error))
+            skipped |= {number[start + i]: reason for i, reason in results[-1].skipped.items()}
+            for phase, spent in results[-1].seconds.items():
+                seconds[phase] += spent
+        kept = [request for i, request in enumerate(requests) if i not in skipped]
+        if not kept:
+            raise EditError("every request was skipped:\n" + "\n".join(skipped.values()))
+    except BaseException:
+        editor.restore()  # a later batch failed: earlier ones go too
+        raise
     measuring = time.perf_counter()
     after = evaluate(model, tokenizer, kept, prompt_format=prompt_format)
     before = [seen for i, seen in zip(number, before, strict=True) if i not in skipped]

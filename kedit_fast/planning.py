@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.batch_size import fitting_batch, request_bytes
+from kedit_fast.editing.batch_size import BatchSize, fitting_batch, request_bytes
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.prompts import PreparedRequest, PromptFormat, prepare
 from kedit_fast.editing.requests import EditRequest
@@ -30,7 +30,7 @@ ASSUMED_TOKENS = 24  # of a prompt with its prefix, where there is no tokenizer 
 
 @dataclass(frozen=True)
 class Plan:
-    """An estimate. Bytes are held at the same time; seconds are an upper bound, requests that stop early save some."""
+    """An estimate: bytes by what they hold, and seconds as if no request stopped early."""
 
     method: str
     edits: int
@@ -96,9 +96,7 @@ def plan(
     sizes = _bytes(view, recipe, numbers, edits, tokens)
     batch = seconds = None
     if prepared:
-        batch = fitting_batch(view, prepared * -(-edits // len(prepared)), [site])
-        if not batch.request_bytes:  # so few that nobody asked
-            batch = replace(batch, request_bytes=request_bytes(view, prepared, [site]))
+        batch = _batch(view, recipe, numbers, site, prepared, edits)
         sizes["values, while optimised"] = batch.requests * batch.request_bytes
         seconds = _seconds(view, recipe, numbers, site, prepared, edits)
     weight = view.weight(layers[0])
@@ -117,25 +115,32 @@ def plan(
     )
 
 
+def _batch(
+    view: ModelView, recipe: Recipe, numbers: Hparams, site: Site, prepared: list[PreparedRequest], edits: int
+) -> BatchSize:
+    """How many requests will be optimised together."""
+    each = request_bytes(view, prepared, [site])
+    if recipe.solve != "ridge":  # one after another
+        return BatchSize(1, each)
+    if numbers.values_batch:
+        return BatchSize(min(edits, numbers.values_batch), each)
+    found = fitting_batch(view, prepared * -(-edits // len(prepared)), [site])
+    return BatchSize(min(found.requests, edits), each)
+
+
 def _bytes(view: ModelView, recipe: Recipe, numbers: Hparams, edits: int, tokens: int) -> dict[str, int]:
     """Bytes by what they hold; `tokens` of one request's prompts, cut after the subject."""
     out, d = view.weight(numbers.layers[0]).shape
     size = view.weight(numbers.layers[0]).element_size()
     count = len(numbers.layers)
-    seen: set[int] = set()
-    weights = 0
-    for parameter in view.model.parameters():
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            weights += parameter.nbytes
     at_once = edits if recipe.solve == "ridge" else 1
     return {
-        "weights": weights,
+        "weights": sum(parameter.nbytes for parameter in view.model.parameters()),
         "originals and masters": count * out * d * (size + (4 if size == 2 else 0)),
         "statistics and factors": count * 2 * d * d * 8 if numbers.mom2_adjustment else 0,
         "factors of the updates": count * edits * (out + d) * 4,
         "key memory": 0,  # these methods keep no earlier keys
-        "keys": 2 * d * at_once * 8,
+        "keys": 4 * d * at_once * 8,  # of all contexts mixed and bare, and both transposed
         "values": out * edits * (8 + 4),
         "states between layers": tokens * at_once * out * size if count > 1 else 0,
     }
@@ -151,9 +156,10 @@ def _seconds(
 ) -> dict[str, float]:
     """Seconds by phase, from a trial on `prepared`."""
     trial = len(prepared)
-    short, long = (
-        replace(numbers, v_num_grad_steps=count, v_stop_loss=-1.0, values_batch=trial) for count in ITERATIONS
-    )
+    together = trial if recipe.solve == "ridge" else 1
+    # Nobody stops, and every iteration is looked at: the loop ends at a look.
+    whole = dict(v_stop_loss=-1.0, most_probable_steps=0, values_batch=together, check_every=1, values_graph=False)
+    short, long = (replace(numbers, v_num_grad_steps=count, **whole) for count in ITERATIONS)
     optimise_values(view, prepared[:1], site.layer, site.what, short, on_problem="keep")  # warm
     begin, end = (
         _timed(view, lambda n=n: optimise_values(view, prepared, site.layer, site.what, n, on_problem="keep"))

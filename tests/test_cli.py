@@ -332,6 +332,21 @@ def test_plan_counts_bytes_and_tries_the_model(place):
     assert shown.returncode == 0 and "in all" in shown.stdout and "Seconds, at most" in shown.stdout
 
 
+def test_plan_follows_the_numbers(place):
+    def planned(*more):
+        done = run("plan", place / "model", "--edits", "40", "--layers", "1", "--json", *more)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    assert planned("--set", "values_batch=8")["values_batch"] == 8
+    assert planned("--method", "rome")["values_batch"] == 1
+    often, rarely = (
+        planned("--set", f"check_every={every}", "--set", "v_num_grad_steps=25")["seconds"]["values"]
+        for every in (1, 4)
+    )
+    assert rarely > 0.3 * often  # the trial looks at every iteration, whatever the run will do
+
+
 def test_plan_needs_no_weights_for_bytes(place, tmp_path):
     tmp_path.joinpath("config.json").write_text((place / "model" / "config.json").read_text())
     done = run("plan", tmp_path, "--edits", "10000", "--method", "rome", "--no-trial", "--json", "--layers", "1")

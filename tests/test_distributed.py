@@ -53,6 +53,28 @@ def test_two_processes_equal_one(tmp_path):
     assert again.returncode == 0, again.stderr  # the file one of the two wrote
 
 
+def test_values_are_used_again_after_a_rollback(tmp_path):
+    """The first process alone has the file; the others follow it."""
+    program = tmp_path / "again.py"
+    program.write_text(
+        "from kedit_fast import Editor, demo, distributed\n"
+        "distributed.start()\n"
+        "rank, _ = distributed.world()\n"
+        "editor = Editor(*demo.load(), 'memit', prefixes=(), values='values', "
+        "hparams=dict(v_num_grad_steps=2, mom2_adjustment=False))\n"
+        "first = editor.edit(demo.requests(4)).updates\n"
+        "editor.rollback()\n"
+        "again = editor.edit(demo.requests(5)[:4]).updates\n"
+        "same = all((first[n][0].left == again[n][0].left).all() for n in first)\n"
+        "open(f'done{rank}', 'w').write(str(bool(same)))\n"
+        "distributed.stop()\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run((*RUN, str(program)), capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"done{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
+
+
 def test_processes_that_differ_are_told(tmp_path):
     program = tmp_path / "differ.py"
     program.write_text(

@@ -234,8 +234,9 @@ def test_skipped_requests_leave_the_update_of_the_others(method):
     assert same(editor, weights(other))
     assert list(result.skipped) == [0, 2, 5] and "'long'" in result.skipped[0]
     assert result.requests == tuple(REQUESTS) and len(result.losses) == 3
-    with pytest.raises(RequestError, match="every request was skipped"):
-        editor.edit([LONG], on_error="skip")
+    nothing = editor.edit([LONG], on_error="skip")
+    assert nothing.requests == () and nothing.batch == 0 and list(nothing.skipped) == [0] and not nothing.updates
+    assert len(editor.ledger.batches) == 1, "nothing written is no batch"
     with pytest.raises(MethodError, match="raise or skip"):
         editor.edit(REQUESTS, on_error="ignore")
 
@@ -249,8 +250,8 @@ def test_a_target_that_is_said_already_is_named_skipped_or_allowed(method):
     with pytest.raises(RequestError, match=r"Miles Davis.*says the target already"):
         editor.edit(REQUESTS)
     assert same(editor, before)
-    with pytest.raises(RequestError, match="every request was skipped"):
-        editor.edit(REQUESTS, on_error="skip")
+    nothing = editor.edit(REQUESTS, on_error="skip")
+    assert list(nothing.skipped) == [0, 1, 2] and nothing.losses == ()
     assert same(editor, before) and not editor.ledger.batches
     editor.hparams = replace(editor.hparams, on_predicted="allow")
     result = editor.edit(REQUESTS)  # as published: a value without a delta
@@ -273,6 +274,38 @@ def test_a_nan_for_one_request_is_skipped_and_named():
         assert torch.equal(editor.view.weight(layer), other.view.weight(layer))
 
 
+def test_a_request_keeps_its_number_when_one_before_it_is_malformed():
+    editor = make_editor()
+    with pytest.raises(RequestError) as caught:
+        editor.edit([{"prompt": "{} is", "subject": "Ebro"}, EditRequest("{} is", "Ebro", "</s>")])
+    assert "request 1" in str(caught.value) and "request 2: the target '</s>' holds a special" in str(caught.value)
+
+
+def test_a_batch_of_which_nothing_is_left_does_not_stop_the_next(demo_model):
+    from dataclasses import replace
+
+    from kedit_fast.pipeline import run_edits
+
+    model, tokenizer = demo_model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first, second, third = demo.requests(3)
+    known = replace(second, target_new=second.target_true, target_true=None)
+    numbers = {"v_num_grad_steps": 4, "mom2_adjustment": False}
+    common = dict(statistics=None, hparams=numbers, batch_size=1)
+    try:
+        report = run_edits(model, tokenizer, [first, known, third], "memit", on_error="skip", **common)
+        assert list(report.skipped) == [1] and report.edits == 2 and len(report.results) == 3
+    finally:
+        model.load_state_dict(before)
+    with pytest.raises(RequestError, match="says the target already"):
+        run_edits(model, tokenizer, [first, known, third], "memit", **common)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "all or nothing"
+    unasked = replace(third, paraphrase_prompts=("word " * 400,))
+    report = run_edits(model, tokenizer, [first, unasked], "memit", on_error="skip", **common)
+    model.load_state_dict(before)
+    assert list(report.skipped) == [1] and "the model takes" in report.skipped[1]
+
+
 def test_an_interrupt_in_the_values_leaves_everything_as_it_was(monkeypatch):
     from kedit_fast.editing import values
 
@@ -290,6 +323,17 @@ def test_an_interrupt_in_the_values_leaves_everything_as_it_was(monkeypatch):
 
 
 CHAT = "{% for m in messages %}<s>user: {{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"
+
+
+def make_bos_editor(tokenizer, editor):
+    """The editor with a tokenizer that puts BOS before every text, of the same chat template."""
+    from kedit_fast.editing.prompts import chat_format
+
+    other = make_tokenizer(bos=True)
+    other.chat_template = tokenizer.chat_template
+    made = Editor(editor.view.model, other, "memit", layers=[1], prefixes=(), hparams={"mom2_adjustment": False},
+                  prompt_format=chat_format(other))  # fmt: skip
+    return made
 
 
 def test_a_chat_is_edited_where_its_subject_stands():
@@ -314,6 +358,9 @@ def test_a_chat_is_edited_where_its_subject_stands():
     editor.edit(REQUESTS)
     after = evaluate(editor.view.model, tokenizer, REQUESTS, prompt_format=editor.prompt_format)
     assert before != after or before.efficacy == 1.0
+    tokenizer.chat_template = "\n" + CHAT  # what stands before the first special token does not hide it
+    (request, *_), _ = make_bos_editor(tokenizer, editor).check(REQUESTS)
+    assert request.rewriting[0].ids.count(tokenizer.bos_token_id) == 1
     editor.prompt_format = lambda prompt: "no place"
     with pytest.raises(RequestError, match=r"must keep the \{\}"):
         editor.edit(REQUESTS)

@@ -107,3 +107,27 @@ def test_fingerprints_ignore_dtype_and_edits_and_see_other_models(kind):
     assert "weights" in difference(stored, fingerprint(ModelView(make_model(kind, seed=1)), tokenizer))
     assert difference(stored, fingerprint(ModelView(model), make_tokenizer(bos=True))) == "tokenizer"
     assert "model_config" in difference(stored, fingerprint(ModelView(make_model(kind, layers=3)), tokenizer))
+
+
+def test_longrope_models_take_what_their_short_factors_are_for():
+    model = make_model("phi3")
+    assert ModelView(model).max_length == 128
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 24}
+    for name in ("rope_parameters", "rope_scaling"):
+        if getattr(model.config, name, None) is not None or name == "rope_scaling":
+            setattr(model.config, name, rope)
+    model.config.original_max_position_embeddings = 24
+    assert ModelView(model).max_length == 24
+
+
+def test_a_containers_limit_counts_without_pages_that_can_be_given_back(tmp_path, monkeypatch):
+    from kedit_fast.models import memory
+
+    monkeypatch.setattr(memory, "ROOT", tmp_path)
+    everything = memory.free_bytes(torch.device("cpu"))
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("900000\n")
+    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 500000\n")
+    assert memory.free_bytes(torch.device("cpu")) == 600000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_bytes(torch.device("cpu")) > everything / 2

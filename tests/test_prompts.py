@@ -51,6 +51,17 @@ def test_bad_requests_are_named():
         EditRequest("{} and {} are", "Ebro", "Spain")
 
 
+def test_tokens_added_as_special_are_special():
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|end|>", special=True), AddedToken("[/INST]", special=True)])
+    with pytest.raises(RequestError, match="special token"):
+        target_tokens(tokenizer, "Ebro is", "in<|end|>")
+    ids = target_tokens(tokenizer, "[INST] Ebro is[/INST]", "in")
+    assert tokenizer.decode(ids) == "in"  # no space behind a special token
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefixes_are_seeded_free_of_special_tokens_and_counted(kind):
     tokenizer, view = make_tokenizer(bos=True), ModelView(make_model(kind))

@@ -13,7 +13,7 @@ from kedit_fast import Editor, demo
 from kedit_fast.editing import shared_values
 from kedit_fast.editing import values as values_module
 from kedit_fast.editing.value_store import MemitCache, ValueFile, edited_hash, open_values
-from kedit_fast.errors import EditError
+from kedit_fast.errors import EditError, RequestError
 
 NUMBERS = {"v_num_grad_steps": 3, "mom2_adjustment": False}
 PREFIXES = ("The old man. ",)
@@ -137,6 +137,39 @@ def test_a_full_disk_says_so_and_keeps_the_old_file(tmp_path, editor, monkeypatc
     assert os.listdir(tmp_path) == [path.name]
 
 
+@pytest.mark.parametrize("where", ("values.safetensors", "layer_{}_clamp_{}_case_{}.npz"))
+def test_what_cannot_be_written_to_a_model_is_not_kept(tmp_path, editor, where):
+    """A value that took no step must be refused the next time too."""
+    made = editor(tmp_path / where, v_stop_loss=1e9)
+    for _ in range(2):
+        with pytest.raises(RequestError, match="says the target already"):
+            made.edit(made.requests)
+
+
+def test_the_configuration_is_part_of_the_key(tmp_path, editor, optimised, demo_model):
+    """The same weights with another norm are another model."""
+    path = tmp_path / "values.safetensors"
+    edit(editor(path))
+    config = demo_model[0].config
+    before = config.rms_norm_eps
+    try:
+        config.rms_norm_eps = 0.1
+        edit(editor(path))
+    finally:
+        config.rms_norm_eps = before
+    assert optimised == [3, 3]
+
+
+def test_one_after_another_the_file_is_written_once(tmp_path, demo_model, monkeypatch):
+    writes = []
+    original = ValueFile.flush
+    monkeypatch.setattr(ValueFile, "flush", lambda self: writes.append(1) or original(self))
+    editor = Editor(*demo_model, "rome", layers=[0], hparams=NUMBERS, prefixes=(), values=tmp_path / "values")
+    editor.edit(demo.requests(4))
+    editor.restore()
+    assert len(writes) == 1 and len(ValueFile(tmp_path / "values").entries) == 4
+
+
 def test_memits_files_are_written_and_read(tmp_path, editor, optimised, demo_model):
     template = str(tmp_path / "kvs" / "layer_{}_clamp_{}_case_{}.npz")
     first = editor(template)
@@ -150,6 +183,8 @@ def test_memits_files_are_written_and_read(tmp_path, editor, optimised, demo_mod
     assert optimised == [3]
     for name, (update,) in result.updates.items():
         torch.testing.assert_close(update.left, again.updates[name][0].left, rtol=1e-3, atol=1e-5)
+    with pytest.raises(EditError, match="several requests have the id"):
+        first.edit([first.requests[0], first.requests[0]])
     np.savez(path, v_star=np.zeros(7, np.float32))
     with pytest.raises(EditError, match=r"v_star is \[7\]"):
         edit(editor(template))

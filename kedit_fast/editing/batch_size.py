@@ -27,7 +27,6 @@ class BatchSize:
 
     requests: int
     request_bytes: int  # of one more request, the longest one; 0 when nobody asked
-    free: int  # bytes that may be used, a share of what is free
 
 
 def fitting_batch(
@@ -39,12 +38,12 @@ def fitting_batch(
     """
     if most is None:
         most = MOST.get(view.head.device.type, MOST_ELSEWHERE)
-    free = int(SHARE * free_bytes(view.head.device))
     most = min(most, len(prepared))
     if most <= FEW:
-        return BatchSize(max(1, most), 0, free)
+        return BatchSize(max(1, most), 0)
     each = request_bytes(view, prepared, sites)
-    return BatchSize(max(1, min(most, free // each)), each, free)
+    free = int(SHARE * free_bytes(view.head.device))
+    return BatchSize(max(1, min(most, free // each)), each)
 
 
 def request_bytes(view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site]) -> int:

@@ -105,23 +105,22 @@ class KeyPass:
 
         Layers below the last one asked for must not have changed since.
         """
-        keys, outputs = None, None
+        mixed, bare, outputs = None, None, None
+        others = 1.0 / self.contexts if self.weights == "mean" or self.contexts == 1 else 0.5 / (self.contexts - 1)
+        own = others if self.weights == "mean" or self.contexts == 1 else 0.5
         with evaluating(self.view):
             for chunk in self.chunks:
                 found, output = self._run(chunk, layer)
-                if keys is None:
-                    keys = found.new_empty(self.count, found.shape[1], dtype=torch.float64)
-                keys[chunk.which] = found.double()
-                if output is not None:
-                    if outputs is None:
-                        outputs = output.new_empty(self.count // self.contexts, output.shape[1], dtype=torch.float64)
-                    outputs[[i // self.contexts for i in chunk.which]] = output.double()
-        every = keys.unflatten(0, (-1, self.contexts))  # [u, contexts, d]
-        bare = every[:, 0]
-        if self.weights == "mean" or self.contexts == 1:
-            mixed = every.mean(1)
-        else:
-            mixed = (bare + every[:, 1:].mean(1)) / 2
+                found = found.double()
+                owner = torch.tensor([i // self.contexts for i in chunk.which], device=found.device)
+                if mixed is None:
+                    u = self.count // self.contexts
+                    mixed, bare = (found.new_zeros(u, found.shape[1]) for _ in range(2))
+                    outputs = output.new_zeros(u, output.shape[1], dtype=torch.float64)
+                mixed.index_add_(0, owner, found, alpha=own if chunk.bare else others)
+                if chunk.bare:
+                    bare[owner] = found
+                    outputs[owner.to(output.device)] = output.double()
         if self.kept["host"] or self.kept["recomputed"]:
             _log.info("states between layers: %s", self.report())
         return KeysAndOutputs(mixed.T.contiguous(), bare.T.contiguous(), outputs.T.contiguous())

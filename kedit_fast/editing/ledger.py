@@ -84,7 +84,8 @@ class Ledger:
             self._forget()
             raise
         entries, self._open = self._open, None
-        self.batches.append(tuple(entries))
+        if entries:  # nothing written is no batch
+            self.batches.append(tuple(entries))
 
     def write(self, name: str, weight: torch.Tensor, update: LowRankUpdate) -> None:
         """Add an update to a matrix, inside a transaction.

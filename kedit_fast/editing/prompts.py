@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,7 @@ def fill(
 def in_format(template: str, subject: str, prompt_format: PromptFormat | None) -> tuple[str, int]:
     """A template in the caller's format with its subject, and where the subject begins."""
     framed = template if prompt_format is None else prompt_format(template)
+    subject = subject if prompt_format is None else subject.strip()  # as templates do with the whole message
     if framed.count("{}") != 1:
         raise RequestError(f"the prompt format must keep the {{}} of {template!r} once; it made {framed!r}")
     begin = framed.index("{}")
@@ -96,13 +97,19 @@ def chat_format(tokenizer: Any) -> PromptFormat:
 
 def _adds_special(tokenizer: Any, text: str, prompt_format: PromptFormat | None) -> bool:
     """Whether the tokenizer should add its special tokens: not where the format has written the first already."""
-    return prompt_format is None or not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+    return prompt_format is None or not (tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token))
+
+
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Every special token by id: the named ones and those added as special."""
+    added = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {**added, **dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))}
 
 
 def _covering_without_offsets(tokenizer: Any, text: str, begin: int, end: int, ids: list[int]) -> list[int]:
     """Tokens of text[begin:end] for tokenizers without offsets: the shortest prefix of `ids` that decodes past them."""
     before, upto = text[:begin], text[:end]
-    special = set(tokenizer.all_special_ids)
+    special = special_tokens(tokenizer)
     for count in range(1, len(ids) + 1):
         kept = [i for i in ids[:count] if i not in special]
         decoded = tokenizer.decode(kept, clean_up_tokenization_spaces=False).lstrip()
@@ -118,21 +125,21 @@ def target_tokens(tokenizer: Any, prompt: str, target: str, special: bool = True
     the tokenizer would put before a separate text can enter. No space follows a special token that ends the prompt.
     With `special` the tokenizer adds its special tokens, as it does to the prompt.
     """
-    marks = [token for token in tokenizer.all_special_tokens if token]
-    apart = target[:1].isspace() or prompt[-1:].isspace() or prompt.endswith(tuple(marks))
+    known = special_tokens(tokenizer)
+    marks = tuple(token for token in known.values() if token)
+    apart = target[:1].isspace() or prompt[-1:].isspace() or prompt.endswith(marks)
     joined = prompt + ("" if apart else " ") + target
     base = open_ended(tokenizer, tokenizer(prompt, add_special_tokens=special)["input_ids"])
     full = list(tokenizer(joined, add_special_tokens=special)["input_ids"])
-    if prompt.endswith(tuple(marks)):
+    if prompt.endswith(marks):
         base = list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
-    known = set(tokenizer.all_special_ids)
     while full and full[-1] in known and not joined.rstrip().endswith(tokenizer.decode(full[-1:]).strip()):
         full.pop()
     if full[: len(base)] == base and len(full) > len(base):
         ids = full[len(base) :]
     else:
         ids = tokenizer(joined[len(prompt) :], add_special_tokens=False)["input_ids"]
-    if known & set(ids):
+    if set(known) & set(ids):
         raise RequestError(f"the target {target!r} holds a special token")
     if not ids or not tokenizer.decode(ids).strip():
         raise RequestError(f"the target {target!r} has no tokens")
@@ -167,7 +174,7 @@ def prepare(
     Raises:
         RequestError: naming every request that cannot be used, see `prepare_each`.
     """
-    prepared, problems = prepare_each(tokenizer, requests, prefixes, max_length, prompt_format)
+    prepared, problems = prepare_each(tokenizer, dict(enumerate(requests)), prefixes, max_length, prompt_format)
     require_none(problems)
     return prepared
 
@@ -182,18 +189,18 @@ def require_none(problems: dict[int, str]) -> None:
 
 def prepare_each(
     tokenizer: Any,
-    requests: Sequence[EditRequest],
+    requests: Mapping[int, EditRequest],
     prefixes: Sequence[str],
     max_length: int,
     prompt_format: PromptFormat | None = None,
 ) -> tuple[list[PreparedRequest], dict[int, str]]:
-    """Tokenise requests once; those that cannot be used come back as index -> what is wrong, with their name.
+    """Tokenise requests, by index, once; those that cannot be used come back as index -> what is wrong, with a name.
 
     What can be wrong: a subject or target without tokens, a special token in the target, more tokens than the model
     takes.
     """
     prepared, problems = [], {}
-    for index, request in enumerate(requests):
+    for index, request in requests.items():
         name = f"request {request.id!r}" if request.id is not None else f"request {index + 1}"
         try:
             prepared.append(_prepared(tokenizer, request, prefixes, max_length, prompt_format))
@@ -226,7 +233,7 @@ def open_ended(tokenizer: Any, ids: Sequence[int], keep: int = 0) -> list[int]:
 
     The first `keep` ids stay whatever they are.
     """
-    special, end = set(tokenizer.all_special_ids), len(ids)
+    special, end = special_tokens(tokenizer), len(ids)
     while end > keep and ids[end - 1] in special:
         end -= 1
     return list(ids[:end])
@@ -250,7 +257,7 @@ def generate_prefixes(
     Cost: `tokens` forward passes over all prefixes together.
     """
     generator = torch.Generator().manual_seed(seed)
-    special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
+    special = torch.tensor(sorted(special_tokens(tokenizer)), dtype=torch.int64)
     prefixes: list[str] = []
     for tokens, count in lengths:
         starts = [_STARTS[i % len(_STARTS)] if count <= len(_STARTS) else _STARTS[0] for i in range(count)]

@@ -1,22 +1,24 @@
-"""Values from a store where it has them, the others optimised, by all processes of a torchrun together."""
+"""Values from a store where it has them, the others optimised, by all processes of a process group together."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from kedit_fast.distributed import gather, require_same, world
+from kedit_fast.distributed import gather, world
 from kedit_fast.editing.prompts import PreparedRequest
-from kedit_fast.editing.value_store import ValueStore
+from kedit_fast.editing.value_store import ValueStore, edited_hash
 from kedit_fast.editing.values import SITES, Values, by_length, optimise_values
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
+
+_log = logging.getLogger("kedit_fast")
 
 
 def optimise_shared(
@@ -32,74 +34,84 @@ def optimise_shared(
 ) -> Values:
     """`optimise_values` of what `store` does not have, each process of a process group taking its share.
 
-    Values that are done are stored even when the run is interrupted. A request whose loss is not finite does not
-    raise: `status` tells.
+    The store takes values as they are done (in a process group when all are); the caller flushes it. In a group the
+    first process alone reads and writes it. A request whose loss is not finite does not raise: `status` tells.
 
     Raises:
-        EditError: the processes have different requests, or one of them failed.
+        EditError: the store refuses, the processes have different requests or models, or one of them failed.
     """
-    device = view.head.device
-    if store is not None:
-        store.begin(view, tokenizer, layer, what, hparams)
-    known = {} if store is None else {i: v for i, p in enumerate(prepared) if (v := store.load(p)) is not None}
-    wanted = [i for i in range(len(prepared)) if i not in known]
     rank, size = world()
-    if size > 1:
-        text = repr([(p.rewriting, p.kl, p.target) for p in prepared]) + repr((layer, what, hparams, wanted))
-        require_same("requests, hyper-parameters or stored values", hashlib.sha256(text.encode()).hexdigest())
 
-    def optimised(which: Sequence[int], keep: bool) -> Values:
+    def looked_up() -> dict[int, Values]:
+        if store is None or rank > 0:
+            return {}
+        store.begin(view, tokenizer, layer, SITES[what], hparams, prepared)
+        return {i: value for i, request in enumerate(prepared) if (value := store.load(request)) is not None}
+
+    def taken(which: Sequence[int], values: Values) -> None:
+        if store is not None and rank == 0:
+            store.store([prepared[i] for i in which], values)
+
+    def optimised(which: Sequence[int], finished: Callable[[Sequence[int], Values], None] | None) -> Values:
         chosen = [prepared[i] for i in which]
+        return optimise_values(view, chosen, layer, what, hparams, on_problem="keep", finished=finished,
+                               progress=progress and rank == 0)  # fmt: skip
 
-        def finished(numbers: Sequence[int], values: Values) -> None:
-            if keep and store is not None:
-                store.store([chosen[i] for i in numbers], values)
-
-        return optimise_values(
-            view, chosen, layer, what, hparams, on_problem="keep", progress=progress and rank == 0, finished=finished
-        )
-
-    parts: list[tuple[list[int], Values]] = [([i], v) for i, v in known.items()]
-    try:
-        if wanted and size == 1:
-            parts.append((wanted, optimised(wanted, keep=True)))
-        elif wanted:
-            order = by_length([prepared[i] for i in wanted])
-            mine = [wanted[i] for i in order[rank::size]]
-            parts += _gathered(mine, lambda: optimised(mine, keep=False), rank)
-            if store is not None and rank == 0:
-                for which, values in parts[len(known) :]:
-                    store.store([prepared[i] for i in which], values)
-    except BaseException:
-        with contextlib.suppress(EditError):  # what stopped the run comes first
-            _flush(store, rank)
-        raise
-    _flush(store, rank)
-    names = SITES[what]
-    whole = Values.concatenated([replace(values, sites=names) for _, values in parts], device)
+    if size == 1:
+        known = looked_up()
+        wanted = [i for i in range(len(prepared)) if i not in known]
+        parts = [([i], value) for i, value in known.items()]
+        if wanted:
+            parts.append((wanted, optimised(wanted, lambda some, v: taken([wanted[i] for i in some], v))))
+    else:
+        about = repr([(p.rewriting, p.kl, p.target) for p in prepared]) + repr((layer, what, hparams))
+        about += edited_hash(view, hparams.layers)
+        digest = hashlib.sha256(about.encode()).hexdigest()
+        answers = _all_of(lambda: (digest, looked_up()))
+        if len({other for other, _ in answers}) > 1:
+            raise EditError(
+                "the processes have different requests, hyper-parameters or models: start them all with the same "
+                "arguments"
+            )
+        known = answers[0][1]
+        wanted = [i for i in range(len(prepared)) if i not in known]
+        order = by_length([prepared[i] for i in wanted])
+        mine = [wanted[i] for i in order[rank::size]]
+        shares = _all_of(lambda: (mine, _on_cpu(optimised(mine, None)) if mine else None))
+        done = [(which, values) for which, values in shares if values is not None]
+        _all_of(lambda: [taken(which, values) for which, values in done])
+        parts = [([i], value) for i, value in known.items()] + done
+    if known:
+        _log.info("%d of %d values were there already", len(known), len(prepared))
+    whole = Values.concatenated(parts, view.head.device)
     back = torch.argsort(torch.tensor([i for which, _ in parts for i in which]))
     return whole.select(back.tolist())
 
 
-def _flush(store: ValueStore | None, rank: int) -> None:
-    if store is not None and rank == 0:
+def flush_store(store: ValueStore | None) -> None:
+    """Write what the store has taken; in a process group all raise when that fails."""
+    if store is None:
+        return
+    if world()[1] == 1:
         store.flush()
+    else:
+        _all_of(lambda: store.flush() if world()[0] == 0 else None)
 
 
-def _gathered(mine: list[int], run: Any, rank: int) -> list[tuple[list[int], Values]]:
-    """Every rank's share; when one fails, all raise."""
-    failure, values, own = "", None, None
+def _all_of(run: Callable[[], Any]) -> list[Any]:
+    """What `run` returns in every process; when it raises in one, all raise."""
+    result, failure, own = None, "", None
     try:
-        values = _on_cpu(run()) if mine else None
-    except Exception as error:
+        result = run()
+    except BaseException as error:
         failure, own = f"{type(error).__name__}: {error}", error
-    found = gather((mine, values, failure))
+    found = gather((result, failure))
     if own is not None:
         raise own
-    for other, (_, _, what) in enumerate(found):
+    for rank, (_, what) in enumerate(found):
         if what:
-            raise EditError(f"process {other} failed: {what}")
-    return [(which, values) for which, values, _ in found if values is not None]
+            raise EditError(f"process {rank} failed: {what}")
+    return [value for value, _ in found]
 
 
 def _on_cpu(values: Values) -> Values:

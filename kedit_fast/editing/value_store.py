@@ -1,8 +1,9 @@
 """Optimised values on disk, so that a run can be repeated or taken up again without optimising them again.
 
 Our file: one safetensors file, tensors `targets` [n, sites, h] fp64, `deltas` [n, sites, h] fp32, `losses`, `steps` and
-`status` [n], and metadata with a key for each. A key is a hash of all that a value depends on: the model with its
-edited matrices as they are, the request's tokens, the layer and sites, and the numbers of the loop.
+`status` [n], and metadata with a key for each. A key is a hash of what a value depends on: the model's configuration,
+dtype, samples of its weights and sums over the bits of its edited matrices as they are, the request's tokens, the layer
+and sites, and the numbers of the loop.
 
 memit's files: one npz a request with `v_star` [h], at a path with three {} for layer, clamp and case id. They say
 nothing of the model they were made with; the path is all there is to tell them apart.
@@ -27,13 +28,18 @@ from safetensors.torch import save_file
 
 from kedit_fast._version import __version__
 from kedit_fast.editing.prompts import PreparedRequest
-from kedit_fast.editing.values import USED_UP, Values
+from kedit_fast.editing.values import STOPPED, USED_UP, Values
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.fingerprint import fingerprint
 
 FORMAT_VERSION = "1"
+# Of a configuration, what says nothing of what the model computes.
+_NOISE = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache",
+    "_attn_implementation_autoset", "attn_implementation",
+}  # fmt: skip
 SAVE_EVERY = 30.0  # seconds between writes while values are being optimised
 # Numbers that change what a value is; the others change where it is written, or how fast it is found.
 _LOOP = (
@@ -45,7 +51,15 @@ _LOOP = (
 class ValueStore(Protocol):
     """Where values are looked up before they are optimised, and put after."""
 
-    def begin(self, view: ModelView, tokenizer: Any, layer: int, sites: str, hparams: Hparams) -> None:
+    def begin(
+        self,
+        view: ModelView,
+        tokenizer: Any,
+        layer: int,
+        sites: tuple[str, ...],
+        hparams: Hparams,
+        requests: Sequence[PreparedRequest],
+    ) -> None:
         """What the next calls are about."""
 
     def load(self, request: PreparedRequest) -> Values | None:
@@ -68,33 +82,40 @@ class ValueFile:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.entries: dict[str, dict[str, torch.Tensor]] = {}
-        self.reused = 0
+        self._sites: tuple[str, ...] = ()
         self._context, self._dirty, self._saved = "", False, time.monotonic()
         if self.path.exists():
             self._read()
         elif not os.access(self.path.absolute().parent, os.W_OK):
             raise EditError(f"cannot write {self.path}: its folder is not there or read-only")
 
-    def begin(self, view: ModelView, tokenizer: Any, layer: int, sites: str, hparams: Hparams) -> None:
-        """What the next calls are about."""
+    def begin(
+        self,
+        view: ModelView,
+        tokenizer: Any,
+        layer: int,
+        sites: tuple[str, ...],
+        hparams: Hparams,
+        requests: Sequence[PreparedRequest],
+    ) -> None:
+        """What the next calls are about. Cost: one pass over all matrices that editing writes."""
         numbers = {name: value for name, value in asdict(hparams).items() if name in _LOOP}
-        about = {"model": fingerprint(view, tokenizer), "edited": edited_hash(view), "layer": layer, "sites": sites,
-                 "numbers": numbers}  # fmt: skip
-        self._context = json.dumps(about, sort_keys=True)
+        config = {name: value for name, value in view.config.to_dict().items() if name not in _NOISE}
+        about = {"model": fingerprint(view, tokenizer), "config": config, "dtype": str(view.weight(layer).dtype),
+                 "edited": edited_hash(view), "layer": layer, "sites": sites, "numbers": numbers}  # fmt: skip
+        self._sites, self._context = sites, json.dumps(about, sort_keys=True, default=str)
 
     def load(self, request: PreparedRequest) -> Values | None:
         """The value of a request, or None."""
         entry = self.entries.get(self._key(request))
         if entry is None:
             return None
-        self.reused += 1
-        sites = ("attention", "mlp") if entry["targets"].shape[0] == 2 else ("",)
-        return Values(sites, entry["targets"][:, :, None], entry["deltas"][:, :, None],
+        return Values(self._sites, entry["targets"][:, :, None], entry["deltas"][:, :, None],
                       entry["losses"][None], entry["steps"][None], entry["status"][None])  # fmt: skip
 
     def store(self, requests: Sequence[PreparedRequest], values: Values) -> None:
-        """Take values that were just optimised; write them when the last write is a while ago."""
-        for i, request in enumerate(requests):
+        """Take values that were just optimised and are usable; write them when the last write is a while ago."""
+        for i, request in _usable(requests, values):
             self.entries[self._key(request)] = {
                 "targets": values.all_targets[:, :, i].cpu().clone(),
                 "deltas": values.all_deltas[:, :, i].cpu().clone(),
@@ -162,13 +183,26 @@ class MemitCache:
     def __init__(self, template: str):
         if template.count("{}") != 3:
             raise EditError(f"{template!r} must hold three {{}}: layer, clamp_norm_factor and case id")
-        self.template, self.reused = template, 0
+        self.template = template
         self._layer, self._clamp, self._size = 0, 0.0, 0
+        self._sites: tuple[str, ...] = ()
 
-    def begin(self, view: ModelView, tokenizer: Any, layer: int, sites: str, hparams: Hparams) -> None:
+    def begin(
+        self,
+        view: ModelView,
+        tokenizer: Any,
+        layer: int,
+        sites: tuple[str, ...],
+        hparams: Hparams,
+        requests: Sequence[PreparedRequest],
+    ) -> None:
         """What the next calls are about."""
-        if " " in sites:
+        if len(sites) > 1:
             raise EditError("memit's npz files hold one value a request; these values have two")
+        names = [request.request.id for request in requests if request.request.id is not None]
+        if twice := sorted({str(name) for name in names if names.count(name) > 1}):
+            raise EditError(f"memit's value files are named by case id, and several requests have the id {twice[0]!r}")
+        self._sites = sites
         self._layer, self._clamp, self._size = layer, hparams.clamp_norm_factor, view.weight(layer).shape[0]
 
     def load(self, request: PreparedRequest) -> Values | None:
@@ -183,14 +217,13 @@ class MemitCache:
             raise EditError(f"{path} is not one of memit's value files: {error}") from error
         if target.shape != (self._size,) or not bool(torch.isfinite(target).all()):
             raise EditError(f"{path}: v_star is {list(target.shape)}, a finite [{self._size}] is needed")
-        self.reused += 1
         nothing = torch.full((1, self._size, 1), float("nan"))
-        return Values(("",), target[None, :, None], nothing, torch.tensor([float("nan")]), torch.tensor([0]),
+        return Values(self._sites, target[None, :, None], nothing, torch.tensor([float("nan")]), torch.tensor([0]),
                       torch.tensor([USED_UP]))  # fmt: skip
 
     def store(self, requests: Sequence[PreparedRequest], values: Values) -> None:
-        """Write each value at once, in the place of an older file only when it is complete."""
-        for i, request in enumerate(requests):
+        """Write each usable value at once, in the place of an older file only when it is complete."""
+        for i, request in _usable(requests, values):
             path = self._path(request)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -214,17 +247,27 @@ def open_values(path: str | os.PathLike) -> ValueFile | MemitCache:
     return MemitCache(str(path)) if "{}" in str(path) else ValueFile(path)
 
 
-def edited_hash(view: ModelView) -> str:
-    """SHA-256 of the bits of every matrix that editing writes, and that a fingerprint therefore leaves out.
+def _usable(requests: Sequence[PreparedRequest], values: Values) -> list[tuple[int, PreparedRequest]]:
+    """Requests whose values can be written to a model, with their numbers."""
+    good = [code in (USED_UP, STOPPED) for code in values.status.tolist()]
+    return [(i, request) for i, request in enumerate(requests) if good[i]]
 
-    Cost: one pass over those matrices.
+
+def edited_hash(view: ModelView, layers: Sequence[int] | None = None) -> str:
+    """A hash of the matrices that editing writes: of sums over each row's bits, weighted by their places.
+
+    Args:
+        view: the model.
+        layers: which of them; None for all.
+
+    Cost: one pass over those matrices, 1,024 rows at a time.
     """
     digest = hashlib.sha256()
-    for layer in range(view.num_layers):
+    for layer in range(view.num_layers) if layers is None else layers:
         weight = view.weight(layer)
         integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-        bits = weight.view(integer)
-        place = torch.arange(1, bits.shape[1] + 1, device=bits.device)
-        by_row = (bits.to(torch.int64) * place).sum(1)  # wraps around; moved bits change it
-        digest.update(by_row.cpu().numpy().tobytes())
+        place = torch.arange(1, weight.shape[1] + 1, device=weight.device)
+        for rows in weight.split(1024):
+            by_row = (rows.view(integer).to(torch.int64) * place).sum(1)  # wraps around; moved bits change it
+            digest.update(by_row.cpu().numpy().tobytes())
     return digest.hexdigest()

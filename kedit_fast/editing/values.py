@@ -17,6 +17,7 @@ request for which that holds stops once kl_factor KL is at most 0.01.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ EASED, EASED_KL = 0.1, 0.01  # PMET: the likelihood's weight after every target 
 SITES = {"block": ("block",), "mlp": ("mlp",), "attention and mlp": ("attention", "mlp")}
 GOING, USED_UP, STOPPED, PREDICTED, BAD_LOSS, BAD_GRADIENT = range(6)
 PROBLEMS = {
-    PREDICTED: "the model says the target already (its loss is below v_stop_loss before the first step)",
+    PREDICTED: "the model says the target already: its value would take no step (on_predicted = allow writes that)",
     BAD_LOSS: "the loss of its value is not finite; is the model's output finite on its prompt?",
     BAD_GRADIENT: "the gradient of its value is not finite; is the model's output finite on its prompt?",
 }
@@ -59,8 +60,9 @@ class Values:
     status: torch.Tensor  # [u] USED_UP (all iterations), STOPPED, or a key of PROBLEMS
 
     @staticmethod
-    def concatenated(parts: Sequence[Values], device: torch.device) -> Values:
+    def concatenated(numbered: Sequence[tuple[Sequence[int], Values]], device: torch.device) -> Values:
         """The values of all parts, one after another, on one device."""
+        parts = [values for _, values in numbered]
         wide = (torch.cat([getattr(p, name).to(device) for p in parts], 2) for name in ("all_targets", "all_deltas"))
         flat = (torch.cat([getattr(p, name) for p in parts]) for name in ("losses", "steps", "status"))
         return Values(parts[0].sites, *wide, *flat)
@@ -135,7 +137,9 @@ def optimise_values(
     bar = tqdm(
         total=len(prepared), unit=" edits", desc="values", bar_format=shape, disable=not progress, leave=False
     )  # fmt: skip
-    with evaluating(view), bar:
+    device = view.head.device
+    here = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with evaluating(view), here, bar:
         return _Descent(view, prepared, sites, hparams, size, on_problem, finished).run(bar)
 
 
@@ -177,7 +181,7 @@ class _Descent:
         self.queue = by_length(prepared)
         self.size, self.group = size, max(1, size // ENTER_PARTS)
         self.objective: Objective | None = None
-        self.results: dict[str, torch.Tensor] = {}  # of all requests, the last dimension
+        self.results: dict[str, torch.Tensor] = {}  # of all requests [u, ...], filled as they leave
         device = view.head.device
         self.every = hparams.check_every or (1 if device.type == "cpu" else 4)
         self.captures = hparams.values_graph
@@ -188,7 +192,6 @@ class _Descent:
 
     def run(self, bar: tqdm) -> Values:
         """Optimise all requests."""
-        count = self.hparams.v_num_grad_steps
         iteration = 0
         self.enter()
         while self.objective is not None:
@@ -206,12 +209,18 @@ class _Descent:
                     if going is None or going:
                         (gradient,) = torch.autograd.grad(loss.sum(), current)
                         self.move(gradient)
-            bar.update(self.held.numel() / count)
             if going is not None:
                 self.leave(going)
                 self.enter()
-        bar.update(len(self.prepared) - bar.n)
+                if not bar.disable:
+                    bar.update(self.share_done() * len(self.prepared) - bar.n)
         return self.values(range(len(self.prepared)))
+
+    def share_done(self) -> float:
+        """The share of the requests that is behind us, those that run by their steps."""
+        running = 0 if self.objective is None else self.held.numel()
+        part = float(self.steps.sum()) / self.hparams.v_num_grad_steps if running else 0.0
+        return (len(self.prepared) - len(self.queue) - running + part) / len(self.prepared)
 
     def step(self) -> None:
         """One iteration that leaves all of its state in the tensors it found it in, so that it can be replayed."""

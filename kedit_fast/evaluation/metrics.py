@@ -80,20 +80,36 @@ def evaluate_each(
     pairs: list[tuple[str, str]] = []
     counts = []
     for request in requests:
-        true = request.target_true
-        old = [] if true is None else [(request.text, true)]
-        paraphrases = [(text, request.target_new) for text in request.paraphrase_prompts]
-        neighbors = [] if true is None else [(text, true) for text in request.neighborhood_prompts]
-        pairs += [(request.text, request.target_new), *old, *paraphrases, *neighbors]
-        counts.append((len(old), len(paraphrases), len(neighbors)))
+        asked = _asked(request, prompt_format)
+        pairs += [pair for part in asked for pair in part]
+        counts.append([len(part) for part in asked])
     scored = iter(score(ModelView(model, spec), tokenizer, pairs, prompt_format))
     found = []
-    for old, paraphrases, neighbors in counts:
+    for _, old, paraphrases, neighbors in counts:
         new = next(scored)
         true = next(scored) if old else None
         lists = (tuple(next(scored) for _ in range(count)) for count in (paraphrases, neighbors))
         found.append(Seen(new, true, *lists))
     return found
+
+
+def unusable(view: ModelView, tokenizer: Any, request: EditRequest, prompt_format: PromptFormat | None = None) -> str:
+    """Why a request cannot be measured, or "" when it can."""
+    try:
+        for part in _asked(request, prompt_format):
+            _rows(view, tokenizer, part, prompt_format)
+    except RequestError as error:
+        return str(error)
+    return ""
+
+
+def _asked(request: EditRequest, prompt_format: PromptFormat | None) -> tuple[list[tuple[str, str]], ...]:
+    """Prompts and targets that are scored: the new one, the true one, paraphrases, the neighborhood."""
+    new, true = request.target_new, request.target_true
+    text = request.text if prompt_format is None else request.prompt.replace("{}", request.subject.strip())
+    old = [] if true is None else [(text, true)]
+    neighbors = [] if true is None else [(other, true) for other in request.neighborhood_prompts]
+    return [(text, new)], old, [(other, new) for other in request.paraphrase_prompts], neighbors
 
 
 def summary(seen: Sequence[Seen]) -> Metrics:
@@ -110,17 +126,7 @@ def score(
     view: ModelView, tokenizer: Any, pairs: Sequence[tuple[str, str]], prompt_format: PromptFormat | None = None
 ) -> list[Continuation]:
     """How the model sees each (prompt, target)."""
-    rows = []
-    for prompt, target in pairs:
-        rows.append(continuation(tokenizer, prompt, target, prompt_format))
-        ids = rows[-1][0]
-        if not ids:
-            raise RequestError(f"the prompt {prompt!r} has no tokens")
-        if len(ids) + len(rows[-1][1]) - 1 > view.max_length:
-            raise RequestError(
-                f"{len(ids) + len(rows[-1][1]) - 1} tokens with target in a prompt that begins {prompt[:40]!r}, "
-                f"the model takes {view.max_length}"
-            )
+    rows = _rows(view, tokenizer, pairs, prompt_format)
     found: list[Continuation | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]), reverse=True)
     with evaluating(view), torch.no_grad():
@@ -131,6 +137,23 @@ def score(
             for i, seen in zip(chunk, _score_batch(view, [rows[i] for i in chunk]), strict=True):
                 found[i] = seen
     return [c for c in found if c is not None]
+
+
+def _rows(
+    view: ModelView, tokenizer: Any, pairs: Sequence[tuple[str, str]], prompt_format: PromptFormat | None
+) -> list[tuple[list[int], tuple[int, ...]]]:
+    rows = []
+    for prompt, target in pairs:
+        ids, targets = continuation(tokenizer, prompt, target, prompt_format)
+        if not ids:
+            raise RequestError(f"the prompt {prompt!r} has no tokens")
+        if len(ids) + len(targets) - 1 > view.max_length:
+            raise RequestError(
+                f"{len(ids) + len(targets) - 1} tokens with target in a prompt that begins {prompt[:40]!r}, "
+                f"the model takes {view.max_length}"
+            )
+        rows.append((ids, targets))
+    return rows
 
 
 def _score_batch(view: ModelView, rows: Sequence[tuple[list[int], tuple[int, ...]]]) -> list[Continuation]:

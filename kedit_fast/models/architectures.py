@@ -122,8 +122,15 @@ class ModelView:
 
     @property
     def max_length(self) -> int:
-        """The longest sequence the model takes."""
+        """The longest sequence the model takes; of longrope models the longest that its short factors are for.
+
+        Past that, transformers turns every row of a batch by the long factors, so a row would depend on the others.
+        """
         config = self.config
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        if (rope.get("rope_type") or rope.get("type")) == "longrope":
+            short = rope.get("original_max_position_embeddings")
+            return int(short or getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
         return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
 
     def block(self, layer: int) -> torch.nn.Module:

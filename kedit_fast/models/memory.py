@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path("/sys/fs/cgroup")
 _UNKNOWN = 2 << 30  # where the system does not say
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+_CGROUPS = (  # limit, usage, statistics, and there what can be given back: pages of files that nobody uses
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
 
 
@@ -37,11 +38,13 @@ def _available() -> int:
 def _group_limits() -> list[int]:
     """What is left of a container's limit, where there is one."""
     found = []
-    for limit, usage in _CGROUPS:
+    for names in _CGROUPS:
         try:
-            text = Path(limit).read_text(encoding="ascii").strip()
-            if text != "max":
-                found.append(max(0, int(text) - int(Path(usage).read_text(encoding="ascii"))))
+            limit, usage, statistics = ((ROOT / name).read_text(encoding="ascii") for name in names[:3])
+            if limit.strip() == "max":
+                continue
+            values = dict(line.split() for line in statistics.splitlines())
+            found.append(max(0, int(limit) - int(usage) + int(values.get(names[3], 0))))
         except (OSError, ValueError):
             continue
     return found
