@@ -353,6 +353,6 @@ def test_plan_needs_no_weights_for_bytes(place, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["seconds"] is None and found["values_batch"] is None and set(found["bytes"]) == PLANNED
-    assert found["bytes"]["keys"] == 2 * 64 * 8  # one request after another
+    assert found["bytes"]["keys"] == 4 * 64 * 8  # one request after another
     assert run("plan", tmp_path, "--edits", "0").returncode == 2
     assert "out of range" in run("plan", tmp_path, "--edits", "1", "--no-trial", "--layers", "9").stderr

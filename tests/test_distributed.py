@@ -16,7 +16,7 @@ from kedit_fast import demo
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 RUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "--standalone")
-FAST = ("--set", "v_num_grad_steps=6", "--set", "mom2_adjustment=false", "--method", "memit")
+FAST = ("--set", "v_num_grad_steps=6", "--set", "mom2_adjustment=false", "--method", "memit", "--dtype", "float32")
 
 
 def records(path: Path, count: int) -> Path:

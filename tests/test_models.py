@@ -113,10 +113,10 @@ def test_longrope_models_take_what_their_short_factors_are_for():
     model = make_model("phi3")
     assert ModelView(model).max_length == 128
     rope = {"rope_type": "longrope", "original_max_position_embeddings": 24}
+    model.config.original_max_position_embeddings = 24
     for name in ("rope_parameters", "rope_scaling"):
         if getattr(model.config, name, None) is not None or name == "rope_scaling":
             setattr(model.config, name, rope)
-    model.config.original_max_position_embeddings = 24
     assert ModelView(model).max_length == 24
 
 

@@ -195,6 +195,8 @@ def test_nothing_is_read_back_between_looks(demo_model, monkeypatch):
                 waited.append(function)
             return function(*args, **(kwargs or {}))
 
+    if not tail_attention.usable(ModelView(demo_model[0])):
+        pytest.skip("this transformers' own mask of the padded rows reads back")
     waited, watched = [], []
 
     def watching(name):

@@ -195,7 +195,7 @@ class TailRunner:
                 attention_mask=mask,
                 position_ids=positions,
                 past_key_values=cache,
-                use_cache=True,
+                use_cache=cache is not None,
             ).last_hidden_state
         return _Gather.apply(hidden.flatten(0, 1), wanted.to(hidden.device))
 
@@ -206,11 +206,11 @@ class TailRunner:
             self.number = (self.inside.flatten().cumsum(0) - 1).view_as(self.inside)
             self.layout = tail_attention.Layout(self.inside, self.positions, self.prefix, self.lookup)
 
-    def _fresh_cache(self) -> DynamicCache:
-        """A new Cache object: each pass appends the tail to it."""
-        cache = DynamicCache()
+    def _fresh_cache(self) -> DynamicCache | None:
+        """A new Cache object, each pass appends the tail to it; None without prefixes, older models refuse an empty one."""
         if self.prefix == 0:
-            return cache
+            return None
+        cache = DynamicCache()
         for layer in range(self.view.num_layers):
             if layer in self.caches:
                 joint = self.caches[layer]
