@@ -111,7 +111,7 @@ def batch_curves(document: dict[str, Any], stem: Path) -> list[Path]:
         right.set_ylim(bottom=0)
         lines = [*lines, *right.get_lines()]
     left.legend(lines, [line.get_label() for line in lines], loc="lower right")
-    left.set_title(_machine(document["about"]))
+    left.set_title(_machine(document.get("batches_about", document["about"])))
     return _save(figure, stem)
 
 

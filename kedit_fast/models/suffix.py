@@ -207,7 +207,7 @@ class TailRunner:
             self.layout = tail_attention.Layout(self.inside, self.positions, self.prefix, self.lookup)
 
     def _fresh_cache(self) -> DynamicCache | None:
-        """A new Cache object, each pass appends the tail to it; None without prefixes, older models refuse an empty one."""
+        """A new Cache object, each pass appends the tail to it; None without prefixes: older models want none."""
         if self.prefix == 0:
             return None
         cache = DynamicCache()
