@@ -118,16 +118,16 @@ def batch_curves(document: dict[str, Any], stem: Path) -> list[Path]:
 def saving_bars(document: dict[str, Any], stem: Path) -> list[Path]:
     """What each saving alone is worth to one iteration of the published loop."""
     rows = [row for row in document["rows"] if row["op"] == "value iteration" and row["ratio"] is not None]
-    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.3 * len(rows)))
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.3 * len(rows)))
     axes.barh(range(len(rows)), [row["ratio"] for row in rows], color="#55a868")
     for place, row in enumerate(rows):
         axes.text(row["ratio"] * 1.01, place, f"{row['ratio']:.2f}", va="center", fontsize=7)
-    axes.set_yticks(range(len(rows)), [row["case"] for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{row['case'].split(',')[0]}: {row['case'].split(': ')[-1]}" for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(right=1.15 * max((row["ratio"] for row in rows), default=1.0))
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("median of the published iteration / median with this saving alone")
-    axes.set_title(_machine(document["about"]))
+    axes.set_xlabel("published iteration / the same with this saving alone")
+    figure.suptitle(_machine(document["about"]))
     return _save(figure, stem)
 
 

@@ -13,7 +13,7 @@ from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.memory import free_bytes
 
-MOST = {"cpu": 64}  # on a CPU a larger batch is no faster (benchmarks/results)
+MOST = {"cpu": 64}  # on a CPU a larger batch is hardly faster (benchmarks/results)
 MOST_ELSEWHERE = 256
 SHARE = 0.6  # of the memory that is free
 FEW = 8  # so few are not worth asking for

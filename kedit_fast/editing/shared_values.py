@@ -12,7 +12,7 @@ import torch
 
 from kedit_fast.distributed import gather, world
 from kedit_fast.editing.prompts import PreparedRequest
-from kedit_fast.editing.value_store import ValueStore, edited_hash
+from kedit_fast.editing.value_store import ValueRun, ValueStore, edited_hash
 from kedit_fast.editing.values import SITES, Values, by_length, optimise_values
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
@@ -45,7 +45,7 @@ def optimise_shared(
     def looked_up() -> dict[int, Values]:
         if store is None or rank > 0:
             return {}
-        store.begin(view, tokenizer, layer, SITES[what], hparams, prepared)
+        store.begin(ValueRun(view, tokenizer, layer, SITES[what], hparams, prepared))
         return {i: value for i, request in enumerate(prepared) if (value := store.load(request)) is not None}
 
     def taken(which: Sequence[int], values: Values) -> None:

@@ -17,7 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,18 +48,22 @@ _LOOP = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class ValueRun:
+    """What a store is asked about: one call of the value loop."""
+
+    view: ModelView
+    tokenizer: Any
+    layer: int
+    sites: tuple[str, ...]
+    hparams: Hparams
+    requests: Sequence[PreparedRequest]
+
+
 class ValueStore(Protocol):
     """Where values are looked up before they are optimised, and put after."""
 
-    def begin(
-        self,
-        view: ModelView,
-        tokenizer: Any,
-        layer: int,
-        sites: tuple[str, ...],
-        hparams: Hparams,
-        requests: Sequence[PreparedRequest],
-    ) -> None:
+    def begin(self, run: ValueRun) -> None:
         """What the next calls are about."""
 
     def load(self, request: PreparedRequest) -> Values | None:
@@ -89,21 +93,15 @@ class ValueFile:
         elif not os.access(self.path.absolute().parent, os.W_OK):
             raise EditError(f"cannot write {self.path}: its folder is not there or read-only")
 
-    def begin(
-        self,
-        view: ModelView,
-        tokenizer: Any,
-        layer: int,
-        sites: tuple[str, ...],
-        hparams: Hparams,
-        requests: Sequence[PreparedRequest],
-    ) -> None:
+    def begin(self, run: ValueRun) -> None:
         """What the next calls are about. Cost: one pass over all matrices that editing writes."""
-        numbers = {name: value for name, value in asdict(hparams).items() if name in _LOOP}
+        view = run.view
+        numbers = {name: value for name, value in asdict(run.hparams).items() if name in _LOOP}
         config = {name: value for name, value in view.config.to_dict().items() if name not in _NOISE}
-        about = {"model": fingerprint(view, tokenizer), "config": config, "dtype": str(view.weight(layer).dtype),
-                 "edited": edited_hash(view), "layer": layer, "sites": sites, "numbers": numbers}  # fmt: skip
-        self._sites, self._context = sites, json.dumps(about, sort_keys=True, default=str)
+        about = {"model": fingerprint(view, run.tokenizer), "config": config, "edited": edited_hash(view),
+                 "dtype": str(view.weight(run.layer).dtype), "layer": run.layer, "sites": run.sites,
+                 "numbers": numbers}  # fmt: skip
+        self._sites, self._context = run.sites, json.dumps(about, sort_keys=True, default=str)
 
     def load(self, request: PreparedRequest) -> Values | None:
         """The value of a request, or None."""
@@ -187,23 +185,16 @@ class MemitCache:
         self._layer, self._clamp, self._size = 0, 0.0, 0
         self._sites: tuple[str, ...] = ()
 
-    def begin(
-        self,
-        view: ModelView,
-        tokenizer: Any,
-        layer: int,
-        sites: tuple[str, ...],
-        hparams: Hparams,
-        requests: Sequence[PreparedRequest],
-    ) -> None:
+    def begin(self, run: ValueRun) -> None:
         """What the next calls are about."""
-        if len(sites) > 1:
+        if len(run.sites) > 1:
             raise EditError("memit's npz files hold one value a request; these values have two")
-        names = [request.request.id for request in requests if request.request.id is not None]
+        names = [request.request.id for request in run.requests if request.request.id is not None]
         if twice := sorted({str(name) for name in names if names.count(name) > 1}):
             raise EditError(f"memit's value files are named by case id, and several requests have the id {twice[0]!r}")
-        self._sites = sites
-        self._layer, self._clamp, self._size = layer, hparams.clamp_norm_factor, view.weight(layer).shape[0]
+        self._sites = run.sites
+        self._layer, self._clamp = run.layer, run.hparams.clamp_norm_factor
+        self._size = run.view.weight(run.layer).shape[0]
 
     def load(self, request: PreparedRequest) -> Values | None:
         """The value of a request, or None. A file has no delta: `all_deltas` is not a number."""
