@@ -33,7 +33,7 @@ REQUESTS = [
 
 
 def prepared_and_hparams(model, tokenizer, what, layer, **values):
-    numbers = dict(layers=(layer,), v_num_grad_steps=10, v_lr=0.1, clamp_norm_factor=0.5, **values)
+    numbers = dict(layers=(layer,), v_num_grad_steps=7, v_lr=0.1, clamp_norm_factor=0.5, **values)
     hparams, _ = make_hparams("memit" if what == "block" else "rome", model.config, numbers)
     return prepare(tokenizer, REQUESTS, PREFIXES, 128), hparams
 
@@ -172,7 +172,7 @@ def test_neither_the_batch_nor_the_looks_change_a_value(demo_model, numbers):
         assert float((one.targets[:, 0] - together.targets[:, i]).norm() / one.deltas.norm()) < 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ("gpt2", "gpt_neox", "mistral", "gemma2", "gemma3_text"))
 def test_the_attention_over_kept_prefixes_is_the_models_own(kind, monkeypatch):
     tokenizer, model = make_tokenizer(), make_model(kind)
     view = ModelView(model)
