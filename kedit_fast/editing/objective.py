@@ -26,6 +26,15 @@ class Terms(NamedTuple):
 class Objective:
     """The prompts of u requests on a TailRunner, where their targets stand in the tails, and the loss over them."""
 
+    owner: torch.Tensor  # [R] request of each row
+    kl_rows: torch.Tensor  # [u] row of "{subject} is a"
+    target_rows: torch.Tensor  # [n] row of each target token in each context
+    target_index: torch.Tensor  # [n] place in that row's tail that predicts it
+    target_ids: torch.Tensor  # [n] the token
+    target_owner: torch.Tensor  # [n] its request
+    target_weights: torch.Tensor  # [n] 1 / (contexts * T)
+    wanted: torch.Tensor  # [n + u] places whose hidden states the terms need
+
     def __init__(self, view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site]):
         rows: list[tuple[int, ...]] = []
         lookups: list[int] = []

@@ -161,6 +161,17 @@ class _Descent:
     run lies on the device, and is looked at every `check_every` iterations only.
     """
 
+    held: torch.Tensor  # [v] the requests that run; what follows is theirs
+    limit: torch.Tensor  # [v, sites, 1] of the deltas' norms
+    delta: torch.Tensor  # [v, sites, h]
+    mean: torch.Tensor  # [v, sites, h] of Adam
+    square: torch.Tensor  # [v, sites, h] of Adam
+    losses: torch.Tensor  # [v] at the last forward pass of each
+    factor: torch.Tensor  # [v] of the likelihood
+    steps: torch.Tensor  # [v] taken
+    status: torch.Tensor  # [v] GOING, or how it ended
+    since: torch.Tensor  # [v] steps since every target was the argmax, -1 for not yet
+
     RUNNING = ("held", "limit", "delta", "mean", "square", "losses", "factor", "steps", "status", "since")
     KEPT = ("delta", "losses", "steps", "status")
 
@@ -262,13 +273,13 @@ class _Descent:
             v = len(group)
             new = {
                 "held": torch.tensor(group, device=device),
-                "limit": self.hparams.clamp_norm_factor * h0.norm(dim=2, keepdim=True),  # [v, sites, 1]
+                "limit": self.hparams.clamp_norm_factor * h0.norm(dim=2, keepdim=True),
                 **{name: torch.zeros_like(h0) for name in ("delta", "mean", "square")},
                 "losses": torch.zeros(v, device=device),
-                "factor": torch.ones(v, device=device),  # of the likelihood
+                "factor": torch.ones(v, device=device),
                 "steps": torch.zeros(v, device=device, dtype=torch.int64),
                 "status": torch.full((v,), GOING, device=device),
-                "since": torch.full((v,), -1, device=device),  # steps since every target was the argmax
+                "since": torch.full((v,), -1, device=device),
             }
             for name, value in new.items():
                 setattr(self, name, value if self.objective is None else torch.cat([getattr(self, name), value]))
