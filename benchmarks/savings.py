@@ -10,7 +10,8 @@ from transformers import DynamicCache
 from benchmarks.published import deltas_at, padded
 from kedit_fast.editing.prompts import PreparedRequest
 from kedit_fast.models.architectures import ModelView
-from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, hidden_of, replaced, stubs
+from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, replaced, stubs
+from kedit_fast.models.suffix import at_slots, keys_values
 from kedit_fast.ops import distribution_kl, target_log_probs
 
 SAVINGS = ("batching", "depth", "cached prefix", "target rows")
@@ -83,12 +84,10 @@ class _Group:
         prefix, tail = int(lookup.max()), int((lengths - lookup).max())
         slots = torch.arange(prefix, device=lookup.device) - (prefix - lookup)[:, None]
         with torch.no_grad():
-            full = self.view.base(**inputs, past_key_values=DynamicCache(), use_cache=True).past_key_values
+            full = self.view.base(**inputs, use_cache=True).past_key_values
         self.prefix = []
         for layer in range(self.view.num_layers):
-            pair = full.layers[layer].keys, full.layers[layer].values
-            index = slots.clamp(min=0)[:, None, :, None]
-            self.prefix.append([p.gather(2, index.expand(-1, p.shape[1], -1, p.shape[3])) for p in pair])
+            self.prefix.append([at_slots(part, slots.clamp(min=0)) for part in keys_values(full, layer)])
         places = lookup[:, None] + torch.arange(tail, device=lookup.device)
         inside = places < lengths[:, None]
         places = places.clamp(max=inputs["input_ids"].shape[1] - 1)
@@ -122,9 +121,9 @@ class _Group:
             states = self.states.states.clone()
             states[rows, self.lookup] = states[rows, self.lookup] + delta
             with replaced(stubs(self.view, self.layer + 1, states, self.states.as_tuple)):
-                hidden = hidden_of(self.view.base(**inputs).last_hidden_state)
+                hidden = self.view.base(**inputs).last_hidden_state
         else:
-            with _added(self.view.block(self.layer), delta, self.lookup):
+            with deltas_at([self.view.block(self.layer)], [delta], self.lookup):
                 hidden = self.view.base(**inputs).last_hidden_state
         if "target rows" in self.with_:
             return hidden, None
@@ -149,8 +148,3 @@ class _Group:
                 kl = torch.nn.functional.kl_div(self.reference_logs, current, log_target=True, reduction="none").sum(-1)
             (gradient,) = torch.autograd.grad(-(scores * self.weight).sum() + 0.0625 * kl.sum(), delta)
         return gradient
-
-
-def _added(module: torch.nn.Module, delta: torch.Tensor, at: torch.Tensor):
-    """Row-wise deltas at the output of a block."""
-    return deltas_at([module], [delta], at)

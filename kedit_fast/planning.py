@@ -177,12 +177,12 @@ def _seconds(
     rate = _fp64_rate(view.device)
     u = edits if recipe.solve == "ridge" else 1
     count = len(numbers.layers)
-    factor = d**3 / 3 if numbers.mom2_adjustment else 0.0
+    factor = d**3 / 3 if numbers.mom2_adjustment else 0.0  # once a layer, whatever the number of solves
     if u > 0.67 * d:
         flops = d * d * u + d**3 / 3 + 2 * d * d * u
     else:
-        flops = factor + 2 * d * d * u + 2 * d * u * u + u**3 / 3
-    solve = count * 2 * flops / rate * (1 if recipe.solve == "ridge" else edits)
+        flops = factor + (2 * d * d * u + 2 * d * u * u + u**3 / 3) * edits / u
+    solve = count * 2 * flops / rate
     weight = view.weight(numbers.layers[0]).clone()
     rank = min(u, 256)
     left, right = (torch.zeros(rows, rank, device=weight.device) for rows in (out, d))

@@ -155,7 +155,6 @@ def test_the_published_pipeline_is_what_the_editor_does(harness):
 
 @pytest.mark.parametrize("kind", ("llama", "gpt2"))
 def test_each_saving_computes_the_published_gradient(harness, kind):
-    import transformers
     from tiny_models import make_model, make_tokenizer
 
     from benchmarks import savings
@@ -163,8 +162,6 @@ def test_each_saving_computes_the_published_gradient(harness, kind):
     from kedit_fast.editing.prompts import prepare
     from kedit_fast.models.architectures import ModelView
 
-    if not hasattr(transformers.DynamicCache(), "layers"):
-        pytest.skip("this benchmark reads the cache of a newer transformers")
     requests = [EditRequest("{} plays the", "Miles Davis", "violin"), EditRequest("Now {} is in", "Ebro", "Spain")]
     view = ModelView(make_model(kind))
     prepared = prepare(make_tokenizer(), requests, ("The old tower. ",), 128)

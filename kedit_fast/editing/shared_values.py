@@ -83,7 +83,7 @@ def optimise_shared(
         parts = [([i], value) for i, value in known.items()] + done
     if known:
         _log.info("%d of %d values were there already", len(known), len(prepared))
-    whole = Values.concatenated(parts, view.head.device)
+    whole = Values.concatenated([values for _, values in parts], view.head.device)
     back = torch.argsort(torch.tensor([i for which, _ in parts for i in which]))
     return whole.select(back.tolist())
 

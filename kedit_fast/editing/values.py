@@ -60,9 +60,8 @@ class Values:
     status: torch.Tensor  # [u] USED_UP (all iterations), STOPPED, or a key of PROBLEMS
 
     @staticmethod
-    def concatenated(numbered: Sequence[tuple[Sequence[int], Values]], device: torch.device) -> Values:
+    def concatenated(parts: Sequence[Values], device: torch.device) -> Values:
         """The values of all parts, one after another, on one device."""
-        parts = [values for _, values in numbered]
         wide = (torch.cat([getattr(p, name).to(device) for p in parts], 2) for name in ("all_targets", "all_deltas"))
         flat = (torch.cat([getattr(p, name) for p in parts]) for name in ("losses", "steps", "status"))
         return Values(parts[0].sites, *wide, *flat)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad as pad_with_zeros
 from transformers import DynamicCache
 
 from kedit_fast.models import tail_attention
@@ -119,7 +120,7 @@ class TailRunner:
         self.own_attention = tail_attention.usable(view)
         self.caches = {}
         for layer in range(self.first_live, view.num_layers):
-            keys, values = (_at_slots(part, slots) for part in _keys_values(output.past_key_values, layer))
+            keys, values = (at_slots(part, slots) for part in keys_values(output.past_key_values, layer))
             self.caches[layer] = tail_attention.Joint(keys, values).padded(0, at.shape[1])
 
     def select(self, rows: torch.Tensor) -> TailRunner:
@@ -145,12 +146,12 @@ class TailRunner:
         tail = max(self.ids.shape[1], other.ids.shape[1])
         pairs = [(runner, whole.prefix - runner.prefix, tail - runner.ids.shape[1]) for runner in (self, other)]
         for name in ("positions", "ids", "inside"):
-            setattr(whole, name, torch.cat([_longer(getattr(runner, name), more) for runner, _, more in pairs]))
-        whole.mask = torch.cat([torch.nn.functional.pad(r.mask, (gap, more)) for r, gap, more in pairs])
+            setattr(whole, name, torch.cat([pad_with_zeros(getattr(r, name), (0, more)) for r, _, more in pairs]))
+        whole.mask = torch.cat([pad_with_zeros(r.mask, (gap, more)) for r, gap, more in pairs])
         whole.entering = None
         if self.entering is not None and other.entering is not None:
             whole.entering = torch.cat([
-                torch.nn.functional.pad(r.entering, (0, 0, 0, more)) for r, _, more in pairs
+                pad_with_zeros(r.entering, (0, 0, 0, more)) for r, _, more in pairs
             ])  # fmt: skip
         whole.site_outputs = torch.cat([self.site_outputs, other.site_outputs])
         whole.caches = {
@@ -243,11 +244,6 @@ class TailRunner:
             yield
 
 
-def _longer(part: torch.Tensor, more: int) -> torch.Tensor:
-    """[R, S] with `more` zeros behind."""
-    return torch.nn.functional.pad(part, (0, more))
-
-
 def _added(states: torch.Tensor, delta: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """States with delta [R, h] added at the tokens `first` [R], counted through all rows of states."""
     flat = states.flatten(0, 1)
@@ -301,13 +297,13 @@ def _packed_mlps(view: ModelView, picks: dict[int, torch.Tensor]) -> dict[torch.
     return {view.mlp(layer): packed(view.mlp(layer).forward, index) for layer, index in picks.items()}
 
 
-def _at_slots(part: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+def at_slots(part: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Keys or values [R, heads, T, size] of the positions `slots` [R, P]."""
     index = slots.to(part.device)[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3])
     return part.gather(2, index)
 
 
-def _keys_values(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def keys_values(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [R, heads, T, size] of one layer, from any version's cache."""
     if hasattr(cache, "layers"):
         return cache.layers[layer].keys, cache.layers[layer].values
