@@ -27,7 +27,7 @@ from kedit_fast.editing.prompts import (
 from kedit_fast.editing.requests import EditRequest, parse_request
 from kedit_fast.editing.shared_values import flush_store, optimise_shared
 from kedit_fast.editing.value_store import ValueStore, bits_hash, open_values
-from kedit_fast.editing.values import PREDICTED, PROBLEMS, Values
+from kedit_fast.editing.values import PREDICTED, PROBLEMS, SITES, Values
 from kedit_fast.errors import EditError, MethodError, RequestError, StatisticsError
 from kedit_fast.methods.hparams import make_hparams, unused
 from kedit_fast.methods.recipes import Recipe, find_recipe
@@ -131,10 +131,8 @@ class Editor:
                 f"v_loss_layer = {self.hparams.v_loss_layer} is not implemented: the loss is taken after the last "
                 f"layer, {self.view.num_layers - 1}"
             )
-        # No write can produce a value that lives behind a norm: in front of it, at the MLP's output, one can.
-        behind = self.recipe.values == "block" and self.view.spec.post_norm
-        self.value_sites = "mlp" if behind else self.recipe.values
-        self.site = "mlp" if behind else self.recipe.site
+        self.value_sites = self.recipe.values_on(self.view.spec.post_norm)
+        self.site = SITES.get(self.value_sites, ("mlp",))[-1]  # of the value that the last layer is to put out
         self.ledger = Ledger()
         self._finished: set[int] = set()  # numbers of batches that are a method's final step
         self.seed = seed

@@ -82,13 +82,12 @@ def plan(
         raise MethodError(f"cannot plan {edits} edits")
     view, recipe = ModelView(model), find_recipe(method)
     numbers, origin = make_hparams(method, model.config, hparams or {})
-    layers = view.check_layers(numbers.layers)
     if recipe.values == "gradients":
         raise MethodError(
             f"plan knows methods whose values are optimised; {recipe.name} takes one backward pass a batch"
         )
-    behind = recipe.values == "block" and view.spec.post_norm
-    what = "mlp" if behind else recipe.values
+    layers = view.check_layers(numbers.layers)
+    what = recipe.values_on(view.spec.post_norm)
     sites = [Site(layers[-1], name) for name in SITES[what]]
     contexts = 1 + sum(count for _, count in numbers.context_template_length_params)
     empty = view.device.type == "meta"
@@ -188,8 +187,8 @@ def _seconds(
     rate = _fp64_rate(view.device)
     u = edits if recipe.schedule == "mass" else 1
     count = len(numbers.layers)
+    # The factor is made once a layer, whatever the number of solves.
     factor = 0.0 if not numbers.uses_statistics else 9.0 * d**3 if recipe.preconditioner == "null_space" else d**3 / 3
-    # once a layer, whatever the number of solves
     once = d * u * u + u**3 / 3 + 2 * u * u * d if u <= PRIMAL_ABOVE * d else d * d * u + d**3 / 3 + 2 * d * d * u
     flops = factor + (2 * d * d * u + once) * edits / u
     solve = count * 2 * flops / rate

@@ -153,16 +153,15 @@ class Engine:
     def gradients(self, modules: dict[str, ModuleGradients]) -> dict[str, LowRankUpdate]:
         """UltraEdit's updates [out, d] of all modules: those of one shape share a normaliser, which sees all of them
         before the first update is made."""
-        rows: dict[str, torch.Tensor] = {}
         shapes: dict[str, str] = {}
         for name, found in modules.items():
-            rows[name] = torch.cat([found.keys.double(), found.gradients.double()], 1)
+            rows = torch.cat([found.keys.double(), found.gradients.double()], 1)
             shape = shapes[name] = f"{found.keys.shape[1]}x{found.gradients.shape[1]}"
             known = self._open.normalisers.get(shape, self.normalisers.get(shape))
             if known is None:
-                known = Normaliser.empty(rows[name].shape[1], rows[name].device)
-            moved = Normaliser(known.count, known.mean.to(rows[name]), known.squares.to(rows[name]))
-            self._open.normalisers[shape] = moved.updated(rows[name])
+                known = Normaliser.empty(rows.shape[1], rows.device)
+            moved = Normaliser(known.count, known.mean.to(rows), known.squares.to(rows))
+            self._open.normalisers[shape] = moved.updated(rows)
         return {
             name: gradient_update(found.keys, found.gradients, self._on(shapes[name], found), self.hparams.lr)
             for name, found in modules.items()

@@ -32,10 +32,12 @@ class Recipe:
     contexts: tuple[tuple[int, int], ...] = ((10, 5),)  # published (tokens, count) of generated prefixes
     keeps: str = "nothing"  # between batches, beside the ledger
 
-    @property
-    def site(self) -> str:
-        """Where the value of the last layer lives: "block" or "mlp"."""
-        return "block" if self.values == "block" else "mlp"
+    def values_on(self, post_norm: bool) -> str:
+        """Where values are optimised on a model with or without a norm between the MLP and the residual sum.
+
+        No write can produce a value that lives behind a norm: in front of it, at the MLP's output, one can.
+        """
+        return "mlp" if self.values == "block" and post_norm else self.values
 
     def as_dict(self) -> dict[str, Any]:
         """Every field."""

@@ -6,7 +6,7 @@ With S_0^-1 = T^T T, H = T [K_1 ... K_t] of all n keys so far, and E_t the last 
             = R_t K_t^T (S_0 + sum_s K_s K_s^T)^-1
 
 The *dual* form keeps H and the Cholesky factor of I_n + H^T H and appends to them. The *primal* form is a fold: the sum
-I_m + H H^T over the coordinates is factored and takes the place of S_0, and the dual form starts again from no columns.
+I_d + H H^T over the coordinates is factored and takes the place of S_0, and the dual form starts again from no columns.
 Both give the same update; the memory folds where that costs fewer flops.
 """
 
@@ -30,9 +30,9 @@ from kedit_fast.solver.preconditioner import Preconditioner, require_finite
 
 _log = logging.getLogger("kedit_fast")
 FORMAT_VERSION = "1"
-# Keys, as a share of the coordinates, above which the memory folds. By flops a fold would pay from a third on; but it
-# runs at half the rate of the products that appending is, and at n = m both forms take the same memory. Measured with
-# m = 4096 and 100 keys a batch: a fold takes as long as five batches at n = m, and later batches take half as long.
+# Keys, as a share of d, above which the memory folds. By flops a fold would pay from a third on; but it runs at half
+# the rate of the products that appending is, and at n = d both forms take about the same memory. Measured with d = 4096
+# and 100 keys a batch: a fold takes as long as five batches at n = d, and later batches take half as long.
 FOLD_ABOVE = 1.0
 CHECK_EVERY = 16  # batches between checks of the factor
 DRIFT_LIMIT = 1e-10  # relative residual of the factor above which it is made anew
@@ -44,11 +44,11 @@ class _State:
     """All of a memory, replaced at once. Buffers may hold more than counts; a later state writes behind them."""
 
     sizes: tuple[int, ...]  # keys of each batch
-    raw: torch.Tensor  # [capacity, m] rows: T k of every batch
-    mapped: torch.Tensor | None  # [capacity, m] after a fold: of the batches since, in the new coordinates
+    raw: torch.Tensor  # [capacity, d] rows: T k of every batch
+    mapped: torch.Tensor | None  # [capacity, d] after a fold: of the batches since, in the new coordinates
     gram: torch.Tensor  # [capacity, capacity] lower factor of I + H^T H of the batches since the last fold
-    total: torch.Tensor | None  # [m, m] I + sum over folded batches, lower triangle
-    fold: torch.Tensor | None  # [m, m] its Cholesky factor
+    total: torch.Tensor | None  # [d, d] I + sum over folded batches, lower triangle
+    fold: torch.Tensor | None  # [d, d] its Cholesky factor
     folded: int  # batches up to the last fold
     whole: int  # batches up to which the state is no longer a list of appended parts: the last fold or repair
 
@@ -63,7 +63,7 @@ class _State:
         return sum(self.sizes[self.folded :])
 
     def rows(self) -> torch.Tensor:
-        """H^T [n, m] since the last fold."""
+        """H^T [n, d] since the last fold."""
         if self.mapped is not None:
             return self.mapped[: self.columns]
         return self.raw[: self.count]
@@ -78,12 +78,12 @@ class Appended:
     """What a batch adds to a memory; `KeyMemory.commit` takes it."""
 
     of: _State  # the state it was made for
-    raw: torch.Tensor  # [u, m] rows: the whitened keys
-    rows: torch.Tensor | None  # [u, m] the same in the coordinates after the last fold; None when this one folds
+    raw: torch.Tensor  # [u, d] rows: the whitened keys
+    rows: torch.Tensor | None  # [u, d] the same in the coordinates after the last fold; None when this one folds
     off: torch.Tensor | None  # [u, n] of the factor's new rows, left of the corner
     corner: torch.Tensor | None  # [u, u] lower
-    total: torch.Tensor | None  # [m, m] after a fold: I + sum of all keys, lower triangle
-    factor: torch.Tensor | None  # [m, m] its Cholesky factor
+    total: torch.Tensor | None  # [d, d] after a fold: I + sum of all keys, lower triangle
+    factor: torch.Tensor | None  # [d, d] its Cholesky factor
 
 
 class KeyMemory:
@@ -93,9 +93,9 @@ class KeyMemory:
         preconditioner: S_0^-1.
         form: "auto" (fold by cost), "dual" (never fold) or "primal" (fold at every batch).
 
-    Cost of a batch of u keys after n since the last fold, m coordinates: whitening there and back, 4 m n u + 2 n^2 u
-        flops; a fold m^2 (n + u) + m^3 / 3 + 2 m^2 u. Keeps 8 (m n + n^2) bytes, after a fold 16 m^2 more and, so that
-        batches can be taken back, 8 m n_all.
+    Cost of a batch of u keys after n since the last fold: whitening there and back, 4 d n u + 2 n^2 u flops; a fold
+        d^2 (n + u) + d^3 / 3 + 2 d^2 u. Keeps 8 (d n + n^2) bytes, after a fold 16 d^2 more and, so that batches can be
+        taken back, 8 d n_all.
     Source: the update is AlphaEdit's (arXiv 2410.02355, eq. 11-12), MEMIT's with earlier keys and ENCORE's
         (arXiv 2502.01636); the dual form is Woodbury's identity.
     """
@@ -105,7 +105,7 @@ class KeyMemory:
             raise InvalidArgumentError(f"form must be auto, dual or primal; got {form!r}")
         self.preconditioner, self.form = preconditioner, form
         like = torch.empty(0, dtype=torch.float64, device=preconditioner.device)
-        self._state = _State((), like.new_empty(0, preconditioner.rank), None, like.new_empty(0, 0), None, None, 0, 0)
+        self._state = _State((), like.new_empty(0, preconditioner.size), None, like.new_empty(0, 0), None, None, 0, 0)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -148,7 +148,7 @@ class KeyMemory:
             solved = torch.cholesky_solve(appended.raw.T, appended.factor)
         else:
             assert appended.rows is not None and appended.off is not None and appended.corner is not None
-            part = appended.rows  # [u, m]
+            part = appended.rows  # [u, d]
             if state.columns:
                 back = torch.linalg.solve_triangular(state.factor().mT, appended.off.T, upper=True)  # [n, u]
                 part = part - back.T.contiguous() @ state.rows()
@@ -187,7 +187,7 @@ class KeyMemory:
         return _drift(self._state)
 
     def repair(self) -> None:
-        """Make the factor anew from the keys: n^2 m + n^3 / 3 flops."""
+        """Make the factor anew from the keys: n^2 d + n^3 / 3 flops."""
         self._state = _repaired(self._state)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -226,11 +226,11 @@ class KeyMemory:
         try:
             sizes = tuple(tensors["sizes"].tolist())
             folded, whole = tensors["marks"].tolist()
-            raw, gram, m, device = tensors["raw"], tensors["gram"], preconditioner.rank, preconditioner.device
+            raw, gram, d, device = tensors["raw"], tensors["gram"], preconditioner.size, preconditioner.device
             columns = sum(sizes[folded:])
-            shapes = {"raw": (sum(sizes), m), "gram": (columns, columns)}
+            shapes = {"raw": (sum(sizes), d), "gram": (columns, columns)}
             if folded:
-                shapes |= {"total": (m, m), "fold": (m, m), "mapped": (columns, m)}
+                shapes |= {"total": (d, d), "fold": (d, d), "mapped": (columns, d)}
             for name, shape in shapes.items():
                 tensor = tensors[name]
                 if tuple(tensor.shape) != shape or tensor.dtype != torch.float64:
@@ -262,16 +262,15 @@ class KeyMemory:
 
     def _folds(self, u: int) -> bool:
         if self.form == "auto":
-            rank = self.preconditioner.rank
-            return u > PRIMAL_ABOVE * rank or self._state.columns + u > FOLD_ABOVE * rank
+            size = self.preconditioner.size
+            return u > PRIMAL_ABOVE * size or self._state.columns + u > FOLD_ABOVE * size
         return self.form == "primal"
 
     def _extended(self, raw: torch.Tensor) -> Appended:
-        """The state's new parts for whitened keys [u, m]."""
+        """The state's new parts for whitened keys [u, d]."""
         state = self._state
         if self._folds(raw.shape[0]):
-            m = self.preconditioner.rank
-            total = torch.eye(m, dtype=torch.float64, device=raw.device)
+            total = torch.eye(self.preconditioner.size, dtype=torch.float64, device=raw.device)
             if state.total is not None:
                 total.copy_(state.total)
             since = state.raw[state.count - state.columns : state.count]
@@ -299,7 +298,7 @@ class KeyMemory:
         if appended.factor is not None:
             empty = state.gram.new_empty(0, 0)
             mapped = raw.new_empty(0, raw.shape[1])
-            _log.info("%d keys are folded into one factor of %d coordinates", sum(sizes), raw.shape[1])
+            _log.info("%d keys are folded into one factor, %d wide", sum(sizes), raw.shape[1])
             return _State(sizes, raw, mapped, empty, appended.total, appended.factor, len(sizes), len(sizes))
         assert appended.rows is not None and appended.off is not None and appended.corner is not None
         mapped = None if state.mapped is None else _grown(state.mapped, state.columns, appended.rows)

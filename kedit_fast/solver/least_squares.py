@@ -11,7 +11,7 @@ from kedit_fast.ops import mirror_, spd_solve, symmetric_rank_k_update_
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import Preconditioner, require_finite
 
-PRIMAL_ABOVE = 0.67  # u / rank above which one system of the coordinates costs fewer flops than one of the edits
+PRIMAL_ABOVE = 0.67  # u / d above which a d x d system costs fewer flops than one of the edits
 ALIKE = 1e-9  # share of a key, squared, outside the span of others below which exact constraints on it are refused
 SAME_KEY = 0.99  # cosine above which two keys are taken for one
 
@@ -34,8 +34,7 @@ def ridge_update(
         rho: weight of what should not change. 0 makes every edit an equality constraint, of all such updates the one
             with the least tr(Delta S Delta^T): the limit of EMMET as lambda_E -> 0.
         weights: w [u], one for each edit, positive; None for 1. They have no meaning with rho = 0.
-        form: "dual" (u x u system), "primal" (one of the preconditioner's coordinates, rank x rank) or "auto" (primal
-            when u > 0.67 rank).
+        form: "dual" (u x u system), "primal" (d x d, of whitened keys) or "auto" (primal when u > 0.67 d).
 
     Returns:
         LowRankUpdate with left = R and right = S^-1 K (rho I + K^T S^-1 K)^-1, fp64.
@@ -44,22 +43,21 @@ def ridge_update(
         SolveError: input or solution not finite, or a system that is not positive definite: keys that are alike, or
             more constraints than dimensions, with rho = 0.
 
-    Cost: the whitening of u keys, there and back; dual d u^2 + u^3 / 3 + 2 u^2 d flops; primal m^2 u + m^3 / 3 +
-        2 m^2 u with m = rank.
+    Cost: the whitening of u keys, there and back; dual d u^2 + u^3 / 3 + 2 u^2 d flops; primal d^2 u + d^3 / 3 +
+        2 d^2 u.
     Source: MEMIT (arXiv 2210.07229, eq. 14), EMMET (arXiv 2403.14236, eq. 12); the dual form is Woodbury's identity.
     """
     keys, residuals = checked(keys, residuals, weights)
-    u = keys.shape[1]
+    d, u = keys.shape
     if form not in ("auto", "dual", "primal"):
         raise InvalidArgumentError(f"form must be auto, dual or primal; got {form!r}")
     if not rho >= 0 or rho == float("inf"):
         raise InvalidArgumentError(f"rho must be finite and not negative; got {rho}")
     if rho == 0 and weights is not None:
         raise InvalidArgumentError("weights have no meaning where every edit is an equality constraint (rho = 0)")
-    coordinates = preconditioner.whiten(keys)  # [m, u]
-    m = coordinates.shape[0]
-    if form == "primal" or (form == "auto" and rho > 0 and u > PRIMAL_ABOVE * m):
-        system = torch.zeros(m, m, dtype=torch.float64, device=coordinates.device)
+    coordinates = preconditioner.whiten(keys)  # [d, u]
+    if form == "primal" or (form == "auto" and rho > 0 and u > PRIMAL_ABOVE * d):
+        system = torch.zeros(d, d, dtype=torch.float64, device=coordinates.device)
         system.diagonal().fill_(rho)
         symmetric_rank_k_update_(system, coordinates.T.contiguous())
         solved = spd_solve(mirror_(system), coordinates)

@@ -11,11 +11,9 @@ from kedit_fast.ops import rank_k_update_
 
 
 @dataclass(frozen=True)
-class LowRankUpdate:
-    """Delta [out, in] = left [out, k] right [in, k]^T."""
-
-    left: torch.Tensor
-    right: torch.Tensor
+class _Factors:
+    left: torch.Tensor  # [out, k]
+    right: torch.Tensor  # [in, k]
 
     def __post_init__(self):
         if self.left.ndim != 2 or self.right.ndim != 2 or self.left.shape[1] != self.right.shape[1]:
@@ -25,8 +23,17 @@ class LowRankUpdate:
 
     @property
     def rank(self) -> int:
-        """k, an upper bound of the rank of Delta."""
+        """k: an upper bound of the rank of left right^T; a mask may raise that of what it leaves."""
         return self.left.shape[1]
+
+    def is_finite(self) -> bool:
+        """Whether every number in the factors is finite."""
+        return bool(torch.isfinite(self.left).all() and torch.isfinite(self.right).all())
+
+
+@dataclass(frozen=True)
+class LowRankUpdate(_Factors):
+    """Delta [out, in] = left [out, k] right [in, k]^T."""
 
     def dense(self) -> torch.Tensor:
         """Delta as a matrix [out, in]."""
@@ -36,10 +43,6 @@ class LowRankUpdate:
         """|Delta| (Frobenius), from the factors: sqrt(sum((left^T left) * (right^T right)))."""
         left, right = self.left.double(), self.right.double()
         return float(((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt())
-
-    def is_finite(self) -> bool:
-        """Whether every number in the factors is finite."""
-        return bool(torch.isfinite(self.left).all() and torch.isfinite(self.right).all())
 
     def to(self, dtype: torch.dtype) -> LowRankUpdate:
         """The factors in another dtype."""
@@ -69,11 +72,9 @@ class LowRankUpdate:
 
 
 @dataclass(frozen=True)
-class MaskedUpdate:
+class MaskedUpdate(_Factors):
     """Delta = mask * (left right^T): an update of which only some entries are written (RECT)."""
 
-    left: torch.Tensor  # [out, k]
-    right: torch.Tensor  # [in, k]
     bits: torch.Tensor  # [out, ceil(in / 8)] uint8: the mask, eight entries of a row a byte, the first one lowest
 
     @classmethod
@@ -92,11 +93,6 @@ class MaskedUpdate:
         places = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
         return ((self.bits[:, :, None] >> places) & 1).flatten(1)[:, : self.right.shape[0]].bool()
 
-    @property
-    def rank(self) -> int:
-        """k of the factors; that of the masked matrix may be full."""
-        return self.left.shape[1]
-
     def dense(self) -> torch.Tensor:
         """Delta as a matrix [out, in]."""
         return (self.left @ self.right.T).mul_(self.mask)
@@ -104,10 +100,6 @@ class MaskedUpdate:
     def norm(self) -> float:
         """|Delta| (Frobenius)."""
         return float(self.dense().double().norm())
-
-    def is_finite(self) -> bool:
-        """Whether every number in the factors is finite."""
-        return bool(torch.isfinite(self.left).all() and torch.isfinite(self.right).all())
 
     def to(self, dtype: torch.dtype) -> MaskedUpdate:
         """The factors in another dtype."""

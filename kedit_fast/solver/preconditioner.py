@@ -7,6 +7,7 @@ identity, `unwhiten(H)` = T^T H brings a solution back.
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,28 +23,27 @@ USELESS_BOUND = 0.1  # error bound of an fp32 factor from which on it is refused
 POWER_STEPS = 30
 
 
-class Preconditioner:
-    """S^-1 = T^T T, [d, d]."""
+class Preconditioner(ABC):
+    """S^-1 = T^T T, all [d, d]."""
 
     size: int  # d
-    rank: int  # rows of T: the coordinates
     device: torch.device
 
+    @abstractmethod
     def whiten(self, keys: torch.Tensor) -> torch.Tensor:
-        """T K [rank, u] of keys [d, u], fp64."""
-        raise NotImplementedError
+        """T K [d, u] of keys [d, u], fp64."""
 
+    @abstractmethod
     def unwhiten(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """T^T H [d, u] of coordinates [rank, u] in the span of whitened keys, fp64."""
-        raise NotImplementedError
+        """T^T H [d, u] of coordinates [d, u] in the span of whitened keys, fp64."""
 
     def apply(self, keys: torch.Tensor) -> torch.Tensor:
         """S^-1 K [d, u], fp64."""
         return self.unwhiten(self.whiten(keys))
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Its kind and numbers, by which saved states are told apart."""
-        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
@@ -68,11 +68,6 @@ class Identity(Preconditioner):
     size: int
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     weight: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        """d."""
-        return self.size
 
     def whiten(self, keys: torch.Tensor) -> torch.Tensor:
         """K / sqrt(weight)."""
@@ -164,11 +159,6 @@ class Covariance(Preconditioner):
 
     @property
     def size(self) -> int:
-        """d."""
-        return self.factor.shape[0]
-
-    @property
-    def rank(self) -> int:
         """d."""
         return self.factor.shape[0]
 
@@ -272,11 +262,6 @@ class NullSpace(Preconditioner):
     def dimension(self) -> int:
         """Of the null space."""
         return self.size - self.basis.shape[1] if self.complement else self.basis.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """d."""
-        return self.basis.shape[0]
 
     @property
     def device(self) -> torch.device:
