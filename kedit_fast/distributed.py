@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from kedit_fast.errors import KeditError
 
 
 def world() -> tuple[int, int]:
@@ -37,6 +41,42 @@ def stop() -> None:
 def gather(mine: Any) -> list[Any]:
     """Every rank's object, in the order of ranks; they are pickled, so tensors belong on the CPU."""
     _, size = world()
+    if size < 2:
+        return [mine]
     found: list[Any] = [None] * size
-    dist.all_gather_object(found, mine)
+    with _connected():
+        dist.all_gather_object(found, mine)
     return found
+
+
+def sum_(tensor: torch.Tensor) -> None:
+    """Replace a tensor by its sum over all processes; a single process keeps its own.
+
+    Raises:
+        KeditError: another process has ended, or the network failed.
+    """
+    if world()[1] < 2:
+        return
+    with _connected():
+        dist.all_reduce(tensor)
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here; see `sum_` for errors."""
+    if world()[1] < 2:
+        return
+    with _connected():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def _connected() -> Iterator[None]:
+    """A lost connection as an error that says so."""
+    try:
+        yield
+    except RuntimeError as error:  # what gloo and nccl raise, without a type of their own in older versions
+        rank, size = world()
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise KeditError(
+            f"process {rank} of {size} lost the others: one has ended, or the network failed ({what})"
+        ) from error

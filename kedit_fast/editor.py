@@ -36,7 +36,7 @@ from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site
 from kedit_fast.solver.least_squares import collisions
 from kedit_fast.solver.low_rank import LowRankUpdate, Update
-from kedit_fast.solver.preconditioner import Preconditioner
+from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
 from kedit_fast.solver.shaping import prune, rect, spectral_norm
 from kedit_fast.statistics.collect import Statistics
 
@@ -79,6 +79,7 @@ class Editor:
         method: its name, one of kedit_fast.methods.recipes.RECIPES (`kedit-fast methods` lists them).
         statistics: second moments for the edited layers, from collect_statistics or load_statistics; needed unless
             the method uses none (UltraEdit) or runs with `mom2_adjustment=False`.
+        null_spaces: by layer, for AlphaEdit, instead of statistics: see kedit_fast.solver.projector.load_projector.
         layers: edited layers, zero-based; None for the preset's.
         hparams: values that override the preset's, by name (see kedit_fast.methods.hparams.Hparams).
         seed: of the context prefixes.
@@ -105,6 +106,7 @@ class Editor:
         method: str = "memit",
         *,
         statistics: Statistics | None = None,
+        null_spaces: Mapping[int, NullSpace] | None = None,
         layers: Sequence[int] | None = None,
         hparams: Mapping[str, Any] | None = None,
         seed: int = 0,
@@ -142,7 +144,10 @@ class Editor:
         self.values = open_values(values) if isinstance(values, str | os.PathLike) else values
         self._statistics = statistics
         self._prefixes = self._given_prefixes = None if prefixes is None else tuple(prefixes)
-        if self.hparams.uses_statistics:
+        if null_spaces is not None and self.recipe.preconditioner != "null_space":
+            raise MethodError(f"{self.recipe.name} has no null space: null_spaces are for AlphaEdit")
+        given = set(null_spaces or ()) >= set(self.hparams.layers)
+        if self.hparams.uses_statistics and not given:
             if statistics is None:
                 raise StatisticsError(
                     f"{self.recipe.name} needs statistics for layers {', '.join(map(str, self.hparams.layers))}: "
@@ -153,7 +158,7 @@ class Editor:
             if what := difference(statistics.model, fingerprint(self.view, tokenizer)):
                 raise StatisticsError(f"the statistics are of another model: different {what}")
         self.modules = self._edited_modules()
-        self.engine = Engine(self.view, self.recipe, self.hparams, statistics)
+        self.engine = Engine(self.view, self.recipe, self.hparams, statistics, null_spaces)
 
     def _edited_modules(self) -> dict[str, torch.Tensor]:
         """Module path -> its weight [out, in], a view on the model's memory, of all that is edited."""

@@ -1,15 +1,43 @@
-"""Safetensors files that are there whole or not at all."""
+"""Files that are there whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike, error: type[Exception]) -> Iterator[Path]:
+    """A name beside `path` to write to; what is there when the block ends takes the place of `path`.
+
+    An older file stays until then, and for good when the block raises.
+
+    Raises:
+        error: the file cannot be written, naming it.
+    """
+    path = Path(path)
+    part = None
+    try:
+        handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        part = Path(name)
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.chmod(0o644)
+        part.replace(path)
+    except (OSError, SafetensorError) as cause:  # safetensors reports a full disk with an error of its own
+        raise error(f"cannot write {path}: {getattr(cause, 'strerror', None) or cause}") from cause
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 def write_file(
@@ -18,30 +46,13 @@ def write_file(
     metadata: Mapping[str, str],
     error: type[Exception],
 ) -> None:
-    """Write tensors beside their place and put them there when they are complete; an older file stays until then.
-
-    Raises:
-        error: the file cannot be written, naming it.
-    """
-    path = Path(path)
-    part = None
-    try:
-        handle, part = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.")
-        os.close(handle)
+    """Write a safetensors file; see `replacing`."""
+    with replacing(path, error) as part:
         save_file(dict(tensors), part, dict(metadata))
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(part, 0o644)
-        os.replace(part, path)
-    except (OSError, SafetensorError) as cause:  # safetensors reports a full disk with an error of its own
-        raise error(f"cannot write {path}: {getattr(cause, 'strerror', None) or cause}") from cause
-    finally:
-        if part is not None and os.path.exists(part):
-            os.unlink(part)
 
 
 def read_file(path: str | os.PathLike, error: type[Exception]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a file.
+    """Tensors and metadata of a safetensors file.
 
     Raises:
         error: the file cannot be read or is damaged, naming it.

@@ -22,6 +22,7 @@ from kedit_fast.errors import EditError, KeditError, UnsupportedModelError
 from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
 from kedit_fast.models.architectures import ModelView, find_architecture
 from kedit_fast.models.forward import evaluating, last_hidden, pad
+from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
 
 _log = logging.getLogger("kedit_fast")
@@ -42,8 +43,13 @@ def load_config(path: str | os.PathLike) -> Any:
     return config
 
 
-def load_model(path: str | os.PathLike, dtype: Any = "auto", device: str = "cpu") -> tuple[Any, Any]:
+def load_model(
+    path: str | os.PathLike, dtype: Any = "auto", device: str = "cpu", device_map: Any = None
+) -> tuple[Any, Any]:
     """A causal language model and its tokenizer from a folder or a hub name.
+
+    `device_map` spreads a model over several devices, as from_pretrained does ("auto", or modules by device); it needs
+    the accelerate package, and `device` is not looked at.
 
     Raises:
         UnsupportedModelError: no model there, one that cannot be read, or an architecture that is not supported.
@@ -56,14 +62,14 @@ def load_model(path: str | os.PathLike, dtype: Any = "auto", device: str = "cpu"
     name = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            str(path), trust_remote_code=False, output_loading_info=True, **{name: dtype}
+            str(path), trust_remote_code=False, output_loading_info=True, device_map=device_map, **{name: dtype}
         )
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # whatever a damaged file makes the loaders raise
         raise UnsupportedModelError(f"cannot load a model from {path}: {_first_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):
         raise UnsupportedModelError(f"{path} has no weights for {missing[0]} ({len(missing)} tensors are missing)")
-    return model.to(device).eval(), tokenizer
+    return (model if device_map is not None else model.to(device)).eval(), tokenizer
 
 
 def empty_model(config: Any, dtype: Any = "auto") -> torch.nn.Module:
@@ -194,6 +200,7 @@ def run_edits(
     method: str,
     *,
     statistics: Statistics | None,
+    null_spaces: Mapping[int, NullSpace] | None = None,
     statistics_seconds: float = 0.0,
     hparams: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
@@ -214,7 +221,7 @@ def run_edits(
     """
     begin = time.perf_counter()
     editor = Editor(
-        model, tokenizer, method, statistics=statistics, hparams=hparams, seed=seed, values=values,
+        model, tokenizer, method, statistics=statistics, null_spaces=null_spaces, hparams=hparams, seed=seed, values=values,
         prompt_format=prompt_format, progress=progress,
     )  # fmt: skip
     if state is not None:

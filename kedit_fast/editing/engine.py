@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -61,10 +61,19 @@ class Engine:
         recipe: the method.
         hparams: its numbers.
         statistics: second moments; None where the method uses none.
+        null_spaces: of layers, to take instead of those of the statistics.
     """
 
-    def __init__(self, view: ModelView, recipe: Recipe, hparams: Hparams, statistics: Statistics | None):
+    def __init__(
+        self,
+        view: ModelView,
+        recipe: Recipe,
+        hparams: Hparams,
+        statistics: Statistics | None,
+        null_spaces: Mapping[int, NullSpace] | None = None,
+    ):
         self.view, self.recipe, self.hparams, self.statistics = view, recipe, hparams, statistics
+        self._given = dict(null_spaces or {})
         self.memories: dict[int, KeyMemory] = {}
         self.normalisers: dict[str, Normaliser] = {}
         self._preconditioners: dict[int, Preconditioner] = {}
@@ -93,6 +102,11 @@ class Engine:
             return Identity(size, device)
         if not numbers.mom2_adjustment:
             return Identity(size, device, scale + numbers.update_norm_lambda)
+        if layer in self._given:
+            given = self._given[layer]
+            if given.size != size:
+                raise StatisticsError(f"its null space is of {given.size} dimensions, the weight takes {size} inputs")
+            return replace(given, basis=given.basis.to(device), l2=float(numbers.L2))
         assert self.statistics is not None
         moment = self.statistics.moment(layer).moment
         if tuple(moment.shape) != (size, size):

@@ -82,6 +82,16 @@ def find_architecture(config: Any) -> ArchSpec:
     )
 
 
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a module with a weight runs: the weight's device, or the one that accelerate brings an offloaded one to."""
+    if module.weight.device.type != "meta":
+        return module.weight.device
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return module.weight.device  # a model without numbers
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
 class ModelView:
     """A causal language model seen through its ArchSpec."""
 
@@ -118,7 +128,11 @@ class ModelView:
     @property
     def device(self) -> torch.device:
         """Where token ids go: the device of the embedding."""
-        return self.model.get_input_embeddings().weight.device
+        return device_of(self.model.get_input_embeddings())
+
+    def row_device(self, layer: int) -> torch.device:
+        """Where the inputs of a layer's edited module are."""
+        return device_of(self.edited_module(layer))
 
     @property
     def max_length(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.architectures import ModelView
 
 _FIELDS = (
@@ -71,6 +72,18 @@ def _samples(view: ModelView) -> dict[str, list[float]]:
         count = min(_SAMPLES, tensor.numel())
         index = torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64).round().long()
         where = torch.unravel_index(index, tensor.shape)
+        if tensor.device.type == "meta":
+            tensor = _offloaded(view, name)
         values = tensor[tuple(i.to(tensor.device) for i in where)]
         found[name] = [float(f"{v:.6g}") for v in values.float().tolist()]
     return found
+
+
+def _offloaded(view: ModelView, name: str) -> torch.Tensor:
+    """A weight that accelerate keeps on the host or on disk, and puts into its module for the forward pass alone."""
+    path, _, own = name.rpartition(".")
+    hook = getattr(view.model.get_submodule(path), "_hf_hook", None)
+    weights = getattr(hook, "weights_map", None)
+    if weights is None:
+        raise UnsupportedModelError(f"{name} has no values: the model is not loaded")
+    return weights[own]

@@ -145,27 +145,43 @@ def capture(
         if positions is not None:
             states = states[rows.to(states.device), positions.to(states.device)]
         seen[site] = states
-        if len(seen) == len(set(sites)):
+
+    with contextlib.ExitStack() as stack:
+        if keep_entering:
+            stack.callback(view.block(keep_entering - 1).register_forward_hook(keep_states).remove)
+        if entering is not None:
+            stack.enter_context(replaced(stubs(view, entering.layer, entering.states, entering.as_tuple)))
+        visit(view, batch, sites, keep)
+    return seen, kept[0] if kept else None
+
+
+@torch.no_grad()
+def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callable[[Site, torch.Tensor], None]) -> None:
+    """Run the model until all `sites` are seen, giving the states [R, T, size] of each to `see` as they come.
+
+    They are gone afterwards unless `see` keeps them. Cost: the blocks up to the last site; the head never runs.
+    """
+    missing = set(sites)
+
+    def pass_on(site: Site, states: torch.Tensor) -> None:
+        see(site, states)
+        missing.discard(site)
+        if not missing:
             raise _Enough
 
     with contextlib.ExitStack() as stack:
         for site in set(sites):
             if site.what == "key":
                 hook = module_at(view, site).register_forward_pre_hook(
-                    lambda module, args, site=site: keep(site, args[0])
+                    lambda module, args, site=site: pass_on(site, args[0])
                 )
             else:
                 hook = module_at(view, site).register_forward_hook(
-                    lambda module, args, output, site=site: keep(site, hidden_of(output))
+                    lambda module, args, output, site=site: pass_on(site, hidden_of(output))
                 )
             stack.callback(hook.remove)
-        if keep_entering:
-            stack.callback(view.block(keep_entering - 1).register_forward_hook(keep_states).remove)
-        if entering is not None:
-            stack.enter_context(replaced(stubs(view, entering.layer, entering.states, entering.as_tuple)))
         with contextlib.suppress(_Enough):
             _run_base(view, batch)
-    return seen, kept[0] if kept else None
 
 
 def last_hidden(view: ModelView, batch: TokenBatch) -> torch.Tensor:

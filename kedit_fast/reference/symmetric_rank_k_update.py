@@ -43,6 +43,10 @@ def _add_lower_(acc: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alph
         corner.copy_(torch.where(below, corner + alpha * product[:, i:], corner))
 
 
-def mirror_(acc: torch.Tensor) -> None:
-    """Copy the lower triangle of `acc` [d, d] to its upper one."""
-    acc.copy_(torch.tril(acc) + torch.tril(acc, -1).T)
+def mirror_(acc: torch.Tensor, block: int = 512) -> None:
+    """Copy the lower triangle of `acc` [d, d] to its upper one, by blocks: no second matrix is made."""
+    for i in range(0, acc.shape[0], block):
+        end = min(i + block, acc.shape[0])
+        acc[:i, i:end] = acc[i:end, :i].T
+        corner = acc[i:end, i:end]
+        corner.copy_(torch.tril(corner) + torch.tril(corner, -1).T)

@@ -21,6 +21,7 @@ NEGATIVE = -1e-6  # of the largest eigenvalue: below this a matrix is no second 
 RANK_DEFICIENT = 2.0**-48  # of the largest pivot: what rounding leaves of a zero one
 USELESS_BOUND = 0.1  # error bound of an fp32 factor from which on it is refused
 POWER_STEPS = 30
+PROJECTION = 1e-3  # by which a float32 projection's eigenvalues may differ from 0 and 1
 
 
 class Preconditioner(ABC):
@@ -252,6 +253,30 @@ class NullSpace(Preconditioner):
         complement = m > d / 2
         basis = vectors[:, m:] if complement else vectors[:, :m]
         return cls(basis.contiguous(), complement, float(l2), float(threshold), rule)
+
+    @classmethod
+    def from_projection(cls, projection: torch.Tensor, l2: float = 10.0) -> NullSpace:
+        """The null space that P [d, d] projects on, as AlphaEdit's files hold it.
+
+        Raises:
+            StatisticsError: P is not finite, not symmetric, no projection, or projects on nothing or everything.
+
+        Cost: a symmetric eigendecomposition, about 9 d^3 flops in fp64.
+        """
+        if projection.ndim != 2 or projection.shape[0] != projection.shape[1]:
+            raise InvalidArgumentError(f"a projection must be [d, d]; got {list(projection.shape)}")
+        matrix = projection.double()
+        if not bool(torch.isfinite(matrix.sum())) or float((matrix - matrix.T).abs().max()) > PROJECTION:
+            raise StatisticsError("the projection is not finite or not symmetric")
+        values, vectors = torch.linalg.eigh(matrix)
+        if float(torch.minimum(values.abs(), (values - 1).abs()).max()) > PROJECTION:
+            raise StatisticsError("the matrix is no projection: it has eigenvalues that are neither 0 nor 1")
+        d, m = len(values), int((values > 0.5).sum())  # eigenvalues ascend: the null space is at the end
+        if m in (0, d):
+            raise StatisticsError(f"the projection is on {'nothing' if m == 0 else f'all {d} dimensions'}")
+        complement = m > d / 2
+        basis = vectors[:, : d - m] if complement else vectors[:, d - m :]
+        return cls(basis.contiguous(), complement, float(l2), 0.0, "projection")
 
     @property
     def size(self) -> int:

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
+from kedit_fast import distributed
 from kedit_fast.errors import StatisticsError
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import fingerprint
-from kedit_fast.models.forward import Site, capture, evaluating, pad
+from kedit_fast.models.forward import Site, evaluating, pad, visit
+from kedit_fast.statistics.corpus import Corpus, Position, Reader, TokenWeights, Window, ahead, batches
+from kedit_fast.statistics.memory_plan import Group, plan_groups
 from kedit_fast.statistics.moments import SecondMoment, SecondMomentAccumulator
 
 _log = logging.getLogger("kedit_fast")
+
+
+class Saver(Protocol):
+    """Keeps the sums of a pass safe while it runs."""
+
+    def due(self) -> bool:
+        """Whether it is time."""
+        ...
+
+    def save(self, position: Position) -> None:
+        """Keep the sums, which stand for this place in the corpus."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -26,9 +42,11 @@ class Statistics:
 
     layers: dict[int, SecondMoment]
     model: dict[str, str]  # fingerprint of model and tokenizer
-    corpus: str  # SHA-256 of the token ids, in order
+    corpus: str  # SHA-256 of the text of its documents, in order
     max_length: int  # tokens a sequence is cut to
     dtype: str  # the model's dtype while it ran
+    documents: int = 0  # of the corpus; 0 where that is not known
+    asked: Mapping[str, str] = field(default_factory=dict)  # `Corpus.about()`
 
     def moment(self, layer: int) -> SecondMoment:
         """The second moment of one layer; raises StatisticsError when it was not collected."""
@@ -45,89 +63,232 @@ def collect_statistics(
     layers: Sequence[int],
     *,
     max_tokens: int | None = None,
+    max_samples: int | None = None,
     max_length: int = 1024,
+    seed: int | None = None,
+    token_weights: TokenWeights | None = None,
     batch_tokens: int = 4096,
+    masters: str = "auto",
     progress: bool = True,
     spec: ArchSpec | None = None,
 ) -> Statistics:
-    """Second moments of the inputs of the edited linear layers over a corpus.
+    """Second moments of the inputs of the edited linear layers over a corpus, in memory.
+
+    `collect_into` does the same into a folder, with checkpoints. In a process group every process takes its share of
+    the documents and gets the whole.
 
     Args:
-        model: a causal language model of a known architecture; runs in its own dtype, nothing in it changes.
+        model: a causal language model of a known architecture, on one device or several; runs in its own dtype,
+            nothing in it changes.
         tokenizer: its tokenizer; special tokens it adds by itself count, padding does not.
-        texts: documents, each one sequence.
+        texts: documents, each one sequence; see Corpus for these and the five numbers that follow.
         layers: zero-based layers.
-        max_tokens: stop after this many tokens; None for all.
+        max_tokens, max_samples: stop after this many tokens or documents; None for all.
         max_length: sequences are cut to this many tokens (and to what the model takes).
+        seed: of a random order; None for the documents' own.
+        token_weights: of the tokens of a document; None for ones.
         batch_tokens: tokens of a batch, padding included; sequences of like length share one.
+        masters: where the fp64 sums are kept: "device", "cpu", or "auto", the device if they fit there.
         progress: show a bar on stderr.
         spec: an ArchSpec for an architecture that is not known.
 
     Returns:
-        Statistics, fp64 moments on the model's device.
+        Statistics, fp64 moments where their sums were kept.
 
     Raises:
-        StatisticsError: no text, or moments that are not finite.
+        StatisticsError: no text, moments that are not finite, or no room for a layer's sum.
 
-    Cost: one pass through the blocks up to the last layer, and tokens * d (d + 1) flops a layer.
+    Cost: a pass through the blocks up to the last layer, and tokens * d (d + 1) flops a layer. Memory: 8 d^2 bytes a
+        layer and one batch (on a GPU two, whose updates and forward passes overlap); further passes where the sums of
+        all layers do not fit.
     """
-    view = ModelView(model, spec)
-    layers = view.check_layers(tuple(layers))
-    max_length = min(max_length, view.max_length)
-    sequences, digest = _tokenise(tokenizer, texts, max_length, max_tokens)
-    total = sum(map(len, sequences))
-    if total == 0:
-        raise StatisticsError("the corpus has no text")
-    sums = {}
-    for layer in layers:
-        weight = view.weight(layer)
-        sums[layer] = SecondMomentAccumulator(view.module_name(layer), weight.shape[1], weight.device)
-        if total < weight.shape[1]:
-            _log.warning(
-                "%d tokens for second moments of dimension %d: they are singular, use more text", total, weight.shape[1]
+    corpus = Corpus(texts, max_tokens, max_samples, max_length, seed, token_weights)
+    job = Job(model, tokenizer, corpus, layers, batch_tokens, spec)
+    found: dict[int, SecondMoment] = {}
+    groups = plan_groups(job.view, job.layers, batch_tokens, masters)
+    job.check_groups(groups)
+    for group in groups:
+        sums = job.accumulators(group)
+        end = job.run(sums, progress=progress)
+        for layer, total in job.finished(sums, end).items():
+            found[layer] = total
+            if len(groups) > 1:  # the next group needs the room
+                found[layer] = replace(total, moment=total.moment.cpu())
+    return job.statistics(found, end)
+
+
+class Job:
+    """A model, a corpus and layers: what passes over the corpus share.
+
+    Args:
+        model, tokenizer, spec: see collect_statistics.
+        corpus: what counts.
+        layers: zero-based.
+        batch_tokens: of a batch.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, tokenizer: Any, corpus: Corpus, layers: Sequence[int], batch_tokens: int = 4096,
+        spec: ArchSpec | None = None,
+    ):  # fmt: skip
+        self.view = ModelView(model, spec)
+        self.layers = self.view.check_layers(tuple(layers))
+        self.corpus, self.batch_tokens = corpus, batch_tokens
+        self.model = fingerprint(self.view, tokenizer)
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.reader = Reader(tokenizer, corpus, batch_tokens, self.view.max_length)
+
+    def check_groups(self, groups: Sequence[Group]) -> None:
+        """Raise StatisticsError when a corpus that can be read once would have to be read again."""
+        if len(groups) > 1 and not self.corpus.repeatable:
+            raise StatisticsError(
+                f"the sums of all layers do not fit at once: {len(groups)} passes over the text, but it can be read "
+                "once only. Give a list or a file, or fewer layers"
             )
-    bar = tqdm(total=total, unit="tok", unit_scale=True, desc="statistics", disable=not progress, leave=False)
-    with evaluating(view), bar:
-        for rows in _batches(sequences, batch_tokens):
-            batch = pad(rows, view.device)
-            seen, _ = capture(view, batch, [Site(layer, "key") for layer in layers])
-            mask = batch.attention_mask.bool().flatten()
-            for layer in layers:
-                states = seen[Site(layer, "key")].flatten(0, 1)  # [R T, d]
-                sums[layer].update(states, None if bool(mask.all()) else mask.to(states.device))
-            bar.update(sum(map(len, rows)))
-    return Statistics(
-        layers={layer: accumulator.result() for layer, accumulator in sums.items()},
-        model=fingerprint(view, tokenizer),
-        corpus=digest,
-        max_length=max_length,
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
-    )
+
+    def accumulators(self, group: Group) -> dict[int, SecondMomentAccumulator]:
+        """Empty sums of a group's layers."""
+        found = {}
+        for layer in group.layers:
+            device, size = self.view.row_device(layer), self.view.weight(layer).shape[1]
+            master = torch.device("cpu") if group.on_cpu else device
+            found[layer] = SecondMomentAccumulator(self.view.module_name(layer), size, device, master)
+        return found
+
+    def run(
+        self,
+        sums: Mapping[int, SecondMomentAccumulator],
+        start: Position | None = None,
+        saver: Saver | None = None,
+        progress: bool = False,
+    ) -> Position:
+        """Add this process's share of the corpus from `start` on; returns where it ended."""
+        start = end = start or Position()
+        done = next(iter(sums.values())).count
+        bar = tqdm(
+            total=self.corpus.max_tokens if distributed.world()[1] == 1 else None, initial=done, unit="tok",
+            unit_scale=True, desc="statistics", disable=not progress, leave=False,
+        )  # fmt: skip
+        windows = ahead(self.reader.windows(start))
+        with evaluating(self.view), bar, _closing(windows), _Updates() as updates:
+            for window in windows:
+                skip = start.batches if end == start else 0
+                for number, rows in enumerate(batches(window.sequences, self.batch_tokens), 1):
+                    if number <= skip:
+                        continue
+                    self._add(rows, sums, updates)
+                    bar.update(sum(map(len, rows)))
+                    if saver is not None and saver.due():
+                        updates.wait()
+                        saver.save(replace(window.before, batches=number))
+                end = window.after
+        return end
+
+    def _add(self, rows: list[list[int]], sums: Mapping[int, SecondMomentAccumulator], updates: _Updates) -> None:
+        batch = pad(rows, self.view.device)
+        real = [len(row) for row in rows]
+        width = max(real)
+        mask = None if min(real) == width else batch.attention_mask.bool().flatten()
+        weights, totals = self._weights(rows, width)
+        here: dict[torch.device, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+
+        def see(site: Site, states: torch.Tensor) -> None:
+            device = states.device
+            if device not in here:
+                here[device] = tuple(None if t is None else t.to(device, non_blocking=True) for t in (mask, weights))
+            updates.add(sums[site.layer], states.flatten(0, 1), *here[device], totals)  # [R T, d]
+
+        visit(self.view, batch, [Site(layer, "key") for layer in sums], see)
+        updates.next_batch()
+
+    def _weights(self, rows: list[list[int]], width: int) -> tuple[torch.Tensor | None, tuple[int, float]]:
+        """Weights [R T] of a padded batch, how many of its tokens count and what they weigh together."""
+        if self.corpus.token_weights is None:
+            count = sum(map(len, rows))
+            return None, (count, float(count))
+        weights = torch.zeros(len(rows), width, dtype=torch.float64)
+        for i, row in enumerate(rows):
+            own = torch.as_tensor(self.corpus.token_weights(list(row)), dtype=torch.float64)
+            if own.shape != (len(row),) or not bool(torch.isfinite(own).all()) or bool((own < 0).any()):
+                raise StatisticsError(
+                    f"token_weights must give {len(row)} finite weights, not negative, for as many tokens; got {own}"
+                )
+            weights[i, : len(row)] = own
+        return weights.flatten(), (int((weights != 0).sum()), float(weights.sum()))
+
+    def finished(self, sums: Mapping[int, SecondMomentAccumulator], end: Position) -> dict[int, SecondMoment]:
+        """The moments of all processes together, in the memory of the sums.
+
+        Raises:
+            StatisticsError: no tokens, moments that are not finite, or processes that were given different texts.
+        """
+        ends = {(position.documents, position.digest) for position in distributed.gather(end)}
+        if len(ends) > 1:
+            raise StatisticsError("the processes were given different texts")
+        found = {}
+        for layer, total in sums.items():
+            total.reduce_()
+            if total.count == 0:
+                raise StatisticsError(
+                    "no tokens were counted: the corpus has no text, or none of its tokens has a weight"
+                )
+            size = len(total.sum)
+            if total.count < size:
+                _log.warning(
+                    "%d tokens for second moments of dimension %d: they are singular, use more text", total.count, size
+                )
+            found[layer] = total.finish()
+        return found
+
+    def statistics(self, layers: dict[int, SecondMoment], end: Position) -> Statistics:
+        """What was found, with what it belongs to."""
+        return Statistics(
+            layers, self.model, end.digest, self.reader.max_length, self.dtype, end.documents, self.corpus.about()
+        )
 
 
-def _tokenise(tokenizer: Any, texts: Iterable[str], max_length: int, max_tokens: int | None):
-    sequences: list[list[int]] = []
-    digest, total = hashlib.sha256(), 0
-    for text in texts:
-        if max_tokens is not None and total >= max_tokens:
-            break
-        ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
-        if max_tokens is not None:
-            ids = ids[: max_tokens - total]
-        if ids:
-            digest.update(repr(ids).encode())
-            sequences.append(ids)
-            total += len(ids)
-    return sequences, digest.hexdigest()[:32]
+class _Updates:
+    """Updates of the sums: at once on a CPU; on a GPU on a stream of their own, beside the next forward pass."""
+
+    def __init__(self):
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._batches: deque[list[torch.cuda.Event]] = deque()  # those of one batch may still be running
+
+    def __enter__(self) -> _Updates:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wait()
+
+    def add(self, accumulator: SecondMomentAccumulator, rows: torch.Tensor, mask, weights, totals) -> None:
+        device = rows.device
+        if device.type != "cuda":
+            accumulator.update(rows, mask, weights, totals)
+            return
+        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            accumulator.update(rows, mask, weights, totals)
+            for tensor in (rows, mask, weights):
+                if tensor is not None:
+                    tensor.record_stream(stream)  # not given to another batch before the update has read it
+
+    def next_batch(self) -> None:
+        """Let the updates of this batch run on, and wait for those of the one before."""
+        self._batches.append([stream.record_event() for stream in self._streams.values()])
+        while len(self._batches) > 1:
+            for event in self._batches.popleft():
+                event.synchronize()
+
+    def wait(self) -> None:
+        """Return when all updates are done."""
+        for stream in self._streams.values():
+            stream.synchronize()
 
 
-def _batches(sequences: list[list[int]], batch_tokens: int):
-    """Sequences by length, as many together as `batch_tokens` holds once padded; longest first."""
-    rows: list[list[int]] = []
-    for sequence in sorted(sequences, key=len, reverse=True):
-        if rows and len(rows[0]) * (len(rows) + 1) > batch_tokens:
-            yield rows
-            rows = []
-        rows.append(sequence)
-    if rows:
-        yield rows
+@contextmanager
+def _closing(windows: Iterator[Window]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        windows.close()  # type: ignore[attr-defined] - a generator: its thread ends

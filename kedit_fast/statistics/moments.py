@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kedit_fast import distributed
 from kedit_fast.errors import StatisticsError
 from kedit_fast.ops import mirror_, symmetric_rank_k_update_
 
@@ -15,31 +16,88 @@ class SecondMoment:
     """The un-centred second moment of one layer's inputs."""
 
     module: str  # path of the linear layer, for example model.layers.4.mlp.down_proj
-    moment: torch.Tensor  # [d, d] mean of k k^T, full symmetric, fp64 or fp32
-    count: int  # tokens
+    moment: torch.Tensor  # [d, d] (weighted) mean of k k^T, full symmetric, fp64 or fp32
+    count: int  # tokens, of weighted ones those whose weight is not 0
 
 
 class SecondMomentAccumulator:
-    """Sums k k^T over rows as they come; `result()` is the mean.
+    """Sums w k k^T over rows as they come; `result()` and `finish()` give the mean.
 
-    Products are exact in fp32 for 16-bit rows, sums over a chunk of rows fp32, the master fp64 on the rows' device.
+    Products are exact in fp32 for 16-bit rows, sums over a chunk of rows fp32, the master fp64.
+
+    Args:
+        module: path of the linear layer.
+        size: d.
+        device: where rows are.
+        master: where the sum is kept; None for the rows' device. Elsewhere the products of one call are summed in one
+            [d, d] matrix beside the rows, which is then added to the master.
     """
 
-    def __init__(self, module: str, size: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self, module: str, size: int, device: torch.device | str = "cpu", master: torch.device | str | None = None
+    ):
         self.module = module
         self.count = 0
-        self._sum = torch.zeros(size, size, dtype=torch.float64, device=device)  # the lower triangle
+        self.weight = 0.0  # the sum of the rows' weights
+        self.device = torch.device(device)
+        self.sum = torch.zeros(size, size, dtype=torch.float64, device=master or device)  # the lower triangle
+        self._staged = torch.device(master or device) != self.device
 
-    def update(self, rows: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Add rows [n, d]; those whose mask [n] is false do not count."""
-        symmetric_rank_k_update_(self._sum, rows, mask=mask)
-        self.count += rows.shape[0] if mask is None else int(mask.sum())
+    def update(
+        self,
+        rows: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        totals: tuple[int, float] | None = None,
+    ) -> None:
+        """Add rows [n, d].
+
+        Args:
+            rows: of the model's dtype.
+            mask: [n] bool; rows where it is false do not count.
+            weights: [n], not negative; None for ones.
+            totals: how many rows count and the sum of their weights, where that is known: reading it from the tensors
+                waits for the device.
+        """
+        if self._staged:
+            dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+            part = torch.zeros(self.sum.shape, dtype=dtype, device=rows.device)
+            symmetric_rank_k_update_(part, rows, weights, mask)
+            self.sum.add_(part.to(self.sum.device))
+        else:
+            symmetric_rank_k_update_(self.sum, rows, weights, mask)
+        count, weight = totals or _totals(rows.shape[0], mask, weights)
+        self.count += count
+        self.weight += weight
 
     def result(self) -> SecondMoment:
         """The mean of what was added; raises StatisticsError when nothing was, or something not finite."""
+        return self._mean(self.sum.clone())
+
+    def finish(self) -> SecondMoment:
+        """As `result`, in the master's own memory: nothing can be added afterwards."""
+        total, self.sum = self.sum, self.sum.new_empty(0, 0)
+        return self._mean(total)
+
+    def _mean(self, total: torch.Tensor) -> SecondMoment:
         if self.count == 0:
             raise StatisticsError(f"{self.module}: no tokens were counted")
-        moment = mirror_(self._sum.clone()) / self.count
-        if not bool(torch.isfinite(moment).all()):
+        moment = mirror_(total).div_(self.weight)
+        if not bool(torch.isfinite(moment.sum())):
             raise StatisticsError(f"{self.module}: the second moment is not finite (NaN or overflow in the model)")
         return SecondMoment(self.module, moment, self.count)
+
+    def reduce_(self) -> None:
+        """Add up what all processes have; afterwards every one has the whole."""
+        distributed.sum_(self.sum)
+        totals = torch.tensor([float(self.count), self.weight], dtype=torch.float64)
+        distributed.sum_(totals)
+        self.count, self.weight = int(totals[0]), float(totals[1])
+
+
+def _totals(n: int, mask: torch.Tensor | None, weights: torch.Tensor | None) -> tuple[int, float]:
+    if weights is None:
+        count = n if mask is None else int(mask.sum())
+        return count, float(count)
+    kept = weights if mask is None else weights[mask]
+    return int((kept != 0).sum()), float(kept.double().sum())

@@ -1,7 +1,8 @@
 """Statistics on disk: one safetensors file a layer, `{module path}.safetensors`.
 
 Tensor `second_moment` [d, d] is the mean of k k^T, full symmetric. Metadata: format_version, layer, count (tokens),
-corpus, model fingerprint, dtype, max_length, kedit_fast. Files are written beside their place and then renamed.
+corpus (SHA-256 of the text), documents, what was asked for (max_tokens, max_samples, max_length, seed, token_weights),
+model fingerprint, dtype, kedit_fast. Files are written beside their place and then renamed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,27 @@ from kedit_fast.errors import StatisticsError
 from kedit_fast.files import write_file
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import difference, fingerprint
+from kedit_fast.statistics import npz
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.statistics.moments import SecondMoment
 
 FORMAT_VERSION = "1"
-_MODEL_FIELDS = ("model_config", "model_samples", "tokenizer")
+MODEL_FIELDS = ("model_config", "model_samples", "tokenizer")
+ASKED_FIELDS = ("max_tokens", "max_samples", "max_length", "seed", "token_weights")
+
+
+@dataclass(frozen=True)
+class LayerFile:
+    """A second moment with its file's metadata."""
+
+    path: Path
+    second: SecondMoment
+    metadata: dict[str, str]
+
+    @property
+    def model(self) -> dict[str, str]:
+        """The fingerprint of the model it was collected on; empty for a file that carries none."""
+        return {field: self.metadata[field] for field in MODEL_FIELDS if field in self.metadata}
 
 
 def save_statistics(
@@ -39,23 +57,35 @@ def save_statistics(
     paths = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for layer, second in sorted(statistics.layers.items()):
-            path = folder / f"{second.module}.safetensors"
-            metadata = {
-                "format_version": FORMAT_VERSION,
-                "layer": str(layer),
-                "count": str(second.count),
-                "corpus": statistics.corpus,
-                "dtype": statistics.dtype,
-                "max_length": str(statistics.max_length),
-                "kedit_fast": __version__,
-                **statistics.model,
-            }
-            write_file(path, {"second_moment": second.moment.to(dtype).cpu().contiguous()}, metadata, StatisticsError)
-            paths.append(path)
     except OSError as error:
         raise StatisticsError(f"cannot write statistics to {folder}: {error.strerror or error}") from error
+    for layer, second in sorted(statistics.layers.items()):
+        path = path_of(folder, second.module)
+        moment = second.moment.to("cpu", dtype).contiguous()
+        write_file(path, {"second_moment": moment}, metadata_of(statistics, layer), StatisticsError)
+        paths.append(path)
     return paths
+
+
+def path_of(folder: Path, module: str) -> Path:
+    """The file of a layer."""
+    return folder / f"{module}.safetensors"
+
+
+def metadata_of(statistics: Statistics, layer: int) -> dict[str, str]:
+    """What a layer's file says of it."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "layer": str(layer),
+        "count": str(statistics.layers[layer].count),
+        "corpus": statistics.corpus,
+        "documents": str(statistics.documents),
+        "dtype": statistics.dtype,
+        "kedit_fast": __version__,
+        **statistics.asked,
+        "max_length": str(statistics.max_length),
+        **statistics.model,
+    }
 
 
 def load_statistics(
@@ -64,15 +94,18 @@ def load_statistics(
     tokenizer: Any,
     layers: Sequence[int] | None = None,
     spec: ArchSpec | None = None,
+    trust: bool = False,
 ) -> Statistics:
     """Read statistics and check that they are of this model and tokenizer.
 
     Args:
-        folder: where save_statistics wrote.
+        folder: where save_statistics wrote; or a `{data set}_stats` folder of memit, AlphaEdit or EasyEdit, with npz
+            files.
         model: the model they are to be used with; edits made to it do not matter.
         tokenizer: its tokenizer.
         layers: which layers to read; None for all that are there.
         spec: an ArchSpec for an architecture that is not known.
+        trust: take files that carry no fingerprint (npz of other programs) for this model's; their sizes are checked.
 
     Raises:
         StatisticsError: a missing layer, a damaged or foreign file, or statistics of another model, by file name.
@@ -82,40 +115,99 @@ def load_statistics(
     if not folder.is_dir():
         raise StatisticsError(f"no statistics folder {folder}: make one with `kedit-fast stats`")
     if layers is None:
-        pattern = re.compile(re.escape(view.spec.blocks) + r"\.(\d+)\." + re.escape(view.spec.edit) + r"\.safetensors")
-        layers = sorted(int(m[1]) for p in folder.iterdir() if (m := pattern.fullmatch(p.name)))
-        if not layers:
-            raise StatisticsError(f"{folder} holds no statistics of a {view.spec.name} model")
+        layers = _layers_in(folder, view)
     here = fingerprint(view, tokenizer)
-    found, first = {}, {}
+    found: dict[int, SecondMoment] = {}
+    first: LayerFile | None = None
     for layer in view.check_layers(tuple(layers)):
-        path = folder / f"{view.module_name(layer)}.safetensors"
-        moment, metadata = _read(path)
-        stored = {field: metadata.get(field, "") for field in _MODEL_FIELDS}
-        if what := difference(stored, here):
-            raise StatisticsError(f"{path} holds statistics of another model: different {what}")
-        size = view.weight(layer).shape[1]
+        file = read_layer(folder, view.module_name(layer))
+        if not file.model and not trust:
+            raise StatisticsError(
+                f"{file.path} does not say which model it was made from: pass --trust (trust=True) if it is this one"
+            )
+        if file.model and (what := difference(file.model, here)):
+            raise StatisticsError(f"{file.path} holds statistics of another model: different {what}")
+        size, moment = view.weight(layer).shape[1], file.second.moment
         if tuple(moment.shape) != (size, size):
-            raise StatisticsError(f"{path}: second_moment is {list(moment.shape)}, the layer takes [{size}, {size}]")
-        if not bool(torch.isfinite(moment).all()):
-            raise StatisticsError(f"{path}: second_moment has values that are not finite")
-        found[layer] = SecondMoment(view.module_name(layer), moment, int(metadata["count"]))
-        if first and metadata["corpus"] != first["corpus"]:
-            raise StatisticsError(f"{path} was made from another corpus than the other layers in {folder}")
-        first = first or metadata
-    return Statistics(found, here, first["corpus"], int(first["max_length"]), first["dtype"])
+            raise StatisticsError(
+                f"{file.path}: second_moment is {list(moment.shape)}, the layer takes [{size}, {size}]"
+            )
+        found[layer] = file.second
+        first = first or file
+        if file.metadata["corpus"] != first.metadata["corpus"]:
+            raise StatisticsError(f"{file.path} was made from another corpus than the other layers in {folder}")
+    assert first is not None
+    about = first.metadata
+    asked = {name: about[name] for name in ASKED_FIELDS if name in about}
+    return Statistics(
+        found, here, about["corpus"], int(about["max_length"]), about["dtype"], int(about.get("documents", 0)), asked
+    )
 
 
-def _read(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
-    if not path.exists():
+def read_layer(folder: Path, module: str) -> LayerFile:
+    """One layer's file, ours or an npz; without a check of what model it is of.
+
+    Raises:
+        StatisticsError: there is none, or it is damaged or holds numbers that are not finite.
+    """
+    path = path_of(folder, module)
+    if path.exists():
+        file = _read(path, module)
+    elif foreign := npz.find(folder, module):
+        second, metadata = npz.read(foreign, module)
+        file = LayerFile(foreign, second, metadata)
+    else:
         raise StatisticsError(f"no statistics file {path}: collect them for this layer with `kedit-fast stats`")
+    if not bool(torch.isfinite(file.second.moment.sum(dtype=torch.float64))):
+        raise StatisticsError(f"{file.path}: second_moment has values that are not finite")
+    return file
+
+
+def modules_in(folder: str | os.PathLike) -> list[str]:
+    """The modules of which a folder has statistics, in the order of their layers.
+
+    Raises:
+        StatisticsError: it is no folder, or has none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise StatisticsError(f"no statistics folder {folder}: make one with `kedit-fast stats`")
+    names = {path.stem for path in folder.glob("*.safetensors") if not path.name.startswith((".", "checkpoint-"))}
+    names |= set(npz.modules_in(folder))
+    if not names:
+        raise StatisticsError(f"{folder} holds no statistics")
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")])
+
+
+def _layers_in(folder: Path, view: ModelView) -> list[int]:
+    pattern = re.compile(re.escape(view.spec.blocks) + r"\.(\d+)\." + re.escape(view.spec.edit))
+    names = {path.stem for path in folder.glob("*.safetensors")} | set(npz.modules_in(folder))
+    layers = sorted(int(m[1]) for name in names if (m := pattern.fullmatch(name)))
+    if not layers:
+        raise StatisticsError(f"{folder} holds no statistics of a {view.spec.name} model")
+    return layers
+
+
+def metadata_in(path: Path) -> dict[str, str]:
+    """A file's metadata alone.
+
+    Raises:
+        StatisticsError: it is damaged or no statistics file.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format_version") != FORMAT_VERSION or "second_moment" not in file.keys():  # noqa: SIM118
                 raise StatisticsError(f"{path} is not a statistics file of kedit_fast (format {FORMAT_VERSION})")
-            return file.get_tensor("second_moment"), metadata
+            return metadata
     except SafetensorError as error:
         raise StatisticsError(f"{path} is damaged: {error}; collect it again") from error
     except OSError as error:
         raise StatisticsError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _read(path: Path, module: str) -> LayerFile:
+    metadata = metadata_in(path)
+    with safe_open(path, framework="pt") as file:
+        moment = file.get_tensor("second_moment")
+    return LayerFile(path, SecondMoment(module, moment, int(metadata["count"])), metadata)

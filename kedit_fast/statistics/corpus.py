@@ -1,0 +1,283 @@
+"""What text statistics are made of: documents in a fixed order, tokenised in windows ahead of their use.
+
+A window is a run of documents whose sequences are sorted by length and batched together. Windows follow from the
+documents alone, so a pass can go on from any batch, and the processes of a job can share them without asking.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import queue
+import random
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
+
+from kedit_fast import distributed
+from kedit_fast.errors import InvalidArgumentError, StatisticsError
+
+TokenWeights = Callable[[list[int]], Sequence[float]]
+T = TypeVar("T")
+START = hashlib.sha256(b"kedit_fast corpus").hexdigest()
+WINDOW_CHARACTERS = 1 << 19  # of a process; at least
+BATCHES_A_WINDOW = 16  # at least, at about
+CHARACTERS_A_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents, and how much of them counts.
+
+    Args:
+        texts: documents, each one sequence. A list, a file of `open_texts` or another sequence; or an iterable, which
+            is read once and in its own order.
+        max_tokens: stop after this many tokens, inside a document if need be; None for all.
+        max_samples: stop after this many documents (memit's `sample_size`); None for all.
+        max_length: documents are cut to this many tokens.
+        seed: of a random order of the documents; None for their own. Needs a sequence.
+        token_weights: a function from a document's token ids to as many weights, finite and not negative: the moment is
+            then sum w k k^T / sum w. None counts every token once. Its name stands in the files.
+    """
+
+    texts: Iterable[str]
+    max_tokens: int | None = None
+    max_samples: int | None = None
+    max_length: int = 1024
+    seed: int | None = None
+    token_weights: TokenWeights | None = None
+
+    def __post_init__(self):
+        for name in ("max_tokens", "max_samples", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidArgumentError(f"{name} must be positive; got {value}")
+        if isinstance(self.texts, str):
+            raise InvalidArgumentError("texts must be a sequence of documents, not one string")
+        if self.seed is not None and not isinstance(self.texts, Sequence):
+            raise InvalidArgumentError("a seeded order needs a sequence of documents, not an iterator")
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the documents can be read more than once."""
+        return iter(self.texts) is not self.texts
+
+    def about(self) -> dict[str, str]:
+        """What was asked for, by name, as it stands in the files: "" for a number that was not given."""
+        weights = self.token_weights
+        name = "" if weights is None else getattr(weights, "__qualname__", type(weights).__qualname__)
+        numbers = {n: getattr(self, n) for n in ("max_tokens", "max_samples", "max_length", "seed")}
+        return {**{n: "" if v is None else str(v) for n, v in numbers.items()}, "token_weights": name}
+
+    def documents(self) -> Iterator[str]:
+        """All documents in order."""
+        if self.seed is None:
+            yield from self.texts
+            return
+        assert isinstance(self.texts, Sequence)
+        order = list(range(len(self.texts)))
+        random.Random(self.seed).shuffle(order)
+        for index in order:
+            yield self.texts[index]
+
+
+@dataclass(frozen=True)
+class Position:
+    """A place in a corpus between two batches."""
+
+    documents: int = 0  # before the window
+    tokens: int = 0  # in them; of a single process
+    digest: str = START  # of their text
+    batches: int = 0  # of the window that are done
+
+    def as_dict(self) -> dict[str, Any]:
+        """Its fields."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Documents that are batched together."""
+
+    before: Position
+    after: Position
+    sequences: list[list[int]]  # token ids of this process's documents, empty ones left out
+
+
+class Reader:
+    """Windows of a corpus, for one process of a job.
+
+    Args:
+        tokenizer: special tokens it adds by itself count.
+        corpus: the documents.
+        batch_tokens: of a batch; a window holds several.
+        max_length: tokens that the model takes at most.
+    """
+
+    def __init__(self, tokenizer: Any, corpus: Corpus, batch_tokens: int, max_length: int):
+        self.tokenizer, self.corpus = tokenizer, corpus
+        self.max_length = min(corpus.max_length, max_length)
+        self._rank, self._world = distributed.world()
+        self._characters = self._world * max(WINDOW_CHARACTERS, BATCHES_A_WINDOW * CHARACTERS_A_TOKEN * batch_tokens)
+        self._documents = corpus.max_samples
+        self._last: int | None = None  # tokens of document number `_documents`; None for all
+        if self._world > 1 and corpus.max_tokens is not None:
+            self._find_end(corpus.max_tokens)
+
+    def windows(self, start: Position | None = None) -> Iterator[Window]:
+        """Windows from a place on.
+
+        Raises:
+            StatisticsError: the documents before `start` are not those it was made from, or one is not text.
+        """
+        position = Position() if start is None else start
+        documents = self.corpus.documents()
+        if self.digest(position.documents, documents) != position.digest:
+            raise StatisticsError(
+                f"the text is not the one that was begun with: its first {position.documents:,} documents differ"
+            )
+        position = Position(position.documents, position.tokens, position.digest)
+        budget = self.corpus.max_tokens if self._world == 1 else None
+        ended = False
+        while not ended and (budget is None or position.tokens < budget):
+            texts, ended = self._next(documents, position.documents)
+            sequences = self._tokenised(texts, position.documents)
+            used = len(texts)
+            if budget is not None:
+                used = _cut(sequences, budget - position.tokens)
+            elif self._last is not None and position.documents + used == self._documents:
+                self._shorten_last(sequences, position.documents + used - 1, self._last)
+            digest = position.digest
+            for text in texts[:used]:
+                digest = _chained(digest, text)
+            tokens = position.tokens + sum(map(len, sequences[:used]))
+            after = Position(position.documents + used, tokens, digest)
+            if used:
+                yield Window(position, after, [ids for ids in sequences if ids])
+            position = after
+
+    def digest(self, count: int, documents: Iterator[str] | None = None) -> str:
+        """Of the text of the first `count` documents, "" when there are not so many."""
+        documents = self.corpus.documents() if documents is None else documents
+        digest = START
+        for _ in range(count):
+            text = next(documents, None)
+            if text is None:
+                return ""
+            digest = _chained(digest, text)
+        return digest
+
+    def _next(self, documents: Iterator[str], begin: int) -> tuple[list[str], bool]:
+        """The documents of the window that begins at number `begin`, and whether they are the last."""
+        texts: list[str] = []
+        characters = 0
+        longest = CHARACTERS_A_TOKEN * self.max_length
+        while characters < self._characters:
+            if self._documents is not None and begin + len(texts) >= self._documents:
+                return texts, True
+            text = next(documents, None)
+            if text is None:
+                return texts, True
+            if not isinstance(text, str):
+                raise StatisticsError(f"document {begin + len(texts)} is a {type(text).__name__}, not text")
+            texts.append(text)
+            characters += min(len(text), longest) + 1
+        return texts, False
+
+    def _tokenised(self, texts: list[str], begin: int) -> list[list[int]]:
+        """Token ids of this process's documents; those of others are empty."""
+        mine = [i for i in range(len(texts)) if (begin + i) % self._world == self._rank]
+        found: list[list[int]] = [[] for _ in texts]
+        if mine:
+            ids = self.tokenizer([texts[i] for i in mine], truncation=True, max_length=self.max_length)["input_ids"]
+            for i, row in zip(mine, ids, strict=True):
+                found[i] = list(row)
+        return found
+
+    def _shorten_last(self, sequences: list[list[int]], number: int, tokens: int) -> None:
+        if number % self._world == self._rank:
+            del sequences[-1][tokens:]
+
+    def _find_end(self, budget: int) -> None:
+        """Which document the budget ends in, and where: every process counts its own documents, window by window."""
+        documents, begin, total = self.corpus.documents(), 0, 0
+        if not self.corpus.repeatable:
+            raise StatisticsError("max_tokens with several processes reads documents twice: give a list or a file")
+        ended = False
+        while not ended:
+            texts, ended = self._next(documents, begin)
+            counts = distributed.gather([len(ids) for ids in self._tokenised(texts, begin)])
+            for i in range(len(texts)):
+                own = counts[(begin + i) % self._world][i]
+                if total + own >= budget:
+                    self._documents, self._last = begin + i + 1, budget - total
+                    return
+                total += own
+            begin += len(texts)
+
+
+def _cut(sequences: list[list[int]], budget: int) -> int:
+    """Shorten what goes beyond a budget of tokens; how many sequences are reached."""
+    for i, ids in enumerate(sequences):
+        if len(ids) >= budget:
+            del ids[budget:]
+            for later in sequences[i + 1 :]:
+                later.clear()
+            return i + 1
+        budget -= len(ids)
+    return len(sequences)
+
+
+def _chained(digest: str, text: str) -> str:
+    return hashlib.sha256(bytes.fromhex(digest) + text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def batches(sequences: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
+    """Sequences by length, as many together as `batch_tokens` holds once padded; longest first."""
+    rows: list[list[int]] = []
+    for sequence in sorted(sequences, key=len, reverse=True):
+        if rows and len(rows[0]) * (len(rows) + 1) > batch_tokens:
+            yield rows
+            rows = []
+        rows.append(sequence)
+    if rows:
+        yield rows
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made by a thread while the one before is used; errors are raised here."""
+    made: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=1)
+    unwanted = threading.Event()
+
+    def put(item: tuple[bool, Any]) -> bool:
+        while not unwanted.is_set():
+            try:
+                made.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def make() -> None:
+        try:
+            for item in items:
+                if not put((True, item)):
+                    return
+            put((False, None))
+        except BaseException as error:
+            put((False, error))
+
+    thread = threading.Thread(target=make, name="kedit_fast tokeniser", daemon=True)
+    thread.start()
+    try:
+        while True:
+            more, item = made.get()
+            if more:
+                yield item
+            elif item is None:
+                return
+            else:
+                raise item
+    finally:
+        unwanted.set()
+        thread.join()
