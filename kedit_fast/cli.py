@@ -5,35 +5,40 @@ Exit status: 0 done, 1 an error (one to three lines on stderr, nothing on stdout
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import json
-import logging
 import os
 import platform
-import sys
 import time
-from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
 import kedit_fast
+from kedit_fast import stats_cli
+from kedit_fast.console import (
+    Dtype,
+    assignments,
+    check_range,
+    checked_device,
+    command,
+    interactive,
+    notices,
+    output,
+    parsed_layers,
+    print_json,
+    processes,
+)
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
 
 app = typer.Typer(
     help="Closed-form knowledge editing of language models.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
 )  # fmt: skip
+app.add_typer(stats_cli.app, name="stats")
 METHOD_HELP = "a method's name, see `kedit-fast methods`"
-_errors = Console(stderr=True, highlight=False, soft_wrap=True)
-_output = Console(highlight=False)
 
 
 class OnError(str, Enum):
@@ -43,75 +48,8 @@ class OnError(str, Enum):
     skip = "skip"
 
 
-class Dtype(str, Enum):
-    """Dtypes a model can be loaded in."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors into one to three lines and an exit status."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        _set_up_logging()
-        try:
-            function(*args, **kwargs)
-        except KeditError as error:
-            _fail(str(error))
-        except MemoryError:
-            _fail(_OUT_OF_MEMORY)
-        except OSError as error:
-            _fail(f"{str(error.filename) + ': ' if error.filename else ''}{error.strerror or error}")
-        except KeyboardInterrupt:
-            _interrupted()
-        except Exception as error:
-            if _caused_by_interrupt(error):  # a lazy import wraps the Ctrl-C that hit it
-                _interrupted()
-            if "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
-                _fail(_OUT_OF_MEMORY)
-            raise
-
-    return wrapped
-
-
-_OUT_OF_MEMORY = "out of memory: use a smaller batch (edit: --set values_batch=8, stats: --batch-tokens) or --dtype"
-
-
-def _interrupted() -> NoReturn:
-    _errors.print("kedit-fast: interrupted; the output was not written", markup=False)
-    raise typer.Exit(130)
-
-
-def _caused_by_interrupt(error: BaseException) -> bool:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, KeyboardInterrupt):
-            return True
-        cause = cause.__cause__ or cause.__context__
-    return False
-
-
-def _fail(message: str) -> NoReturn:
-    _errors.print(f"kedit-fast: {message}", markup=False)
-    raise typer.Exit(1)
-
-
-def _set_up_logging() -> None:
-    level = (os.environ.get("KEDIT_FAST_LOG") or "WARNING").upper()
-    if not isinstance(logging.getLevelName(level), int):
-        _fail(f"KEDIT_FAST_LOG must be DEBUG, INFO, WARNING or ERROR; got {level}")
-    log = logging.getLogger("kedit_fast")
-    log.setLevel(level)
-    log.handlers = [RichHandler(console=_errors, show_path=False, show_time=False)]
-    log.propagate = False
-
-
 @app.command()
-@_command
+@command
 def demo(
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
     edits: Annotated[int | None, typer.Option(min=1, help="requests to write, of 600; default 100, 5 for rome")] = None,
@@ -140,19 +78,19 @@ def demo(
     begin = time.perf_counter()
     statistics = None
     if hparams.uses_statistics:
-        statistics = collect_statistics(model, tokenizer, bundled.corpus(), hparams.layers, progress=_interactive())
+        statistics = collect_statistics(model, tokenizer, bundled.corpus(), hparams.layers, progress=interactive())
     spent = time.perf_counter() - begin
     shown = requests[:3]
     before = [complete(model, tokenizer, request.text) for request in shown]
     report = run_edits(
         model, tokenizer, requests, recipe.name, statistics=statistics, statistics_seconds=spent, seed=seed,
-        progress=_interactive(),
+        progress=interactive(),
     )  # fmt: skip
     after = [complete(model, tokenizer, request.text) for request in shown]
     if out is not None:
         save_model(model, tokenizer, out, overwrite)
     if as_json:
-        _print_json(report.as_dict())
+        print_json(report.as_dict())
         return
     _print_report(report, f"{recipe.name.upper()}: {report.edits} edits of the demo model")
     table = Table(title="Completions", title_justify="left")
@@ -160,63 +98,27 @@ def demo(
         table.add_column(column)
     for request, old, new in zip(shown, before, after, strict=True):
         table.add_row(*map(escape, (request.text, old, new, request.target_new)))
-    _output.print(table)
+    output.print(table)
     if out is not None:
-        _output.print(f"Saved to {out}", markup=False)
+        output.print(f"Saved to {out}", markup=False)
 
 
 @app.command()
-@_command
-def stats(
-    model: Annotated[str, typer.Argument(help="model folder or hub name")],
-    text: Annotated[Path, typer.Option(help=".txt, one document a line, or .jsonl")],
-    layers: Annotated[str, typer.Option(help="zero-based, 4-8 (both ends count) or 3,5,7")],
-    out: Annotated[Path, typer.Option(help="folder for the statistics")],
-    field: Annotated[str, typer.Option(help="field of a .jsonl record that holds the text")] = "text",
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="stop after this many tokens")] = None,
-    max_length: Annotated[int, typer.Option(min=1, help="cut documents to this many tokens")] = 1024,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="tokens of a batch")] = 4096,
-    dtype: Annotated[Dtype, typer.Option(help="dtype the model runs in")] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-) -> None:
-    """Collect the second moments an edit needs, in one pass over a text."""
-    from kedit_fast.pipeline import DTYPES, check_new, load_config, load_model, new_folder
-    from kedit_fast.statistics.collect import collect_statistics
-    from kedit_fast.statistics.store import save_statistics
-
-    wanted = _layers(layers)
-    check_new(out, overwrite)
-    documents = _read_text(text, field)
-    config = load_config(model)
-    _check_range(wanted, config)
-    loaded, tokenizer = load_model(model, DTYPES[dtype.value], _device(device))
-    begin = time.perf_counter()
-    with new_folder(out, overwrite) as work:
-        found = collect_statistics(
-            loaded, tokenizer, documents, wanted, max_tokens=max_tokens, max_length=max_length,
-            batch_tokens=batch_tokens, progress=_interactive(),
-        )  # fmt: skip
-        names = [path.name for path in save_statistics(found, work)]
-    spent = time.perf_counter() - begin
-    count = next(iter(found.layers.values())).count
-    if as_json:
-        _print_json(
-            {"layers": list(found.layers), "tokens": count, "files": names, "out": str(out), "seconds": round(spent, 3)}
-        )
-        return
-    _output.print(f"{count:,} tokens, layers {', '.join(map(str, found.layers))}, {spent:.1f} s: {out}", markup=False)
-
-
-@app.command()
-@_command
+@command
 def edit(
     model: Annotated[str, typer.Argument(help="model folder or hub name")],
     requests: Annotated[Path, typer.Option(help=".json or .jsonl of edit requests")],
     out: Annotated[Path, typer.Option(help="folder for the edited model")],
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
-    stats: Annotated[Path | None, typer.Option(help="folder that `kedit-fast stats` wrote")] = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="folder that `kedit-fast stats` wrote, or one with memit's npz files")
+    ] = None,
+    projector: Annotated[
+        Path | None, typer.Option(help="AlphaEdit's null_space_project.pt, instead of --stats")
+    ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="take files that do not say what model they are of for this model's")
+    ] = False,
     layers: Annotated[str | None, typer.Option(help="zero-based, 4-8 or 3,5,7")] = None,
     hparams: Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
@@ -243,6 +145,7 @@ def edit(
     from kedit_fast.methods.hparams import make_hparams
     from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, STATE_FILE, check_new, load_config, load_model, run_edits, save_model
+    from kedit_fast.solver.projector import load_projector
     from kedit_fast.statistics.store import load_statistics
 
     recipe = find_recipe(method)
@@ -251,12 +154,12 @@ def edit(
     overrides = _overrides(hparams, set_, layers)
     config = load_config(model)
     chosen, origin = make_hparams(method, config, overrides)
-    _check_range(chosen.layers, config)
+    check_range(chosen.layers, config)
     if origin.startswith("guess") and hparams is None and layers is None:
-        _errors.print(
+        notices.print(
             f"kedit-fast: no preset for this model: {origin}; layers {','.join(map(str, chosen.layers))}", markup=False
         )
-    if chosen.uses_statistics and stats is None:
+    if chosen.uses_statistics and stats is None and projector is None:
         span = ",".join(map(str, chosen.layers))
         raise StatisticsError(
             f"{recipe.name} needs statistics of this model for layers {span}; collect them once, then pass --stats:\n"
@@ -266,32 +169,33 @@ def edit(
     if go_on and not state.exists():
         raise MethodError(f"--continue: {model} has no {STATE_FILE} of an earlier edit by a method that keeps one")
     if not go_on and state.exists() and (recipe.memory or recipe.values == "gradients"):
-        _errors.print(f"kedit-fast: {model} was edited before; without --continue {recipe.name} knows nothing of that",
+        notices.print(f"kedit-fast: {model} was edited before; without --continue {recipe.name} knows nothing of that",
                       markup=False)  # fmt: skip
-    with _processes(device) as (rank, where):
+    with processes(device) as (rank, where):
         loaded, tokenizer = load_model(model, DTYPES[dtype.value], where)
         statistics = None
         if chosen.uses_statistics and stats:
-            statistics = load_statistics(stats, loaded, tokenizer, chosen.layers)
+            statistics = load_statistics(stats, loaded, tokenizer, chosen.layers, trust=trust)
+        spaces = None if projector is None else load_projector(projector, chosen.layers, chosen.L2, trust)
         report = run_edits(
-            loaded, tokenizer, records, recipe.name, statistics=statistics, hparams=overrides, batch_size=batch_size,
-            seed=seed, values=values, state=state if go_on else None,
-            prompt_format=chat_format(tokenizer) if chat else None, on_error=on_error.value, progress=_interactive(),
+            loaded, tokenizer, records, recipe.name, statistics=statistics, null_spaces=spaces, hparams=overrides,
+            batch_size=batch_size, seed=seed, values=values, state=state if go_on else None,
+            prompt_format=chat_format(tokenizer) if chat else None, on_error=on_error.value, progress=interactive(),
         )  # fmt: skip
         if rank:
             return  # the first process saves and speaks
         save_model(loaded, tokenizer, out, overwrite, report.editor)
     for reason in report.skipped.values():
-        _errors.print(f"kedit-fast: skipped {reason}", markup=False)
+        notices.print(f"kedit-fast: skipped {reason}", markup=False)
     if as_json:
-        _print_json({**report.as_dict(), "layers": list(chosen.layers), "out": str(out)})
+        print_json({**report.as_dict(), "layers": list(chosen.layers), "out": str(out)})
         return
     _print_report(report, f"{recipe.name.upper()}: {report.edits} edits of {model}")
-    _output.print(f"Saved to {out}", markup=False)
+    output.print(f"Saved to {out}", markup=False)
 
 
 @app.command()
-@_command
+@command
 def plan(
     model: Annotated[str, typer.Argument(help="model folder or hub name")],
     edits: Annotated[int, typer.Option(min=1, help="how many edits, in one batch")],
@@ -315,15 +219,15 @@ def plan(
     overrides = _overrides(hparams, set_, layers)
     config = load_config(model)
     chosen, _ = make_hparams(method, config, overrides)
-    _check_range(chosen.layers, config)
+    check_range(chosen.layers, config)
     records = load_requests(requests) if requests is not None else bundled.requests() if trial else []
     if trial:
-        loaded, tokenizer = load_model(model, DTYPES[dtype.value], _device(device))
+        loaded, tokenizer = load_model(model, DTYPES[dtype.value], checked_device(device))
     else:
         loaded, tokenizer = empty_model(config, DTYPES[dtype.value]), None
     found = estimate(loaded, tokenizer, edits, method, requests=records, hparams=overrides)
     if as_json:
-        _print_json(found.as_dict())
+        print_json(found.as_dict())
         return
     title = f"{found.method.upper()}: {edits:,} edits of {model}, layers {','.join(map(str, found.layers))}"
     table = Table("memory", "", title=escape(title), title_justify="left")
@@ -334,18 +238,18 @@ def plan(
     table.add_row("in all", _size(sum(found.bytes.values())))
     if found.free_bytes is not None:
         table.add_row(f"free on {found.device}, with the weights loaded", _size(found.free_bytes))
-    _output.print(table)
-    _output.print(f"Numbers: {found.hparams_from}", markup=False)
+    output.print(table)
+    output.print(f"Numbers: {found.hparams_from}", markup=False)
     if found.seconds is None:
-        _output.print("No trial: the batch and the time are unknown", markup=False)
+        output.print("No trial: the batch and the time are unknown", markup=False)
         return
-    _output.print(f"Values of {found.values_batch} requests at a time", markup=False)
+    output.print(f"Values of {found.values_batch} requests at a time", markup=False)
     spent = ", ".join(f"{phase} {seconds:,.1f}" for phase, seconds in found.seconds.items())
-    _output.print(f"Seconds, at most: {spent}", markup=False)
+    output.print(f"Seconds, at most: {spent}", markup=False)
 
 
 @app.command()
-@_command
+@command
 def suggest(
     model: Annotated[str, typer.Argument(help="model folder or hub name")],
     requests: Annotated[Path, typer.Option(help=".json or .jsonl of edit requests; better with paraphrases")],
@@ -368,6 +272,7 @@ def suggest(
     """Try layers and lambda on a few requests, and print a configuration for --hparams."""
     from kedit_fast.editing.requests import load_requests
     from kedit_fast.pipeline import DTYPES, load_config, load_model
+    from kedit_fast.statistics.sources import open_texts
     from kedit_fast.statistics.store import load_statistics
     from kedit_fast.suggestion import suggest as sweep
 
@@ -377,19 +282,19 @@ def suggest(
         raise KeditError(f"cannot write {out}: its folder is not there or read-only")
     records = load_requests(requests)[:edits]
     overrides = _overrides(hparams, set_, None)
-    tried = None if layers is None else _layers(layers)
-    documents = [] if text is None else _read_text(text, field)
-    _check_range(tried or (), load_config(model))
-    loaded, tokenizer = load_model(model, DTYPES[dtype.value], _device(device))
+    tried = None if layers is None else parsed_layers(layers)
+    documents = [] if text is None else open_texts(text, field)
+    check_range(tried or (), load_config(model))
+    loaded, tokenizer = load_model(model, DTYPES[dtype.value], checked_device(device))
     statistics = None if stats is None else load_statistics(stats, loaded, tokenizer)
     found = sweep(
         loaded, tokenizer, records, method, statistics=statistics, texts=documents, max_tokens=max_tokens,
-        last_layers=tried, hparams=overrides, progress=_interactive(),
+        last_layers=tried, hparams=overrides, progress=interactive(),
     )  # fmt: skip
     if out is not None:
         out.write_text(found.toml(), encoding="utf-8")
     if as_json:
-        _print_json(found.as_dict())
+        print_json(found.as_dict())
         return
     table = Table(title=escape(f"{found.method.upper()}: {found.edits} edits of {model}"), title_justify="left")
     for column in ("layers", found.swept, "efficacy", "paraphrase", "neighborhood", "drift", "norm", "score"):
@@ -400,20 +305,20 @@ def suggest(
                                                            trial.drift, trial.norm)]  # fmt: skip
         value = "" if trial.value is None else f"{trial.value:g}"
         table.add_row(",".join(map(str, trial.layers)), value, *shown, f"{trial.score:.3f}{mark}")
-    _output.print(table)
-    _output.print(found.toml(), markup=False, end="")
+    output.print(table)
+    output.print(found.toml(), markup=False, end="")
     if out is not None:
-        _output.print(f"Saved to {out}: kedit-fast edit --hparams {out}", markup=False)
+        output.print(f"Saved to {out}: kedit-fast edit --hparams {out}", markup=False)
 
 
 @app.command()
-@_command
+@command
 def methods(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
     """List the methods, where each is from, and what it keeps between batches."""
     from kedit_fast.methods.recipes import RECIPES
 
     if as_json:
-        _print_json({name: recipe.as_dict() for name, recipe in RECIPES.items()})
+        print_json({name: recipe.as_dict() for name, recipe in RECIPES.items()})
         return
     table = Table.grid(padding=(0, 2))
     for recipe in RECIPES.values():
@@ -421,19 +326,19 @@ def methods(as_json: Annotated[bool, typer.Option("--json", help="print one JSON
         how = "A batch at once, several modules" if recipe.values == "gradients" else how
         text = f"{recipe.title}\n{recipe.source}\n{how}; keeps {recipe.keeps}\n"
         table.add_row(recipe.name, escape(text))
-    _output.print(table)
+    output.print(table)
 
 
 @app.command()
-@_command
+@command
 def backends(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
     """Show which backends can run here, and why the others cannot."""
     rows = kedit_fast.backends()
     if as_json:
-        _print_json({row.name: {"available": row.available, "detail": row.detail} for row in rows})
+        print_json({row.name: {"available": row.available, "detail": row.detail} for row in rows})
         return
     for row in rows:
-        _output.print(str(row), markup=False)
+        output.print(str(row), markup=False)
 
 
 def print_environment() -> None:
@@ -475,39 +380,22 @@ def _print_report(report: Any, title: str) -> None:
     for name, value in after.items():
         if value is not None:
             table.add_row(name.replace("_", " "), f"{before[name]:.3f}", f"{value:.3f}")
-    _output.print(table)
+    output.print(table)
     spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
-    _output.print(f"Seconds: {spent}", markup=False)
+    output.print(f"Seconds: {spent}", markup=False)
     if report.null_spaces:
         dimensions = ", ".join(f"layer {layer} {count}" for layer, count in sorted(report.null_spaces.items()))
-        _output.print(f"Null space dimensions: {dimensions}", markup=False)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-
-
-def _interactive() -> bool:
-    return sys.stderr.isatty()
-
-
-def _layers(text: str) -> tuple[int, ...]:
-    from kedit_fast.methods.hparams import parse_layers
-
-    try:
-        return parse_layers(text)
-    except ValueError:
-        raise typer.BadParameter(f"layers are written 4-8 or 3,5,7; got {text!r}") from None
+        output.print(f"Null space dimensions: {dimensions}", markup=False)
 
 
 def _overrides(hparams: Path | None, set_: list[str] | None, layers: str | None) -> dict[str, Any]:
     """Hyper-parameters that the command line gives: a file, then --set, then --layers."""
-    from kedit_fast.methods.hparams import parse_values, read_hparams
+    from kedit_fast.methods.hparams import read_hparams
 
     found = read_hparams(hparams) if hparams is not None else {}
-    found.update(parse_values(dict(_assignment(text) for text in set_ or ()), "--set"))
+    found.update(assignments(set_))
     if layers is not None:
-        found["layers"] = _layers(layers)
+        found["layers"] = parsed_layers(layers)
     return found
 
 
@@ -517,70 +405,6 @@ def _size(count: int) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:,.2f} GiB"
-
-
-def _check_range(layers: tuple[int, ...], config: Any) -> None:
-    outside = [layer for layer in layers if layer >= config.num_hidden_layers]
-    if outside:
-        raise MethodError(f"layer {outside[0]} is out of range: the model has layers 0-{config.num_hidden_layers - 1}")
-
-
-def _assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise typer.BadParameter(f"--set takes key=value; got {text!r}")
-    return name.strip(), value.strip()
-
-
-def _device(name: str) -> str:
-    import torch
-
-    try:
-        if torch.empty(0, device=name).device.type == "meta":
-            raise KeditError("device 'meta' holds no numbers")
-    except (RuntimeError, AssertionError) as error:
-        raise KeditError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
-    return name
-
-
-@contextlib.contextmanager
-def _processes(device: str) -> Iterator[tuple[int, str]]:
-    """The rank of this process and its device, in the group that torchrun describes if there is one."""
-    from kedit_fast import distributed
-
-    made = distributed.start()
-    rank, size = distributed.world()
-    try:
-        yield rank, _device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if size > 1 and device == "cuda" else device)
-    finally:
-        if made:
-            distributed.stop()
-
-
-def _read_text(path: Path, field: str) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise StatisticsError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise StatisticsError(f"{path} is not UTF-8 text: {error}") from error
-    if path.suffix != ".jsonl":
-        documents = [line for line in lines if line.strip()]
-    else:
-        documents = []
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise StatisticsError(f"{path}, line {number}: malformed JSON: {error}") from error
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                raise StatisticsError(f"{path}, line {number}: no text in field {field!r} (choose one with --field)")
-            documents.append(record[field])
-    if not documents:
-        raise StatisticsError(f"{path} holds no text")
-    return documents
 
 
 def main() -> None:

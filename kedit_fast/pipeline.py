@@ -221,8 +221,8 @@ def run_edits(
     """
     begin = time.perf_counter()
     editor = Editor(
-        model, tokenizer, method, statistics=statistics, null_spaces=null_spaces, hparams=hparams, seed=seed, values=values,
-        prompt_format=prompt_format, progress=progress,
+        model, tokenizer, method, statistics=statistics, null_spaces=null_spaces, hparams=hparams, seed=seed,
+        values=values, prompt_format=prompt_format, progress=progress,
     )  # fmt: skip
     if state is not None:
         editor.load_state(state)

@@ -13,6 +13,7 @@ ROOT = Path(kedit_fast.__file__).parent
 LAYERS = (
     {"errors", "_version", "_build_info"},
     {"backends", "distributed", "files"},
+    {"pictures"},
     {"reference"},
     {"kernels"},
     {"ops"},
@@ -23,8 +24,10 @@ LAYERS = (
     {"editing"},
     {"editor"},
     {"evaluation"},
-    {"pipeline", "planning", "suggestion"},
+    {"pipeline", "planning", "suggestion", "spectra", "convergence"},
     {"demo"},
+    {"console"},
+    {"stats_cli"},
     {"cli"},
     {"__main__", "__init__"},
 )

@@ -237,7 +237,7 @@ class NullSpace(Preconditioner):
             raise StatisticsError(
                 f"the second moment has a negative eigenvalue, {float(values[0]):.2e}: it is no second moment"
             )
-        m = _null_dimension(values, threshold, rule)
+        m = null_dimension(values, threshold, rule)
         spectrum = f"eigenvalues from {float(values[0]):.1e} to {largest:.1e}, median {float(values[d // 2]):.1e}"
         if m == 0:
             raise StatisticsError(
@@ -320,16 +320,6 @@ class NullSpace(Preconditioner):
         return self.basis.nbytes
 
 
-def _null_dimension(values: torch.Tensor, threshold: float, rule: str) -> int:
-    """How many of the ascending eigenvalues belong to the null space."""
-    if rule == "absolute":
-        return int((values < threshold).sum())
-    if rule == "relative":
-        return int((values < threshold * values[-1]).sum())
-    positive = values.clamp(min=0)
-    return int((positive.cumsum(0) <= threshold * positive.sum()).sum())
-
-
 def _condition(factor: torch.Tensor) -> float:
     """The condition number of L L^T by power iteration from both ends; a little low."""
     place = torch.arange(1, factor.shape[0] + 1, dtype=factor.dtype, device=factor.device)
@@ -346,6 +336,22 @@ def _condition(factor: torch.Tensor) -> float:
             vector = vector / size
         ends.append(size)
     return ends[0] * ends[1]
+
+
+def null_dimension(values: torch.Tensor, threshold: float, rule: str) -> int:
+    """How many of the ascending eigenvalues [d] belong to the null space by a rule; see NullSpace.from_moment."""
+    if rule == "absolute":
+        return int((values < threshold).sum())
+    if rule == "relative":
+        return int((values < threshold * values[-1]).sum())
+    positive = values.clamp(min=0)
+    return int((positive.cumsum(0) <= threshold * positive.sum()).sum())
+
+
+def condition_number(values: torch.Tensor) -> float | None:
+    """Largest / smallest of the ascending eigenvalues [d] of a second moment; None where the smallest is rounding."""
+    smallest, largest = float(values[0]), float(values[-1])
+    return None if smallest <= len(values) * 2.0**-52 * largest else largest / smallest
 
 
 def require_finite_moment(moment: torch.Tensor) -> None:

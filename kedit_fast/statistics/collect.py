@@ -117,6 +117,40 @@ def collect_statistics(
     return job.statistics(found, end)
 
 
+def growing_statistics(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    corpus: Corpus,
+    layers: Sequence[int],
+    counts: Iterable[int],
+    batch_tokens: int = 4096,
+    spec: ArchSpec | None = None,
+) -> Iterator[Statistics]:
+    """Statistics after growing numbers of tokens, the last one where the corpus ends.
+
+    Args:
+        model, tokenizer, layers, batch_tokens, spec: see collect_statistics.
+        corpus: read again, up to where it was, for every count; its own `max_tokens` ends the last.
+        counts: of tokens, growing.
+
+    Cost: one pass over the text in all; each Statistics is a copy.
+    """
+    if not corpus.repeatable:
+        raise StatisticsError("growing counts read the text again: give a list or a file")
+    sums: dict[int, SecondMomentAccumulator] | None = None
+    position = Position()
+    for count in counts:
+        wanted = min(count, corpus.max_tokens or count)
+        job = Job(model, tokenizer, replace(corpus, max_tokens=wanted), layers, batch_tokens, spec)
+        if sums is None:
+            sums = job.accumulators(Group(job.layers, False))
+        before, position = position, job.run(sums, position)
+        if position != before:
+            yield job.statistics({layer: total.result() for layer, total in sums.items()}, position)
+        if position.tokens < count:
+            return
+
+
 class Job:
     """A model, a corpus and layers: what passes over the corpus share.
 

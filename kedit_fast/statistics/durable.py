@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -96,8 +97,7 @@ def collect_into(
     if not checkpoint_every >= 0:
         raise StatisticsError(f"checkpoint_every is a time in seconds; got {checkpoint_every}")
     rank, _ = distributed.world()
-    if not resume and not overwrite and folder.exists() and any(p.name != checkpoint.LOCK for p in _listed(folder)):
-        raise StatisticsError(f"{folder} exists: --resume goes on with it, --overwrite starts anew")
+    check_folder(folder, resume, overwrite)
     job = Job(model, tokenizer, corpus, layers, batch_tokens, spec)
     with checkpoint.claimed(folder, hold=rank == 0):
         if overwrite and rank == 0:
@@ -140,11 +140,18 @@ def collect_into(
     return Collected(job.layers, tokens, documents, files, resumed, len(groups), time.monotonic() - begin, clock.spent)
 
 
-def _listed(folder: Path) -> list[Path]:
+def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Raise StatisticsError when statistics may not or cannot be collected into a folder."""
     try:
-        return list(folder.iterdir())
+        begun = folder.exists() and any(path.name != checkpoint.LOCK for path in folder.iterdir())
+        parent = folder.absolute()
+        while not parent.exists():
+            parent = parent.parent
+        os.rmdir(tempfile.mkdtemp(dir=parent))
     except OSError as error:
         raise StatisticsError(f"cannot write statistics to {folder}: {error.strerror or error}") from error
+    if begun and not resume and not overwrite:
+        raise StatisticsError(f"{folder} exists: --resume goes on with it, --overwrite starts anew")
 
 
 def _plan(job: Job) -> dict[str, str]:
@@ -211,8 +218,8 @@ def _groups(
     first = next((layers for layers in begun if not set(layers) <= set(finished)), ())
     if not set(first) <= set(job.layers):
         raise StatisticsError(
-            f"the checkpoint has layers {', '.join(map(str, first))}, this job wants {', '.join(map(str, job.layers))}: "
-            "give them again, or start anew with --overwrite"
+            f"the checkpoint has layers {', '.join(map(str, first))}, this job wants "
+            f"{', '.join(map(str, job.layers))}: give them again, or start anew with --overwrite"
         )
     groups = plan_groups(job.view, first, job.batch_tokens, masters, master_bytes) if first else []
     if len(groups) > 1:

@@ -55,6 +55,8 @@ class TextFile(Sequence[str]):
         return len(self._offsets)
 
     def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
         offset = self._offsets[index]
         try:
             self._file.seek(offset)
@@ -112,7 +114,7 @@ class _Dataset(Sequence[str]):
         return len(self._rows)
 
     def __getitem__(self, index):
-        return self._rows[int(index)][self._field]
+        return self._rows[index][self._field]  # of a slice, a list
 
     def __iter__(self) -> Iterator[str]:
         for row in self._rows:

@@ -1,0 +1,207 @@
+"""Enough is enough: how an update, the null space and the condition change as statistics see more text."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from kedit_fast import pictures
+from kedit_fast.editing.requests import EditRequest
+from kedit_fast.editing.value_store import ValueFile
+from kedit_fast.editor import Editor
+from kedit_fast.errors import MethodError, StatisticsError
+from kedit_fast.files import replacing
+from kedit_fast.methods.hparams import Hparams, make_hparams
+from kedit_fast.methods.recipes import find_recipe
+from kedit_fast.solver.low_rank import LowRankUpdate
+from kedit_fast.solver.preconditioner import condition_number, null_dimension
+from kedit_fast.statistics.collect import growing_statistics
+from kedit_fast.statistics.corpus import Corpus
+
+FIRST_COUNT = 1000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer after one number of tokens. None where there is nothing to compare with, or no update: see `note`."""
+
+    tokens: int
+    layer: int
+    update_norm: float | None  # |Delta| of the requests' update
+    change_to_last: float | None  # |Delta - Delta of the last count| / |Delta of the last count|
+    change_from_previous: float | None  # |Delta - Delta of the count before| / |Delta|
+    null_dimension: int
+    null_overlap: float | None  # |N^T N'|^2 / max(dim N, dim N') with the count before: 1 for the same space
+    condition: float | None  # of C, and of lambda C; None for a singular one
+    note: str = ""
+
+
+def convergence(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    corpus: Corpus,
+    requests: Sequence[EditRequest],
+    method: str = "memit",
+    *,
+    counts: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+    hparams: Mapping[str, Any] | None = None,
+    batch_tokens: int = 4096,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[Row]:
+    """Follow statistics of growing numbers of tokens; the text of each contains that of the one before.
+
+    The values of the requests do not depend on statistics and are optimised once; every count then solves and writes
+    the update, and takes it back.
+
+    Args:
+        model: it is the same to the bit afterwards.
+        tokenizer: its tokenizer.
+        corpus: what counts; read again for every count.
+        requests: whose update is followed.
+        method: with statistics and without masks: MEMIT by default.
+        counts: of tokens, growing; None doubles from 1,000 to what the corpus holds.
+        layers: edited layers; None for the preset's.
+        hparams: values that override the preset's; `nullspace_threshold` and `nullspace_rule` are AlphaEdit's.
+        batch_tokens: tokens of a batch.
+        seed: of the context prefixes.
+        progress: show a bar on stderr.
+
+    Returns:
+        a row for each count and layer.
+
+    Raises:
+        MethodError, RequestError, StatisticsError: see the messages.
+
+    Cost: one pass over the text, one edit for each count, and a symmetric eigendecomposition (9 d^3 flops) for each
+        count and layer.
+    """
+    recipe = find_recipe(method)
+    overrides = {**(hparams or {}), **({} if layers is None else {"layers": tuple(layers)})}
+    numbers, _ = make_hparams(method, model.config, overrides)
+    if not numbers.uses_statistics or recipe.shaping == "rect" or recipe.schedule != "mass":
+        raise MethodError(f"{recipe.name} has no update of low rank that depends on statistics")
+    rule = _null_rule(model, overrides, numbers)
+    if counts is not None and (not counts or sorted(set(counts)) != list(counts) or counts[0] < 1):
+        raise StatisticsError(f"counts of tokens must grow; got {list(counts)}")
+    store, prefixes = ValueFile(None), None
+    rows: list[Row] = []
+    updates: list[dict[int, LowRankUpdate | None]] = []
+    spaces: dict[int, torch.Tensor] = {}
+    seen = growing_statistics(model, tokenizer, corpus, numbers.layers, counts or _doubling(), batch_tokens)
+    for statistics in tqdm(seen, desc="counts", disable=not progress, leave=False):
+        note, found = "", dict.fromkeys(numbers.layers)
+        editor = Editor(
+            model, tokenizer, method, statistics=statistics, hparams=overrides, seed=seed, prefixes=prefixes,
+            values=store,
+        )  # fmt: skip
+        prefixes = editor.prefixes
+        try:
+            made = editor.edit(requests).updates
+            found = {layer: _total(made[editor.view.weight_name(layer)]) for layer in numbers.layers}
+        except StatisticsError as error:
+            note = str(error).splitlines()[0]
+        finally:
+            editor.restore()
+        for layer in numbers.layers:
+            moment = statistics.moment(layer)
+            values, vectors = torch.linalg.eigh(moment.moment.double())
+            space = vectors[:, : null_dimension(values, *rule)]
+            update, before = found[layer], updates[-1][layer] if updates else None
+            norm, change = None if update is None else update.norm(), _change(before, update)
+            overlap = _overlap(spaces.get(layer), space)
+            rows.append(
+                Row(moment.count, layer, norm, None, change, space.shape[1], overlap, condition_number(values), note)
+            )
+            spaces[layer] = space
+        updates.append(found)
+    if not rows:
+        raise StatisticsError("the corpus has no text")
+    return _against_last(rows, updates, numbers.layers)
+
+
+def _null_rule(model: torch.nn.Module, overrides: Mapping[str, Any], numbers: Hparams) -> tuple[float, str]:
+    """AlphaEdit's threshold and rule for this model, unless they are given."""
+    alphaedit, _ = make_hparams("alphaedit", model.config, {"layers": numbers.layers})
+    names = ("nullspace_threshold", "nullspace_rule")
+    threshold, rule = (overrides.get(name, getattr(alphaedit, name)) for name in names)
+    return float(threshold), str(rule)
+
+
+def _doubling() -> Iterator[int]:
+    count = FIRST_COUNT
+    while True:
+        yield count
+        count *= 2
+
+
+def _total(updates: Sequence[Any]) -> LowRankUpdate:
+    """The sum of updates of one weight."""
+    return LowRankUpdate(
+        torch.cat([u.left.double().cpu() for u in updates], 1), torch.cat([u.right.double().cpu() for u in updates], 1)
+    )
+
+
+def _change(before: LowRankUpdate | None, after: LowRankUpdate | None) -> float | None:
+    """|after - before| / |after|, from the factors."""
+    if before is None or after is None:
+        return None
+    gap = LowRankUpdate(torch.cat([after.left, -before.left], 1), torch.cat([after.right, before.right], 1))
+    return gap.norm() / after.norm() if after.norm() else math.nan
+
+
+def _overlap(before: torch.Tensor | None, now: torch.Tensor) -> float | None:
+    if before is None or not max(before.shape[1], now.shape[1]):
+        return None
+    return float((before.T @ now).square().sum()) / max(before.shape[1], now.shape[1])
+
+
+def _against_last(
+    rows: list[Row], updates: Sequence[Mapping[int, LowRankUpdate | None]], layers: Sequence[int]
+) -> list[Row]:
+    last = updates[-1]
+    changes = [_change(found[layer], last[layer]) for found in updates for layer in layers]
+    return [Row(**{**asdict(row), "change_to_last": change}) for row, change in zip(rows, changes, strict=True)]
+
+
+def write_csv(rows: Sequence[Row], path: str | os.PathLike) -> None:
+    """A header and a line a row; empty where a row has None."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: "" if value is None else value for name, value in asdict(row).items()})
+    with replacing(path, StatisticsError) as part:
+        Path(part).write_text(text.getvalue(), encoding="utf-8")
+
+
+def draw(rows: Sequence[Row], path: str | os.PathLike) -> None:
+    """Four curves a layer against the number of tokens; needs matplotlib."""
+    made, (changes, dimensions, overlaps, conditions) = pictures.figure(4, 4.2, 3.6)
+    panels = (
+        (changes, "change_to_last", "change of the update to the last count"),
+        (dimensions, "null_dimension", "null-space dimensions"),
+        (overlaps, "null_overlap", "overlap of null spaces with the count before"),
+        (conditions, "condition", "condition of lambda C"),
+    )
+    for axes, name, label in panels:
+        for layer in sorted({row.layer for row in rows}):
+            own = [row for row in rows if row.layer == layer and getattr(row, name) is not None]
+            axes.plot([row.tokens for row in own], [getattr(row, name) for row in own], "o-", label=f"layer {layer}")
+        axes.set_xscale("log")
+        axes.set_xlabel("tokens")
+        axes.set_ylabel(label)
+        axes.legend(fontsize=7)
+    changes.set_yscale("symlog", linthresh=1e-3)
+    conditions.set_yscale("log")
+    pictures.save(made, path)
