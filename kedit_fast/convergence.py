@@ -194,14 +194,19 @@ def draw(rows: Sequence[Row], path: str | os.PathLike) -> None:
         (overlaps, "null_overlap", "overlap of null spaces with the count before"),
         (conditions, "condition", "condition of lambda C"),
     )
+    last = rows[-1].tokens
     for axes, name, label in panels:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter("")
         for layer in sorted({row.layer for row in rows}):
             own = [row for row in rows if row.layer == layer and getattr(row, name) is not None]
+            if name == "change_to_last":
+                own = [row for row in own if row.tokens < last]  # its own is 0, nowhere on a log scale
             axes.plot([row.tokens for row in own], [getattr(row, name) for row in own], "o-", label=f"layer {layer}")
-        axes.set_xscale("log")
+        axes.set_xlim(rows[0].tokens / 1.2, last * 1.2)
         axes.set_xlabel("tokens")
         axes.set_ylabel(label)
         axes.legend(fontsize=7)
-    changes.set_yscale("symlog", linthresh=1e-3)
+    changes.set_yscale("log")
     conditions.set_yscale("log")
     pictures.save(made, path)

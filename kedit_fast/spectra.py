@@ -11,7 +11,7 @@ import torch
 
 from kedit_fast import pictures
 from kedit_fast.solver.preconditioner import condition_number, null_dimension
-from kedit_fast.statistics.store import modules_in, read_layer
+from kedit_fast.statistics.store import layer_of, modules_in, read_layer
 
 # Rule and threshold of the null spaces that are shown: 2e-2 absolute is the published one.
 THRESHOLDS = (
@@ -27,6 +27,7 @@ class Spectrum:
     """A layer's second moment C [d, d] in numbers."""
 
     module: str
+    layer: int
     size: int  # d
     count: int  # tokens
     trace: float  # mean |k|^2
@@ -40,7 +41,7 @@ class Spectrum:
         values = self.eigenvalues
         shown = {"largest": float(values[-1]), "median": float(values[self.size // 2]), "smallest": float(values[0])}
         return {
-            "module": self.module, "size": self.size, "tokens": self.count, "trace": self.trace,
+            "module": self.module, "layer": self.layer, "size": self.size, "tokens": self.count, "trace": self.trace,
             "condition": self.condition, "effective_rank": self.effective_rank, "eigenvalues": shown,
             "null_dimensions": self.null_dimensions,
         }  # fmt: skip
@@ -63,9 +64,10 @@ def _spectrum(folder: Path, module: str) -> Spectrum:
     shares = values.clamp(min=0) / values.clamp(min=0).sum()
     entropy = -torch.special.xlogy(shares, shares).sum()
     dimensions = {f"{rule} {threshold:g}": null_dimension(values, threshold, rule) for rule, threshold in THRESHOLDS}
+    trace = float(second.moment.double().diagonal().sum())
     return Spectrum(
-        module, len(values), second.count, float(second.moment.double().diagonal().sum()), condition_number(values),
-        float(entropy.exp()), dimensions, values,
+        module, layer_of(module), len(values), second.count, trace, condition_number(values), float(entropy.exp()),
+        dimensions, values,
     )  # fmt: skip
 
 
@@ -75,7 +77,12 @@ def draw(found: list[Spectrum], path: str | os.PathLike) -> None:
     for spectrum in found:
         values = spectrum.eigenvalues.flip(0)
         floor = float(values[0]) * 1e-16
-        axes.plot(range(1, spectrum.size + 1), values.clamp(min=floor).tolist(), label=spectrum.module, linewidth=1.2)
+        axes.plot(
+            range(1, spectrum.size + 1),
+            values.clamp(min=floor).tolist(),
+            label=f"layer {spectrum.layer}",
+            linewidth=1.2,
+        )
     axes.axhline(PUBLISHED, color="grey", linewidth=0.8, linestyle="--", label="AlphaEdit's threshold, 0.02")
     axes.set_yscale("log")
     axes.set_xlabel("number of the eigenvalue")

@@ -162,22 +162,21 @@ def show(
         print_json({"folder": str(folder), "layers": layers, "png": str(target) if draw else None})
         return
     table = Table(title=escape(str(folder)), title_justify="left")
-    for name in ("layer", "d", "tokens", "trace", "condition", "effective rank", "largest", "median", "smallest"):
-        table.add_column(name, justify="left" if name == "layer" else "right")
+    for name in ("layer", "d", "tokens", "trace", "condition", "rank*", "largest", "median", "smallest"):
+        table.add_column(name, justify="right")
+    spaces = Table(title="Null-space dimensions", title_justify="left", show_header=False)
+    spaces.add_row("layer", *(str(s.layer) for s in found))
     for s in found:
         values = (s.eigenvalues[-1], s.eigenvalues[s.size // 2], s.eigenvalues[0])
         table.add_row(
-            s.module, str(s.size), f"{s.count:,}", f"{s.trace:.4g}",
-            "singular" if s.condition is None else f"{s.condition:.3g}", f"{s.effective_rank:.1f}",
-            *(f"{float(v):.3g}" for v in values),
+            str(s.layer), str(s.size), str(s.count), f"{s.trace:.4g}",
+            "singular" if s.condition is None else f"{s.condition:.2g}", f"{s.effective_rank:.1f}",
+            *(f"{float(v):.2g}" for v in values),
         )  # fmt: skip
-    output.print(table)
-    spaces = Table(title="Null-space dimensions", title_justify="left")
-    spaces.add_column("layer")
     for name in found[0].null_dimensions:
-        spaces.add_column(name, justify="right")
-    for s in found:
-        spaces.add_row(s.module, *map(str, s.null_dimensions.values()))
+        spaces.add_row(name, *(str(s.null_dimensions[name]) for s in found))
+    output.print(table)
+    output.print("* effective: exp of the entropy of the eigenvalues", markup=False)
     output.print(spaces)
     if draw:
         output.print(f"Spectra: {target}", markup=False)
@@ -236,7 +235,7 @@ def converge(
                     "png": None if picture_path is None else str(picture_path)})  # fmt: skip
         return
     table = Table(title=escape(f"{method.upper()}: {len(records)} edits of {model}"), title_justify="left")
-    for name in ("tokens", "layer", "change to last", "from previous", "null dimensions", "overlap", "condition"):
+    for name in ("tokens", "layer", "to last", "from previous", "null dim.", "overlap", "condition"):
         table.add_column(name, justify="right")
     for row in rows:
         numbers = (row.change_to_last, row.change_from_previous)
@@ -246,6 +245,7 @@ def converge(
             "singular" if row.condition is None else f"{row.condition:.3g}",
         )  # fmt: skip
     output.print(table)
+    output.print("To last, from previous: relative change of the update. Null spaces: AlphaEdit's rule.", markup=False)
     for note in dict.fromkeys(f"{row.tokens:,} tokens: {row.note}" for row in rows if row.note):
         output.print(note, markup=False)
     output.print(f"Saved to {out}", markup=False)
@@ -314,7 +314,7 @@ def project(
     """Write the projections on null spaces as AlphaEdit's null_space_project.pt."""
     from kedit_fast.solver.preconditioner import NullSpace
     from kedit_fast.solver.projector import save_projector
-    from kedit_fast.statistics.store import modules_in, read_layer
+    from kedit_fast.statistics.store import layer_of, modules_in, read_layer
 
     if out.exists():
         raise KeditError(f"{out} exists: choose another --out")
@@ -322,7 +322,7 @@ def project(
     spaces = {}
     for module in modules_in(folder):
         file = read_layer(folder, module)
-        layer = next(int(part) for part in module.split(".") if part.isdigit())
+        layer = layer_of(module)
         if wanted is not None and layer not in wanted:
             continue
         try:

@@ -172,11 +172,16 @@ def modules_in(folder: str | os.PathLike) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise StatisticsError(f"no statistics folder {folder}: make one with `kedit-fast stats`")
-    names = {path.stem for path in folder.glob("*.safetensors") if not path.name.startswith((".", "checkpoint-"))}
-    names |= set(npz.modules_in(folder))
+    names = {path.stem for path in folder.glob("*.safetensors")} | set(npz.modules_in(folder))
+    names = {name for name in names if any(part.isdigit() for part in name.split("."))}  # not checkpoints
     if not names:
         raise StatisticsError(f"{folder} holds no statistics")
-    return sorted(names, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")])
+    return sorted(names, key=layer_of)
+
+
+def layer_of(module: str) -> int:
+    """The number in a module's path."""
+    return next(int(part) for part in module.split(".") if part.isdigit())
 
 
 def _layers_in(folder: Path, view: ModelView) -> list[int]:
