@@ -97,7 +97,7 @@ def collect(
 ) -> None:
     """Collect the second moments an edit needs, in one pass over a text, with checkpoints.
 
-    Under torchrun every process takes its share of the documents.
+    Under torchrun every process takes its share of the batches.
     """
     from kedit_fast.pipeline import DTYPES, load_config, load_model
     from kedit_fast.statistics.corpus import Corpus

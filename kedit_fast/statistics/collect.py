@@ -75,7 +75,7 @@ def collect_statistics(
     """Second moments of the inputs of the edited linear layers over a corpus, in memory.
 
     `collect_into` does the same into a folder, with checkpoints. In a process group every process takes its share of
-    the documents and gets the whole.
+    the batches and gets the whole.
 
     Args:
         model: a causal language model of a known architecture, on one device or several; runs in its own dtype,

@@ -1,7 +1,8 @@
 """What text statistics are made of: documents in a fixed order, tokenised in windows ahead of their use.
 
 A window is a run of documents whose sequences are sorted by length and batched together. Windows follow from the
-documents alone, so a pass can go on from any batch, and the processes of a job can share them without asking.
+documents alone, so a pass can go on from any batch, and the processes of a job take turns at them: their batches are
+those of a single process.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import queue
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from kedit_fast import distributed
@@ -20,9 +21,9 @@ from kedit_fast.errors import InvalidArgumentError, StatisticsError
 TokenWeights = Callable[[list[int]], Sequence[float]]
 T = TypeVar("T")
 START = hashlib.sha256(b"kedit_fast corpus").hexdigest()
-WINDOW_CHARACTERS = 1 << 19  # of a process; at least
-BATCHES_A_WINDOW = 16  # at least, at about
-CHARACTERS_A_TOKEN = 4
+BATCHES_A_WINDOW = 8  # about: more waste less on padding, fewer share better among processes
+LEAST_WINDOW = 1 << 17  # characters
+CHARACTERS_A_TOKEN = 4  # about
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ class Corpus:
 class Position:
     """A place in a corpus between two batches."""
 
-    documents: int = 0  # before the window
-    tokens: int = 0  # in them; of a single process
+    windows: int = 0  # before this one
+    documents: int = 0  # in them
+    tokens: int = 0  # in them, of a single process
     digest: str = START  # of their text
     batches: int = 0  # of the window that are done
 
@@ -101,7 +103,7 @@ class Window:
 
     before: Position
     after: Position
-    sequences: list[list[int]]  # token ids of this process's documents, empty ones left out
+    sequences: list[list[int]]  # token ids of its documents, empty ones left out; none in another process's window
 
 
 class Reader:
@@ -118,9 +120,9 @@ class Reader:
         self.tokenizer, self.corpus = tokenizer, corpus
         self.max_length = min(corpus.max_length, max_length)
         self._rank, self._world = distributed.world()
-        self._characters = self._world * max(WINDOW_CHARACTERS, BATCHES_A_WINDOW * CHARACTERS_A_TOKEN * batch_tokens)
+        self._characters = max(LEAST_WINDOW, BATCHES_A_WINDOW * CHARACTERS_A_TOKEN * batch_tokens)
         self._documents = corpus.max_samples
-        self._last: int | None = None  # tokens of document number `_documents`; None for all
+        self._last: int | None = None  # tokens of the last of so many documents; None for all
         if self._world > 1 and corpus.max_tokens is not None:
             self._find_end(corpus.max_tokens)
 
@@ -130,31 +132,31 @@ class Reader:
         Raises:
             StatisticsError: the documents before `start` are not those it was made from, or one is not text.
         """
-        position = Position() if start is None else start
+        position = replace(start or Position(), batches=0)
         documents = self.corpus.documents()
         if self.digest(position.documents, documents) != position.digest:
             raise StatisticsError(
                 f"the text is not the one that was begun with: its first {position.documents:,} documents differ"
             )
-        position = Position(position.documents, position.tokens, position.digest)
         budget = self.corpus.max_tokens if self._world == 1 else None
         ended = False
         while not ended and (budget is None or position.tokens < budget):
             texts, ended = self._next(documents, position.documents)
-            sequences = self._tokenised(texts, position.documents)
-            used = len(texts)
-            if budget is not None:
-                used = _cut(sequences, budget - position.tokens)
-            elif self._last is not None and position.documents + used == self._documents:
-                self._shorten_last(sequences, position.documents + used - 1, self._last)
+            used, sequences = len(texts), []
+            if position.windows % self._world == self._rank:
+                sequences = self._tokenised(texts)
+                if budget is not None:
+                    used = _cut(sequences, budget - position.tokens)
+                elif self._last is not None and position.documents + used == self._documents:
+                    del sequences[-1][self._last :]
             digest = position.digest
             for text in texts[:used]:
                 digest = _chained(digest, text)
-            tokens = position.tokens + sum(map(len, sequences[:used]))
-            after = Position(position.documents + used, tokens, digest)
+            tokens = position.tokens + sum(map(len, sequences))
+            after = Position(position.windows + 1, position.documents + used, tokens, digest)
             if used:
                 yield Window(position, after, [ids for ids in sequences if ids])
-            position = after
+                position = after
 
     def digest(self, count: int, documents: Iterator[str] | None = None) -> str:
         """Of the text of the first `count` documents, "" when there are not so many."""
@@ -184,36 +186,33 @@ class Reader:
             characters += min(len(text), longest) + 1
         return texts, False
 
-    def _tokenised(self, texts: list[str], begin: int) -> list[list[int]]:
-        """Token ids of this process's documents; those of others are empty."""
-        mine = [i for i in range(len(texts)) if (begin + i) % self._world == self._rank]
-        found: list[list[int]] = [[] for _ in texts]
-        if mine:
-            ids = self.tokenizer([texts[i] for i in mine], truncation=True, max_length=self.max_length)["input_ids"]
-            for i, row in zip(mine, ids, strict=True):
-                found[i] = list(row)
-        return found
-
-    def _shorten_last(self, sequences: list[list[int]], number: int, tokens: int) -> None:
-        if number % self._world == self._rank:
-            del sequences[-1][tokens:]
+    def _tokenised(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        return [list(ids) for ids in self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]]
 
     def _find_end(self, budget: int) -> None:
-        """Which document the budget ends in, and where: every process counts its own documents, window by window."""
-        documents, begin, total = self.corpus.documents(), 0, 0
+        """Which document the budget ends in, and where: the processes count a window each, and tell each other."""
         if not self.corpus.repeatable:
             raise StatisticsError("max_tokens with several processes reads documents twice: give a list or a file")
-        ended = False
+        documents, begin, total, ended = self.corpus.documents(), 0, 0, False
         while not ended:
-            texts, ended = self._next(documents, begin)
-            counts = distributed.gather([len(ids) for ids in self._tokenised(texts, begin)])
-            for i in range(len(texts)):
-                own = counts[(begin + i) % self._world][i]
-                if total + own >= budget:
-                    self._documents, self._last = begin + i + 1, budget - total
+            mine: list[int] = []
+            for turn in range(self._world):
+                texts, ended = self._next(documents, begin)
+                begin += len(texts)
+                if turn == self._rank:
+                    mine = [len(ids) for ids in self._tokenised(texts)]
+                if turn == 0:
+                    number = begin - len(texts)
+                if ended:
+                    break
+            for count in (count for counts in distributed.gather(mine) for count in counts):
+                number += 1
+                if total + count >= budget:
+                    self._documents, self._last = number, budget - total
                     return
-                total += own
-            begin += len(texts)
+                total += count
 
 
 def _cut(sequences: list[list[int]], budget: int) -> int:

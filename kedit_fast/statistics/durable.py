@@ -68,7 +68,7 @@ def collect_into(
 
     A job that ended for any reason, a killed process included, goes on with `resume`: at most `checkpoint_every`
     seconds are done again, and on a CPU the files are those of an uninterrupted job to the bit. In a process group
-    (torchrun) every process takes its share of the documents and keeps its own checkpoint.
+    (torchrun) every process takes its share of the batches and keeps its own checkpoint.
 
     Args:
         folder: made if absent; must be empty or absent without `resume` and `overwrite`.
