@@ -46,7 +46,7 @@ class Statistics:
     max_length: int  # tokens a sequence is cut to
     dtype: str  # the model's dtype while it ran
     documents: int = 0  # of the corpus; 0 where that is not known
-    asked: Mapping[str, str] = field(default_factory=dict)  # `Corpus.about()`
+    asked: Mapping[str, str] = field(default_factory=dict)  # `Job.asked`
 
     def moment(self, layer: int) -> SecondMoment:
         """The second moment of one layer; raises StatisticsError when it was not collected."""
@@ -172,6 +172,11 @@ class Job:
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         self.reader = Reader(tokenizer, corpus, batch_tokens, self.view.max_length)
 
+    @property
+    def asked(self) -> dict[str, str]:
+        """What counts, as it stands in the files; `max_length` as far as the model goes."""
+        return {**self.corpus.about(), "max_length": str(self.reader.max_length)}
+
     def check_groups(self, groups: Sequence[Group]) -> None:
         """Raise StatisticsError when a corpus that can be read once would have to be read again."""
         if len(groups) > 1 and not self.corpus.repeatable:
@@ -214,7 +219,7 @@ class Job:
                     bar.update(sum(map(len, rows)))
                     if saver is not None and saver.due():
                         updates.wait()
-                        saver.save(replace(window.before, batches=number))
+                        saver.save(replace(window.before, batches=number, until=window.after.digest))
                 end = window.after
         return end
 
@@ -276,9 +281,7 @@ class Job:
 
     def statistics(self, layers: dict[int, SecondMoment], end: Position) -> Statistics:
         """What was found, with what it belongs to."""
-        return Statistics(
-            layers, self.model, end.digest, self.reader.max_length, self.dtype, end.documents, self.corpus.about()
-        )
+        return Statistics(layers, self.model, end.digest, self.reader.max_length, self.dtype, end.documents, self.asked)
 
 
 class _Updates:

@@ -91,6 +91,7 @@ class Position:
     tokens: int = 0  # in them, of a single process
     digest: str = START  # of their text
     batches: int = 0  # of the window that are done
+    until: str = ""  # digest of the text at the end of the window, if any are
 
     def as_dict(self) -> dict[str, Any]:
         """Its fields."""
@@ -132,12 +133,11 @@ class Reader:
         Raises:
             StatisticsError: the documents before `start` are not those it was made from, or one is not text.
         """
-        position = replace(start or Position(), batches=0)
+        start = start or Position()
+        position = replace(start, batches=0, until="")
         documents = self.corpus.documents()
         if self.digest(position.documents, documents) != position.digest:
-            raise StatisticsError(
-                f"the text is not the one that was begun with: its first {position.documents:,} documents differ"
-            )
+            raise _other_text(position.documents)
         budget = self.corpus.max_tokens if self._world == 1 else None
         ended = False
         while not ended and (budget is None or position.tokens < budget):
@@ -154,6 +154,8 @@ class Reader:
                 digest = _chained(digest, text)
             tokens = position.tokens + sum(map(len, sequences))
             after = Position(position.windows + 1, position.documents + used, tokens, digest)
+            if start.until not in ("", digest) and position.windows == start.windows:
+                raise _other_text(after.documents)
             if used:
                 yield Window(position, after, [ids for ids in sequences if ids])
                 position = after
@@ -213,6 +215,10 @@ class Reader:
                     self._documents, self._last = number, budget - total
                     return
                 total += count
+
+
+def _other_text(documents: int) -> StatisticsError:
+    return StatisticsError(f"the text is not the one that was begun with: its first {documents:,} documents differ")
 
 
 def _cut(sequences: list[list[int]], budget: int) -> int:

@@ -28,7 +28,7 @@ from kedit_fast.statistics.collect import Job
 from kedit_fast.statistics.corpus import Corpus, Position
 from kedit_fast.statistics.memory_plan import Group, plan_groups
 from kedit_fast.statistics.moments import SecondMomentAccumulator
-from kedit_fast.statistics.store import ASKED_FIELDS, MODEL_FIELDS, metadata_in, path_of, save_statistics
+from kedit_fast.statistics.store import MODEL_FIELDS, metadata_in, path_of, save_statistics
 
 _log = logging.getLogger("kedit_fast")
 CHECKPOINT_EVERY = 60.0
@@ -158,8 +158,7 @@ def _plan(job: Job) -> dict[str, str]:
     """What a checkpoint depends on."""
     _, world = distributed.world()
     return {
-        **job.corpus.about(), "max_length": str(job.reader.max_length), "dtype": job.dtype,
-        "batch_tokens": str(job.batch_tokens), "processes": str(world), **job.model,
+        **job.asked, "dtype": job.dtype, "batch_tokens": str(job.batch_tokens), "processes": str(world), **job.model,
     }  # fmt: skip
 
 
@@ -189,10 +188,9 @@ def _finished(folder: Path, job: Job, tolerate: bool) -> dict[int, int]:
             continue
         metadata = metadata_in(path)
         what = difference({name: metadata.get(name, "") for name in MODEL_FIELDS}, job.model)
-        asked = {**job.corpus.about(), "max_length": str(job.reader.max_length)}
-        for name in ASKED_FIELDS:
-            if not what and metadata.get(name, "") != asked[name]:
-                what = f"{name} ({metadata.get(name) or 'not set'} there, {asked[name] or 'not set'} here)"
+        for name, value in job.asked.items():
+            if not what and metadata.get(name, "") != value:
+                what = f"{name} ({metadata.get(name) or 'not set'} there, {value or 'not set'} here)"
         if not what and metadata["dtype"] != job.dtype:
             what = f"dtype ({metadata['dtype']} there, {job.dtype} here)"
         documents = int(metadata.get("documents", 0))

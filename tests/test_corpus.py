@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import threading
+from types import ModuleType
+
+import pytest
+from tiny_models import TEXT, make_tokenizer
+
+from kedit_fast import distributed
+from kedit_fast.errors import InvalidArgumentError, StatisticsError
+from kedit_fast.statistics.corpus import START, Corpus, Position, Reader, ahead, batches
+from kedit_fast.statistics.sources import open_texts
+
+DOCUMENTS = [f"{text} Number {i}." * (1 + i % 7) for i, text in enumerate(TEXT * 30)]
+
+
+def reader(texts=DOCUMENTS, batch_tokens=16, max_length=64, **numbers):
+    made = Reader(make_tokenizer(), Corpus(texts, **numbers), batch_tokens, max_length)
+    made._characters = 2000  # windows of a few documents
+    return made
+
+
+def ids(texts, max_length=64):
+    return make_tokenizer()(list(texts), truncation=True, max_length=max_length)["input_ids"]
+
+
+def in_windows(made, start=None):
+    return [sequence for window in made.windows(start) for sequence in window.sequences]
+
+
+def test_every_document_comes_once_and_in_order():
+    made = reader()
+    windows = list(made.windows())
+    assert len(windows) > 5
+    assert in_windows(made) == ids(DOCUMENTS)
+    assert windows[-1].after.documents == len(DOCUMENTS)
+    assert windows[-1].after.tokens == sum(map(len, ids(DOCUMENTS)))
+    assert all(a.after == b.before for a, b in itertools.pairwise(windows))
+
+
+@pytest.mark.parametrize("budget", (1, 2, 63, 64, 65, 500, 10**9))
+def test_a_budget_of_tokens_ends_inside_a_document(budget):
+    whole = [i for row in ids(DOCUMENTS) for i in row]
+    made = reader(max_tokens=budget)
+    assert [i for row in in_windows(made) for i in row] == whole[:budget]
+    assert list(made.windows())[-1].after.tokens == min(budget, len(whole))
+
+
+def test_samples_and_length_limit_documents():
+    assert in_windows(reader(max_samples=13)) == ids(DOCUMENTS[:13])
+    assert in_windows(reader(max_length=5)) == ids(DOCUMENTS, 5)
+    assert list(reader(max_samples=13).windows())[-1].after.documents == 13
+
+
+def test_a_seed_gives_one_order_that_is_not_the_documents_own():
+    a, b = in_windows(reader(seed=1)), in_windows(reader(seed=1))
+    assert a == b and a != ids(DOCUMENTS) and sorted(a) == sorted(ids(DOCUMENTS))
+    assert in_windows(reader(seed=2)) != a
+    with pytest.raises(InvalidArgumentError, match="sequence"):
+        Corpus(iter(DOCUMENTS), seed=1)
+
+
+def test_a_place_is_found_again_and_other_text_is_refused():
+    made = reader()
+    windows = list(made.windows())
+    place = windows[3].before
+    again = list(made.windows(place))
+    assert [w.sequences for w in again] == [w.sequences for w in windows[3:]]
+    assert again[-1].after == windows[-1].after
+    other = list(DOCUMENTS)
+    other[place.documents - 1] += "!"
+    with pytest.raises(StatisticsError, match="not the one that was begun with"):
+        list(reader(other).windows(place))
+    with pytest.raises(StatisticsError, match="not the one that was begun with"):
+        list(reader(DOCUMENTS[:1]).windows(place))
+    inside = Position(0, 0, 0, START, 1, windows[0].after.digest)  # in the first window
+    assert in_windows(reader(), inside) == ids(DOCUMENTS)
+    with pytest.raises(StatisticsError, match="not the one that was begun with"):
+        list(reader(["Another one.", *DOCUMENTS]).windows(inside))
+    later = [*DOCUMENTS[: place.documents], "Something else."]
+    assert in_windows(reader(later), place) == ids(["Something else."])
+
+
+def test_an_iterator_can_be_read_once():
+    assert in_windows(reader(iter(DOCUMENTS))) == ids(DOCUMENTS)
+    assert Corpus(DOCUMENTS).repeatable and not Corpus(iter(DOCUMENTS)).repeatable
+
+
+def test_empty_documents_count_as_documents_alone():
+    windows = list(reader(["", "A word.", ""]).windows())
+    assert [row for w in windows for row in w.sequences] == ids(["A word."])
+    assert windows[-1].after.documents == 3 and list(reader([]).windows()) == []
+
+
+def test_what_is_not_text_is_named():
+    with pytest.raises(StatisticsError, match="document 1 is a int"):
+        list(reader(["a", 3]).windows())
+    with pytest.raises(InvalidArgumentError, match="one string"):
+        Corpus("a text")
+    with pytest.raises(InvalidArgumentError, match="max_tokens"):
+        Corpus(["a"], max_tokens=0)
+
+
+@pytest.mark.parametrize("budget", (None, 1, 500, 2000, 10**9))
+@pytest.mark.parametrize("world", (2, 3))
+def test_processes_share_the_windows_of_one(monkeypatch, world, budget):
+    """Without a process group: every rank's reader, its counts exchanged by hand, round by round."""
+    tokenizer = make_tokenizer()
+    alone, counted = reader(max_tokens=budget), list(counts_by_round(world))
+    parts = []
+    for rank in range(world):
+        monkeypatch.setattr(distributed, "world", lambda rank=rank: (rank, world))
+        made = Reader.__new__(Reader)
+        made.tokenizer, made.corpus, made.max_length = tokenizer, Corpus(DOCUMENTS, budget), 64
+        made._rank, made._world, made._characters, made._documents, made._last = rank, world, 2000, None, None
+        if budget is not None:
+            rounds = iter(counted)
+            monkeypatch.setattr(distributed, "gather", lambda mine, rounds=rounds: next(rounds))
+            made._find_end(budget)
+        parts.append(list(made.windows()))
+    monkeypatch.undo()
+    for number, window in enumerate(alone.windows()):
+        for rank, part in enumerate(parts):
+            assert part[number].sequences == (window.sequences if number % world == rank else [])
+            assert part[number].after.digest == window.after.digest
+    assert all(len(part) == number + 1 for part in parts)
+
+
+def counts_by_round(world):
+    lengths = [[len(s) for s in w.sequences] for w in reader().windows()]
+    for begin in range(0, len(lengths), world):
+        found = lengths[begin : begin + world]
+        yield found + [[]] * (world - len(found))
+
+
+def test_batches_hold_the_budget_and_lose_nothing():
+    sequences = ids(DOCUMENTS)
+    found = list(batches(sequences, 100))
+    assert sorted(row for rows in found for row in rows) == sorted(sequences)
+    assert all(len(rows) == 1 or len(rows) * max(map(len, rows)) <= 100 for rows in found)
+    assert all(len(a[-1]) >= len(b[0]) for a, b in itertools.pairwise(found))
+
+
+def test_items_are_made_ahead_by_a_thread_that_ends():
+    begun = threading.active_count()
+    made = []
+
+    def items():
+        for i in range(100):
+            made.append(i)
+            yield i
+
+    source = ahead(items())
+    assert next(source) == 0
+    for _ in range(200):
+        if len(made) > 1:
+            break
+        threading.Event().wait(0.01)
+    assert len(made) > 1  # before it was asked for
+    source.close()
+    assert threading.active_count() == begun and len(made) < 10
+    assert list(ahead(items())) == list(range(100))
+
+    def failing():
+        yield 1
+        raise StatisticsError("line 2")
+
+    with pytest.raises(StatisticsError, match="line 2"):
+        list(ahead(failing()))
+    assert threading.active_count() == begun
+
+
+def test_text_files_are_read_line_by_line(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("One.\r\n\n  \nZwei ü.\nlast".encode())
+    texts = open_texts(path)
+    assert list(texts) == ["One.", "Zwei ü.", "last"] and len(texts) == 3 and texts[-1] == "last"
+    assert texts[1:] == ["Zwei ü.", "last"]
+    lines = [json.dumps({"body": t}) for t in ("A\nB", "C")]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(lines))
+    assert list(open_texts(tmp_path / "a.jsonl", "body")) == ["A\nB", "C"]
+
+
+def test_bad_files_are_named_with_the_line(tmp_path):
+    with pytest.raises(StatisticsError, match=r"cannot read .*absent"):
+        open_texts(tmp_path / "absent.txt")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    with pytest.raises(StatisticsError, match="holds no text"):
+        open_texts(tmp_path / "empty.txt")
+    (tmp_path / "latin.txt").write_bytes(b"good\n\nM\xfcller\n")
+    with pytest.raises(StatisticsError, match=r"latin.txt, line 3 is not UTF-8"):
+        list(open_texts(tmp_path / "latin.txt"))
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": 3}\n{broken\n')
+    texts = open_texts(tmp_path / "b.jsonl")
+    with pytest.raises(StatisticsError, match=r"line 2: no text in field 'text'"):
+        texts[1]
+    with pytest.raises(StatisticsError, match=r"line 3: malformed JSON"):
+        texts[2]
+
+
+def test_a_data_set_by_its_name(monkeypatch, tmp_path):
+    with pytest.raises(StatisticsError, match=r"pip install 'kedit-fast\[datasets\]'"):
+        monkeypatch.setitem(sys.modules, "datasets", None)
+        open_texts("datasets:wikitext")
+    asked = []
+
+    class Rows(list):
+        column_names = ("title", "text")
+
+        def __getitem__(self, index):
+            rows = super().__getitem__(index)
+            return {"text": [r["text"] for r in rows]} if isinstance(index, slice) else rows
+
+    def load_dataset(path, config, split):
+        asked.append((path, config, split))
+        if path == "none":
+            raise FileNotFoundError("no such data set\nmore")
+        return Rows({"title": "t", "text": text} for text in TEXT)
+
+    module = ModuleType("datasets")
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    texts = open_texts("datasets:wikimedia/wikipedia:20231101.en:train[:4]")
+    assert list(texts) == TEXT and texts[2] == TEXT[2] and texts[:2] == TEXT[:2] and len(texts) == len(TEXT)
+    open_texts("datasets:folder", "title")
+    assert asked == [("wikimedia/wikipedia", "20231101.en", "train[:4]"), ("folder", None, "train")]
+    with pytest.raises(StatisticsError, match="no field 'body', only title, text"):
+        open_texts("datasets:folder", "body")
+    with pytest.raises(StatisticsError, match="cannot load the data set none: no such data set"):
+        open_texts("datasets:none")
+
+
+def test_the_first_place_is_before_everything():
+    assert Position() == Position(0, 0, 0, START, 0, "")

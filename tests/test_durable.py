@@ -1,0 +1,408 @@
+"""Statistics that survive what happens to a job: kills, full disks, other jobs, other arguments."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from floors import relative_error
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import TEXT, make_model, make_tokenizer
+
+from kedit_fast import load_statistics
+from kedit_fast.errors import StatisticsError
+from kedit_fast.statistics import checkpoint, durable, memory_plan
+from kedit_fast.statistics.collect import collect_statistics, growing_statistics
+from kedit_fast.statistics.corpus import Corpus
+from kedit_fast.statistics.durable import collect_into
+from kedit_fast.statistics.moments import SecondMomentAccumulator
+
+DOCUMENTS = [f"{text} Number {i}." for i, text in enumerate(TEXT * 60)]
+HERE = Path(__file__).parent
+D2 = 8 * 64 * 64  # bytes of one layer's sum in these models
+
+
+@pytest.fixture
+def two():
+    return make_model("llama"), make_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr("kedit_fast.statistics.corpus.LEAST_WINDOW", 2000)
+
+
+def into(folder, two, layers=(0, 2), texts=DOCUMENTS, *, corpus=None, **options):
+    options = {"batch_tokens": 100, "progress": False, "checkpoint_every": 1e9, **options}
+    return collect_into(folder, *two, Corpus(texts, **(corpus or {})), layers, **options)
+
+
+def tensors(folder):
+    return {p.name: load_file(p)["second_moment"] for p in sorted(folder.glob("*.safetensors"))}
+
+
+def same(a, b):
+    left, right = tensors(a), tensors(b)
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+class Stop(Exception):
+    pass
+
+
+def stopped_after(monkeypatch, batches, error=Stop):
+    """The job ends by an error at the given batch."""
+    count, before = [0], SecondMomentAccumulator.update
+
+    def update(self, *args):
+        count[0] += 1
+        if count[0] > 2 * batches:  # two layers
+            raise error()
+        before(self, *args)
+
+    monkeypatch.setattr(SecondMomentAccumulator, "update", update)
+    return lambda: monkeypatch.setattr(SecondMomentAccumulator, "update", before)
+
+
+def test_a_folder_holds_what_memory_would(tmp_path, two):
+    found = into(tmp_path / "s", two)
+    assert found.passes == 1 and found.resumed == 0 and found.documents == len(DOCUMENTS)
+    whole = collect_statistics(*two, DOCUMENTS, (0, 2), batch_tokens=100, progress=False)
+    loaded = load_statistics(tmp_path / "s", *two)
+    for layer in (0, 2):
+        assert torch.equal(loaded.moment(layer).moment, whole.moment(layer).moment)
+        assert loaded.moment(layer).count == whole.moment(layer).count == found.tokens
+    assert (loaded.corpus, loaded.documents, loaded.asked) == (whole.corpus, whole.documents, whole.asked)
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [".lock", *(p.name for p in found.files)]
+
+
+@pytest.mark.parametrize("batches", (1, 2, 9, 25))
+@pytest.mark.parametrize("seed", (None, 5))
+def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path, two, monkeypatch, batches, seed):
+    into(tmp_path / "whole", two, corpus={"seed": seed})
+    go = stopped_after(monkeypatch, batches)
+    with pytest.raises(Stop):
+        into(tmp_path / "part", two, corpus={"seed": seed}, checkpoint_every=0)
+    go()
+    assert not list((tmp_path / "part").glob("model*"))
+    found = into(tmp_path / "part", two, corpus={"seed": seed}, resume=True)
+    assert 0 < found.resumed < found.tokens  # everything up to the batch that failed
+    assert same(tmp_path / "whole", tmp_path / "part")
+    assert into(tmp_path / "part", two, corpus={"seed": seed}, resume=True).passes == 0
+
+
+def test_resume_starts_continues_and_finds_finished(tmp_path, two):
+    first = into(tmp_path / "s", two, resume=True)
+    assert first.passes == 1
+    before = {p: p.stat().st_mtime_ns for p in first.files}
+    again = into(tmp_path / "s", two, resume=True)
+    assert again.passes == 0 and again.tokens == again.resumed == first.tokens and again.documents == first.documents
+    assert before == {p: p.stat().st_mtime_ns for p in first.files}
+    more = into(tmp_path / "s", two, (0, 1, 2), resume=True)  # a layer more: that one alone
+    assert more.passes == 1 and before == {p: p.stat().st_mtime_ns for p in first.files}
+    into(tmp_path / "all", two, (0, 1, 2))
+    assert same(tmp_path / "s", tmp_path / "all")
+
+
+def test_a_job_killed_between_two_files_goes_on(tmp_path, two, monkeypatch):
+    into(tmp_path / "whole", two)
+    before, count = durable.save_statistics, [0]
+
+    def first_file_alone(statistics, folder):
+        count[0] += 1
+        first = min(statistics.layers)
+        before(type(statistics)(**{**vars(statistics), "layers": {first: statistics.layers[first]}}), folder)
+        raise Stop
+
+    monkeypatch.setattr(durable, "save_statistics", first_file_alone)
+    with pytest.raises(Stop):
+        into(tmp_path / "part", two, checkpoint_every=0)
+    monkeypatch.setattr(durable, "save_statistics", before)
+    assert len(list((tmp_path / "part").glob("model*"))) == 1
+    into(tmp_path / "part", two, resume=True)
+    assert same(tmp_path / "whole", tmp_path / "part")
+
+
+PROGRAM = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_num_threads(2)
+from tiny_models import TEXT, make_model, make_tokenizer
+from kedit_fast.statistics import checkpoint, collect, corpus
+from kedit_fast.statistics.corpus import Corpus
+from kedit_fast.statistics.durable import collect_into
+corpus.LEAST_WINDOW = 2000
+documents = [f"{{text}} Number {{i}}." for i, text in enumerate(TEXT * {repeats})]
+before = checkpoint.save
+def save(*args):
+    before(*args)
+    print(next(iter(args[2].values())).count, flush=True)
+checkpoint.save = save
+found = collect_into(sys.argv[1], make_model("llama"), make_tokenizer(), Corpus(documents), (0, 2), batch_tokens=100,
+                     checkpoint_every=float(sys.argv[2]), resume=True, progress=False)
+print("resumed", found.resumed, flush=True)
+"""
+
+
+def test_a_killed_process_goes_on_to_the_same_bits(tmp_path):
+    """SIGKILL at random moments, in the middle of batches and of writes, until a call comes through."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM.format(tests=str(HERE), repeats=60))
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+
+    def started(folder, every):
+        command = (sys.executable, str(program), str(folder), str(every))
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+    assert started(tmp_path / "whole", 1e9).wait() == 0
+    rng, kept, kills = random.Random(0), 0, 0
+    for _ in range(4):
+        process = started(tmp_path / "part", 0)
+        for _ in range(rng.randint(2, 12)):
+            line = process.stdout.readline().split()
+            if not line or line[0] == "resumed":
+                break
+            assert int(line[0]) > kept  # nothing before the last checkpoint is done again
+            last = int(line[0])
+        time.sleep(rng.random() * 0.01)
+        process.send_signal(signal.SIGKILL)
+        rest = process.communicate()[0].split()
+        if process.returncode == 0:
+            break
+        kills += 1
+        kept = max([last, *map(int, (n for n in rest if n.isdigit()))])
+        with safe_open(tmp_path / "part" / "checkpoint-1-of-1.safetensors", "pt") as file:
+            assert file.metadata()["format_version"] == checkpoint.FORMAT_VERSION
+    assert kills >= 2
+    process = started(tmp_path / "part", 1e9)
+    assert int(process.communicate()[0].split()[-1]) >= kept
+    assert same(tmp_path / "whole", tmp_path / "part")
+    assert not list((tmp_path / "part").glob(".*.safetensors*"))  # what was being written
+
+
+def test_other_arguments_are_refused_by_name(tmp_path, two, monkeypatch):
+    go = stopped_after(monkeypatch, 4)
+    with pytest.raises(Stop):
+        into(tmp_path / "s", two, checkpoint_every=0)
+    go()
+    cases = {
+        "batch_tokens 100, not 200": dict(batch_tokens=200),
+        "max_tokens not set, not 50": dict(corpus={"max_tokens": 50}),
+        "seed not set, not 1": dict(corpus={"seed": 1}),
+        "max_length 128, not 5": dict(corpus={"max_length": 5}),
+        "checkpoint has layers 0, 2, this job wants 0, 1": dict(layers=(0, 1)),
+        "its first": dict(texts=["Another text.", *DOCUMENTS]),
+    }
+    for message, options in cases.items():
+        with pytest.raises(StatisticsError, match=message):
+            into(tmp_path / "s", two, resume=True, **options)
+    with pytest.raises(StatisticsError, match="another model: different weights"):
+        into(tmp_path / "s", (make_model("llama", seed=1), two[1]), resume=True)
+    with pytest.raises(StatisticsError, match="--resume goes on with it, --overwrite starts anew"):
+        into(tmp_path / "s", two)
+    assert into(tmp_path / "s", two, resume=True).resumed > 0  # nothing was lost by all that
+    with pytest.raises(StatisticsError, match=r"down_proj.safetensors was made from something else: different seed"):
+        into(tmp_path / "s", two, resume=True, corpus={"seed": 1})
+    with pytest.raises(StatisticsError, match="different text"):
+        into(tmp_path / "s", two, resume=True, texts=["Another text.", *DOCUMENTS])
+
+
+def test_overwriting_keeps_the_old_files_until_the_new_are_there(tmp_path, two, monkeypatch):
+    into(tmp_path / "s", two, (0, 1, 2))
+    old = tensors(tmp_path / "s")
+    texts = DOCUMENTS[:100]
+    go = stopped_after(monkeypatch, 3)
+    with pytest.raises(Stop):
+        into(tmp_path / "s", two, texts=texts, overwrite=True, checkpoint_every=0)
+    go()
+    kept = tensors_of_layers(tmp_path / "s")
+    assert all(torch.equal(kept[name], old[name]) for name in old)
+    assert into(tmp_path / "s", two, texts=texts, resume=True).resumed > 0
+    into(tmp_path / "new", two, texts=texts)
+    for layer in (0, 2):
+        assert torch.equal(
+            load_statistics(tmp_path / "s", *two, (layer,)).moment(layer).moment,
+            load_statistics(tmp_path / "new", *two, (layer,)).moment(layer).moment,
+        )
+    into(tmp_path / "s", two, texts=texts, overwrite=True)
+    assert same(tmp_path / "s", tmp_path / "new")  # layer 1 of the old text is gone
+
+
+def tensors_of_layers(folder):
+    return {p.name: load_file(p)["second_moment"] for p in folder.glob("model*.safetensors")}
+
+
+def test_two_jobs_do_not_share_a_folder(tmp_path, two):
+    with (
+        checkpoint.claimed(tmp_path / "s"),
+        pytest.raises(StatisticsError, match=r"another process is collecting statistics into .*s"),
+    ):
+        into(tmp_path / "s", two, resume=True)
+    into(tmp_path / "s", two, resume=True)
+
+
+def test_damaged_checkpoints_are_named_and_kept(tmp_path, two, monkeypatch):
+    go = stopped_after(monkeypatch, 4)
+    with pytest.raises(Stop):
+        into(tmp_path / "s", two, checkpoint_every=0)
+    go()
+    path = tmp_path / "s" / "checkpoint-1-of-1.safetensors"
+    good = path.read_bytes()
+    for bad in (good[: len(good) // 2], b"", b"x" * len(good)):
+        path.write_bytes(bad)
+        with pytest.raises(StatisticsError, match=r"checkpoint-1-of-1.safetensors is damaged"):
+            into(tmp_path / "s", two, resume=True)
+        assert path.read_bytes() == bad
+    save_file({"0": torch.zeros(2)}, path, {"format_version": "0"})
+    with pytest.raises(StatisticsError, match="no checkpoint of this version"):
+        into(tmp_path / "s", two, resume=True)
+    path.write_bytes(good)
+    path.with_name("checkpoint-2-of-4.safetensors").write_bytes(good)
+    with pytest.raises(StatisticsError, match="of a job of 4 processes, this one has 1"):
+        into(tmp_path / "s", two, resume=True)
+    into(tmp_path / "s", two, overwrite=True)
+    into(tmp_path / "whole", two)
+    assert same(tmp_path / "s", tmp_path / "whole")
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path, two):
+    (tmp_path / "file").write_text("x")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StatisticsError, match=f"cannot write statistics to {place}"):
+            into(place, two, resume=True)
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_full_disk_is_named_and_keeps_the_last_checkpoint(tmp_path, two, monkeypatch):
+    """The operating system's own refusal: no file may grow beyond a limit."""
+    into(tmp_path / "whole", two)
+    go = stopped_after(monkeypatch, 5)
+    with pytest.raises(Stop):
+        into(tmp_path / "s", two, checkpoint_every=0)
+    go()
+    kept = (tmp_path / "s" / "checkpoint-1-of-1.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises(StatisticsError, match=r"cannot write .*checkpoint-1-of-1.safetensors: .*[Tt]oo large"):
+            into(tmp_path / "s", two, resume=True, checkpoint_every=0)
+        with pytest.raises(StatisticsError, match=r"cannot write .*down_proj.safetensors: .*[Tt]oo large"):
+            into(tmp_path / "s", two, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [p.name for p in (tmp_path / "s").iterdir() if p.name != ".lock"] == ["checkpoint-1-of-1.safetensors"]
+    assert (tmp_path / "s" / "checkpoint-1-of-1.safetensors").read_bytes() == kept
+    into(tmp_path / "s", two, resume=True)
+    assert same(tmp_path / "s", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("room, passes", ((D2, 3), (2 * D2, 2), (3 * D2, 1)))
+def test_layers_in_groups_give_the_same(tmp_path, two, room, passes, monkeypatch):
+    into(tmp_path / "whole", two, (0, 1, 2))
+    go = stopped_after(monkeypatch, 20 * (passes - 1) + 9)
+    with pytest.raises(Stop):
+        into(tmp_path / "part", two, (0, 1, 2), masters="device", master_bytes=room, checkpoint_every=0)
+    go()
+    found = into(tmp_path / "part", two, (0, 1, 2), masters="device", master_bytes=room, resume=True)
+    assert 1 <= found.passes <= passes and same(tmp_path / "whole", tmp_path / "part")
+    assert into(tmp_path / "one", two, (0, 1, 2), masters="device", master_bytes=room).passes == passes
+
+
+def test_groups_need_text_that_can_be_read_again_and_room_for_one(tmp_path, two):
+    with pytest.raises(StatisticsError, match="2 passes over the text, but it can be read once only"):
+        into(tmp_path / "s", two, texts=iter(DOCUMENTS), masters="device", master_bytes=D2)
+    with pytest.raises(StatisticsError, match="the sum of one layer takes 0.00 GiB, more than there is room for"):
+        into(tmp_path / "s", two, master_bytes=D2 - 1)
+
+
+def test_memory_is_measured_and_one_pass_on_the_host_is_preferred(two, monkeypatch):
+    view = durable.Job(*two, Corpus(DOCUMENTS), (0, 1, 2)).view
+    free = {"meta": 2 * D2 / memory_plan.SHARE + 1, "cpu": 10 * D2}
+    monkeypatch.setattr(memory_plan, "free_bytes", lambda device: free[device.type])
+    monkeypatch.setattr(type(view), "row_device", lambda self, layer: torch.device("meta"))  # a device of its own
+    plan = memory_plan.plan_groups
+    assert plan(view, (0, 1, 2), 0, "device") == [memory_plan.Group((0, 1), False), memory_plan.Group((2,), False)]
+    assert plan(view, (0, 1, 2), 0, "auto") == [memory_plan.Group((0, 1, 2), True)]
+    assert plan(view, (0, 1), 0, "auto") == [memory_plan.Group((0, 1), False)]
+    assert plan(view, (0, 1), 0, "cpu") == [memory_plan.Group((0, 1), True)]
+    free["cpu"] = 1.5 * D2
+    assert len(plan(view, (0, 1, 2), 0, "auto")) == 2
+
+
+def test_masters_elsewhere_get_the_same_sums():
+    rows, weights = torch.randn(300, 64), torch.rand(300, dtype=torch.float64)
+    here, there = SecondMomentAccumulator("m", 64), SecondMomentAccumulator("m", 64)
+    there._staged = True  # as where the rows are on another device
+    for part in rows.split(100):
+        here.update(part)
+        there.update(part)
+    assert torch.equal(here.result().moment, there.finish().moment)
+    here, there = SecondMomentAccumulator("m", 64), SecondMomentAccumulator("m", 64)
+    there._staged = True
+    for accumulator in (here, there):
+        accumulator.update(rows, rows[:, 0] > 0, weights)
+    kept = rows[rows[:, 0] > 0].double()
+    w = weights[rows[:, 0] > 0]
+    expected = kept.T @ (w[:, None] * kept) / w.sum()
+    assert relative_error(here.result().moment, expected) < 1e-6
+    assert relative_error(there.result().moment, expected) < 1e-6 and there.count == here.count == len(kept)
+
+
+def test_sums_are_finished_in_their_own_memory():
+    """No second d x d matrix: what is returned lies where the sum was."""
+    accumulator = SecondMomentAccumulator("m", 64)
+    accumulator.update(torch.randn(100, 64))
+    place, expected = accumulator.sum.data_ptr(), accumulator.result().moment
+    found = accumulator.finish().moment
+    assert found.data_ptr() == place and torch.equal(found, expected) and torch.equal(found, found.T)
+
+
+def test_growing_counts_contain_each_other(two):
+    counts = (50, 60, 500, 10**9)
+    found = list(growing_statistics(*two, Corpus(DOCUMENTS), (0, 2), counts, 100))
+    assert [s.moment(0).count for s in found[:3]] == [50, 60, 500]
+    lost = len(counts) * 40  # documents that a count ends in are not taken up again
+    whole = collect_statistics(*two, DOCUMENTS, (0, 2), progress=False)
+    assert whole.moment(0).count - lost < found[-1].moment(0).count <= whole.moment(0).count
+    for small, large in zip(found, found[1:], strict=False):
+        rest = large.moment(2).moment * large.moment(2).count - small.moment(2).moment * small.moment(2).count
+        assert float(torch.linalg.eigvalsh(rest)[0]) > -1e-6 * float(rest.diagonal().max())
+    first = collect_statistics(*two, DOCUMENTS, (0, 2), max_tokens=50, batch_tokens=100, progress=False)
+    assert torch.equal(first.moment(2).moment, found[0].moment(2).moment)
+    assert len(list(growing_statistics(*two, Corpus(DOCUMENTS, max_tokens=60), (0,), counts, 100))) == 2
+
+
+def test_an_interrupt_on_the_command_line_says_how_to_go_on(tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
+    program = textwrap.dedent("""
+        import sys
+        from kedit_fast import cli
+        from kedit_fast.statistics import checkpoint
+        before = checkpoint.save
+        def save(*args):
+            before(*args)
+            raise KeyboardInterrupt
+        checkpoint.save = save
+        cli.app(sys.argv[1:], prog_name="kedit-fast")
+    """)
+    arguments = ("stats", "model", "--text", "text.txt", "--layers", "0", "--out", "out")
+    done = subprocess.run(
+        (sys.executable, "-c", program, *arguments, "--checkpoint-every", "0"), cwd=tmp_path, capture_output=True,
+        text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 130 and "interrupted; --resume goes on from the last checkpoint in out" in done.stderr
+    assert "Traceback" not in done.stderr and (tmp_path / "out" / "checkpoint-1-of-1.safetensors").exists()
