@@ -156,6 +156,8 @@ def _change(before: LowRankUpdate | None, after: LowRankUpdate | None) -> float 
     """|after - before| / |after|, from the factors."""
     if before is None or after is None:
         return None
+    if before is after:
+        return 0.0  # which the factors give to half their digits only
     gap = LowRankUpdate(torch.cat([after.left, -before.left], 1), torch.cat([after.right, before.right], 1))
     return gap.norm() / after.norm() if after.norm() else math.nan
 

@@ -444,3 +444,54 @@ def test_plan_needs_no_weights_for_bytes(place, tmp_path):
     assert found["bytes"]["keys"] == 4 * 64 * 8  # one request after another
     assert run("plan", tmp_path, "--edits", "0").returncode == 2
     assert "out of range" in run("plan", tmp_path, "--edits", "1", "--no-trial", "--layers", "9").stderr
+
+
+def test_statistics_are_resumed_exchanged_and_projected(place, tmp_path):
+    base = ("stats", place / "model", "--text", place / "text.txt", "--layers", "0-1", "--out", tmp_path / "s")
+    first = json.loads(run(*base, "--samples", "9", "--seed", "2", "--json").stdout)
+    assert first["documents"] == 9 and first["passes"] == 1 and first["resumed_tokens"] == 0
+    again = run(*base, "--samples", "9", "--seed", "2", "--resume", "--json")
+    assert json.loads(again.stdout)["passes"] == 0 and json.loads(again.stdout)["tokens"] == first["tokens"]
+    for extra, said in (
+        ((), "--resume goes on with it"),
+        (("--resume",), "different max_samples (9 there, not set here)"),
+    ):
+        refused = run(*base, *extra)
+        assert refused.returncode == 1 and said in refused.stderr and not refused.stdout
+    done = json.loads(run(*base, "--tokens", "77", "--overwrite", "--json").stdout)
+    assert done["tokens"] == 77
+
+    exported = run("stats", "export", tmp_path / "s", "--out", tmp_path / "theirs", "--model-name", "m", "--json")
+    files = [Path(name) for name in json.loads(exported.stdout)["files"]]
+    folder = tmp_path / "theirs" / "m" / "wikipedia_stats"
+    assert [f.parent for f in files] == [folder] * 2 and files[0].name.endswith("c_proj_float32_mom2_100000.npz")
+    done = run("stats", "import", place / "model", "--from", folder, "--out", tmp_path / "back")
+    assert done.returncode == 0, done.stderr
+    projector = tmp_path / "null_space_project.pt"
+    project = ("stats", "project", tmp_path / "back", "--rule", "energy", "--threshold", "0.2", "--out", projector)
+    dimensions = json.loads(run(*project, "--json").stdout)["null_space_dimensions"]
+    assert set(dimensions) == {"0", "1"} and all(0 < n < 64 for n in dimensions.values())
+    assert run(*project).returncode == 1  # it exists
+
+    edit = ("edit", place / "model", "--requests", place / "requests.json", "--method", "alphaedit", "--layers", "0-1",
+            "--set", "v_num_grad_steps=3", "--projector", projector, "--out")  # fmt: skip
+    refused = run(*edit, tmp_path / "edited")
+    assert refused.returncode == 1 and "--trust" in refused.stderr and not (tmp_path / "edited").exists()
+    done = run(*edit, tmp_path / "edited", "--trust", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["null_space_dimensions"] == dimensions
+
+
+def test_a_report_of_convergence(place, tmp_path):
+    arguments = ("stats", "converge", place / "model", "--text", place / "text.txt", "--requests",
+                 place / "requests.json", "--layers", "0-1", "--set", "v_num_grad_steps=3", "--set", "mom2_ridge=1e-3",
+                 "--tokens", "60,200", "--out", tmp_path / "report")  # fmt: skip
+    done = run(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(done.stdout)
+    assert [row["tokens"] for row in shown["rows"]] == [60, 60, 200, 200] and shown["rows"][0]["change_to_last"] > 0
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {"convergence.csv", "convergence.png"}
+    again = run(*arguments)
+    assert again.returncode == 1 and "has a report" in again.stderr
+    assert run(*arguments, "--overwrite").returncode == 0
+    assert run(*arguments[:-4], "--tokens", "a,b", "--out", tmp_path / "x").returncode == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from kedit_fast import Editor, demo
@@ -88,3 +89,108 @@ def test_processes_share_a_store_and_refuse_to_differ(tmp_path):
         same, batches, said = (tmp_path / f"done{rank}").read_text().split(" ", 2)
         assert same == "True" and batches == "0"
         assert said.startswith("EditError") and "different requests" in said
+
+
+STATISTICS = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from tiny_models import TEXT, make_model, make_tokenizer
+from kedit_fast import collect_statistics, distributed
+from kedit_fast.statistics import checkpoint, corpus
+from kedit_fast.statistics.corpus import Corpus
+from kedit_fast.statistics.durable import collect_into
+corpus.LEAST_WINDOW, corpus.BATCHES_A_WINDOW = 1000, 2
+documents = [f"{{text}} Number {{i}}." for i, text in enumerate(TEXT * 20)]
+distributed.start()
+rank, _ = distributed.world()
+model, tokenizer = make_model("gpt2"), make_tokenizer()
+if "die" in sys.argv and rank == 1:
+    before, count = checkpoint.save, []
+    def save(*args):
+        before(*args)
+        count.append(1)
+        if len(count) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+    checkpoint.save = save
+numbers = dict(max_tokens=2000) if "tokens" in sys.argv else dict(seed=3)
+found = collect_into(sys.argv[1], model, tokenizer, Corpus(documents, **numbers), (0, 2), batch_tokens=200,
+                     checkpoint_every=0, resume=True, progress=False)
+whole = collect_statistics(model, tokenizer, documents, (0, 2), batch_tokens=200, progress=False, **numbers)
+same = torch.equal(whole.moment(2).moment, torch.load("moment.pt")) if os.path.exists("moment.pt") else ""
+print(rank, found.tokens, found.resumed, same, flush=True)
+if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    torch.save(whole.moment(2).moment, "moment.pt")
+else:
+    distributed.stop()
+"""
+
+
+def moments(folder: Path) -> dict[str, torch.Tensor]:
+    return {path.name: load_file(path)["second_moment"] for path in folder.glob("*.safetensors")}
+
+
+def written(tmp_path: Path) -> Path:
+    program = tmp_path / "program.py"
+    program.write_text(STATISTICS.format(tests=str(Path(__file__).parent)), encoding="utf-8")
+    return program
+
+
+@pytest.mark.parametrize("how", ("tokens", "all"))
+def test_statistics_of_two_processes_are_those_of_one(tmp_path, how):
+    written(tmp_path)
+    command = (sys.executable, "program.py", "one", how)
+    alone = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert alone.returncode == 0, alone.stderr
+    done = under_torchrun(tmp_path, "program.py", "two", how)
+    assert done.returncode == 0, done.stderr
+    one, two = moments(tmp_path / "one"), moments(tmp_path / "two")
+    assert one.keys() == two.keys() and len(one) == 2
+    for name in one:
+        assert float((one[name] - two[name]).norm() / one[name].norm()) < 1e-12
+    tokens = alone.stdout.split()[1]
+    assert sorted(line.split() for line in done.stdout.splitlines()) == [
+        [str(rank), tokens, "0", "True"] for rank in (0, 1)
+    ]
+    for name in one:
+        with safe_open(tmp_path / "one" / name, "pt") as a, safe_open(tmp_path / "two" / name, "pt") as b:
+            assert a.metadata() == b.metadata()
+
+
+def test_a_process_that_dies_ends_the_job_and_its_checkpoints_serve_the_next(tmp_path):
+    written(tmp_path)
+    done = under_torchrun(tmp_path, "program.py", "part", "all", "die")
+    assert done.returncode != 0 and "Signal 9 (SIGKILL) received" in done.stderr
+    names = {path.name for path in (tmp_path / "part").glob("*.safetensors")}
+    assert names == {"checkpoint-1-of-2.safetensors", "checkpoint-2-of-2.safetensors"}
+    again = under_torchrun(tmp_path, "program.py", "part", "all")
+    assert again.returncode == 0, again.stderr
+    resumed = {line.split()[2] for line in again.stdout.splitlines()}
+    assert len(resumed) == 1 and int(resumed.pop()) > 0
+    assert under_torchrun(tmp_path, "program.py", "whole", "all").returncode == 0
+    part, whole = moments(tmp_path / "part"), moments(tmp_path / "whole")
+    assert part.keys() == whole.keys() and all(torch.equal(part[name], whole[name]) for name in part)
+
+
+LOST = """
+import os
+from kedit_fast import distributed
+from kedit_fast.errors import KeditError
+import torch
+distributed.start()
+rank, _ = distributed.world()
+if rank == 1:
+    os._exit(0)
+try:
+    distributed.sum_(torch.zeros(3))
+except KeditError as error:
+    open("said", "w").write(str(error))
+os._exit(0)
+"""
+
+
+def test_a_lost_connection_says_so(tmp_path):
+    (tmp_path / "program.py").write_text(LOST, encoding="utf-8")
+    assert under_torchrun(tmp_path, "program.py").returncode == 0
+    assert "process 0 of 2 lost the others: one has ended" in (tmp_path / "said").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import resource
@@ -21,13 +22,13 @@ from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import load_statistics
 from kedit_fast.errors import StatisticsError
-from kedit_fast.statistics import checkpoint, durable, memory_plan
+from kedit_fast.statistics import checkpoint, corpus, durable, memory_plan
 from kedit_fast.statistics.collect import collect_statistics, growing_statistics
 from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.durable import collect_into
 from kedit_fast.statistics.moments import SecondMomentAccumulator
 
-DOCUMENTS = [f"{text} Number {i}." for i, text in enumerate(TEXT * 60)]
+DOCUMENTS = [f"{text} Number {i}." for i, text in enumerate(TEXT * 20)]
 HERE = Path(__file__).parent
 D2 = 8 * 64 * 64  # bytes of one layer's sum in these models
 
@@ -39,12 +40,13 @@ def two():
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr("kedit_fast.statistics.corpus.LEAST_WINDOW", 2000)
+    monkeypatch.setattr(corpus, "LEAST_WINDOW", 1000)
+    monkeypatch.setattr(corpus, "BATCHES_A_WINDOW", 2)
 
 
-def into(folder, two, layers=(0, 2), texts=DOCUMENTS, *, corpus=None, **options):
-    options = {"batch_tokens": 100, "progress": False, "checkpoint_every": 1e9, **options}
-    return collect_into(folder, *two, Corpus(texts, **(corpus or {})), layers, **options)
+def into(folder, two, layers=(0, 2), texts=DOCUMENTS, *, numbers=None, **options):
+    options = {"batch_tokens": 200, "progress": False, "checkpoint_every": 1e9, **options}
+    return collect_into(folder, *two, Corpus(texts, **(numbers or {})), layers, **options)
 
 
 def tensors(folder):
@@ -77,7 +79,7 @@ def stopped_after(monkeypatch, batches, error=Stop):
 def test_a_folder_holds_what_memory_would(tmp_path, two):
     found = into(tmp_path / "s", two)
     assert found.passes == 1 and found.resumed == 0 and found.documents == len(DOCUMENTS)
-    whole = collect_statistics(*two, DOCUMENTS, (0, 2), batch_tokens=100, progress=False)
+    whole = collect_statistics(*two, DOCUMENTS, (0, 2), batch_tokens=200, progress=False)
     loaded = load_statistics(tmp_path / "s", *two)
     for layer in (0, 2):
         assert torch.equal(loaded.moment(layer).moment, whole.moment(layer).moment)
@@ -86,19 +88,19 @@ def test_a_folder_holds_what_memory_would(tmp_path, two):
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [".lock", *(p.name for p in found.files)]
 
 
-@pytest.mark.parametrize("batches", (1, 2, 9, 25))
+@pytest.mark.parametrize("batches", (1, 2, 5, 12))
 @pytest.mark.parametrize("seed", (None, 5))
 def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path, two, monkeypatch, batches, seed):
-    into(tmp_path / "whole", two, corpus={"seed": seed})
+    into(tmp_path / "whole", two, numbers={"seed": seed})
     go = stopped_after(monkeypatch, batches)
     with pytest.raises(Stop):
-        into(tmp_path / "part", two, corpus={"seed": seed}, checkpoint_every=0)
+        into(tmp_path / "part", two, numbers={"seed": seed}, checkpoint_every=0)
     go()
     assert not list((tmp_path / "part").glob("model*"))
-    found = into(tmp_path / "part", two, corpus={"seed": seed}, resume=True)
+    found = into(tmp_path / "part", two, numbers={"seed": seed}, resume=True)
     assert 0 < found.resumed < found.tokens  # everything up to the batch that failed
     assert same(tmp_path / "whole", tmp_path / "part")
-    assert into(tmp_path / "part", two, corpus={"seed": seed}, resume=True).passes == 0
+    assert into(tmp_path / "part", two, numbers={"seed": seed}, resume=True).passes == 0
 
 
 def test_resume_starts_continues_and_finds_finished(tmp_path, two):
@@ -141,14 +143,14 @@ from tiny_models import TEXT, make_model, make_tokenizer
 from kedit_fast.statistics import checkpoint, collect, corpus
 from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.durable import collect_into
-corpus.LEAST_WINDOW = 2000
+corpus.LEAST_WINDOW, corpus.BATCHES_A_WINDOW = 1000, 2
 documents = [f"{{text}} Number {{i}}." for i, text in enumerate(TEXT * {repeats})]
 before = checkpoint.save
 def save(*args):
     before(*args)
     print(next(iter(args[2].values())).count, flush=True)
 checkpoint.save = save
-found = collect_into(sys.argv[1], make_model("llama"), make_tokenizer(), Corpus(documents), (0, 2), batch_tokens=100,
+found = collect_into(sys.argv[1], make_model("llama"), make_tokenizer(), Corpus(documents), (0, 2), batch_tokens=200,
                      checkpoint_every=float(sys.argv[2]), resume=True, progress=False)
 print("resumed", found.resumed, flush=True)
 """
@@ -157,7 +159,7 @@ print("resumed", found.resumed, flush=True)
 def test_a_killed_process_goes_on_to_the_same_bits(tmp_path):
     """SIGKILL at random moments, in the middle of batches and of writes, until a call comes through."""
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(tests=str(HERE), repeats=60))
+    program.write_text(PROGRAM.format(tests=str(HERE), repeats=40))
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
 
     def started(folder, every):
@@ -196,10 +198,10 @@ def test_other_arguments_are_refused_by_name(tmp_path, two, monkeypatch):
         into(tmp_path / "s", two, checkpoint_every=0)
     go()
     cases = {
-        "batch_tokens 100, not 200": dict(batch_tokens=200),
-        "max_tokens not set, not 50": dict(corpus={"max_tokens": 50}),
-        "seed not set, not 1": dict(corpus={"seed": 1}),
-        "max_length 128, not 5": dict(corpus={"max_length": 5}),
+        "batch_tokens 200, not 100": dict(batch_tokens=100),
+        "max_tokens not set, not 50": dict(numbers={"max_tokens": 50}),
+        "seed not set, not 1": dict(numbers={"seed": 1}),
+        "max_length 128, not 5": dict(numbers={"max_length": 5}),
         "checkpoint has layers 0, 2, this job wants 0, 1": dict(layers=(0, 1)),
         "its first": dict(texts=["Another text.", *DOCUMENTS]),
     }
@@ -212,7 +214,7 @@ def test_other_arguments_are_refused_by_name(tmp_path, two, monkeypatch):
         into(tmp_path / "s", two)
     assert into(tmp_path / "s", two, resume=True).resumed > 0  # nothing was lost by all that
     with pytest.raises(StatisticsError, match=r"down_proj.safetensors was made from something else: different seed"):
-        into(tmp_path / "s", two, resume=True, corpus={"seed": 1})
+        into(tmp_path / "s", two, resume=True, numbers={"seed": 1})
     with pytest.raises(StatisticsError, match="different text"):
         into(tmp_path / "s", two, resume=True, texts=["Another text.", *DOCUMENTS])
 
@@ -220,7 +222,7 @@ def test_other_arguments_are_refused_by_name(tmp_path, two, monkeypatch):
 def test_overwriting_keeps_the_old_files_until_the_new_are_there(tmp_path, two, monkeypatch):
     into(tmp_path / "s", two, (0, 1, 2))
     old = tensors(tmp_path / "s")
-    texts = DOCUMENTS[:100]
+    texts = DOCUMENTS[:40]
     go = stopped_after(monkeypatch, 3)
     with pytest.raises(Stop):
         into(tmp_path / "s", two, texts=texts, overwrite=True, checkpoint_every=0)
@@ -311,7 +313,7 @@ def test_a_full_disk_is_named_and_keeps_the_last_checkpoint(tmp_path, two, monke
 @pytest.mark.parametrize("room, passes", ((D2, 3), (2 * D2, 2), (3 * D2, 1)))
 def test_layers_in_groups_give_the_same(tmp_path, two, room, passes, monkeypatch):
     into(tmp_path / "whole", two, (0, 1, 2))
-    go = stopped_after(monkeypatch, 20 * (passes - 1) + 9)
+    go = stopped_after(monkeypatch, 6 * (passes - 1) + 5)
     with pytest.raises(Stop):
         into(tmp_path / "part", two, (0, 1, 2), masters="device", master_bytes=room, checkpoint_every=0)
     go()
@@ -323,7 +325,7 @@ def test_layers_in_groups_give_the_same(tmp_path, two, room, passes, monkeypatch
 def test_groups_need_text_that_can_be_read_again_and_room_for_one(tmp_path, two):
     with pytest.raises(StatisticsError, match="2 passes over the text, but it can be read once only"):
         into(tmp_path / "s", two, texts=iter(DOCUMENTS), masters="device", master_bytes=D2)
-    with pytest.raises(StatisticsError, match="the sum of one layer takes 0.00 GiB, more than there is room for"):
+    with pytest.raises(StatisticsError, match="the sum of one layer takes"):
         into(tmp_path / "s", two, master_bytes=D2 - 1)
 
 
@@ -373,10 +375,10 @@ def test_growing_counts_contain_each_other(two):
     counts = (50, 60, 500, 10**9)
     found = list(growing_statistics(*two, Corpus(DOCUMENTS), (0, 2), counts, 100))
     assert [s.moment(0).count for s in found[:3]] == [50, 60, 500]
-    lost = len(counts) * 40  # documents that a count ends in are not taken up again
+    lost = len(counts) * 60  # documents that a count ends in are not taken up again
     whole = collect_statistics(*two, DOCUMENTS, (0, 2), progress=False)
     assert whole.moment(0).count - lost < found[-1].moment(0).count <= whole.moment(0).count
-    for small, large in zip(found, found[1:], strict=False):
+    for small, large in itertools.pairwise(found):
         rest = large.moment(2).moment * large.moment(2).count - small.moment(2).moment * small.moment(2).count
         assert float(torch.linalg.eigvalsh(rest)[0]) > -1e-6 * float(rest.diagonal().max())
     first = collect_statistics(*two, DOCUMENTS, (0, 2), max_tokens=50, batch_tokens=100, progress=False)

@@ -6,10 +6,13 @@ import pytest
 import torch
 from floors import relative_error
 from tiny_models import KINDS, TEXT, make_model, make_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from kedit_fast.errors import InvalidArgumentError, StatisticsError
+from kedit_fast.errors import InvalidArgumentError, StatisticsError, UnsupportedModelError
 from kedit_fast.models.architectures import ModelView
-from kedit_fast.statistics.collect import collect_statistics
+from kedit_fast.statistics.collect import Job, collect_statistics
+from kedit_fast.statistics.corpus import Corpus
+from kedit_fast.statistics.memory_plan import Group
 from kedit_fast.statistics.store import load_statistics, save_statistics
 
 TEXTS = TEXT * 3 + ["One."]
@@ -106,3 +109,89 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(StatisticsError, match="No space left"):
         save_statistics(found, tmp_path / "full")
     assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_token_weights_are_those_of_a_weighted_mean():
+    tokenizer, model = make_tokenizer(bos=True), make_model("gpt2")
+
+    def weigh(ids):
+        return [0.0 if i == 0 else 1.0 + i / 7 for i in range(len(ids))]
+
+    found = collect(model, tokenizer, token_weights=weigh, batch_tokens=100)
+    rows, weights = [], []
+    hook = ModelView(model).edited_module(2).register_forward_pre_hook(lambda m, a: rows.append(a[0][0]))
+    with torch.no_grad():
+        for text in TEXTS:
+            ids = tokenizer(text)["input_ids"]
+            weights += weigh(ids)
+            model(torch.tensor([ids]))
+    hook.remove()
+    keys, w = torch.cat(rows).double(), torch.tensor(weights, dtype=torch.float64)
+    assert relative_error(found.moment(2).moment, keys.T @ (w[:, None] * keys) / w.sum()) < 1e-6
+    assert found.moment(2).count == int((w != 0).sum()) and "weigh" in found.asked["token_weights"]
+    for bad in (lambda ids: [1.0], lambda ids: [-1.0] * len(ids), lambda ids: [float("nan")] * len(ids)):
+        with pytest.raises(StatisticsError, match="finite weights, not negative"):
+            collect(model, tokenizer, token_weights=bad)
+    with pytest.raises(StatisticsError, match="none of its tokens has a weight"):
+        collect(model, tokenizer, token_weights=lambda ids: [0.0] * len(ids))
+
+
+class Made(TorchDispatchMode):
+    """Sizes of all tensors that operations make, and where fp64 matrices of a layer's size lie."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.sums = set(), set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(tensor, torch.Tensor):
+                self.sizes |= set(tensor.shape)
+                if tensor.dtype == torch.float64 and tensor.shape == (64, 64):
+                    self.sums.add(tensor.untyped_storage().data_ptr())
+        return found
+
+
+def test_nothing_of_the_size_of_the_vocabulary_and_no_second_sum_is_made():
+    tokenizer, model = make_tokenizer(), make_model("llama")
+    assert model.config.vocab_size == 400
+    job = Job(model, tokenizer, Corpus(TEXTS), (0, 2), 60)  # its fingerprint reads the head's weights
+    with Made() as seen:
+        sums = job.accumulators(Group((0, 2), False))
+        found = job.finished(sums, job.run(sums))
+    assert len(found) == 2 and 64 in seen.sizes and 400 not in seen.sizes
+    assert len(seen.sums) == 2
+
+
+def test_offloaded_weights_give_the_same(tmp_path):
+    """What a device_map with cpu or disk makes of a model: weights that are there for their forward pass alone."""
+    import accelerate
+
+    tokenizer, cpu = make_tokenizer(), torch.device("cpu")
+    expected = collect(make_model("llama"), tokenizer)
+    for offload in (
+        lambda model: accelerate.cpu_offload(model, execution_device=cpu),
+        lambda model: accelerate.disk_offload(model, str(tmp_path), execution_device=cpu),
+    ):
+        model = make_model("llama")
+        offload(model)
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        found = collect(model, tokenizer)
+        assert found.model == expected.model and all(
+            torch.equal(found.moment(layer).moment, expected.moment(layer).moment) for layer in (0, 2)
+        )
+    with torch.device("meta"):
+        empty = make_model("llama")
+    with pytest.raises(UnsupportedModelError, match="has no values"):
+        collect(empty, tokenizer)
+
+
+def test_a_device_map_is_passed_to_transformers(tmp_path):
+    from kedit_fast.pipeline import load_model
+
+    make_model("llama").save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = load_model(tmp_path, torch.float32, device_map={"": "cpu"})
+    found = collect(model, tokenizer)
+    assert relative_error(found.moment(2).moment, collect(make_model("llama"), tokenizer).moment(2).moment) < 1e-6
