@@ -21,6 +21,7 @@ from kedit_fast import stats_cli
 from kedit_fast.console import (
     Dtype,
     assignments,
+    check_file,
     check_range,
     checked_device,
     command,
@@ -31,7 +32,7 @@ from kedit_fast.console import (
     print_json,
     processes,
 )
-from kedit_fast.errors import KeditError, MethodError, StatisticsError
+from kedit_fast.errors import MethodError, StatisticsError
 
 app = typer.Typer(
     help="Closed-form knowledge editing of language models.", no_args_is_help=True, add_completion=False,
@@ -254,9 +255,11 @@ def suggest(
     model: Annotated[str, typer.Argument(help="model folder or hub name")],
     requests: Annotated[Path, typer.Option(help=".json or .jsonl of edit requests; better with paraphrases")],
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
-    text: Annotated[Path | None, typer.Option(help=".txt or .jsonl for statistics and for the drift of text")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="for statistics and for the drift of text: " + stats_cli.TEXT_HELP)
+    ] = None,
     field: Annotated[str, typer.Option(help="field of a .jsonl document that holds its text")] = "text",
-    max_tokens: Annotated[int, typer.Option(min=100, help="of the text, for statistics")] = 100_000,
+    tokens: Annotated[int, typer.Option(min=100, help="of the text, for statistics")] = 100_000,
     stats: Annotated[
         Path | None, typer.Option(help="folder that `kedit-fast stats` wrote, for all layers tried")
     ] = None,
@@ -276,10 +279,8 @@ def suggest(
     from kedit_fast.statistics.store import load_statistics
     from kedit_fast.suggestion import suggest as sweep
 
-    if out is not None and out.exists():
-        raise KeditError(f"{out} exists: choose another --out")
-    if out is not None and not os.access(out.absolute().parent, os.W_OK):
-        raise KeditError(f"cannot write {out}: its folder is not there or read-only")
+    if out is not None:
+        check_file(out)
     records = load_requests(requests)[:edits]
     overrides = _overrides(hparams, set_, None)
     tried = None if layers is None else parsed_layers(layers)
@@ -288,7 +289,7 @@ def suggest(
     loaded, tokenizer = load_model(model, DTYPES[dtype.value], checked_device(device))
     statistics = None if stats is None else load_statistics(stats, loaded, tokenizer)
     found = sweep(
-        loaded, tokenizer, records, method, statistics=statistics, texts=documents, max_tokens=max_tokens,
+        loaded, tokenizer, records, method, statistics=statistics, texts=documents, max_tokens=tokens,
         last_layers=tried, hparams=overrides, progress=interactive(),
     )  # fmt: skip
     if out is not None:

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from enum import Enum
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -42,6 +43,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         _set_up_logging()
         try:
             function(*args, **kwargs)
+        except typer.Exit:
+            raise
         except KeditError as error:
             fail(str(error))
         except MemoryError:
@@ -125,6 +128,14 @@ def assignments(texts: list[str] | None) -> dict[str, Any]:
             raise typer.BadParameter(f"--set takes key=value; got {text!r}")
         pairs[name.strip()] = value.strip()
     return parse_values(pairs, "--set")
+
+
+def check_file(path: Path) -> None:
+    """Raise KeditError when a new file cannot be made there."""
+    if path.exists():
+        raise KeditError(f"{path} exists: choose another --out")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise KeditError(f"cannot write {path}: its folder is not there or read-only")
 
 
 def check_range(layers: tuple[int, ...], config: Any) -> None:

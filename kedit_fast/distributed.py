@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ def start() -> bool:
         return False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    # Processes end their shares at different times. One that died is noticed by its connection, not by waiting.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
     return True
 
 
@@ -74,6 +76,8 @@ def _connected() -> Iterator[None]:
     """A lost connection as an error that says so."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # what gloo and nccl raise, without a type of their own in older versions
         rank, size = world()
         what = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -61,7 +61,8 @@ def spectra(folder: str | os.PathLike) -> list[Spectrum]:
 def _spectrum(folder: Path, module: str) -> Spectrum:
     second = read_layer(folder, module).second
     values = torch.linalg.eigvalsh(second.moment.double())
-    shares = values.clamp(min=0) / values.clamp(min=0).sum()
+    positive = values.clamp(min=0)
+    shares = positive / positive.sum().clamp(min=torch.finfo(torch.float64).tiny)  # of no input at all: rank 1
     entropy = -torch.special.xlogy(shares, shares).sum()
     dimensions = {f"{rule} {threshold:g}": null_dimension(values, threshold, rule) for rule, threshold in THRESHOLDS}
     trace = float(second.moment.double().diagonal().sum())

@@ -11,9 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
+from kedit_fast import distributed
 from kedit_fast.console import (
     Dtype,
     assignments,
+    check_file,
     check_range,
     checked_device,
     command,
@@ -105,11 +107,15 @@ def collect(
     from kedit_fast.statistics.sources import open_texts
 
     wanted = parsed_layers(layers)
+    if device_map is not None and device != "cpu":
+        raise KeditError("--device-map places the model: leave --device out")
     check_folder(out, resume, overwrite)
     documents = open_texts(text, field)
     check_range(wanted, load_config(model))
     try:
         with processes(device) as (rank, where):
+            if device_map is not None and distributed.world()[1] > 1:
+                raise KeditError("--device-map spreads one process over all devices: use it without torchrun")
             loaded, tokenizer = load_model(model, DTYPES[dtype.value], where, device_map)
             found = collect_into(
                 out, loaded, tokenizer, Corpus(documents, tokens, samples, max_length, seed), wanted,
@@ -216,6 +222,7 @@ def converge(
         raise KeditError(f"{out} has a report: choose another --out or pass --overwrite")
     records = load_requests(requests)[:edits]
     overrides = assignments(set_)
+    _make_folder(out)
     documents = open_texts(text, field)
     loaded, tokenizer = load_model(model, DTYPES[dtype.value], checked_device(device))
     rows = convergence.convergence(
@@ -223,7 +230,6 @@ def converge(
         counts=None if tokens is None else _counts(tokens),
         layers=None if layers is None else parsed_layers(layers), hparams=overrides, progress=interactive(),
     )  # fmt: skip
-    _make_folder(out)
     convergence.write_csv(rows, table_path)
     try:
         convergence.draw(rows, picture_path)
@@ -265,10 +271,11 @@ def import_(
 ) -> None:
     """Take over statistics of memit, AlphaEdit or EasyEdit."""
     from kedit_fast.pipeline import load_model
-    from kedit_fast.statistics.durable import check_folder
     from kedit_fast.statistics.store import load_statistics, save_statistics
 
-    check_folder(out, resume=False, overwrite=False)
+    if out.exists():
+        raise KeditError(f"{out} exists: choose another --out")
+    _make_folder(out.absolute().parent)
     loaded, tokenizer = load_model(model)
     wanted = None if layers is None else parsed_layers(layers)
     found = load_statistics(source, loaded, tokenizer, wanted, trust=trust)
@@ -283,7 +290,7 @@ def export(
     model_name: Annotated[str, typer.Option(help="last part of the model's path there, for example gpt-j-6B")],
     data_set: Annotated[str, typer.Option(help="its mom2_dataset")] = "wikipedia",
     samples: Annotated[
-        int, typer.Option(help="its mom2_n_samples, by which it looks for the file; 0 for none")
+        int, typer.Option(min=0, help="its mom2_n_samples, by which it looks for the file; 0 for none")
     ] = 100_000,
     precision: Annotated[Precision, typer.Option(help="its mom2_dtype")] = Precision.float32,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
@@ -316,15 +323,14 @@ def project(
     from kedit_fast.solver.projector import save_projector
     from kedit_fast.statistics.store import layer_of, modules_in, read_layer
 
-    if out.exists():
-        raise KeditError(f"{out} exists: choose another --out")
+    check_file(out)
     wanted = None if layers is None else parsed_layers(layers)
     spaces = {}
     for module in modules_in(folder):
-        file = read_layer(folder, module)
         layer = layer_of(module)
         if wanted is not None and layer not in wanted:
             continue
+        file = read_layer(folder, module)
         try:
             spaces[layer] = NullSpace.from_moment(file.second.moment, threshold, rule.value)
         except StatisticsError as error:

@@ -165,7 +165,7 @@ def test_projector_files_are_those_of_alphaedit(tmp_path):
     stack = torch.load(tmp_path / "null_space_project.pt", weights_only=True)
     assert stack.dtype == torch.float32 and torch.allclose(stack, torch.stack(expected), atol=1e-5)
     torch.save(torch.stack(expected), tmp_path / "theirs.pt")
-    loaded = load_projector(tmp_path / "theirs.pt", (3, 2), 10.0, trust=True)
+    loaded = load_projector(tmp_path / "theirs.pt", (2, 3), 10.0, trust=True)
     keys = torch.randn(48, 5, dtype=torch.float64)
     for layer, space in loaded.items():
         assert space.dimension == spaces[layer].dimension == 10 * layer and space.l2 == 10
@@ -182,10 +182,12 @@ def test_bad_projector_files_are_named_and_nothing_in_them_is_run(tmp_path, monk
         (lambda: path.write_bytes(b"nonsense"), "damaged or holds more than tensors"),
         (lambda: path.write_bytes(pickle.dumps(Evil())), "damaged or holds more than tensors"),
         (lambda: torch.save(Evil(), path), "damaged or holds more than tensors"),
-        (lambda: torch.save({"P": good}, path), "must hold one tensor"),
+        (lambda: torch.save({"P": good}, path), "must hold one float32 tensor"),
         (lambda: torch.save(good[0], path), r"holds \[6, 6\]"),
         (lambda: torch.save(good[:1], path), "has 1 layers, the edit has 2"),
         (lambda: torch.save(good[:, :3], path), r"must be \[d, d\]"),
+        (lambda: torch.save(good[:, :0, :0], path), r"must be \[d, d\]"),
+        (lambda: torch.save(good.bfloat16(), path), r"it holds \[2, 6, 6\] torch.bfloat16"),
         (lambda: torch.save(good * 0.5, path), "neither 0 nor 1"),
         (lambda: torch.save(nan, path), r"layer 5: the projection is not finite"),
         (lambda: torch.save(good + torch.triu(torch.ones(6, 6), 1), path), "not symmetric"),

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from floors import relative_error
-from tiny_models import KINDS, TEXT, make_model, make_tokenizer
+from tiny_models import CONFIGS, KINDS, TEXT, make_model, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kedit_fast.errors import InvalidArgumentError, StatisticsError, UnsupportedModelError
@@ -148,19 +148,20 @@ class Made(TorchDispatchMode):
         for tensor in found if isinstance(found, tuple | list) else (found,):
             if isinstance(tensor, torch.Tensor):
                 self.sizes |= set(tensor.shape)
-                if tensor.dtype == torch.float64 and tensor.shape == (64, 64):
+                if tensor.dtype == torch.float64 and tensor.shape == (640, 640):
                     self.sums.add(tensor.untyped_storage().data_ptr())
         return found
 
 
-def test_nothing_of_the_size_of_the_vocabulary_and_no_second_sum_is_made():
+def test_nothing_of_the_size_of_the_vocabulary_and_no_second_sum_is_made(monkeypatch):
+    monkeypatch.setitem(CONFIGS, "llama", {**CONFIGS["llama"], "intermediate_size": 640})
     tokenizer, model = make_tokenizer(), make_model("llama")
     assert model.config.vocab_size == 400
     job = Job(model, tokenizer, Corpus(TEXTS), (0, 2), 60)  # its fingerprint reads the head's weights
-    with Made() as seen:
+    with torch.no_grad(), Made() as seen:
         sums = job.accumulators(Group((0, 2), False))
-        found = job.finished(sums, job.run(sums))
-    assert len(found) == 2 and 64 in seen.sizes and 400 not in seen.sizes
+        found = dict(job.finished(sums, job.run(sums)))
+    assert len(found) == 2 and 640 in seen.sizes and 400 not in seen.sizes
     assert len(seen.sums) == 2
 
 

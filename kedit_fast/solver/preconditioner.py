@@ -263,7 +263,7 @@ class NullSpace(Preconditioner):
 
         Cost: a symmetric eigendecomposition, about 9 d^3 flops in fp64.
         """
-        if projection.ndim != 2 or projection.shape[0] != projection.shape[1]:
+        if projection.ndim != 2 or projection.shape[0] != projection.shape[1] or not len(projection):
             raise InvalidArgumentError(f"a projection must be [d, d]; got {list(projection.shape)}")
         matrix = projection.double()
         if not bool(torch.isfinite(matrix.sum())) or float((matrix - matrix.T).abs().max()) > PROJECTION:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -22,7 +21,7 @@ def load_projector(
 
     Args:
         path: the file; it is read with `weights_only=True`, so that nothing in it is run.
-        layers: zero-based, those it was made for.
+        layers: zero-based, those it was made for, in their order there.
         l2: ridge of the solve, the published `L2`.
         trust: the file does not say what model it is of; True says that it is the one to be edited.
 
@@ -40,13 +39,15 @@ def load_projector(
         stack = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise StatisticsError(f"there is no projector file {path}") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+    except Exception as error:  # whatever a damaged or foreign pickle makes the reader raise
         what = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StatisticsError(f"{path} is damaged or holds more than tensors: {what}") from error
-    layers = sorted(layers)
-    if not isinstance(stack, torch.Tensor) or not stack.is_floating_point() or stack.ndim != 3:
-        shown = list(stack.shape) if isinstance(stack, torch.Tensor) else type(stack).__name__
-        raise StatisticsError(f"{path} must hold one tensor [layers, d, d]; it holds {shown}")
+    layers = list(layers)
+    if not isinstance(stack, torch.Tensor) or stack.ndim != 3 or stack.dtype not in (torch.float32, torch.float64):
+        shown = type(stack).__name__
+        if isinstance(stack, torch.Tensor):
+            shown = f"{list(stack.shape)} {stack.dtype}"
+        raise StatisticsError(f"{path} must hold one float32 tensor [layers, d, d]; it holds {shown}")
     if len(stack) != len(layers):
         raise StatisticsError(f"{path} has {len(stack)} layers, the edit has {len(layers)}: {layers}")
     found = {}

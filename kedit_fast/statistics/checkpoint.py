@@ -18,12 +18,13 @@ from safetensors import SafetensorError, safe_open
 
 from kedit_fast import distributed
 from kedit_fast.errors import StatisticsError
-from kedit_fast.files import write_file
+from kedit_fast.files import checksum, write_file
 from kedit_fast.statistics.corpus import Position
 from kedit_fast.statistics.moments import SecondMomentAccumulator
 
 FORMAT_VERSION = "1"
 LOCK = ".lock"
+OVERWRITING = ".overwriting"  # there while a job replaces files of an older one
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ def claimed(folder: Path, hold: bool = True) -> Iterator[None]:
     if not hold:
         yield
         return
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -61,6 +63,9 @@ def claimed(folder: Path, hold: bool = True) -> Iterator[None]:
             left.unlink(missing_ok=True)
         yield
     finally:
+        if made and os.listdir(folder) == [LOCK]:  # nothing came of it
+            (folder / LOCK).unlink()
+            folder.rmdir()
         os.close(handle)  # the lock goes with it, also when the process dies
 
 
@@ -76,15 +81,22 @@ def save(folder: Path, progress: Progress, sums: Mapping[int, SecondMomentAccumu
     Raises:
         StatisticsError: it cannot be written, by its name; the one before stays.
     """
-    tensors = {str(layer): found.sum for layer, found in sums.items()}
+    tensors = {str(layer): found.sum.cpu() for layer, found in sums.items()}
+    for layer, found in sums.items():
+        if not bool(torch.isfinite(tensors[str(layer)].sum())):
+            raise StatisticsError(
+                f"{found.module}: the second moment is not finite after {found.count} tokens (NaN or overflow in the "
+                "model); the checkpoint from before stays"
+            )
     counts = {str(layer): (found.count, found.weight) for layer, found in sums.items()}
     metadata = {
         "format_version": FORMAT_VERSION,
         "plan": json.dumps(progress.plan),
         "position": json.dumps(progress.position.as_dict()),
         "counts": json.dumps(counts),
+        "checksums": json.dumps({name: checksum(tensor) for name, tensor in tensors.items()}),
     }
-    write_file(path_of(folder), {n: t.cpu() for n, t in tensors.items()}, metadata, StatisticsError)
+    write_file(path_of(folder), tensors, metadata, StatisticsError)
 
 
 def read(folder: Path) -> Progress | None:
@@ -109,7 +121,8 @@ def read(folder: Path) -> Progress | None:
         if metadata.get("format_version") != FORMAT_VERSION or "position" not in metadata:
             raise StatisticsError(f"{path} is no checkpoint of this version (format {FORMAT_VERSION})")
         layers = tuple(int(layer) for layer in json.loads(metadata["counts"]))
-        return Progress(layers, Position(**json.loads(metadata["position"])), json.loads(metadata["plan"]))
+        plan = {str(name): str(value) for name, value in json.loads(metadata["plan"]).items()}
+        return Progress(layers, Position(**json.loads(metadata["position"])), plan)
 
 
 def restore(folder: Path, sums: Mapping[int, SecondMomentAccumulator]) -> None:
@@ -121,10 +134,13 @@ def restore(folder: Path, sums: Mapping[int, SecondMomentAccumulator]) -> None:
     path = path_of(folder)
     with _opened(path) as file:
         counts = json.loads(file.metadata()["counts"])
+        checksums = json.loads(file.metadata()["checksums"])
         for layer, found in sums.items():
             total = file.get_tensor(str(layer))
             if total.shape != found.sum.shape or total.dtype != torch.float64:
                 raise StatisticsError(f"{path}: the sum of layer {layer} is {list(total.shape)} {total.dtype}")
+            if checksum(total) != checksums[str(layer)]:
+                raise ValueError(f"the sum of layer {layer} is not what was written")
             found.sum.copy_(total)
             found.count, found.weight = int(counts[str(layer)][0]), float(counts[str(layer)][1])
 
@@ -145,7 +161,7 @@ def _opened(path: Path) -> Iterator:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StatisticsError(
             f"{path} is damaged ({getattr(error, 'strerror', None) or error}): start anew with --overwrite"
         ) from error

@@ -100,7 +100,7 @@ def collect_statistics(
 
     Cost: a pass through the blocks up to the last layer, and tokens * d (d + 1) flops a layer. Memory: 8 d^2 bytes a
         layer and one batch (on a GPU two, whose updates and forward passes overlap); further passes where the sums of
-        all layers do not fit.
+        all layers do not fit. With several processes and `max_tokens` the text is tokenised twice.
     """
     corpus = Corpus(texts, max_tokens, max_samples, max_length, seed, token_weights)
     job = Job(model, tokenizer, corpus, layers, batch_tokens, spec)
@@ -110,7 +110,7 @@ def collect_statistics(
     for group in groups:
         sums = job.accumulators(group)
         end = job.run(sums, progress=progress)
-        for layer, total in job.finished(sums, end).items():
+        for layer, total in job.finished(sums, end):
             found[layer] = total
             if len(groups) > 1:  # the next group needs the room
                 found[layer] = replace(total, moment=total.moment.cpu())
@@ -131,10 +131,12 @@ def growing_statistics(
     Args:
         model, tokenizer, layers, batch_tokens, spec: see collect_statistics.
         corpus: read again, up to where it was, for every count; its own `max_tokens` ends the last.
-        counts: of tokens, growing.
+        counts: of tokens, growing. A document that a count ends in is not taken up again by the next.
 
     Cost: one pass over the text in all; each Statistics is a copy.
     """
+    if distributed.world()[1] > 1:
+        raise StatisticsError("growing counts are for a single process")
     if not corpus.repeatable:
         raise StatisticsError("growing counts read the text again: give a list or a file")
     sums: dict[int, SecondMomentAccumulator] | None = None
@@ -202,6 +204,7 @@ class Job:
         progress: bool = False,
     ) -> Position:
         """Add this process's share of the corpus from `start` on; returns where it ended."""
+        self.reader.prepare()
         start = end = start or Position()
         done = next(iter(sums.values())).count
         bar = tqdm(
@@ -255,8 +258,10 @@ class Job:
             weights[i, : len(row)] = own
         return weights.flatten(), (int((weights != 0).sum()), float(weights.sum()))
 
-    def finished(self, sums: Mapping[int, SecondMomentAccumulator], end: Position) -> dict[int, SecondMoment]:
-        """The moments of all processes together, in the memory of the sums.
+    def finished(
+        self, sums: Mapping[int, SecondMomentAccumulator], end: Position
+    ) -> Iterator[tuple[int, SecondMoment]]:
+        """The moments of all processes together by layer, one after another, in the memory of the sums.
 
         Raises:
             StatisticsError: no tokens, moments that are not finite, or processes that were given different texts.
@@ -264,7 +269,6 @@ class Job:
         ends = {(position.documents, position.digest) for position in distributed.gather(end)}
         if len(ends) > 1:
             raise StatisticsError("the processes were given different texts")
-        found = {}
         for layer, total in sums.items():
             total.reduce_()
             if total.count == 0:
@@ -276,8 +280,7 @@ class Job:
                 _log.warning(
                     "%d tokens for second moments of dimension %d: they are singular, use more text", total.count, size
                 )
-            found[layer] = total.finish()
-        return found
+            yield layer, total.finish()
 
     def statistics(self, layers: dict[int, SecondMoment], end: Position) -> Statistics:
         """What was found, with what it belongs to."""

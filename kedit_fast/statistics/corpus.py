@@ -8,6 +8,7 @@ those of a single process.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import queue
 import random
 import threading
@@ -24,6 +25,9 @@ START = hashlib.sha256(b"kedit_fast corpus").hexdigest()
 BATCHES_A_WINDOW = 8  # about: more waste less on padding, fewer share better among processes
 LEAST_WINDOW = 1 << 17  # characters
 CHARACTERS_A_TOKEN = 4  # about
+LONG = 16  # times the characters of a window that its documents may really have
+PROBE = 64
+_END = object()
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Corpus:
         max_length: documents are cut to this many tokens.
         seed: of a random order of the documents; None for their own. Needs a sequence.
         token_weights: a function from a document's token ids to as many weights, finite and not negative: the moment is
-            then sum w k k^T / sum w. None counts every token once. Its name stands in the files.
+            then sum w k k^T / sum w. None counts every token once. Its name stands in the files, with a hash of what
+            it gives for the ids 0 to 63.
     """
 
     texts: Iterable[str]
@@ -51,8 +56,8 @@ class Corpus:
     def __post_init__(self):
         for name in ("max_tokens", "max_samples", "max_length"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidArgumentError(f"{name} must be positive; got {value}")
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise InvalidArgumentError(f"{name} must be a positive integer; got {value!r}")
         if isinstance(self.texts, str):
             raise InvalidArgumentError("texts must be a sequence of documents, not one string")
         if self.seed is not None and not isinstance(self.texts, Sequence):
@@ -65,8 +70,11 @@ class Corpus:
 
     def about(self) -> dict[str, str]:
         """What was asked for, by name, as it stands in the files: "" for a number that was not given."""
-        weights = self.token_weights
-        name = "" if weights is None else getattr(weights, "__qualname__", type(weights).__qualname__)
+        name, weights = "", self.token_weights
+        if weights is not None:
+            probe = [float(weight) for weight in weights(list(range(PROBE)))]
+            name = getattr(weights, "__qualname__", type(weights).__qualname__)
+            name += f" {hashlib.sha256(repr(probe).encode()).hexdigest()[:16]}"
         numbers = {n: getattr(self, n) for n in ("max_tokens", "max_samples", "max_length", "seed")}
         return {**{n: "" if v is None else str(v) for n, v in numbers.items()}, "token_weights": name}
 
@@ -124,8 +132,14 @@ class Reader:
         self._characters = max(LEAST_WINDOW, BATCHES_A_WINDOW * CHARACTERS_A_TOKEN * batch_tokens)
         self._documents = corpus.max_samples
         self._last: int | None = None  # tokens of the last of so many documents; None for all
-        if self._world > 1 and corpus.max_tokens is not None:
-            self._find_end(corpus.max_tokens)
+
+    def prepare(self) -> None:
+        """Before the first window: with a budget of tokens, the processes of a job find out together where it ends.
+
+        Every process tokenises its share of the text once more for that.
+        """
+        if self._world > 1 and self.corpus.max_tokens is not None and self._last is None:
+            self._find_end(self.corpus.max_tokens)
 
     def windows(self, start: Position | None = None) -> Iterator[Window]:
         """Windows from a place on.
@@ -147,7 +161,7 @@ class Reader:
                 sequences = self._tokenised(texts)
                 if budget is not None:
                     used = _cut(sequences, budget - position.tokens)
-                elif self._last is not None and position.documents + used == self._documents:
+                elif used and self._last is not None and position.documents + used == self._documents:
                     del sequences[-1][self._last :]
             digest = position.digest
             for text in texts[:used]:
@@ -164,29 +178,37 @@ class Reader:
         """Of the text of the first `count` documents, "" when there are not so many."""
         documents = self.corpus.documents() if documents is None else documents
         digest = START
-        for _ in range(count):
-            text = next(documents, None)
-            if text is None:
+        for number in range(count):
+            text = next(documents, _END)
+            if text is _END:
                 return ""
-            digest = _chained(digest, text)
+            digest = _chained(digest, _checked(text, number))
         return digest
+
+    def ends_at(self, documents: int, tokens: int) -> bool:
+        """Whether what is asked for ends after so many documents and tokens."""
+        corpus = self.corpus
+        if documents == corpus.max_samples or tokens == corpus.max_tokens:
+            return True
+        if isinstance(corpus.texts, Sequence):
+            return len(corpus.texts) == documents
+        return next(itertools.islice(corpus.documents(), documents, None), _END) is _END
 
     def _next(self, documents: Iterator[str], begin: int) -> tuple[list[str], bool]:
         """The documents of the window that begins at number `begin`, and whether they are the last."""
         texts: list[str] = []
-        characters = 0
+        counted = held = 0
         longest = CHARACTERS_A_TOKEN * self.max_length
-        while characters < self._characters:
+        while counted < self._characters and held < LONG * self._characters:
             if self._documents is not None and begin + len(texts) >= self._documents:
                 return texts, True
-            text = next(documents, None)
-            if text is None:
+            text = next(documents, _END)
+            if text is _END:
                 return texts, True
-            if not isinstance(text, str):
-                raise StatisticsError(f"document {begin + len(texts)} is a {type(text).__name__}, not text")
-            texts.append(text)
-            characters += min(len(text), longest) + 1
-        return texts, False
+            texts.append(_checked(text, begin + len(texts)))
+            counted += min(len(text), longest) + 1
+            held += len(text)
+        return texts, begin + len(texts) == self._documents
 
     def _tokenised(self, texts: list[str]) -> list[list[int]]:
         if not texts:
@@ -215,6 +237,12 @@ class Reader:
                     self._documents, self._last = number, budget - total
                     return
                 total += count
+
+
+def _checked(text: Any, number: int) -> str:
+    if not isinstance(text, str):
+        raise StatisticsError(f"document {number} is a {type(text).__name__}, not text")
+    return text
 
 
 def _other_text(documents: int) -> StatisticsError:
@@ -285,4 +313,4 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
                 raise item
     finally:
         unwanted.set()
-        thread.join()
+        thread.join(timeout=1.0)  # a source that waits for something does not keep the program waiting

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from kedit_fast import distributed
-from kedit_fast.errors import StatisticsError
+from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.fingerprint import difference
 from kedit_fast.statistics import checkpoint
 from kedit_fast.statistics.checkpoint import Progress
 from kedit_fast.statistics.collect import Job
 from kedit_fast.statistics.corpus import Corpus, Position
-from kedit_fast.statistics.memory_plan import Group, plan_groups
+from kedit_fast.statistics.memory_plan import Group, check_masters, plan_groups
 from kedit_fast.statistics.moments import SecondMomentAccumulator
 from kedit_fast.statistics.store import MODEL_FIELDS, metadata_in, path_of, save_statistics
 
@@ -67,11 +67,11 @@ def collect_into(
     """Second moments of the inputs of the edited linear layers over a corpus, into a folder, a file a layer.
 
     A job that ended for any reason, a killed process included, goes on with `resume`: at most `checkpoint_every`
-    seconds are done again, and on a CPU the files are those of an uninterrupted job to the bit. In a process group
+    seconds are done again, and on a CPU the moments are those of an uninterrupted job to the bit. In a process group
     (torchrun) every process takes its share of the batches and keeps its own checkpoint.
 
     Args:
-        folder: made if absent; must be empty or absent without `resume` and `overwrite`.
+        folder: made if absent; must be empty or absent without `resume` or `overwrite`. Files of others in it stay.
         model, tokenizer: see collect_statistics.
         corpus: what counts.
         layers: zero-based.
@@ -95,63 +95,93 @@ def collect_into(
     """
     folder, begin = Path(folder), time.monotonic()
     if not checkpoint_every >= 0:
-        raise StatisticsError(f"checkpoint_every is a time in seconds; got {checkpoint_every}")
-    rank, _ = distributed.world()
+        raise InvalidArgumentError(f"checkpoint_every is a time in seconds; got {checkpoint_every}")
+    check_masters(masters)
     check_folder(folder, resume, overwrite)
+    rank, _ = distributed.world()
     job = Job(model, tokenizer, corpus, layers, batch_tokens, spec)
+    marker = folder / checkpoint.OVERWRITING
+    if resume and not marker.exists() and len(done := _done(folder, job, False)) == len(job.layers):
+        return _collected(folder, job, done, _total(done), 0, begin, 0.0)
     with checkpoint.claimed(folder, hold=rank == 0):
         if overwrite and rank == 0:
             checkpoint.remove_all(folder)
+            marker.touch()
         distributed.wait_for_all()
-        plan = _plan(job)
-        progress_made = None if overwrite else checkpoint.read(folder)
-        if progress_made is not None:
-            _check_plan(folder, progress_made, plan)
-        finished = {} if overwrite else _finished(folder, job, tolerate=progress_made is not None)
-        begun = [p.layers for p in distributed.gather(progress_made) if p is not None]
-        groups = _groups(job, finished, begun, masters, master_bytes)
+        overwriting = marker.exists()
+        plan, found = _plan(job), checkpoint.read(folder)
+        if found is not None:
+            _check_plan(folder, found, plan)
+        done = {} if overwrite else _done(folder, job, overwriting)
+        begun = [p.layers for p in distributed.gather(found) if p is not None]
+        groups = _groups(job, done, begun, masters, master_bytes)
         job.check_groups(groups)
-        clock = _Clock(checkpoint_every)
-        resumed, end = 0, None
+        clock, resumed = _Clock(checkpoint_every), 0
         for group in groups:
             sums = job.accumulators(group)
             start = Position()
-            if progress_made is not None and progress_made.layers == group.layers:
+            if found is not None and found.layers == group.layers:
                 checkpoint.restore(folder, sums)
-                start = progress_made.position
+                start = found.position
                 resumed = next(iter(sums.values())).count
             saver = _Saver(folder, group, plan, sums, clock)
             end = job.run(sums, start, saver, progress and rank == 0)
+            if any(other.corpus != end.digest for layer, other in done.items() if layer not in group.layers):
+                raise StatisticsError(f"the text is not that of the layers that {folder} has already")
             if distributed.world()[1] > 1:
                 saver.save(end)  # the others may still be at work, and one of them may die
-            moments = job.finished(sums, end)
-            if rank == 0:
-                save_statistics(job.statistics(moments, end), folder)
-            finished |= {layer: found.count for layer, found in moments.items()}
+            for layer, moment in job.finished(sums, end):
+                if rank == 0:
+                    save_statistics(job.statistics({layer: moment}, end), folder)
+                done[layer] = _Done(moment.count, end.documents, end.digest)
             distributed.wait_for_all()
             checkpoint.remove(folder)
-        documents = end.documents if end is not None else _documents(folder, job)
         if rank == 0:
             checkpoint.remove_all(folder)
-            _tidy(folder, job, overwrite)
-    tokens = next(iter(finished.values()))
-    resumed = tokens if not groups else sum(distributed.gather(resumed))
+            _tidy(folder, job, overwriting)
+            marker.unlink(missing_ok=True)
+    resumed = sum(distributed.gather(resumed)) if groups else _total(done)
+    return _collected(folder, job, done, resumed, len(groups), begin, clock.spent)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a layer's file was made from."""
+
+    tokens: int
+    documents: int
+    corpus: str
+
+
+def _total(done: Mapping[int, _Done]) -> int:
+    return next(iter(done.values())).tokens
+
+
+def _collected(
+    folder: Path, job: Job, done: Mapping[int, _Done], resumed: int, passes: int, begin: float, saving: float
+) -> Collected:
     files = tuple(path_of(folder, job.view.module_name(layer)) for layer in job.layers)
-    return Collected(job.layers, tokens, documents, files, resumed, len(groups), time.monotonic() - begin, clock.spent)
+    documents = next(iter(done.values())).documents
+    return Collected(job.layers, _total(done), documents, files, resumed, passes, time.monotonic() - begin, saving)
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise StatisticsError when statistics may not or cannot be collected into a folder."""
+    if resume and overwrite:
+        raise StatisticsError("--resume goes on, --overwrite starts anew: give one of them")
     try:
-        begun = folder.exists() and any(path.name != checkpoint.LOCK for path in folder.iterdir())
+        if folder.exists():
+            begun = any(not path.name.startswith(".") for path in folder.iterdir())
+            if begun and not resume and not overwrite:
+                raise StatisticsError(f"{folder} exists: --resume goes on with it, --overwrite starts anew")
+            if resume:
+                return  # what is finished may well be read-only
         parent = folder.absolute()
         while not parent.exists():
             parent = parent.parent
-        os.rmdir(tempfile.mkdtemp(dir=parent))
+        os.rmdir(tempfile.mkdtemp(dir=parent, prefix=".kedit_fast."))
     except OSError as error:
         raise StatisticsError(f"cannot write statistics to {folder}: {error.strerror or error}") from error
-    if begun and not resume and not overwrite:
-        raise StatisticsError(f"{folder} exists: --resume goes on with it, --overwrite starts anew")
 
 
 def _plan(job: Job) -> dict[str, str]:
@@ -175,8 +205,8 @@ def _check_plan(folder: Path, progress: Progress, plan: Mapping[str, str]) -> No
             )
 
 
-def _finished(folder: Path, job: Job, tolerate: bool) -> dict[int, int]:
-    """Layer -> tokens of the files that are what this job would write.
+def _done(folder: Path, job: Job, tolerate: bool) -> dict[int, _Done]:
+    """Layers whose files are what this job would write.
 
     Raises:
         StatisticsError: a file of something else, unless `tolerate` (a job that replaces it is under way).
@@ -187,33 +217,35 @@ def _finished(folder: Path, job: Job, tolerate: bool) -> dict[int, int]:
         if not path.exists():
             continue
         metadata = metadata_in(path)
+        own = _Done(int(metadata["count"]), int(metadata.get("documents", 0)), metadata["corpus"])
         what = difference({name: metadata.get(name, "") for name in MODEL_FIELDS}, job.model)
-        for name, value in job.asked.items():
+        for name, value in {**job.asked, "dtype": job.dtype}.items():
             if not what and metadata.get(name, "") != value:
                 what = f"{name} ({metadata.get(name) or 'not set'} there, {value or 'not set'} here)"
-        if not what and metadata["dtype"] != job.dtype:
-            what = f"dtype ({metadata['dtype']} there, {job.dtype} here)"
-        documents = int(metadata.get("documents", 0))
         if not what and job.corpus.repeatable:
-            if documents not in digests:
-                digests[documents] = job.reader.digest(documents)
-            if metadata["corpus"] != digests[documents]:
+            if own.documents not in digests:
+                digests[own.documents] = job.reader.digest(own.documents)
+            if own.corpus != digests[own.documents] or not job.reader.ends_at(own.documents, own.tokens):
                 what = "text"
         if not what:
-            found[layer] = int(metadata["count"])
+            found[layer] = own
         elif not tolerate:
             raise StatisticsError(
                 f"{path} was made from something else: different {what}. Choose another folder, or start anew with "
                 "--overwrite"
             )
+    if len(found) == len(job.layers) and not job.corpus.repeatable:
+        own = next(iter(found.values()))  # no pass will need the text
+        if job.reader.digest(own.documents) != own.corpus:
+            raise StatisticsError(f"{folder} was made from something else: different text")
     return found
 
 
 def _groups(
-    job: Job, finished: Mapping[int, int], begun: Sequence[tuple[int, ...]], masters: str, master_bytes: int | None
+    job: Job, done: Mapping[int, _Done], begun: Sequence[tuple[int, ...]], masters: str, master_bytes: int | None
 ) -> list[Group]:
     """The group that was begun, as it was (some of its files may be written), then the rest that is not finished."""
-    first = next((layers for layers in begun if not set(layers) <= set(finished)), ())
+    first = next((layers for layers in begun if not set(layers) <= set(done)), ())
     if not set(first) <= set(job.layers):
         raise StatisticsError(
             f"the checkpoint has layers {', '.join(map(str, first))}, this job wants "
@@ -222,24 +254,26 @@ def _groups(
     groups = plan_groups(job.view, first, job.batch_tokens, masters, master_bytes) if first else []
     if len(groups) > 1:
         raise StatisticsError(f"the sums of layers {', '.join(map(str, first))}, which were begun together, do not fit")
-    rest = tuple(layer for layer in job.layers if layer not in first and layer not in finished)
+    rest = tuple(layer for layer in job.layers if layer not in first and layer not in done)
     return groups + (plan_groups(job.view, rest, job.batch_tokens, masters, master_bytes) if rest else [])
 
 
-def _documents(folder: Path, job: Job) -> int:
-    return int(metadata_in(path_of(folder, job.view.module_name(job.layers[0]))).get("documents", 0))
-
-
-def _tidy(folder: Path, job: Job, overwrite: bool) -> None:
-    """Other layers' files: gone where the folder is overwritten, else named if they are of another corpus."""
-    own = [path_of(folder, job.view.module_name(layer)) for layer in job.layers]
-    corpus = metadata_in(own[0])["corpus"]
-    for path in sorted(folder.glob("*.safetensors")):
-        if path in own:
+def _tidy(folder: Path, job: Job, overwriting: bool) -> None:
+    """Files of this model's other layers: gone where the folder is overwritten, else named if of another text."""
+    corpus = metadata_in(path_of(folder, job.view.module_name(job.layers[0])))["corpus"]
+    for layer in range(job.view.num_layers):
+        path = path_of(folder, job.view.module_name(layer))
+        if layer in job.layers or not path.exists():
             continue
-        if overwrite:
+        if overwriting:
             path.unlink()
-        elif metadata_in(path)["corpus"] != corpus:
+            continue
+        try:
+            same = metadata_in(path)["corpus"] == corpus
+        except StatisticsError as error:
+            _log.warning("%s", error)
+            continue
+        if not same:
             _log.warning("%s is of another text than the layers that were collected now", path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,6 +28,12 @@ class Group:
     on_cpu: bool  # whether their sums are kept on the host rather than where the rows are
 
 
+def check_masters(masters: str) -> None:
+    """Raise InvalidArgumentError for an unknown place."""
+    if masters not in MASTERS:
+        raise InvalidArgumentError(f"masters must be {', '.join(MASTERS)}; got {masters!r}")
+
+
 def plan_groups(
     view: ModelView, layers: tuple[int, ...], batch_tokens: int, masters: str = "auto", budget: int | None = None
 ) -> list[Group]:
@@ -43,8 +50,7 @@ def plan_groups(
     Raises:
         StatisticsError: there is no room for the sum of a single layer.
     """
-    if masters not in MASTERS:
-        raise InvalidArgumentError(f"masters must be {', '.join(MASTERS)}; got {masters!r}")
+    check_masters(masters)
     sizes = {layer: 8 * view.weight(layer).shape[1] ** 2 for layer in layers}
     places = {layer: view.row_device(layer) for layer in layers}
     host = dict.fromkeys(layers, torch.device("cpu"))
@@ -55,8 +61,8 @@ def plan_groups(
     if not possible:
         largest = max(sizes.values())
         raise StatisticsError(
-            f"the sum of one layer takes {largest / 2**30:.2f} GiB, more than there is room for "
-            f"({max(room.values()) / 2**30:.2f} GiB beside a batch of {batch_tokens} tokens)"
+            f"the sum of one layer takes {largest:,} bytes, more than there is room for beside a batch of "
+            f"{batch_tokens:,} tokens ({max(room.values()):,} bytes): use a smaller batch, or another device"
         )
     chosen = min(possible, key=len)  # the first of the shortest
     chosen = distributed.gather(chosen)[0]
@@ -73,7 +79,10 @@ def _room(view: ModelView, device: torch.device, batch_tokens: int, layer: int, 
         return budget
     out, d = view.weight(layer).shape
     batch = batch_tokens * STATES * (d + out) * view.weight(layer).element_size()
-    return int(SHARE * free_bytes(device)) - batch
+    share = SHARE
+    if device.type == "cpu":
+        share /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of a job on this host
+    return max(0, int(share * free_bytes(device)) - batch)
 
 
 def _grouped(

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import struct
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +63,22 @@ def read(path: str | os.PathLike, module: str) -> tuple[SecondMoment, dict[str, 
                 raise StatisticsError(f"{path} has no {missing[0]}: it is no statistics file of memit's layout")
             total, count = torch.from_numpy(file["mom2.mom2"]), int(file["mom2.count"])
             metadata = json.loads(str(file[METADATA])) if METADATA in file else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, TypeError) as error:
-        if isinstance(error, OSError) and error.strerror:
-            raise StatisticsError(f"cannot read {path}: {error.strerror}") from error
+    except StatisticsError:
+        raise
+    except OSError as error:
+        raise StatisticsError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # whatever a damaged zip, or what is packed in it, makes the reader raise
         raise StatisticsError(f"{path} is damaged or holds pickled objects: {error}") from error
-    if total.ndim != 2 or total.shape[0] != total.shape[1] or not total.is_floating_point() or count < 1:
+    square = total.ndim == 2 and total.shape[0] == total.shape[1] and total.numel() > 0
+    if not square or not total.is_floating_point() or count < 1:
         raise StatisticsError(f"{path}: mom2 is {list(total.shape)} {total.dtype} of {count} tokens")
     gap = float((total - total.T).abs().max()) / max(float(total.abs().max()), 1e-300)
     if not gap <= SYMMETRIC:
         raise StatisticsError(f"{path}: mom2 is not symmetric (by {gap:.1e} of its largest entry) or not finite")
     known = {"corpus": f"npz {Path(path).parent.name}", "dtype": str(total.dtype).removeprefix("torch."),
              "max_length": "0", "count": str(count)}  # fmt: skip
-    return SecondMoment(module, total.double().div_(count), count), metadata or known
+    metadata = {**known, **metadata} if isinstance(metadata, dict) else known
+    return SecondMoment(module, total.double().div_(count), count), metadata
 
 
 def path_of(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import array
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from kedit_fast.errors import StatisticsError
 
@@ -39,10 +41,12 @@ class TextFile(Sequence[str]):
         self.path, self.field = Path(path), field
         self._offsets = array.array("q")
         try:
-            self._file = self.path.open("rb")
+            self._file: BinaryIO = self.path.open("rb")
+            if not self._file.seekable():  # a pipe
+                self._file = io.BytesIO(self._file.read())
             offset = 0
             for line in self._file:
-                if not line.isspace():
+                if not _blank(line):
                     self._offsets.append(offset)
                 offset += len(line)
         except OSError as error:
@@ -66,7 +70,7 @@ class TextFile(Sequence[str]):
 
     def _text(self, line: bytes, offset: int) -> str:
         try:
-            text = line.decode("utf-8").rstrip("\r\n")
+            text = line.decode("utf-8" if offset else "utf-8-sig").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise StatisticsError(f"{self._place(offset)} is not UTF-8 text: {error}") from error
         if self.path.suffix != ".jsonl":
@@ -85,8 +89,14 @@ class TextFile(Sequence[str]):
         return f"{self.path}, line {number}"
 
 
+def _blank(line: bytes) -> bool:
+    if line.isascii():
+        return not line.strip()
+    return not line.decode("utf-8-sig", "replace").strip()
+
+
 class _Dataset(Sequence[str]):
-    """A text column of a data set of the datasets library."""
+    """A text column of a data set of the datasets library; rows without a text are empty documents."""
 
     def __init__(self, name: str, field: str):
         try:
@@ -114,8 +124,10 @@ class _Dataset(Sequence[str]):
         return len(self._rows)
 
     def __getitem__(self, index):
-        return self._rows[index][self._field]  # of a slice, a list
+        if isinstance(index, slice):
+            return [text or "" for text in self._rows[index][self._field]]
+        return self._rows[index][self._field] or ""
 
     def __iter__(self) -> Iterator[str]:
         for row in self._rows:
-            yield row[self._field]
+            yield row[self._field] or ""

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from kedit_fast._version import __version__
 from kedit_fast.errors import StatisticsError
-from kedit_fast.files import write_file
+from kedit_fast.files import checksum, write_file
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.statistics import npz
@@ -62,7 +62,8 @@ def save_statistics(
     for layer, second in sorted(statistics.layers.items()):
         path = path_of(folder, second.module)
         moment = second.moment.to("cpu", dtype).contiguous()
-        write_file(path, {"second_moment": moment}, metadata_of(statistics, layer), StatisticsError)
+        metadata = {**metadata_of(statistics, layer), "checksum": checksum(moment)}
+        write_file(path, {"second_moment": moment}, metadata, StatisticsError)
         paths.append(path)
     return paths
 
@@ -204,15 +205,27 @@ def metadata_in(path: Path) -> dict[str, str]:
             metadata = file.metadata() or {}
             if metadata.get("format_version") != FORMAT_VERSION or "second_moment" not in file.keys():  # noqa: SIM118
                 raise StatisticsError(f"{path} is not a statistics file of kedit_fast (format {FORMAT_VERSION})")
-            return metadata
+            shape = file.get_slice("second_moment").get_shape()
+            if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
+                raise StatisticsError(f"{path} is damaged: second_moment is {shape}; remove it and collect it again")
     except SafetensorError as error:
-        raise StatisticsError(f"{path} is damaged: {error}; collect it again") from error
+        raise StatisticsError(f"{path} is damaged: {error}; remove it and collect it again") from error
     except OSError as error:
         raise StatisticsError(f"cannot read {path}: {error.strerror or error}") from error
+    for name in ("count", "max_length"):
+        if not metadata.get(name, "").isdigit():
+            raise StatisticsError(
+                f"{path} is damaged: {name} is {metadata.get(name)!r}; remove it and collect it again"
+            )
+    if missing := [name for name in ("corpus", "dtype") if name not in metadata]:
+        raise StatisticsError(f"{path} is damaged: it does not say its {missing[0]}; remove it and collect it again")
+    return metadata
 
 
 def _read(path: Path, module: str) -> LayerFile:
     metadata = metadata_in(path)
     with safe_open(path, framework="pt") as file:
         moment = file.get_tensor("second_moment")
+    if checksum(moment) != metadata.get("checksum", checksum(moment)):
+        raise StatisticsError(f"{path} is damaged: it is not what was written; remove it and collect it again")
     return LayerFile(path, SecondMoment(module, moment, int(metadata["count"])), metadata)
