@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import threading
 from types import ModuleType
@@ -95,7 +96,17 @@ def test_empty_documents_count_as_documents_alone():
     assert windows[-1].after.documents == 3 and list(reader([]).windows()) == []
 
 
+def test_windows_end_at_long_documents_too():
+    made = reader(["word " * 8_000] * 6, max_length=8)
+    assert len(list(made.windows())) == 6 and len(in_windows(made)) == 6
+
+
 def test_what_is_not_text_is_named():
+    with pytest.raises(StatisticsError, match="document 1 is a NoneType"):
+        list(reader(["a", None, "b"]).windows())
+    for bad in (3.5, True, "3"):
+        with pytest.raises(InvalidArgumentError, match="max_tokens must be a positive integer"):
+            Corpus(["a"], max_tokens=bad)
     with pytest.raises(StatisticsError, match="document 1 is a int"):
         list(reader(["a", 3]).windows())
     with pytest.raises(InvalidArgumentError, match="one string"):
@@ -121,6 +132,7 @@ def test_processes_share_the_windows_of_one(monkeypatch, world, budget):
             monkeypatch.setattr(distributed, "gather", lambda mine, rounds=rounds: next(rounds))
             made._find_end(budget)
         parts.append(list(made.windows()))
+        assert list(made.windows(parts[-1][-1].after)) == []  # a share that had ended, gone on with
     monkeypatch.undo()
     for number, window in enumerate(alone.windows()):
         for rank, part in enumerate(parts):
@@ -175,13 +187,19 @@ def test_items_are_made_ahead_by_a_thread_that_ends():
 
 def test_text_files_are_read_line_by_line(tmp_path):
     path = tmp_path / "a.txt"
-    path.write_bytes("One.\r\n\n  \nZwei ü.\nlast".encode())
+    path.write_bytes(b"\xef\xbb\xbf" + "One.\r\n\n  \n\u00a0\nZwei ü.\nlast".encode())  # a byte order mark, blanks
     texts = open_texts(path)
     assert list(texts) == ["One.", "Zwei ü.", "last"] and len(texts) == 3 and texts[-1] == "last"
     assert texts[1:] == ["Zwei ü.", "last"]
     lines = [json.dumps({"body": t}) for t in ("A\nB", "C")]
     (tmp_path / "a.jsonl").write_text("\n\n".join(lines))
     assert list(open_texts(tmp_path / "a.jsonl", "body")) == ["A\nB", "C"]
+
+
+def test_a_pipe_is_read_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=lambda: (tmp_path / "pipe").write_text("One.\nTwo."), daemon=True).start()
+    assert list(open_texts(tmp_path / "pipe")) == ["One.", "Two."]
 
 
 def test_bad_files_are_named_with_the_line(tmp_path):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import load_statistics
-from kedit_fast.errors import StatisticsError
+from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.statistics import checkpoint, corpus, durable, memory_plan
 from kedit_fast.statistics.collect import collect_statistics, growing_statistics
 from kedit_fast.statistics.corpus import Corpus
@@ -407,3 +407,114 @@ def test_an_interrupt_on_the_command_line_says_how_to_go_on(tmp_path):
     )  # fmt: skip
     assert done.returncode == 130 and "interrupted; --resume goes on from the last checkpoint in out" in done.stderr
     assert "Traceback" not in done.stderr and (tmp_path / "out" / "checkpoint-1-of-1.safetensors").exists()
+
+
+def flipped(path):
+    """One bit of the last number in the file."""
+    data = bytearray(path.read_bytes())
+    data[-6] ^= 4
+    path.write_bytes(data)
+
+
+def test_flipped_bits_are_found(tmp_path, two, monkeypatch):
+    go = stopped_after(monkeypatch, 4)
+    with pytest.raises(Stop):
+        into(tmp_path / "s", two, checkpoint_every=0)
+    go()
+    path = tmp_path / "s" / "checkpoint-1-of-1.safetensors"
+    good = path.read_bytes()
+    flipped(path)
+    with pytest.raises(StatisticsError, match=r"checkpoint-1-of-1.safetensors is damaged .*not what was written"):
+        into(tmp_path / "s", two, resume=True)
+    path.write_bytes(good)
+    file = into(tmp_path / "s", two, resume=True).files[0]
+    flipped(file)
+    with pytest.raises(StatisticsError, match=f"{file.name} is damaged: it is not what was written"):
+        load_statistics(tmp_path / "s", *two)
+
+
+def test_files_of_others_in_the_folder_are_let_alone(tmp_path, two):
+    place = tmp_path / "model"
+    two[0].save_pretrained(place)
+    weights = (place / "model.safetensors").read_bytes()
+    with pytest.raises(StatisticsError, match="exists"):
+        into(place, two)
+    into(place, two, resume=True)
+    into(place, two, overwrite=True)
+    assert (place / "model.safetensors").read_bytes() == weights
+    assert sorted(load_statistics(place, *two).layers) == [0, 2]
+
+
+def test_a_text_that_grew_is_not_finished(tmp_path, two):
+    into(tmp_path / "s", two, (0,), DOCUMENTS[:50])
+    for texts in (DOCUMENTS, iter(DOCUMENTS)):
+        with pytest.raises(StatisticsError, match="text"):
+            into(tmp_path / "s", two, (0, 1), texts, resume=True)
+    with pytest.raises(StatisticsError, match="different text"):
+        into(tmp_path / "s", two, (0,), iter(["Another.", *DOCUMENTS]), resume=True)
+    assert into(tmp_path / "s", two, (0,), iter(DOCUMENTS[:50]), resume=True).passes == 0
+    for numbers in ({"max_samples": 50}, {"max_tokens": 700}):  # an end that was asked for
+        folder = tmp_path / next(iter(numbers))
+        into(folder, two, (0,), DOCUMENTS[:70], numbers=numbers)
+        assert into(folder, two, (0,), DOCUMENTS, numbers=numbers, resume=True).passes == 0
+
+
+@pytest.mark.parametrize("room", (D2, 2 * D2))
+def test_an_overwriting_job_goes_on_wherever_it_was_killed(tmp_path, two, monkeypatch, room):
+    options = dict(texts=DOCUMENTS[:40], masters="device", master_bytes=room)
+    into(tmp_path / "new", two, **options)
+    into(tmp_path / "s", two, (0, 1, 2))
+    go = stopped_after(monkeypatch, 0)  # before the first checkpoint
+    with pytest.raises(Stop):
+        into(tmp_path / "s", two, overwrite=True, **options)
+    go()
+    assert into(tmp_path / "s", two, resume=True, **options).passes == 2 * D2 // room
+    assert same(tmp_path / "s", tmp_path / "new")  # layer 1 of the old text is gone
+    assert not (tmp_path / "s" / checkpoint.OVERWRITING).exists()
+
+
+def test_a_model_that_is_not_finite_stops_at_a_checkpoint_and_keeps_the_last_one(tmp_path, two):
+    model, tokenizer = two
+    (token,) = tokenizer("~")["input_ids"]  # in no other document
+    texts = [*DOCUMENTS[:40], "~", *DOCUMENTS[40:]]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = float("nan")
+    with pytest.raises(StatisticsError, match=r"not finite after \d+ tokens"):
+        into(tmp_path / "s", two, texts=texts, checkpoint_every=0)
+    sums = load_file(tmp_path / "s" / "checkpoint-1-of-1.safetensors")
+    assert all(bool(torch.isfinite(total).all()) for total in sums.values())
+
+
+def test_a_finished_folder_may_be_read_only(tmp_path, two, monkeypatch):
+    into(tmp_path / "s", two)
+
+    def refused(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(checkpoint.os, "open", refused)
+    monkeypatch.setattr(durable.tempfile, "mkdtemp", refused)
+    assert into(tmp_path / "s", two, resume=True).passes == 0
+    with pytest.raises(StatisticsError, match=r"cannot write statistics to .*Permission denied"):
+        into(tmp_path / "s", two, overwrite=True)
+
+
+def test_bad_numbers_leave_no_folder(tmp_path, two):
+    with pytest.raises(InvalidArgumentError, match="masters must be"):
+        into(tmp_path / "s", two, masters="moon")
+    with pytest.raises(StatisticsError, match="give one of them"):
+        into(tmp_path / "s", two, resume=True, overwrite=True)
+    with pytest.raises(InvalidArgumentError, match="checkpoint_every"):
+        into(tmp_path / "s", two, checkpoint_every=-1)
+    with pytest.raises(StatisticsError, match="no text"):
+        into(tmp_path / "s", two, texts=[])
+    assert not (tmp_path / "s").exists()
+
+
+def test_weights_are_told_apart(tmp_path, two, monkeypatch):
+    go = stopped_after(monkeypatch, 4)
+    with pytest.raises(Stop):
+        into(tmp_path / "s", two, checkpoint_every=0, numbers={"token_weights": lambda ids: [1.0] * len(ids)})
+    go()
+    with pytest.raises(StatisticsError, match="was begun with token_weights"):
+        into(tmp_path / "s", two, resume=True, numbers={"token_weights": lambda ids: [2.0] * len(ids)})
+    into(tmp_path / "s", two, resume=True, numbers={"token_weights": lambda ids: [1.0] * len(ids)})

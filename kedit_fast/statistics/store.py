@@ -212,13 +212,11 @@ def metadata_in(path: Path) -> dict[str, str]:
         raise StatisticsError(f"{path} is damaged: {error}; remove it and collect it again") from error
     except OSError as error:
         raise StatisticsError(f"cannot read {path}: {error.strerror or error}") from error
-    for name in ("count", "max_length"):
-        if not metadata.get(name, "").isdigit():
-            raise StatisticsError(
-                f"{path} is damaged: {name} is {metadata.get(name)!r}; remove it and collect it again"
-            )
-    if missing := [name for name in ("corpus", "dtype") if name not in metadata]:
-        raise StatisticsError(f"{path} is damaged: it does not say its {missing[0]}; remove it and collect it again")
+    wrong = [name for name in ("count", "max_length") if not metadata.get(name, "").isdigit()]
+    wrong += [name for name in ("corpus", "dtype") if name not in metadata]
+    if wrong:
+        found = metadata.get(wrong[0])
+        raise StatisticsError(f"{path} is damaged: its {wrong[0]} is {found!r}; remove it and collect it again")
     return metadata
 
 
