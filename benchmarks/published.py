@@ -1,7 +1,7 @@
 """The published algorithms as plainly as they were published: the baseline of the benchmarks and the tests' oracle.
 
-Written from the description of memit's compute_z, compute_ks and execute_memit, of rome's compute_v, of PMET's
-compute_zs and of UltraEdit's cache; it shares nothing with the package but token ids and hyper-parameters. One request
+Written from the description of memit's compute_z, compute_ks and execute_memit, of rome's compute_v and layer_stats,
+of PMET's compute_zs and of UltraEdit's cache; it shares nothing with the package but token ids and hyper-parameters. One request
 at a time; for each iteration the whole model runs on the request's prompts, and the head on all their positions, twice
 where the published code does so.
 """
@@ -290,3 +290,55 @@ def serial_gradients(
         loss = torch.nn.functional.cross_entropy(wide, torch.tensor(target, device=device))
         gradients = torch.autograd.grad(loss, outputs)
     return keys, [gradient[0, where] for gradient in gradients]
+
+
+GROUP = 100  # documents that layer_stats sorts and batches together
+
+
+def length_batches(sequences: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[Sequence[int]]]:
+    """layer_stats' length collation: every hundred documents, longest first, in batches of padded tokens.
+
+    As there, a batch is closed once it is over the budget, so it may be over it by one sequence.
+    """
+    for begin in range(0, len(sequences), GROUP):
+        batch: list[Sequence[int]] = []
+        for sequence in sorted(sequences[begin : begin + GROUP], key=len, reverse=True):
+            if batch and len(batch[0]) * (len(batch) + 1) > batch_tokens:
+                yield batch
+                batch = []
+            batch.append(sequence)
+        yield batch
+
+
+class _Stop(Exception):
+    pass
+
+
+@torch.no_grad()
+def layer_moment(
+    model: torch.nn.Module, module: torch.nn.Module, sequences: Sequence[Sequence[int]], batch_tokens: int
+) -> tuple[torch.Tensor, int]:
+    """layer_stats of one layer: a pass of the model up to `module`, the rows of real tokens gathered, in fp32
+    `mom2 += a.t().mm(a)`; returns the sum [d, d] and the tokens."""
+    device = model.get_input_embeddings().weight.device
+    total, count = None, 0
+
+    def stop(_, args):
+        seen.append(args[0])
+        raise _Stop
+
+    for rows in length_batches(sequences, batch_tokens):
+        seen: list[torch.Tensor] = []
+        batch = padded(rows, "right", device)
+        handle = module.register_forward_pre_hook(stop)
+        with contextlib.suppress(_Stop):
+            model(**batch, use_cache=False)
+        handle.remove()
+        flat = seen[0].view(-1, seen[0].size(-1))
+        features = flat[batch["attention_mask"].view(-1).nonzero()[:, 0]].to(torch.float32)
+        if total is None:
+            total = features.new_zeros(features.shape[1], features.shape[1])
+        count += len(features)
+        total += features.t().mm(features)
+    assert total is not None
+    return total, count

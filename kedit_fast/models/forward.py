@@ -17,10 +17,14 @@ from kedit_fast.models.architectures import ModelView
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token ids [rows, T], padded on the right, with the attention mask [rows, T]."""
+    """Token ids [rows, T], padded on the right, with the attention mask [rows, T].
+
+    Without a mask the states of padding are there and mean nothing; those of tokens are the same, since attention is
+    causal and padding comes after them. It is the faster way through scaled_dot_product_attention.
+    """
 
     input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    attention_mask: torch.Tensor | None
 
     @property
     def position_ids(self) -> torch.Tensor:

@@ -16,7 +16,7 @@ from kedit_fast import distributed
 from kedit_fast.errors import StatisticsError
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import fingerprint
-from kedit_fast.models.forward import Site, evaluating, pad, visit
+from kedit_fast.models.forward import Site, TokenBatch, evaluating, pad, visit
 from kedit_fast.statistics.corpus import Corpus, Position, Reader, TokenWeights, Window, ahead, batches
 from kedit_fast.statistics.memory_plan import Group, plan_groups
 from kedit_fast.statistics.moments import SecondMoment, SecondMomentAccumulator
@@ -227,10 +227,10 @@ class Job:
         return end
 
     def _add(self, rows: list[list[int]], sums: Mapping[int, SecondMomentAccumulator], updates: _Updates) -> None:
-        batch = pad(rows, self.view.device)
+        padded = pad(rows, self.view.device)
         real = [len(row) for row in rows]
         width = max(real)
-        mask = None if min(real) == width else batch.attention_mask.bool().flatten()
+        mask = None if min(real) == width else padded.attention_mask.bool().flatten()
         weights, totals = self._weights(rows, width)
         here: dict[torch.device, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
 
@@ -240,6 +240,7 @@ class Job:
                 here[device] = tuple(None if t is None else t.to(device, non_blocking=True) for t in (mask, weights))
             updates.add(sums[site.layer], states.flatten(0, 1), *here[device], totals)  # [R T, d]
 
+        batch = TokenBatch(padded.input_ids, None)
         visit(self.view, batch, [Site(layer, "key") for layer in sums], see)
         updates.next_batch()
 

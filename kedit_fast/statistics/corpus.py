@@ -26,6 +26,7 @@ BATCHES_A_WINDOW = 8  # about: more waste less on padding, fewer share better am
 LEAST_WINDOW = 1 << 17  # characters
 CHARACTERS_A_TOKEN = 4  # about
 LONG = 16  # times the characters of a window that its documents may really have
+PADDING, ENOUGH = 0.1, 0.125  # shares of a batch: of padding, from which on a batch of so many tokens is closed
 PROBE = 64
 _END = object()
 
@@ -266,13 +267,20 @@ def _chained(digest: str, text: str) -> str:
 
 
 def batches(sequences: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Sequences by length, as many together as `batch_tokens` holds once padded; longest first."""
+    """Sequences by length, longest first: as many together as `batch_tokens` holds once padded.
+
+    A batch that is large enough is closed earlier where padding would become more than a tenth of it.
+    """
     rows: list[list[int]] = []
+    real = 0
     for sequence in sorted(sequences, key=len, reverse=True):
-        if rows and len(rows[0]) * (len(rows) + 1) > batch_tokens:
+        padded = len(rows[0]) * (len(rows) + 1) if rows else 0
+        wasteful = padded - real - len(sequence) > PADDING * padded and real >= ENOUGH * batch_tokens
+        if rows and (padded > batch_tokens or wasteful):
             yield rows
-            rows = []
+            rows, real = [], 0
         rows.append(sequence)
+        real += len(sequence)
     if rows:
         yield rows
 
