@@ -1,9 +1,9 @@
 """The published algorithms as plainly as they were published: the baseline of the benchmarks and the tests' oracle.
 
 Written from the description of memit's compute_z, compute_ks and execute_memit, of rome's compute_v and layer_stats,
-of PMET's compute_zs and of UltraEdit's cache; it shares nothing with the package but token ids and hyper-parameters. One request
-at a time; for each iteration the whole model runs on the request's prompts, and the head on all their positions, twice
-where the published code does so.
+of PMET's compute_zs and of UltraEdit's cache; it shares nothing with the package but token ids and hyper-parameters.
+One request at a time; for each iteration the whole model runs on the request's prompts, and the head on all their
+positions, twice where the published code does so.
 """
 
 from __future__ import annotations

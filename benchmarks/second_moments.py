@@ -62,7 +62,7 @@ class Shape:
 
 
 SHAPES = (
-    Shape("demo model and its text, d 768", (0, 1, 2, 3, 4), 30_000, 1),
+    Shape("demo model, d 768", (0, 1, 2, 3, 4), 30_000, 6),
     Shape("GPT-2-small shape, random weights, d 3072", (3, 4, 5, 6, 7), 8_192, 24, dict(model_type="gpt2")),
     Shape(
         "Llama-3.2-1B shape cut to 9 blocks, random weights, d 8192", (4, 5, 6, 7, 8), 4_096, 24,
@@ -175,8 +175,9 @@ def rows_of(shape: Shape, runs: int, device: str, peaks: Row) -> list[Row]:
         sums = sum(shape.tokens * views[name].weight(layer).shape[1] * (views[name].weight(layer).shape[1] + 1)
                    for layer in shape.layers)  # fmt: skip
         flops = forward_flops(views[name], shape) + sums
+        case = f"{shape.name}, {len(shape.layers)} layers, {shape.tokens} tokens, {name}"
         row = {
-            "op": "collect_statistics", "case": f"{shape.name}, {len(shape.layers)} layers, {shape.tokens} tokens, {name}",
+            "op": "collect_statistics", "case": case,
             "dtype": name, "backend": "cpu" if device == "cpu" else "triton",
             "isa": isa("cpu", "symmetric_rank_k_update_", name, device), "error": checked[name][0],
             "error_limit": ERROR_LIMIT, "flops": flops, "bytes": None, "share_of_peak": None, "floor": floor,
@@ -198,8 +199,8 @@ def rows_of(shape: Shape, runs: int, device: str, peaks: Row) -> list[Row]:
 
 def show(rows: list[Row], about: Row) -> None:
     title = f"{about['machine']}, torch {torch.__version__}, {about['commit']}"
-    table = Table("case", "s", "tokens/s", "published s", "ratio", "floor", "goal", "of peak", "MiB (published)", "error",
-                  title=title)  # fmt: skip
+    columns = ("case", "s", "tokens/s", "published s", "ratio", "floor", "goal", "of peak", "MiB (published)", "error")
+    table = Table(*columns, title=title)
     for row in rows:
         if row["ratio"] is None:
             table.add_row(row["case"], "wrong result", "", "", "", "", "", "", "", f"{row['error']:.1e}")

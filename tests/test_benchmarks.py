@@ -231,6 +231,43 @@ def test_a_wrong_solve_has_no_numbers(harness, monkeypatch):
     assert all(row["ratio"] is None for row in solver.memit_rows(64, 8, 2, "cpu"))
 
 
+def test_the_statistics_benchmark_times_right_moments(harness, tmp_path, monkeypatch):
+    from benchmarks import published, second_moments
+    from kedit_fast import demo
+    from kedit_fast.models.architectures import ModelView
+    from kedit_fast.statistics.collect import collect_statistics
+
+    monkeypatch.setattr(second_moments, "measured_peaks", lambda device: dict.fromkeys(
+        ("fp32_flops_per_s", "bf16_flops_per_s"), 1e11))  # fmt: skip
+    path = tmp_path / "statistics.json"
+    arguments = ["--only", "demo", "--tokens", "900", "--runs", "2", "--json", str(path)]
+    done = CliRunner().invoke(second_moments.app, arguments)
+    assert done.exit_code == 0, done.output
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["dtype"] for row in rows] == ["float32", "bfloat16"]
+    assert all(set(row) >= FIELDS and row["ratio"] > 0 and row["error"] <= row["error_limit"] for row in rows)
+    assert rows[0]["gap_to_published"] < 1e-6 and rows[0]["tokens_per_s"] > 0
+
+    model, tokenizer = demo.load()
+    texts = demo.corpus(150)  # the baseline: two groups of documents, each in batches of its own
+    sequences = [tokenizer(text)["input_ids"] for text in texts]
+    found = list(published.length_batches(sequences, 512))
+    assert sorted(map(tuple, sequences)) == sorted(tuple(ids) for rows in found for ids in rows)
+    total, count = published.layer_moment(model, ModelView(model).edited_module(2), sequences, 512)
+    ours = collect_statistics(model, tokenizer, texts, (2,), progress=False).moment(2)
+    gap = (total.double() / count - ours.moment).norm() / ours.moment.norm()
+    assert count == ours.count and float(gap) < 1e-6
+
+    wrong = second_moments.collect_statistics
+    monkeypatch.setattr(second_moments, "collect_statistics", lambda *a, **k: scaled(wrong(*a, **k)))
+    assert CliRunner().invoke(second_moments.app, arguments[:-2]).exit_code == 1
+
+
+def scaled(statistics):
+    layers = {n: type(s)(s.module, s.moment * (1 + 1e-5), s.count) for n, s in statistics.layers.items()}
+    return type(statistics)(**{**vars(statistics), "layers": layers})
+
+
 def test_the_quality_benchmark_measures_methods_and_leaves_the_model(harness, monkeypatch, tmp_path):
     from benchmarks import quality
 
