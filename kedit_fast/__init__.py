@@ -28,11 +28,15 @@ if TYPE_CHECKING:
     from kedit_fast.editor import Editor
     from kedit_fast.evaluation.metrics import evaluate
     from kedit_fast.statistics.collect import collect_statistics
+    from kedit_fast.statistics.corpus import Corpus
+    from kedit_fast.statistics.durable import collect_into
     from kedit_fast.statistics.store import load_statistics, save_statistics
 
 _LAZY = {
+    "Corpus": "kedit_fast.statistics.corpus",
     "EditRequest": "kedit_fast.editing.requests",
     "Editor": "kedit_fast.editor",
+    "collect_into": "kedit_fast.statistics.durable",
     "collect_statistics": "kedit_fast.statistics.collect",
     "evaluate": "kedit_fast.evaluation.metrics",
     "load_requests": "kedit_fast.editing.requests",
@@ -41,10 +45,12 @@ _LAZY = {
 }
 
 __all__ = [
+    "Corpus",
     "EditRequest",
     "Editor",
     "__version__",
     "backends",
+    "collect_into",
     "collect_statistics",
     "distribution_kl",
     "evaluate",
