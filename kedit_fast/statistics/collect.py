@@ -306,7 +306,9 @@ class _Updates:
         if device.type != "cuda":
             accumulator.update(rows, mask, weights, totals)
             return
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        stream = self._streams[device]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             accumulator.update(rows, mask, weights, totals)
