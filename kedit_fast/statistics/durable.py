@@ -3,6 +3,7 @@
 {module path}.safetensors        a finished layer
 checkpoint-R-of-N.safetensors    the sums of process R of a job that is not finished
 .lock                            held while a job runs
+.overwriting                     there until a job that replaces older files has ended
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from kedit_fast.statistics.moments import SecondMoment
 
 CONSTRUCTOR = "util.runningstats.SecondMoment()"
 METADATA = "kedit_fast"
-PRECISIONS = ("float32", "float64", "float16")
 _NAME = re.compile(r"(?P<module>.+)_(?P<precision>float(?:16|32|64))_mom2(?P<size>(?:_t\{?\w+\}?)?(?:_\d+)?)\.npz")
 # How those programs write None.
 _NULL = numpy.array(struct.unpack(">d", struct.pack(">Q", 0xFFF8000000000002))[0])
