@@ -97,7 +97,17 @@ def _solve() -> list[Case]:
     ]
 
 
-OPS = [*_symmetric(), *_rank_k(), *_head(), *_solve()]
+def _by_rows() -> list[Case]:
+    """Rows are the tokens of a batch of statistics."""
+    found = []
+    for model, dtype, rows in (("Llama-3-8B", "bfloat16", 4096), ("Llama-3-8B", "float32", 4096)):
+        m = MODELS[model]
+        for op, d in (("rms_norm", m.hidden), ("gated_silu", m.inner)):
+            found.append(Case(op, f"{model}, [{rows}, {d}]", dtype, {"rows": rows, "d": d}))
+    return found
+
+
+OPS = [*_symmetric(), *_rank_k(), *_head(), *_solve(), *_by_rows()]
 
 
 def _gpu() -> list[Case]:
@@ -134,5 +144,7 @@ SMALL = [
     Case("rank_k_update_", "W [33, 70], k 5, copy", "float32", {"out": 33, "inner": 70, "k": 5, "copy": 1}),
     Case("target_log_probs", "[5, 16] x [99, 16]", "float32", {"rows": 5, "width": 16, "vocabulary": 99}),
     Case("distribution_kl", "[5, 16] x [99, 16]", "bfloat16", {"rows": 5, "width": 16, "vocabulary": 99}),
+    Case("rms_norm", "[7, 33]", "bfloat16", {"rows": 7, "d": 33}),
+    Case("gated_silu", "[7, 33]", "float32", {"rows": 7, "d": 33}),
     Case("spd_solve", "[9, 9], 4 right sides", "float64", {"u": 9, "columns": 4}),
 ]

@@ -202,6 +202,42 @@ def _solve(case: Case, device: str, backend: str | None) -> Problem:
     )  # fmt: skip
 
 
+def _by_rows(case: Case, device: str, backend: str | None) -> Problem:
+    rows, d = case.sizes["rows"], case.sizes["d"]
+    dtype = getattr(torch, case.dtype)
+    x, other, weight = (torch.randn(*shape, device=device).to(dtype) for shape in ((rows, d), (rows, d), (d,)))
+    norm = case.op == "rms_norm"
+
+    def ours():
+        return kedit_fast.rms_norm(x, weight, backend=backend) if norm else kedit_fast.gated_silu(
+            x, other, backend=backend
+        )  # fmt: skip
+
+    def expression(x, other, weight):
+        if not norm:
+            return F.silu(x) * other
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    def error() -> float:
+        wide = x.double()
+        unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        expected = unit * weight.double() if norm else F.silu(wide) * other.double()
+        return float((ours().double() - expected).norm() / expected.norm())
+
+    compiled = torch.compile(expression)
+    text = "weight * (x32 * rsqrt(x32.pow(2).mean(-1) + eps)).to(x.dtype)" if norm else "F.silu(gate) * up"
+    baselines = {text: lambda: expression(x, other, weight)}
+    if norm:
+        baselines["F.rms_norm(x, (d,), weight, eps)"] = lambda: F.rms_norm(x, (d,), weight, 1e-6)
+    baselines[f"torch.compile({text})"] = lambda: compiled(x, other, weight)
+    return Problem(
+        ours=ours, baselines=baselines, error=error, limit=LIMITS[case.dtype], flops=(4 if norm else 20) * rows * d,
+        bytes=(2 if norm else 3) * x.nbytes, rate="fp32",
+        backend=_runs(case.op, x, weight if norm else other, backend=backend),
+    )  # fmt: skip
+
+
 def _runs(op: str, *args: Any, backend: str | None) -> str:
     return kedit_fast.explain(op, *args, backend=backend).runs.split()[0]
 
@@ -212,4 +248,6 @@ _BUILDERS = {
     "target_log_probs": _head,
     "distribution_kl": _head,
     "spd_solve": _solve,
+    "rms_norm": _by_rows,
+    "gated_silu": _by_rows,
 }

@@ -20,6 +20,18 @@ RANK_K = {  # by weight: half an ulp of it, relative to norms
     torch.float16: 5e-4,  # 4.6e-4
     torch.float64: 2e-14,  # 1.1e-14
 }
+NORM = {  # rms_norm by x, the product alone rounded: rows of one number have an error of up to half an ulp
+    torch.float32: 1.5e-7,
+    torch.bfloat16: 4e-3,
+    torch.float16: 5e-4,
+    torch.float64: 3e-16,
+}
+GATED = {  # gated_silu by gate: silu is rounded before the product
+    torch.float32: 1.5e-7,
+    torch.bfloat16: 6e-3,
+    torch.float16: 8e-4,
+    torch.float64: 3e-16,
+}
 HEAD = {  # log probabilities and KL by states, relative to the larger of 1 and their norm
     torch.float32: 1e-6,
     torch.bfloat16: 1e-6,

@@ -179,9 +179,10 @@ def test_offloaded_weights_give_the_same(tmp_path):
         offload(model)
         assert {p.device.type for p in model.parameters()} == {"meta"}
         found = collect(model, tokenizer)
-        assert found.model == expected.model and all(
-            torch.equal(found.moment(layer).moment, expected.moment(layer).moment) for layer in (0, 2)
-        )
+        assert found.model == expected.model
+        for layer in (0, 2):  # norms and activations of hooked modules run as transformers wrote them
+            assert found.moment(layer).count == expected.moment(layer).count
+            assert relative_error(found.moment(layer).moment, expected.moment(layer).moment) < 1e-6
     with torch.device("meta"):
         empty = make_model("llama")
     with pytest.raises(UnsupportedModelError, match="has no values"):

@@ -4,8 +4,10 @@
 
 #include "../common/aligned_buffer.h"
 #include "../common/parallel.h"
+#include "../cpu/gated_silu.h"
 #include "../cpu/kernel_table.h"
 #include "../cpu/rank_k_update.h"
+#include "../cpu/rms_norm.h"
 #include "../cpu/symmetric_rank_k_update.h"
 #include "tensor_caster.h"
 
@@ -66,4 +68,23 @@ PYBIND11_MODULE(_cpu, m) {
         kf::cpu::rank_k_update(w.view, l.view, r.view, alpha, c.view, threads);
       },
       py::arg("weight"), py::arg("left"), py::arg("right"), py::arg("alpha"), py::arg("copy"), py::arg("threads"));
+
+  m.def(
+      "rms_norm",
+      [](const py::object& out, const py::object& x, const py::object& weight, double eps, bool round_first,
+         int threads) {
+        auto o = hold_on(kDLCPU, out, "out"), a = hold_on(kDLCPU, x, "x"), w = hold_on(kDLCPU, weight, "weight");
+        py::gil_scoped_release release;
+        kf::cpu::rms_norm(o.view, a.view, w.view, eps, round_first, threads);
+      },
+      py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("round_first"), py::arg("threads"));
+
+  m.def(
+      "gated_silu",
+      [](const py::object& out, const py::object& gate, const py::object& up, int threads) {
+        auto o = hold_on(kDLCPU, out, "out"), g = hold_on(kDLCPU, gate, "gate"), u = hold_on(kDLCPU, up, "up");
+        py::gil_scoped_release release;
+        kf::cpu::gated_silu(o.view, g.view, u.view, threads);
+      },
+      py::arg("out"), py::arg("gate"), py::arg("up"), py::arg("threads"));
 }

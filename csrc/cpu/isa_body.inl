@@ -13,6 +13,8 @@ namespace {
 #include "lower_tile.inl"
 #include "symmetric_rank_k_update_impl.inl"
 #include "rank_k_update_impl.inl"
+#include "rms_norm_impl.inl"
+#include "gated_silu_impl.inl"
 
 }  // namespace
 
@@ -21,7 +23,9 @@ const KernelTable& KF_TABLE() {
                                     SymmetricBody<double>::kernel(),
                                     {},
                                     RankKBody<float>::kernel(),
-                                    RankKBody<double>::kernel()};
+                                    RankKBody<double>::kernel(),
+                                    RmsNormBody::rows,
+                                    GatedSiluBody::rows};
   return table;
 }
 

@@ -68,11 +68,36 @@ struct RankKKernel {
                 const RankKTarget&);
 };
 
+// Rows of x [rows, d] into those of out, which is contiguous. `weight` is fp32 or of the dtype of x.
+struct RmsNormCall {
+  const void* x;
+  int64_t row_stride;
+  void* out;
+  DType dtype;
+  const void* weight;
+  DType weight_dtype;
+  int64_t d;
+  double eps;
+  bool round_first;  // to the dtype of x, before the product with the weight
+};
+
+struct GatedCall {
+  const void* gate;
+  int64_t gate_stride;
+  const void* up;
+  int64_t up_stride;
+  void* out;
+  DType dtype;
+  int64_t d;
+};
+
 struct KernelTable {
   SymmetricKernel symmetric_f32;   // x fp32, bf16, fp16: arithmetic in fp32
   SymmetricKernel symmetric_f64;   // x fp64
   SymmetricKernel symmetric_bf16;  // x bf16 on matrix units; mr == 0 where there are none
   RankKKernel rank_k_f32, rank_k_f64;
+  void (*rms_norm)(const RmsNormCall&, int64_t first, int64_t last);  // rows [first, last)
+  void (*gated_silu)(const GatedCall&, int64_t first, int64_t last);
 };
 
 // setup.py defines KF_ISA_* for those whose flags the compiler knows.

@@ -122,11 +122,14 @@ inline Vec<float> load_vector(const F16* p) {
 
 inline void store_vector(float* p, Vec<float> v) { store_unaligned(p, v); }
 inline void store_vector(double* p, Vec<double> v) { store_unaligned(p, v); }
-inline void store_vector(Bf16* p, Vec<float> v) {
+// The nearest bf16 numbers, in the upper halves; the lower halves are not cleared.
+inline VecU32 nearest_bf16(Vec<float> v) {
   const VecU32 u = (VecU32)v;
-  const VecU32 nan = (VecU32)((u & 0x7fffffff) > 0x7f800000);
-  const VecU32 rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  store_unaligned(p, __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), VecU16));
+  const VecU32 rounded = u + 0x7fff + ((u >> 16) & 1);
+  return v == v ? rounded : VecU32{} + 0x7fc00000;
+}
+inline void store_vector(Bf16* p, Vec<float> v) {
+  store_unaligned(p, __builtin_convertvector(nearest_bf16(v) >> 16, VecU16));
 }
 inline void store_vector(F16* p, Vec<float> v) {
 #if KF_VECTOR_BYTES == 64

@@ -128,6 +128,29 @@ def rank_k_update_cuda(
     _call(cuda().rank_k_update_, capsule(weight), capsule(left), capsule(right), alpha, capsule(copy), stream)
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, round_first: bool) -> torch.Tensor:
+    """Call the C++ kernel of the op of the same name."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    rows, own = _rows(x), weight.contiguous()
+    threads = torch.get_num_threads()
+    _call(cpu().rms_norm, capsule(_rows(out)), capsule(rows), capsule(own), eps, round_first, threads)
+    return out
+
+
+def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Call the C++ kernel of the op of the same name."""
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    gate, up = _rows(gate), _rows(up)
+    _call(cpu().gated_silu, capsule(_rows(out)), capsule(gate), capsule(up), torch.get_num_threads())
+    return out
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[.., d] as [n, d] with contiguous rows: the tensor's own memory where its strides allow it."""
+    flat = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    return flat if flat.stride(-1) == 1 or flat.shape[-1] <= 1 else flat.contiguous()
+
+
 def _call(function, *args) -> None:
     try:
         function(*args)

@@ -6,11 +6,13 @@ To add an architecture, add one ArchSpec to ARCHITECTURES.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
+from kedit_fast.models import fused
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,11 @@ class ModelView:
     def row_device(self, layer: int) -> torch.device:
         """Where the inputs of a layer's edited module are."""
         return device_of(self.edited_module(layer))
+
+    @cached_property
+    def fused(self) -> dict[torch.nn.Module, fused.Forward]:
+        """Forward functions in one pass over memory for modules of the decoder; see models/fused.py."""
+        return fused.forwards(self.base)
 
     @property
     def max_length(self) -> int:

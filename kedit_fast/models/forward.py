@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kedit_fast.models import fused
 from kedit_fast.models.architectures import ModelView
 
 
@@ -194,12 +195,14 @@ def last_hidden(view: ModelView, batch: TokenBatch) -> torch.Tensor:
 
 
 def _run_base(view: ModelView, batch: TokenBatch):
-    return view.base(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    )
+    # The caller may have put functions of its own in some modules' place: those stay.
+    with replaced({m: f for m, f in view.fused.items() if "forward" not in vars(m)} if fused.wanted() else {}):
+        return view.base(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
 
 
 @contextlib.contextmanager

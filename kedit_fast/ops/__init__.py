@@ -1,7 +1,9 @@
 """Public ops. Each file holds one op: its schema, its checks, its backends and its documentation."""
 
 from kedit_fast.ops.distribution_kl import distribution_kl
+from kedit_fast.ops.gated_silu import gated_silu
 from kedit_fast.ops.rank_k_update import rank_k_update_, rank_one_update_
+from kedit_fast.ops.rms_norm import rms_norm
 from kedit_fast.ops.spd_solve import spd_solve
 from kedit_fast.ops.symmetric_rank_k_update import mirror_, symmetric_rank_k_update_
 from kedit_fast.ops.target_log_probs import TargetLogProbs, target_log_probs
@@ -9,9 +11,11 @@ from kedit_fast.ops.target_log_probs import TargetLogProbs, target_log_probs
 __all__ = [
     "TargetLogProbs",
     "distribution_kl",
+    "gated_silu",
     "mirror_",
     "rank_k_update_",
     "rank_one_update_",
+    "rms_norm",
     "spd_solve",
     "symmetric_rank_k_update_",
     "target_log_probs",

@@ -9,9 +9,11 @@ import torch
 
 from kedit_fast import (
     distribution_kl,
+    gated_silu,
     mirror_,
     rank_k_update_,
     rank_one_update_,
+    rms_norm,
     spd_solve,
     symmetric_rank_k_update_,
     target_log_probs,
@@ -105,6 +107,19 @@ BAD = [
     ("right side of another dtype", lambda: spd_solve(torch.eye(3), of(3, 1).double()), Invalid, "rhs must be"),
     ("gram in fp16", lambda: spd_solve(torch.eye(3).half(), of(3, 1).half()), Invalid, "gram must be"),
     ("ridge NaN", lambda: spd_solve(torch.eye(3), of(3, 1), math.nan), Invalid, "ridge must be finite"),
+    ("norm of a number", lambda: rms_norm(torch.tensor(1.0), of(1)), Invalid, r"x must be \[.., d\]"),
+    ("norm of nothing", lambda: rms_norm(of(3, 0), of(0)), Invalid, "d not 0"),
+    ("norm of integers", lambda: rms_norm(of(3, 4, dtype=torch.int64), of(4)), Invalid, "x must be float32"),
+    ("norm's weight of another size", lambda: rms_norm(of(3, 4), of(3)), Invalid, r"weight must be \[4\]"),
+    ("norm's weight in fp64", lambda: rms_norm(of(3, 4), of(4).double()), Invalid, "weight must be float32"),
+    ("norm's eps NaN", lambda: rms_norm(of(3, 4), of(4), math.nan), Invalid, "eps must be finite"),
+    ("norm's eps negative", lambda: rms_norm(of(3, 4), of(4), -1.0), Invalid, "eps must not be negative"),
+    ("norm wants a gradient", lambda: rms_norm(of(3, 4), of(4).requires_grad_()), GradientError, "weight, which"),
+    ("norm on another device", lambda: rms_norm(of(3, 4), of(4, device=META)), Invalid, "weight on meta"),
+    ("gate a number", lambda: gated_silu(torch.tensor(1.0), torch.tensor(1.0)), Invalid, r"gate must be \[.., d\]"),
+    ("gate of another shape", lambda: gated_silu(of(3, 4), of(4)), Invalid, r"up must be \[3, 4\]"),
+    ("gate of another dtype", lambda: gated_silu(of(3, 4), of(3, 4).half()), Invalid, "up must be float32"),
+    ("gate wants a gradient", lambda: gated_silu(of(3, 4).requires_grad_(), of(3, 4)), GradientError, "gate, which"),
     ("gram not positive", lambda: spd_solve(-torch.eye(3), of(3, 1)), SolveError, "order 1 of 3"),
 ]  # fmt: skip
 

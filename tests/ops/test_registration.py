@@ -20,13 +20,15 @@ def cases():
         (OPS.symmetric_rank_k_update_, (torch.zeros(8, 8), hidden, weights, mask, 1.0, "")),
         (OPS.rank_k_update_, (master.clone(), left, right, 1.0, None, "")),
         (OPS.rank_k_update_, (master.clone(), left, right, 1.0, copy, "")),
+        (OPS.rms_norm, (hidden, torch.rand(8), 1e-6, True, "")),
+        (OPS.gated_silu, (hidden, torch.randn(6, 8), "")),
         (OPS.spd_solve, (torch.eye(4), torch.randn(4, 2), 0.1, "")),
         (OPS.target_log_probs, (hidden.clone().requires_grad_(), head, targets, None, 0.0, True, "")),
         (OPS.distribution_kl, (hidden.clone().requires_grad_(), torch.randn(6, 8), head, None, 2.0, True, "")),
     ]
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(8))
 def test_opcheck(index):
     op, args = cases()[index]
     torch.library.opcheck(op, args)
@@ -61,6 +63,15 @@ def test_differentiable_ops_compile_without_a_graph_break():
     loss(plain).backward()
     _compiled(loss, compiled).backward()
     torch.testing.assert_close(compiled.grad, plain.grad)
+
+
+def test_ops_of_the_forward_pass_compile_without_a_graph_break():
+    x, weight = torch.randn(6, 8), torch.randn(8)
+
+    def step(x):
+        return kedit_fast.gated_silu(kedit_fast.rms_norm(x, weight), x)
+
+    torch.testing.assert_close(_compiled(step, x), step(x))
 
 
 def test_spd_solve_compiles_without_a_graph_break():

@@ -1,0 +1,23 @@
+#include "rms_norm.h"
+
+#include "by_rows.h"
+#include "kernel_table.h"
+
+namespace kf::cpu {
+
+void rms_norm(const TensorView& out, const TensorView& x, const TensorView& weight, double eps, bool round_first,
+              int threads) {
+  check_result(out);
+  const int64_t rows = out.shape[0], d = out.shape[1];
+  check_rows(x, "x", rows, d);
+  require(x.dtype == out.dtype, "x must have the dtype of out");
+  require(weight.ndim == 1 && weight.shape[0] == d && (d <= 1 || weight.stride[0] == 1),
+          "weight must be a contiguous vector [d]");
+  require(weight.dtype == out.dtype || weight.dtype == DType::f32, "weight must be float32 or of the dtype of x");
+  if (rows == 0 || d == 0) return;
+  const RmsNormCall call = {x.data, x.stride[0], out.data, out.dtype, weight.data, weight.dtype, d, eps, round_first};
+  const KernelTable& table = active_table();
+  run_by_rows(rows, d, threads, [&](int64_t first, int64_t last) { table.rms_norm(call, first, last); });
+}
+
+}  // namespace kf::cpu

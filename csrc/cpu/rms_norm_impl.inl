@@ -1,0 +1,80 @@
+// rms_norm for the vectors of one instruction set: arithmetic in fp32, storage in fp32, bf16 or fp16.
+
+inline Vec<float> rounded(const float*, Vec<float> v) { return v; }
+inline Vec<float> rounded(const Bf16*, Vec<float> v) { return (Vec<float>)(nearest_bf16(v) & 0xffff0000); }
+inline Vec<float> rounded(const F16*, Vec<float> v) {
+  F16 stored[lanes<float>];
+  store_vector(stored, v);
+  return load_vector(stored);
+}
+
+// The first `count` numbers of a vector; the others are zeros.
+template <class S>
+inline Vec<float> load_part(const S* p, int64_t count) {
+  S part[lanes<float>] = {};
+  __builtin_memcpy(part, p, count * sizeof(S));
+  return load_vector(part);
+}
+template <class S>
+inline void store_part(S* p, Vec<float> v, int64_t count) {
+  S part[lanes<float>];
+  store_vector(part, v);
+  __builtin_memcpy(p, part, count * sizeof(S));
+}
+
+struct RmsNormBody {
+  static constexpr int W = lanes<float>;
+
+  template <class S>
+  static double sum_of_squares(const S* x, int64_t d) {
+    Vec<float> sums[4] = {};
+    int64_t j = 0;
+    for (; j + 4 * W <= d; j += 4 * W) {
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) {
+        const Vec<float> here = load_vector(x + j + v * W);
+        sums[v] += here * here;
+      }
+    }
+    for (; j < d; j += W) {
+      const Vec<float> here = d - j < W ? load_part(x + j, d - j) : load_vector(x + j);
+      sums[0] += here * here;
+    }
+    const Vec<float> all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    double total = 0;
+    for (int i = 0; i < W; ++i) total += all[i];
+    return total;
+  }
+
+  template <class S, class T>
+  static void rows_as(const RmsNormCall& call, int64_t first, int64_t last) {
+    const int64_t d = call.d;
+    const T* weight = static_cast<const T*>(call.weight);
+    for (int64_t row = first; row < last; ++row) {
+      const S* x = static_cast<const S*>(call.x) + row * call.row_stride;
+      S* out = static_cast<S*>(call.out) + row * d;
+      const float scale = float(1.0 / __builtin_sqrt(sum_of_squares(x, d) / double(d) + call.eps));
+      int64_t j = 0;
+      for (; j + W <= d; j += W) {
+        Vec<float> v = load_vector(x + j) * scale;
+        if (call.round_first) v = rounded(x, v);
+        store_vector(out + j, v * load_vector(weight + j));
+      }
+      if (j < d) {
+        Vec<float> v = load_part(x + j, d - j) * scale;
+        if (call.round_first) v = rounded(x, v);
+        store_part(out + j, v * load_part(weight + j, d - j), d - j);
+      }
+    }
+  }
+
+  static void rows(const RmsNormCall& call, int64_t first, int64_t last) {
+    const bool wide = call.weight_dtype == DType::f32;
+    switch (call.dtype) {
+      case DType::f32: return rows_as<float, float>(call, first, last);
+      case DType::bf16:
+        return wide ? rows_as<Bf16, float>(call, first, last) : rows_as<Bf16, Bf16>(call, first, last);
+      default: return wide ? rows_as<F16, float>(call, first, last) : rows_as<F16, F16>(call, first, last);
+    }
+  }
+};

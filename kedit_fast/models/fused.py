@@ -1,0 +1,177 @@
+"""Norms and activations of decoder blocks, each in one pass over memory, for passes that are not differentiated.
+
+Plain torch makes a pass over memory for every operation in them. A module is taken over only when its class, run on a
+sample, gives the bits of the function that replaces it (or, for the composed GELU, agrees with it in fp64), so models
+with code of their own are safe: what is not recognised runs as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.nn.functional import gelu, silu
+
+from kedit_fast.backends import AUTO, probe, requested
+from kedit_fast.ops import gated_silu, rms_norm
+from kedit_fast.reference.rms_norm import rms_norm as plain_norm
+
+_log = logging.getLogger("kedit_fast")
+Forward = Callable[..., Any]
+_SAMPLE_ROWS = 4
+
+
+def wanted() -> bool:
+    """Whether the C++ kernels may run here and nothing else was asked for; a derivative needs the modules' own code."""
+    return not torch.is_grad_enabled() and requested(None) in (AUTO, "cpu") and not probe("cpu").reason
+
+
+@torch.no_grad()
+def forwards(base: torch.nn.Module) -> dict[torch.nn.Module, Forward]:
+    """Forward functions for the modules of a decoder that are recognised; those whose tensors are on a CPU."""
+    found: dict[torch.nn.Module, Forward] = {}
+    known: dict[Any, Any] = {}  # what a class turned out to be
+
+    def once(recognise: Callable[[torch.nn.Module], Any], module: torch.nn.Module) -> Any:
+        key = recognise, type(module)
+        if key not in known:
+            known[key] = recognise(module)
+        return known[key]
+
+    for module in base.modules():
+        if "forward" in vars(module) or any(p.device.type != "cpu" for p in module.parameters(recurse=False)):
+            continue  # wrapped by somebody (accelerate's hooks), or not here
+        name = type(module).__name__
+        if "RMSNorm" in name:
+            rule = once(_norm_rule, module)
+            if rule is not None:
+                found[module] = _norm(module, *rule)
+        elif name == "NewGELUActivation":
+            if once(_is_tanh_gelu, module):
+                found[module] = _tanh_gelu(module)
+        elif hasattr(module, "down_proj"):
+            act = _activation(module)
+            if act is not None and once(_is_silu, act) and once(_is_gated_mlp, module):
+                found[module] = _gated_mlp(module, act)
+    return found
+
+
+def _own(module: torch.nn.Module) -> Forward:
+    return type(module).forward.__get__(module)
+
+
+def _sample(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _eps(module: torch.nn.Module) -> Any:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _norm_weight(weight: torch.Tensor, plus_one: bool) -> torch.Tensor:
+    return 1.0 + weight.float() if plus_one else weight
+
+
+def _norm_rule(module: torch.nn.Module) -> tuple[bool, bool] | None:
+    """(the weight is 1 + weight in fp32, the quotient is rounded before the product) of a norm's class, or None."""
+    if [name for name, _ in module.named_parameters()] != ["weight"] or not isinstance(_eps(module), float):
+        return None
+    size = module.weight.numel()
+    x, weight = _sample(_SAMPLE_ROWS, size, dtype=torch.bfloat16), _sample(size, dtype=torch.bfloat16)
+    stand_in = copy.copy(module)
+    vars(stand_in)["_parameters"] = {"weight": weight}
+    result = _run(module, stand_in, x)
+    for rule in ((False, True), (False, False), (True, False)):  # Llama; OLMo 2; Gemma
+        if result is not None and torch.equal(
+            result, plain_norm(x, _norm_weight(weight, rule[0]), _eps(module), rule[1])
+        ):
+            return rule
+    return None
+
+
+def _run(module: torch.nn.Module, stand_in: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """The forward function of a module's class on something like the module, past all hooks; None where it fails."""
+    try:
+        return type(module).forward(stand_in, x)
+    except Exception as error:  # any code can be behind it; what fails on a sample is left alone
+        _log.debug("%s is not replaced: %s", type(module).__name__, error)
+        return None
+
+
+def _norm(module: torch.nn.Module, plus_one: bool, round_first: bool) -> Forward:
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = module.weight
+        if hidden_states.dtype != weight.dtype or not _takes(hidden_states):
+            return _own(module)(hidden_states)
+        return rms_norm(hidden_states, _norm_weight(weight, plus_one), _eps(module), round_first=round_first)
+
+    return forward
+
+
+def _takes(states: torch.Tensor) -> bool:
+    return states.device.type == "cpu" and states.dtype != torch.float64 and not torch.is_grad_enabled()
+
+
+def _is_tanh_gelu(module: torch.nn.Module) -> bool:
+    x = 3 * _sample(256, dtype=torch.float64)
+    result = _run(module, module, x)
+    return result is not None and torch.allclose(result, gelu(x, approximate="tanh"), rtol=1e-12, atol=1e-14)
+
+
+def _tanh_gelu(module: torch.nn.Module) -> Forward:
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        return gelu(input, approximate="tanh") if _takes(input) else _own(module)(input)
+
+    return forward
+
+
+def _activation(module: torch.nn.Module) -> torch.nn.Module | None:
+    act = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+    return act if isinstance(act, torch.nn.Module) else None
+
+
+def _watched(module: torch.nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+
+
+def _is_silu(module: torch.nn.Module) -> bool:
+    x = _sample(256, dtype=torch.float32)
+    result = _run(module, module, x)
+    return result is not None and torch.equal(result, silu(x))
+
+
+def _gate_and_up(module: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if hasattr(module, "gate_up_proj"):  # Phi-3
+        gate, up = module.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return gate, up
+    return module.gate_proj(hidden_states), module.up_proj(hidden_states)
+
+
+def _is_gated_mlp(module: torch.nn.Module) -> bool:
+    """Whether the class computes down(silu(gate(x)) * up(x)): it is run with small matrices and nothing else."""
+    names = {name for name, _ in module.named_children()} - {"act_fn", "activation_fn"}
+    if names not in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}):
+        return False
+    wide, down = _sample(16, 64, dtype=torch.float32), _sample(32, 16, dtype=torch.float32)
+    parts = dict(gate_up_proj=lambda x: x @ wide) if "gate_up_proj" in names else dict(
+        gate_proj=lambda x: x @ wide[:, :32], up_proj=lambda x: x @ wide[:, 32:]
+    )  # fmt: skip
+    stand_in = SimpleNamespace(
+        **parts, down_proj=lambda x: x @ down, act_fn=silu, activation_fn=silu, config=getattr(module, "config", None)
+    )
+    x = _sample(_SAMPLE_ROWS, 16, dtype=torch.float32)
+    result, (gate, up) = _run(module, stand_in, x), _gate_and_up(stand_in, x)
+    return result is not None and torch.equal(result, (silu(gate) * up) @ down)
+
+
+def _gated_mlp(module: torch.nn.Module, act: torch.nn.Module) -> Forward:
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        if not _takes(hidden_states) or _watched(act):
+            return _own(module)(hidden_states)
+        return module.down_proj(gated_silu(*_gate_and_up(module, hidden_states)))
+
+    return forward
