@@ -12,6 +12,7 @@ is what it loads: dtypes differ. Nothing is timed before our moments agree with 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import random
@@ -88,7 +89,7 @@ class ExactSum:
 
 def documents(tokenizer: Any, shape: Shape) -> list[str]:
     """Documents of many lengths, with `shape.tokens` tokens in all, the last one cut by the budget."""
-    rng, parts, total, texts = random.Random(0), iter(demo.corpus(4000)), 0, []
+    rng, parts, total, texts = random.Random(0), itertools.cycle(demo.corpus(4000)), 0, []
     while total < shape.tokens:
         texts.append(" ".join(next(parts) for _ in range(rng.randint(1, shape.pieces))))
         total += len(tokenizer(texts[-1], truncation=True, max_length=MAX_LENGTH)["input_ids"])

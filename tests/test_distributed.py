@@ -119,7 +119,7 @@ found = collect_into(sys.argv[1], model, tokenizer, Corpus(documents, **numbers)
                      checkpoint_every=0, resume=True, progress=False)
 whole = collect_statistics(model, tokenizer, documents, (0, 2), batch_tokens=200, progress=False, **numbers)
 same = torch.equal(whole.moment(2).moment, torch.load("moment.pt")) if os.path.exists("moment.pt") else ""
-print(rank, found.tokens, found.resumed, same, flush=True)
+print(f"{{rank}} {{found.tokens}} {{found.resumed}} {{same}}\\n", end="", flush=True)  # one write: processes share it
 if int(os.environ.get("WORLD_SIZE", "1")) == 1:
     torch.save(whole.moment(2).moment, "moment.pt")
 else:

@@ -72,8 +72,7 @@ struct RmsNormBody {
     const bool wide = call.weight_dtype == DType::f32;
     switch (call.dtype) {
       case DType::f32: return rows_as<float, float>(call, first, last);
-      case DType::bf16:
-        return wide ? rows_as<Bf16, float>(call, first, last) : rows_as<Bf16, Bf16>(call, first, last);
+      case DType::bf16: return wide ? rows_as<Bf16, float>(call, first, last) : rows_as<Bf16, Bf16>(call, first, last);
       default: return wide ? rows_as<F16, float>(call, first, last) : rows_as<F16, F16>(call, first, last);
     }
   }
