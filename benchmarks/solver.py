@@ -24,7 +24,7 @@ from rich.table import Table
 
 from benchmarks.run import Row, interleaved, provenance, synchronise, timing, with_baseline
 from kedit_fast.solver.key_memory import KeyMemory
-from kedit_fast.solver.least_squares import ridge_update
+from kedit_fast.solver.least_squares import solve_update
 from kedit_fast.solver.preconditioner import Covariance, NullSpace
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -88,13 +88,13 @@ def memit_rows(d: int, u: int, runs: int, device: str) -> list[Row]:
     found = []
     for dtype, limit, floor, goal in ((torch.float64, 1e-9, 10.0, 14.0), (torch.float32, 1e-5, 18.0, 25.0)):
         covariance = Covariance.from_moment(moment, weight=LAMBDA, dtype=dtype)
-        error = relative(ridge_update(covariance, keys, residuals).right, expected)
+        error = relative(solve_update(keys, residuals, covariance).right, expected)
         name = str(dtype).removeprefix("torch.")
         bound = f", error bound {covariance.error_bound:.0e}" if dtype == torch.float32 else ""
         note = f"{name} factor kept, condition {CONDITION:.0e}{bound}"
         case = f"MEMIT solve, d {d}, u {u}, {name} factor"
-        row = row_of("ridge_update", case, name, error, limit, floor, goal, note, device)
-        found += rows_against(row, partial(ridge_update, covariance, keys, residuals), baselines, runs, device)
+        row = row_of("solve_update", case, name, error, limit, floor, goal, note, device)
+        found += rows_against(row, partial(solve_update, keys, residuals, covariance), baselines, runs, device)
     return found
 
 
@@ -144,7 +144,7 @@ class AlphaEdit:
     def errors(self) -> tuple[float, float]:
         """Ours and the published fp32 solve's, against the same system in fp64."""
         keys, eye = self.keys.double(), self.eye.double()
-        seen = self.space.project(torch.cat(self.seen, 1).double())  # [d, n] P k
+        seen = self.space.project(torch.cat([keys[:, :0], *self.seen], 1).double())  # [d, n] P k
         own = self.space.project(keys)
         system = seen @ seen.T + own @ own.T + L2 * eye
         expected = torch.linalg.solve(system, own @ self.residuals.double().T).T

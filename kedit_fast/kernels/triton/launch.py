@@ -21,7 +21,16 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 PROCESSORS = 132  # of the device that plans without one are made for
 
 _log = logging.getLogger("kedit_fast")
-_tuned: dict[tuple[str, str, str], Config] = {}
+_tuned: dict[tuple[str, str, str], Tuned] = {}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The fastest configuration that was found, its milliseconds, and those of the table's."""
+
+    config: Config
+    milliseconds: float
+    table_milliseconds: float
 
 
 @dataclass(frozen=True)
@@ -87,12 +96,17 @@ def choose(
     if key not in _tuned:
         with torch.cuda.device(device):
             _tuned[key] = _fastest(key, row, device, trial)
-    return _tuned[key]
+    return _tuned[key].config
+
+
+def tuned() -> dict[tuple[str, str, str], Tuned]:
+    """What was tuned in this process, by op, shape class, and architecture with sizes."""
+    return dict(_tuned)
 
 
 def _fastest(
     key: tuple[str, str, str], row: Config, device: torch.device, trial: Callable[[Config], Sequence[Launch]]
-) -> Config:
+) -> Tuned:
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
@@ -106,4 +120,4 @@ def _fastest(
             _log.debug("%s: %s cannot be used: %s", key, config, error)  # a candidate need not fit this device
     best = min(times, key=times.__getitem__)
     _log.info("tuned %s: %s, %.4f ms (the table's: %.4f ms)", key, best, times[best], times[row])
-    return best
+    return Tuned(best, times[best], times[row])
