@@ -29,27 +29,49 @@ if TYPE_CHECKING:
     from kedit_fast.editing.requests import EditRequest, load_requests
     from kedit_fast.editor import Editor
     from kedit_fast.evaluation.metrics import evaluate
+    from kedit_fast.patches.patch import Patch
+    from kedit_fast.solver.descent import optimize_values
+    from kedit_fast.solver.key_memory import KeyMemory
+    from kedit_fast.solver.least_squares import solve_update
+    from kedit_fast.solver.low_rank import LowRankUpdate
+    from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace
     from kedit_fast.statistics.collect import collect_statistics
     from kedit_fast.statistics.corpus import Corpus
     from kedit_fast.statistics.durable import collect_into
+    from kedit_fast.statistics.moments import second_moment
     from kedit_fast.statistics.store import load_statistics, save_statistics
 
 _LAZY = {
     "Corpus": "kedit_fast.statistics.corpus",
+    "Covariance": "kedit_fast.solver.preconditioner",
     "EditRequest": "kedit_fast.editing.requests",
     "Editor": "kedit_fast.editor",
+    "Identity": "kedit_fast.solver.preconditioner",
+    "KeyMemory": "kedit_fast.solver.key_memory",
+    "LowRankUpdate": "kedit_fast.solver.low_rank",
+    "NullSpace": "kedit_fast.solver.preconditioner",
+    "Patch": "kedit_fast.patches.patch",
     "collect_into": "kedit_fast.statistics.durable",
     "collect_statistics": "kedit_fast.statistics.collect",
     "evaluate": "kedit_fast.evaluation.metrics",
     "load_requests": "kedit_fast.editing.requests",
     "load_statistics": "kedit_fast.statistics.store",
+    "optimize_values": "kedit_fast.solver.descent",
     "save_statistics": "kedit_fast.statistics.store",
+    "second_moment": "kedit_fast.statistics.moments",
+    "solve_update": "kedit_fast.solver.least_squares",
 }
 
 __all__ = [
     "Corpus",
+    "Covariance",
     "EditRequest",
     "Editor",
+    "Identity",
+    "KeyMemory",
+    "LowRankUpdate",
+    "NullSpace",
+    "Patch",
     "__version__",
     "backends",
     "collect_into",
@@ -62,10 +84,13 @@ __all__ = [
     "load_statistics",
     "mirror_",
     "ops",
+    "optimize_values",
     "rank_k_update_",
     "rank_one_update_",
     "rms_norm",
     "save_statistics",
+    "second_moment",
+    "solve_update",
     "spd_solve",
     "symmetric_rank_k_update_",
     "target_log_probs",

@@ -1,4 +1,4 @@
-"""The command line: `kedit-fast demo | stats | edit | plan | suggest | methods | backends`.
+"""The command line: `kedit-fast demo | stats | edit | patch | plan | suggest | methods | backends`.
 
 Exit status: 0 done, 1 an error (one to three lines on stderr, nothing on stdout), 2 wrong options, 130 interrupted.
 """
@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import kedit_fast
-from kedit_fast import stats_cli
+from kedit_fast import patch_cli, stats_cli
 from kedit_fast.console import (
     Dtype,
     assignments,
@@ -32,13 +32,15 @@ from kedit_fast.console import (
     print_json,
     processes,
 )
-from kedit_fast.errors import MethodError, StatisticsError
+from kedit_fast.errors import KeditError, MethodError, StatisticsError
+from kedit_fast.files import check_new
 
 app = typer.Typer(
     help="Closed-form knowledge editing of language models.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
 )  # fmt: skip
 app.add_typer(stats_cli.app, name="stats")
+app.add_typer(patch_cli.app, name="patch")
 METHOD_HELP = "a method's name, see `kedit-fast methods`"
 
 
@@ -63,13 +65,13 @@ def demo(
     from kedit_fast import demo as bundled
     from kedit_fast.methods.hparams import make_hparams
     from kedit_fast.methods.recipes import find_recipe
-    from kedit_fast.pipeline import check_new, complete, run_edits, save_model
+    from kedit_fast.pipeline import complete, run_edits, save_model
     from kedit_fast.statistics.collect import collect_statistics
 
     recipe = find_recipe(method)
     edits = edits or (100 if recipe.schedule == "mass" else 5)
     if out is not None:
-        check_new(out, overwrite)
+        check_new(out, overwrite, KeditError)
     requests = bundled.requests()
     if edits > len(requests):
         raise MethodError(f"--edits {edits}: the demo has {len(requests)} requests")
@@ -109,7 +111,8 @@ def demo(
 def edit(
     model: Annotated[str, typer.Argument(help="model folder or hub name")],
     requests: Annotated[Path, typer.Option(help=".json or .jsonl of edit requests")],
-    out: Annotated[Path, typer.Option(help="folder for the edited model")],
+    out: Annotated[Path | None, typer.Option(help="folder for the edited model")] = None,
+    patch: Annotated[Path | None, typer.Option(help="file for the edits alone, see `kedit-fast patch`")] = None,
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
     stats: Annotated[
         Path | None, typer.Option(help="folder that `kedit-fast stats` wrote, or one with memit's npz files")
@@ -145,12 +148,17 @@ def edit(
     from kedit_fast.editing.requests import load_requests
     from kedit_fast.methods.hparams import make_hparams
     from kedit_fast.methods.recipes import find_recipe
-    from kedit_fast.pipeline import DTYPES, STATE_FILE, check_new, load_config, load_model, run_edits, save_model
+    from kedit_fast.pipeline import DTYPES, STATE_FILE, load_config, load_model, run_edits, save_model
     from kedit_fast.solver.projector import load_projector
     from kedit_fast.statistics.store import load_statistics
 
     recipe = find_recipe(method)
-    check_new(out, overwrite)
+    if out is None and patch is None:
+        raise MethodError("give --out for the edited model, --patch for its edits as a file, or both")
+    if out is not None:
+        check_new(out, overwrite, KeditError)
+    if patch is not None:
+        check_file(patch)
     records = load_requests(requests)
     overrides = _overrides(hparams, set_, layers)
     config = load_config(model)
@@ -185,14 +193,18 @@ def edit(
         )  # fmt: skip
         if rank:
             return  # the first process saves and speaks
-        save_model(loaded, tokenizer, out, overwrite, report.editor)
+        if out is not None:
+            save_model(loaded, tokenizer, out, overwrite, report.editor)
+        if patch is not None:
+            report.editor.patch().save(patch)
     for reason in report.skipped.values():
         notices.print(f"kedit-fast: skipped {reason}", markup=False)
     if as_json:
-        print_json({**report.as_dict(), "layers": list(chosen.layers), "out": str(out)})
+        places = {name: str(path) for name, path in (("out", out), ("patch", patch)) if path is not None}
+        print_json({**report.as_dict(), "layers": list(chosen.layers), **places})
         return
     _print_report(report, f"{recipe.name.upper()}: {report.edits} edits of {model}")
-    output.print(f"Saved to {out}", markup=False)
+    output.print(f"Saved to {', '.join(str(path) for path in (out, patch) if path is not None)}", markup=False)
 
 
 @app.command()

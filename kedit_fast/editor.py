@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -31,9 +31,10 @@ from kedit_fast.editing.values import PREDICTED, PROBLEMS, SITES, Values
 from kedit_fast.errors import EditError, MethodError, RequestError, StatisticsError
 from kedit_fast.methods.hparams import make_hparams, unused
 from kedit_fast.methods.recipes import Recipe, find_recipe
-from kedit_fast.models.architectures import ArchSpec, ModelView
+from kedit_fast.models.architectures import ArchSpec, ModelView, linear_weight
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site
+from kedit_fast.patches.patch import Patch, Target, hash_of
 from kedit_fast.solver.least_squares import collisions
 from kedit_fast.solver.low_rank import LowRankUpdate, Update
 from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
@@ -137,6 +138,7 @@ class Editor:
         self.site = SITES.get(self.value_sites, ("mlp",))[-1]  # of the value that the last layer is to put out
         self.ledger = Ledger()
         self._finished: set[int] = set()  # numbers of batches that are a method's final step
+        self._written: dict[int, tuple[EditRequest, ...]] = {}  # by batch
         self.seed = seed
         self.progress = progress
         self.prompt_format = prompt_format
@@ -166,6 +168,13 @@ class Editor:
             paths = [name.removesuffix(".weight") for name in self.hparams.inner_params]
             return {path: self.view.linear(path)[1] for path in paths}
         return {self.view.module_name(layer): self.view.weight(layer) for layer in self.hparams.layers}
+
+    def in_place(self) -> bool:
+        """Whether the matrices to be edited are still the model's: moving or casting a model gives it others."""
+        return all(
+            now.data_ptr() == self.modules[name].data_ptr() and now.dtype == self.modules[name].dtype
+            for name, now in self._edited_modules().items()
+        )
 
     @property
     def prefixes(self) -> tuple[str, ...]:
@@ -197,6 +206,8 @@ class Editor:
         """
         if torch.is_inference_mode_enabled():
             raise EditError("values need gradients: call edit() outside torch.inference_mode()")
+        if not self.in_place():
+            raise EditError("the model was moved or cast since this Editor was made: make a new one")
         prepared, problems = self.check(requests, on_error)
         numbers = [i for i in range(len(requests)) if i not in problems]
         exact = self.recipe.schedule == "single" or self.recipe.values == "gradients"
@@ -219,6 +230,7 @@ class Editor:
             result = batch.result(number, written, dict(sorted(problems.items())))
             if written:
                 self.engine.commit()
+                self._written[number] = written
         return result
 
     @contextlib.contextmanager
@@ -258,6 +270,7 @@ class Editor:
             if wrote:
                 self.engine.commit()  # an empty batch, so that both count alike
                 self._finished = {*done, len(self.ledger.batches) + 1}
+                self._written[len(self.ledger.batches) + 1] = ()
         return restrained
 
     def check(
@@ -290,11 +303,20 @@ class Editor:
             require_none(problems)
         return prepared, problems
 
-    def rollback(self, batches: int = 1) -> None:
-        """Take back the last `batches` calls of `edit`, to the bit."""
+    def rollback(self, batches: int = 1, restored: bool = False) -> None:
+        """Take back the last `batches` calls of `edit`, to the bit.
+
+        Args:
+            batches: how many.
+            restored: the matrices have been put back by somebody else already, for example from copies: they are
+                compared, and the editor forgets the batches.
+
+        Raises:
+            EditError: something else has changed a matrix since; nothing is taken back.
+        """
         try:
             with torch.no_grad():
-                self.ledger.rollback(batches)
+                self.ledger.rollback(batches, restored)
         finally:
             self.engine.settle(len(self.ledger.batches))
             self._finished = {number for number in self._finished if number <= len(self.ledger.batches)}
@@ -302,6 +324,32 @@ class Editor:
     def restore(self) -> None:
         """Take back everything this editor wrote: the model is what it was, to the bit."""
         self.rollback(len(self.ledger.batches))
+
+    def patch(self) -> Patch:
+        """All that this editor has written and not taken back, as a patch for other copies of the model.
+
+        Batches' factors stand side by side; `Patch.compacted` makes them fewer.
+
+        Raises:
+            EditError: nothing was written, or something else has changed a matrix since.
+        """
+        if not self.ledger.batches:
+            raise EditError("there is nothing to make a patch of: no batch was written")
+        updates, targets = {}, {}
+        for name in self.ledger.names():
+            module = name.removesuffix(".weight")
+            self.ledger.require_untouched(name)
+            original, weight = self.ledger.original(name)
+            own = any(module == self.view.module_name(layer) for layer in self.hparams.layers)
+            transposed = self.view.spec.transposed if own else linear_weight(self.view.model, module)[1]
+            dtype = str(weight.dtype).removeprefix("torch.")
+            updates[module] = self.ledger.total(name).compacted().cpu()
+            targets[module] = Target(hash_of(original), hash_of(weight), dtype, transposed)
+        requests = [r for number in range(1, len(self.ledger.batches) + 1) for r in self._written[number]]
+        return Patch(
+            updates, targets, self.recipe.name, asdict(self.hparams),
+            tuple({"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in requests),
+        )  # fmt: skip
 
     @property
     def keeps_state(self) -> bool:

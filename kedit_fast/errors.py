@@ -39,5 +39,9 @@ class StatisticsError(KeditError, RuntimeError):
     """Statistics are missing, damaged, or belong to another model."""
 
 
+class PatchError(KeditError, RuntimeError):
+    """A patch cannot be read, written or applied; the model or checkpoint is as it was before."""
+
+
 class EditError(KeditError, RuntimeError):
     """An edit could not be completed; the model is as it was before."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -64,6 +66,85 @@ def read_file(path: str | os.PathLike, error: type[Exception]) -> tuple[dict[str
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as cause:
         raise error(f"cannot read {path}: {getattr(cause, 'strerror', None) or cause}") from cause
+
+
+@contextlib.contextmanager
+def held(path: str | os.PathLike, error: type[Exception], busy: str) -> Iterator[None]:
+    """A lock file, made if absent, that no other process holds as long as the block lasts.
+
+    Raises:
+        error: it cannot be written; or, with the text of `busy`, another process holds it.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as cause:
+        raise error(f"cannot write {path}: {cause.strerror or cause}") from cause
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as cause:
+            raise error(busy) from cause
+        yield
+    finally:
+        os.close(handle)  # the lock goes with it, also when the process dies
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike, overwrite: bool, error: type[Exception]) -> Iterator[Path]:
+    """A folder to fill that appears at `path` only when the block ends without an error.
+
+    Raises:
+        error: `path` exists and `overwrite` is not set, or cannot be written.
+    """
+    path = Path(path)
+    check_new(path, overwrite, error)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as cause:
+        raise error(f"cannot write {path}: {cause.strerror or cause}") from cause
+    try:
+        yield work
+        os.chmod(work, 0o755)
+        _replace(work, path)
+    except OSError as cause:
+        raise error(f"cannot write {path}: {cause.strerror or cause}") from cause
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_new(path: str | os.PathLike, overwrite: bool, error: type[Exception]) -> None:
+    """Raise `error` when `path` exists and may not be overwritten, or cannot be made."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise error(f"{path} exists: choose another --out or pass --overwrite")
+    if path.exists() and not path.is_dir():
+        raise error(f"{path} is a file, not a folder")
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=parent))
+    except OSError as cause:
+        raise error(f"cannot write {path}: {parent}: {cause.strerror or cause}") from cause
+
+
+def _replace(work: Path, path: Path) -> None:
+    """Put `work` where `path` is; the old folder is gone only after the new one is there."""
+    if not path.exists():
+        os.rename(work, path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+    try:
+        os.rename(path, old / path.name)
+        os.rename(work, path)
+    except BaseException:
+        if (old / path.name).exists() and not path.exists():
+            os.rename(old / path.name, path)
+        raise
+    finally:
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def checksum(tensor: torch.Tensor) -> str:

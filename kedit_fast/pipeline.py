@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +16,7 @@ from kedit_fast.editing.requests import EditRequest
 from kedit_fast.editor import Editor, EditResult
 from kedit_fast.errors import EditError, KeditError, UnsupportedModelError
 from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
+from kedit_fast.files import new_folder
 from kedit_fast.models.architectures import ModelView, find_architecture
 from kedit_fast.models.forward import evaluating, last_hidden, pad
 from kedit_fast.solver.preconditioner import NullSpace
@@ -84,64 +81,6 @@ def empty_model(config: Any, dtype: Any = "auto") -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
-@contextmanager
-def new_folder(path: str | os.PathLike, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill that appears at `path` only when the block ends without an error.
-
-    Raises:
-        KeditError: `path` exists and `overwrite` is not set, or cannot be written.
-    """
-    path = Path(path)
-    check_new(path, overwrite)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    except OSError as error:
-        raise KeditError(f"cannot write {path}: {error.strerror or error}") from error
-    try:
-        yield work
-        os.chmod(work, 0o755)
-        _replace(work, path)
-    except OSError as error:
-        raise KeditError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def check_new(path: str | os.PathLike, overwrite: bool) -> None:
-    """Raise KeditError when `path` exists and may not be overwritten, or cannot be made."""
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise KeditError(f"{path} exists: choose another --out or pass --overwrite")
-    if path.exists() and not path.is_dir():
-        raise KeditError(f"{path} is a file, not a folder")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    try:
-        os.rmdir(tempfile.mkdtemp(dir=parent))
-    except OSError as error:
-        raise KeditError(f"cannot write {path}: {parent}: {error.strerror or error}") from error
-
-
-def _replace(work: Path, path: Path) -> None:
-    """Put `work` where `path` is; the old folder is gone only after the new one is there."""
-    if not path.exists():
-        os.rename(work, path)
-        return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-    try:
-        os.rename(path, old / path.name)
-        os.rename(work, path)
-    except BaseException:
-        if (old / path.name).exists() and not path.exists():
-            os.rename(old / path.name, path)
-        raise
-    finally:
-        if path.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
 def save_model(
     model: Any, tokenizer: Any, path: str | os.PathLike, overwrite: bool = False, editor: Editor | None = None
 ) -> None:
@@ -149,7 +88,7 @@ def save_model(
 
     With an editor whose method keeps something between batches, its state goes beside them, as STATE_FILE.
     """
-    with new_folder(path, overwrite) as work:
+    with new_folder(path, overwrite, KeditError) as work:
         try:
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)

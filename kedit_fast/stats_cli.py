@@ -332,7 +332,7 @@ def project(
             continue
         file = read_layer(folder, module)
         try:
-            spaces[layer] = NullSpace.from_moment(file.second.moment, threshold, rule.value)
+            spaces[layer] = NullSpace.from_covariance(file.second.moment, threshold, rule.value)
         except StatisticsError as error:
             raise StatisticsError(f"{file.path}: {error}") from None
     if missing := sorted(set(wanted or ()) - set(spaces)):

@@ -46,6 +46,7 @@ HEAD_GRADIENT = {  # gradients by states: the rounding of their dtype
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """|found - expected| / |expected| (Frobenius); NaN anywhere gives NaN, which no limit accepts."""
+    found, expected = found.detach(), expected.detach()
     scale = expected.double().norm()
     error = (found.double() - expected.double()).norm()
     return float(error / scale) if scale > 0 else float(error)

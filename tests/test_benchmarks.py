@@ -210,7 +210,7 @@ def test_the_solver_benchmark_times_right_results_and_draws(harness, tmp_path):
     assert all(
         set(row) >= FIELDS and row["ratio"] > 0 and row["error"] <= row["error_limit"] for row in document["rows"]
     )
-    assert {row["op"] for row in document["rows"]} == {"ridge_update", "KeyMemory"}
+    assert {row["op"] for row in document["rows"]} == {"solve_update", "KeyMemory"}
     assert {row["form"] for row in document["sequence"]} == {"dual", "primal", "auto"}
     done = CliRunner().invoke(solver.app, ["plot", str(path), "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
@@ -221,13 +221,13 @@ def test_a_wrong_solve_has_no_numbers(harness, monkeypatch):
     from benchmarks import solver
     from kedit_fast.solver.low_rank import LowRankUpdate
 
-    real = solver.ridge_update
+    real = solver.solve_update
 
     def wrong(*args):
         update = real(*args)
         return LowRankUpdate(update.left, update.right * (1 + 1e-4))
 
-    monkeypatch.setattr(solver, "ridge_update", wrong)
+    monkeypatch.setattr(solver, "solve_update", wrong)
     assert all(row["ratio"] is None for row in solver.memit_rows(64, 8, 2, "cpu"))
 
 

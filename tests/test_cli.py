@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kedit_fast
 from kedit_fast import cli, demo, pipeline
-from kedit_fast.errors import UnsupportedModelError
+from kedit_fast.errors import KeditError, UnsupportedModelError
+from kedit_fast.files import new_folder
 from kedit_fast.methods.hparams import read_hparams
 
 
@@ -348,7 +350,7 @@ def test_an_interrupted_replacement_keeps_one_of_the_folders(tmp_path, monkeypat
         real(source, destination)
 
     monkeypatch.setattr(os, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt), pipeline.new_folder(target, overwrite=True) as work:
+    with pytest.raises(KeyboardInterrupt), new_folder(target, True, KeditError) as work:
         (work / "new").write_text("y")
     assert (target / "old").exists() and os.listdir(tmp_path) == ["model"]
 
@@ -495,3 +497,13 @@ def test_a_report_of_convergence(place, tmp_path):
     assert again.returncode == 1 and "has a report" in again.stderr
     assert run(*arguments, "--overwrite").returncode == 0
     assert run(*arguments[:-4], "--tokens", "a,b", "--out", tmp_path / "x").returncode == 2
+
+
+def test_edits_are_written_as_a_patch(place, tmp_path):
+    whole = run(*edit_args(place, tmp_path / "edited", "--patch", tmp_path / "edits.safetensors", "--json"))
+    assert whole.returncode == 0, whole.stderr
+    assert json.loads(whole.stdout)["patch"].endswith("edits.safetensors")
+    folder = shutil.copytree(place / "model", tmp_path / "copy")
+    assert run("patch", "apply", tmp_path / "edits.safetensors", folder).returncode == 0
+    one, other = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "edited"))
+    assert all(torch.allclose(one[name], other[name], rtol=1e-6, atol=1e-7) for name in other)

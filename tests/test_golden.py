@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from kedit_fast.backends import explain, probe, use_backend
 from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
 from kedit_fast.solver.key_memory import KeyMemory
-from kedit_fast.solver.least_squares import collisions, merge_columns, rank_one_equality, ridge_update
+from kedit_fast.solver.least_squares import collisions, merge_columns, rank_one_equality, solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.normaliser import Normaliser, gradient_update
 from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace
@@ -31,7 +31,7 @@ def golden():
 def test_memit_meets_its_golden_rows(golden, form):
     covariance = Covariance.from_moment(golden["C"])
     for keys, residuals, expected in zip(golden["K"], golden["R"], golden["memit"], strict=True):
-        update = ridge_update(covariance, keys, residuals, float(golden["memit_lambda"]), form=form)
+        update = solve_update(keys, residuals, covariance, float(golden["memit_lambda"]), form=form)
         assert relative_error(update.dense(), expected) < LIMIT
         assert update.rank == keys.shape[1]
 
@@ -40,7 +40,7 @@ def test_memit_meets_its_golden_rows(golden, form):
 def test_memit_with_more_edits_than_dimensions(golden, form):
     covariance = Covariance.from_moment(golden["C"])
     keys, residuals = golden["memit_big_K"], golden["memit_big_R"]
-    update = ridge_update(covariance, keys, residuals, float(golden["memit_lambda"]), form=form)
+    update = solve_update(keys, residuals, covariance, float(golden["memit_lambda"]), form=form)
     assert relative_error(update.dense(), golden["memit_big"]) < LIMIT
     small = update.compacted()
     assert small.rank <= min(update.dense().shape) and relative_error(small.dense(), golden["memit_big"]) < LIMIT
@@ -51,8 +51,8 @@ def test_both_forms_agree_around_the_switch(golden):
     covariance = Covariance.from_moment(golden["C"])
     for u in (d // 2, d, 2 * d):
         keys, residuals = torch.randn(d, u, dtype=torch.float64), torch.randn(20, u, dtype=torch.float64)
-        dual = ridge_update(covariance, keys, residuals, 50.0, form="dual").dense()
-        assert relative_error(ridge_update(covariance, keys, residuals, 50.0, form="primal").dense(), dual) < LIMIT
+        dual = solve_update(keys, residuals, covariance, 50.0, form="dual").dense()
+        assert relative_error(solve_update(keys, residuals, covariance, 50.0, form="primal").dense(), dual) < LIMIT
 
 
 def test_rome_meets_its_golden_rows(golden):
@@ -77,7 +77,7 @@ def test_methods_with_a_memory_meet_their_golden_rows(golden, row, form):
         "encore": lambda: Covariance.from_moment(
             golden["C"], weight=50.0, norm_lambda=float(golden["encore_lambda_n"])
         ),
-        "alphaedit": lambda: NullSpace.from_moment(
+        "alphaedit": lambda: NullSpace.from_covariance(
             golden["C"], float(golden["alphaedit_threshold"]), l2=float(golden["alphaedit_L2"])
         ),
     }[row]()
@@ -92,7 +92,7 @@ def test_methods_with_a_memory_meet_their_golden_rows(golden, row, form):
 @pytest.mark.parametrize("threshold", (2e-2, 2e-3))
 def test_alphaedit_writes_into_the_null_space_alone(golden, threshold):
     """Delta P = Delta, with the null space's own basis kept and with that of the rest."""
-    space = NullSpace.from_moment(golden["C"], threshold)
+    space = NullSpace.from_covariance(golden["C"], threshold)
     values, vectors = torch.linalg.eigh(golden["C"])
     null = vectors[:, values < threshold]
     assert space.dimension == null.shape[1]
@@ -104,14 +104,14 @@ def test_alphaedit_writes_into_the_null_space_alone(golden, threshold):
 
 
 def test_the_projector_is_the_published_one(golden):
-    space = NullSpace.from_moment(golden["C"], float(golden["alphaedit_threshold"]))
+    space = NullSpace.from_covariance(golden["C"], float(golden["alphaedit_threshold"]))
     assert relative_error(space.project(torch.eye(96)), golden["alphaedit_P"]) < 1e-9
 
 
 def test_pmet_meets_its_golden_rows(golden):
     covariance = Covariance.from_moment(golden["C"], weight=50.0)
     for keys, residuals, expected in zip(golden["K"], golden["R"], golden["pmet"], strict=True):
-        assert relative_error(ridge_update(covariance, keys, residuals).dense(), expected) < LIMIT
+        assert relative_error(solve_update(keys, residuals, covariance).dense(), expected) < LIMIT
 
 
 @pytest.mark.parametrize("form", ("dual", "primal"))
@@ -119,24 +119,24 @@ def test_emmet_meets_its_golden_rows_and_is_memit_with_another_lambda(golden, fo
     soft = float(golden["emmet_lambda"])
     scaled, other = (Covariance.from_moment(golden["C"], weight=w) for w in (50.0, 50.0 * soft))
     for keys, residuals, expected in zip(golden["K"], golden["R"], golden["emmet"], strict=True):
-        found = ridge_update(scaled, keys, residuals, soft, form=form).dense()
+        found = solve_update(keys, residuals, scaled, soft, form=form).dense()
         assert relative_error(found, expected) < LIMIT
-        assert relative_error(ridge_update(other, keys, residuals, 1.0, form=form).dense(), found) < 1e-9
+        assert relative_error(solve_update(keys, residuals, other, 1.0, form=form).dense(), found) < 1e-9
 
 
 def test_equality_constraints_are_the_limit_of_emmet(golden):
     covariance = Covariance.from_moment(golden["C"], weight=50.0)
     keys, residuals = golden["K"][0], golden["R"][0]
-    exact = ridge_update(covariance, keys, residuals, 0.0).dense()
+    exact = solve_update(keys, residuals, covariance, 0.0).dense()
     assert relative_error(exact @ keys, residuals) < 1e-9
-    gaps = [relative_error(ridge_update(covariance, keys, residuals, e).dense(), exact) for e in (1e-2, 1e-4, 1e-6)]
+    gaps = [relative_error(solve_update(keys, residuals, covariance, e).dense(), exact) for e in (1e-2, 1e-4, 1e-6)]
     assert gaps[0] > 10 * gaps[1] > 100 * gaps[2] and gaps[2] < 1e-6
     for gap in (0.0, 1e-9):  # rounding alone must not decide whether two such keys are written
         twice = torch.cat([keys, keys[:, :1] * (1 + gap * torch.randn(96, 1, dtype=torch.float64))], 1)
         with pytest.raises(SolveError, match="key 9 of 9 lies in the span"):
-            ridge_update(covariance, twice, torch.cat([residuals, -residuals[:, :1]], 1), 0.0)
+            solve_update(twice, torch.cat([residuals, -residuals[:, :1]], 1), covariance, 0.0)
     with pytest.raises(SolveError, match="in the span"):  # more constraints than dimensions
-        ridge_update(covariance, golden["memit_big_K"], golden["memit_big_R"], 0.0)
+        solve_update(golden["memit_big_K"], golden["memit_big_R"], covariance, 0.0)
 
 
 @pytest.mark.parametrize("form", ("dual", "primal"))
@@ -145,17 +145,17 @@ def test_a_weight_counts_an_edit_that_many_times(golden, form):
     keys, residuals = golden["K"][0], golden["R"][0]
     weights = torch.tensor([3.0, 1, 2, 1, 1, 1, 1, 0.5])
     times = [0, 0, 0, 1, 2, 2, 3, 4, 5, 6, 7]
-    found = ridge_update(covariance, keys, residuals, weights=weights, form=form).dense()
+    found = solve_update(keys, residuals, covariance, weights=weights, form=form).dense()
     scale = torch.ones(len(times), dtype=torch.float64)
     scale[-1] = 0.5
-    repeated = ridge_update(covariance, keys[:, times], residuals[:, times], weights=scale).dense()
+    repeated = solve_update(keys[:, times], residuals[:, times], covariance, weights=scale).dense()
     assert relative_error(found, repeated) < 1e-9
     one = KeyMemory(covariance, form)
     update, appended = one.solve(keys, residuals, weights)
     one.commit(appended)
     assert relative_error(update.dense(), found) < 1e-9
     with pytest.raises(InvalidArgumentError, match="weights"):
-        ridge_update(covariance, keys, residuals, weights=-weights)
+        solve_update(keys, residuals, covariance, weights=-weights)
 
 
 def test_ultraedit_meets_its_golden_rows(golden):
@@ -168,7 +168,7 @@ def test_ultraedit_meets_its_golden_rows(golden):
 
 
 def test_rect_meets_its_golden_row(golden):
-    update = ridge_update(Covariance.from_moment(golden["C"]), golden["K"][0], golden["R"][0], 50.0)
+    update = solve_update(golden["K"][0], golden["R"][0], Covariance.from_moment(golden["C"]), 50.0)
     masked = rect(update, golden["W0"])
     assert relative_error(masked.dense(), golden["rect"]) < LIMIT
     assert abs(float(masked.mask.double().mean()) - 0.4) < 1e-3
@@ -206,7 +206,7 @@ def test_golden_rows_written_by_each_backend(golden, row, backend):
         assert explain("rank_k_update_", torch.zeros(2, 2), *torch.zeros(2, 2, 1)).runs.split()[0] == backend
         if row in ("memit_sequential", "encore", "alphaedit"):
             base = (
-                NullSpace.from_moment(golden["C"])
+                NullSpace.from_covariance(golden["C"])
                 if row == "alphaedit"
                 else Covariance.from_moment(golden["C"], weight=50.0, norm_lambda=10.0 if row == "encore" else 0.0)
             )
@@ -219,7 +219,7 @@ def test_golden_rows_written_by_each_backend(golden, row, backend):
             rho = float(golden["emmet_lambda"]) if row == "emmet" else 1.0
             base = Covariance.from_moment(golden["C"], weight=50.0)
             pairs = zip(golden["K"], golden["R"], strict=True)
-            updates = [ridge_update(base, keys, residuals, rho, form="primal") for keys, residuals in pairs]
+            updates = [solve_update(keys, residuals, base, rho, form="primal") for keys, residuals in pairs]
         for update, expected in zip(updates, golden[row], strict=True):
             weight = torch.zeros(expected.shape)
             update.to(torch.float32).apply_(weight)
@@ -236,7 +236,7 @@ def test_an_fp32_factor_stays_within_its_bound(golden):
     error = relative_error(rounded.apply(keys), exact.apply(keys))
     assert error < rounded.error_bound
     assert relative_error(
-        ridge_update(rounded, keys, residuals).dense(), ridge_update(exact, keys, residuals).dense()
+        solve_update(keys, residuals, rounded).dense(), solve_update(keys, residuals, exact).dense()
     ) < (2 * rounded.error_bound)
     with pytest.raises(StatisticsError, match="condition number"):
         Covariance.from_moment(torch.diag(torch.logspace(0, -8, 50, dtype=torch.float64)), dtype=torch.float32)
@@ -252,7 +252,7 @@ def test_columns_of_one_team_become_their_mean():
 
 def test_the_update_solves_its_normal_equations(golden):
     keys, residuals, rho = golden["K"][0], golden["R"][0], 50.0
-    delta = ridge_update(Covariance.from_moment(golden["C"]), keys, residuals, rho).dense()
+    delta = solve_update(keys, residuals, Covariance.from_moment(golden["C"]), rho).dense()
     assert relative_error(delta @ (rho * golden["C"] + keys @ keys.T), residuals @ keys.T) < 1e-9
 
 
@@ -283,20 +283,20 @@ def test_bad_moments_are_named(name):
 
 def test_a_null_space_that_is_none_or_everything_is_refused():
     moment = torch.diag(torch.tensor([1e-3, 0.5, 2.0, 300.0]))
-    assert NullSpace.from_moment(moment, 2e-2).dimension == 1
-    assert NullSpace.from_moment(moment, 0.01, "relative").dimension == 3
-    assert NullSpace.from_moment(moment, 0.01, "energy").dimension == 3
-    assert NullSpace.from_moment(moment, 0.002, "energy").dimension == 2
+    assert NullSpace.from_covariance(moment, 2e-2).dimension == 1
+    assert NullSpace.from_covariance(moment, 0.01, "relative").dimension == 3
+    assert NullSpace.from_covariance(moment, 0.01, "energy").dimension == 3
+    assert NullSpace.from_covariance(moment, 0.002, "energy").dimension == 2
     with pytest.raises(StatisticsError, match=r"no null space: none of 4 .* nullspace_threshold"):
-        NullSpace.from_moment(moment, 1e-4)
+        NullSpace.from_covariance(moment, 1e-4)
     with pytest.raises(StatisticsError, match="everything is null space"):
-        NullSpace.from_moment(moment, 1e4)
+        NullSpace.from_covariance(moment, 1e4)
     with pytest.raises(StatisticsError, match="negative eigenvalue"):
-        NullSpace.from_moment(torch.diag(torch.tensor([1.0, 1.0, -1.0])))
+        NullSpace.from_covariance(torch.diag(torch.tensor([1.0, 1.0, -1.0])))
     with pytest.raises(StatisticsError, match="not finite"):
-        NullSpace.from_moment(torch.full((3, 3), float("nan")))
+        NullSpace.from_covariance(torch.full((3, 3), float("nan")))
     deficient = torch.diag(torch.tensor([0.0, 0.0, 1.0, 2.0]))  # fewer tokens than dimensions are no error here
-    assert NullSpace.from_moment(deficient).dimension == 2
+    assert NullSpace.from_covariance(deficient).dimension == 2
 
 
 def test_bad_systems_are_named():
@@ -304,13 +304,13 @@ def test_bad_systems_are_named():
     for bad in (float("inf"), float("nan")):
         keys[0, 0] = bad
         with pytest.raises(SolveError, match="keys"):
-            ridge_update(Identity(4), keys, torch.randn(3, 2), 1.0)
+            solve_update(keys, torch.randn(3, 2), Identity(4), 1.0)
         with pytest.raises(SolveError, match="keys"):
             KeyMemory(Identity(4)).solve(keys, torch.randn(3, 2))
     with pytest.raises(SolveError, match="residuals"):
-        ridge_update(Identity(4), torch.randn(4, 2), torch.full((3, 2), float("nan")))
+        solve_update(torch.randn(4, 2), torch.full((3, 2), float("nan")), Identity(4))
     with pytest.raises(InvalidArgumentError, match=r"keys must be \[d, u\]"):
-        ridge_update(Identity(4), torch.randn(4, 2), torch.randn(3, 3))
+        solve_update(torch.randn(4, 2), torch.randn(3, 3), Identity(4))
     with pytest.raises(InvalidArgumentError, match=r"keys must be \[4, u\]"):
         KeyMemory(Identity(4)).solve(torch.randn(5, 2), torch.randn(3, 2))
     with pytest.raises(SolveError, match="more than one token"):

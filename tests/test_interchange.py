@@ -159,7 +159,7 @@ def test_projector_files_are_those_of_alphaedit(tmp_path):
         vectors, _ = torch.linalg.qr(torch.randn(48, 48, dtype=torch.float64))
         values = torch.cat([torch.full((10 * layer,), 1e-3), torch.linspace(1, 9, 48 - 10 * layer)]).double()
         moment = (vectors * values) @ vectors.T
-        spaces[layer] = NullSpace.from_moment(moment, 2e-2)
+        spaces[layer] = NullSpace.from_covariance(moment, 2e-2)
         expected.append(published_project(moment, 2e-2))
     save_projector(tmp_path / "null_space_project.pt", spaces)
     stack = torch.load(tmp_path / "null_space_project.pt", weights_only=True)

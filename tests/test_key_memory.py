@@ -30,8 +30,8 @@ def batches(count, u, seed=1):
 PRECONDITIONERS = {
     "identity": lambda: Identity(D),
     "covariance": lambda: Covariance.from_moment(moment(), weight=30.0, norm_lambda=2.0),
-    "null space, own basis": lambda: NullSpace.from_moment(moment(), 3e-3),
-    "null space, rest's basis": lambda: NullSpace.from_moment(moment(), 0.3, l2=4.0),
+    "null space, own basis": lambda: NullSpace.from_covariance(moment(), 3e-3),
+    "null space, rest's basis": lambda: NullSpace.from_covariance(moment(), 0.3, l2=4.0),
 }
 
 
@@ -257,7 +257,7 @@ def test_the_state_is_smaller_than_the_published_projector_and_cache():
     """At d = 1024, a null space of nine tenths and 200 edits: basis, keys and factor against P and cache."""
     d = 1024
     values = torch.logspace(2, -6, d, dtype=torch.float64)
-    space = NullSpace.from_moment(torch.diag(values), float(values[d // 10]))
+    space = NullSpace.from_covariance(torch.diag(values), float(values[d // 10]))
     memory = KeyMemory(space)
     for _ in range(2):
         _, appended = memory.solve(torch.randn(d, 100), torch.randn(8, 100))

@@ -11,7 +11,7 @@ import kedit_fast
 
 ROOT = Path(kedit_fast.__file__).parent
 LAYERS = (
-    {"errors", "_version", "_build_info"},
+    {"errors", "_version", "_build_info", "serving"},
     {"backends", "distributed", "files"},
     {"pictures"},
     {"reference"},
@@ -20,14 +20,15 @@ LAYERS = (
     {"models"},
     {"statistics"},
     {"solver"},
-    {"methods"},
+    {"methods", "patches"},
     {"editing"},
     {"editor"},
     {"evaluation"},
     {"pipeline", "planning", "suggestion", "spectra", "convergence"},
+    {"integrations"},
     {"demo"},
     {"console"},
-    {"stats_cli"},
+    {"stats_cli", "patch_cli"},
     {"cli"},
     {"__main__", "__init__"},
 )

@@ -450,7 +450,7 @@ def test_an_interrupt_around_the_commit_leaves_ledger_and_engine_in_step(monkeyp
         editor.edit(REQUESTS[1:2])
     monkeypatch.setattr(editor.engine, "commit", real)
     assert same(editor, before) and editor.engine.batches == len(editor.ledger.batches) == 1
-    monkeypatch.setattr(editor.ledger, "rollback", lambda count: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(editor.ledger, "rollback", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         editor.rollback()
     monkeypatch.undo()

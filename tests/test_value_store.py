@@ -176,7 +176,7 @@ def test_memits_files_are_written_and_read(tmp_path, editor, optimised, demo_mod
     assert isinstance(first.values, MemitCache)
     result = edit(first)
     layer, clamp = first.hparams.layers[-1], first.hparams.clamp_norm_factor
-    path = tmp_path / "kvs" / f"layer_{layer}_clamp_{clamp}_case_{first.requests[0].id}.npz"
+    path = tmp_path / "kvs" / f"layer_{layer}_clamp_{clamp:g}_case_{first.requests[0].id}.npz"
     with np.load(path) as file:
         assert list(file) == ["v_star"] and file["v_star"].dtype == np.float32
     again = edit(editor(template))

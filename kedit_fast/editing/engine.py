@@ -22,7 +22,7 @@ from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipes import Recipe
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.solver.key_memory import Appended, KeyMemory
-from kedit_fast.solver.least_squares import merge_columns, rank_one_equality, ridge_update
+from kedit_fast.solver.least_squares import merge_columns, rank_one_equality, solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.normaliser import Normaliser, gradient_update
 from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace, Preconditioner
@@ -115,7 +115,7 @@ class Engine:
             )
         moment = moment.to(device)
         if self.recipe.preconditioner == "null_space":
-            return NullSpace.from_moment(moment, numbers.nullspace_threshold, numbers.nullspace_rule, numbers.L2)
+            return NullSpace.from_covariance(moment, numbers.nullspace_threshold, numbers.nullspace_rule, numbers.L2)
         return Covariance.from_moment(
             moment, numbers.mom2_ridge, weight=scale, norm_lambda=numbers.update_norm_lambda,
             dtype=getattr(torch, numbers.factor_dtype),
@@ -146,8 +146,8 @@ class Engine:
         preconditioner = self.preconditioner(layer)
         if not self.recipe.memory:
             rho = self.hparams.emmet_lambda if self.recipe.rho == "emmet_lambda" else 1.0
-            return ridge_update(
-                preconditioner, keys, residuals, rho, weights=None if weights is None else weights.to(device)
+            return solve_update(
+                keys, residuals, preconditioner, rho, weights=None if weights is None else weights.to(device)
             )
         if layer not in self.memories:
             self.memories[layer] = KeyMemory(preconditioner, self.hparams.memory_form)

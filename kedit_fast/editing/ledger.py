@@ -129,8 +129,18 @@ class Ledger:
         entries, self._open = self._open, []
         self._replay({entry.name for entry in entries}, self.batches)
 
-    def rollback(self, count: int = 1) -> None:
-        """Take back the last `count` batches, to the bit; raises InvalidArgumentError when there are fewer."""
+    def rollback(self, count: int = 1, restored: bool = False) -> None:
+        """Take back the last `count` batches, to the bit.
+
+        Args:
+            count: how many.
+            restored: somebody else has put the matrices back already: they are only compared.
+
+        Raises:
+            InvalidArgumentError: there are fewer batches.
+            EditError: the matrices are not what this ledger wrote; with `restored`, not what they were before those
+                batches. Nothing is written.
+        """
         if not 0 <= count <= len(self.batches):
             raise InvalidArgumentError(f"cannot take back {count} batches of {len(self.batches)}")
         if self._open is not None:
@@ -139,12 +149,18 @@ class Ledger:
             return
         kept, gone = self.batches[: len(self.batches) - count], self.batches[len(self.batches) - count :]
         names = {entry.name for batch in gone for entry in batch}
-        for name in names:
+        before = {name: self._matrices[name].weight.clone() for name in names} if restored else {}
+        for name in names - before.keys():
             self._matrices[name].require_untouched(name)
         try:
             self._replay(names, kept)
+            for name, weight in before.items():
+                if not torch.equal(weight, self._matrices[name].weight):
+                    raise EditError(f"{name} is not what it was before the batches to be taken back")
         except BaseException:
             self._replay(names, self.batches)  # an interrupt in the middle: nothing is taken back
+            for name, weight in before.items():
+                self._matrices[name].weight.copy_(weight)
             raise
         self.batches = kept
         self._forget()
@@ -152,6 +168,10 @@ class Ledger:
     def restore(self) -> None:
         """Take back everything: every matrix is what it was before the first write."""
         self.rollback(len(self.batches))
+
+    def require_untouched(self, name: str) -> None:
+        """Raise EditError when something else has changed a matrix since its last write."""
+        self._matrices[name].require_untouched(name)
 
     def names(self) -> list[str]:
         """Of the matrices that batches have written."""
@@ -162,7 +182,7 @@ class Ledger:
         matrix = self._matrices[name]
         return matrix.original, matrix.weight
 
-    def total(self, name: str, *, only: Container[int] | None = None, without: Container[int] = ()) -> LowRankUpdate:
+    def total(self, name: str, *, only: Container[int] | None = None, without: Container[int] = ()) -> Update:
         """All that was added to a matrix, as one update; `only` by some batches (numbers from 1), or `without` some."""
         updates = [
             entry.update for number, batch in enumerate(self.batches, 1) for entry in batch
@@ -172,6 +192,8 @@ class Ledger:
             weight = self._matrices[name].weight
             wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
             return LowRankUpdate(*(torch.zeros(n, 0, dtype=wide, device=weight.device) for n in weight.shape))
+        if len(updates) == 1:
+            return updates[0]
         if any(isinstance(update, MaskedUpdate) for update in updates):
             dense = sum(update.dense() for update in updates)
             return LowRankUpdate(dense, torch.eye(dense.shape[1], dtype=dense.dtype, device=dense.device))

@@ -220,7 +220,9 @@ class MemitCache:
     def _path(self, request: PreparedRequest) -> Path:
         if request.request.id is None:
             raise EditError(f"{request.name}: memit's value files are named by case id, and it has none")
-        return Path(self.template.format(self._layer, self._clamp, request.request.id))
+        spelled = dict.fromkeys((f"{self._clamp:g}", str(self._clamp)))  # 4 or 4.0, as the file of numbers had it
+        paths = [Path(self.template.format(self._layer, clamp, request.request.id)) for clamp in spelled]
+        return next((path for path in paths if path.exists()), paths[0])
 
 
 def open_values(path: str | os.PathLike) -> ValueFile | MemitCache:

@@ -32,15 +32,22 @@ from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
+from kedit_fast.solver.descent import (
+    BAD_GRADIENT,
+    BAD_LOSS,
+    GOING,
+    PREDICTED,
+    STOPPED,
+    USED_UP,
+    clamped_step,
+)
 
 _log = logging.getLogger("kedit_fast")
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, torch's defaults
 LEAVE_SHARE = 0.9  # with nobody waiting, requests that are done leave when no more than this share still goes
 WARM = 2  # iterations before a graph is recorded: libraries choose their kernels in them
 ENTER_PARTS = 4  # requests enter in groups of this part of a batch
 EASED, EASED_KL = 0.1, 0.01  # PMET: the likelihood's weight after every target was right, and the KL that ends it
 SITES = {"block": ("block",), "mlp": ("mlp",), "attention and mlp": ("attention", "mlp")}
-GOING, USED_UP, STOPPED, PREDICTED, BAD_LOSS, BAD_GRADIENT = range(6)
 PROBLEMS = {
     PREDICTED: "the model says the target already: its value would take no step (on_predicted = allow writes that)",
     BAD_LOSS: "the loss of its value is not finite; is the model's output finite on its prompt?",
@@ -356,14 +363,9 @@ class _Descent:
         moving = going[:, None, None]
         self.steps = self.steps + going
         count = self.steps.clamp(min=1)[:, None, None]
-        mean = torch.lerp(gradient, self.mean, BETAS[0])
-        square = torch.lerp(gradient.square(), self.square, BETAS[1])
-        self.mean, self.square = torch.where(moving, mean, self.mean), torch.where(moving, square, self.square)
-        scale = (self.square / (1 - BETAS[1] ** count)).sqrt() + EPSILON
-        moved = self.delta - self.hparams.v_lr * (self.mean / (1 - BETAS[0] ** count)) / scale
-        norm = moved.norm(dim=2, keepdim=True)
-        moved = torch.where(norm > self.limit, moved * (self.limit / norm), moved)
-        self.delta = torch.where(moving, moved, self.delta)
+        self.delta, self.mean, self.square = clamped_step(
+            self.delta, gradient, self.mean, self.square, count, moving, self.hparams.v_lr, self.limit
+        )
 
     def look(self) -> list[int]:
         """The held requests that still go, as indices into `held`; raises for one that is not finite."""

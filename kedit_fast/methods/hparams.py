@@ -147,6 +147,15 @@ def read_hparams(path: str | Path) -> dict[str, Any]:
     Raises:
         MethodError: the file cannot be read, or asks for something that is not implemented.
     """
+    return parse_values(read_raw(path), str(path), foreign=True)
+
+
+def read_raw(path: str | Path) -> Mapping[str, Any]:
+    """All names and values of such a file, as they stand there.
+
+    Raises:
+        MethodError: the file cannot be read.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -164,7 +173,7 @@ def read_hparams(path: str | Path) -> dict[str, Any]:
         raise MethodError(f"{path} is malformed: {str(error).splitlines()[0]}") from error
     if not isinstance(raw, Mapping):
         raise MethodError(f"{path} must hold names and values")
-    return parse_values(raw, str(path), foreign=True)
+    return raw
 
 
 def parse_values(raw: Mapping[str, Any], origin: str, foreign: bool = False) -> dict[str, Any]:

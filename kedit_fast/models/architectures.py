@@ -13,6 +13,7 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
 from kedit_fast.models import fused
+from kedit_fast.ops.arguments import FLOATS
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,49 @@ def device_of(module: torch.nn.Module) -> torch.device:
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
+def check_weight(name: str, module: torch.nn.Module) -> None:
+    """Raise UnsupportedModelError unless a module's weight is a plain float matrix that can be written."""
+    weight = getattr(module, "weight", None)
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
+    if not plain or weight.dtype not in FLOATS or weight.ndim != 2:
+        what = f"{type(weight).__name__}, {weight.dtype}" if isinstance(weight, torch.Tensor) else "no weight"
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__name__} with a quantised or sharded weight ({what}): "
+            "load the model in float32, bfloat16 or float16 to edit it"
+        )
+
+
+def linear_module(model: torch.nn.Module, path: str) -> torch.nn.Module:
+    """A linear module by its path.
+
+    Raises:
+        InvalidArgumentError: no such module, or not a linear one.
+        UnsupportedModelError: its weight is quantised or sharded.
+    """
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise InvalidArgumentError(f"the model has no module {path!r}") from None
+    kind = type(module).__name__
+    if not isinstance(module, torch.nn.Linear) and kind != "Conv1D":  # transformers' name for [in, out]
+        raise InvalidArgumentError(f"{path!r} is a {kind}, not a linear module that can be edited")
+    check_weight(path, module)
+    return module
+
+
+def linear_weight(model: torch.nn.Module, path: str) -> tuple[torch.Tensor, bool]:
+    """The weight of a linear module as [out, in] on the model's own memory, and whether it is stored transposed.
+
+    Raises:
+        InvalidArgumentError, UnsupportedModelError: see `linear_module`; or the weight is offloaded.
+    """
+    module = linear_module(model, path)
+    weight = module.weight.detach()
+    if weight.device.type == "meta":
+        raise UnsupportedModelError(f"{path!r} has no values on a device: it is offloaded, or the model is not loaded")
+    return (weight.T, True) if type(module).__name__ == "Conv1D" else (weight, False)
+
+
 class ModelView:
     """A causal language model seen through its ArchSpec."""
 
@@ -111,12 +155,7 @@ class ModelView:
                 "load it with AutoModelForCausalLM"
             ) from None
         for layer in range(len(self.blocks)):
-            weight = self.edited_module(layer).weight
-            if not weight.is_floating_point() or weight.ndim != 2:
-                raise UnsupportedModelError(
-                    f"{self.weight_name(layer)} is a quantised weight ({weight.dtype}): "
-                    "load the model in float32, bfloat16 or float16 to edit it"
-                )
+            check_weight(self.weight_name(layer), self.edited_module(layer))
         head = model.get_output_embeddings()
         self.head = head.weight.detach()  # [V, h]
         self.head_bias = None if getattr(head, "bias", None) is None else head.bias.detach()
@@ -189,21 +228,10 @@ class ModelView:
         Raises:
             InvalidArgumentError: no such module, or not a linear one.
         """
-        try:
-            module = self.model.get_submodule(path)
-        except AttributeError:
-            raise InvalidArgumentError(f"the model has no module {path!r}") from None
-        kind = type(module).__name__
-        if not isinstance(module, torch.nn.Linear) and kind != "Conv1D":  # transformers' name for [in, out]
-            raise InvalidArgumentError(f"{path!r} is a {kind}, not a linear module that can be edited")
+        module, (weight, _) = linear_module(self.model, path), linear_weight(self.model, path)
         if module is self.model.get_output_embeddings():
             raise InvalidArgumentError(f"{path!r} is the model's head: edit a module inside its blocks")
-        if not module.weight.is_floating_point():
-            raise InvalidArgumentError(
-                f"{path!r} is quantised ({module.weight.dtype}): load the model in a float dtype"
-            )
-        weight = module.weight.detach()
-        return module, weight.T if kind == "Conv1D" else weight
+        return module, weight
 
     def check_layers(self, layers: tuple[int, ...]) -> tuple[int, ...]:
         """Sorted layers without repetition; raises InvalidArgumentError when one is out of range."""

@@ -106,6 +106,31 @@ class KeyMemory:
         self.preconditioner, self.form = preconditioner, form
         like = torch.empty(0, dtype=torch.float64, device=preconditioner.device)
         self._state = _State((), like.new_empty(0, preconditioner.size), None, like.new_empty(0, 0), None, None, 0, 0)
+        self._base = self._state  # what rollback replays from
+
+    @classmethod
+    def from_sum(cls, preconditioner: Preconditioner, total: torch.Tensor, form: str = "auto") -> KeyMemory:
+        """A memory of earlier keys of which the sum of k k^T [d, d] alone is left: AlphaEdit's `cache_c` of a layer.
+
+        It counts as one batch of no keys; that batch cannot be taken back.
+
+        Raises:
+            InvalidArgumentError, SolveError: another size, not finite, or no sum of k k^T.
+
+        Cost: whitening of d columns twice and d^3 / 3 flops.
+        """
+        d = preconditioner.size
+        if tuple(total.shape) != (d, d):
+            raise InvalidArgumentError(f"total must be [{d}, {d}]; got {list(total.shape)}")
+        require_finite("total", total)
+        memory, wide = cls(preconditioner, form), total.to(preconditioner.device, torch.float64)
+        system = preconditioner.whiten(preconditioner.whiten((wide + wide.T) / 2).T.contiguous())
+        system.diagonal().add_(1.0)
+        system = ((system + system.T) / 2).contiguous()
+        empty = system.new_empty(0, d)
+        memory._state = _State((0,), empty, empty, system.new_empty(0, 0), system, _cholesky(system), 1, 1)
+        memory._base = memory._state
+        return memory
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -171,14 +196,16 @@ class KeyMemory:
     def rollback(self, batches: int = 1) -> None:
         """Forget the last batches; the state is to the bit what it was before them."""
         state = self._state
-        if not 0 <= batches <= len(state.sizes):
-            raise InvalidArgumentError(f"cannot take back {batches} batches of {len(state.sizes)}")
+        held = len(self._base.sizes)
+        if not 0 <= batches <= len(state.sizes) - held:
+            raise InvalidArgumentError(f"cannot take back {batches} batches of {len(state.sizes) - held}")
         kept = state.sizes[: len(state.sizes) - batches]
         if len(kept) >= state.whole:
             self._state = replace(state, sizes=kept)
             return
         fresh = KeyMemory(self.preconditioner, self.form)
-        for rows in state.raw[: sum(kept)].split(kept) if kept else ():
+        fresh._state = self._base
+        for rows in state.raw[: sum(kept)].split(kept[held:]) if kept[held:] else ():
             fresh.commit(fresh._extended(rows.clone()))  # the same steps again give the same bits
         self._state = fresh._state
 

@@ -16,10 +16,10 @@ ALIKE = 1e-9  # share of a key, squared, outside the span of others below which 
 SAME_KEY = 0.99  # cosine above which two keys are taken for one
 
 
-def ridge_update(
-    preconditioner: Preconditioner,
+def solve_update(
     keys: torch.Tensor,
     residuals: torch.Tensor,
+    preconditioner: Preconditioner,
     rho: float = 1.0,
     *,
     weights: torch.Tensor | None = None,
@@ -28,9 +28,9 @@ def ridge_update(
     """The update that minimises sum_i w_i |Delta k_i - r_i|^2 + rho tr(Delta S Delta^T); for rho = 0, Delta K = R.
 
     Args:
-        preconditioner: S^-1; for MEMIT S = lambda C and rho = 1, for EMMET S = lambda C and rho = lambda_E.
         keys: K [d, u].
         residuals: R [out, u].
+        preconditioner: S^-1; for MEMIT S = lambda C and rho = 1, for EMMET S = lambda C and rho = lambda_E.
         rho: weight of what should not change. 0 makes every edit an equality constraint, of all such updates the one
             with the least tr(Delta S Delta^T): the limit of EMMET as lambda_E -> 0.
         weights: w [u], one for each edit, positive; None for 1. They have no meaning with rho = 0.

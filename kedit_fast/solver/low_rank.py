@@ -48,6 +48,10 @@ class LowRankUpdate(_Factors):
         """The factors in another dtype."""
         return LowRankUpdate(self.left.to(dtype), self.right.to(dtype))
 
+    def cpu(self) -> LowRankUpdate:
+        """The factors on the host."""
+        return LowRankUpdate(self.left.cpu(), self.right.cpu())
+
     def compacted(self) -> LowRankUpdate:
         """Factors no larger than Delta: where k > out in / (out + in) one factor becomes Delta, the other I."""
         out, inner = self.left.shape[0], self.right.shape[0]
@@ -104,6 +108,10 @@ class MaskedUpdate(_Factors):
     def to(self, dtype: torch.dtype) -> MaskedUpdate:
         """The factors in another dtype."""
         return MaskedUpdate(self.left.to(dtype), self.right.to(dtype), self.bits)
+
+    def cpu(self) -> MaskedUpdate:
+        """The factors and the mask on the host."""
+        return MaskedUpdate(self.left.cpu(), self.right.cpu(), self.bits.cpu())
 
     def compacted(self) -> MaskedUpdate:
         """Itself: a mask belongs to these factors."""

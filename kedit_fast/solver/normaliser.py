@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
-from kedit_fast.solver.least_squares import ridge_update
+from kedit_fast.solver.least_squares import solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import Identity, require_finite
 
@@ -90,4 +90,4 @@ def gradient_update(keys: torch.Tensor, gradients: torch.Tensor, normaliser: Nor
     both = normaliser.normalised(torch.cat([keys.double(), gradients.double()], 1))
     h, g = both[:, : keys.shape[1]], both[:, keys.shape[1] :]
     values = -lr * h.square().sum(1, keepdim=True) * g
-    return ridge_update(Identity(keys.shape[1], keys.device), keys.T, values.T)
+    return solve_update(keys.T, values.T, Identity(keys.shape[1], keys.device))

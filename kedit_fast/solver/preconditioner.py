@@ -205,7 +205,7 @@ class NullSpace(Preconditioner):
     rule: str
 
     @classmethod
-    def from_moment(
+    def from_covariance(
         cls, moment: torch.Tensor, threshold: float = 2e-2, rule: str = "absolute", l2: float = 10.0
     ) -> NullSpace:
         """The null space of C [d, d].
@@ -339,7 +339,7 @@ def _condition(factor: torch.Tensor) -> float:
 
 
 def null_dimension(values: torch.Tensor, threshold: float, rule: str) -> int:
-    """How many of the ascending eigenvalues [d] belong to the null space by a rule; see NullSpace.from_moment."""
+    """How many of the ascending eigenvalues [d] belong to the null space by a rule; see NullSpace.from_covariance."""
     if rule == "absolute":
         return int((values < threshold).sum())
     if rule == "relative":

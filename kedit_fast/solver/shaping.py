@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kedit_fast.errors import InvalidArgumentError
-from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate
+from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
 
 RECT_EPSILON = 1e-8  # added to the weight, as published
 
@@ -40,6 +40,29 @@ def spectrum(update: LowRankUpdate) -> tuple[torch.Tensor, torch.Tensor, torch.T
     q_right, r_right = torch.linalg.qr(update.right.double())
     u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
     return q_left @ u, s, q_right @ vh.T
+
+
+def compact(update: Update, tolerance: float = 0.0, rank: int | None = None) -> LowRankUpdate:
+    """The fewest factors that leave Delta within a tolerance, each direction's norm shared evenly by both sides.
+
+    Args:
+        update: Delta [out, in].
+        tolerance: of |Delta - Delta'| / |Delta| (Frobenius); 0 drops what is rounding alone.
+        rank: at most so many, however far that is from Delta; None for no limit.
+
+    Cost: that of `spectrum`; of a masked update an SVD of Delta.
+    """
+    if isinstance(update, MaskedUpdate):
+        u, s, vh = torch.linalg.svd(update.dense().double(), full_matrices=False)
+        v = vh.T
+    else:
+        u, s, v = spectrum(update.to(torch.float64))
+    left_out = s.square().flip(0).cumsum(0).flip(0).sqrt()  # |Delta - Delta'| when the directions from here on go
+    rounding = torch.finfo(torch.float64).eps * max(len(update.left), len(update.right))
+    kept = int((left_out > max(tolerance, rounding) * s.norm()).sum())
+    kept = kept if rank is None else min(kept, rank)
+    root = s[:kept].sqrt()
+    return LowRankUpdate((u[:, :kept] * root).to(update.left.dtype), (v[:, :kept] * root).to(update.left.dtype))
 
 
 def spectral_norm(matrix: torch.Tensor) -> float:

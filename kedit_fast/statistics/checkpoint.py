@@ -6,7 +6,6 @@ It holds the sums of the layers of the running pass, fp64, and the place in the 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from kedit_fast import distributed
 from kedit_fast.errors import StatisticsError
-from kedit_fast.files import checksum, write_file
+from kedit_fast.files import checksum, held, write_file
 from kedit_fast.statistics.corpus import Position
 from kedit_fast.statistics.moments import SecondMomentAccumulator
 
@@ -51,22 +50,17 @@ def claimed(folder: Path, hold: bool = True) -> Iterator[None]:
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise StatisticsError(f"cannot write statistics to {folder}: {error.strerror or error}") from error
-    try:
+    with held(folder / LOCK, StatisticsError, f"another process is collecting statistics into {folder}"):
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StatisticsError(f"another process is collecting statistics into {folder}") from error
-        for left in folder.glob(".*.safetensors.*"):  # what a killed process was writing
-            left.unlink(missing_ok=True)
-        yield
-    finally:
-        if made and os.listdir(folder) == [LOCK]:  # nothing came of it
-            (folder / LOCK).unlink()
-            folder.rmdir()
-        os.close(handle)  # the lock goes with it, also when the process dies
+            for left in folder.glob(".*.safetensors.*"):  # what a killed process was writing
+                left.unlink(missing_ok=True)
+            yield
+        finally:
+            if made and os.listdir(folder) == [LOCK]:  # nothing came of it
+                (folder / LOCK).unlink()
+                folder.rmdir()
 
 
 def path_of(folder: Path) -> Path:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
 from kedit_fast import distributed
-from kedit_fast.errors import StatisticsError
+from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.ops import mirror_, symmetric_rank_k_update_
+from kedit_fast.ops.arguments import describe, require
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,41 @@ class SecondMomentAccumulator:
         totals = torch.tensor([float(self.count), self.weight], dtype=torch.float64)
         distributed.sum_(totals)
         self.count, self.weight = int(totals[0]), float(totals[1])
+
+
+def second_moment(
+    rows: torch.Tensor | Iterable[torch.Tensor],
+    weights: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The mean of w k k^T over rows: what a preconditioner is made from.
+
+    Args:
+        rows: [n, d] float32, float64, bfloat16 or float16; or such matrices one after another, of any n.
+        weights: [n], not negative, of a single matrix; None for ones.
+        mask: [n] bool, of a single matrix; rows where it is false do not count.
+
+    Returns:
+        [d, d] fp64, full symmetric, on the device of the rows.
+
+    Raises:
+        StatisticsError: no rows, or a mean that is not finite.
+        InvalidArgumentError: a wrong shape or dtype.
+
+    Cost: n d (d + 1) flops; sums of 16-bit and fp32 rows are fp32 within a chunk, fp64 between.
+    """
+    several = not isinstance(rows, torch.Tensor)
+    if several and (weights is not None or mask is not None):
+        raise InvalidArgumentError("weights and mask are of a single matrix of rows")
+    total: SecondMomentAccumulator | None = None
+    for part in rows if several else (rows,):
+        require(part.ndim == 2, lambda part=part: f"rows must be [n, d]; got {describe(part)}")
+        if total is None:
+            total = SecondMomentAccumulator("rows", part.shape[1], part.device)
+        total.update(part, mask, weights)
+    if total is None:
+        raise StatisticsError("no rows were given")
+    return total.finish().moment
 
 
 def _totals(n: int, mask: torch.Tensor | None, weights: torch.Tensor | None) -> tuple[int, float]:

@@ -1,0 +1,146 @@
+"""AlphaEdit's repository: functions with its signatures, whose state `cache_c` and `P` the caller passes and gets back.
+
+`cache_c` [layers, d, d] holds the sum of k k^T of all earlier batches and is added to in place, as there; `P` [layers,
+d, d] holds the null-space projections. Where the tensors are those that the last call on this model left, the exact key
+memory goes on; otherwise it is made from `cache_c` alone, to its precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from kedit_fast.editing.keys import KeyPass
+from kedit_fast.editing.prompts import PreparedRequest
+from kedit_fast.errors import InvalidArgumentError
+from kedit_fast.integrations import runs
+from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.forward import Site
+from kedit_fast.solver.key_memory import KeyMemory
+from kedit_fast.solver.preconditioner import NullSpace
+from kedit_fast.statistics.collect import Statistics
+
+
+def apply_AlphaEdit_to_model(
+    model: torch.nn.Module,
+    tok: Any,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: Any,
+    cache_template: str | None = None,
+    cache_c: torch.Tensor | None = None,
+    P: torch.Tensor | None = None,
+    *,
+    statistics: Statistics | None = None,
+    stats_dir: str = "data/stats",
+) -> tuple[torch.nn.Module, torch.Tensor]:
+    """Write a batch with AlphaEdit.
+
+    Args:
+        model: edited in place.
+        tok: its tokenizer.
+        requests: with prompt (one {}), subject, target_new {"str": text}, and case_id where `cache_template` is given.
+        hparams: an AlphaEditHyperParams, a mapping, or the path of a json file.
+        cache_template: of its npz files of values, with three {}.
+        cache_c: [layers, d, d] of earlier batches; added to in place. None: none, and a float32 one is made.
+        P: [layers, d, d] projections on the null spaces; None: from the statistics and `nullspace_threshold`.
+        statistics, stats_dir: second moments, where P is None.
+
+    Returns:
+        the model and `cache_c`.
+
+    Raises:
+        KeditError: the model and `cache_c` are as they were before the call.
+    """
+    return _sequential("alphaedit", model, tok, requests, hparams, cache_template, cache_c, P, statistics, stats_dir)
+
+
+def apply_memit_seq_to_model(
+    model: torch.nn.Module,
+    tok: Any,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: Any,
+    copy: bool = False,
+    return_orig_weights: bool = False,
+    cache_template: str | None = None,
+    cache_c: torch.Tensor | None = None,
+    *,
+    statistics: Statistics | None = None,
+    stats_dir: str = "data/stats",
+) -> tuple[torch.nn.Module, torch.Tensor]:
+    """Write a batch with MEMIT whose system holds the keys of earlier ones; see `apply_AlphaEdit_to_model`.
+
+    `copy` and `return_orig_weights` are taken for the signature's sake: as there, only the model and `cache_c` come
+    back, and a copy is refused.
+    """
+    if copy:
+        raise InvalidArgumentError(
+            "copy=True is not implemented for sequential editing: copy the model before the first"
+        )
+    return _sequential(
+        "memit-sequential", model, tok, requests, hparams, cache_template, cache_c, None, statistics, stats_dir
+    )
+
+
+apply_memit_rect_to_model = runs.function("rect", "apply_memit_rect_to_model")
+
+
+def _sequential(
+    method: str,
+    model: torch.nn.Module,
+    tok: Any,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: Any,
+    cache_template: str | None,
+    cache_c: torch.Tensor | None,
+    P: torch.Tensor | None,
+    statistics: Statistics | None,
+    stats_dir: str,
+) -> tuple[torch.nn.Module, torch.Tensor]:
+    numbers, _ = runs.numbers_of(hparams)
+    chosen, _ = make_hparams(method, model.config, numbers)
+    view, layers = ModelView(model), chosen.layers
+    size = view.weight(layers[-1]).shape[1]
+    for name, tensor in (("cache_c", cache_c), ("P", P)):
+        if tensor is not None and tuple(tensor.shape) != (len(layers), size, size):
+            raise InvalidArgumentError(
+                f"{name} must be [{len(layers)}, {size}, {size}], a matrix for each of layers "
+                f"{', '.join(map(str, layers))}; got {list(tensor.shape)}"
+            )
+    if cache_c is None:
+        cache_c = torch.zeros(len(layers), size, size)
+    run = runs.kept_by(model)
+    marks = (id(P), None if P is None else P._version, id(cache_c), cache_c._version)
+    spaces = None if P is None else lambda: {
+        layer: NullSpace.from_projection(P[i], chosen.L2) for i, layer in enumerate(layers)
+    }  # fmt: skip
+    known = run is not None and run.settled() and run.state == marks
+    run = runs.run_of(
+        method, model, tok, hparams, cache_template, statistics, stats_dir, spaces, reset=not known, prefixes=run
+    )
+    if run.state != marks:  # a new editor: what was before is in cache_c alone
+        run.editor.engine.memories = {
+            layer: KeyMemory.from_sum(run.editor.preconditioner(layer), cache_c[i], chosen.memory_form)
+            for i, layer in enumerate(layers)
+            if bool(cache_c[i].any())
+        }
+    result = runs.edit(run, requests)
+    prepared, _ = run.editor.check(list(result.requests))
+    sums = _keys(run, prepared)
+    for i, layer in enumerate(layers):
+        keys = sums[layer].to(cache_c.device, torch.float64)
+        cache_c[i].add_((keys @ keys.T).to(cache_c.dtype))
+    run.state = (id(P), None if P is None else P._version, id(cache_c), cache_c._version)
+    run.held = (P, cache_c)  # alive, so that their ids stay theirs
+    return model, cache_c
+
+
+def _keys(run: runs.Run, prepared: Sequence[PreparedRequest]) -> dict[int, torch.Tensor]:
+    """Keys [d, u] of a batch, layer by layer: what is written above a layer, or in it, does not move its keys."""
+    editor = run.editor
+    site = Site(editor.hparams.layers[-1], editor.site)
+    with torch.no_grad():
+        passes = KeyPass(editor.view, prepared, site, editor.recipe.key_weights, editor.state_budget)
+        return {layer: passes.at(layer).keys for layer in editor.hparams.layers}

@@ -1,0 +1,12 @@
+"""The memit repository: functions with its signatures, for `rome.apply_rome_to_model`, `memit.apply_memit_to_model`.
+
+Values that it kept (`cache_template`, npz with v_star) and its statistics (`{stats_dir}/{model}/{data set}_stats`) are
+read as they are, so a run that was begun there goes on here.
+"""
+
+from __future__ import annotations
+
+from kedit_fast.integrations import runs
+
+apply_memit_to_model = runs.function("memit", "apply_memit_to_model")
+apply_rome_to_model = runs.function("rome", "apply_rome_to_model")

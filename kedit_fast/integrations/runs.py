@@ -1,0 +1,281 @@
+"""What the three integrations share: an editor that lives on the model between calls, and where files are found.
+
+Frameworks call one function a batch, restore weights themselves or do not, and expect methods with a memory to go on.
+So the editor of the last call stays with the model (and goes with it; a deep copy starts anew) together with hashes of
+the edited matrices after each batch. A call that finds the matrices as the last one left them goes on; one that finds
+them as they were some batches ago has those batches forgotten; anything else starts a new editor.
+"""
+
+from __future__ import annotations
+
+import copy as copying
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kedit_fast.editing.value_store import bits_hash
+from kedit_fast.editor import Editor, EditResult
+from kedit_fast.errors import MethodError, StatisticsError
+from kedit_fast.methods.hparams import Hparams, make_hparams, parse_values, read_raw
+from kedit_fast.methods.recipes import find_recipe
+from kedit_fast.models.architectures import ModelView
+from kedit_fast.solver.preconditioner import NullSpace
+from kedit_fast.solver.projector import load_projector
+from kedit_fast.statistics.collect import Statistics
+from kedit_fast.statistics.store import load_statistics
+
+_log = logging.getLogger("kedit_fast")
+_PLACE = "_kedit_fast_run"  # attribute of a model
+
+
+class _Kept:
+    """What hangs on a model: not copied with it, and not pickled."""
+
+    def __init__(self, run: Run | None = None):
+        self.run = run
+
+    def __deepcopy__(self, memo: Any) -> _Kept:
+        return _Kept()
+
+    def __reduce__(self) -> tuple:
+        return _Kept, ()
+
+
+@dataclass
+class Run:
+    """An editor and the hashes of its matrices: before its first batch, and after each."""
+
+    key: tuple
+    editor: Editor
+    states: list[tuple[str, int]]  # with the number of batches in the ledger
+    state: tuple | None = None  # ids and versions of the tensors that the caller passes as state (AlphaEdit)
+    held: tuple = ()  # those tensors
+
+    def settled(self) -> bool:
+        """Whether the matrices are in a state this run knows; what was put back by somebody else is forgotten."""
+        if not self.editor.in_place():
+            return False
+        now = bits_hash(list(self.editor.modules.values()))
+        known = [place for place, (state, _) in enumerate(self.states) if state == now]
+        if not known:
+            return False
+        if known[-1] < len(self.states) - 1:
+            self.editor.rollback(len(self.editor.ledger.batches) - self.states[known[-1]][1], restored=True)
+            del self.states[known[-1] + 1 :]
+            self.state = None
+        return True
+
+    def mark(self) -> None:
+        """Remember the matrices as they are."""
+        self.states.append((bits_hash(list(self.editor.modules.values())), len(self.editor.ledger.batches)))
+
+
+def numbers_of(hparams: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A framework's hyper-parameters: the path of a file, a mapping, or an object of its class.
+
+    Returns:
+        those of `Hparams`, and all of them as they stand.
+
+    Raises:
+        MethodError: by name, for what is unknown, of a wrong type or not implemented.
+    """
+    if isinstance(hparams, str | Path):
+        raw = dict(read_raw(hparams))
+        return parse_values(raw, str(hparams), foreign=True), raw
+    if isinstance(hparams, Mapping):
+        raw = dict(hparams)
+    elif is_dataclass(hparams):  # what scripts hang on such an object beside its fields is theirs
+        raw = {f.name: getattr(hparams, f.name) for f in fields(hparams)}
+    else:
+        raw = dict(vars(hparams))
+    return parse_values(raw, type(hparams).__name__, foreign=True), raw
+
+
+def kept_by(model: torch.nn.Module) -> Run | None:
+    """The run that a model carries."""
+    kept = vars(model).get(_PLACE)
+    return kept.run if isinstance(kept, _Kept) else None
+
+
+def drop(model: torch.nn.Module) -> None:
+    """Forget the run that a model carries; its weights stay as they are."""
+    vars(model).pop(_PLACE, None)
+
+
+def apply(
+    method: str,
+    model: torch.nn.Module,
+    tok: Any,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: Any,
+    *,
+    copy: bool = False,
+    return_orig_weights: bool = False,
+    cache_template: str | None = None,
+    statistics: Statistics | None = None,
+    stats_dir: str | None = None,
+    reset: bool = False,
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor], EditResult]:
+    """One batch, as the frameworks' functions write it; the edited model, the parameters it had, and the result."""
+    if copy:
+        model = copying.deepcopy(model)
+    run = run_of(method, model, tok, hparams, cache_template, statistics, stats_dir, reset=reset)
+    before = {}
+    if return_orig_weights:
+        before = {
+            f"{name}.weight": model.get_parameter(f"{name}.weight").detach().clone() for name in run.editor.modules
+        }
+    result = edit(run, requests)
+    return model, before, result
+
+
+def function(method: str, name: str) -> Callable[..., tuple[torch.nn.Module, dict[str, torch.Tensor]]]:
+    """A function with the signature of the memit repository."""
+
+    def apply_to_model(
+        model: torch.nn.Module,
+        tok: Any,
+        requests: Sequence[Mapping[str, Any]],
+        hparams: Any,
+        copy: bool = False,
+        return_orig_weights: bool = False,
+        cache_template: str | None = None,
+        *,
+        statistics: Statistics | None = None,
+        stats_dir: str = "data/stats",
+    ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+        return apply(
+            method, model, tok, requests, hparams, copy=copy, return_orig_weights=return_orig_weights,
+            cache_template=cache_template, statistics=statistics, stats_dir=stats_dir,
+        )[:2]  # fmt: skip
+
+    apply_to_model.__name__ = apply_to_model.__qualname__ = name
+    apply_to_model.__doc__ = f"""Write a batch with {method}.
+
+    Args:
+        model: edited in place, unless `copy`.
+        tok: its tokenizer.
+        requests: with prompt (one {{}}), subject, target_new {{"str": text}}, and case_id where `cache_template` is.
+        hparams: an object of the repository's class, a mapping, or the path of a json file.
+        copy: edit a deep copy.
+        return_orig_weights: return what the parameters were.
+        cache_template: of its npz files of values, with three {{}}; not for ROME, whose files are others.
+        statistics: instead of those in `stats_dir`.
+        stats_dir: its STATS_DIR.
+
+    Returns:
+        the model, and parameter name -> what it was before this call, as it is stored.
+
+    Raises:
+        KeditError: the model is as it was before the call.
+    """
+    return apply_to_model
+
+
+def edit(run: Run, requests: Sequence[Mapping[str, Any]]) -> EditResult:
+    """Write a batch, and remember the state it leaves."""
+    subjects = run.editor.recipe.values != "gradients"
+    result = run.editor.edit([_record(request, subjects) for request in requests])
+    run.editor.finish()  # PRUNE: after every call, since no call is known to be the last
+    if result.batch:
+        run.mark()
+    return result
+
+
+def _record(request: Mapping[str, Any], subjects: bool) -> dict[str, Any]:
+    """A framework's request as one of ours: its `case_id` names it.
+
+    Where a method looks at the whole prompt, as UltraEdit, the frameworks need no subject: the last word stands for it.
+    """
+    found = {name: request[name] for name in ("prompt", "subject", "target_new") if name in request}
+    found |= {"id": request["case_id"]} if "case_id" in request else {}
+    prompt, subject = found.get("prompt"), found.get("subject")
+    if not subjects and isinstance(prompt, str) and prompt.split():
+        whole = prompt.replace("{}", str(subject)) if subject else prompt
+        word = whole.split()[-1]
+        begin = whole.rindex(word)
+        escaped = whole[:begin].replace("{}", "")
+        found |= {"prompt": escaped + "{}" + whole[begin + len(word) :], "subject": word}
+    return found
+
+
+def run_of(
+    method: str,
+    model: torch.nn.Module,
+    tok: Any,
+    hparams: Any,
+    cache_template: str | None,
+    statistics: Statistics | None,
+    stats_dir: str | None,
+    null_spaces: Callable[[], Mapping[int, NullSpace]] | None = None,
+    reset: bool = False,
+    prefixes: Run | None = None,
+) -> Run:
+    """The run that a model carries, if it is of the same method and numbers and fits its matrices; else a new one.
+
+    A new one takes over the context prefixes of the one before (with `reset`, of `prefixes`): an edited model would
+    write other ones.
+    """
+    numbers, raw = numbers_of(hparams)
+    numbers.setdefault("on_predicted", "allow")  # as published
+    key = (method, json.dumps(raw, sort_keys=True, default=str), id(tok), str(cache_template), id(statistics),
+           str(stats_dir), null_spaces is None)  # fmt: skip
+    run = kept_by(model)
+    if run is not None and not reset and run.key == key:
+        if run.settled():
+            return run
+        _log.info("the matrices were changed by something else: %s starts anew", method)
+    chosen, _ = make_hparams(method, model.config, numbers)
+    check_modules(model, chosen, raw)
+    if cache_template is not None and find_recipe(method).schedule == "single":
+        raise MethodError(f"{method} keeps no values in files: its requests are optimised one after another's write")
+    projector, spaces = raw.get("P_loc"), None if null_spaces is None else null_spaces()
+    if method == "alphaedit" and spaces is None and statistics is None and projector and Path(projector).exists():
+        spaces = load_projector(projector, chosen.layers, chosen.L2, trust=True)
+    if chosen.uses_statistics and spaces is None and statistics is None:
+        statistics = _found(model, tok, chosen, raw, stats_dir)
+    earlier = prefixes if reset else run
+    editor = Editor(
+        model, tok, method, statistics=statistics, null_spaces=spaces, hparams=numbers, values=cache_template,
+        prefixes=None if earlier is None or earlier.key[2] != id(tok) else earlier.editor.prefixes,
+    )  # fmt: skip
+    run = Run(key, editor, [])
+    run.mark()
+    object.__setattr__(model, _PLACE, _Kept(run))
+    return run
+
+
+def check_modules(model: torch.nn.Module, chosen: Hparams, raw: Mapping[str, Any]) -> None:
+    """Raise MethodError when a file's `rewrite_module_tmp` is another module than the one edited here."""
+    template, view = raw.get("rewrite_module_tmp"), ModelView(model)
+    for layer in chosen.layers:
+        if template and template.format(layer) != view.module_name(layer):
+            raise MethodError(
+                f"rewrite_module_tmp names {template.format(layer)}, of {view.spec.name} models "
+                f"{view.module_name(layer)} is edited: is this the file of another model?"
+            )
+
+
+def _found(
+    model: torch.nn.Module, tok: Any, chosen: Hparams, raw: Mapping[str, Any], stats_dir: str | None
+) -> Statistics:
+    """Statistics where a framework keeps them: `{stats_dir}/{model}/{mom2_dataset}_stats`, or a folder of ours."""
+    root = Path(stats_dir or raw.get("stats_dir") or "data/stats")
+    names = []
+    for name in (getattr(model.config, "_name_or_path", ""), raw.get("model_name", "")):
+        names += [str(name).rstrip("/").rsplit("/")[-1], str(name).replace("/", "_")]
+    places = [root / name / f"{raw.get('mom2_dataset', 'wikipedia')}_stats" for name in dict.fromkeys(names) if name]
+    for place in (*places, root):
+        if any(place.glob("*.npz")) or any(place.glob("*.safetensors")):
+            return load_statistics(place, model, tok, chosen.layers, trust=True)
+    looked = ", ".join(map(str, (*places, root)))
+    raise StatisticsError(
+        f"no statistics for layers {', '.join(map(str, chosen.layers))} in {looked}: collect them with "
+        f"`kedit-fast stats MODEL --text FILE --layers {','.join(map(str, chosen.layers))} --out {root}`, or pass "
+        "statistics="
+    )

@@ -1,0 +1,163 @@
+"""`kedit-fast patch`: edits as files that travel."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from kedit_fast.console import check_file, command, output, print_json
+
+app = typer.Typer(help="Edits as files: show, apply, revert, merge, export.", no_args_is_help=True)
+PATCH_HELP = "file that `kedit-fast edit --patch` wrote"
+FOLDER_HELP = "folder of a safetensors checkpoint, sharded or not; the model is not loaded"
+FORCE_HELP = (
+    "also on other matrices than the patch was made for: the edits may then say something else, or harm the model"
+)
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+class Format(str, Enum):
+    """What a patch can be exported to."""
+
+    lora = "lora"
+
+
+@app.command()
+@command
+def show(
+    patch: Annotated[Path, typer.Argument(help=PATCH_HELP)],
+    requests: Annotated[int, typer.Option(min=0, help="requests to show")] = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a patch writes, where, and which model it is for."""
+    from kedit_fast.patches.patch import Patch
+
+    about = Patch.load(patch).about()
+    if as_json:
+        print_json({"patch": str(patch), **about})
+        return
+    table = Table(title=escape(f"{about['method']}: {about['edits']} edits, {patch}"), title_justify="left")
+    for column in ("module", "shape", "rank", "norm", "for dtype", "for W_0 (SHA-256)"):
+        table.add_column(column, justify="right" if column in ("rank", "norm") else "left")
+    for name, module in about["modules"].items():
+        shape = "{} x {}".format(*module["shape"]) + (", transposed" if module["transposed"] else "")
+        rank = f"{module['rank']}{', masked' if module['masked'] else ''}"
+        table.add_row(name, shape, rank, f"{module['norm']:.4g}", module["dtype"], module["original"][:16])
+    output.print(table)
+    for request in about["requests"][:requests]:
+        text = request["prompt"].replace("{}", request["subject"])
+        output.print(f"  {text} -> {request['target_new'].strip()}", markup=False)
+    if about["edits"] > requests:
+        output.print(f"  and {about['edits'] - requests} more", markup=False)
+
+
+@app.command()
+@command
+def apply(
+    patch: Annotated[Path, typer.Argument(help=PATCH_HELP)],
+    model: Annotated[Path, typer.Argument(help=FOLDER_HELP)],
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
+    keep: Annotated[
+        bool, typer.Option(help="keep what the matrices were in the folder, so that `revert` gives back their bits")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a patch into a checkpoint on disk, all of it or nothing."""
+    from kedit_fast.patches.checkpoint import Checkpoint
+    from kedit_fast.patches.patch import Patch
+
+    loaded = Patch.load(patch)
+    number = Checkpoint(model).apply(loaded, patch.name, force, keep)
+    if as_json:
+        print_json({"patch": str(patch), "model": str(model), "number": number, "modules": sorted(loaded.updates)})
+        return
+    how = f"kedit-fast patch revert {model}" if keep else f"kedit-fast patch revert {model} --subtract {patch}"
+    output.print(f"{len(loaded.updates)} matrices of {model} patched; back: {how}", markup=False)
+
+
+@app.command()
+@command
+def revert(
+    model: Annotated[Path, typer.Argument(help=FOLDER_HELP)],
+    subtract: Annotated[
+        Path | None, typer.Option(help="a patch applied with --no-keep: taken out to rounding, not to the bit")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="also where something else changed a matrix since")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Take the newest patch out of a checkpoint on disk, to the bit."""
+    from kedit_fast.patches.checkpoint import Checkpoint
+    from kedit_fast.patches.patch import Patch
+
+    checkpoint = Checkpoint(model)
+    if subtract is not None:
+        checkpoint.subtract(Patch.load(subtract), force)
+        name = subtract.name
+    else:
+        name = checkpoint.revert(force)
+    if as_json:
+        print_json({"patch": name, "model": str(model), "exact": subtract is None, "left": len(checkpoint.records())})
+        return
+    output.print(f"{name} taken out of {model}, {'to the bit' if subtract is None else 'to rounding'}", markup=False)
+
+
+@app.command()
+@command
+def merge(
+    patches: Annotated[list[Path], typer.Argument(help="patches, in the order they would be applied")],
+    out: Annotated[Path, typer.Option(help="file of the merged patch")],
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="make the factors as few as |Delta - Delta'| / |Delta| allows; 0: up to rounding"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Make one patch of several."""
+    from kedit_fast.patches.patch import Patch
+    from kedit_fast.patches.patch import merge as merged
+
+    check_file(out)
+    found = merged([Patch.load(path) for path in patches], force)
+    if tolerance is not None:
+        found = found.compacted(tolerance)
+    found.save(out)
+    _say(found, out, as_json)
+
+
+@app.command()
+@command
+def export(
+    patch: Annotated[Path, typer.Argument(help=PATCH_HELP)],
+    out: Annotated[Path, typer.Option(help="folder of the adapter")],
+    format_: Annotated[Format, typer.Option("--format", help="lora: an adapter that peft loads")] = Format.lora,
+    tolerance: Annotated[float, typer.Option(min=0.0, help="of |Delta - Delta'| / |Delta| of each matrix")] = 0.0,
+    rank: Annotated[int | None, typer.Option(min=1, help="at most; however far from the edit that is")] = None,
+    base_model: Annotated[str | None, typer.Option(help="name or path of the model, for the configuration")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a patch as a LoRA adapter."""
+    from kedit_fast.patches.lora import export_lora
+    from kedit_fast.patches.patch import Patch
+
+    loaded = Patch.load(patch)
+    ranks = export_lora(loaded, out, base_model=base_model, tolerance=tolerance, rank=rank, overwrite=overwrite)
+    if as_json:
+        print_json({"patch": str(patch), "out": str(out), "format": format_.value, "ranks": ranks})
+        return
+    output.print(f"Ranks {', '.join(map(str, ranks.values()))}; saved to {out}", markup=False)
+
+
+def _say(patch: Any, out: Path, as_json: bool) -> None:
+    about = patch.about()
+    if as_json:
+        print_json({"out": str(out), **about})
+        return
+    ranks = ", ".join(str(module["rank"]) for module in about["modules"].values())
+    output.print(f"{about['edits']} edits, ranks {ranks}; saved to {out}", markup=False)

@@ -1,0 +1,422 @@
+"""Under EasyEdit, memit and AlphaEdit: stand-ins of their calling code, written from their documented behaviour."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from floors import relative_error
+from test_editor import NUMBERS, REQUESTS
+from tiny_models import TEXT, make_model, make_tokenizer
+
+from kedit_fast import Editor, NullSpace, collect_statistics
+from kedit_fast.errors import EditError, InvalidArgumentError, MethodError, RequestError, StatisticsError
+from kedit_fast.integrations import alphaedit, easyedit, memit, runs
+from kedit_fast.models.architectures import ModelView
+from kedit_fast.solver.projector import save_projector
+from kedit_fast.statistics import npz
+
+COMMON = dict(
+    NUMBERS, layers=[0, 1], v_loss_layer=3, v_weight_decay=0.5, kl_factor=0.0625, mom2_adjustment=True,
+    mom2_update_weight=10, layer_selection="all", fact_token="subject_last",
+    rewrite_module_tmp="model.layers.{}.mlp.down_proj", layer_module_tmp="model.layers.{}",
+    mlp_module_tmp="model.layers.{}.mlp", attn_module_tmp="model.layers.{}.self_attn", ln_f_module="model.norm",
+    lm_head_module="lm_head", mom2_dataset="wikipedia", mom2_n_samples=100, mom2_dtype="float32", stats_dir="nowhere",
+    model_name="./hugging_cache/tiny", device=0, model_parallel=False, context_template_length_params=[[3, 2]],
+)  # fmt: skip
+OWN = {  # of the methods
+    "ROME": dict(layers=[1], mom2_adjustment=False),
+    "R-ROME": dict(layers=[1], mom2_adjustment=False),
+    "MEMIT": {},
+    "PMET": dict(nll_loss_factor=1, rewrite_module_tmps=["model.layers.{}.mlp.down_proj"]),
+    "EMMET": dict(update_norm_lambda=0, emmet_lambda=0.1),
+    "AlphaEdit": dict(P_loc="./nowhere.pt", L2=1, nullspace_threshold="2e-1", nullspace_rule="energy", batch_size=1),
+    "ULTRAEDIT": dict(inner_params=["model.layers.1.mlp.down_proj"], lr=1e-3, token="mask", batch_size=2,
+                      batch_size_once=1, dropout=0.0, no_grad_layers=None, editor_batch_size=10, silent=False,
+                      half=False, results_dir="./results", model_class="AutoModelForCausalLM"),
+    "MEMIT-Seq": {}, "MEMIT-Merge": {}, "ENCORE": dict(update_norm_lambda=10), "RECT": {}, "PRUNE": {},
+}  # fmt: skip
+
+
+def hparams_of(name, **more):
+    """An object like those of EasyEdit's classes: the names of its yaml as attributes."""
+    values = {**({} if name == "ULTRAEDIT" else COMMON), **OWN[name], "alg_name": name, **more}
+    return SimpleNamespace(**values)
+
+
+@pytest.fixture(scope="module")
+def statistics():
+    return collect_statistics(make_model("llama"), make_tokenizer(), TEXT * 2, (0, 1), progress=False)
+
+
+def asked(request, number=0):
+    """As EasyEdit's _prepare_requests makes them: the subject stands in the prompt, the target is a text."""
+    return {"prompt": request.text, "subject": request.subject, "target_new": request.target_new,
+            "ground_truth": None, "portability": {}, "locality": {}, "case_id": number}  # fmt: skip
+
+
+class BaseEditor:
+    """What EasyEdit's editor does around an algorithm: edit one request, look, restore from the copies, or do not."""
+
+    def __init__(self, table, hparams, model, tok):
+        self.apply_algo, self.hparams, self.model, self.tok = table[hparams.alg_name], hparams, model, tok
+
+    def edit(self, requests, sequential_edit=False, **kwargs):
+        seen = []
+        for request in requests:
+            edited, weights_copy = self.apply_algo(
+                self.model, self.tok, [request], self.hparams, copy=False, return_orig_weights=True,
+                keep_original_weight=False, train_ds=None, **kwargs,
+            )  # fmt: skip
+            seen.append({name: edited.get_parameter(name).detach().clone() for name in weights_copy})
+            if not sequential_edit:
+                with torch.no_grad():
+                    for name, value in weights_copy.items():
+                        self.model.get_parameter(name)[...] = value
+        return seen
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("name", sorted(easyedit.ALGORITHMS))
+def test_easyedits_editor_gets_each_edit_on_the_unedited_model(name, statistics):
+    """Restored between requests: each one is what a new editor writes, to the bit; nothing of the others is left."""
+    table, model, tok = {"FT": len}, make_model("llama"), make_tokenizer()
+    before = state(model)
+    easyedit.install(table)
+    hparams = hparams_of(name)
+    requests = [asked(request, number) for number, request in enumerate(REQUESTS)]
+    seen = BaseEditor(table, hparams, model, tok).edit(requests, statistics=statistics)
+    assert same(state(model), before)
+    prefixes = runs.kept_by(model).editor.prefixes
+    numbers, _ = runs.numbers_of(hparams)
+    for request, found in zip(REQUESTS, seen, strict=True):
+        other = make_model("llama")
+        editor = Editor(
+            other, tok, easyedit_name(name), statistics=statistics, hparams={**numbers, "on_predicted": "allow"},
+            prefixes=prefixes,
+        )  # fmt: skip
+        editor.edit([request])
+        editor.finish()
+        assert found and all(torch.equal(tensor, other.get_parameter(key)) for key, tensor in found.items())
+    easyedit.uninstall(table)
+    assert table == {"FT": len}
+
+
+def easyedit_name(name):
+    return {"MEMIT-Seq": "memit-sequential"}.get(name, name.lower())
+
+
+def test_sequential_editing_goes_on_from_the_keys_of_earlier_batches(statistics):
+    model, tok, hparams = make_model("llama"), make_tokenizer(), hparams_of("AlphaEdit")
+    requests = [asked(request, number) for number, request in enumerate(REQUESTS)]
+    BaseEditor(easyedit.ALGORITHMS, hparams, model, tok).edit(requests, sequential_edit=True, statistics=statistics)
+    run = runs.kept_by(model)
+    assert all(memory.count == 3 for memory in run.editor.engine.memories.values())
+    other, (numbers, _) = make_model("llama"), runs.numbers_of(hparams)
+    editor = Editor(
+        other, tok, "alphaedit", statistics=statistics, hparams={**numbers, "on_predicted": "allow"},
+        prefixes=run.editor.prefixes,
+    )  # fmt: skip
+    for request in REQUESTS:
+        editor.edit([request])
+    assert same(state(model), state(other))
+
+
+def test_a_change_by_somebody_else_starts_anew_and_reset_cache_too(statistics):
+    model, tok, hparams = make_model("llama"), make_tokenizer(), hparams_of("AlphaEdit")
+
+    def call(number, **kwargs):
+        easyedit.apply_AlphaEdit_to_model(
+            model, tok, [asked(REQUESTS[number])], hparams, statistics=statistics, **kwargs
+        )
+        return runs.kept_by(model)
+
+    first = call(0)
+    assert call(1) is first and len(first.editor.ledger.batches) == 2
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.mlp.down_proj.weight")[0, 0] += 1
+    second = call(2)
+    assert second is not first and len(second.editor.ledger.batches) == 1
+    third = call(0, reset_cache=True)
+    assert third is not second
+    hparams.L2 = 5
+    assert call(1) is not third
+
+
+def test_a_copy_is_edited_and_neither_it_nor_a_file_carries_the_run(statistics):
+    model, tok, hparams = make_model("llama"), make_tokenizer(), hparams_of("MEMIT")
+    before = state(model)
+    edited, copies = easyedit.apply_memit_to_model(
+        model, tok, [asked(REQUESTS[0])], hparams, copy=True, statistics=statistics
+    )
+    assert same(state(model), before) and not same(state(edited), before) and copies == {}
+    assert runs.kept_by(model) is None and runs.kept_by(edited) is not None
+    assert runs.kept_by(copy.deepcopy(edited)) is None
+    buffer = io.BytesIO()
+    torch.save(edited, buffer)
+    buffer.seek(0)
+    assert runs.kept_by(torch.load(buffer, weights_only=False)) is None
+
+
+def test_a_model_that_is_gone_takes_its_run_along(statistics):
+    model, tok = make_model("llama"), make_tokenizer()
+    easyedit.apply_memit_to_model(model, tok, [asked(REQUESTS[0])], hparams_of("MEMIT"), statistics=statistics)
+    editor = weakref.ref(runs.kept_by(model).editor)
+    del model
+    gc.collect()
+    assert editor() is None
+
+
+def test_a_failed_batch_leaves_the_model_and_the_run(statistics, monkeypatch):
+    model, tok, hparams = make_model("llama"), make_tokenizer(), hparams_of("MEMIT")
+    easyedit.apply_memit_to_model(model, tok, [asked(REQUESTS[0])], hparams, statistics=statistics)
+    before, run = state(model), runs.kept_by(model)
+    with pytest.raises(RequestError, match="stands 0 times"):
+        easyedit.apply_memit_to_model(
+            model, tok, [{**asked(REQUESTS[1]), "subject": "Nobody"}], hparams, statistics=statistics
+        )
+    assert same(state(model), before) and runs.kept_by(model) is run and run.settled()
+
+
+def test_what_cannot_be_done_is_named(statistics, tmp_path):
+    model, tok = make_model("llama"), make_tokenizer()
+
+    def call(**more):
+        hparams = hparams_of("MEMIT", **more)
+        easyedit.apply_memit_to_model(model, tok, [asked(REQUESTS[0])], hparams)
+
+    with pytest.raises(MethodError, match="unknown hyper-parameter 'v_momentum'"):
+        call(v_momentum=1)
+    with pytest.raises(MethodError, match=r"transformer\.h\.0\.mlp\.c_proj.*file of another model"):
+        call(rewrite_module_tmp="transformer.h.{}.mlp.c_proj")
+    with pytest.raises(MethodError, match="fact_token = 'last'"):
+        call(fact_token="last")
+    with pytest.raises(
+        StatisticsError, match=r"no statistics for layers 0, 1 in nowhere/tiny/wikipedia_stats.*kedit-fast stats"
+    ):
+        call()
+    with pytest.raises(RequestError):
+        easyedit.apply_memit_to_model(model, tok, [{"prompt": "x"}], hparams_of("MEMIT"), statistics=statistics)
+
+
+def test_files_of_easyedit_are_read_where_it_keeps_them(statistics, tmp_path):
+    """A yaml by its path, target_new as CounterFact has it, npz statistics, and the projector that P_loc names."""
+    import yaml
+
+    folder = tmp_path / "stats" / "tiny" / "wikipedia_stats"
+    folder.mkdir(parents=True)
+    for second in statistics.layers.values():
+        npz.write(folder / f"{second.module}_float32_mom2_100.npz", second, {}, 100)
+    spaces = {
+        n: NullSpace.from_covariance(second.moment, 0.2, "energy", 1.0) for n, second in statistics.layers.items()
+    }
+    save_projector(tmp_path / "P.pt", spaces)
+    values = {**vars(hparams_of("AlphaEdit")), "stats_dir": str(tmp_path / "stats")}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "p.yaml").write_text(
+        yaml.safe_dump({**values, "P_loc": str(tmp_path / "P.pt"), "stats_dir": "nowhere"})
+    )
+    record = {**asked(REQUESTS[0]), "target_new": {"str": REQUESTS[0].target_new, "id": "Q1"}}
+    found = []
+    for file in ("a.yaml", "p.yaml"):
+        model = make_model("llama")
+        torch.manual_seed(0)
+        easyedit.apply_AlphaEdit_to_model(model, make_tokenizer(), [record], tmp_path / file)
+        found.append(model.get_parameter("model.layers.1.mlp.down_proj.weight").detach())
+    assert relative_error(found[1], found[0]) < 1e-6
+    assert relative_error(found[0], make_model("llama").get_parameter("model.layers.1.mlp.down_proj.weight")) > 1e-4
+
+
+# memit's repository
+
+
+def test_a_run_of_the_memit_repository_goes_on(statistics, tmp_path, monkeypatch):
+    """Its json, its statistics, and the values its first half kept: they are taken, not optimised again."""
+    folder = tmp_path / "stats" / "tiny" / "wikipedia_stats"
+    folder.mkdir(parents=True)
+    for second in statistics.layers.values():
+        npz.write(folder / f"{second.module}_float32_mom2_100.npz", second, {}, 100)
+    hparams = {k: v for k, v in vars(hparams_of("MEMIT")).items() if k not in ("alg_name", "device", "stats_dir")}
+    template = str(tmp_path / "kvs" / "layer_{}_clamp_{}_case_{}.npz")
+    (tmp_path / "kvs").mkdir()
+    requests = [
+        {"case_id": n, "prompt": r.prompt, "subject": r.subject, "target_new": {"str": r.target_new}}
+        for n, r in enumerate(REQUESTS)
+    ]
+
+    def call(model):
+        return memit.apply_memit_to_model(
+            model, make_tokenizer(), requests, hparams, return_orig_weights=True, cache_template=template,
+            stats_dir=str(tmp_path / "stats"),
+        )  # fmt: skip
+
+    model = make_model("llama")
+    before = state(model)
+    edited, copies = call(model)
+    assert edited is model and len(list((tmp_path / "kvs").glob("*.npz"))) == 3
+    assert all(torch.equal(value, before[name]) for name, value in copies.items()) and len(copies) == 2
+    again = make_model("llama")
+    monkeypatch.setattr("kedit_fast.editing.shared_values.optimise_values", None)  # nothing is optimised again
+    call(again)
+    monkeypatch.undo()
+    for name in copies:
+        assert relative_error(again.get_parameter(name), model.get_parameter(name)) < 1e-5
+    assert all("_clamp_0.5_" in path.name for path in (tmp_path / "kvs").glob("*.npz"))
+    rome = make_model("llama")
+    with pytest.raises(MethodError, match="keeps no values in files"):
+        memit.apply_rome_to_model(
+            rome, make_tokenizer(), requests[:1], {**hparams, **OWN["ROME"]}, cache_template=template
+        )
+    memit.apply_rome_to_model(rome, make_tokenizer(), requests[:1], {**hparams, **OWN["ROME"]})
+    assert not same(state(rome), before)
+
+
+# AlphaEdit's repository
+
+
+def null_spaces(statistics):
+    return {
+        layer: NullSpace.from_covariance(second.moment, 0.2, "energy", 1.0)
+        for layer, second in statistics.layers.items()
+    }
+
+
+def alpha_hparams(**more):
+    values = {k: v for k, v in vars(hparams_of("AlphaEdit")).items() if k not in ("device", "stats_dir", "P_loc")}
+    return {**values, **more}
+
+
+def test_alphaedits_state_is_the_callers(statistics, monkeypatch):
+    tok, model, other = make_tokenizer(), make_model("llama"), make_model("llama")
+    spaces = {
+        n: NullSpace.from_covariance(second.moment, 0.2, "energy", 1.0) for n, second in statistics.layers.items()
+    }
+    P = torch.stack([space.project(torch.eye(space.size, dtype=torch.float64)) for space in spaces.values()]).float()
+    records = [{"case_id": n, "prompt": r.prompt, "subject": r.subject, "target_new": {"str": r.target_new}}
+               for n, r in enumerate(REQUESTS)]  # fmt: skip
+    cache_c = torch.zeros_like(P)
+    first, returned = alphaedit.apply_AlphaEdit_to_model(model, tok, records[:2], alpha_hparams(), cache_c=cache_c, P=P)
+    assert first is model and returned is cache_c and bool((cache_c != 0).any())
+    between, kept, prefixes = state(model), cache_c.clone(), runs.kept_by(model).editor.prefixes
+    alphaedit.apply_AlphaEdit_to_model(model, tok, records[2:], alpha_hparams(), cache_c=cache_c, P=P)
+    memories = runs.kept_by(model).editor.engine.memories
+    assert all(memory.count == 3 for memory in memories.values())  # the exact memory went on
+
+    # Another process: weights, cache_c and P are all there is.
+    other.load_state_dict(between)
+    monkeypatch.setattr("kedit_fast.editor.generate_prefixes", lambda *args: prefixes)
+    alphaedit.apply_AlphaEdit_to_model(other, tok, records[2:], alpha_hparams(), cache_c=kept, P=P)
+    for layer in (0, 1):
+        name = f"model.layers.{layer}.mlp.down_proj.weight"
+        moved, expected = other.get_parameter(name) - between[name], model.get_parameter(name) - between[name]
+        assert relative_error(moved, expected) < 2e-3  # cache_c is float32
+    assert relative_error(kept, cache_c) < 1e-5
+    view = ModelView(model)
+    numbers, _ = runs.numbers_of(alpha_hparams())
+    plain = Editor(make_model("llama"), tok, "alphaedit", null_spaces=spaces, hparams=numbers, prefixes=prefixes)
+    plain.edit([*REQUESTS[:2]])
+    for layer in (0, 1):
+        assert relative_error(between[view.weight_name(layer)], plain.view.weight(layer)) < 1e-5
+
+
+def test_alphaedits_state_wins_over_what_the_model_carries(statistics):
+    """Weights put back, cache_c not; P with other numbers: what the caller passes is what counts."""
+    tok, model = make_tokenizer(), make_model("llama")
+    spaces = {
+        n: NullSpace.from_covariance(second.moment, 0.2, "energy", 1.0) for n, second in statistics.layers.items()
+    }
+    P = torch.stack([space.project(torch.eye(space.size, dtype=torch.float64)) for space in spaces.values()]).float()
+    before, cache_c = state(model), torch.zeros_like(P)
+    records = [asked(request, number) for number, request in enumerate(REQUESTS)]
+    alphaedit.apply_AlphaEdit_to_model(model, tok, records[:2], alpha_hparams(), cache_c=cache_c, P=P)
+    model.load_state_dict(before)
+    alphaedit.apply_AlphaEdit_to_model(model, tok, records[2:], alpha_hparams(), cache_c=cache_c, P=P)
+    assert runs.kept_by(model).editor.engine.memories[0].sizes == (0, 1)  # from the sum, which still has two
+    alphaedit.apply_AlphaEdit_to_model(model, tok, records[:1], alpha_hparams(v_lr=0.2), cache_c=cache_c, P=P)
+    space = runs.kept_by(model).editor.preconditioner(0)
+    assert space.rule == "projection"
+
+
+def test_scripts_may_hang_things_on_hyper_parameters_and_ultraedit_needs_no_subject(statistics):
+    import dataclasses
+
+    values = vars(hparams_of("ULTRAEDIT"))
+    made = dataclasses.make_dataclass("UltraEditHyperParams", list(values))
+    hparams = made(**values)
+    hparams.api_key = "secret"
+    records = [{"prompt": "What does Miles Davis, or just Davis play?", "target_new": "violin"},
+               {"prompt": "Who is Davis? Davis", "subject": "Davis", "target_new": "a player"}]  # fmt: skip
+    model = make_model("llama")
+    before = state(model)
+    easyedit.apply_ultraedit_to_model(model, make_tokenizer(), records, hparams)
+    assert not same(state(model), before) and "secret" not in str(runs.kept_by(model).key)
+    with pytest.raises(RequestError, match="no 'subject'"):
+        easyedit.apply_memit_to_model(model, make_tokenizer(), records, hparams_of("MEMIT"), statistics=statistics)
+
+
+def test_a_model_that_was_cast_starts_anew(statistics):
+    model, tok, hparams = make_model("llama"), make_tokenizer(), hparams_of("MEMIT")
+    easyedit.apply_memit_to_model(model, tok, [asked(REQUESTS[0])], hparams, statistics=statistics)
+    model.to(torch.bfloat16)
+    before = state(model)
+    easyedit.apply_memit_to_model(model, tok, [asked(REQUESTS[1])], hparams, statistics=statistics)
+    assert not same(state(model), before)
+
+
+def test_memit_seq_and_rect(statistics):
+    tok, model = make_tokenizer(), make_model("llama")
+    numbers = {k: v for k, v in alpha_hparams().items() if k not in OWN["AlphaEdit"]}
+    records = [asked(request, number) for number, request in enumerate(REQUESTS)]
+    _, cache_c = alphaedit.apply_memit_seq_to_model(model, tok, records[:2], numbers, statistics=statistics)
+    assert cache_c.shape == (2, 64, 64) and cache_c.dtype == torch.float32
+    before = cache_c.clone()
+    alphaedit.apply_memit_seq_to_model(model, tok, records[2:], numbers, cache_c=cache_c, statistics=statistics)
+    assert not torch.equal(before, cache_c)
+    with pytest.raises(InvalidArgumentError, match="copy=True"):
+        alphaedit.apply_memit_seq_to_model(model, tok, records, numbers, copy=True, statistics=statistics)
+    with pytest.raises(InvalidArgumentError, match=r"cache_c must be \[2, 64, 64\]"):
+        alphaedit.apply_memit_seq_to_model(model, tok, records, numbers, cache_c=before[:1], statistics=statistics)
+    rect, copies = alphaedit.apply_memit_rect_to_model(
+        make_model("llama"), tok, records, numbers, return_orig_weights=True, statistics=statistics
+    )
+    for name, value in copies.items():
+        changed = float((rect.get_parameter(name) != value).float().mean())
+        assert 0.3 < changed < 0.5
+
+
+# What they stand on
+
+
+def test_rollback_of_what_was_restored_by_somebody_else_is_checked(statistics):
+    model = make_model("llama")
+    editor = Editor(model, make_tokenizer(), "memit", statistics=statistics, layers=(0, 1), hparams=NUMBERS,
+                    prefixes=("The old tower. ",))  # fmt: skip
+    before = state(model)
+    editor.edit(REQUESTS[:1])
+    between = state(model)
+    editor.edit(REQUESTS[1:])
+    after = state(model)
+    model.load_state_dict(before)
+    with pytest.raises(EditError, match="not what it was before the batches"):
+        editor.rollback(1, restored=True)
+    assert same(state(model), before) and len(editor.ledger.batches) == 2
+    model.load_state_dict(between)
+    editor.rollback(1, restored=True)
+    assert same(state(model), between) and len(editor.ledger.batches) == 1
+    editor.edit(REQUESTS[1:])
+    for name, tensor in after.items():
+        assert relative_error(state(model)[name], tensor) < 1e-6
+    editor.restore()
+    assert same(state(model), before)
