@@ -118,6 +118,30 @@ def test_hooks_see_what_they_saw():
         assert relative_error(found, states(model)) < 1e-5
 
 
+def test_an_instance_that_was_changed_runs_its_own_code():
+    """An activation put in later, a hook on every module, and one norm of many with a parameter more."""
+    model = make_model("llama")
+    view = ModelView(model)
+    assert len(view.fused) == RECOGNISED["llama"]
+    model.model.layers[1].mlp.act_fn = torch.nn.GELU()
+    with torch.no_grad():
+        found = last_hidden(view, pad(ROWS, torch.device("cpu")))
+        with use_backend("torch"):
+            plain = last_hidden(view, pad(ROWS, torch.device("cpu")))
+    assert relative_error(found, plain) < 1e-5
+    calls = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, a, o: calls.append(type(m).__name__))
+    try:
+        states(model)
+    finally:
+        handle.remove()
+    assert "SiLUActivation" in calls or "SiLU" in calls
+    model = make_model("llama")
+    norm = model.model.layers[2].input_layernorm
+    norm.bias = torch.nn.Parameter(torch.ones(32))
+    assert norm not in ModelView(model).fused and len(ModelView(model).fused) == RECOGNISED["llama"] - 1
+
+
 def test_wrapped_modules_keep_their_wrapper():
     model, seen = make_model("llama"), []
     norm = model.model.norm

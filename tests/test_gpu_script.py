@@ -27,7 +27,7 @@ def test_the_dry_run_runs_every_stage(tmp_path):
     done = gpu("--dry-run", "--out", tmp_path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     document = json.loads((tmp_path / "gpu.json").read_text())
-    assert list(document["stages"]) == ["build", "test", "peaks", "ops", "tune", "values", "statistics", "sequential"]
+    assert list(document["stages"]) == ["build", "test", "peaks", "ops", "tune", "sequential", "statistics", "values"]
     assert all(stage["error"] is None for stage in document["stages"].values())
     fields = {"op", "case", "dtype", "backend", "isa", "baseline", "median_s", "baseline_median_s", "ratio", "error",
               "error_limit", "machine", "versions", "commit"}  # fmt: skip

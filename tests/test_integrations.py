@@ -331,7 +331,7 @@ def test_alphaedits_state_is_the_callers(statistics, monkeypatch):
         assert relative_error(between[view.weight_name(layer)], plain.view.weight(layer)) < 1e-5
 
 
-def test_alphaedits_state_wins_over_what_the_model_carries(statistics):
+def test_alphaedits_state_wins_over_what_the_model_carries(statistics, monkeypatch):
     """Weights put back, cache_c not; P with other numbers: what the caller passes is what counts."""
     tok, model = make_tokenizer(), make_model("llama")
     spaces = {
@@ -344,6 +344,15 @@ def test_alphaedits_state_wins_over_what_the_model_carries(statistics):
     model.load_state_dict(before)
     alphaedit.apply_AlphaEdit_to_model(model, tok, records[2:], alpha_hparams(), cache_c=cache_c, P=P)
     assert runs.kept_by(model).editor.engine.memories[0].sizes == (0, 1)  # from the sum, which still has two
+    before, kept = state(model), cache_c.clone()
+    with monkeypatch.context() as patched:
+        patched.setattr(alphaedit, "_keys", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            alphaedit.apply_AlphaEdit_to_model(model, tok, records[:1], alpha_hparams(), cache_c=cache_c, P=P)
+    assert same(state(model), before) and torch.equal(cache_c, kept)
+    cache_c.numpy()[:] = 0  # torch sees nothing of it
+    alphaedit.apply_AlphaEdit_to_model(model, tok, records[:1], alpha_hparams(), cache_c=cache_c, P=P)
+    assert runs.kept_by(model).editor.engine.memories[0].sizes == (1,)
     alphaedit.apply_AlphaEdit_to_model(model, tok, records[:1], alpha_hparams(v_lr=0.2), cache_c=cache_c, P=P)
     space = runs.kept_by(model).editor.preconditioner(0)
     assert space.rule == "projection"

@@ -177,6 +177,10 @@ def test_bad_forwards_and_numbers_are_named():
             optimize_values(forward, h0, **numbers)
     with pytest.raises(InvalidArgumentError, match="h0 has values"):
         optimize_values(lambda d: d.sum(1), h0 * torch.nan)
+    with pytest.raises(InvalidArgumentError, match="rows of zeros"):
+        optimize_values(lambda d: d.sum(1), h0 * torch.tensor([[1.0], [0.0], [1.0]]))
+    with torch.inference_mode(), pytest.raises(EditError, match="inference_mode"):
+        optimize_values(lambda d: d.sum(1), h0)
     with pytest.raises(InvalidArgumentError, match=r"h0 must be \[b, h\]"):
         optimize_values(lambda d: d.sum(1), h0[0])
 

@@ -112,7 +112,7 @@ def _sequential(
     if cache_c is None:
         cache_c = torch.zeros(len(layers), size, size)
     run = runs.kept_by(model)
-    marks = (id(P), None if P is None else P._version, id(cache_c), cache_c._version)
+    marks = _marks(P, cache_c)
     spaces = None if P is None else lambda: {
         layer: NullSpace.from_projection(P[i], chosen.L2) for i, layer in enumerate(layers)
     }  # fmt: skip
@@ -127,20 +127,33 @@ def _sequential(
             if bool(cache_c[i].any())
         }
     result = runs.edit(run, requests)
-    prepared, _ = run.editor.check(list(result.requests))
-    sums = _keys(run, prepared)
-    for i, layer in enumerate(layers):
-        keys = sums[layer].to(cache_c.device, torch.float64)
-        cache_c[i].add_((keys @ keys.T).to(cache_c.dtype))
-    run.state = (id(P), None if P is None else P._version, id(cache_c), cache_c._version)
-    run.held = (P, cache_c)  # alive, so that their ids stay theirs
+    if result.batch:
+        try:
+            prepared, _ = run.editor.check(list(result.requests))
+            keys = [found.to(cache_c.device, torch.float64) for found in _keys(run, prepared)]
+            sums = [(own @ own.T).to(cache_c.dtype) for own in keys]
+        except BaseException:  # cache_c would lack keys that the model has
+            run.editor.rollback()
+            run.states.pop()
+            raise
+        for total, own in zip(cache_c, sums, strict=True):
+            total.add_(own)
+    run.state, run.held = _marks(P, cache_c), (P, cache_c)  # held, so that their ids stay theirs
     return model, cache_c
 
 
-def _keys(run: runs.Run, prepared: Sequence[PreparedRequest]) -> dict[int, torch.Tensor]:
+def _marks(*tensors: torch.Tensor | None) -> tuple:
+    """By which tensors are known again: the objects, their versions, and a sum, for writes past torch."""
+    return tuple(
+        None if t is None else (id(t), 0 if t.is_inference() else t._version, float(t.sum(dtype=torch.float64)))
+        for t in tensors
+    )
+
+
+def _keys(run: runs.Run, prepared: Sequence[PreparedRequest]) -> list[torch.Tensor]:
     """Keys [d, u] of a batch, layer by layer: what is written above a layer, or in it, does not move its keys."""
     editor = run.editor
     site = Site(editor.hparams.layers[-1], editor.site)
     with torch.no_grad():
         passes = KeyPass(editor.view, prepared, site, editor.recipe.key_weights, editor.state_budget)
-        return {layer: passes.at(layer).keys for layer in editor.hparams.layers}
+        return [passes.at(layer).keys for layer in editor.hparams.layers]

@@ -47,13 +47,15 @@ def forwards(base: torch.nn.Module) -> dict[torch.nn.Module, Forward]:
             continue  # wrapped by somebody (accelerate's hooks), or not here
         name = type(module).__name__
         if "RMSNorm" in name:
+            if [own for own, _ in module.named_parameters()] != ["weight"] or not isinstance(_eps(module), float):
+                continue
             rule = once(_norm_rule, module)
             if rule is not None:
                 found[module] = _norm(module, *rule)
         elif name == "NewGELUActivation":
             if once(_is_tanh_gelu, module):
                 found[module] = _tanh_gelu(module)
-        elif hasattr(module, "down_proj"):
+        elif _parts(module) in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}):
             act = _activation(module)
             if act is not None and once(_is_silu, act) and once(_is_gated_mlp, module):
                 found[module] = _gated_mlp(module, act)
@@ -78,8 +80,6 @@ def _norm_weight(weight: torch.Tensor, plus_one: bool) -> torch.Tensor:
 
 def _norm_rule(module: torch.nn.Module) -> tuple[bool, bool] | None:
     """(the weight is 1 + weight in fp32, the quotient is rounded before the product) of a norm's class, or None."""
-    if [name for name, _ in module.named_parameters()] != ["weight"] or not isinstance(_eps(module), float):
-        return None
     size = module.weight.numel()
     x, weight = _sample(_SAMPLE_ROWS, size, dtype=torch.bfloat16), _sample(size, dtype=torch.bfloat16)
     stand_in = copy.copy(module)
@@ -135,7 +135,10 @@ def _activation(module: torch.nn.Module) -> torch.nn.Module | None:
 
 
 def _watched(module: torch.nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in vars(module)
+    everywhere = torch.nn.modules.module  # hooks on all modules of the process
+    hooks = (module._forward_hooks, module._forward_pre_hooks, everywhere._global_forward_hooks,
+             everywhere._global_forward_pre_hooks)  # fmt: skip
+    return any(hooks) or "forward" in vars(module)
 
 
 def _is_silu(module: torch.nn.Module) -> bool:
@@ -151,11 +154,13 @@ def _gate_and_up(module: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor
     return module.gate_proj(hidden_states), module.up_proj(hidden_states)
 
 
+def _parts(module: torch.nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()} - {"act_fn", "activation_fn"}
+
+
 def _is_gated_mlp(module: torch.nn.Module) -> bool:
     """Whether the class computes down(silu(gate(x)) * up(x)): it is run with small matrices and nothing else."""
-    names = {name for name, _ in module.named_children()} - {"act_fn", "activation_fn"}
-    if names not in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}):
-        return False
+    names = _parts(module)
     wide, down = _sample(16, 64, dtype=torch.float32), _sample(32, 16, dtype=torch.float32)
     parts = dict(gate_up_proj=lambda x: x @ wide) if "gate_up_proj" in names else dict(
         gate_proj=lambda x: x @ wide[:, :32], up_proj=lambda x: x @ wide[:, 32:]
@@ -170,7 +175,7 @@ def _is_gated_mlp(module: torch.nn.Module) -> bool:
 
 def _gated_mlp(module: torch.nn.Module, act: torch.nn.Module) -> Forward:
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        if not _takes(hidden_states) or _watched(act):
+        if not _takes(hidden_states) or _activation(module) is not act or _watched(act):
             return _own(module)(hidden_states)
         return module.down_proj(gated_silu(*_gate_and_up(module, hidden_states)))
 

@@ -16,7 +16,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -68,6 +68,8 @@ class Record:
     after: dict[str, str]  # and of the one it got
     transposed: dict[str, bool]
     kept: bool  # whether what the matrices were is in it
+    patch: str  # Patch.digest
+    subtracted: dict[str, str]  # hash_of each matrix once the patch is subtracted again; empty until then
 
 
 class Checkpoint:
@@ -174,7 +176,7 @@ class Checkpoint:
             def record() -> None:
                 transposed = {module: target.transposed for module, target in patch.targets.items()}
                 about = Record(self.folder / KEPT / f"{number:04d}.safetensors", number, name, before, after,
-                               transposed, keep)  # fmt: skip
+                               transposed, keep, patch.digest, {})  # fmt: skip
                 self._write(about, places if keep else {})
 
             self._rewrite(places, patched, record)
@@ -207,18 +209,21 @@ class Checkpoint:
         """Take the newest patch out by subtraction: to rounding, not to the bit.
 
         Args:
-            patch: the one that was applied.
-            force: also where the record says of no patch of these modules, or where a matrix was changed since.
+            patch: the one that was applied, with nothing kept.
+            force: also where the record is of another patch or of none, or where a matrix was changed since.
 
         Raises:
             PatchError: as `revert`.
         """
         with self._locked():
             records = self.records()
-            record = records[-1] if records and set(records[-1].after) == set(patch.updates) else None
+            record = records[-1] if records and records[-1].patch == patch.digest else None
             if record is None and not force:
-                raise PatchError(f"{self.folder}: the record says of no newest patch with these modules")
+                newest = f"the newest patch is {records[-1].name}" if records else "no patch was applied here"
+                raise PatchError(f"{self.folder}: {newest}, not this one")
             if record is not None:
+                if record.kept:
+                    raise PatchError(f"what {record.name} replaced was kept: revert without --subtract is exact")
                 self._newest(force)
             places = {module: self.place(module) for module in patch.updates}
             for module, place in places.items():
@@ -228,12 +233,19 @@ class Checkpoint:
                 if not force and hash_of(matrix) == target.original:
                     raise PatchError(f"{place.tensor} does not have this patch's edits")
 
+            subtracted: dict[str, str] = {}
+
             def without(module: str) -> bytes:
                 transposed = patch.targets[module].transposed
                 result = added(patch.updates[module], places[module].read(transposed), module, -1.0)
+                subtracted[module] = hash_of(result)
                 return _bytes(result.T if transposed else result)
 
-            self._rewrite(places, without)
+            def note() -> None:  # by it the next command tells a kill before the change from one after it
+                if record is not None:
+                    self._write(replace(record, subtracted=subtracted), {})
+
+            self._rewrite(places, without, note)
             if record is not None:
                 record.path.unlink(missing_ok=True)
             self._tidy()
@@ -248,9 +260,11 @@ class Checkpoint:
             about = header.get("__metadata__", {})
             if about.get("format_version") != FORMAT_VERSION:
                 raise PatchError(f"{path} is not a record of a patch (format {FORMAT_VERSION})")
-            before, after, transposed = (json.loads(about[name]) for name in ("before", "after", "transposed"))
+            names = ("before", "after", "transposed", "subtracted")
+            before, after, transposed, subtracted = (json.loads(about[name]) for name in names)
             kept = about["kept"] == "true"
-            found.append(Record(path, int(path.stem), about["name"], before, after, transposed, kept))
+            found.append(Record(path, int(path.stem), about["name"], before, after, transposed, kept, about["patch"],
+                                subtracted))  # fmt: skip
         return sorted(found, key=lambda record: record.number)
 
     def _newest(self, force: bool) -> Record:
@@ -283,13 +297,16 @@ class Checkpoint:
         for file in used:
             if (twin := _twin(file)) not in used:
                 twin.unlink(missing_ok=True)
-        (self.folder / f".{SINGLE}.part").unlink(missing_ok=True)
-        for left in (self.folder / KEPT).glob(".*"):
+        for left in (
+            self.folder / f".{SINGLE}.part",
+            *self.folder.glob(f".{INDEX}.*"),
+            *(self.folder / KEPT).glob(".*"),
+        ):
             left.unlink(missing_ok=True)
         if records := self.records():
             record = records[-1]
             now = {module: self._hash(module, record) for module in record.after}
-            if now != record.after and now == record.before:
+            if now != record.after and now in (record.before, record.subtracted):
                 record.path.unlink()
         with contextlib.suppress(OSError):
             (self.folder / KEPT).rmdir()  # when it is empty
@@ -303,7 +320,7 @@ class Checkpoint:
         metadata = {
             "format_version": FORMAT_VERSION, "name": record.name, "before": json.dumps(record.before),
             "after": json.dumps(record.after), "transposed": json.dumps(record.transposed),
-            "kept": str(record.kept).lower(),
+            "kept": str(record.kept).lower(), "patch": record.patch, "subtracted": json.dumps(record.subtracted),
         }  # fmt: skip
         header: dict = {"__metadata__": metadata}
         end = 0

@@ -111,6 +111,16 @@ class Patch:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PatchError(f"{path} is damaged: {error}") from error
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the modules, factors and masks: what the patch adds."""
+        digest = hashlib.sha256()
+        for name, update in sorted(self.updates.items()):
+            digest.update(f"{name} {hash_of(update.left)} {hash_of(update.right)}".encode())
+            if isinstance(update, MaskedUpdate):
+                digest.update(hash_of(update.bits).encode())
+        return digest.hexdigest()
+
     def about(self) -> dict[str, Any]:
         """What `kedit-fast patch show --json` prints."""
         modules = {}

@@ -96,6 +96,10 @@ def optimize_values(
         raise InvalidArgumentError(f"h0 must be [b, h] of a floating dtype; got {list(h0.shape)} {h0.dtype}")
     if not bool(torch.isfinite(h0).all()):
         raise InvalidArgumentError("h0 has values that are not finite")
+    if torch.is_inference_mode_enabled():
+        raise EditError("values need gradients: call optimize_values() outside torch.inference_mode()")
+    if bool((h0 == 0).all(1).any()):
+        raise InvalidArgumentError("h0 has rows of zeros: |delta| is measured by |h0|")
     checks = {
         "v_num_grad_steps": v_num_grad_steps >= 1, "v_lr": v_lr > 0, "v_weight_decay": v_weight_decay >= 0,
         "clamp_norm_factor": clamp_norm_factor > 0,

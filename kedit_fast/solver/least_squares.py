@@ -122,8 +122,8 @@ def rank_one_equality(
 def collisions(keys: torch.Tensor, above: float = SAME_KEY) -> list[tuple[int, int]]:
     """Pairs of columns of `keys` [d, u] whose cosine is above a bound: requests that pull on the same key."""
     unit = torch.nn.functional.normalize(keys, dim=0)
-    pairs = torch.nonzero(torch.triu(unit.T @ unit, 1) > above)
-    return [(int(i), int(j)) for i, j in pairs]
+    pairs = torch.nonzero(torch.triu(unit.T @ unit, 1) > above).tolist()
+    return [(i, j) for i, j in pairs]
 
 
 def merge_columns(
