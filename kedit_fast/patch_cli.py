@@ -43,7 +43,7 @@ def show(
         return
     table = Table(title=escape(f"{about['method']}: {about['edits']} edits, {patch}"), title_justify="left")
     for column in ("module", "shape", "rank", "norm", "for dtype", "for W_0 (SHA-256)"):
-        table.add_column(column, justify="right" if column in ("rank", "norm") else "left")
+        table.add_column(column, justify="right" if column in ("rank", "norm") else "left", overflow="fold")
     for name, module in about["modules"].items():
         shape = "{} x {}".format(*module["shape"]) + (", transposed" if module["transposed"] else "")
         rank = f"{module['rank']}{', masked' if module['masked'] else ''}"
