@@ -25,7 +25,8 @@ struct GatedSiluBody {
     const Vec<float> minus = -x;
     Vec<float> exponent = minus > 88.0f ? Vec<float>{} + 88.0f : minus;
     exponent = exponent > -87.0f ? exponent : Vec<float>{} - 87.0f;
-    return x / (exp_vector(exponent) + 1.0f);
+    const Vec<float> value = x / (exp_vector(exponent) + 1.0f);
+    return x < -88.0f ? x * 0.0f : value;  // -0, and NaN of minus infinity, as torch has it
   }
 
   template <class S>

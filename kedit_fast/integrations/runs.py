@@ -102,11 +102,6 @@ def kept_by(model: torch.nn.Module) -> Run | None:
     return kept.run if isinstance(kept, _Kept) else None
 
 
-def drop(model: torch.nn.Module) -> None:
-    """Forget the run that a model carries; its weights stay as they are."""
-    vars(model).pop(_PLACE, None)
-
-
 def apply(
     method: str,
     model: torch.nn.Module,
@@ -181,7 +176,12 @@ def edit(run: Run, requests: Sequence[Mapping[str, Any]]) -> EditResult:
     """Write a batch, and remember the state it leaves."""
     subjects = run.editor.recipe.values != "gradients"
     result = run.editor.edit([_record(request, subjects) for request in requests])
-    run.editor.finish()  # PRUNE: after every call, since no call is known to be the last
+    try:
+        run.editor.finish()  # PRUNE: after every call, since no call is known to be the last
+    except BaseException:
+        if result.batch:
+            run.editor.rollback()
+        raise
     if result.batch:
         run.mark()
     return result

@@ -128,6 +128,13 @@ def rank_k_update_cuda(
     _call(cuda().rank_k_update_, capsule(weight), capsule(left), capsule(right), alpha, capsule(copy), stream)
 
 
+def declines_float64(first: torch.Tensor, *_) -> str:
+    """Why the C++ kernels that compute in fp32 alone do not take these tensors, or ''."""
+    if first.device.type != "cpu":
+        return f"tensors on {first.device}"
+    return "float64" if first.dtype == torch.float64 else ""
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, round_first: bool) -> torch.Tensor:
     """Call the C++ kernel of the op of the same name."""
     out = torch.empty(x.shape, dtype=x.dtype)

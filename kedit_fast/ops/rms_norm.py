@@ -80,11 +80,5 @@ def _fake(x, weight, eps, round_first, backend):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _cpu_declines(x, *_) -> str:
-    if x.device.type != "cpu":
-        return f"tensors on {x.device}"
-    return "float64" if x.dtype == torch.float64 else ""
-
-
 register(Implementation(OP, "torch", reference.rms_norm))
-register(Implementation(OP, "cpu", native.rms_norm, _cpu_declines))
+register(Implementation(OP, "cpu", native.rms_norm, native.declines_float64))

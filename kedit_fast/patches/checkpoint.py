@@ -261,8 +261,11 @@ class Checkpoint:
             if about.get("format_version") != FORMAT_VERSION:
                 raise PatchError(f"{path} is not a record of a patch (format {FORMAT_VERSION})")
             names = ("before", "after", "transposed", "subtracted")
-            before, after, transposed, subtracted = (json.loads(about[name]) for name in names)
-            kept = about["kept"] == "true"
+            try:
+                before, after, transposed, subtracted = (json.loads(about[name]) for name in names)
+                kept, _, _ = about["kept"] == "true", about["name"], about["patch"]
+            except (KeyError, ValueError) as error:
+                raise PatchError(f"{path} is damaged: {error}") from error
             found.append(Record(path, int(path.stem), about["name"], before, after, transposed, kept, about["patch"],
                                 subtracted))  # fmt: skip
         return sorted(found, key=lambda record: record.number)
