@@ -218,9 +218,8 @@ def complete(
     begin = len(ids)
     with evaluating(view), torch.no_grad():
         for _ in range(tokens):
-            state = last_hidden(view, pad([ids], view.device))[0, -1].to(view.head.device)
-            logits = view.head @ state + (0 if view.head_bias is None else view.head_bias)
-            ids.append(int(logits.argmax()))
+            states = last_hidden(view, pad([ids], view.device))[:, -1]
+            ids.append(int(view.logits(states).argmax()))
     text = tokenizer.decode(ids[begin:], skip_special_tokens=True).strip()
     return text.split(".")[0].strip()
 

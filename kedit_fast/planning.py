@@ -20,6 +20,7 @@ from kedit_fast.methods.recipes import Recipe, find_recipe
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.memory import free_bytes
+from kedit_fast.models.widened import computing_dtype, copy_bytes
 from kedit_fast.ops import rank_k_update_
 from kedit_fast.solver.key_memory import FOLD_ABOVE
 from kedit_fast.solver.least_squares import PRIMAL_ABOVE
@@ -145,13 +146,14 @@ def _bytes(view: ModelView, recipe: Recipe, numbers: Hparams, edits: int, tokens
     memory = 8 * (d * edits + kept * kept) + (2 * 8 * d * d if edits > kept else 0)
     return {
         "weights": sum(parameter.nbytes for parameter in view.model.parameters()),
+        "their copies in float32, during a pass": copy_bytes(view.base),
         "originals and masters": count * out * d * (size + (4 if size == 2 else 0)),
         "statistics and factors": count * 2 * d * d * 8 if numbers.uses_statistics else 0,
         "factors of the updates": count * edits * (out + d) * 4,
         "key memory": count * memory if recipe.memory else 0,
         "keys": 4 * d * at_once * 8,  # of all contexts mixed and bare, and both transposed
         "values": out * edits * (8 + 4),
-        "states between layers": tokens * at_once * out * size if count > 1 else 0,
+        "states between layers": tokens * at_once * out * computing_dtype(view.base).itemsize if count > 1 else 0,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from kedit_fast.editing.prompts import PreparedRequest
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.memory import free_bytes
+from kedit_fast.models.widened import Widening
 
 MOST = {"cpu": 64}  # on a CPU a larger batch is hardly faster (benchmarks/results)
 MOST_ELSEWHERE = 256
@@ -49,7 +51,7 @@ def fitting_batch(
 def request_bytes(view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site]) -> int:
     """Bytes that one request takes while its value is optimised, by the two longest ones."""
     longest = sorted(prepared, key=lambda r: sum(len(p.ids) for p in r.rewriting) + len(r.target))[-TRIED:]
-    with evaluating(view):
+    with evaluating(view) as widening:
         objective = Objective(view, longest, sites)
         states = sum(
             part.nbytes for cache in objective.runner.caches.values() for part in (cache.keys, cache.values)
@@ -57,13 +59,15 @@ def request_bytes(view: ModelView, prepared: Sequence[PreparedRequest], sites: S
         known = {p.untyped_storage().data_ptr() for p in view.model.parameters()}
         kept: dict[int, int] = {}
 
-        def count(tensor: torch.Tensor) -> torch.Tensor:
+        def count(tensor: torch.Tensor) -> Any:
+            if widening is not None and (widening.owns(tensor) or widening.pack(tensor) is not tensor):
+                return widening.pack(tensor)  # a weight's copy, which all requests share
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, Widening.unpack):
             delta = torch.zeros_like(objective.h0).requires_grad_(True)
             terms = objective.terms(delta)
         del terms

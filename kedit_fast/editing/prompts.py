@@ -268,10 +268,7 @@ def generate_prefixes(
                 hidden = last_hidden(view, pad(rows, view.device))
                 ends = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
                 states = hidden[torch.arange(len(rows), device=hidden.device), ends]  # [count, h]
-                logits = states.to(view.head.device) @ view.head.T
-                if view.head_bias is not None:
-                    logits = logits + view.head_bias
-                logits = logits.float().cpu()
+                logits = view.logits(states).float().cpu()
                 if not bool(torch.isfinite(logits).all()):
                     raise EditError("the model's output is not finite (NaN or overflow in its weights?)")
                 logits[:, special[special < logits.shape[1]]] = -torch.inf

@@ -32,6 +32,7 @@ from kedit_fast.files import write_file
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.fingerprint import fingerprint
+from kedit_fast.models.widened import computing_dtype
 
 FORMAT_VERSION = "1"
 # Of a configuration, what says nothing of what the model computes.
@@ -100,7 +101,7 @@ class ValueFile:
         numbers = {name: value for name, value in asdict(run.hparams).items() if name in _LOOP}
         config = {name: value for name, value in view.config.to_dict().items() if name not in _NOISE}
         about = {"model": fingerprint(view, run.tokenizer), "config": config, "edited": edited_hash(view),
-                 "dtype": str(view.weight(run.layer).dtype), "layer": run.layer, "sites": run.sites,
+                 "dtype": str(computing_dtype(view.base)), "layer": run.layer, "sites": run.sites,
                  "numbers": numbers}  # fmt: skip
         self._sites, self._context = run.sites, json.dumps(about, sort_keys=True, default=str)
 

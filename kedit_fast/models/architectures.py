@@ -193,6 +193,15 @@ class ModelView:
             return int(short or getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
         return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
 
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The head's outputs [n, V] for last hidden states [n, h], in their dtype, without a soft-cap."""
+        states = states.to(self.head.device)
+        if states.dtype == self.head.dtype:
+            logits = states @ self.head.T
+        else:  # a 16-bit head whose model is computed in fp32
+            logits = torch.cat([states @ part.to(states.dtype).T for part in self.head.split(8192)], 1)
+        return logits if self.head_bias is None else logits + self.head_bias
+
     def block(self, layer: int) -> torch.nn.Module:
         """Decoder block `layer`."""
         return self.blocks[layer]

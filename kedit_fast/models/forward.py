@@ -14,6 +14,7 @@ import torch
 
 from kedit_fast.models import fused
 from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.widened import Widening, computing
 
 
 @dataclass(frozen=True)
@@ -206,15 +207,16 @@ def _run_base(view: ModelView, batch: TokenBatch):
 
 
 @contextlib.contextmanager
-def evaluating(view: ModelView) -> Iterator[None]:
-    """Evaluation mode, and no gradients kept for parameters, as long as the block lasts."""
+def evaluating(view: ModelView) -> Iterator[Widening | None]:
+    """Evaluation mode, no gradients kept for parameters, and the dtype to compute in, as long as the block lasts."""
     training = [module for module in view.model.modules() if module.training]
     required = [p for p in view.model.parameters() if p.requires_grad]
     try:
         view.model.eval()
         for parameter in required:
             parameter.requires_grad_(False)
-        yield
+        with computing(view.base) as widening:
+            yield widening
     finally:
         for parameter in required:
             parameter.requires_grad_(True)

@@ -43,7 +43,7 @@ def distribution_kl(
     Args:
         hidden: [rows, h] of a floating dtype.
         hidden_ref: [rows, h] of the same dtype; its distribution is recomputed, not stored. No gradient flows to it.
-        head: [V, h] of the same dtype. No gradient flows to it.
+        head: [V, h] of the same dtype, or of 16 bits with fp32 states (backend "torch"). No gradient flows to it.
         bias: [V] or None.
         softcap: Gemma 2's logit cap; 0 for none.
         backend: "torch", "triton" or "auto"; None asks the context and the environment.

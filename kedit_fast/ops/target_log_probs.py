@@ -54,7 +54,8 @@ def target_log_probs(
 
     Args:
         hidden: [rows, h] of a floating dtype: the last hidden states, after the final norm.
-        head: [V, h] of the same dtype: the output embedding. No gradient flows to it.
+        head: [V, h] of the same dtype, or of 16 bits with fp32 states (backend "torch", which widens it in chunks): the
+            output embedding. No gradient flows to it.
         targets: [rows] int64, in [0, V).
         bias: [V] or None.
         softcap: Gemma 2's logit cap; 0 for none.
@@ -87,15 +88,19 @@ def check_head(hidden, head, bias, softcap) -> None:
     require_dtype("hidden", hidden, FLOATS)
     fits = head.ndim == 2 and head.shape[1] == hidden.shape[1] and head.shape[0] > 0
     require(fits, lambda: f"head must be [V, {hidden.shape[1]}] with V > 0; got {describe(head)}")
-    require_dtype("head", head, (hidden.dtype,))
+    require_dtype(
+        "head", head, (hidden.dtype, *((torch.bfloat16, torch.float16) if hidden.dtype == torch.float32 else ()))
+    )
     if bias is not None:
         require(tuple(bias.shape) == (head.shape[0],), lambda: f"bias must be [{head.shape[0]}]; got {describe(bias)}")
         require_dtype("bias", bias, FLOATS)
     require(0.0 <= softcap < float("inf"), lambda: f"softcap must be 0 (none) or a positive number; got {softcap}")
 
 
-def triton_declines(hidden, *_) -> str:
-    """Why Triton does not take these states, or ''."""
+def triton_declines(hidden, *heads) -> str:
+    """Why Triton does not take these states and their head, or ''."""
+    if any(part.dtype != hidden.dtype for part in heads if part.is_floating_point()):
+        return "a head of another dtype than the states"
     return triton.declines_device(hidden) or ("float64 states" if hidden.dtype == torch.float64 else "")
 
 

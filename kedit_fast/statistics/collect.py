@@ -17,6 +17,7 @@ from kedit_fast.errors import StatisticsError
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import fingerprint
 from kedit_fast.models.forward import Site, TokenBatch, evaluating, pad, visit
+from kedit_fast.models.widened import computing_dtype
 from kedit_fast.statistics.corpus import Corpus, Position, Reader, TokenWeights, Window, ahead, batches
 from kedit_fast.statistics.memory_plan import Group, plan_groups
 from kedit_fast.statistics.moments import SecondMoment, SecondMomentAccumulator
@@ -44,7 +45,7 @@ class Statistics:
     model: dict[str, str]  # fingerprint of model and tokenizer
     corpus: str  # SHA-256 of the text of its documents, in order
     max_length: int  # tokens a sequence is cut to
-    dtype: str  # the model's dtype while it ran
+    dtype: str  # that the model was computed in
     documents: int = 0  # of the corpus; 0 where that is not known
     asked: Mapping[str, str] = field(default_factory=dict)  # `Job.asked`
 
@@ -171,7 +172,7 @@ class Job:
         self.layers = self.view.check_layers(tuple(layers))
         self.corpus, self.batch_tokens = corpus, batch_tokens
         self.model = fingerprint(self.view, tokenizer)
-        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        self.dtype = str(computing_dtype(self.view.base)).removeprefix("torch.")
         self.reader = Reader(tokenizer, corpus, batch_tokens, self.view.max_length)
 
     @property

@@ -13,6 +13,7 @@ from kedit_fast import distributed
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.memory import free_bytes
+from kedit_fast.models.widened import computing_dtype
 
 _log = logging.getLogger("kedit_fast")
 MASTERS = ("auto", "device", "cpu")
@@ -78,7 +79,7 @@ def _room(view: ModelView, device: torch.device, batch_tokens: int, layer: int, 
     if budget is not None:
         return budget
     out, d = view.weight(layer).shape
-    batch = batch_tokens * STATES * (d + out) * view.weight(layer).element_size()
+    batch = batch_tokens * STATES * (d + out) * computing_dtype(view.base).itemsize
     share = SHARE
     if device.type == "cpu":
         share /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of a job on this host
