@@ -6,7 +6,9 @@
     python -m benchmarks.run markdown FILE        the README's tables
 
 Runs of an op and its baselines are interleaved in one process (A B C A B C ...); a ratio is baseline median / our
-median. A case whose result is wrong has no numbers. The machine's own peaks are measured in the same run.
+median. A case whose result is wrong has no numbers. The machine's own peaks are measured in the same run. On a CPU the
+baselines of 16-bit rows widen to fp32 first: torch's own 16-bit products are slower there, up to a hundred times on
+processors without units for them, and a ratio against those would flatter.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from benchmarks.cases import GPU_OPS, OPS, SMALL, Case
 from benchmarks.problems import Problem, build
 from kedit_fast.backends import probe
 from kedit_fast.kernels import native
+from kedit_fast.models.widened import has_units
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=200, highlight=False)
@@ -69,10 +72,17 @@ def interleaved(calls: Sequence[Callable[[], Any]], runs: int, device: str) -> l
     return times
 
 
-def measured_peaks(device: str) -> Row:
-    """Bytes and operations a second that torch reaches on this machine: the best of several runs."""
+PEAK_SECONDS = 0.03  # a product that takes as long is large enough for its rate
+PEAK_SIDES = {"cpu": (512, 4096), "cuda": (8192, 8192)}  # smallest and largest
 
-    def best(call: Callable[[], Any], runs: int = 7) -> float:
+
+def measured_peaks(device: str) -> Row:
+    """Bytes and operations a second that torch reaches on this machine, in about a second each: the best of five runs.
+
+    On a processor without bf16 matrix units the peak of bf16 is that of fp32, in which it computes bf16 best.
+    """
+
+    def best(call: Callable[[], Any], runs: int = 5) -> float:
         return min(interleaved([call], runs, device)[0])
 
     def copied() -> float:
@@ -80,23 +90,31 @@ def measured_peaks(device: str) -> Row:
         target = torch.empty_like(source)
         return 2 * source.nbytes / best(lambda: target.copy_(source))
 
-    side = 4096 if device == "cpu" else 8192
+    def multiplied(dtype: torch.dtype) -> float:
+        side, largest = PEAK_SIDES[torch.device(device).type]
+        while True:
+            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+            seconds = best(lambda a=a, b=b: torch.mm(a, b))
+            if seconds >= PEAK_SECONDS or side == largest:
+                return 2 * side**3 / seconds
+            side *= 2
+
     peaks = {"copy_bytes_per_s": copied()}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64)):
-        n = side // 2 if dtype == torch.float64 else side
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        peaks[f"{name}_flops_per_s"] = 2 * n**3 / best(lambda a=a, b=b: torch.mm(a, b))
+        slow = device == "cpu" and name == "bf16" and not has_units(dtype)
+        peaks[f"{name}_flops_per_s"] = peaks["fp32_flops_per_s"] if slow else multiplied(dtype)
     return peaks
 
 
 def rows_of(case: Case, problem: Problem, peaks: Row, runs: int, device: str) -> list[Row]:
     """A row for each baseline, from one interleaved run; without numbers when the result is wrong."""
     error = problem.error()
+    runs_on = isa(problem.backend, case.op, case.dtype, device)
+    floor, goal = case.bars(runs_on)
     row = {
-        "op": case.op, "case": case.name, "dtype": case.dtype, "backend": problem.backend,
-        "isa": isa(problem.backend, case.op, case.dtype, device),
+        "op": case.op, "case": case.name, "dtype": case.dtype, "backend": problem.backend, "isa": runs_on,
         "error": error, "error_limit": problem.limit, "flops": problem.flops, "bytes": problem.bytes,
-        "floor": case.floor, "goal": case.goal, "note": case.note,
+        "floor": floor, "goal": goal, "note": case.note,
     }  # fmt: skip
     if not error <= problem.limit:
         return [{**row, "baseline": name, "ratio": None} for name in problem.baselines]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,30 @@ def test_every_row_has_every_field(results):
         assert set(row) >= FIELDS
         assert row["ratio"] == pytest.approx(row["baseline_median_s"] / row["median_s"])
         assert row["p20_s"] <= row["median_s"] <= row["p80_s"] and 0 < row["error"] <= row["error_limit"]
+
+
+def test_peaks_of_a_slow_machine_take_seconds_and_bf16_has_fp32s_without_units(harness, monkeypatch):
+    _, run = harness
+    sides, real = [], torch.mm
+
+    def slow(a, b):
+        sides.append((a.dtype, len(a)))
+        time.sleep(0.05)
+        return real(a[:8, :8], b[:8, :8])
+
+    monkeypatch.setattr(run.torch, "mm", slow)
+    for units, dtypes in ((False, 2), (True, 3)):
+        sides.clear()
+        monkeypatch.setattr(run, "has_units", lambda dtype, units=units: units)
+        peaks = run.measured_peaks("cpu")
+        assert len({dtype for dtype, _ in sides}) == dtypes and {side for _, side in sides} == {512}
+        assert (peaks["bf16_flops_per_s"] == peaks["fp32_flops_per_s"]) == (not units)
+
+
+def test_floors_are_those_of_the_instruction_set(harness):
+    _, run = harness
+    case = next(c for c in run.OPS if c.op == "symmetric_rank_k_update_" and c.dtype == "bfloat16" and c.floor)
+    assert (case.bars("amx"), case.bars("avx2")) == ((5.0, 10.0), (1.6, None))
 
 
 def test_a_wrong_result_prints_no_number(harness):
