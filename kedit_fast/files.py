@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+ALIGNMENT = 64  # bytes; of torch's own allocations on a CPU
+
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, error: type[Exception]) -> Iterator[Path]:
@@ -63,9 +65,17 @@ def read_file(path: str | os.PathLike, error: type[Exception]) -> tuple[dict[str
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
+            return {name: aligned(file.get_tensor(name)) for name in file.keys()}, metadata  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as cause:
         raise error(f"cannot read {path}: {getattr(cause, 'strerror', None) or cause}") from cause
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that begins where one that torch allocates may begin; a copy where it does not.
+
+    A tensor of a file begins anywhere, and on some processors torch's products round by where their operands lie.
+    """
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 @contextlib.contextmanager

@@ -271,8 +271,8 @@ def test_a_nan_for_one_request_is_skipped_and_named():
     result = editor.edit(REQUESTS, on_error="skip")
     other.edit(REQUESTS[1:])
     assert list(result.skipped) == [0] and result.requests == tuple(REQUESTS[1:])
-    for layer in (0, 1):
-        assert torch.equal(editor.view.weight(layer), other.view.weight(layer))
+    for layer in (0, 1):  # the skipped one's place in the batches changes roundings on some processors
+        torch.testing.assert_close(editor.view.weight(layer), other.view.weight(layer), rtol=1e-4, atol=1e-6)
 
 
 def test_a_request_keeps_its_number_when_one_before_it_is_malformed():

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from kedit_fast._version import __version__
 from kedit_fast.errors import StatisticsError
-from kedit_fast.files import checksum, write_file
+from kedit_fast.files import aligned, checksum, write_file
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.statistics import npz
@@ -223,7 +223,7 @@ def metadata_in(path: Path) -> dict[str, str]:
 def _read(path: Path, module: str) -> LayerFile:
     metadata = metadata_in(path)
     with safe_open(path, framework="pt") as file:
-        moment = file.get_tensor("second_moment")
+        moment = aligned(file.get_tensor("second_moment"))
     if "checksum" in metadata and metadata["checksum"] != checksum(moment):  # older files have none
         raise StatisticsError(f"{path} is damaged: it is not what was written; remove it and collect it again")
     return LayerFile(path, SecondMoment(module, moment, int(metadata["count"])), metadata)
