@@ -146,6 +146,17 @@ def test_weights_do_not_count_as_memory_of_a_request(widening, monkeypatch):
     assert max(sizes) - min(sizes) < 0.02 * max(sizes)
 
 
+@pytest.mark.parametrize("kind", ("llama", "gemma3_text"))
+def test_an_embedding_with_a_padding_token_looks_up_the_batchs_rows_alone(kind, widening):
+    model = make_model(kind, torch.bfloat16)
+    table = model.get_input_embeddings()
+    table.padding_idx = 399
+    with evaluating(ModelView(model)):
+        found = table(torch.tensor([[5, 3, 5]]))
+    near(found, copy.deepcopy(table).float()(torch.tensor([[5, 3, 5]])))
+    assert table.padding_idx == 399 and table.weight.dtype == torch.bfloat16
+
+
 def test_it_is_said_once_and_only_where_it_happens(monkeypatch, caplog):
     model = make_model("llama", torch.float16)
     monkeypatch.setattr(widened, "has_units", lambda dtype: dtype == torch.bfloat16)

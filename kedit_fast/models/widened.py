@@ -123,7 +123,7 @@ class Widening:
         self.left = budget
         self._kept: dict[int, torch.Tensor] = {}  # id of a 16-bit tensor -> its copy
         self._streamed: dict[int, torch.Tensor] = {}  # address of a copy that is not kept -> the 16-bit tensor
-        self._own: dict[tuple[int, str], tuple[dict[str, Any], torch.Tensor]] = {}  # what stands aside
+        self._aside: dict[int, list[tuple[dict[str, Any], str, Any]]] = {}  # id of a module -> what is put back
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in a copy that is kept."""
@@ -148,7 +148,7 @@ class Widening:
         """The copies stand in as long as the block lasts."""
         hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
         with contextlib.ExitStack() as stack:
-            stack.callback(self._restore)
+            stack.callback(self._end)
             for module in self.modules:
                 before = module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
                 behind = module.register_forward_hook(self._leave, always_call=True)
@@ -159,6 +159,7 @@ class Widening:
 
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         changed = None
+        aside = self._aside.setdefault(id(module), [])
         for tensors in (module._parameters, module._buffers):
             for name, own in tensors.items():
                 if own is None or own.dtype not in HALVES:
@@ -166,9 +167,11 @@ class Widening:
                 if isinstance(module, torch.nn.Embedding) and name == "weight" and args:
                     ids, places = torch.unique(args[0], return_inverse=True)  # a vocabulary is large, a batch is not
                     copy, changed = own.detach()[ids].float(), ((places, *args[1:]), kwargs)
+                    aside.append((vars(module), "padding_idx", module.padding_idx))
+                    module.padding_idx = None  # of other ids, and it matters to gradients alone
                 else:
                     copy = self._copy(own)
-                self._own[id(module), name] = (tensors, own)
+                aside.append((tensors, name, own))
                 tensors[name] = torch.nn.Parameter(copy, requires_grad=False) if tensors is module._parameters else copy
         return changed
 
@@ -183,18 +186,15 @@ class Widening:
                 self._streamed[copy.untyped_storage().data_ptr()] = own.detach()
         return copy
 
-    def _leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        for tensors in (module._parameters, module._buffers):
-            for name in tensors:
-                if (id(module), name) in self._own:
-                    copy = tensors[name]
-                    self._streamed.pop(copy.untyped_storage().data_ptr(), None)
-                    tensors[name] = self._own.pop((id(module), name))[1]
+    def _leave(self, module: torch.nn.Module, args: Any = None, output: Any = None) -> None:
+        for place, name, own in self._aside.pop(id(module), ()):
+            if isinstance(place[name], torch.Tensor):
+                self._streamed.pop(place[name].untyped_storage().data_ptr(), None)
+            place[name] = own
 
-    def _restore(self) -> None:
-        for (_, name), (tensors, own) in self._own.items():
-            tensors[name] = own
-        self._own.clear()
+    def _end(self) -> None:
+        for module in self.modules:
+            self._leave(module)
         self._kept.clear()
 
 
