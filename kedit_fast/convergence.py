@@ -26,6 +26,7 @@ from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import condition_number, null_dimension
 from kedit_fast.statistics.collect import growing_statistics
 from kedit_fast.statistics.corpus import Corpus
+from kedit_fast.torch_state import plain_torch
 
 FIRST_COUNT = 1000
 
@@ -45,6 +46,7 @@ class Row:
     note: str = ""
 
 
+@plain_torch()
 def convergence(
     model: torch.nn.Module,
     tokenizer: Any,

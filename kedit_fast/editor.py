@@ -40,6 +40,7 @@ from kedit_fast.solver.low_rank import LowRankUpdate, Update
 from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
 from kedit_fast.solver.shaping import prune, rect, spectral_norm
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 NORM_WARNING = 2.0  # |Delta| / |W| above which an edit is more likely to harm than to teach
@@ -100,6 +101,7 @@ class Editor:
         UnsupportedModelError, MethodError, StatisticsError: see the messages.
     """
 
+    @plain_torch()
     def __init__(
         self,
         model: torch.nn.Module,
@@ -177,6 +179,7 @@ class Editor:
         )
 
     @property
+    @plain_torch()
     def prefixes(self) -> tuple[str, ...]:
         """The context prefixes, generated from the unedited model on first use."""
         if self._prefixes is None:
@@ -184,6 +187,7 @@ class Editor:
             self._prefixes = generate_prefixes(self.view, self.tokenizer, lengths, self.seed)
         return self._prefixes
 
+    @plain_torch(leave_inference_mode=False)
     def edit(
         self, requests: Sequence[EditRequest | Mapping[str, Any] | PreparedRequest], on_error: str = "raise"
     ) -> EditResult:
@@ -242,6 +246,7 @@ class Editor:
         finally:
             self.engine.settle(len(self.ledger.batches))
 
+    @plain_torch()
     def finish(self) -> dict[str, int]:
         """What the method does once, after its last batch: PRUNE restrains the spectrum of the total update.
 
@@ -273,6 +278,7 @@ class Editor:
                 self._written[len(self.ledger.batches) + 1] = ()
         return restrained
 
+    @plain_torch()
     def check(
         self, requests: Sequence[EditRequest | Mapping[str, Any] | PreparedRequest], on_error: str = "raise"
     ) -> tuple[list[PreparedRequest], dict[int, str]]:
@@ -303,6 +309,7 @@ class Editor:
             require_none(problems)
         return prepared, problems
 
+    @plain_torch()
     def rollback(self, batches: int = 1, restored: bool = False) -> None:
         """Take back the last `batches` calls of `edit`, to the bit.
 
@@ -325,6 +332,7 @@ class Editor:
         """Take back everything this editor wrote: the model is what it was, to the bit."""
         self.rollback(len(self.ledger.batches))
 
+    @plain_torch()
     def patch(self) -> Patch:
         """All that this editor has written and not taken back, as a patch for other copies of the model.
 
@@ -356,6 +364,7 @@ class Editor:
         """Whether the method keeps something between batches."""
         return self.recipe.memory or self.recipe.values == "gradients"
 
+    @plain_torch()
     def save_state(self, path: str | os.PathLike) -> None:
         """Write what the method keeps between batches (keys of earlier edits, a normaliser) to a safetensors file,
         and the context prefixes: an edited model would write other ones.
@@ -370,6 +379,7 @@ class Editor:
         if world()[0] == 0:
             self.engine.save(path, {**self._belongs(), "prefixes": list(self.prefixes)})
 
+    @plain_torch()
     def load_state(self, path: str | os.PathLike) -> None:
         """Take up what `save_state` wrote, before the first edit; the next updates are those of the run that wrote it.
 
@@ -387,6 +397,7 @@ class Editor:
             belongs["prefixes"] = list(self._given_prefixes)
         return {**belongs, "edited matrices": bits_hash(list(self.modules.values()))}
 
+    @plain_torch()
     def preconditioner(self, layer: int) -> Preconditioner:
         """S^-1 of a layer, factored on first use and kept."""
         return self.engine.preconditioner(layer)

@@ -21,6 +21,7 @@ from kedit_fast.models.architectures import ModelView, find_architecture
 from kedit_fast.models.forward import evaluating, last_hidden, pad
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
@@ -40,6 +41,7 @@ def load_config(path: str | os.PathLike) -> Any:
     return config
 
 
+@plain_torch()
 def load_model(
     path: str | os.PathLike, dtype: Any = "auto", device: str = "cpu", device_map: Any = None
 ) -> tuple[Any, Any]:
@@ -69,6 +71,7 @@ def load_model(
     return (model if device_map is not None else model.to(device)).eval(), tokenizer
 
 
+@plain_torch()
 def empty_model(config: Any, dtype: Any = "auto") -> torch.nn.Module:
     """A model without memory, on torch's "meta" device: for what can be told from shapes alone."""
     from transformers import AutoModelForCausalLM
@@ -81,6 +84,7 @@ def empty_model(config: Any, dtype: Any = "auto") -> torch.nn.Module:
         return AutoModelForCausalLM.from_config(config).to(dtype)
 
 
+@plain_torch()
 def save_model(
     model: Any, tokenizer: Any, path: str | os.PathLike, overwrite: bool = False, editor: Editor | None = None
 ) -> None:
@@ -209,6 +213,7 @@ def run_edits(
     return Report(method, len(kept), summary(before), after, seconds, tuple(results), skipped, editor)
 
 
+@plain_torch()
 def complete(
     model: Any, tokenizer: Any, prompt: str, tokens: int = 6, prompt_format: PromptFormat | None = None
 ) -> str:

@@ -24,6 +24,7 @@ from kedit_fast.models.widened import computing_dtype, copy_bytes
 from kedit_fast.ops import rank_k_update_
 from kedit_fast.solver.key_memory import FOLD_ABOVE
 from kedit_fast.solver.least_squares import PRIMAL_ABOVE
+from kedit_fast.torch_state import plain_torch
 
 PREFIX = "The old man went to the market in the morning. "  # about as long as the published ones
 TRIAL = 16  # requests of the trial
@@ -52,6 +53,7 @@ class Plan:
         return {**asdict(self), "total_bytes": sum(self.bytes.values())}
 
 
+@plain_torch()
 def plan(
     model: torch.nn.Module,
     tokenizer: Any | None,
@@ -196,7 +198,7 @@ def _seconds(
     solve = count * 2 * flops / rate
     weight = view.weight(numbers.layers[0]).clone()
     rank = min(u, 256)
-    left, right = (torch.zeros(rows, rank, device=weight.device) for rows in (out, d))
+    left, right = (torch.zeros(rows, rank, dtype=torch.float32, device=weight.device) for rows in (out, d))
     write = _timed(view, lambda: rank_k_update_(weight, left, right)) * count * edits / rank
     found = {"values": values, "keys": _timed(view, keys) * edits / trial, "solve": solve, "write": write}
     return {name: round(spent, 3) for name, spent in {**found, "total": sum(found.values())}.items()}

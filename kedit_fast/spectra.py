@@ -12,6 +12,7 @@ import torch
 from kedit_fast import pictures
 from kedit_fast.solver.preconditioner import condition_number, null_dimension
 from kedit_fast.statistics.store import layer_of, modules_in, read_layer
+from kedit_fast.torch_state import plain_torch
 
 # Rule and threshold of the null spaces that are shown: 2e-2 absolute is the published one.
 THRESHOLDS = (
@@ -47,6 +48,7 @@ class Spectrum:
         }  # fmt: skip
 
 
+@plain_torch()
 def spectra(folder: str | os.PathLike) -> list[Spectrum]:
     """Of every layer in a folder of statistics, ours or npz; no model is needed.
 

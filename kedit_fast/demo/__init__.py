@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kedit_fast.torch_state import plain_torch
+
 DATA = Path(__file__).parent / "data"
 HELD_OUT_SEED = 90210  # the corpus has 7
 
 
+@plain_torch()
 def load() -> tuple[Any, Any]:
     """The demo model in float32 and its tokenizer, from package data."""
     import torch

@@ -14,6 +14,7 @@ from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.memory import free_bytes
 from kedit_fast.models.widened import Widening
+from kedit_fast.torch_state import plain_torch
 
 MOST = {"cpu": 64}  # on a CPU a larger batch is hardly faster (benchmarks/results)
 MOST_ELSEWHERE = 256
@@ -31,6 +32,7 @@ class BatchSize:
     request_bytes: int  # of one more request, the longest one; 0 when nobody asked
 
 
+@plain_torch()
 def fitting_batch(
     view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site], most: int | None = None
 ) -> BatchSize:
@@ -48,6 +50,7 @@ def fitting_batch(
     return BatchSize(max(1, min(most, free // each)), each)
 
 
+@plain_torch()
 def request_bytes(view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site]) -> int:
     """Bytes that one request takes while its value is optimised, by the two longest ones."""
     longest = sorted(prepared, key=lambda r: sum(len(p.ids) for p in r.rewriting) + len(r.target))[-TRIED:]

@@ -13,6 +13,7 @@ from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad
 from kedit_fast.ops import target_log_probs
+from kedit_fast.torch_state import plain_torch
 
 BATCH_TOKENS = 2048  # of one forward and backward pass
 NOT_FINITE = "the gradients of its target are not finite; is the model's output finite there?"
@@ -52,6 +53,7 @@ class AnswerGradients:
         return torch.nonzero(bad)[:, 0].tolist()
 
 
+@plain_torch()
 def answer_gradients(
     view: ModelView,
     prepared: Sequence[PreparedRequest],
@@ -90,7 +92,7 @@ def answer_gradients(
     keys: dict[str, list[torch.Tensor]] = {name: [] for name in found}
     gradients: dict[str, list[torch.Tensor]] = {name: [] for name in found}
     owners: list[torch.Tensor] = []
-    losses = torch.zeros(len(prepared))
+    losses = torch.zeros(len(prepared), dtype=torch.float32, device="cpu")
     order = sorted(range(len(prepared)), key=lambda i: len(rows[i]), reverse=True)
     with evaluating(view):
         while order:
@@ -152,7 +154,9 @@ def _one_pass(
         states = hidden[row, token].to(view.head.device)
         targets = torch.tensor([t for request in prepared for t in request.target], device=view.head.device)
         log_probs = target_log_probs(states, view.head, targets, view.head_bias, view.softcap).log_prob
-        weights = torch.tensor([1 / len(request.target) for request in prepared], device=log_probs.device)
+        weights = torch.tensor(
+            [1 / len(request.target) for request in prepared], dtype=torch.float32, device=log_probs.device
+        )
         owner = at_answers[0].to(log_probs.device)
         loss = torch.zeros_like(weights).index_add(0, owner, -log_probs.float() * weights[owner])
         flowing = [name for name in modules if name in outputs]

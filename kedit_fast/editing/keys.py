@@ -17,6 +17,7 @@ from kedit_fast.editing.prompts import PreparedRequest, Prompt
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, evaluating, pad
 from kedit_fast.models.memory import free_bytes
+from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 ROWS = 256  # prompts of one forward pass
@@ -67,6 +68,7 @@ class KeyPass:
         further layer the blocks from the last one on. States take rows * T * h elements of the model's dtype.
     """
 
+    @plain_torch()
     def __init__(
         self,
         view: ModelView,
@@ -100,6 +102,7 @@ class KeyPass:
         batch = pad([prompts[i].ids for i in which], self.view.device)
         return _Chunk(which, batch, torch.tensor([prompts[i].lookup for i in which]), bare)
 
+    @plain_torch()
     def at(self, layer: int) -> KeysAndOutputs:
         """Keys of `layer` and outputs at the site, with the model as it is now.
 
@@ -130,6 +133,7 @@ class KeyPass:
         for chunk in self.chunks:
             chunk.entering = None
 
+    @plain_torch()
     def outputs(self) -> torch.Tensor:
         """Outputs [h, u] at the site with the model as it is now, bare prompts alone, fp64."""
         found = None

@@ -16,6 +16,7 @@ import torch
 from kedit_fast.backends import requested, select
 from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
+from kedit_fast.torch_state import plain_torch
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class Ledger:
         if entries:  # nothing written is no batch
             self.batches.append(tuple(entries))
 
+    @plain_torch(leave_inference_mode=False)
     def write(self, name: str, weight: torch.Tensor, update: Update) -> None:
         """Add an update to a matrix, inside a transaction.
 
@@ -122,6 +124,7 @@ class Ledger:
         if not bool(torch.isfinite(weight).all()):
             raise EditError(f"{name} is not finite after the update")
 
+    @plain_torch(leave_inference_mode=False)
     def withdraw(self) -> None:
         """Take back what the open batch has written, to the bit; the batch stays open."""
         if self._open is None:
@@ -129,6 +132,7 @@ class Ledger:
         entries, self._open = self._open, []
         self._replay({entry.name for entry in entries}, self.batches)
 
+    @plain_torch(leave_inference_mode=False)
     def rollback(self, count: int = 1, restored: bool = False) -> None:
         """Take back the last `count` batches, to the bit.
 
@@ -182,6 +186,7 @@ class Ledger:
         matrix = self._matrices[name]
         return matrix.original, matrix.weight
 
+    @plain_torch(leave_inference_mode=False)
     def total(self, name: str, *, only: Container[int] | None = None, without: Container[int] = ()) -> Update:
         """All that was added to a matrix, as one update; `only` by some batches (numbers from 1), or `without` some."""
         updates = [

@@ -62,7 +62,9 @@ class Objective:
         self.runner = TailRunner(view, rows, lookups, sites, kl_rows)
 
         def column(values: Sequence[float]) -> torch.Tensor:
-            return torch.tensor(values, device=self.device)
+            return torch.tensor(
+                values, dtype=torch.float32 if isinstance(values[0], float) else None, device=self.device
+            )
 
         self.owner, self.kl_rows = column(owner), column(kl_rows)
         names = ("target_rows", "target_index", "target_ids", "target_owner", "target_weights", "target_bare")

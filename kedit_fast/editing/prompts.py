@@ -13,6 +13,7 @@ from kedit_fast.editing.requests import EditRequest
 from kedit_fast.errors import EditError, RequestError
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad
+from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 _STARTS = ("The", "Therefore", "Because", "I", "You")  # what prefixes are grown from, as in the memit repository
@@ -243,6 +244,7 @@ def _without_end(tokenizer: Any, prompt: Prompt) -> Prompt:
     return Prompt(tuple(open_ended(tokenizer, prompt.ids, prompt.lookup + 1)), prompt.lookup)
 
 
+@plain_torch()
 def generate_prefixes(
     view: ModelView, tokenizer: Any, lengths: Sequence[tuple[int, int]], seed: int, top_k: int = 5
 ) -> tuple[str, ...]:

@@ -18,10 +18,12 @@ from kedit_fast.editing.values import SITES, Values, by_length, in_teams, optimi
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
+from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 
 
+@plain_torch()
 def optimise_shared(
     view: ModelView,
     tokenizer: Any,

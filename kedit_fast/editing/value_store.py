@@ -33,6 +33,7 @@ from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.fingerprint import fingerprint
 from kedit_fast.models.widened import computing_dtype
+from kedit_fast.torch_state import plain_torch
 
 FORMAT_VERSION = "1"
 # Of a configuration, what says nothing of what the model computes.
@@ -83,6 +84,7 @@ class ValueFile:
         EditError: it cannot be read or written, or is not ours.
     """
 
+    @plain_torch()
     def __init__(self, path: str | os.PathLike | None):
         self.path = None if path is None else Path(path)
         self.entries: dict[str, dict[str, torch.Tensor]] = {}
@@ -126,6 +128,7 @@ class ValueFile:
         if time.monotonic() - self._saved > SAVE_EVERY:
             self.flush()
 
+    @plain_torch()
     def flush(self) -> None:
         """Write the file anew, in the place of the old one only when it is complete."""
         if not self._dirty or self.path is None:
@@ -199,8 +202,8 @@ class MemitCache:
             raise EditError(f"{path} is not one of memit's value files: {error}") from error
         if target.shape != (self._size,) or not bool(torch.isfinite(target).all()):
             raise EditError(f"{path}: v_star is {list(target.shape)}, a finite [{self._size}] is needed")
-        nothing = torch.full((1, self._size, 1), float("nan"))
-        return Values(self._sites, target[None, :, None], nothing, torch.tensor([float("nan")]), torch.tensor([0]),
+        nothing = torch.full((1, self._size, 1), float("nan"), dtype=torch.float32)
+        return Values(self._sites, target[None, :, None], nothing, nothing[0, 0], torch.tensor([0]),
                       torch.tensor([USED_UP]))  # fmt: skip
 
     def store(self, requests: Sequence[PreparedRequest], values: Values) -> None:

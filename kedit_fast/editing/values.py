@@ -41,6 +41,7 @@ from kedit_fast.solver.descent import (
     USED_UP,
     clamped_step,
 )
+from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 LEAVE_SHARE = 0.9  # with nobody waiting, requests that are done leave when no more than this share still goes
@@ -91,6 +92,7 @@ class Values:
                       self.losses[index], self.steps[index], self.status[index])  # fmt: skip
 
 
+@plain_torch()
 def optimise_values(
     view: ModelView,
     prepared: Sequence[PreparedRequest],
@@ -304,8 +306,8 @@ class _Descent:
                 "lead": torch.tensor([group[i] for i in firsts], device=device),
                 "limit": self.hparams.clamp_norm_factor * h0.norm(dim=2, keepdim=True)[firsts],
                 **{name: torch.zeros_like(h0) for name in ("delta", "mean", "square")},
-                "losses": torch.zeros(v, device=device),
-                "factor": torch.ones(v, device=device),
+                "losses": torch.zeros(v, device=device, dtype=torch.float32),
+                "factor": torch.ones(v, device=device, dtype=torch.float32),
                 "steps": torch.zeros(v, device=device, dtype=torch.int64),
                 "status": torch.full((v,), GOING, device=device),
                 "since": torch.full((v,), -1, device=device),

@@ -19,6 +19,7 @@ from kedit_fast.errors import RequestError
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad
 from kedit_fast.ops import target_log_probs
+from kedit_fast.torch_state import plain_torch
 
 BATCH_TOKENS = 4096
 
@@ -45,6 +46,7 @@ class Continuation:
     log_prob: float  # mean over the target's tokens
 
 
+@plain_torch()
 def evaluate(
     model: torch.nn.Module,
     tokenizer: Any,
@@ -69,6 +71,7 @@ class Seen:
     neighborhood: tuple[Continuation, ...]  # of target_true
 
 
+@plain_torch()
 def evaluate_each(
     model: torch.nn.Module,
     tokenizer: Any,
@@ -93,6 +96,7 @@ def evaluate_each(
     return found
 
 
+@plain_torch()
 def mean_nll(
     model: torch.nn.Module, tokenizer: Any, texts: Sequence[str], max_length: int = 256, spec: ArchSpec | None = None
 ) -> float:
@@ -160,6 +164,7 @@ def summary(seen: Sequence[Seen]) -> Metrics:
     )
 
 
+@plain_torch()
 def score(
     view: ModelView, tokenizer: Any, pairs: Sequence[tuple[str, str]], prompt_format: PromptFormat | None = None
 ) -> list[Continuation]:

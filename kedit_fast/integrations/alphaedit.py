@@ -22,6 +22,7 @@ from kedit_fast.models.forward import Site
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.torch_state import plain_torch
 
 
 def apply_AlphaEdit_to_model(
@@ -87,6 +88,7 @@ def apply_memit_seq_to_model(
 apply_memit_rect_to_model = runs.function("rect", "apply_memit_rect_to_model")
 
 
+@plain_torch(leave_inference_mode=False)
 def _sequential(
     method: str,
     model: torch.nn.Module,
@@ -110,7 +112,7 @@ def _sequential(
                 f"{', '.join(map(str, layers))}; got {list(tensor.shape)}"
             )
     if cache_c is None:
-        cache_c = torch.zeros(len(layers), size, size)
+        cache_c = torch.zeros(len(layers), size, size, dtype=torch.float32, device="cpu")
     run = runs.kept_by(model)
     marks = _marks(P, cache_c)
     spaces = None if P is None else lambda: {

@@ -28,6 +28,7 @@ from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.solver.projector import load_projector
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.statistics.store import load_statistics
+from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 _PLACE = "_kedit_fast_run"  # attribute of a model
@@ -102,6 +103,7 @@ def kept_by(model: torch.nn.Module) -> Run | None:
     return kept.run if isinstance(kept, _Kept) else None
 
 
+@plain_torch(leave_inference_mode=False)
 def apply(
     method: str,
     model: torch.nn.Module,
@@ -172,6 +174,7 @@ def function(method: str, name: str) -> Callable[..., tuple[torch.nn.Module, dic
     return apply_to_model
 
 
+@plain_torch(leave_inference_mode=False)
 def edit(run: Run, requests: Sequence[Mapping[str, Any]]) -> EditResult:
     """Write a batch, and remember the state it leaves."""
     subjects = run.editor.recipe.values != "gradients"
@@ -204,6 +207,7 @@ def _record(request: Mapping[str, Any], subjects: bool) -> dict[str, Any]:
     return found
 
 
+@plain_torch(leave_inference_mode=False)
 def run_of(
     method: str,
     model: torch.nn.Module,

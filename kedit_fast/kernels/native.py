@@ -137,7 +137,7 @@ def declines_float64(first: torch.Tensor, *_) -> str:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, round_first: bool) -> torch.Tensor:
     """Call the C++ kernel of the op of the same name."""
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows, own = _rows(x), weight.contiguous()
     threads = torch.get_num_threads()
     _call(cpu().rms_norm, capsule(_rows(out)), capsule(rows), capsule(own), eps, round_first, threads)
@@ -146,7 +146,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, round_first: boo
 
 def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Call the C++ kernel of the op of the same name."""
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     gate, up = _rows(gate), _rows(up)
     _call(cpu().gated_silu, capsule(_rows(out)), capsule(gate), capsule(up), torch.get_num_threads())
     return out

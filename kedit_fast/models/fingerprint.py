@@ -13,6 +13,7 @@ import torch
 
 from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.architectures import ModelView
+from kedit_fast.torch_state import plain_torch
 
 _FIELDS = (
     "model_type",
@@ -27,6 +28,7 @@ _SAMPLES = 8  # numbers a tensor
 _TOLERANCE = 2**-6  # of a sample, above bf16 rounding
 
 
+@plain_torch()
 def fingerprint(view: ModelView, tokenizer: Any) -> dict[str, str]:
     """The fingerprint as strings, as it stands in the metadata of a statistics file."""
     config = {field: getattr(view.config, field, None) for field in _FIELDS}

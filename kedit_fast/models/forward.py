@@ -15,6 +15,7 @@ import torch
 from kedit_fast.models import fused
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.widened import Widening, computing
+from kedit_fast.torch_state import plain_torch
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,10 @@ class Site:
 def pad(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0) -> TokenBatch:
     """A TokenBatch of rows of token ids; what `fill` is does not matter, it is masked."""
     length = max((len(row) for row in rows), default=0)
-    ids = torch.full((len(rows), length), fill, dtype=torch.int64)
-    mask = torch.zeros((len(rows), length), dtype=torch.int64)
+    ids = torch.full((len(rows), length), fill, dtype=torch.int64, device="cpu")
+    mask = torch.zeros((len(rows), length), dtype=torch.int64, device="cpu")
     for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+        ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64, device="cpu")
         mask[i, : len(row)] = 1
     return TokenBatch(ids.to(device), mask.to(device))
 
@@ -116,6 +117,7 @@ class Entering:
 
 
 @torch.no_grad()
+@plain_torch()
 def capture(
     view: ModelView,
     batch: TokenBatch,
@@ -162,6 +164,7 @@ def capture(
 
 
 @torch.no_grad()
+@plain_torch()
 def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callable[[Site, torch.Tensor], None]) -> None:
     """Run the model until all `sites` are seen, giving the states [R, T, size] of each to `see` as they come.
 
@@ -190,6 +193,7 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
             _run_base(view, batch)
 
 
+@plain_torch()
 def last_hidden(view: ModelView, batch: TokenBatch) -> torch.Tensor:
     """The states [R, T, h] that the head takes: all blocks and the final norm, without the head."""
     return _run_base(view, batch).last_hidden_state

@@ -19,6 +19,7 @@ from torch.nn.functional import gelu, silu
 from kedit_fast.backends import AUTO, probe, requested
 from kedit_fast.ops import gated_silu, rms_norm
 from kedit_fast.reference.rms_norm import rms_norm as plain_norm
+from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 Forward = Callable[..., Any]
@@ -31,6 +32,7 @@ def wanted() -> bool:
 
 
 @torch.no_grad()
+@plain_torch()
 def forwards(base: torch.nn.Module) -> dict[torch.nn.Module, Forward]:
     """Forward functions for the modules of a decoder that are recognised; those whose tensors are on a CPU."""
     found: dict[torch.nn.Module, Forward] = {}
@@ -67,7 +69,7 @@ def _own(module: torch.nn.Module) -> Forward:
 
 
 def _sample(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").to(dtype)
 
 
 def _eps(module: torch.nn.Module) -> Any:

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from kedit_fast.models import tail_attention
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, TokenBatch, hidden_of, module_at, pad, replaced, stubs, with_hidden
+from kedit_fast.torch_state import plain_torch
 
 PACK_BELOW = 0.9  # an MLP runs on picked tokens when they are fewer than this share of all
 
@@ -39,6 +40,7 @@ class TailRunner:
         references: rows whose last hidden state at the lookup token, without a delta, is kept in `reference`.
     """
 
+    @plain_torch()
     def __init__(
         self,
         view: ModelView,
@@ -167,6 +169,7 @@ class TailRunner:
             setattr(chosen, name, getattr(self, name))
         return chosen
 
+    @plain_torch()
     def run(self, delta: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         """Last hidden states of some tail tokens with deltas added at the sites' lookup token.
 

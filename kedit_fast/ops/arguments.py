@@ -2,39 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from kedit_fast.backends import Implementation
 from kedit_fast.errors import GradientError, InvalidArgumentError
+from kedit_fast.torch_state import plain_torch
 
 LIBRARY = torch.library.Library("kedit_fast", "DEF")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-@contextlib.contextmanager
-def _stated_precision(device_type: str) -> Iterator[None]:
-    """Inside, plain torch computes in the dtypes the code names: no autocast, no TF32 or bf16 in place of fp32."""
-    before = torch.get_float32_matmul_precision()
-    with torch.autocast(device_type, enabled=False):
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-
-def run_stated(chosen: Implementation, first: torch.Tensor, *rest: Any) -> Any:
-    """Run an implementation on its arguments; plain torch in the stated precision, which kernels have by themselves."""
-    stated = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(first.device.type)
-    if stated or chosen.backend != "torch":
-        return chosen.run(first, *rest)
-    with _stated_precision(first.device.type):
-        return chosen.run(first, *rest)
+def run_stated(chosen: Implementation, *args: Any) -> Any:
+    """Run an implementation on its arguments, in the dtypes and on the devices that its code names."""
+    with plain_torch(leave_inference_mode=False):
+        return chosen.run(*args)
 
 
 def require(ok: bool, message: Callable[[], str]) -> None:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from kedit_fast.errors import PatchError
 from kedit_fast.files import held, replacing
 from kedit_fast.patches.patch import Patch, added, hash_of
+from kedit_fast.torch_state import plain_torch
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 KEPT, LOCK = "kedit_fast_patches", ".kedit_fast_patch.lock"
@@ -143,6 +144,7 @@ class Checkpoint:
                 raise PatchError(f"cannot read {file}: {error}") from error
         return self._headers[file]
 
+    @plain_torch()
     def apply(self, patch: Patch, name: str, force: bool = False, keep: bool = True) -> int:
         """Add a patch's updates; returns its number among those applied.
 
@@ -182,6 +184,7 @@ class Checkpoint:
             self._rewrite(places, patched, record)
         return number
 
+    @plain_torch()
     def revert(self, force: bool = False) -> str:
         """Put back what the matrices were before the newest patch, to the bit; returns the patch's name.
 
@@ -205,6 +208,7 @@ class Checkpoint:
             self._tidy()
         return record.name
 
+    @plain_torch()
     def subtract(self, patch: Patch, force: bool = False) -> None:
         """Take the newest patch out by subtraction: to rounding, not to the bit.
 

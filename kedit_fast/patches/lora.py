@@ -9,10 +9,12 @@ import torch
 from kedit_fast.errors import PatchError
 from kedit_fast.files import new_folder, write_file
 from kedit_fast.patches.patch import Patch
+from kedit_fast.torch_state import plain_torch
 
 WEIGHTS = "adapter_model.safetensors"
 
 
+@plain_torch()
 def export_lora(
     patch: Patch,
     folder: str | os.PathLike,

@@ -23,12 +23,14 @@ from kedit_fast.files import read_file, write_file
 from kedit_fast.models.architectures import linear_weight
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
 from kedit_fast.solver.shaping import compact
+from kedit_fast.torch_state import plain_torch
 
 FORMAT_VERSION = "1"
 KIND = "kedit_fast patch"
 _HASHED = 1 << 26  # bytes of a matrix that are hashed at once
 
 
+@plain_torch()
 def hash_of(weight: torch.Tensor) -> str:
     """SHA-256 of a matrix [out, in], row by row, whatever its strides."""
     digest = hashlib.sha256(f"{weight.dtype} {list(weight.shape)}".encode())
@@ -66,6 +68,7 @@ class Patch:
             if not update.is_finite():
                 raise PatchError(f"the update of {name} is not finite")
 
+    @plain_torch()
     def save(self, path: str | os.PathLike) -> None:
         """Write the file, at once or not at all; raises PatchError when it cannot be written."""
         tensors = {}
@@ -83,6 +86,7 @@ class Patch:
         write_file(path, tensors, metadata, PatchError)
 
     @classmethod
+    @plain_torch()
     def load(cls, path: str | os.PathLike) -> Patch:
         """Read a file that `save` wrote.
 
@@ -141,6 +145,7 @@ class Patch:
         masks = sum(u.bits.nbytes for u in self.updates.values() if isinstance(u, MaskedUpdate))
         return masks + sum(update.left.nbytes + update.right.nbytes for update in self.updates.values())
 
+    @plain_torch()
     def compacted(self, tolerance: float = 0.0, rank: int | None = None) -> Patch:
         """The same patch with the fewest factors that leave each Delta within a tolerance.
 
@@ -158,6 +163,7 @@ class Patch:
         updates = {name: compact(update, tolerance, rank) for name, update in self.updates.items()}
         return replace(self, updates=updates, targets=targets)
 
+    @plain_torch()
     def prepare(self, model: torch.nn.Module, force: bool = False) -> Prepared:
         """Compute the matrices that a model will have, beside those it has: nothing in it changes until `swap_`.
 
@@ -217,6 +223,7 @@ def _weight(model: torch.nn.Module, name: str) -> tuple[torch.Tensor, bool]:
         raise PatchError(str(error)) from None
 
 
+@plain_torch()
 def added(update: Update, weight: torch.Tensor, name: str, alpha: float = 1.0) -> torch.Tensor:
     """A matrix [out, in] plus alpha times an update; raises PatchError when that is not finite."""
     result = weight.clone()
@@ -237,6 +244,7 @@ class Prepared:
     def __init__(self, model: torch.nn.Module, matrices: dict[str, tuple[torch.Tensor, torch.Tensor]]):
         self._model, self._matrices = model, matrices
 
+    @plain_torch(leave_inference_mode=False)
     def swap_(self) -> Applied:
         """Copy them into the model, all or none; comparing and copying is all that a model in use has to wait for.
 
@@ -263,6 +271,7 @@ class Applied:
     def __init__(self, model: torch.nn.Module, matrices: dict[str, tuple[torch.Tensor, torch.Tensor]]):
         self._model, self._matrices = model, matrices
 
+    @plain_torch(leave_inference_mode=False)
     def revert_(self, force: bool = False) -> None:
         """Put the matrices back, to the bit; a second call does nothing.
 
@@ -301,6 +310,7 @@ def _copy(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         torch.cuda.synchronize(device)
 
 
+@plain_torch()
 def merge(patches: Sequence[Patch], force: bool = False) -> Patch:
     """One patch that does what the patches do one after another, to rounding.
 

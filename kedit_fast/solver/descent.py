@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kedit_fast.errors import EditError, InvalidArgumentError
+from kedit_fast.torch_state import plain_torch
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, torch's defaults
 # How a value's descent stands or ended: it runs; all iterations; below the loss that stops it; below it before the
@@ -15,6 +16,7 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, torch's defaults
 GOING, USED_UP, STOPPED, PREDICTED, BAD_LOSS, BAD_GRADIENT = range(6)
 
 
+@plain_torch(leave_inference_mode=False)
 def clamped_step(
     delta: torch.Tensor,
     gradient: torch.Tensor,
@@ -37,6 +39,7 @@ def clamped_step(
     Returns:
         delta, mean and square after it.
     """
+    count = count.to(delta.dtype)  # a power of an integer would be one of torch's default dtype
     mean = torch.where(moving, torch.lerp(gradient, mean, BETAS[0]), mean)
     square = torch.where(moving, torch.lerp(gradient.square(), square, BETAS[1]), square)
     scale = (square / (1 - BETAS[1] ** count)).sqrt() + EPSILON
@@ -57,6 +60,7 @@ class OptimizedValues:
     predicted: torch.Tensor  # [b] bool: the loss was below `v_stop_loss` before the first step
 
 
+@plain_torch(leave_inference_mode=False)
 def optimize_values(
     forward: Callable[[torch.Tensor], torch.Tensor],
     h0: torch.Tensor,
@@ -108,8 +112,8 @@ def optimize_values(
         raise InvalidArgumentError(f"{wrong[0]} = {locals()[wrong[0]]} is out of range")
     b = len(h0)
     norm = h0.detach().float().norm(dim=1, keepdim=True)  # [b, 1]
-    delta, mean, square = (torch.zeros(h0.shape, device=h0.device) for _ in range(3))
-    losses, steps = torch.zeros(b, device=h0.device), torch.zeros(b, dtype=torch.int64, device=h0.device)
+    delta, mean, square = (torch.zeros(h0.shape, dtype=torch.float32, device=h0.device) for _ in range(3))
+    losses, steps = (torch.zeros(b, dtype=dtype, device=h0.device) for dtype in (torch.float32, torch.int64))
     status = torch.full((b,), GOING, device=h0.device)
     for iteration in range(v_num_grad_steps):
         going = status == GOING

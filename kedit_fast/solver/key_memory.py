@@ -27,6 +27,7 @@ from kedit_fast.ops import symmetric_rank_k_update_
 from kedit_fast.solver.least_squares import PRIMAL_ABOVE, checked
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import Preconditioner, require_finite
+from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 FORMAT_VERSION = "1"
@@ -100,6 +101,7 @@ class KeyMemory:
         (arXiv 2502.01636); the dual form is Woodbury's identity.
     """
 
+    @plain_torch()
     def __init__(self, preconditioner: Preconditioner, form: str = "auto"):
         if form not in ("auto", "dual", "primal"):
             raise InvalidArgumentError(f"form must be auto, dual or primal; got {form!r}")
@@ -109,6 +111,7 @@ class KeyMemory:
         self._base = self._state  # what rollback replays from
 
     @classmethod
+    @plain_torch()
     def from_sum(cls, preconditioner: Preconditioner, total: torch.Tensor, form: str = "auto") -> KeyMemory:
         """A memory of earlier keys of which the sum of k k^T [d, d] alone is left: AlphaEdit's `cache_c` of a layer.
 
@@ -148,6 +151,7 @@ class KeyMemory:
         state = self._state
         return sum(t.nbytes for t in (state.raw, state.mapped, state.gram, state.total, state.fold) if t is not None)
 
+    @plain_torch()
     def solve(
         self, keys: torch.Tensor, residuals: torch.Tensor, weights: torch.Tensor | None = None
     ) -> tuple[LowRankUpdate, Appended]:
@@ -184,6 +188,7 @@ class KeyMemory:
         require_finite("the solution", right)
         return LowRankUpdate(residuals, right), appended
 
+    @plain_torch()
     def commit(self, appended: Appended) -> None:
         """Keep what `solve` returned, as the next batch; all of it or, after an error, nothing."""
         if appended.of is not self._state:
@@ -193,6 +198,7 @@ class KeyMemory:
             state = _repaired(state)
         self._state = state
 
+    @plain_torch()
     def rollback(self, batches: int = 1) -> None:
         """Forget the last batches; the state is to the bit what it was before them."""
         state = self._state
@@ -209,14 +215,17 @@ class KeyMemory:
             fresh.commit(fresh._extended(rows.clone()))  # the same steps again give the same bits
         self._state = fresh._state
 
+    @plain_torch()
     def drift(self) -> float:
         """|(I + H^T H - L L^T) x| / |(I + H^T H) x| for a fixed x: what rounding has done to the factor."""
         return _drift(self._state)
 
+    @plain_torch()
     def repair(self) -> None:
         """Make the factor anew from the keys: n^2 d + n^3 / 3 flops."""
         self._state = _repaired(self._state)
 
+    @plain_torch()
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state as tensors, copies on the CPU."""
         state = self._state
@@ -226,12 +235,14 @@ class KeyMemory:
                 "marks": torch.tensor([state.folded, state.whole])}  # fmt: skip
         return {name: t.detach().cpu().clone().contiguous() for name, t in kept.items() if t is not None}
 
+    @plain_torch()
     def about(self) -> dict[str, Any]:
         """What the state belongs to: the preconditioner's numbers and probe, and the form."""
         probe = self.preconditioner.probe().tolist()
         return {"preconditioner": self.preconditioner.describe(), "form": self.form, "probe": probe}
 
     @classmethod
+    @plain_torch()
     def from_tensors(
         cls, preconditioner: Preconditioner, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any], where: str,
         form: str = "auto",
@@ -274,12 +285,14 @@ class KeyMemory:
             raise StatisticsError(f"{where} is damaged: {error}") from error
         return memory
 
+    @plain_torch()
     def save(self, path: str | os.PathLike) -> None:
         """Write the state to one safetensors file; raises StatisticsError when that fails, and an older file stays."""
         metadata = {"format_version": FORMAT_VERSION, "about": json.dumps(self.about())}
         write_file(path, self.tensors(), metadata, StatisticsError)
 
     @classmethod
+    @plain_torch()
     def load(cls, path: str | os.PathLike, preconditioner: Preconditioner, form: str = "auto") -> KeyMemory:
         """Read what `save` wrote; raises StatisticsError for another preconditioner's, a damaged or foreign file."""
         tensors, metadata = read_file(path, StatisticsError)

@@ -10,12 +10,14 @@ from kedit_fast.errors import InvalidArgumentError, SolveError
 from kedit_fast.ops import mirror_, spd_solve, symmetric_rank_k_update_
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import Preconditioner, require_finite
+from kedit_fast.torch_state import plain_torch
 
 PRIMAL_ABOVE = 0.67  # u / d above which a d x d system costs fewer flops than one of the edits
 ALIKE = 1e-9  # share of a key, squared, outside the span of others below which exact constraints on it are refused
 SAME_KEY = 0.99  # cosine above which two keys are taken for one
 
 
+@plain_torch()
 def solve_update(
     keys: torch.Tensor,
     residuals: torch.Tensor,
@@ -71,6 +73,7 @@ def solve_update(
     return LowRankUpdate(residuals, right)
 
 
+@plain_torch()
 def rank_one_equality(
     preconditioner: Preconditioner,
     key_update: torch.Tensor,
@@ -119,6 +122,7 @@ def rank_one_equality(
     return update, relative
 
 
+@plain_torch()
 def collisions(keys: torch.Tensor, above: float = SAME_KEY) -> list[tuple[int, int]]:
     """Pairs of columns of `keys` [d, u] whose cosine is above a bound: requests that pull on the same key."""
     unit = torch.nn.functional.normalize(keys, dim=0)
@@ -126,6 +130,7 @@ def collisions(keys: torch.Tensor, above: float = SAME_KEY) -> list[tuple[int, i
     return [(i, j) for i, j in pairs]
 
 
+@plain_torch()
 def merge_columns(
     keys: torch.Tensor, residuals: torch.Tensor, teams: Sequence[Hashable]
 ) -> tuple[torch.Tensor, torch.Tensor]:

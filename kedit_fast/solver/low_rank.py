@@ -8,6 +8,7 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.ops import rank_k_update_
+from kedit_fast.torch_state import plain_torch
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ class _Factors:
 class LowRankUpdate(_Factors):
     """Delta [out, in] = left [out, k] right [in, k]^T."""
 
+    @plain_torch()
     def dense(self) -> torch.Tensor:
         """Delta as a matrix [out, in]."""
         return self.left @ self.right.T
 
+    @plain_torch()
     def norm(self) -> float:
         """|Delta| (Frobenius), from the factors: sqrt(sum((left^T left) * (right^T right)))."""
         left, right = self.left.double(), self.right.double()
@@ -82,6 +85,7 @@ class MaskedUpdate(_Factors):
     bits: torch.Tensor  # [out, ceil(in / 8)] uint8: the mask, eight entries of a row a byte, the first one lowest
 
     @classmethod
+    @plain_torch()
     def from_mask(cls, update: LowRankUpdate, mask: torch.Tensor) -> MaskedUpdate:
         """Keep the entries where `mask` [out, in] is true."""
         shape = (update.left.shape[0], update.right.shape[0])
@@ -97,10 +101,12 @@ class MaskedUpdate(_Factors):
         places = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
         return ((self.bits[:, :, None] >> places) & 1).flatten(1)[:, : self.right.shape[0]].bool()
 
+    @plain_torch()
     def dense(self) -> torch.Tensor:
         """Delta as a matrix [out, in]."""
         return (self.left @ self.right.T).mul_(self.mask)
 
+    @plain_torch()
     def norm(self) -> float:
         """|Delta| (Frobenius)."""
         return float(self.dense().double().norm())
@@ -117,6 +123,7 @@ class MaskedUpdate(_Factors):
         """Itself: a mask belongs to these factors."""
         return self
 
+    @plain_torch(leave_inference_mode=False)
     def apply_(
         self,
         weight: torch.Tensor,

@@ -11,6 +11,7 @@ from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
 from kedit_fast.solver.least_squares import solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import Identity, require_finite
+from kedit_fast.torch_state import plain_torch
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,13 @@ class Normaliser:
     squares: torch.Tensor  # [f] fp64, the published `var`: over count - 1 it is the variance
 
     @classmethod
+    @plain_torch()
     def empty(cls, features: int, device: torch.device | str = "cpu") -> Normaliser:
         """Before any row."""
         zero = torch.zeros(features, dtype=torch.float64, device=device)
         return cls(0, zero, zero)
 
+    @plain_torch()
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state as tensors on the CPU."""
         return {
@@ -36,6 +39,7 @@ class Normaliser:
         }
 
     @classmethod
+    @plain_torch()
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], features: int, where: str) -> Normaliser:
         """From what `tensors` gave; raises StatisticsError, naming `where`, when they are damaged."""
         count, mean, squares = (tensors.get(name) for name in ("count", "mean", "squares"))
@@ -48,6 +52,7 @@ class Normaliser:
             raise StatisticsError(f"{where} is damaged: values that are not finite or negative squares")
         return cls(int(count), mean, squares)
 
+    @plain_torch()
     def updated(self, rows: torch.Tensor) -> Normaliser:
         """With rows [n, f] more, by the published rule: n times their own variance, and the shift of the mean."""
         n = rows.shape[0]
@@ -64,12 +69,14 @@ class Normaliser:
         squares = self.squares + n * own + self.count * n * shift**2 / total
         return Normaliser(total, self.mean + n * shift / total, squares)
 
+    @plain_torch()
     def normalised(self, rows: torch.Tensor) -> torch.Tensor:
         """(x - mean) / deviation [n, f], fp64; 0 for a feature that never changed."""
         deviation = (self.squares / max(1, self.count - 1)).sqrt()
         return torch.where(deviation > 0, (rows.double() - self.mean) / deviation, 0.0)
 
 
+@plain_torch()
 def gradient_update(keys: torch.Tensor, gradients: torch.Tensor, normaliser: Normaliser, lr: float) -> LowRankUpdate:
     """UltraEdit's update of one linear layer: Delta^T = (H^T H + I)^-1 H^T V, by the n x n dual system.
 

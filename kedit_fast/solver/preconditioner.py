@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
+from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 RULES = ("absolute", "relative", "energy")
@@ -51,6 +52,7 @@ class Preconditioner(ABC):
         """Bytes it keeps."""
         return 0
 
+    @plain_torch()
     def probe(self) -> torch.Tensor:
         """x^T S^-1 x and y^T S^-1 x of fixed vectors, [16]: preconditioners with other contents have another probe.
 
@@ -70,10 +72,12 @@ class Identity(Preconditioner):
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     weight: float = 1.0
 
+    @plain_torch()
     def whiten(self, keys: torch.Tensor) -> torch.Tensor:
         """K / sqrt(weight)."""
         return keys.to(self.device, torch.float64) * self.weight**-0.5
 
+    @plain_torch()
     def unwhiten(self, coordinates: torch.Tensor) -> torch.Tensor:
         """H / sqrt(weight)."""
         return coordinates * self.weight**-0.5
@@ -97,6 +101,7 @@ class Covariance(Preconditioner):
     error_bound: float = 0.0  # of an fp32 factor: condition(S) 2^-24, to first order the relative error of S^-1 K
 
     @classmethod
+    @plain_torch()
     def from_moment(
         cls,
         moment: torch.Tensor,
@@ -168,10 +173,12 @@ class Covariance(Preconditioner):
         """Of the factor."""
         return self.factor.device
 
+    @plain_torch()
     def whiten(self, keys: torch.Tensor) -> torch.Tensor:
         """L^-1 K, a triangular solve: d^2 u flops."""
         return torch.linalg.solve_triangular(self.factor, keys.to(self.factor), upper=False).double()
 
+    @plain_torch()
     def unwhiten(self, coordinates: torch.Tensor) -> torch.Tensor:
         """L^-T H, a triangular solve: d^2 u flops."""
         return torch.linalg.solve_triangular(self.factor.mT, coordinates.to(self.factor), upper=True).double()
@@ -205,6 +212,7 @@ class NullSpace(Preconditioner):
     rule: str
 
     @classmethod
+    @plain_torch()
     def from_covariance(
         cls, moment: torch.Tensor, threshold: float = 2e-2, rule: str = "absolute", l2: float = 10.0
     ) -> NullSpace:
@@ -255,6 +263,7 @@ class NullSpace(Preconditioner):
         return cls(basis.contiguous(), complement, float(l2), float(threshold), rule)
 
     @classmethod
+    @plain_torch()
     def from_projection(cls, projection: torch.Tensor, l2: float = 10.0) -> NullSpace:
         """The null space that P [d, d] projects on, as AlphaEdit's files hold it.
 
@@ -293,16 +302,19 @@ class NullSpace(Preconditioner):
         """Of the basis."""
         return self.basis.device
 
+    @plain_torch()
     def project(self, matrix: torch.Tensor) -> torch.Tensor:
         """P X [d, u] of X [d, u], fp64."""
         rows = matrix.to(self.basis).T.contiguous()  # products of rows are the faster ones
         along = (rows @ self.basis) @ self.basis.T
         return (rows - along if self.complement else along).T
 
+    @plain_torch()
     def whiten(self, keys: torch.Tensor) -> torch.Tensor:
         """P K / sqrt(L2): 4 d r u flops for a basis of r vectors."""
         return self.project(keys).mul_(self.l2**-0.5)
 
+    @plain_torch()
     def unwhiten(self, coordinates: torch.Tensor) -> torch.Tensor:
         """H / sqrt(L2): what is solved for whitened keys lies in the null space already, P H = H."""
         return coordinates * self.l2**-0.5

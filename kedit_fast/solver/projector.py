@@ -10,10 +10,12 @@ import torch
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.files import replacing
 from kedit_fast.solver.preconditioner import NullSpace
+from kedit_fast.torch_state import plain_torch
 
 FILE = "null_space_project.pt"
 
 
+@plain_torch()
 def load_projector(
     path: str | os.PathLike, layers: Sequence[int], l2: float = 10.0, trust: bool = False
 ) -> dict[int, NullSpace]:
@@ -59,6 +61,7 @@ def load_projector(
     return found
 
 
+@plain_torch()
 def save_projector(path: str | os.PathLike, spaces: Mapping[int, NullSpace]) -> None:
     """Write null spaces, in the order of their layers, as AlphaEdit reads them; all of one size.
 
@@ -69,7 +72,7 @@ def save_projector(path: str | os.PathLike, spaces: Mapping[int, NullSpace]) -> 
     if len(sizes) != 1:
         raise InvalidArgumentError(f"the layers have different sizes: {sorted(sizes)}")
     (size,) = sizes
-    stack = torch.empty(len(spaces), size, size, dtype=torch.float32)
+    stack = torch.empty(len(spaces), size, size, dtype=torch.float32, device="cpu")
     for matrix, layer in zip(stack, sorted(spaces), strict=True):
         space = spaces[layer]
         matrix.copy_(space.project(torch.eye(size, dtype=torch.float64, device=space.device)))

@@ -6,10 +6,12 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
+from kedit_fast.torch_state import plain_torch
 
 RECT_EPSILON = 1e-8  # added to the weight, as published
 
 
+@plain_torch()
 def rect(update: LowRankUpdate, weight: torch.Tensor, keep: float = 0.4) -> MaskedUpdate:
     """The entries with the largest relative change |Delta / (W + 1e-8)|: a share `keep` of them.
 
@@ -30,6 +32,7 @@ def rect(update: LowRankUpdate, weight: torch.Tensor, keep: float = 0.4) -> Mask
     return MaskedUpdate.from_mask(update, change >= bound)
 
 
+@plain_torch()
 def spectrum(update: LowRankUpdate) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The singular value decomposition U [out, r], s [r], V [in, r] of Delta, from the QR of its factors, fp64.
 
@@ -42,6 +45,7 @@ def spectrum(update: LowRankUpdate) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return q_left @ u, s, q_right @ vh.T
 
 
+@plain_torch()
 def compact(update: Update, tolerance: float = 0.0, rank: int | None = None) -> LowRankUpdate:
     """The fewest factors that leave Delta within a tolerance, each direction's norm shared evenly by both sides.
 
@@ -65,6 +69,7 @@ def compact(update: Update, tolerance: float = 0.0, rank: int | None = None) -> 
     return LowRankUpdate((u[:, :kept] * root).to(update.left.dtype), (v[:, :kept] * root).to(update.left.dtype))
 
 
+@plain_torch()
 def spectral_norm(matrix: torch.Tensor) -> float:
     """The largest singular value of W [out, in], from the eigenvalues of its smaller Gram matrix, fp64."""
     wide = matrix.double()
@@ -72,6 +77,7 @@ def spectral_norm(matrix: torch.Tensor) -> float:
     return float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt()) if gram.numel() else 0.0
 
 
+@plain_torch()
 def prune(total: LowRankUpdate, largest: float) -> LowRankUpdate:
     """What to add to W_0 + Delta so that Delta's singular values above `largest` are restrained.
 
@@ -92,6 +98,7 @@ def prune(total: LowRankUpdate, largest: float) -> LowRankUpdate:
     return LowRankUpdate((u * change)[:, moved], v[:, moved])
 
 
+@plain_torch()
 def limit_spectrum(update: LowRankUpdate, largest: float) -> LowRankUpdate:
     """Delta with its singular values clipped at `largest`: the nearest matrix of that L2 (operator) norm."""
     if not largest > 0:
@@ -102,6 +109,7 @@ def limit_spectrum(update: LowRankUpdate, largest: float) -> LowRankUpdate:
     return LowRankUpdate(u * s.clamp(max=largest), v)
 
 
+@plain_torch()
 def limit_norm(update: LowRankUpdate, largest: float) -> LowRankUpdate:
     """Delta scaled so that |Delta| (Frobenius) is at most `largest`."""
     if not largest > 0:

@@ -21,6 +21,7 @@ from kedit_fast.models.widened import computing_dtype
 from kedit_fast.statistics.corpus import Corpus, Position, Reader, TokenWeights, Window, ahead, batches
 from kedit_fast.statistics.memory_plan import Group, plan_groups
 from kedit_fast.statistics.moments import SecondMoment, SecondMomentAccumulator
+from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 
@@ -57,6 +58,7 @@ class Statistics:
         return self.layers[layer]
 
 
+@plain_torch()
 def collect_statistics(
     model: torch.nn.Module,
     tokenizer: Any,
@@ -164,6 +166,7 @@ class Job:
         batch_tokens: of a batch.
     """
 
+    @plain_torch()
     def __init__(
         self, model: torch.nn.Module, tokenizer: Any, corpus: Corpus, layers: Sequence[int], batch_tokens: int = 4096,
         spec: ArchSpec | None = None,
@@ -188,6 +191,7 @@ class Job:
                 "once only. Give a list or a file, or fewer layers"
             )
 
+    @plain_torch()
     def accumulators(self, group: Group) -> dict[int, SecondMomentAccumulator]:
         """Empty sums of a group's layers."""
         found = {}
@@ -197,6 +201,7 @@ class Job:
             found[layer] = SecondMomentAccumulator(self.view.module_name(layer), size, device, master)
         return found
 
+    @plain_torch()
     def run(
         self,
         sums: Mapping[int, SecondMomentAccumulator],

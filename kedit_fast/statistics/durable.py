@@ -30,6 +30,7 @@ from kedit_fast.statistics.corpus import Corpus, Position
 from kedit_fast.statistics.memory_plan import Group, check_masters, plan_groups
 from kedit_fast.statistics.moments import SecondMomentAccumulator
 from kedit_fast.statistics.store import MODEL_FIELDS, metadata_in, path_of, save_statistics
+from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 CHECKPOINT_EVERY = 60.0
@@ -49,6 +50,7 @@ class Collected:
     checkpoint_seconds: float  # of them, spent on writing checkpoints by this process
 
 
+@plain_torch()
 def collect_into(
     folder: str | os.PathLike,
     model: torch.nn.Module,

@@ -11,6 +11,7 @@ from kedit_fast import distributed
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.ops import mirror_, symmetric_rank_k_update_
 from kedit_fast.ops.arguments import describe, require
+from kedit_fast.torch_state import plain_torch
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class SecondMomentAccumulator:
             [d, d] matrix beside the rows, which is then added to the master.
     """
 
+    @plain_torch()
     def __init__(
         self, module: str, size: int, device: torch.device | str = "cpu", master: torch.device | str | None = None
     ):
@@ -45,6 +47,7 @@ class SecondMomentAccumulator:
         self.sum = torch.zeros(size, size, dtype=torch.float64, device=master or device)  # the lower triangle
         self._staged = torch.device(master or device) != self.device
 
+    @plain_torch()
     def update(
         self,
         rows: torch.Tensor,
@@ -72,10 +75,12 @@ class SecondMomentAccumulator:
         self.count += count
         self.weight += weight
 
+    @plain_torch()
     def result(self) -> SecondMoment:
         """The mean of what was added; raises StatisticsError when nothing was, or something not finite."""
         return self._mean(self.sum.clone())
 
+    @plain_torch()
     def finish(self) -> SecondMoment:
         """As `result`, in the master's own memory: nothing can be added afterwards."""
         total, self.sum = self.sum, self.sum.new_empty(0, 0)
@@ -89,6 +94,7 @@ class SecondMomentAccumulator:
             raise StatisticsError(f"{self.module}: the second moment is not finite (NaN or overflow in the model)")
         return SecondMoment(self.module, moment, self.count)
 
+    @plain_torch()
     def reduce_(self) -> None:
         """Add up what all processes have; afterwards every one has the whole."""
         distributed.sum_(self.sum)
@@ -97,6 +103,7 @@ class SecondMomentAccumulator:
         self.count, self.weight = int(totals[0]), float(totals[1])
 
 
+@plain_torch()
 def second_moment(
     rows: torch.Tensor | Iterable[torch.Tensor],
     weights: torch.Tensor | None = None,

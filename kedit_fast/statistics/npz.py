@@ -20,6 +20,7 @@ import torch
 from kedit_fast.errors import StatisticsError
 from kedit_fast.files import replacing
 from kedit_fast.statistics.moments import SecondMoment
+from kedit_fast.torch_state import plain_torch
 
 CONSTRUCTOR = "util.runningstats.SecondMoment()"
 METADATA = "kedit_fast"
@@ -49,6 +50,7 @@ def modules_in(folder: Path) -> list[str]:
     return sorted({m["module"] for path in folder.glob("*.npz") if (m := _NAME.fullmatch(path.name))})
 
 
+@plain_torch()
 def read(path: str | os.PathLike, module: str) -> tuple[SecondMoment, dict[str, str]]:
     """The mean, and the metadata: what we wrote there, or what is known of a foreign file.
 
@@ -88,6 +90,7 @@ def path_of(
     return Path(root) / model / f"{data_set}_stats" / f"{module}_{precision}_mom2{size}.npz"
 
 
+@plain_torch()
 def write(
     path: Path, second: SecondMoment, metadata: dict[str, str], samples: int | None, precision: str = "float32"
 ) -> None:

@@ -25,6 +25,7 @@ from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.statistics import npz
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.statistics.moments import SecondMoment
+from kedit_fast.torch_state import plain_torch
 
 FORMAT_VERSION = "1"
 MODEL_FIELDS = ("model_config", "model_samples", "tokenizer")
@@ -45,6 +46,7 @@ class LayerFile:
         return {field: self.metadata[field] for field in MODEL_FIELDS if field in self.metadata}
 
 
+@plain_torch()
 def save_statistics(
     statistics: Statistics, folder: str | os.PathLike, dtype: torch.dtype = torch.float64
 ) -> list[Path]:
@@ -89,6 +91,7 @@ def metadata_of(statistics: Statistics, layer: int) -> dict[str, str]:
     }
 
 
+@plain_torch()
 def load_statistics(
     folder: str | os.PathLike,
     model: torch.nn.Module,
@@ -145,6 +148,7 @@ def load_statistics(
     )
 
 
+@plain_torch()
 def read_layer(folder: Path, module: str) -> LayerFile:
     """One layer's file, ours or an npz; without a check of what model it is of.
 

@@ -130,7 +130,9 @@ def plan(
     products = 1 if shape_class(acc, x, row_weights) != "split" else 3 if x.dtype == torch.bfloat16 else 6
     wanted = triton.cdiv(WAVES * processors(acc.device), lower_tiles)
     splits = max(1, min(wanted, triton.cdiv(min(rows, SUMMED_ROWS), 4 * config.k)))
-    high = float(torch.tensor(alpha, dtype=torch.float32))  # numbers reach a kernel in fp32: two hold an fp64 one
+    high = float(
+        torch.tensor(alpha, dtype=torch.float32, device="cpu")
+    )  # numbers reach a kernel in fp32: two hold an fp64 one
     scale = {"alpha_high": high, "alpha_low": alpha - high}
     parts = x.new_empty(splits * lower_tiles * config.m**2 if splits > 1 else 0, dtype=torch.float32)
     tile = {"SIDE": config.m, "GROUP": config.group}
