@@ -52,7 +52,7 @@ class EditResult:
 
     batch: int  # its number in the ledger, from 1; 0 when every request was skipped
     requests: tuple[EditRequest, ...]  # those that were written
-    updates: dict[str, tuple[Update, ...]]  # weight name -> what was added to it, in order
+    updates: dict[str, tuple[Update, ...]]  # weight name -> what was added to it, in order; on the host
     losses: tuple[
         float, ...
     ]  # of the values, at their last forward pass; of the targets where gradients are the values
@@ -409,7 +409,8 @@ class _Batch:
     def __init__(self, editor: Editor, prepared: list[PreparedRequest], on_error: str):
         self.editor, self.prepared, self.on_error = editor, prepared, on_error
         self.view, self.hparams, self.recipe = editor.view, editor.hparams, editor.recipe
-        self.updates: dict[str, list[Update]] = {}
+        self.updates: dict[str, list[Update]] = {}  # on the host, once they are written for good
+        self.norms: dict[str, list[float]] = {}  # of each
         self.weight_norms: dict[str, float] = {}
         self.seconds = dict.fromkeys(("values", "keys", "solve", "write"), 0.0)
         self.losses: list[float] = []
@@ -521,13 +522,14 @@ class _Batch:
         """RECT: all layers were solved with whole updates written; of each, only the largest changes stay."""
         with self.timed("write"):
             self.editor.ledger.withdraw()
-        for name, updates in self.updates.items():
+        for name, updates in list(self.updates.items()):
             weight = self.editor.modules[name.removesuffix(".weight")]
             with self.timed("solve"):
                 self.updates[name] = [rect(update, weight, self.hparams.rect_keep) for update in updates]
             with self.timed("write"):
-                for update in self.updates[name]:
+                for update in self.updates.pop(name):
                     self.editor.ledger.write(name, weight, update)
+                    self.keep(name, update)
 
     def teams(self, prepared: Sequence[PreparedRequest]) -> list[str] | None:
         """Subjects, where the method lets requests on one subject share a value."""
@@ -562,8 +564,16 @@ class _Batch:
             shaped = self.editor.engine.limited(update, weight)
         with self.timed("write"):
             self.editor.ledger.write(name, weight, shaped)
-        self.updates.setdefault(name, []).append(shaped)
+        if self.recipe.shaping == "rect":  # to be masked yet
+            self.updates.setdefault(name, []).append(shaped)
+        else:
+            self.keep(name, shaped)
         return shaped
+
+    def keep(self, name: str, update: Update) -> None:
+        """Remember an update on the host: beside the ledger's factors its own, in fp64, would fill a GPU."""
+        self.norms.setdefault(name, []).append(update.norm())
+        self.updates.setdefault(name, []).append(update.cpu())
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -575,7 +585,9 @@ class _Batch:
 
     def result(self, number: int, requests: tuple[EditRequest, ...], skipped: dict[int, str]) -> EditResult:
         norms = {
-            name: _total_norm(updates) / max(self.weight_norms[name], 1e-30) for name, updates in self.updates.items()
+            name: (self.norms[name][0] if len(updates) == 1 else _total_norm(updates))
+            / max(self.weight_norms[name], 1e-30)
+            for name, updates in self.updates.items()
         }
         for name, norm in norms.items():
             if norm > NORM_WARNING:
@@ -607,8 +619,6 @@ def _weights(prepared: Sequence[PreparedRequest]) -> torch.Tensor | None:
 
 
 def _total_norm(updates: Sequence[Update]) -> float:
-    if len(updates) == 1:
-        return updates[0].norm()
     joined = LowRankUpdate(torch.cat([u.left for u in updates], 1), torch.cat([u.right for u in updates], 1))
     return joined.norm()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kedit_fast.editing.prompts import PreparedRequest
+from kedit_fast.editing.sums import add_by_owner_
 from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad
@@ -158,7 +159,7 @@ def _one_pass(
             [1 / len(request.target) for request in prepared], dtype=torch.float32, device=log_probs.device
         )
         owner = at_answers[0].to(log_probs.device)
-        loss = torch.zeros_like(weights).index_add(0, owner, -log_probs.float() * weights[owner])
+        loss = add_by_owner_(torch.zeros_like(weights), owner, -log_probs.float() * weights[owner])
         flowing = [name for name in modules if name in outputs]
         if missing := sorted(set(modules) - set(flowing)):
             raise InvalidArgumentError(f"{missing[0]!r} takes no part in the model's output")

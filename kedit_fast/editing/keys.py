@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kedit_fast.editing.prompts import PreparedRequest, Prompt
+from kedit_fast.editing.sums import add_by_owner_
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, evaluating, pad
 from kedit_fast.models.memory import free_bytes
@@ -120,7 +121,7 @@ class KeyPass:
                     u = self.count // self.contexts
                     mixed, bare = (found.new_zeros(u, found.shape[1]) for _ in range(2))
                     outputs = output.new_zeros(u, output.shape[1], dtype=torch.float64)
-                mixed.index_add_(0, owner, found, alpha=own if chunk.bare else others)
+                add_by_owner_(mixed, owner, found, own if chunk.bare else others)
                 if chunk.bare:
                     bare[owner] = found
                     outputs[owner.to(output.device)] = output.double()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from kedit_fast.editing.prompts import PreparedRequest
+from kedit_fast.editing.sums import add_by_owner_
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
 from kedit_fast.models.suffix import TailRunner
@@ -120,13 +121,13 @@ class Objective:
         at_targets, at_subjects = hidden[: self.target_ids.numel()], hidden[self.target_ids.numel() :]
         found = target_log_probs(at_targets, view.head, self.target_ids, view.head_bias, view.softcap, predicted)
         nll = torch.zeros(self.count, device=self.device, dtype=found.log_prob.dtype)
-        nll = nll.index_add(0, self.target_owner, -found.log_prob * self.target_weights.to(found.log_prob))
+        nll = add_by_owner_(nll, self.target_owner, -found.log_prob * self.target_weights.to(found.log_prob))
         kl = distribution_kl(at_subjects, self.reference, view.head, view.head_bias, view.softcap)
         decay = (torch.linalg.vector_norm(delta, dim=2) / self.h0.norm(dim=2) ** 2).sum(1)
         right = prefixed = None
         if predicted:
             wrong = (found.top1 != self.target_ids).to(torch.int32)
-            none = torch.zeros(self.count, device=self.device, dtype=torch.int32)
-            right = none.index_add(0, self.target_owner, wrong) == 0
-            prefixed = none.index_add(0, self.target_owner, wrong * (1 - self.target_bare).to(wrong)) == 0
+            none = torch.zeros(2, self.count, device=self.device, dtype=torch.int32)
+            right = add_by_owner_(none[0], self.target_owner, wrong) == 0
+            prefixed = add_by_owner_(none[1], self.target_owner, wrong * (1 - self.target_bare).to(wrong)) == 0
         return Terms(nll.float(), kl.float(), decay, right, prefixed)

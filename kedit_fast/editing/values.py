@@ -28,6 +28,7 @@ from tqdm import tqdm
 from kedit_fast.editing.batch_size import fitting_batch
 from kedit_fast.editing.objective import Objective
 from kedit_fast.editing.prompts import PreparedRequest
+from kedit_fast.editing.sums import add_by_owner_
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
@@ -175,6 +176,23 @@ def in_teams(order: Sequence[int], teams: Sequence[Hashable] | None) -> list[lis
     return [sorted(team) for team in members.values()]
 
 
+def no_graph(view: ModelView) -> str:
+    """What a model lacks for a CUDA graph of its iterations, or "": a graph's memory is of one device."""
+    devices = sorted({str(parameter.device) for parameter in view.model.parameters()})
+    if len(devices) > 1:
+        return f"the whole model on one CUDA device; it is on {', '.join(devices)}"
+    if hooked := [name for name, module in view.model.named_modules() if hasattr(module, "_hf_hook")]:
+        return (
+            f"a model that is not dispatched by accelerate, which moves tensors between devices ({hooked[0] or 'it'})"
+        )
+    if view.head.device.type != "cuda":
+        return f"a CUDA device; the model is on {view.head.device}"
+    rope = getattr(view.config, "rope_parameters", None) or getattr(view.config, "rope_scaling", None) or {}
+    if (rope.get("rope_type") or rope.get("type")) == "dynamic":
+        return "a model whose rotary embedding does not look at every pass's length (its rope type is dynamic)"
+    return ""
+
+
 class _Descent:
     """The published loop over all requests, `size` of them at a time.
 
@@ -222,18 +240,19 @@ class _Descent:
         device = view.head.device
         self.every = hparams.check_every or (1 if device.type == "cpu" else 4)
         self.captures = hparams.values_graph
-        if self.captures and device.type != "cuda":
-            raise EditError(f"values_graph needs a CUDA device; the model is on {device}")
+        if self.captures and (reason := no_graph(view)):
+            raise EditError(f"values_graph needs {reason}")
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warm = 0  # iterations since the requests changed
+        self.iteration = 0
+        self.due: set[int] = set()  # iterations in which a group that runs ends, whatever its losses
 
     def run(self, bar: tqdm) -> Values:
         """Optimise all requests."""
-        iteration = 0
         self.enter()
         while self.objective is not None:
-            iteration += 1
-            look = iteration % self.every == 0
+            self.iteration += 1
+            look = self.iteration % self.every == 0 or self.iteration in self.due
             going = None
             if self.captures:
                 self.replay()
@@ -315,6 +334,7 @@ class _Descent:
             for name, value in new.items():
                 setattr(self, name, value if self.objective is None else torch.cat([getattr(self, name), value]))
             self.objective = objective if self.objective is None else self.objective.joined(objective)
+            self.due.add(self.iteration + self.hparams.v_num_grad_steps)
             self.count_teams()
             self.graph, self.warm = None, 0
 
@@ -328,7 +348,7 @@ class _Descent:
         """The mean over each team, in the place of every member, of what was found for requests [v, ...]."""
         if self.team is None:
             return found
-        sums = torch.zeros_like(found).index_add_(0, self.team, found)
+        sums = add_by_owner_(torch.zeros_like(found), self.team, found)
         return (sums / self.members.view(-1, *[1] * (found.ndim - 1)))[self.team]
 
     def of_all(self, right: torch.Tensor) -> torch.Tensor:

@@ -127,7 +127,7 @@ class TailRunner:
 
     def select(self, rows: torch.Tensor) -> TailRunner:
         """A runner with some of the rows, no longer than they need."""
-        chosen = self._like()
+        chosen, rows = self._like(), rows.to(self.lookup.device)  # of a model on several devices, where its head is
         lookup, lengths = (part[rows] for part in (self.lookup, self.inside.sum(1)))
         chosen.lookup, chosen.prefix = lookup, int(lookup.max())
         gap, tail = self.prefix - chosen.prefix, int(lengths.max())
@@ -182,7 +182,7 @@ class TailRunner:
         """
         last = self.view.num_layers - 1
         if self.own_attention:  # one row of all tail tokens, no padding
-            first, wanted = self.number[:, 0], self.number.flatten()[wanted]
+            first, wanted = self.number[:, 0], self.number.flatten()[wanted.to(self.number.device)]
             ids, positions = (part.flatten()[self.tokens][None] for part in (self.ids, self.positions))
             mask, cache = None, tail_attention.TailCache(self.caches, self.layout)
             attention = tail_attention.installed(self.view)

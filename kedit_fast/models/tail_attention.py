@@ -26,6 +26,7 @@ except ImportError:  # transformers before 4.53 has no registry of masks
     AttentionInterface = AttentionMaskInterface = None
 
 NAME = "kedit_fast_tail"
+_LOOKS_FOR_PADDING = "warn_if_padding_and_no_attention_mask"
 
 
 def usable(view: ModelView) -> bool:
@@ -119,7 +120,11 @@ class TailCache(DynamicCache):
 
 @contextlib.contextmanager
 def installed(view: ModelView) -> Iterator[None]:
-    """The model's attention is the tail's, as long as the block lasts."""
+    """The model's attention is the tail's, as long as the block lasts.
+
+    GPT-2 looks for padding where it gets no mask, which waits for the device in every pass; packed tokens have none.
+    """
+    looks = vars(view.base).get(_LOOKS_FOR_PADDING)
     configs = {id(m.config): m.config for m in view.base.modules() if hasattr(m, "config")}
     before = {key: config._attn_implementation for key, config in configs.items()}
     AttentionInterface.register(NAME, _attention)
@@ -127,8 +132,12 @@ def installed(view: ModelView) -> Iterator[None]:
     try:
         for config in configs.values():
             config._attn_implementation = NAME
+        setattr(view.base, _LOOKS_FOR_PADDING, _no_mask)
         yield
     finally:
+        vars(view.base).pop(_LOOKS_FOR_PADDING, None)  # the class's own shows again
+        if looks is not None:
+            setattr(view.base, _LOOKS_FOR_PADDING, looks)
         for key, config in configs.items():
             config._attn_implementation = before[key]
 

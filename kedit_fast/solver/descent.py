@@ -135,7 +135,9 @@ def optimize_values(
             break
         gradient = None
         if loss.requires_grad:
-            (gradient,) = torch.autograd.grad(torch.where(going, loss, 0.0).sum(), current, allow_unused=True)
+            with torch.enable_grad():
+                total = torch.where(going, loss, 0.0).sum()
+            (gradient,) = torch.autograd.grad(total, current, allow_unused=True)
         if gradient is None:
             raise InvalidArgumentError(
                 "forward must return losses that depend on the deltas: were they added, and with grad?"
