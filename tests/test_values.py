@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,8 +186,8 @@ def test_the_attention_over_kept_prefixes_is_the_models_own(kind, monkeypatch):
     torch.testing.assert_close(fast.targets, plain.targets, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_is_read_back_between_looks(demo_model, monkeypatch):
-    """A step of the loop's own arithmetic does not wait for the device."""
+def watch_waits(monkeypatch) -> tuple[list, list]:
+    """Calls of a step's parts from now on, and what in them makes the host wait for a device."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Waits(TorchDispatchMode):
@@ -195,8 +196,6 @@ def test_nothing_is_read_back_between_looks(demo_model, monkeypatch):
                 waited.append(function)
             return function(*args, **(kwargs or {}))
 
-    if not tail_attention.usable(ModelView(demo_model[0])):
-        pytest.skip("this transformers' own mask of the padded rows reads back")
     waited, watched = [], []
 
     def watching(name):
@@ -209,11 +208,55 @@ def test_nothing_is_read_back_between_looks(demo_model, monkeypatch):
 
         monkeypatch.setattr(values_module._Descent, name, call)
 
-    _, view, prepared, hparams = demo_case(demo_model, 3, most_probable_steps=3, check_every=4)
     watching("measure")
     watching("move")
+    return watched, waited
+
+
+def test_nothing_is_read_back_between_looks(demo_model, monkeypatch):
+    """A step of the loop's own arithmetic does not wait for the device."""
+    if not tail_attention.usable(ModelView(demo_model[0])):
+        pytest.skip("this transformers' own mask of the padded rows reads back")
+    watched, waited = watch_waits(monkeypatch)
+    _, view, prepared, hparams = demo_case(demo_model, 3, most_probable_steps=3, check_every=4)
     optimise_values(view, prepared, 1, "block", hparams)
     assert watched.count("measure") > 4 and not waited
+
+
+def test_a_gpt2_that_has_a_padding_token_is_not_read_back(monkeypatch):
+    """transformers looks for that token where it gets no mask."""
+    tokenizer, model = make_tokenizer(), make_model("gpt2")
+    assert model.config.pad_token_id is not None
+    view = ModelView(model)
+    if not tail_attention.usable(view):
+        pytest.skip("this transformers' own mask of the padded rows reads back")
+    watched, waited = watch_waits(monkeypatch)
+    prepared, hparams = prepared_and_hparams(model, tokenizer, "block", 1, check_every=4)
+    optimise_values(view, prepared, 1, "block", hparams)
+    assert watched.count("measure") > 4 and not waited
+    assert "warn_if_padding_and_no_attention_mask" not in vars(view.base)
+
+
+@pytest.mark.parametrize("size", (0, 2, 4))
+@pytest.mark.parametrize("every", (1, 4, 100))
+def test_no_pass_is_run_for_requests_that_have_ended(demo_model, monkeypatch, every, size):
+    """The last iteration of a group is looked at: 9 iterations are 9 forward passes and 8 backward ones."""
+    _, view, prepared, hparams = demo_case(
+        demo_model, 4, v_num_grad_steps=9, v_stop_loss=-1.0, check_every=every, values_batch=size
+    )
+    passes = []
+    for name in ("measure", "move"):
+        original = getattr(values_module._Descent, name)
+
+        def counted(self, *args, name=name, original=original):
+            passes.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(values_module._Descent, name, counted)
+    found = optimise_values(view, prepared, 1, "block", hparams)
+    rounds = 2 if size == 2 else 1
+    assert passes.count("measure") == 9 * rounds and passes.count("move") == 8 * rounds
+    assert found.steps.tolist() == [8] * 4 and set(found.status.tolist()) == {USED_UP}
 
 
 def test_a_step_that_can_be_replayed_is_the_step(demo_model, monkeypatch):
@@ -246,6 +289,27 @@ def test_a_graph_needs_a_gpu():
     prepared, hparams = prepared_and_hparams(model, tokenizer, "block", 1, values_graph=True)
     with pytest.raises(EditError, match="values_graph needs a CUDA device"):
         optimise_values(ModelView(model), prepared, 1, "block", hparams)
+
+
+def test_a_graph_needs_a_model_that_stays_on_one_device():
+    tokenizer, model = make_tokenizer(), make_model("llama")
+    prepared, hparams = prepared_and_hparams(model, tokenizer, "block", 1, values_graph=True)
+    model.model.layers[2].mlp._hf_hook = object()
+    with pytest.raises(EditError, match=r"dispatched by accelerate.*model\.layers\.2\.mlp"):
+        optimise_values(ModelView(model), prepared, 1, "block", hparams)
+    model.model.embed_tokens.to("meta")
+    with pytest.raises(EditError, match="values_graph needs the whole model on one CUDA device; it is on cpu, meta"):
+        values_module._Descent(ModelView(model), prepared, [Site(1, "block")], hparams, 1, None, "raise", None)
+
+
+def test_a_graph_needs_a_rotary_embedding_that_does_not_look_at_lengths(monkeypatch):
+    model = make_model("llama")
+    monkeypatch.setattr(ModelView, "head", SimpleNamespace(device=torch.device("cuda")), raising=False)
+    view = ModelView.__new__(ModelView)
+    view.model, view.config = model, SimpleNamespace(rope_scaling={"type": "dynamic"})
+    assert "dynamic" in values_module.no_graph(view)
+    view.config = SimpleNamespace(rope_scaling=None)
+    assert values_module.no_graph(view) == ""
 
 
 def test_an_interrupt_leaves_the_model_as_it_was(demo_model, monkeypatch):
