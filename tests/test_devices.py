@@ -8,7 +8,9 @@ from places import DEVICES, Places, place, put, spread
 from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, collect_statistics
+from kedit_fast.editing.requests import parse_request
 from kedit_fast.editing.sums import add_by_owner_
+from kedit_fast.evaluation.metrics import evaluate_each, mean_nll
 from kedit_fast.models.architectures import ModelView
 
 REQUESTS = [
@@ -17,7 +19,7 @@ REQUESTS = [
     {"prompt": "{} is located in", "subject": "Ebro", "target_new": "Sweden"},
     {"prompt": "Because you saw {}", "subject": "Ebro", "target_new": "Spain"},
 ]
-NUMBERS = dict(v_num_grad_steps=6, v_lr=0.1, mom2_ridge=1e-3, mom2_update_weight=10.0, v_stop_loss=2.0,
+NUMBERS = dict(v_num_grad_steps=6, v_lr=0.1, mom2_ridge=1e-3, mom2_update_weight=10.0, v_stop_loss=5.9,
                on_predicted="allow", nullspace_rule="energy", nullspace_threshold=0.1)  # fmt: skip
 PREFIXES = ("The old tower. ", "Because I saw. ")
 
@@ -33,11 +35,20 @@ def edited(model, tokenizer, statistics, method: str, **numbers) -> list[torch.T
         own = {**NUMBERS, "layers": layers, "values_batch": 3, "check_every": 2, **numbers}
     editor = Editor(model, tokenizer, method, statistics=statistics, hparams=own, prefixes=PREFIXES)
     results = [editor.edit(REQUESTS), editor.edit(REQUESTS[:2])]
+    if method not in ("ultraedit", "memit-merge"):
+        assert len(set(results[0].steps)) > 1, "some should leave before others"
     for result in results:
         assert all(u.left.device.type == "cpu" for updates in result.updates.values() for u in updates)
     weights = [weight.clone() for weight in editor.modules.values()]
     editor.restore()
     return weights
+
+
+def on_two_devices(model, kind: str) -> None:
+    view = ModelView(model)
+    if kind == "gpt2":  # its head is the embedding unless it is told otherwise
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    spread(model, view.blocks, 2, (view.norm, model.get_output_embeddings()))
 
 
 @pytest.mark.parametrize("method", ("memit", "memit-merge", "pmet", "rome", "rect", "alphaedit", "ultraedit"))
@@ -46,10 +57,7 @@ def test_a_model_on_two_devices_is_edited_as_on_one(kind, method):
     tokenizer, model = make_tokenizer(), make_model(kind)
     statistics = collect_statistics(model, tokenizer, TEXT * 4, (1, 2), progress=False)
     expected = edited(model, tokenizer, statistics, method)
-    view = ModelView(model)
-    if kind == "gpt2":  # its head is the embedding unless it is told otherwise
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    spread(model, view.blocks, 2, (view.norm, model.get_output_embeddings()))
+    on_two_devices(model, kind)
     with Places() as places:
         view = ModelView(model)
         assert (view.device, view.head.device) == DEVICES
@@ -57,6 +65,32 @@ def test_a_model_on_two_devices_is_edited_as_on_one(kind, method):
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert not places.atomics, "a GPU would add these in any order"
+
+
+@pytest.mark.parametrize("kind", ("llama", "gpt2"))
+def test_a_model_on_two_devices_is_measured_patched_and_collected_from_as_on_one(kind):
+    tokenizer, model = make_tokenizer(), make_model(kind)
+    requests = [parse_request(request, "request") for request in REQUESTS]
+
+    def results():
+        statistics = collect_statistics(model, tokenizer, TEXT, (1, 2), progress=False)
+        numbers = {**NUMBERS, "layers": (1, 2), "context_template_length_params": ((3, 2),)}
+        editor = Editor(model, tokenizer, "memit", statistics=statistics, hparams=numbers)
+        editor.edit(REQUESTS)
+        patch = editor.patch()
+        editor.restore()
+        applied = patch.apply_(model)
+        found = [c.log_prob for s in evaluate_each(model, tokenizer, requests) for c in (s.new,)]
+        applied.revert_()
+        moments = [statistics.moment(layer).moment.cpu() for layer in (1, 2)]
+        return editor.prefixes, torch.tensor([*found, mean_nll(model, tokenizer, TEXT)]), moments
+
+    expected = results()
+    on_two_devices(model, kind)
+    with Places():
+        found = results()
+    assert found[0] == expected[0]
+    torch.testing.assert_close(found[1:], expected[1:], rtol=1e-3, atol=1e-4)
 
 
 def test_two_devices_do_not_meet_unseen():

@@ -28,11 +28,18 @@ def rect(update: LowRankUpdate, weight: torch.Tensor, keep: float = 0.4) -> Mask
     change = update.dense()
     change = change.div_(weight.to(change) + RECT_EPSILON).abs_()
     rank = max(1, int(change.numel() * (1 - keep)))
-    bound = change.flatten().kthvalue(rank).values
+    bound = _smallest(change.flatten(), rank)
     return MaskedUpdate.from_mask(update, change >= bound)
 
 
 @plain_torch()
+def _smallest(numbers: torch.Tensor, rank: int) -> torch.Tensor:
+    """The number of that rank, from 1 for the smallest."""
+    if numbers.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
+        return numbers.sort().values[rank - 1]  # torch refuses kthvalue there, for the index that comes with it
+    return numbers.kthvalue(rank).values
+
+
 def spectrum(update: LowRankUpdate) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The singular value decomposition U [out, r], s [r], V [in, r] of Delta, from the QR of its factors, fp64.
 
@@ -61,9 +68,10 @@ def compact(update: Update, tolerance: float = 0.0, rank: int | None = None) -> 
         v = vh.T
     else:
         u, s, v = spectrum(update.to(torch.float64))
-    left_out = s.square().flip(0).cumsum(0).flip(0).sqrt()  # |Delta - Delta'| when the directions from here on go
+    sizes = s.cpu()  # torch's sums of this kind on a GPU have no fixed order
+    left_out = sizes.square().flip(0).cumsum(0).flip(0).sqrt()  # |Delta - Delta'| when the directions from here on go
     rounding = torch.finfo(torch.float64).eps * max(len(update.left), len(update.right))
-    kept = int((left_out > max(tolerance, rounding) * s.norm()).sum())
+    kept = int((left_out > max(tolerance, rounding) * sizes.norm()).sum())
     kept = kept if rank is None else min(kept, rank)
     root = s[:kept].sqrt()
     return LowRankUpdate((u[:, :kept] * root).to(update.left.dtype), (v[:, :kept] * root).to(update.left.dtype))
