@@ -72,6 +72,17 @@ def test_prefixes_are_seeded_free_of_special_tokens_and_counted(kind):
     assert first != generate_prefixes(view, tokenizer, ((3, 10), (6, 5)), seed=2)
 
 
+@pytest.mark.parametrize("count", (1, 5, 7, 10))
+def test_prefixes_of_any_count_grow_from_the_five_published_starts(count):
+    found = generate_prefixes(ModelView(make_model("llama")), make_tokenizer(), ((4, count),), seed=3)
+    starts = ("The", "Therefore", "Because", "I", "You")
+    assert len(found) == count
+    for i, prefix in enumerate(found):
+        assert prefix.startswith(starts[i % 5])
+    greedy = generate_prefixes(ModelView(make_model("llama")), make_tokenizer(), ((4, 20),), seed=3, top_k=1)
+    assert len(set(greedy)) == 5  # nothing but the start tells them apart
+
+
 def test_greedy_prefixes_are_what_the_model_says_without_a_cache():
     """With top_k = 1 a prefix is the argmax continuation (a sliced attention mask would change it)."""
     tokenizer, model = make_tokenizer(), make_model("llama")

@@ -16,7 +16,7 @@ from kedit_fast.models.forward import evaluating, last_hidden, pad
 from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
-_STARTS = ("The", "Therefore", "Because", "I", "You")  # what prefixes are grown from, as in the memit repository
+_STARTS = ("The", "Therefore", "Because", "I", "You")  # what prefixes are grown from, as published
 KL_PROMPT = "{} is a"
 SHOWN = 10  # problems in one message
 PromptFormat = Callable[[str], str]  # from a prompt, which may hold {}, to the text that the model reads
@@ -251,7 +251,7 @@ def generate_prefixes(
     """Context prefixes the model itself writes, each ending in ". ": `count` of them for each (tokens, count).
 
     `tokens` counts the start, as the published max_out_len does. Sampled from the `top_k` most probable tokens with a
-    generator of `seed`; special tokens are never drawn, so none is in a prefix. Several starts take turns.
+    generator of `seed`; special tokens are never drawn, so none is in a prefix. The five published starts take turns.
 
     Raises:
         EditError: the model's output is not finite.
@@ -262,7 +262,7 @@ def generate_prefixes(
     special = torch.tensor(sorted(special_tokens(tokenizer)), dtype=torch.int64)
     prefixes: list[str] = []
     for tokens, count in lengths:
-        starts = [_STARTS[i % len(_STARTS)] if count <= len(_STARTS) else _STARTS[0] for i in range(count)]
+        starts = [_STARTS[i % len(_STARTS)] for i in range(count)]
         rows = [open_ended(tokenizer, tokenizer(start)["input_ids"], 1) for start in starts]
         begins = [len(row) for row in rows]
         with evaluating(view), torch.no_grad():
