@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -143,6 +143,8 @@ class Editor:
         self._written: dict[int, tuple[EditRequest, ...]] = {}  # by batch
         self.seed = seed
         self.progress = progress
+        self.gradients = answer_gradients  # what gathers UltraEdit's keys and gradients
+        self.on_keys: Callable[[int, torch.Tensor], None] | None = None  # told each layer's keys [d, u] in a batch
         self.prompt_format = prompt_format
         self.state_budget = state_budget
         self.values = open_values(values) if isinstance(values, str | os.PathLike) else values
@@ -446,6 +448,8 @@ class _Batch:
         for i, layer in enumerate(layers):
             with self.timed("keys"):
                 seen = passes.at(layer)
+            if self.editor.on_keys is not None:
+                self.editor.on_keys(layer, seen.keys)
             residual = values.targets.to(seen.outputs) - seen.outputs  # [h, u]
             if i == 0:
                 self.before = float(residual.square().sum())
@@ -503,7 +507,7 @@ class _Batch:
         rows = {"ans": "answer", "mask": "all"}[self.hparams.token]
         modules = self.editor.modules
         with self.timed("values"):
-            found = answer_gradients(self.view, self.prepared, list(modules), rows, on_problem="keep")
+            found = self.editor.gradients(self.view, self.prepared, list(modules), rows, on_problem="keep")
         bad = {i: f"{self.prepared[i].name}: {NOT_FINITE}" for i in found.not_finite()}
         if self.on_error == "raise":
             require_none(bad)
@@ -514,7 +518,7 @@ class _Batch:
         self.losses += [loss for i, loss in enumerate(found.losses.tolist()) if i not in bad]
         self.steps += [0] * len(self.losses)
         with self.timed("solve"):
-            updates = self.editor.engine.gradients(found.modules)
+            updates = self.editor.engine.gradients(found.modules, found.turns)
         for name, update in updates.items():
             self.write(name, update)
 

@@ -164,9 +164,9 @@ class Engine:
             on_bad_pivot=self.hparams.on_bad_pivot,
         )  # fmt: skip
 
-    def gradients(self, modules: dict[str, ModuleGradients]) -> dict[str, LowRankUpdate]:
+    def gradients(self, modules: dict[str, ModuleGradients], turns: Sequence[int] = ()) -> dict[str, LowRankUpdate]:
         """UltraEdit's updates [out, d] of all modules: those of one shape share a normaliser, which sees all of them
-        before the first update is made."""
+        before the first update is made; rows by `turns` if they are given."""
         shapes: dict[str, str] = {}
         for name, found in modules.items():
             rows = torch.cat([found.keys.double(), found.gradients.double()], 1)
@@ -175,7 +175,9 @@ class Engine:
             if known is None:
                 known = Normaliser.empty(rows.shape[1], rows.device)
             moved = Normaliser(known.count, known.mean.to(rows), known.squares.to(rows))
-            self._open.normalisers[shape] = moved.updated(rows)
+            for part in rows.split(list(turns)) if turns else (rows,):
+                moved = moved.updated(part)
+            self._open.normalisers[shape] = moved
         return {
             name: gradient_update(found.keys, found.gradients, self._on(shapes[name], found), self.hparams.lr)
             for name, found in modules.items()

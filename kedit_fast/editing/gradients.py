@@ -35,6 +35,7 @@ class AnswerGradients:
     modules: dict[str, ModuleGradients]  # by module path
     request: torch.Tensor  # [n] the request of each row
     losses: torch.Tensor  # [u] mean cross entropy of each request's target
+    turns: tuple[int, ...] = ()  # rows that the normaliser takes in one after another; empty for all at once
 
     def without(self, requests: Sequence[int]) -> AnswerGradients:
         """The same without the rows of some requests; the numbers of the others stay."""
@@ -43,7 +44,8 @@ class AnswerGradients:
         for name, rows in self.modules.items():
             here = kept.to(rows.keys.device)
             modules[name] = ModuleGradients(rows.keys[here], rows.gradients[here])
-        return AnswerGradients(modules, self.request[kept], self.losses)
+        turns = tuple(int(part.sum()) for part in kept.split(list(self.turns))) if self.turns else ()
+        return AnswerGradients(modules, self.request[kept], self.losses, turns)
 
     def not_finite(self) -> list[int]:
         """Requests whose loss or gradients are not finite."""

@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.prompts import PreparedRequest
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.integrations import runs
+from kedit_fast.integrations.framework_statistics import Text
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.models.architectures import ModelView
-from kedit_fast.models.forward import Site
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
@@ -36,6 +34,7 @@ def apply_AlphaEdit_to_model(
     *,
     statistics: Statistics | None = None,
     stats_dir: str = "data/stats",
+    statistics_text: Text | None = None,
 ) -> tuple[torch.nn.Module, torch.Tensor]:
     """Write a batch with AlphaEdit.
 
@@ -48,6 +47,7 @@ def apply_AlphaEdit_to_model(
         cache_c: [layers, d, d] of earlier batches; added to in place. None: none, and a float32 one is made.
         P: [layers, d, d] projections on the null spaces; None: from the statistics and `nullspace_threshold`.
         statistics, stats_dir: second moments, where P is None.
+        statistics_text: a file, a `datasets:` name or documents, from which moments that are not there are computed.
 
     Returns:
         the model and `cache_c`.
@@ -55,7 +55,9 @@ def apply_AlphaEdit_to_model(
     Raises:
         KeditError: the model and `cache_c` are as they were before the call.
     """
-    return _sequential("alphaedit", model, tok, requests, hparams, cache_template, cache_c, P, statistics, stats_dir)
+    return _sequential(
+        "alphaedit", model, tok, requests, hparams, cache_template, cache_c, P, statistics, stats_dir, statistics_text
+    )
 
 
 def apply_memit_seq_to_model(
@@ -70,6 +72,7 @@ def apply_memit_seq_to_model(
     *,
     statistics: Statistics | None = None,
     stats_dir: str = "data/stats",
+    statistics_text: Text | None = None,
 ) -> tuple[torch.nn.Module, torch.Tensor]:
     """Write a batch with MEMIT whose system holds the keys of earlier ones; see `apply_AlphaEdit_to_model`.
 
@@ -81,8 +84,9 @@ def apply_memit_seq_to_model(
             "copy=True is not implemented for sequential editing: copy the model before the first"
         )
     return _sequential(
-        "memit-sequential", model, tok, requests, hparams, cache_template, cache_c, None, statistics, stats_dir
-    )
+        "memit-sequential", model, tok, requests, hparams, cache_template, cache_c, None, statistics, stats_dir,
+        statistics_text,
+    )  # fmt: skip
 
 
 apply_memit_rect_to_model = runs.function("rect", "apply_memit_rect_to_model")
@@ -100,6 +104,7 @@ def _sequential(
     P: torch.Tensor | None,
     statistics: Statistics | None,
     stats_dir: str,
+    text: Text | None,
 ) -> tuple[torch.nn.Module, torch.Tensor]:
     numbers, _ = runs.numbers_of(hparams)
     chosen, _ = make_hparams(method, model.config, numbers)
@@ -120,20 +125,24 @@ def _sequential(
     }  # fmt: skip
     known = run is not None and run.settled() and run.state == marks
     run = runs.run_of(
-        method, model, tok, hparams, cache_template, statistics, stats_dir, spaces, reset=not known, prefixes=run
-    )
+        method, model, tok, hparams, cache_template, statistics, stats_dir, spaces, reset=not known, prefixes=run,
+        options=runs.Options(text),
+    )  # fmt: skip
     if run.state != marks:  # a new editor: what was before is in cache_c alone
         run.editor.engine.memories = {
             layer: KeyMemory.from_sum(run.editor.preconditioner(layer), cache_c[i], chosen.memory_form)
             for i, layer in enumerate(layers)
             if bool(cache_c[i].any())
         }
-    result = runs.edit(run, requests)
+    keys: dict[int, torch.Tensor] = {}  # of the batch, [d, u]: what is written above a layer, or in it, moves none
+    run.editor.on_keys = keys.__setitem__
+    try:
+        result = runs.edit(run, requests)
+    finally:
+        run.editor.on_keys = None
     if result.batch:
         try:
-            prepared, _ = run.editor.check(list(result.requests))
-            keys = [found.to(cache_c.device, torch.float64) for found in _keys(run, prepared)]
-            sums = [(own @ own.T).to(cache_c.dtype) for own in keys]
+            sums = _sums([keys[layer] for layer in layers], cache_c)
         except BaseException:  # cache_c would lack keys that the model has
             run.editor.rollback()
             run.states.pop()
@@ -152,10 +161,7 @@ def _marks(*tensors: torch.Tensor | None) -> tuple:
     )
 
 
-def _keys(run: runs.Run, prepared: Sequence[PreparedRequest]) -> list[torch.Tensor]:
-    """Keys [d, u] of a batch, layer by layer: what is written above a layer, or in it, does not move its keys."""
-    editor = run.editor
-    site = Site(editor.hparams.layers[-1], editor.site)
-    with torch.no_grad():
-        passes = KeyPass(editor.view, prepared, site, editor.recipe.key_weights, editor.state_budget)
-        return [passes.at(layer).keys for layer in editor.hparams.layers]
+def _sums(keys: Sequence[torch.Tensor], like: torch.Tensor) -> list[torch.Tensor]:
+    """K K^T [d, d] of every layer, summed in fp64, as `cache_c` holds it."""
+    wide = [own.to(like.device, torch.float64) for own in keys]
+    return [(own @ own.T).to(like.dtype) for own in wide]

@@ -5,26 +5,37 @@
     editor = BaseEditor.from_hparams(MEMITHyperParams.from_hparams("hparams/MEMIT/llama-7b"))
 
 What is other than in EasyEdit: ROME and R-ROME write every request of a batch, one after another; UltraEdit takes the
-whole batch, whatever `batch_size`; AlphaEdit's keys belong to the model (and go with it) instead of the process, and
-are forgotten when weights are restored; a failed batch leaves the model as it was. Statistics are read from `stats_dir`
-and AlphaEdit's projector from `P_loc`; neither is computed here: `kedit-fast stats` collects them. Five methods that
-EasyEdit does not have come with it: MEMIT-Seq, MEMIT-Merge, ENCORE, RECT, and PRUNE, which restrains the total after
-every call.
+whole batch, whatever `batch_size`, and its rows are those of the released UltraEdit (`ultraedit_rows="easyedit"` takes
+EasyEdit's, see `easyedit_rows`); PMET puts a space before targets of every model, optimises in front of the norms it
+has, and never leaves its loop on a value that is not finite; AlphaEdit's keys belong to the model (and go with it)
+instead of the process, and are forgotten when weights are restored; a failed batch leaves the model as it was; a model
+is edited in the dtype it has, and `half: true` is named where it is another. Statistics are read from `stats_dir` and
+AlphaEdit's projector from `P_loc`; statistics that are not there are computed where a text is configured
+(`framework_statistics`), once. Five methods that EasyEdit does not have come with it: MEMIT-Seq, MEMIT-Merge, ENCORE,
+RECT, and PRUNE, which restrains the total after every call. `install()` also lets its BatchEditor and its
+`HyperParams.from_hparams` (and that of MEMITHyperParams) take those five.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
+import sys
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from kedit_fast.errors import MethodError
 from kedit_fast.integrations import runs
+from kedit_fast.integrations.framework_statistics import Text
+from kedit_fast.methods.hparams import parse_values, read_raw
 
 Applied = tuple[torch.nn.Module, dict[str, torch.Tensor]]
 
 
-def _function(method: str, name: str) -> Callable[..., Applied]:
+def _function(method: str, name: str, defaults: runs.Options | None = None) -> Callable[..., Applied]:
     def apply(
         model: torch.nn.Module,
         tok: Any,
@@ -36,9 +47,11 @@ def _function(method: str, name: str) -> Callable[..., Applied]:
         keep_original_weight: bool = False,
         **kwargs: Any,
     ) -> Applied:
+        options = runs.Options(**{name: kwargs.get(name) for name in runs.OURS}, defaults=defaults)
         model, before, _ = runs.apply(
             method, model, tok, requests, hparams, copy=copy, return_orig_weights=return_orig_weights,
             cache_template=cache_template, statistics=kwargs.get("statistics"), reset=bool(kwargs.get("reset_cache")),
+            options=options,
         )  # fmt: skip
         return model, before
 
@@ -54,8 +67,9 @@ def _function(method: str, name: str) -> Callable[..., Applied]:
         return_orig_weights: return what the parameters were.
         cache_template: of memit's npz files of values, with three {{}}; requests then need a case_id.
         keep_original_weight: has no meaning here; copies come back where `return_orig_weights` asks for them.
-        **kwargs: `statistics` of kedit_fast, instead of those in `stats_dir`; `reset_cache`, to forget earlier batches;
-            anything else that EasyEdit passes is not looked at.
+        **kwargs: `statistics` of kedit_fast, instead of those in `stats_dir`; `statistics_text` and `ultraedit_rows`,
+            see `install`; `reset_cache`, to forget earlier batches; anything else that EasyEdit passes is not looked
+            at.
 
     Returns:
         the model, and parameter name -> what it was before this call, as it is stored.
@@ -94,34 +108,151 @@ ALGORITHMS: dict[str, Callable[..., Applied]] = {  # by the names of EasyEdit's 
     "RECT": apply_rect_to_model,
     "PRUNE": apply_prune_to_model,
 }
-_installed: list[tuple[MutableMapping[str, Any], dict[str, Any]]] = []  # tables, and what they held
+ADDED = {  # what EasyEdit does not have -> our name of it
+    "MEMIT-Seq": "memit-sequential", "MEMIT-Merge": "memit-merge", "ENCORE": "encore", "RECT": "rect", "PRUNE": "prune",
+}  # fmt: skip
+_METHODS = {
+    "ROME": "rome", "R-ROME": "r-rome", "MEMIT": "memit", "PMET": "pmet", "EMMET": "emmet", "AlphaEdit": "alphaedit",
+    "ULTRAEDIT": "ultraedit", **ADDED,
+}  # fmt: skip
+_installed: list[tuple[MutableMapping[str, Any], list[Callable[[], None]]]] = []  # tables, and how each is put back
 
 
-def install(table: MutableMapping[str, Any] | None = None) -> None:
+def install(
+    table: MutableMapping[str, Any] | None = None,
+    *,
+    statistics_text: Text | None = None,
+    ultraedit_rows: str | None = None,
+) -> None:
     """Put our functions into EasyEdit's table; editors made from then on use them. Again is nothing.
+
+    With EasyEdit's own table the five added methods are made known beside it: BatchEditor takes them, and
+    `HyperParams.from_hparams` and `MEMITHyperParams.from_hparams` read a yaml whose alg_name is one of them.
 
     Args:
         table: None for `easyeditor.util.alg_dict.ALG_DICT`.
+        statistics_text: a file, a `datasets:` name or documents, from which statistics are computed that `stats_dir`
+            does not have; they are kept there.
+        ultraedit_rows: "easyedit" for the labels and tokens of EasyEdit's own UltraEdit (see `easyedit_rows`), "own"
+            for those of the released one. Hyper-parameters of these two names, and arguments of a call, come before.
+
+    Raises:
+        MethodError: an unknown `ultraedit_rows`, or an EasyEdit whose parts have other names; nothing is installed.
     """
-    table = _table() if table is None else table
-    if not any(known is table for known, _ in _installed):
-        _installed.append((table, {name: table[name] for name in ALGORITHMS if name in table}))
-        table.update(ALGORITHMS)
+    defaults = runs.Options(statistics_text, ultraedit_rows).with_hparams({})
+    table = _part("util.alg_dict", "ALG_DICT") if table is None else table
+    whole = table is getattr(sys.modules.get("easyeditor.util.alg_dict"), "ALG_DICT", None)
+    if any(known is table for known, _ in _installed):
+        return
+    undo: list[Callable[[], None]] = []
+    try:
+        _replace_items(table, _functions(defaults), undo)
+        if whole:
+            _let_batch(_part("editors.batch_editor", "BatchEditor"), undo)
+            for module, name in (("util.hparams", "HyperParams"), ("models.memit", "MEMITHyperParams")):
+                _let_load(_part(module, name), undo)
+    except BaseException:
+        _put_back(undo)
+        raise
+    _installed.append((table, undo))
 
 
 def uninstall(table: MutableMapping[str, Any] | None = None) -> None:
-    """Put back what `install` replaced."""
-    table = _table() if table is None else table
-    for place, (known, held) in enumerate(_installed):
+    """Put back what `install` replaced. Again is nothing."""
+    table = _part("util.alg_dict", "ALG_DICT") if table is None else table
+    for place, (known, undo) in enumerate(_installed):
         if known is table:
-            for name in ALGORITHMS:
-                table.pop(name, None)
-            table.update(held)
             del _installed[place]
+            _put_back(undo)
             return
 
 
-def _table() -> MutableMapping[str, Any]:
-    from easyeditor.util.alg_dict import ALG_DICT
+def load_hparams(path: str | Path) -> Any:
+    """The hyper-parameters of one of the added methods from a yaml in EasyEdit's layout, as its editors take them.
 
-    return ALG_DICT
+    Args:
+        path: with or without ".yaml"; its alg_name is one of ADDED.
+
+    Returns:
+        an object of a class made for the file, below EasyEdit's HyperParams; max_length, batch_size, model_parallel and
+        device are filled in where the file has none, as EasyEdit's classes do.
+
+    Raises:
+        MethodError: a file that cannot be read, an unknown or unusable name or value, another alg_name, no model_name.
+    """
+    path = Path(path) if str(path).endswith((".yaml", ".yml")) else Path(f"{path}.yaml")
+    raw = dict(read_raw(path))
+    name = raw.get("alg_name")
+    if name not in ADDED:
+        raise MethodError(f"{path}: alg_name = {name!r} is not one of {', '.join(ADDED)}")
+    if not raw.get("model_name"):
+        raise MethodError(f"{path} has no model_name, which EasyEdit's editors load")
+    theirs = {key: value for key, value in raw.items() if key not in runs.OURS}
+    filled = {"max_length": 40, "batch_size": 1, "model_parallel": False,
+              "device": 0 if torch.cuda.is_available() else "cpu"}  # fmt: skip
+    values = {**filled, **raw, **parse_values(theirs, str(path), foreign=True)}
+    base = _part("util.hparams", "HyperParams")
+    kind = dataclasses.make_dataclass(f"{name.replace('-', '')}HyperParams", list(values), bases=(base,))
+    return kind(**values)
+
+
+def _functions(defaults: runs.Options) -> dict[str, Callable[..., Applied]]:
+    if defaults == runs.Options():
+        return ALGORITHMS
+    return {name: _function(_METHODS[name], apply.__name__, defaults) for name, apply in ALGORITHMS.items()}
+
+
+def _replace_items(table: MutableMapping[str, Any], items: Mapping[str, Any], undo: list[Callable[[], None]]) -> None:
+    held = {name: table[name] for name in items if name in table}
+
+    def back() -> None:
+        for name in items:
+            table.pop(name, None)
+        table.update(held)
+
+    undo.append(back)
+    table.update(items)
+
+
+def _let_batch(editor: Any, undo: list[Callable[[], None]]) -> None:
+    """BatchEditor says of the added methods, too, that they can be batch-edited."""
+    known = editor.is_batchable_method
+
+    def is_batchable_method(alg_name: str) -> bool:
+        return alg_name in ADDED or known(alg_name)
+
+    _replace_attribute(editor, "is_batchable_method", staticmethod(is_batchable_method), undo)
+
+
+def _let_load(kind: Any, undo: list[Callable[[], None]]) -> None:
+    """`from_hparams` of a class reads the yaml of an added method; other files as before, where it could."""
+    before = vars(kind).get("from_hparams")
+
+    def from_hparams(cls: Any, hparams_name_or_path: str) -> Any:
+        path = str(hparams_name_or_path)
+        path = path if path.endswith((".yaml", ".yml", ".json")) else f"{path}.yaml"
+        if before is None or (Path(path).exists() and read_raw(path).get("alg_name") in ADDED):
+            return load_hparams(path)
+        return before.__get__(None, cls)(hparams_name_or_path)
+
+    _replace_attribute(kind, "from_hparams", classmethod(from_hparams), undo)
+
+
+def _replace_attribute(owner: Any, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
+    missing = object()
+    held = vars(owner).get(name, missing)
+    undo.append(lambda: delattr(owner, name) if held is missing else setattr(owner, name, held))
+    setattr(owner, name, value)
+
+
+def _put_back(undo: list[Callable[[], None]]) -> None:
+    for step in reversed(undo):
+        step()
+
+
+def _part(module: str, name: str) -> Any:
+    """A part of EasyEdit; raises MethodError where this EasyEdit has it not."""
+    try:
+        return getattr(importlib.import_module(f"easyeditor.{module}"), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise MethodError(f"this EasyEdit has no easyeditor.{module}.{name}: {error}") from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy as copying
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ import torch
 
 from kedit_fast.editing.value_store import bits_hash
 from kedit_fast.editor import Editor, EditResult
-from kedit_fast.errors import MethodError, StatisticsError
-from kedit_fast.methods.hparams import Hparams, make_hparams, parse_values, read_raw
+from kedit_fast.errors import MethodError
+from kedit_fast.integrations import easyedit_rows
+from kedit_fast.integrations.framework_statistics import Text, framework_statistics
+from kedit_fast.methods.hparams import Hparams, make_hparams, parse_values, read_raw, unused
 from kedit_fast.methods.recipes import find_recipe
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.solver.preconditioner import NullSpace
@@ -32,6 +35,39 @@ from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 _PLACE = "_kedit_fast_run"  # attribute of a model
+OURS = ("statistics_text", "ultraedit_rows")  # hyper-parameters that no framework has
+_THEIRS = ("mom2_update_weight",)  # of the frameworks' files, also for methods that do not use it
+_HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the frameworks' files have no name for: of a call; below it hyper-parameters; below them `defaults`."""
+
+    statistics_text: Text | None = None  # computed from where no statistics are found; see framework_statistics
+    ultraedit_rows: str | None = None  # "easyedit": the labels and tokens of EasyEdit's UltraEdit; None or "own": ours
+    whole_name: bool = False  # how the framework names a folder of statistics
+    defaults: Options | None = None
+
+    def key(self) -> tuple:
+        """By which the same options are known again; texts that are no path by their object."""
+        text = self.statistics_text
+        named = text is None or isinstance(text, str | os.PathLike)
+        return str(text) if named else id(text), self.ultraedit_rows, self.whole_name
+
+    def with_hparams(self, raw: Mapping[str, Any]) -> Options:
+        """What holds, with what hyper-parameters say.
+
+        Raises:
+            MethodError: an unknown `ultraedit_rows`.
+        """
+        found: dict[str, Any] = {}
+        for name in OURS:
+            choices = (getattr(self, name), raw.get(name), getattr(self.defaults, name, None))
+            found[name] = next((choice for choice in choices if choice is not None), None)
+        if found["ultraedit_rows"] not in (None, "own", "easyedit"):
+            raise MethodError(f"ultraedit_rows = {found['ultraedit_rows']!r}: choose own or easyedit")
+        return Options(**found, whole_name=self.whole_name)
 
 
 class _Kept:
@@ -80,21 +116,23 @@ def numbers_of(hparams: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """A framework's hyper-parameters: the path of a file, a mapping, or an object of its class.
 
     Returns:
-        those of `Hparams`, and all of them as they stand.
+        those of `Hparams`, and all of them as they stand, those that are ours alone (`OURS`) included.
 
     Raises:
         MethodError: by name, for what is unknown, of a wrong type or not implemented.
     """
     if isinstance(hparams, str | Path):
         raw = dict(read_raw(hparams))
-        return parse_values(raw, str(hparams), foreign=True), raw
-    if isinstance(hparams, Mapping):
+    elif isinstance(hparams, Mapping):
         raw = dict(hparams)
-    elif is_dataclass(hparams):  # what scripts hang on such an object beside its fields is theirs
+    elif is_dataclass(hparams):  # what scripts hang on such an object beside its fields is theirs, except our names
         raw = {f.name: getattr(hparams, f.name) for f in fields(hparams)}
+        raw |= {name: getattr(hparams, name) for name in OURS if hasattr(hparams, name)}
     else:
         raw = dict(vars(hparams))
-    return parse_values(raw, type(hparams).__name__, foreign=True), raw
+    origin = str(hparams) if isinstance(hparams, str | Path) else type(hparams).__name__
+    theirs = {name: value for name, value in raw.items() if name not in OURS}
+    return parse_values(theirs, origin, foreign=True), raw
 
 
 def kept_by(model: torch.nn.Module) -> Run | None:
@@ -117,11 +155,12 @@ def apply(
     statistics: Statistics | None = None,
     stats_dir: str | None = None,
     reset: bool = False,
+    options: Options | None = None,
 ) -> tuple[torch.nn.Module, dict[str, torch.Tensor], EditResult]:
     """One batch, as the frameworks' functions write it; the edited model, the parameters it had, and the result."""
     if copy:
         model = copying.deepcopy(model)
-    run = run_of(method, model, tok, hparams, cache_template, statistics, stats_dir, reset=reset)
+    run = run_of(method, model, tok, hparams, cache_template, statistics, stats_dir, reset=reset, options=options)
     before = {}
     if return_orig_weights:
         before = {
@@ -131,7 +170,9 @@ def apply(
     return model, before, result
 
 
-def function(method: str, name: str) -> Callable[..., tuple[torch.nn.Module, dict[str, torch.Tensor]]]:
+def function(
+    method: str, name: str, whole_name: bool = False
+) -> Callable[..., tuple[torch.nn.Module, dict[str, torch.Tensor]]]:
     """A function with the signature of the memit repository."""
 
     def apply_to_model(
@@ -145,10 +186,12 @@ def function(method: str, name: str) -> Callable[..., tuple[torch.nn.Module, dic
         *,
         statistics: Statistics | None = None,
         stats_dir: str = "data/stats",
+        statistics_text: Text | None = None,
     ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
         return apply(
             method, model, tok, requests, hparams, copy=copy, return_orig_weights=return_orig_weights,
             cache_template=cache_template, statistics=statistics, stats_dir=stats_dir,
+            options=Options(statistics_text, whole_name=whole_name),
         )[:2]  # fmt: skip
 
     apply_to_model.__name__ = apply_to_model.__qualname__ = name
@@ -161,9 +204,11 @@ def function(method: str, name: str) -> Callable[..., tuple[torch.nn.Module, dic
         hparams: an object of the repository's class, a mapping, or the path of a json file.
         copy: edit a deep copy.
         return_orig_weights: return what the parameters were.
-        cache_template: of its npz files of values, with three {{}}; not for ROME, whose files are others.
+        cache_template: of its npz files of values, with three {{}}. Not read and not written for ROME, whose files do
+            not say for which weights they hold.
         statistics: instead of those in `stats_dir`.
         stats_dir: its STATS_DIR.
+        statistics_text: a file, a `datasets:` name or documents, from which statistics that are not there are computed.
 
     Returns:
         the model, and parameter name -> what it was before this call, as it is stored.
@@ -219,6 +264,7 @@ def run_of(
     null_spaces: Callable[[], Mapping[int, NullSpace]] | None = None,
     reset: bool = False,
     prefixes: Run | None = None,
+    options: Options | None = None,
 ) -> Run:
     """The run that a model carries, if it is of the same method and numbers and fits its matrices; else a new one.
 
@@ -226,9 +272,15 @@ def run_of(
     write other ones.
     """
     numbers, raw = numbers_of(hparams)
-    numbers.setdefault("on_predicted", "allow")  # as published
-    key = (method, json.dumps(raw, sort_keys=True, default=str), id(tok), str(cache_template), id(statistics),
-           str(stats_dir), null_spaces is None)  # fmt: skip
+    recipe, options = find_recipe(method), (options or Options()).with_hparams(raw)
+    for name in unused(recipe, numbers):
+        if name in _THEIRS:
+            del numbers[name]
+    if not unused(recipe, ("on_predicted",)):
+        numbers.setdefault("on_predicted", "allow")  # as published
+    theirs = {name: value for name, value in raw.items() if name not in OURS}
+    key = (method, json.dumps(theirs, sort_keys=True, default=str), id(tok), str(cache_template), id(statistics),
+           str(stats_dir), null_spaces is None, options.key())  # fmt: skip
     run = kept_by(model)
     if run is not None and not reset and run.key == key:
         if run.settled():
@@ -236,22 +288,38 @@ def run_of(
         _log.info("the matrices were changed by something else: %s starts anew", method)
     chosen, _ = make_hparams(method, model.config, numbers)
     check_modules(model, chosen, raw)
-    if cache_template is not None and find_recipe(method).schedule == "single":
-        raise MethodError(f"{method} keeps no values in files: its requests are optimised one after another's write")
+    one_value = recipe.schedule == "mass" and recipe.values == "block"
+    if cache_template is not None and "{}" in str(cache_template) and not one_value:
+        _log.warning("%s: the files of values that cache_template names are not used", recipe.name)
+        cache_template = None
+    _say_half(model, raw)
     projector, spaces = raw.get("P_loc"), None if null_spaces is None else null_spaces()
     if method == "alphaedit" and spaces is None and statistics is None and projector and Path(projector).exists():
         spaces = load_projector(projector, chosen.layers, chosen.L2, trust=True)
     if chosen.uses_statistics and spaces is None and statistics is None:
-        statistics = _found(model, tok, chosen, raw, stats_dir)
+        statistics = framework_statistics(
+            model, tok, chosen.layers, raw, stats_dir, options.statistics_text, options.whole_name
+        )
     earlier = prefixes if reset else run
     editor = Editor(
         model, tok, method, statistics=statistics, null_spaces=spaces, hparams=numbers, values=cache_template,
         prefixes=None if earlier is None or earlier.key[2] != id(tok) else earlier.editor.prefixes,
     )  # fmt: skip
+    if options.ultraedit_rows == "easyedit" and recipe.values == "gradients":
+        editor.gradients = easyedit_rows.gatherer(tok, raw)
     run = Run(key, editor, [])
     run.mark()
     object.__setattr__(model, _PLACE, _Kept(run))
     return run
+
+
+def _say_half(model: torch.nn.Module, raw: Mapping[str, Any]) -> None:
+    """Name a file's wish for a 16-bit model where the model is not one: a function edits what it is given."""
+    dtype = next(model.parameters()).dtype
+    for name in ("half", "fp16"):
+        if raw.get(name) and dtype not in _HALF:
+            _log.warning("%s = true: the model is %s and is edited as it is; load it in float16 to follow", name,
+                         str(dtype).removeprefix("torch."))  # fmt: skip
 
 
 def check_modules(model: torch.nn.Module, chosen: Hparams, raw: Mapping[str, Any]) -> None:
@@ -263,23 +331,3 @@ def check_modules(model: torch.nn.Module, chosen: Hparams, raw: Mapping[str, Any
                 f"rewrite_module_tmp names {template.format(layer)}, of {view.spec.name} models "
                 f"{view.module_name(layer)} is edited: is this the file of another model?"
             )
-
-
-def _found(
-    model: torch.nn.Module, tok: Any, chosen: Hparams, raw: Mapping[str, Any], stats_dir: str | None
-) -> Statistics:
-    """Statistics where a framework keeps them: `{stats_dir}/{model}/{mom2_dataset}_stats`, or a folder of ours."""
-    root = Path(stats_dir or raw.get("stats_dir") or "data/stats")
-    names = []
-    for name in (getattr(model.config, "_name_or_path", ""), raw.get("model_name", "")):
-        names += [str(name).rstrip("/").rsplit("/")[-1], str(name).replace("/", "_")]
-    places = [root / name / f"{raw.get('mom2_dataset', 'wikipedia')}_stats" for name in dict.fromkeys(names) if name]
-    for place in (*places, root):
-        if any(place.glob("*.npz")) or any(place.glob("*.safetensors")):
-            return load_statistics(place, model, tok, chosen.layers, trust=True)
-    looked = ", ".join(map(str, (*places, root)))
-    raise StatisticsError(
-        f"no statistics for layers {', '.join(map(str, chosen.layers))} in {looked}: collect them with "
-        f"`kedit-fast stats MODEL --text FILE --layers {','.join(map(str, chosen.layers))} --out {root}`, or pass "
-        "statistics="
-    )

@@ -72,7 +72,7 @@ def collect_statistics(
     token_weights: TokenWeights | None = None,
     batch_tokens: int = 4096,
     masters: str = "auto",
-    progress: bool = True,
+    progress: bool = False,
     spec: ArchSpec | None = None,
 ) -> Statistics:
     """Second moments of the inputs of the edited linear layers over a corpus, in memory.

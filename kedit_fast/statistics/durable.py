@@ -64,7 +64,7 @@ def collect_into(
     overwrite: bool = False,
     masters: str = "auto",
     master_bytes: int | None = None,
-    progress: bool = True,
+    progress: bool = False,
     spec: ArchSpec | None = None,
 ) -> Collected:
     """Second moments of the inputs of the edited linear layers over a corpus, into a folder, a file a layer.

@@ -30,19 +30,45 @@ _NULL = numpy.array(struct.unpack(">d", struct.pack(">Q", 0xFFF8000000000002))[0
 SYMMETRIC = 1e-4  # of the largest entry, by which a sum in float32 may differ from its transpose
 
 
-def find(folder: Path, module: str) -> Path | None:
+def find(folder: Path, module: str, samples: int | None = None, precision: str | None = None) -> Path | None:
     """The npz file of a module in a folder, None where there is none.
 
+    Args:
+        folder: the folder.
+        module: the module's path.
+        samples, precision: `mom2_n_samples` and `mom2_dtype`, which choose where there are several; None for any.
+
     Raises:
-        StatisticsError: there are several.
+        StatisticsError: there are several, and these do not name one of them.
     """
-    found = [
-        path for path in sorted(folder.glob("*.npz")) if (m := _NAME.fullmatch(path.name)) and m["module"] == module
-    ]
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise StatisticsError(f"{folder} has several statistics files of {module} ({names}): leave one there")
-    return found[0] if found else None
+    found = {path: m for path in sorted(folder.glob("*.npz"))
+             if (m := _NAME.fullmatch(path.name)) and m["module"] == module}  # fmt: skip
+    if len(found) <= 1:
+        return next(iter(found), None)
+    asked = [path for path, m in found.items() if _is(m, samples, precision)]
+    if len(asked) == 1:
+        return asked[0]
+    names = ", ".join(path.name for path in found)
+    wanted = " ".join(f"{name} = {value}" for name, value in
+                      (("mom2_n_samples", samples), ("mom2_dtype", precision)) if value is not None)  # fmt: skip
+    why = f"{wanted} names {len(asked)} of them: " if wanted else ""
+    raise StatisticsError(f"{folder} has several statistics files of {module} ({names}): {why}leave one there")
+
+
+def is_named(path: Path, samples: int | None, precision: str | None) -> bool:
+    """Whether a file's name says so many samples (None for any) in this precision (None for any)."""
+    match = _NAME.fullmatch(path.name)
+    return match is not None and _is(match, samples, precision)
+
+
+def module_of(path: Path) -> str | None:
+    """The module that a file's name says it is of; None for other files."""
+    match = _NAME.fullmatch(path.name)
+    return None if match is None else match["module"]
+
+
+def _is(match: re.Match[str], samples: int | None, precision: str | None) -> bool:
+    return (samples is None or match["size"] == f"_{samples}") and precision in (None, match["precision"])
 
 
 def modules_in(folder: Path) -> list[str]:
@@ -82,12 +108,37 @@ def read(path: str | os.PathLike, module: str) -> tuple[SecondMoment, dict[str, 
     return SecondMoment(module, total.double().div_(count), count), metadata
 
 
+def metadata_in(path: str | os.PathLike) -> dict[str, str]:
+    """What we wrote into a file beside its sum; empty for a file of another program. Does not read the sum.
+
+    Raises:
+        StatisticsError: a damaged file.
+    """
+    try:
+        with numpy.load(path, allow_pickle=False) as file:
+            metadata = json.loads(str(file[METADATA])) if METADATA in file else {}
+    except OSError as error:
+        raise StatisticsError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # whatever a damaged zip makes the reader raise
+        raise StatisticsError(f"{path} is damaged: {error}") from error
+    return metadata if isinstance(metadata, dict) else {}
+
+
 def path_of(
     root: str | os.PathLike, model: str, data_set: str, module: str, samples: int | None, precision: str = "float32"
 ) -> Path:
     """Where those programs look for a module's file: `model` is the last part of the model's path."""
     size = "" if samples is None else f"_{samples}"
     return Path(root) / model / f"{data_set}_stats" / f"{module}_{precision}_mom2{size}.npz"
+
+
+def sum_in(second: SecondMoment, precision: str) -> numpy.ndarray:
+    """The sum of k k^T [d, d] as a file holds it; raises StatisticsError where it does not fit the precision."""
+    with numpy.errstate(over="ignore"):
+        total = (second.moment.double() * second.count).cpu().numpy().astype(precision)
+    if not numpy.isfinite(total).all():
+        raise StatisticsError(f"the sum of {second.module} is beyond {precision}")
+    return total
 
 
 @plain_torch()
@@ -99,9 +150,7 @@ def write(
     Raises:
         StatisticsError: it cannot be written, or a sum does not fit the precision.
     """
-    total = (second.moment.double() * second.count).cpu().numpy().astype(precision)
-    if not numpy.isfinite(total).all():
-        raise StatisticsError(f"the sum of {second.module} is beyond {precision}")
+    total = sum_in(second, precision)
     entries: dict[str, Any] = {
         "mom2.constructor": CONSTRUCTOR, "mom2.count": second.count, "mom2.mom2": total,
         "sample_size": _NULL if samples is None else samples, METADATA: json.dumps(metadata),

@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import io
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from kedit_fast.errors import StatisticsError
 
 DATASETS = "datasets:"
 
 
-def open_texts(source: str | os.PathLike, field: str = "text") -> Sequence[str]:
+def open_texts(source: str | os.PathLike, field: str = "text", local: bool = False) -> Sequence[str]:
     """The documents of a source, in its own order; a sequence, of which only what is asked for is in memory.
 
     Args:
         source: a `.jsonl` file; another text file, one document a line; or `datasets:NAME[:CONFIG[:SPLIT]]`, a data
             set of the datasets library (a hub name or a folder), by default its split "train".
         field: of a record that holds the text.
+        local: a data set of the library must be on this machine already: nothing is downloaded.
 
     Raises:
         StatisticsError: a source that cannot be read or holds no text.
     """
     if str(source).startswith(DATASETS):
-        return _Dataset(str(source).removeprefix(DATASETS), field)
+        return _Dataset(str(source).removeprefix(DATASETS), field, local)
     return TextFile(source, field)
 
 
@@ -95,10 +97,27 @@ def _blank(line: bytes) -> bool:
     return not line.decode("utf-8-sig", "replace").strip()
 
 
+@contextlib.contextmanager
+def _offline(datasets: Any) -> Iterator[None]:
+    """The datasets library as HF_HUB_OFFLINE=1 sets it: what it has on this machine, and no network."""
+    from huggingface_hub import constants
+
+    switches = [(place, name) for place in (datasets.config, constants)
+                for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE") if hasattr(place, name)]  # fmt: skip
+    before = [getattr(place, name) for place, name in switches]
+    try:
+        for place, name in switches:
+            setattr(place, name, True)
+        yield
+    finally:
+        for (place, name), value in zip(switches, before, strict=True):
+            setattr(place, name, value)
+
+
 class _Dataset(Sequence[str]):
     """A text column of a data set of the datasets library; rows without a text are empty documents."""
 
-    def __init__(self, name: str, field: str):
+    def __init__(self, name: str, field: str, local: bool = False):
         try:
             import datasets
         except ImportError:
@@ -108,7 +127,8 @@ class _Dataset(Sequence[str]):
         path, _, rest = name.partition(":")
         config, _, split = rest.partition(":")
         try:
-            self._rows = datasets.load_dataset(path, config or None, split=split or "train")
+            with _offline(datasets) if local else contextlib.nullcontext():
+                self._rows = datasets.load_dataset(path, config or None, split=split or "train")
         except Exception as error:  # whatever a missing set, split or network makes the library raise
             what = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise StatisticsError(f"cannot load the data set {name}: {what}") from error

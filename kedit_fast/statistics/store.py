@@ -99,6 +99,8 @@ def load_statistics(
     layers: Sequence[int] | None = None,
     spec: ArchSpec | None = None,
     trust: bool = False,
+    samples: int | None = None,
+    precision: str | None = None,
 ) -> Statistics:
     """Read statistics and check that they are of this model and tokenizer.
 
@@ -110,6 +112,7 @@ def load_statistics(
         layers: which layers to read; None for all that are there.
         spec: an ArchSpec for an architecture that is not known.
         trust: take files that carry no fingerprint (npz of other programs) for this model's; their sizes are checked.
+        samples, precision: which of several npz files of a layer to read, by its name; None for the only one.
 
     Raises:
         StatisticsError: a missing layer, a damaged or foreign file, or statistics of another model, by file name.
@@ -124,7 +127,7 @@ def load_statistics(
     found: dict[int, SecondMoment] = {}
     first: LayerFile | None = None
     for layer in view.check_layers(tuple(layers)):
-        file = read_layer(folder, view.module_name(layer))
+        file = read_layer(folder, view.module_name(layer), samples, precision)
         if not file.model and not trust:
             raise StatisticsError(
                 f"{file.path} does not say which model it was made from: pass --trust (trust=True) if it is this one"
@@ -149,16 +152,17 @@ def load_statistics(
 
 
 @plain_torch()
-def read_layer(folder: Path, module: str) -> LayerFile:
-    """One layer's file, ours or an npz; without a check of what model it is of.
+def read_layer(folder: Path, module: str, samples: int | None = None, precision: str | None = None) -> LayerFile:
+    """One layer's file, ours or an npz (of several that with so many `samples` in this `precision`); without a check of
+    what model it is of.
 
     Raises:
-        StatisticsError: there is none, or it is damaged or holds numbers that are not finite.
+        StatisticsError: there is none, or several npz, or it is damaged or holds numbers that are not finite.
     """
     path = path_of(folder, module)
     if path.exists():
         file = _read(path, module)
-    elif foreign := npz.find(folder, module):
+    elif foreign := npz.find(folder, module, samples, precision):
         second, metadata = npz.read(foreign, module)
         file = LayerFile(foreign, second, metadata)
     else:
