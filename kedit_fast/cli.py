@@ -161,6 +161,7 @@ def edit(
         check_file(patch)
     records = load_requests(requests)
     overrides = _overrides(hparams, set_, layers)
+    _name_unfollowed(hparams, dtype, None if batch_size else len(records))
     config = load_config(model)
     chosen, origin = make_hparams(method, config, overrides)
     check_range(chosen.layers, config)
@@ -230,6 +231,7 @@ def plan(
     from kedit_fast.planning import plan as estimate
 
     overrides = _overrides(hparams, set_, layers)
+    _name_unfollowed(hparams, dtype)
     config = load_config(model)
     chosen, _ = make_hparams(method, config, overrides)
     check_range(chosen.layers, config)
@@ -295,6 +297,7 @@ def suggest(
         check_file(out)
     records = load_requests(requests)[:edits]
     overrides = _overrides(hparams, set_, None)
+    _name_unfollowed(hparams, dtype)
     tried = None if layers is None else parsed_layers(layers)
     documents = [] if text is None else open_texts(text, field)
     check_range(tried or (), load_config(model))
@@ -410,6 +413,28 @@ def _overrides(hparams: Path | None, set_: list[str] | None, layers: str | None)
     if layers is not None:
         found["layers"] = parsed_layers(layers)
     return found
+
+
+def _name_unfollowed(hparams: Path | None, dtype: Dtype, one_batch: int | None = None) -> None:
+    """Say which settings of a framework's file, about loading and batches, are options of the command line here.
+
+    Args:
+        hparams: the file.
+        dtype: what --dtype says.
+        one_batch: requests that are about to be written as one batch.
+    """
+    from kedit_fast.methods.hparams import read_raw
+
+    raw = read_raw(hparams) if hparams is not None else {}
+    said = [f"{name}: true, and the model keeps the dtype of its files (--dtype float16 follows it)"
+            for name in ("half", "fp16") if raw.get(name) is True and dtype is Dtype.auto]  # fmt: skip
+    if raw.get("model_parallel") is True:
+        said.append("model_parallel: true, and the model is loaded on one device")
+    size = raw.get("batch_size")
+    if one_batch is not None and isinstance(size, int) and 1 < size < one_batch:
+        said.append(f"batch_size: {size}, and all {one_batch} requests are one batch (--batch-size {size} follows it)")
+    for what in said:
+        notices.print(f"kedit-fast: {hparams} says {what}", markup=False)
 
 
 def _size(count: int) -> str:

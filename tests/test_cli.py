@@ -150,6 +150,30 @@ def test_edit_in_batches_with_hparams_of_a_framework(place, tmp_path):
     assert "efficacy" in done.stdout and "Saved to" in done.stdout
 
 
+def test_what_a_frameworks_file_says_of_loading_and_batches_is_named_where_it_is_not_followed(place, tmp_path):
+    """EasyEdit's editor loads in half, spreads, and writes batches; here those are options of the command line."""
+    values = "layers: [1]\nv_lr: 1e-1\nmom2_update_weight: 5\nhalf: true\nmodel_parallel: true\nbatch_size: 2\n"
+    (tmp_path / "h.yaml").write_text(values)
+    records = [{"prompt": "{} is in", "subject": name, "target_new": "Sweden"} for name in ("Ebro", "Madrid", "Spain")]
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    args = [*edit_args(place, tmp_path / "out"), "--hparams", tmp_path / "h.yaml", "--requests", tmp_path / "r.json"]
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    for said in ("half: true, and the model keeps the dtype of its files (--dtype float16 follows it)",
+                 "model_parallel: true, and the model is loaded on one device",
+                 "batch_size: 2, and all 3 requests are one batch (--batch-size 2 follows it)"):  # fmt: skip
+        assert said in " ".join(done.stderr.split())
+    (tmp_path / "h.yaml").write_text(values.replace("half: true\nmodel_parallel: true", "fp16: false"))
+    done = run(*args, "--overwrite", "--batch-size", 2)
+    assert done.returncode == 0 and "says" not in done.stderr
+    (tmp_path / "h.yaml").write_text("fp16: true\n")
+    model = args[1]
+    done = run("plan", model, "--edits", 2, "--no-trial", "--hparams", tmp_path / "h.yaml")
+    assert done.returncode == 0 and "fp16: true" in done.stderr
+    done = run("plan", model, "--edits", 2, "--no-trial", "--hparams", tmp_path / "h.yaml", "--dtype", "float32")
+    assert done.returncode == 0 and "fp16" not in done.stderr
+
+
 def failing_cases(place, tmp):
     bad = tmp / "bad.json"
     bad.write_text('[{"prompt": "{} is", "target_new": "x"}]')
