@@ -30,7 +30,6 @@ from kedit_fast.models.architectures import ModelView
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.solver.projector import load_projector
 from kedit_fast.statistics.collect import Statistics
-from kedit_fast.statistics.store import load_statistics
 from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
