@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import platform
 import time
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,9 @@ from rich.table import Table
 import kedit_fast
 from kedit_fast import patch_cli, stats_cli
 from kedit_fast.console import (
+    ON_ERROR_HELP,
     Dtype,
+    OnError,
     assignments,
     check_file,
     check_range,
@@ -31,6 +32,7 @@ from kedit_fast.console import (
     parsed_layers,
     print_json,
     processes,
+    say_skipped,
 )
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
 from kedit_fast.files import check_new
@@ -42,13 +44,7 @@ app = typer.Typer(
 app.add_typer(stats_cli.app, name="stats")
 app.add_typer(patch_cli.app, name="patch")
 METHOD_HELP = "a method's name, see `kedit-fast methods`"
-
-
-class OnError(str, Enum):
-    """What to do with requests that cannot be written."""
-
-    stop = "raise"
-    skip = "skip"
+REQUESTS_HELP = "edit requests: .json, .jsonl, .csv or .tsv, also .gz; - for stdin"
 
 
 @app.command()
@@ -110,7 +106,7 @@ def demo(
 @command
 def edit(
     model: Annotated[str, typer.Argument(help="model folder or hub name")],
-    requests: Annotated[Path, typer.Option(help=".json or .jsonl of edit requests")],
+    requests: Annotated[Path, typer.Option(help=REQUESTS_HELP)],
     out: Annotated[Path | None, typer.Option(help="folder for the edited model")] = None,
     patch: Annotated[Path | None, typer.Option(help="file for the edits alone, see `kedit-fast patch`")] = None,
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
@@ -135,9 +131,7 @@ def edit(
     go_on: Annotated[
         bool, typer.Option("--continue", help="go on from the state an earlier edit left in the model's folder")
     ] = False,
-    on_error: Annotated[
-        OnError, typer.Option(help="requests that cannot be written: raise before any is, or skip them")
-    ] = OnError.stop,
+    on_error: Annotated[OnError, typer.Option(help=ON_ERROR_HELP)] = OnError.stop,
     dtype: Annotated[Dtype, typer.Option(help="dtype the model is loaded and saved in")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
@@ -159,8 +153,8 @@ def edit(
         check_new(out, overwrite, KeditError)
     if patch is not None:
         check_file(patch)
-    records = load_requests(requests)
-    overrides = _overrides(hparams, set_, layers)
+    records = load_requests(requests, on_error.value, recipe.needs_subject)
+    overrides = _overrides(hparams, set_, layers, method)
     _name_unfollowed(hparams, dtype, None if batch_size else len(records))
     config = load_config(model)
     chosen, origin = make_hparams(method, config, overrides)
@@ -198,8 +192,7 @@ def edit(
             save_model(loaded, tokenizer, out, overwrite, report.editor)
         if patch is not None:
             report.editor.patch().save(patch)
-    for reason in report.skipped.values():
-        notices.print(f"kedit-fast: skipped {reason}", markup=False)
+    say_skipped(report.skipped, records.total)
     if as_json:
         places = {name: str(path) for name, path in (("out", out), ("patch", patch)) if path is not None}
         print_json({**report.as_dict(), "layers": list(chosen.layers), **places})
@@ -214,33 +207,40 @@ def plan(
     model: Annotated[str, typer.Argument(help="model folder or hub name")],
     edits: Annotated[int, typer.Option(min=1, help="how many edits, in one batch")],
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
-    requests: Annotated[Path | None, typer.Option(help="requests for the trial; the demo's by default")] = None,
+    requests: Annotated[
+        Path | None, typer.Option(help=f"for the trial, the demo's by default; {REQUESTS_HELP}")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="zero-based, 4-8 or 3,5,7")] = None,
     hparams: Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
     dtype: Annotated[Dtype, typer.Option(help="dtype the model is loaded in")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
     trial: Annotated[bool, typer.Option(help="load the model and try; without, bytes from its configuration")] = True,
+    on_error: Annotated[OnError, typer.Option(help=ON_ERROR_HELP)] = OnError.stop,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Estimate the memory, the batch and the time of a run of edits before it is started."""
     from kedit_fast import demo as bundled
-    from kedit_fast.editing.requests import load_requests
+    from kedit_fast.editing.requests import as_requests, load_requests
     from kedit_fast.methods.hparams import make_hparams
+    from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, empty_model, load_config, load_model
     from kedit_fast.planning import plan as estimate
 
-    overrides = _overrides(hparams, set_, layers)
+    overrides = _overrides(hparams, set_, layers, method)
     _name_unfollowed(hparams, dtype)
     config = load_config(model)
     chosen, _ = make_hparams(method, config, overrides)
     check_range(chosen.layers, config)
-    records = load_requests(requests) if requests is not None else bundled.requests() if trial else []
+    records = as_requests(bundled.requests() if trial else [])
+    if requests is not None:
+        records = load_requests(requests, on_error.value, find_recipe(method).needs_subject)
     if trial:
         loaded, tokenizer = load_model(model, DTYPES[dtype.value], checked_device(device))
     else:
         loaded, tokenizer = empty_model(config, DTYPES[dtype.value]), None
-    found = estimate(loaded, tokenizer, edits, method, requests=records, hparams=overrides)
+    found = estimate(loaded, tokenizer, edits, method, requests=records, hparams=overrides, on_error=on_error.value)
+    say_skipped(found.skipped, records.total)
     if as_json:
         print_json(found.as_dict())
         return
@@ -267,7 +267,7 @@ def plan(
 @command
 def suggest(
     model: Annotated[str, typer.Argument(help="model folder or hub name")],
-    requests: Annotated[Path, typer.Option(help=".json or .jsonl of edit requests; better with paraphrases")],
+    requests: Annotated[Path, typer.Option(help=f"better with paraphrases; {REQUESTS_HELP}")],
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
     text: Annotated[
         str | None, typer.Option(help="for statistics and for the drift of text: " + stats_cli.TEXT_HELP)
@@ -284,10 +284,12 @@ def suggest(
     dtype: Annotated[Dtype, typer.Option(help="dtype the model is loaded in")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="write the configuration to this .toml")] = None,
+    on_error: Annotated[OnError, typer.Option(help=ON_ERROR_HELP)] = OnError.stop,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Try layers and lambda on a few requests, and print a configuration for --hparams."""
     from kedit_fast.editing.requests import load_requests
+    from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, load_config, load_model
     from kedit_fast.statistics.sources import open_texts
     from kedit_fast.statistics.store import load_statistics
@@ -295,8 +297,8 @@ def suggest(
 
     if out is not None:
         check_file(out)
-    records = load_requests(requests)[:edits]
-    overrides = _overrides(hparams, set_, None)
+    records = load_requests(requests, on_error.value, find_recipe(method).needs_subject).first(edits)
+    overrides = _overrides(hparams, set_, None, method)
     _name_unfollowed(hparams, dtype)
     tried = None if layers is None else parsed_layers(layers)
     documents = [] if text is None else open_texts(text, field)
@@ -305,8 +307,9 @@ def suggest(
     statistics = None if stats is None else load_statistics(stats, loaded, tokenizer)
     found = sweep(
         loaded, tokenizer, records, method, statistics=statistics, texts=documents, max_tokens=tokens,
-        last_layers=tried, hparams=overrides, progress=interactive(),
+        last_layers=tried, hparams=overrides, on_error=on_error.value, progress=interactive(),
     )  # fmt: skip
+    say_skipped(found.skipped, records.total)
     if out is not None:
         out.write_text(found.toml(), encoding="utf-8")
     if as_json:
@@ -404,11 +407,11 @@ def _print_report(report: Any, title: str) -> None:
         output.print(f"Null space dimensions: {dimensions}", markup=False)
 
 
-def _overrides(hparams: Path | None, set_: list[str] | None, layers: str | None) -> dict[str, Any]:
+def _overrides(hparams: Path | None, set_: list[str] | None, layers: str | None, method: str) -> dict[str, Any]:
     """Hyper-parameters that the command line gives: a file, then --set, then --layers."""
     from kedit_fast.methods.hparams import read_hparams
 
-    found = read_hparams(hparams) if hparams is not None else {}
+    found = read_hparams(hparams, method) if hparams is not None else {}
     found.update(assignments(set_))
     if layers is not None:
         found["layers"] = parsed_layers(layers)

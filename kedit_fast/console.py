@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +33,16 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class OnError(str, Enum):
+    """What to do with records and requests that cannot be used."""
+
+    stop = "raise"
+    skip = "skip"
+
+
+ON_ERROR_HELP = "records that cannot be read, written or measured: raise, naming them all, or skip and report them"
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -95,6 +105,16 @@ def _set_up_logging() -> None:
     log.setLevel(level)
     log.handlers = [RichHandler(console=notices, show_path=False, show_time=False)]
     log.propagate = False
+
+
+def say_skipped(skipped: Mapping[int, str], records: int) -> None:
+    """One notice for each of the first records that were left out, and how many they are."""
+    from kedit_fast.editing.requests import shortened
+
+    for reason in shortened(skipped):
+        notices.print(f"kedit-fast: skipped {reason}", markup=False)
+    if skipped:
+        notices.print(f"kedit-fast: {len(skipped)} of {records} records skipped", markup=False)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from kedit_fast import pictures
-from kedit_fast.editing.requests import EditRequest
+from kedit_fast.editing.requests import EditRequest, require_none, rows_of
 from kedit_fast.editing.value_store import ValueFile
 from kedit_fast.editor import Editor
 from kedit_fast.errors import MethodError, StatisticsError
@@ -46,12 +46,18 @@ class Row:
     note: str = ""
 
 
+class Rows(list[Row]):
+    """A row for each count and layer; `skipped` is the index of a request -> why its update is not followed."""
+
+    skipped: Mapping[int, str] = {}
+
+
 @plain_torch()
 def convergence(
     model: torch.nn.Module,
     tokenizer: Any,
     corpus: Corpus,
-    requests: Sequence[EditRequest],
+    requests: Iterable[EditRequest | Mapping[str, Any]],
     method: str = "memit",
     *,
     counts: Sequence[int] | None = None,
@@ -59,8 +65,9 @@ def convergence(
     hparams: Mapping[str, Any] | None = None,
     batch_tokens: int = 4096,
     seed: int = 0,
+    on_error: str = "raise",
     progress: bool = False,
-) -> list[Row]:
+) -> Rows:
     """Follow statistics of growing numbers of tokens; the text of each contains that of the one before.
 
     The values of the requests do not depend on statistics and are optimised once; every count then solves and writes
@@ -77,6 +84,7 @@ def convergence(
         hparams: values that override the preset's; `nullspace_threshold` and `nullspace_rule` are AlphaEdit's.
         batch_tokens: tokens of a batch.
         seed: of the context prefixes.
+        on_error: "raise" at requests that cannot be written, or "skip" them, as of `Editor.edit`.
         progress: show a bar on stderr.
 
     Returns:
@@ -97,6 +105,7 @@ def convergence(
     if counts is not None and (not counts or sorted(set(counts)) != list(counts) or counts[0] < 1):
         raise StatisticsError(f"counts of tokens must grow; got {list(counts)}")
     store, prefixes = ValueFile(None), None
+    requests, skipped = rows_of(requests), {}
     rows: list[Row] = []
     updates: list[dict[int, LowRankUpdate | None]] = []
     spaces: dict[int, torch.Tensor] = {}
@@ -109,8 +118,11 @@ def convergence(
         )  # fmt: skip
         prefixes = editor.prefixes
         try:
-            made = editor.edit(requests).updates
-            found = {layer: _total(made[editor.view.weight_name(layer)]) for layer in numbers.layers}
+            made = editor.edit(requests, on_error)
+            skipped = made.skipped
+            if not made.batch:
+                require_none(skipped, "every request was skipped:")
+            found = {layer: _total(made.updates[editor.view.weight_name(layer)]) for layer in numbers.layers}
         except StatisticsError as error:
             note = str(error).splitlines()[0]
         finally:
@@ -129,7 +141,9 @@ def convergence(
         updates.append(found)
     if not rows:
         raise StatisticsError("the corpus has no text")
-    return _against_last(rows, updates, numbers.layers)
+    found = Rows(_against_last(rows, updates, numbers.layers))
+    found.skipped = skipped
+    return found
 
 
 def _null_rule(model: torch.nn.Module, overrides: Mapping[str, Any], numbers: Hparams) -> tuple[float, str]:

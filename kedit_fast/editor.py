@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,13 +22,12 @@ from kedit_fast.editing.prompts import (
     PromptFormat,
     generate_prefixes,
     prepare_each,
-    require_none,
 )
-from kedit_fast.editing.requests import EditRequest, parse_request
+from kedit_fast.editing.requests import EditRequest, RequestList, as_requests, require_none, rows_of
 from kedit_fast.editing.shared_values import flush_store, optimise_shared
 from kedit_fast.editing.value_store import ValueStore, bits_hash, open_values
 from kedit_fast.editing.values import PREDICTED, PROBLEMS, SITES, Values
-from kedit_fast.errors import EditError, MethodError, RequestError, StatisticsError
+from kedit_fast.errors import EditError, MethodError, StatisticsError
 from kedit_fast.methods.hparams import make_hparams, unused
 from kedit_fast.methods.recipes import Recipe, find_recipe
 from kedit_fast.models.architectures import ArchSpec, ModelView, linear_weight
@@ -191,14 +190,15 @@ class Editor:
 
     @plain_torch(leave_inference_mode=False)
     def edit(
-        self, requests: Sequence[EditRequest | Mapping[str, Any] | PreparedRequest], on_error: str = "raise"
+        self, requests: Iterable[EditRequest | Mapping[str, Any] | PreparedRequest], on_error: str = "raise"
     ) -> EditResult:
         """Write one batch of requests; calling it again is sequential editing.
 
         A method with a batch form writes all requests at once, a rank-one method one after another inside the batch.
 
         Args:
-            requests: records, mappings, or what `check` returned.
+            requests: records, mappings, or what `check` returned; a list, a generator or a table of them, read once.
+                Without a subject only for a method that looks at whole prompts (UltraEdit).
             on_error: "raise" at requests that cannot be written, before anything is; or "skip" them, go on with the
                 rest and name them in the result; where nothing is left, nothing is written, which is no batch of
                 the ledger. Such are: a subject or target without tokens, a prompt longer than
@@ -215,7 +215,7 @@ class Editor:
         if not self.in_place():
             raise EditError("the model was moved or cast since this Editor was made: make a new one")
         prepared, problems = self.check(requests, on_error)
-        numbers = [i for i in range(len(requests)) if i not in problems]
+        numbers = [i for i in range(len(prepared) + len(problems)) if i not in problems]
         exact = self.recipe.schedule == "single" or self.recipe.values == "gradients"
         if exact and _weights(prepared) is not None:
             raise MethodError(
@@ -282,7 +282,7 @@ class Editor:
 
     @plain_torch()
     def check(
-        self, requests: Sequence[EditRequest | Mapping[str, Any] | PreparedRequest], on_error: str = "raise"
+        self, requests: Iterable[EditRequest | Mapping[str, Any] | PreparedRequest], on_error: str = "raise"
     ) -> tuple[list[PreparedRequest], dict[int, str]]:
         """Tokenise requests as `edit` does: those that can be used, and index -> what is wrong; nothing is written.
 
@@ -291,25 +291,21 @@ class Editor:
         """
         if on_error not in ("raise", "skip"):
             raise MethodError(f"on_error = {on_error!r}: choose raise or skip")
-        if not requests:
+        rows = rows_of(requests)
+        if not rows:
             raise EditError("no requests")
-        if all(isinstance(r, PreparedRequest) for r in requests):
-            return list(requests), {}
-        parsed: dict[int, EditRequest] = {}
-        problems: dict[int, str] = {}
-        for i, record in enumerate(requests):
-            try:
-                record = record.request if isinstance(record, PreparedRequest) else record
-                parsed[i] = record if isinstance(record, EditRequest) else parse_request(record, f"request {i + 1}")
-            except RequestError as error:
-                problems[i] = str(error)
+        if all(isinstance(row, PreparedRequest) for row in rows):
+            return rows, {}
+        known = set(rows.skipped) if isinstance(rows, RequestList) else set()  # left out by whoever read the file
+        read = as_requests(rows, "skip", self.recipe.needs_subject)
+        parsed = dict(zip(read.places, read, strict=True))
         prepared, unusable = prepare_each(
             self.tokenizer, parsed, self.prefixes, self.view.max_length, self.prompt_format
         )
-        problems |= unusable
+        problems = read.skipped | unusable
         if on_error == "raise":
-            require_none(problems)
-        return prepared, problems
+            require_none({place: reason for place, reason in problems.items() if place not in known})
+        return prepared, dict(sorted(problems.items()))
 
     @plain_torch()
     def rollback(self, batches: int = 1, restored: bool = False) -> None:

@@ -50,7 +50,7 @@ def show(
         table.add_row(name, shape, rank, f"{module['norm']:.4g}", module["dtype"], module["original"][:16])
     output.print(table)
     for request in about["requests"][:requests]:
-        text = request["prompt"].replace("{}", request["subject"])
+        text = request["prompt"].replace("{}", request["subject"] or "")
         output.print(f"  {text} -> {request['target_new'].strip()}", markup=False)
     if about["edits"] > requests:
         output.print(f"  and {about['edits'] - requests} more", markup=False)

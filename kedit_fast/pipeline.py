@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from kedit_fast.editing.prompts import PromptFormat, continuation, require_none
-from kedit_fast.editing.requests import EditRequest
+from kedit_fast.editing.prompts import PromptFormat, continuation
+from kedit_fast.editing.requests import EditRequest, require_none, shortened, skipped_records
 from kedit_fast.editor import Editor, EditResult
 from kedit_fast.errors import EditError, KeditError, UnsupportedModelError
 from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
@@ -114,7 +114,7 @@ class Report:
     after: Metrics
     seconds: dict[str, float]
     results: tuple[EditResult, ...]
-    skipped: dict[int, str] = field(default_factory=dict)  # index of a request -> why it was left out
+    skipped: dict[int, str] = field(default_factory=dict)  # index of a request, or of a file's record -> why
     editor: Editor | None = field(default=None, repr=False)  # that made them
 
     def as_dict(self) -> dict[str, Any]:
@@ -124,7 +124,7 @@ class Report:
         for name in after:
             pairs[name] = after[name]
             pairs[f"{name}_before"] = before[name]
-        pairs["skipped"] = [{"index": index, "reason": reason} for index, reason in sorted(self.skipped.items())]
+        pairs["skipped"] = skipped_records(self.skipped)
         pairs["seconds"] = self.seconds
         if self.null_spaces:
             pairs["null_space_dimensions"] = self.null_spaces
@@ -139,7 +139,7 @@ class Report:
 def run_edits(
     model: Any,
     tokenizer: Any,
-    requests: Sequence[EditRequest],
+    requests: Iterable[EditRequest | Mapping[str, Any]],
     method: str,
     *,
     statistics: Statistics | None,
@@ -159,8 +159,8 @@ def run_edits(
     With `state`, a file that Editor.save_state wrote, the run goes on from there. After the last batch the method's
     final step is taken (PRUNE).
 
-    Requests that were skipped are in `skipped` and in no metric. When a batch fails, or every request was skipped, the
-    model is what it was before the first.
+    Requests that were skipped are in `skipped`, by their place in what was passed or in the file that `load_requests`
+    read, and in no metric. When a batch fails, or every request was skipped, the model is what it was before the first.
     """
     begin = time.perf_counter()
     editor = Editor(
@@ -173,7 +173,7 @@ def run_edits(
     seconds = dict.fromkeys(PHASES, 0.0)
     seconds["statistics"] = statistics_seconds
     prepared, skipped = editor.check(requests, on_error)
-    number = [i for i in range(len(requests)) if i not in skipped]
+    number = [i for i in range(len(prepared) + len(skipped)) if i not in skipped]
     unmeasured = {
         i: f"{p.name}: {what}" for i, p in zip(number, prepared, strict=True)
         if (what := unusable(editor.view, tokenizer, p.request, prompt_format))
@@ -194,9 +194,9 @@ def run_edits(
             skipped |= {number[start + i]: reason for i, reason in results[-1].skipped.items()}
             for phase, spent in results[-1].seconds.items():
                 seconds[phase] += spent
-        kept = [request for i, request in enumerate(requests) if i not in skipped]
+        kept = [p.request for i, p in zip(number, prepared, strict=True) if i not in skipped]
         if not kept:
-            raise EditError("every request was skipped:\n" + "\n".join(skipped.values()))
+            raise EditError("\n".join(["every request was skipped:", *shortened(skipped)]))
         finishing = time.perf_counter()
         editor.finish()
         seconds["solve"] += time.perf_counter() - finishing

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from kedit_fast.editing.batch_size import BatchSize, fitting_batch, request_bytes
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.prompts import PreparedRequest, PromptFormat, prepare
-from kedit_fast.editing.requests import EditRequest
+from kedit_fast.editing.prompts import PreparedRequest, PromptFormat, prepare_each
+from kedit_fast.editing.requests import EditRequest, as_requests, require_none, rows_of, skipped_records
 from kedit_fast.editing.values import SITES, optimise_values
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.hparams import Hparams, make_hparams
@@ -47,10 +47,12 @@ class Plan:
     values_batch: int | None  # requests optimised together; None without a trial
     request_bytes: int | None  # of each of them
     seconds: dict[str, float] | None  # values, keys, solve, write, total; None without a trial
+    skipped: dict[int, str] = field(default_factory=dict)  # index of a request, or of a file's record -> why
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
-        return {**asdict(self), "total_bytes": sum(self.bytes.values())}
+        skipped = skipped_records(self.skipped)
+        return {**asdict(self), "total_bytes": sum(self.bytes.values()), "skipped": skipped}
 
 
 @plain_torch()
@@ -60,9 +62,10 @@ def plan(
     edits: int,
     method: str = "memit",
     *,
-    requests: Sequence[EditRequest] = (),
+    requests: Iterable[EditRequest | Mapping[str, Any]] = (),
     hparams: Mapping[str, Any] | None = None,
     prompt_format: PromptFormat | None = None,
+    on_error: str = "raise",
 ) -> Plan:
     """What `edits` edits in one batch would take.
 
@@ -74,9 +77,11 @@ def plan(
         requests: what the trial runs on, a few of them; needed unless the model is on "meta".
         hparams: values that override the preset's.
         prompt_format: as of Editor.
+        on_error: "raise" at requests of the trial that cannot be written, or "skip" them and name them in the result.
 
     Raises:
         MethodError: no edits, or a loaded model without requests.
+        RequestError: requests that cannot be written, without "skip" or where nothing is left.
 
     Cost: the value loop of at most 16 requests for 5 iterations, one pass for their keys, and one write to a copy of an
         edited matrix. Nothing in the model changes.
@@ -95,11 +100,19 @@ def plan(
     contexts = 1 + sum(count for _, count in numbers.context_template_length_params)
     empty = view.device.type == "meta"
     prepared: list[PreparedRequest] = []
+    skipped: dict[int, str] = {}
     if not empty:
-        if not requests or tokenizer is None:
+        rows = rows_of(requests)
+        if not rows or tokenizer is None:
             raise MethodError("a trial needs requests and a tokenizer")
-        chosen = list(requests)[: min(edits, TRIAL)]
-        prepared = prepare(tokenizer, chosen, (PREFIX,) * (contexts - 1), view.max_length, prompt_format)
+        usable = as_requests(rows, on_error, recipe.needs_subject)
+        chosen = usable.first(min(edits, TRIAL))
+        prefixes = (PREFIX,) * (contexts - 1)
+        tried = dict(zip(chosen.places, chosen, strict=True))
+        prepared, unusable = prepare_each(tokenizer, tried, prefixes, view.max_length, prompt_format)
+        skipped = usable.skipped | unusable
+        if on_error == "raise" or not prepared:
+            require_none(unusable if prepared else skipped)
     tokens = ASSUMED_TOKENS * contexts
     if prepared:
         tokens = max(len(p.cut().ids) for r in prepared for p in r.rewriting) * contexts
@@ -122,6 +135,7 @@ def plan(
         values_batch=None if batch is None else batch.requests,
         request_bytes=None if batch is None else batch.request_bytes,
         seconds=seconds,
+        skipped=skipped,
     )
 
 

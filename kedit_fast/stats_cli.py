@@ -13,7 +13,9 @@ from typer.core import TyperGroup
 
 from kedit_fast import distributed
 from kedit_fast.console import (
+    ON_ERROR_HELP,
     Dtype,
+    OnError,
     assignments,
     check_file,
     check_range,
@@ -25,6 +27,7 @@ from kedit_fast.console import (
     parsed_layers,
     print_json,
     processes,
+    say_skipped,
 )
 from kedit_fast.errors import KeditError, StatisticsError
 
@@ -193,7 +196,7 @@ def show(
 def converge(
     model: Annotated[str, typer.Argument(help="model folder or hub name")],
     text: Annotated[str, typer.Option(help=TEXT_HELP)],
-    requests: Annotated[Path, typer.Option(help=".json or .jsonl of edit requests whose update is followed")],
+    requests: Annotated[Path, typer.Option(help=".json, .jsonl, .csv or .tsv of requests whose update is followed")],
     out: Annotated[Path, typer.Option(help="folder for convergence.csv and convergence.png")],
     method: Annotated[str, typer.Option(help="a method with statistics")] = "memit",
     tokens: Annotated[str | None, typer.Option(help="counts, 1000,10000,...; by default doubled from 1000")] = None,
@@ -205,6 +208,7 @@ def converge(
     max_length: Annotated[int, typer.Option(min=1, help="cut documents to this many tokens")] = 1024,
     dtype: Annotated[Dtype, typer.Option(help="dtype the model runs in")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    on_error: Annotated[OnError, typer.Option(help=ON_ERROR_HELP)] = OnError.stop,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the report in an existing --out")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
@@ -212,7 +216,7 @@ def converge(
     from dataclasses import asdict
 
     from kedit_fast import convergence
-    from kedit_fast.editing.requests import load_requests
+    from kedit_fast.editing.requests import load_requests, skipped_records
     from kedit_fast.pipeline import DTYPES, load_model
     from kedit_fast.statistics.corpus import Corpus
     from kedit_fast.statistics.sources import open_texts
@@ -220,7 +224,7 @@ def converge(
     table_path, picture_path = out / "convergence.csv", out / "convergence.png"
     if not overwrite and (table_path.exists() or picture_path.exists()):
         raise KeditError(f"{out} has a report: choose another --out or pass --overwrite")
-    records = load_requests(requests)[:edits]
+    records = load_requests(requests, on_error.value, need_subject=True).first(edits)
     overrides = assignments(set_)
     _make_folder(out)
     documents = open_texts(text, field)
@@ -228,8 +232,10 @@ def converge(
     rows = convergence.convergence(
         loaded, tokenizer, Corpus(documents, max_length=max_length, seed=seed), records, method,
         counts=None if tokens is None else _counts(tokens),
-        layers=None if layers is None else parsed_layers(layers), hparams=overrides, progress=interactive(),
+        layers=None if layers is None else parsed_layers(layers), hparams=overrides, on_error=on_error.value,
+        progress=interactive(),
     )  # fmt: skip
+    say_skipped(rows.skipped, records.total)
     convergence.write_csv(rows, table_path)
     try:
         convergence.draw(rows, picture_path)
@@ -237,10 +243,13 @@ def converge(
         notices.print(f"kedit-fast: no picture: {error}", markup=False)
         picture_path = None
     if as_json:
-        print_json({"rows": [asdict(row) for row in rows], "csv": str(table_path),
+        print_json({"rows": [asdict(row) for row in rows], "skipped": skipped_records(rows.skipped),
+                    "csv": str(table_path),
                     "png": None if picture_path is None else str(picture_path)})  # fmt: skip
         return
-    table = Table(title=escape(f"{method.upper()}: {len(records)} edits of {model}"), title_justify="left")
+    table = Table(
+        title=escape(f"{method.upper()}: {records.total - len(rows.skipped)} edits of {model}"), title_justify="left"
+    )
     for name in ("tokens", "layer", "to last", "from previous", "null dim.", "overlap", "condition"):
         table.add_column(name, justify="right")
     for row in rows:

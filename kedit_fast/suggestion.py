@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from kedit_fast.editing.prompts import require_none
-from kedit_fast.editing.requests import EditRequest
+from kedit_fast.editing.requests import EditRequest, require_none, skipped_records
 from kedit_fast.editing.value_store import ValueFile
 from kedit_fast.editor import Editor
 from kedit_fast.errors import KeditError, MethodError
-from kedit_fast.evaluation.metrics import evaluate, mean_nll
+from kedit_fast.evaluation.metrics import evaluate, mean_nll, unusable
 from kedit_fast.methods.hparams import Hparams, make_hparams, unused
 from kedit_fast.methods.recipes import Recipe, find_recipe
 from kedit_fast.models.architectures import ModelView
@@ -56,10 +55,11 @@ class Suggestion:
     trials: tuple[Trial, ...]
     best: Trial
     numbers: dict[str, Any]  # of the best trial, by name
+    skipped: dict[int, str] = field(default_factory=dict)  # index of a request, or of a file's record -> why
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
-        return asdict(self)
+        return {**asdict(self), "skipped": skipped_records(self.skipped)}
 
     def toml(self) -> str:
         """The best configuration as a file for --hparams."""
@@ -73,7 +73,7 @@ class Suggestion:
 def suggest(
     model: torch.nn.Module,
     tokenizer: Any,
-    requests: Sequence[EditRequest],
+    requests: Iterable[EditRequest | Mapping[str, Any]],
     method: str = "memit",
     *,
     statistics: Statistics | None = None,
@@ -82,6 +82,7 @@ def suggest(
     last_layers: Sequence[int] | None = None,
     hparams: Mapping[str, Any] | None = None,
     seed: int = 0,
+    on_error: str = "raise",
     progress: bool = False,
 ) -> Suggestion:
     """Edit with every combination of layers and lambda (AlphaEdit: L2, UltraEdit: lr), measure, take back.
@@ -97,6 +98,7 @@ def suggest(
         last_layers: the last edited layers to try; by default eight up to 60 % of the depth.
         hparams: values that override the preset's or the guess's.
         seed: of the context prefixes.
+        on_error: "raise" at requests that cannot be written or measured, or "skip" them and name them in the result.
         progress: show a bar on stderr.
 
     Raises:
@@ -123,6 +125,8 @@ def suggest(
     if name in (hparams or {}):
         values = (getattr(chosen, name),)  # given: not swept
     prefixes: tuple[str, ...] | None = None
+    usable: list[EditRequest] = []
+    skipped: dict[int, str] = {}
     trials: list[Trial] = []
     with tqdm(total=len(windows) * len(values), desc="trials", disable=not progress, leave=False) as bar:
         for window in windows:
@@ -136,8 +140,8 @@ def suggest(
                 )  # fmt: skip
                 prefixes = editor.prefixes
                 if not trials:
-                    require_none(editor.check(requests, "skip")[1])
-                trials.append(_tried(editor, requests, window, value, drift_texts, before))
+                    usable, skipped = _usable(editor, requests, on_error)
+                trials.append(_tried(editor, usable, window, value, drift_texts, before))
                 bar.update()
     best = max(trials, key=lambda trial: trial.score)
     if not best.score:
@@ -151,7 +155,23 @@ def suggest(
     }
     if best.value is not None:
         found[name] = best.value
-    return Suggestion(recipe.name, len(requests), name, tuple(trials), best, found)
+    return Suggestion(recipe.name, len(usable), name, tuple(trials), best, found, skipped)
+
+
+def _usable(
+    editor: Editor, requests: Iterable[EditRequest | Mapping[str, Any]], on_error: str
+) -> tuple[list[EditRequest], dict[int, str]]:
+    """The requests that can be written and measured, and the others by index."""
+    prepared, skipped = editor.check(requests, on_error)
+    places = [place for place in range(len(prepared) + len(skipped)) if place not in skipped]
+    found = {place: p for place, p in zip(places, prepared, strict=True)}
+    bad = {
+        place: f"{p.name}: {what}"
+        for place, p in found.items() if (what := unusable(editor.view, editor.tokenizer, p.request))
+    }  # fmt: skip
+    if on_error == "raise" or len(bad) == len(found):
+        require_none(skipped | bad if len(bad) == len(found) else bad)
+    return [p.request for place, p in found.items() if place not in bad], skipped | bad
 
 
 def _tried(

@@ -12,7 +12,7 @@ import kedit_fast
 ROOT = Path(kedit_fast.__file__).parent
 LAYERS = (
     {"errors", "_version", "_build_info", "serving"},
-    {"backends", "distributed", "files", "torch_state"},
+    {"backends", "distributed", "files", "textfiles", "torch_state"},
     {"pictures"},
     {"reference"},
     {"kernels"},

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import logging
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from kedit_fast.editing.requests import load_requests, parse_request
+from kedit_fast.editing.requests import EditRequest, as_requests, load_requests, parse_request
 from kedit_fast.errors import RequestError
 
 GOOD = {"prompt": "{} is in", "subject": "Ebro", "target_new": "Sweden"}
@@ -56,3 +62,345 @@ def test_jsonl_and_missing_files(tmp_path):
         load_requests(path)
     with pytest.raises(RequestError, match="cannot read"):
         load_requests(tmp_path / "absent.json")
+
+
+@pytest.fixture
+def said(caplog):
+    """What was logged by the package, by level."""
+    logger = logging.getLogger("kedit_fast")
+    propagates, logger.propagate = logger.propagate, True  # a command line that ran before turned it off
+    caplog.set_level(logging.INFO, "kedit_fast")
+
+    def lines(level):
+        return [record.getMessage() for record in caplog.records if record.levelname == level]
+
+    yield lines
+    logger.propagate = propagates
+
+
+def written(path, content):
+    data = content.encode() if isinstance(content, str) else content
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+# One policy for what cannot be used
+
+
+def test_all_bad_records_of_a_file_are_named_at_once_and_at_most_twenty(tmp_path):
+    bad = [{"subject": "Ebro", "target_new": "x"}, {**GOOD, "target_new": None}, GOOD, [1], {**GOOD, "target_true": 3}]
+    path = written(tmp_path / "r.json", json.dumps(bad))
+    with pytest.raises(RequestError) as caught:
+        load_requests(path)
+    text = str(caught.value)
+    assert "4 of 5 records cannot be used" in text and "record 3" not in text
+    for message in ("record 1 has no 'prompt'", "record 2: target_new must be a text", "record 4 must be an object",
+                    "record 5: target_true must be a text"):  # fmt: skip
+        assert message in text
+    path = written(tmp_path / "many.json", json.dumps([GOOD] + [{"prompt": "{}"}] * 23))
+    with pytest.raises(RequestError) as caught:
+        load_requests(path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 22 and "23 of 24 records" in lines[0] and lines[-1] == "and 3 more"
+
+
+def test_skipped_records_keep_their_numbers_in_the_file(tmp_path):
+    lines = [json.dumps(GOOD), "{oops", "", json.dumps({**GOOD, "weight": -1}), json.dumps({**GOOD, "id": "d"})]
+    found = load_requests(written(tmp_path / "r.jsonl", "\n".join(lines)), "skip")
+    assert [request.id for request in found] == [None, "d"] and found.places == (0, 3) and found.total == 4
+    assert list(found.skipped) == [1, 2]
+    assert "line 2: malformed JSON" in found.skipped[1] and "record 3 (line 4): weight" in found.skipped[2]
+    assert found.first(1).places == (0,) and list(found.first(1).skipped) == [1, 2] and found.first(9).total == 4
+
+
+def test_a_file_of_which_nothing_is_left_is_an_error_and_so_is_an_unknown_policy(tmp_path):
+    path = written(tmp_path / "r.json", json.dumps([{"prompt": "a"}, 3]))
+    with pytest.raises(RequestError, match="2 of 2 records cannot be used"):
+        load_requests(path, "skip")
+    with pytest.raises(RequestError, match="raise or skip"):
+        load_requests(path, "ignore")
+
+
+def test_repeated_ids_are_named_once(tmp_path, said):
+    path = written(tmp_path / "r.json", json.dumps([{**GOOD, "id": 7}, GOOD, {**GOOD, "id": 7}, {**GOOD, "id": 7}]))
+    assert len(load_requests(path)) == 4
+    assert [line for line in said("WARNING") if "7 in records 1, 3, 4" in line]
+
+
+# Files as people save them
+
+RECORDS = [{**GOOD, "id": "a"}, {**GOOD, "subject": "Tagus", "id": "b", "paraphrase_prompts": ["Tagus lies in", "x"]}]
+LINES = "\n".join(map(json.dumps, RECORDS))
+TABLE = "id,prompt,subject,target_new,paraphrase_prompts,weight\na,{} is in,Ebro,Sweden,,\n"
+TABLE += 'b,{} is in,Tagus,Sweden,"[""Tagus lies in"", ""x""]",1.0\n'
+REPR = TABLE.replace('"[""Tagus lies in"", ""x""]"', "\"['Tagus lies in', 'x']\"")
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    (
+        ("r.json", json.dumps(RECORDS)),
+        ("r.JSON", "\ufeff" + json.dumps(RECORDS)),
+        ("r.json", LINES),
+        ("r.json", "\ufeff\n" + LINES + "\n"),
+        ("r.jsonl", json.dumps(RECORDS, indent=2)),
+        ("r.jsonl", "\ufeff" + LINES.replace("\n", "\r\n")),
+        ("r.JSONL", LINES),
+        ("r.ndjson", LINES),
+        ("r.json.gz", json.dumps(RECORDS)),
+        ("r.jsonl.gz", LINES),
+        ("r.v2.JSONL.GZ", gzip.compress(LINES.encode())),
+        ("r.jsonl", gzip.compress(LINES.encode())),
+        ("r.csv", TABLE),
+        ("r.csv", "\ufeff" + TABLE.replace("\n", "\r\n")),
+        ("r.csv", REPR),
+        ("r.csv.gz", TABLE),
+        ("r.tsv", REPR.replace(",", "\t").replace("lies in'\t 'x", "lies in', 'x")),
+    ),
+)
+def test_every_form_gives_the_same_requests(tmp_path, name, content):
+    found = load_requests(written(tmp_path / name, content))
+    assert list(found) == [parse_request(record) for record in RECORDS]
+
+
+def test_standard_input_and_pipes_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(LINES.encode())))
+    assert [request.id for request in load_requests("-")] == ["a", "b"]
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(json.dumps(RECORDS).encode())))
+    assert [request.id for request in load_requests(Path("-"))] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    (
+        ("r.jsonl", LINES.encode("utf-16"), "UTF-16 text: save it as UTF-8"),
+        ("r.json", LINES.encode("utf-16-le"), "UTF-16 or no text"),
+        ("r.json", LINES.encode("utf-32"), "UTF-32"),
+        ("r.json", b'[{"prompt": "M\xfcller"}]', "not UTF-8"),
+        ("r.json", b"", "is empty"),
+        ("r.jsonl", "\ufeff \n\n".encode(), "is empty"),
+        ("r.json.gz", gzip.compress(b"")[:-4], "cannot read"),
+        ("r.json.gz", gzip.compress(LINES.encode())[:40], "gzip data is damaged"),
+        ("r.parquet", b"PAR1", "table in binary form.*save it as one of .json"),
+        ("r.xlsx", b"PK", "spreadsheet"),
+        ("r.pkl", b"x", "may run code"),
+        ("r.json.xz", b"x", "archive"),
+        ("r.yaml", b"x", "the name says no format"),
+        ("r", LINES.encode(), "the name says no format; records come as .json, .jsonl"),
+        ("r.json", json.dumps({"data": RECORDS}).encode(), "one object with data"),
+        ("r.json", b'"text"', "list of records; got str"),
+        ("r.json", b"[{" * 100_000, "malformed JSON"),
+        ("r.json", b"[" + b"9" * 5000 + b"]", "malformed JSON"),
+        ("r.csv", b"prompt,prompt\na,b\n", "header gives 'prompt' twice"),
+        ("r.csv", b'prompt,subject,target_new\n"a,b,c\n', "malformed table"),
+        ("r.csv", b"prompt,subject,target_new\n{} is,Ebro,Spain,more\n", "4 cells under a header of 3"),
+        ("r.csv", b"prompt;subject;target_new\n{} is;Ebro;Spain\n", "it has prompt;subject;target_new"),
+        ("r.csv", b"prompt,subject,target_new\n", "no requests"),
+    ),
+)
+def test_files_that_cannot_be_read_say_why(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RequestError, match=message) as caught:
+        load_requests(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_a_folder_is_named(tmp_path):
+    (tmp_path / "r.json").mkdir()
+    with pytest.raises(RequestError, match=r"cannot read .*r\.json: Is a directory"):
+        load_requests(tmp_path / "r.json")
+    with pytest.raises(RequestError, match="cannot read"):
+        load_requests(tmp_path / "absent")
+
+
+def test_one_json_line_in_a_json_file_is_one_record(tmp_path):
+    assert len(load_requests(written(tmp_path / "r.json", json.dumps(GOOD) + "\n"))) == 1
+
+
+def test_names_given_twice_and_nan_are_errors_of_their_record(tmp_path):
+    lines = ['{"prompt": "{} is", "prompt": "{} was", "subject": "Ebro", "target_new": "a"}',
+             '{"prompt": "{} is", "subject": "Ebro", "target_new": NaN}',
+             '{"prompt": "{} is", "subject": "Ebro", "target_new": "a", "target_true": NaN}',
+             '{"prompt": "{} is", "subject": "Ebro", "target_new": "a", "weight": Infinity}',
+             '{"prompt": "{} is", "subject": "Ebro", "target_new": "a", "relation": NaN, "relation": 1}']  # fmt: skip
+    found = load_requests(written(tmp_path / "r.jsonl", "\n".join(lines)), "skip")
+    assert list(found.skipped) == [0, 1, 2, 3] and len(found) == 1
+    for place, message in enumerate(("gives 'prompt' twice", "target_new .*nan.*leave the field out",
+                                     "target_true .*nan", "weight")):  # fmt: skip
+        with pytest.raises(RequestError, match=message):
+            raise RequestError(found.skipped[place])
+
+
+# Fields of other repositories
+
+EASYEDIT = {"case_id": 3, "prompt": "The mother tongue of Danielle Darrieux is", "subject": "Danielle Darrieux",
+            "target_new": "English", "ground_truth": "French", "rephrase_prompt": "Danielle Darrieux speaks",
+            "locality_prompt": "Michel Rocard speaks", "locality_ground_truth": "French"}  # fmt: skip
+ZSRE = {"subject": "Watts Humphrey", "src": "What university did Watts Humphrey attend?", "pred": "Trinity College",
+        "rephrase": "Where did Watts Humphrey study?", "alt": "University of Michigan",
+        "answers": ["Illinois Institute of Technology", "IIT"], "loc": "nq question: who?", "loc_ans": "Hugo",
+        "cond": "a >> b || c"}  # fmt: skip
+KNOWEDIT = {"subject": "Epaspidoceras", "target_new": "Noctuidae", "prompt": "Which family has Epaspidoceras?",
+            "ground_truth": [["Aspidoceratidae", "other"]], "rephrase_prompt": "What family is Epaspidoceras of?",
+            "locality": {"Relation_Specificity": []}, "portability": {}}  # fmt: skip
+MQUAKE = {"case_id": 9, "requested_rewrite": [{"prompt": "{} plays", "subject": "Dudley Town", "question": "Which?",
+          "target_new": {"str": "cricket"}, "target_true": {"str": "football"}, "relation_id": "P641"}],
+          "questions": ["a"], "answer": "London", "new_answer": "Oderzo", "single_hops": []}  # fmt: skip
+
+
+def test_names_of_other_repositories_are_read_where_they_mean_the_same():
+    one = parse_request(EASYEDIT)
+    assert one == EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English", "French",
+                              ("Danielle Darrieux speaks",), ("Michel Rocard speaks",), 3)  # fmt: skip
+    two = parse_request(ZSRE)
+    assert two == EditRequest("What university did {} attend?", "Watts Humphrey", "University of Michigan",
+                              "Illinois Institute of Technology", ("Where did Watts Humphrey study?",))  # fmt: skip
+    assert parse_request(KNOWEDIT).target_true == "Aspidoceratidae" and parse_request(KNOWEDIT).paraphrase_prompts
+    assert parse_request(MQUAKE) == EditRequest("{} plays", "Dudley Town", "cricket", "football", id=9)
+    bio = parse_request({"text": "About john smith. He", "labels": "ate.", "concept": "john smith", "locality": {}})
+    assert (bio.prompt, bio.subject, bio.target_new) == ("About {}. He", "john smith", "ate.")
+    asked = parse_request({"prompt": "who has Ebro?", "target": "Spain", "subject": "Ebro", "rephrase": "Whose is it?"})
+    assert asked.target_new == "Spain" and asked.paraphrase_prompts == ("Whose is it?",)
+    unke = parse_request({"id": 0, "question": "Who is he?", "para_question": "Who was he?", "answer": "A man."})
+    assert (unke.prompt, unke.subject, unke.paraphrase_prompts) == ("Who is he?", None, ("Who was he?",))
+
+
+def test_a_name_with_another_meaning_is_not_read():
+    assert parse_request({**GOOD, "text": "an essay", "answers": ["Sweden", "SE"]}).target_true is None
+    assert parse_request({**EASYEDIT, "locality_ground_truth": "German"}).neighborhood_prompts == ()
+    assert parse_request({**GOOD, "locality_prompt": "Michel Rocard speaks"}).neighborhood_prompts == ()
+    assert parse_request({**GOOD, "ground_truth": []}).target_true is None
+
+
+def test_what_is_not_used_is_named_once_for_a_file_with_what_was_meant(tmp_path, said):
+    records = [{**GOOD, "paraphrase_prompt": "Where is Ebro? In", "comment": "x"}] * 3
+    load_requests(written(tmp_path / "r.json", json.dumps(records)))
+    (line,) = said("WARNING")
+    assert "'paraphrase_prompt' in 3 records (did you mean 'paraphrase_prompts'?)" in line and "'comment'" in line
+    load_requests(written(tmp_path / "zsre.json", json.dumps([ZSRE] * 3)))
+    assert [line for line in said("WARNING") if "loc, loc_ans in 3 records" in line and "target_true" in line]
+    assert [line for line in said("INFO") if "src as prompt" in line and "answers as target_true" in line]
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    (
+        ({**GOOD, "target_true": "Spain", "ground_truth": "France"}, "target_true is given twice.*'Spain'.*'France'"),
+        ({**GOOD, "id": 1, "case_id": 2}, "id is given twice"),
+        ({**GOOD, "paraphrase_prompts": ["a", "b"], "rephrase_prompt": "a"}, "paraphrase_prompts is given twice"),
+        ({**GOOD, "requested_rewrite": {**GOOD, "target_new": {"str": "Norway"}}}, "target_new is given twice"),
+        ({"requested_rewrite": [GOOD, GOOD]}, "holds 2 rewrites: make a record of each"),
+        ({"requested_rewrite": "x"}, "must be an object"),
+        ({"edit": {"prompt": "a", "target_id": "Q1"}, "example_type": "popular"}, "no 'prompt'.*of each edit"),
+        ({"Prompt": "{} is", "subject": "Ebro", "target_new": "x"}, "no 'prompt'; it has Prompt .did you mean 'prom"),
+        ({"question": "Who?", "answer": "He"}, "no 'prompt', 'target_new'; it has question, answer"),
+        ({**GOOD, "target_new": 5}, "write it as a text"),
+        ({**GOOD, "target_new": ["a"]}, "target_new must be a text"),
+        ({**GOOD, "subject": 5, "prompt": "5 is"}, "subject must be a text"),
+        ({**GOOD, "paraphrase_prompts": "a", "neighborhood_prompts": 4}, "neighborhood_prompts must be a list"),
+        ({**GOOD, "id": [1]}, "id must be"),
+        ({**GOOD, "id": 1.5}, "id must be"),
+    ),
+)
+def test_records_that_contradict_themselves_or_lack_something_are_named(record, message):
+    with pytest.raises(RequestError, match=message):
+        parse_request(record)
+
+
+def test_the_same_value_under_two_names_is_one():
+    record = {**GOOD, "target_true": {"str": "Spain"}, "ground_truth": [" Spain"], "id": 1, "case_id": 1,
+              "paraphrase_prompts": ["a"], "rephrase_prompt": "a", "subject": None,
+              "requested_rewrite": GOOD}  # fmt: skip
+    request = parse_request(record)
+    assert (request.target_true, request.paraphrase_prompts, request.subject) == ("Spain", ("a",), "Ebro")
+
+
+# What callers pass
+
+
+class Table:
+    """A pandas table, as far as it matters here: iterating gives the names of its columns."""
+
+    columns = ("prompt", "subject", "target_new", "target_true")
+
+    def __iter__(self):
+        return iter(self.columns)
+
+    def to_dict(self, orient):
+        assert orient == "records"
+        return [{**GOOD, "target_true": float("nan")}, {**GOOD, "target_true": "Spain"}]
+
+
+class Arrow:
+    """A table of pyarrow."""
+
+    def to_pylist(self):
+        return [GOOD]
+
+
+class Rows:
+    """A data set of the datasets library: rows by iteration."""
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        return iter([{**GOOD, "target_true": None}, GOOD])
+
+
+def test_generators_tables_and_data_sets_are_collections_of_requests():
+    one = parse_request(GOOD)
+    assert as_requests(iter([GOOD, one])) == [one, one]
+    assert [request.target_true for request in as_requests(Table())] == [None, "Spain"]
+    assert as_requests(Arrow()) == [one] and as_requests(Rows()) == [one, one]
+    assert as_requests((GOOD,)) == [one] and as_requests(np.array([GOOD], dtype=object)) == [one]
+
+
+@pytest.mark.parametrize(
+    "requests, message",
+    (
+        (GOOD, "put one record in a list"),
+        ({"train": [GOOD]}, "one mapping with train"),
+        (EditRequest("{} is", "Ebro", "x"), "got one request: put it in a list"),
+        ("requests.json", r"load_requests\(path\) reads a file"),
+        (Path("requests.json"), r"load_requests\(path\)"),
+        (7, "list of records; got int"),
+        (None, "list of records; got NoneType"),
+        ([GOOD, "text", b"x"], "request 2 must be an object.*\n.*request 3 must be"),
+    ),
+)
+def test_what_is_no_collection_of_requests_is_refused_with_what_to_do(requests, message):
+    with pytest.raises(RequestError, match=message):
+        as_requests(requests)
+
+
+def test_values_of_numpy_become_plain_ones():
+    texts = {name: np.str_(text) for name, text in GOOD.items()}
+    others = {"id": np.int64(3), "weight": np.float32(2), "paraphrase_prompts": np.array(["a", "b"])}
+    request = parse_request({**texts, **others})
+    assert type(request.prompt) is type(request.subject) is type(request.target_new) is str and type(request.id) is int
+    assert request.paraphrase_prompts == ("a", "b") and request.weight == 2
+    assert EditRequest("{} is", "Ebro", "x", paraphrase_prompts="one text").paraphrase_prompts == ("one text",)
+    with pytest.raises(RequestError, match="target_new must be a non-empty text"):
+        EditRequest("{} is", "Ebro", np.float64(2))
+
+
+def test_a_subject_may_be_missing_unless_the_prompt_or_the_method_needs_it(tmp_path):
+    bare = {"prompt": "What does he play?", "target_new": "violin"}
+    for record in (bare, {**bare, "subject": None}, {**bare, "subject": " "}):
+        request = parse_request(record)
+        assert request.subject is None and request.text == "What does he play?"
+        with pytest.raises(RequestError, match="no 'subject'"):
+            parse_request(record, need_subject=True)
+    for need in (None, True, False):
+        with pytest.raises(RequestError, match="no 'subject'"):
+            parse_request({"prompt": "{} is", "target_new": "x"}, need_subject=need)
+    twice = {**bare, "prompt": "he and he", "subject": "he"}
+    assert parse_request(twice, need_subject=False).subject is None
+    with pytest.raises(RequestError, match="stands 2 times"):
+        parse_request(twice)
+    path = written(tmp_path / "r.json", json.dumps([bare, GOOD]))
+    assert [request.subject for request in load_requests(path)] == [None, "Ebro"]
+    assert list(load_requests(path, "skip", need_subject=True).skipped) == [0]
+    with pytest.raises(RequestError, match="has no 'subject'"):
+        EditRequest("{} is", None, "x")

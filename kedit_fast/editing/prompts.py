@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.requests import EditRequest
+from kedit_fast.editing.requests import EditRequest, require_none
 from kedit_fast.errors import EditError, RequestError
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad
@@ -18,7 +18,6 @@ from kedit_fast.torch_state import plain_torch
 _log = logging.getLogger("kedit_fast")
 _STARTS = ("The", "Therefore", "Because", "I", "You")  # what prefixes are grown from, as published
 KL_PROMPT = "{} is a"
-SHOWN = 10  # problems in one message
 PromptFormat = Callable[[str], str]  # from a prompt, which may hold {}, to the text that the model reads
 
 
@@ -47,7 +46,7 @@ class PreparedRequest:
     def name(self) -> str:
         """How messages call the request."""
         request = self.request
-        return f"request {request.id!r}" if request.id is not None else f"the request on {request.subject!r}"
+        return f"request {request.id!r}" if request.id is not None else f"the request on {request.about!r}"
 
 
 def fill(
@@ -180,14 +179,6 @@ def prepare(
     return prepared
 
 
-def require_none(problems: dict[int, str]) -> None:
-    """Raise RequestError with the problems, by request."""
-    if problems:
-        shown = list(problems.values())[:SHOWN]
-        more = "" if len(problems) <= SHOWN else f"\nand {len(problems) - SHOWN} more"
-        raise RequestError("\n".join(shown) + more)
-
-
 def prepare_each(
     tokenizer: Any,
     requests: Mapping[int, EditRequest],
@@ -217,16 +208,38 @@ def _prepared(
     max_length: int,
     prompt_format: PromptFormat | None,
 ) -> PreparedRequest:
+    if request.subject is None:
+        return _without_subject(tokenizer, request, prefixes, max_length, prompt_format)
     text, _ = in_format(request.prompt, request.subject, prompt_format)
     target = target_tokens(tokenizer, text, request.target_new, _adds_special(tokenizer, text, prompt_format))
     filled = [fill(tokenizer, request.prompt, request.subject, prefix, prompt_format) for prefix in ("", *prefixes)]
     kl = fill(tokenizer, KL_PROMPT, request.subject, "", prompt_format)
     if prompt_format is None:  # a format ends where the answer begins, its special tokens belong there
         filled, kl = [_without_end(tokenizer, prompt) for prompt in filled], _without_end(tokenizer, kl)
-    longest = max(len(prompt.ids) for prompt in filled) + len(target) - 1
+    return _fitting(PreparedRequest(request, tuple(filled), kl, target), max_length)
+
+
+def _without_subject(
+    tokenizer: Any,
+    request: EditRequest,
+    prefixes: Sequence[str],
+    max_length: int,
+    prompt_format: PromptFormat | None,
+) -> PreparedRequest:
+    """A prompt as it stands, for methods that look at whole prompts: the lookup is its last token."""
+    texts = [prefix.replace("{}", "") + request.prompt for prefix in ("", *prefixes)]
+    rows = [continuation(tokenizer, text, request.target_new, prompt_format) for text in texts]
+    if not all(ids for ids, _ in rows):
+        raise RequestError(f"the prompt {request.prompt!r} has no tokens")
+    filled = tuple(Prompt(tuple(ids), len(ids) - 1) for ids, _ in rows)
+    return _fitting(PreparedRequest(request, filled, filled[0], rows[0][1]), max_length)
+
+
+def _fitting(prepared: PreparedRequest, max_length: int) -> PreparedRequest:
+    longest = max(len(prompt.ids) for prompt in prepared.rewriting) + len(prepared.target) - 1
     if longest > max_length:
         raise RequestError(f"{longest} tokens with context and target, the model takes {max_length}")
-    return PreparedRequest(request, tuple(filled), kl, target)
+    return prepared
 
 
 def open_ended(tokenizer: Any, ids: Sequence[int], keep: int = 0) -> list[int]:

@@ -1,23 +1,35 @@
-"""Edit requests: our flat records and CounterFact's nested ones, from JSON or JSONL."""
+"""Edit requests, and the one reader of them: from files, records of other repositories, and what callers pass."""
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import json
+import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import numbers
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from kedit_fast.editing.record_fields import LISTS, NESTED, SHOWN, Notes, is_record, ours
 from kedit_fast.errors import RequestError
+from kedit_fast.textfiles import TABLES, read_records, suffix_of
+
+_log = logging.getLogger("kedit_fast")
 
 
 @dataclass(frozen=True)
 class EditRequest:
-    """One fact to write: after the edit, `prompt` with `subject` should be continued by `target_new`."""
+    """One fact to write: after the edit, `prompt` with `subject` should be continued by `target_new`.
+
+    A request without a subject is a prompt as it stands, without {}: for UltraEdit, which looks at whole prompts.
+    """
 
     prompt: str  # with one {} where the subject stands
-    subject: str
+    subject: str | None
     target_new: str
     target_true: str | None = None
     paraphrase_prompts: tuple[str, ...] = ()  # full texts
@@ -26,26 +38,56 @@ class EditRequest:
     weight: float = 1.0  # of its squared error in a batch's least squares
 
     def __post_init__(self):
+        self._plain()
         where = f"request {self.id!r}: " if self.id is not None else ""
-        for name in ("prompt", "subject", "target_new"):
+        for name in ("prompt", "target_new"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
-                raise RequestError(f"{where}{name} must be a non-empty text; got {value!r}")
+                raise RequestError(f"{where}{name} must be a non-empty text; got {_shown(value)}")
+        for name in ("subject", "target_true"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise RequestError(f"{where}{name} must be a text or None; got {_shown(value)}")
         for name, texts in self._texts():
             for text in texts:
+                if not isinstance(text, str):
+                    raise RequestError(f"{where}{name} must be a list of texts; it holds {_shown(text)}")
                 if not text.strip():
                     raise RequestError(f"{where}{name} holds an empty text")
                 if any("\ud800" <= character <= "\udfff" for character in text):
                     raise RequestError(f"{where}{name} holds a character that is not valid Unicode: {text!r}")
-        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 < self.weight < math.inf:
-            raise RequestError(f"{where}weight must be a positive number; got {self.weight!r}")
-        if self.prompt.count("{}") != 1:
+        weight = self.weight
+        if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not 0 < weight < math.inf:
+            raise RequestError(f"{where}weight must be a positive number; got {weight!r}")
+        count = self.prompt.count("{}")
+        if self.subject is None and count:
+            raise RequestError(f"{where}has no 'subject' for the {{}} of its prompt {self.prompt!r}")
+        if self.subject is not None and count != 1:
             raise RequestError(f"{where}prompt must contain {{}} once, where the subject stands; got {self.prompt!r}")
+
+    def _plain(self) -> None:
+        """Values of other libraries' types as Python's own; a blank subject is none."""
+        for name in ("paraphrase_prompts", "neighborhood_prompts"):
+            value = getattr(self, name)
+            value = () if value is None else (value,) if isinstance(value, str) else value
+            if not isinstance(value, Iterable) or isinstance(value, Mapping | bytes):
+                raise RequestError(f"{name} must be a list of texts; got {_shown(value)}")
+            object.__setattr__(self, name, tuple(str(text) if isinstance(text, str) else text for text in value))
+        for name in ("prompt", "subject", "target_new", "target_true", "id"):
+            value = getattr(self, name)
+            if type(value) is not str and isinstance(value, str):
+                object.__setattr__(self, name, str(value))
+        if isinstance(self.subject, str) and not self.subject.strip():
+            object.__setattr__(self, "subject", None)
+        if isinstance(self.id, numbers.Real) and not isinstance(self.id, bool) and self.id == self.id // 1:
+            object.__setattr__(self, "id", int(self.id))
+        elif self.id is not None and not isinstance(self.id, str):
+            raise RequestError(f"id must be a text or a whole number; got {_shown(self.id)}")
 
     def _texts(self) -> list[tuple[str, tuple[str, ...]]]:
         return [
             ("prompt", (self.prompt,)),
-            ("subject", (self.subject,)),
+            ("subject", () if self.subject is None else (self.subject,)),
             ("target_new", (self.target_new,)),
             ("target_true", () if self.target_true is None else (self.target_true,)),
             ("paraphrase_prompts", self.paraphrase_prompts),
@@ -55,99 +97,290 @@ class EditRequest:
     @property
     def text(self) -> str:
         """The prompt with its subject."""
-        return self.prompt.replace("{}", self.subject)
+        return self.prompt if self.subject is None else self.prompt.replace("{}", self.subject)
+
+    @property
+    def about(self) -> str:
+        """What messages call a request without an id by: its subject, or its prompt."""
+        return self.prompt if self.subject is None else self.subject
 
 
-def load_requests(path: str | Path) -> list[EditRequest]:
-    """Read requests from a .json (a list) or .jsonl file.
+FIELDS = tuple(field.name for field in fields(EditRequest))
+
+
+class RequestList(list[EditRequest]):
+    """The requests that can be used, in order, and what was left out.
+
+    Attributes:
+        places: the index of each request in its file or in what the caller passed, from 0; records count from 1.
+        skipped: index -> why that record was left out.
+    """
+
+    def __init__(self, requests: Iterable[EditRequest], places: Iterable[int], skipped: Mapping[int, str]):
+        super().__init__(requests)
+        self.places = tuple(places)
+        self.skipped = dict(skipped)
+
+    @property
+    def total(self) -> int:
+        """Records, whether they can be used or not."""
+        return len(self) + len(self.skipped)
+
+    def first(self, count: int) -> RequestList:
+        """The first `count` usable requests, with what was left out among them."""
+        end = math.inf if count >= len(self) else self.places[count]
+        among = {place: why for place, why in self.skipped.items() if place < end}
+        return RequestList(self[:count], self.places[:count], among)
+
+
+def load_requests(path: str | Path, on_error: str = "raise", need_subject: bool | None = None) -> RequestList:
+    """Read requests from a file: .json (a list), .jsonl or .ndjson, .csv or .tsv with a header, each also with .gz.
+
+    JSON lines in a .json file and a list in a .jsonl file are read too; `-` is the standard input, JSON of either kind.
+    Names of other repositories' fields are taken for ours where they mean the same; fields that are not used are named
+    once in the log (INFO for what such records are known to hold beside, WARNING for what may be a mistake).
+
+    Args:
+        path: the file.
+        on_error: "raise" at records that cannot be used, naming all of them; or "skip" them, see `RequestList.skipped`.
+        need_subject: True where the method needs one; False where it looks at none, so that a subject that does not
+            stand once in its prompt is no error; None where that is not known yet: a subject may be missing.
 
     Raises:
-        RequestError: the file cannot be read, is malformed, or a record is; records count from 1.
+        RequestError: the file cannot be read, holds no record that can be used or, without "skip", one that cannot;
+            records count from 1.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path} is not UTF-8 text: {error}") from error
-    if path.suffix == ".jsonl":
-        records = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                records.append(_parse(line, f"{path}, line {number}"))
-    else:
-        records = _parse(text, str(path))
-        if not isinstance(records, list):
-            raise RequestError(f"{path} must hold a list of records; got {type(records).__name__}")
-    if not records:
+    if on_error not in ("raise", "skip"):
+        raise RequestError(f"on_error = {on_error!r}: choose raise or skip")
+    rows = read_records(path, RequestError, lambda record: is_record(record, FIELDS))
+    if not rows:
         raise RequestError(f"{path} holds no requests")
-    return [parse_request(record, f"{path}, record {number}") for number, record in enumerate(records, 1)]
+    notes = Notes(FIELDS)
+    cells = suffix_of(path) in TABLES
+    found: dict[int, EditRequest] = {}
+    problems: dict[int, str] = {}
+    for place, row in enumerate(rows):
+        try:
+            if row.problem:
+                raise RequestError(row.problem)
+            value = _from_cells(row.value) if cells else row.value
+            found[place] = parse_request(value, row.where, need_subject, notes)
+        except RequestError as error:
+            problems[place] = str(error)
+    notes.say(str(path))
+    _name_repeated_ids(found, str(path))
+    if problems and (on_error == "raise" or not found):
+        if len(rows) == 1:
+            require_none(problems)
+        require_none(problems, f"{path}: {len(problems)} of {len(rows)} records cannot be used")
+    return RequestList(found.values(), found, problems)
 
 
-def _parse(text: str, where: str) -> Any:
+def as_requests(requests: Any, on_error: str = "raise", need_subject: bool | None = None) -> RequestList:
+    """Requests of what a caller passes: records and mappings in a list, a generator, a data set or a table.
+
+    What `load_requests` returned stays as it is. See there for the arguments.
+
+    Raises:
+        RequestError: not a collection of records; or, with "raise", naming every record that cannot be used.
+    """
+    if isinstance(requests, RequestList) and not need_subject:
+        return requests
+    skipped = dict(requests.skipped) if isinstance(requests, RequestList) else {}
+    rows = rows_of(requests)
+    places = requests.places if isinstance(requests, RequestList) else range(len(rows))
+    notes = Notes(FIELDS)
+    found: dict[int, EditRequest] = {}
+    problems: dict[int, str] = {}
+    for place, row in zip(places, rows, strict=True):
+        try:
+            row = getattr(row, "request", row)  # what Editor.check returned
+            if not isinstance(row, EditRequest):
+                row = parse_request(row, f"request {place + 1}", need_subject, notes)
+            elif need_subject and row.subject is None:
+                raise RequestError(f"request {place + 1} ({row.about!r}) has no 'subject', which this method needs")
+            found[place] = row
+        except RequestError as error:
+            problems[place] = str(error)
+    notes.say("requests")
+    if on_error == "raise":
+        require_none(problems)
+    return RequestList(found.values(), found, dict(sorted({**skipped, **problems}.items())))
+
+
+def rows_of(requests: Any) -> list[Any]:
+    """The records of a collection that a caller passes, read once; tables and data sets by rows.
+
+    Raises:
+        RequestError: a single record, a path, or something that is no collection.
+    """
+    if isinstance(requests, list):
+        return requests
+    if isinstance(requests, str | bytes | os.PathLike):
+        raise RequestError(f"requests must be records, not {requests!r}: load_requests(path) reads a file of them")
+    if isinstance(requests, EditRequest) or isinstance(getattr(requests, "request", None), EditRequest):
+        raise RequestError("requests must be a list of records; got one request: put it in a list")
+    if isinstance(requests, Mapping):
+        names = ", ".join(map(str, list(requests)[:8]))
+        raise RequestError(
+            f"requests must be a list of records; got one mapping with {names}: put one record in a list, of a data "
+            "set with several splits choose one"
+        )
+    for name in ("to_pylist", "to_dicts"):  # pyarrow's and polars' tables
+        if callable(getattr(requests, name, None)):
+            return list(getattr(requests, name)())
+    if hasattr(requests, "columns") and callable(getattr(requests, "to_dict", None)):  # a pandas table
+        return [
+            {name: value for name, value in row.items() if not _is_nan(value)} for row in requests.to_dict("records")
+        ]
     try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise RequestError(f"{where}: malformed JSON: {error}") from error
+        rows = iter(requests)
+    except TypeError:
+        raise RequestError(f"requests must be a list of records; got {type(requests).__name__}") from None
+    return list(rows)
 
 
-def parse_request(record: Any, where: str = "record") -> EditRequest:
+def require_none(problems: Mapping[int, str], headline: str = "") -> None:
+    """Raise RequestError with the problems by request, at most 20 and how many more there are."""
+    if problems:
+        raise RequestError("\n".join([*([headline] if headline else ()), *shortened(problems)]))
+
+
+def shortened(problems: Mapping[int, str]) -> list[str]:
+    """The first 20 problems in order, and a line with the count of the others."""
+    shown = [problems[place] for place in sorted(problems)[:SHOWN]]
+    return shown if len(problems) <= SHOWN else [*shown, f"and {len(problems) - SHOWN} more"]
+
+
+def skipped_records(skipped: Mapping[int, str]) -> list[dict[str, Any]]:
+    """What was left out, as `--json` prints it: the index from 0, the record's number from 1, and the reason."""
+    return [{"index": place, "record": place + 1, "reason": skipped[place]} for place in sorted(skipped)]
+
+
+def parse_request(
+    record: Any, where: str = "record", need_subject: bool | None = None, notes: Notes | None = None
+) -> EditRequest:
     """An EditRequest from a flat record, or from one of CounterFact with `requested_rewrite`.
 
-    A flat record's prompt may also spell the subject out instead of {}; it must then occur exactly once.
+    A record's prompt may also spell the subject out instead of {}; it must then occur exactly once.
+
+    Args:
+        record: the mapping.
+        where: how messages call it.
+        need_subject: as of `load_requests`.
+        notes: where fields that are mapped or not used are gathered; without, they are logged at once.
 
     Raises:
-        RequestError: a field is missing or of the wrong type, or the subject does not stand in the prompt.
+        RequestError: a field is missing, of the wrong type or given twice, or the subject does not stand in the prompt.
     """
     if not isinstance(record, Mapping):
-        raise RequestError(f"{where} must be an object with prompt, subject and target_new")
-    fields: dict[str, Any] = dict(record)
-    if isinstance(record.get("requested_rewrite"), Mapping):
-        fields.update(record["requested_rewrite"])
-        fields["id"] = record.get("case_id")
-    for name in ("prompt", "subject", "target_new"):
-        if name not in fields:
-            raise RequestError(f"{where} has no {name!r}")
-    prompt, subject = fields["prompt"], fields["subject"]
-    if isinstance(prompt, str) and isinstance(subject, str) and "{}" not in prompt:
-        count = prompt.count(subject) if subject else 0
-        if count != 1:
+        raise RequestError(f"{where} must be an object with prompt, subject and target_new; got {_shown(record)}")
+    own = Notes(FIELDS) if notes is None else notes
+    values = ours(record, where, own)
+    missing = [name for name in ("prompt", "target_new") if name not in values]
+    subject, prompt = values.get("subject"), values.get("prompt")
+    placed = isinstance(prompt, str) and "{}" in prompt
+    bare = subject is None or (isinstance(subject, str) and not subject.strip())
+    if bare and (need_subject or placed):
+        missing.insert(len(missing) and missing[0] == "prompt", "subject")
+    if missing:
+        raise RequestError(_missing(record, missing, where, own))
+    if isinstance(prompt, str) and isinstance(subject, str) and not bare and not placed:
+        count = prompt.count(subject)
+        if count != 1 and need_subject is False:
+            subject = None
+        elif count != 1:
             raise RequestError(
                 f"{where}: the subject {subject!r} stands {count} times in the prompt {prompt!r}: "
                 "put {} where it is meant"
             )
-        prompt = prompt.replace(subject, "{}")
+        else:
+            prompt = prompt.replace(subject, "{}")
+    texts = {name: _target(values, name, where) for name in ("target_new", "target_true")}
+    lists = {name: _list(values, name, where) for name in ("paraphrase_prompts", "neighborhood_prompts")}
+    others = {name: value for name, value in values.items() if value is not None}
     try:
-        return EditRequest(
-            prompt=prompt,
-            subject=subject,
-            target_new=_target(fields["target_new"], where, "target_new"),
-            target_true=None
-            if fields.get("target_true") is None
-            else _target(fields["target_true"], where, "target_true"),
-            paraphrase_prompts=_texts(fields.get("paraphrase_prompts"), where, "paraphrase_prompts"),
-            neighborhood_prompts=_texts(fields.get("neighborhood_prompts"), where, "neighborhood_prompts"),
-            id=fields.get("id"),
-            weight=fields.get("weight", 1.0),
-        )
+        request = EditRequest(**{**others, "prompt": prompt, "subject": subject, **texts, **lists})
     except RequestError as error:
         raise RequestError(str(error) if where in str(error) else f"{where}: {error}") from None
+    if notes is None:
+        own.say(where)
+    return request
 
 
-def _target(value: Any, where: str, name: str) -> str:
+def _missing(record: Mapping[str, Any], missing: list[str], where: str, notes: Notes) -> str:
+    names = ", ".join(f"{name}{notes.hint(name)}" for name in list(record)[:12])
+    text = f"{where} has no {', '.join(map(repr, missing))}; it has {names or 'nothing in it'}"
+    if any(name in record for name in ("edit", "edits")):
+        text += ": make a record of prompt, subject and target_new of each edit"
+    return text
+
+
+def _target(values: Mapping[str, Any], name: str, where: str) -> str | None:
+    value = values.get(name)
+    if value is None and (name != "target_new"):
+        return None
     if isinstance(value, Mapping):
         value = value.get("str")
     if not isinstance(value, str):
-        raise RequestError(f"{where}: {name} must be a text (or CounterFact's {{'str': text}}); got {value!r}")
+        raise RequestError(f"{where}: {name} must be a text (or CounterFact's {{'str': text}}); got {_shown(value)}")
     return value
 
 
-def _texts(value: Any, where: str, name: str) -> tuple[str, ...]:
+def _list(values: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
+    value = values.get(name)
     if value is None:
         return ()
+    if hasattr(value, "tolist"):  # an array of texts
+        value = value.tolist()
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
-        raise RequestError(f"{where}: {name} must be a list of texts")
+        raise RequestError(f"{where}: {name} must be a list of texts; got {_shown(value)}")
     return tuple(value)
+
+
+def _from_cells(record: Mapping[str, str]) -> dict[str, Any]:
+    """A row of a table: lists stand as JSON or as Python writes them, a weight as a number."""
+    found: dict[str, Any] = dict(record)
+    for name in (*LISTS, NESTED):
+        text = found.get(name, "").strip()
+        if (text[:1], text[-1:]) in (("[", "]"), ("{", "}")):
+            for read in (json.loads, ast.literal_eval):
+                try:
+                    found[name] = read(text)
+                    break
+                except (ValueError, SyntaxError, RecursionError, MemoryError):
+                    continue
+    if "weight" in found:
+        with contextlib.suppress(ValueError):  # named where weights are checked
+            found["weight"] = float(found["weight"])
+    return found
+
+
+def _name_repeated_ids(found: Mapping[int, EditRequest], where: str) -> None:
+    first: dict[Any, int] = {}
+    repeated: dict[Any, list[int]] = {}
+    for place, request in found.items():
+        if request.id is not None and first.setdefault(request.id, place) != place:
+            repeated.setdefault(request.id, [first[request.id] + 1]).append(place + 1)
+    if repeated:
+        name, records = next(iter(repeated.items()))
+        _log.warning(
+            "%s: %d ids stand in several records, so messages cannot tell these apart: %r in records %s%s", where,
+            len(repeated), name, ", ".join(map(str, records[:5])), ", ..." if len(repeated) > 1 else "",
+        )  # fmt: skip
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and value != value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    if _is_nan(value):
+        return f"{text} (no number and no text: leave the field out or write null)"
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return f'{text} (write it as a text: "{text}")'
+    return text

@@ -7,14 +7,14 @@ prompts with every token of `target_true` the argmax. All are fractions in [0, 1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from kedit_fast.editing.prompts import PromptFormat, continuation
-from kedit_fast.editing.requests import EditRequest
+from kedit_fast.editing.requests import EditRequest, as_requests
 from kedit_fast.errors import RequestError
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad
@@ -50,11 +50,14 @@ class Continuation:
 def evaluate(
     model: torch.nn.Module,
     tokenizer: Any,
-    requests: Sequence[EditRequest],
+    requests: Iterable[EditRequest | Mapping[str, Any]],
     spec: ArchSpec | None = None,
     prompt_format: PromptFormat | None = None,
 ) -> Metrics:
     """Measure requests on `model`, every prompt in `prompt_format` if there is one; nothing in the model changes.
+
+    Raises:
+        RequestError: not a collection of requests, or one that cannot be measured.
 
     Cost: one forward pass over every prompt with its target, in batches by length; the head on target rows alone.
     """
@@ -75,11 +78,12 @@ class Seen:
 def evaluate_each(
     model: torch.nn.Module,
     tokenizer: Any,
-    requests: Sequence[EditRequest],
+    requests: Iterable[EditRequest | Mapping[str, Any]],
     spec: ArchSpec | None = None,
     prompt_format: PromptFormat | None = None,
 ) -> list[Seen]:
     """What `evaluate` measures, request by request."""
+    requests = as_requests(requests)
     pairs: list[tuple[str, str]] = []
     counts = []
     for request in requests:
@@ -148,7 +152,9 @@ def unusable(view: ModelView, tokenizer: Any, request: EditRequest, prompt_forma
 def _asked(request: EditRequest, prompt_format: PromptFormat | None) -> tuple[list[tuple[str, str]], ...]:
     """Prompts and targets that are scored: the new one, the true one, paraphrases, the neighborhood."""
     new, true = request.target_new, request.target_true
-    text = request.text if prompt_format is None else request.prompt.replace("{}", request.subject.strip())
+    text = request.text
+    if prompt_format is not None and request.subject is not None:
+        text = request.prompt.replace("{}", request.subject.strip())
     old = [] if true is None else [(text, true)]
     neighbors = [] if true is None else [(other, true) for other in request.neighborhood_prompts]
     return [(text, new)], old, [(other, new) for other in request.paraphrase_prompts], neighbors

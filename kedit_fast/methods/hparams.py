@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -13,12 +16,14 @@ import yaml
 
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.recipes import Recipe, find_recipe
+from kedit_fast.textfiles import Repeated, parse_json, read_text, suffix_of
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+_log = logging.getLogger("kedit_fast")
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -125,59 +130,87 @@ def unused(recipe: Recipe, names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not reads.get(name, True))
 
 
-# Keys of the frameworks' files that name places, devices or data: the package takes those elsewhere.
+# Names of the frameworks' files for places, devices, data and output: the package takes those elsewhere, or they change
+# nothing that is written to a model.
 _ELSEWHERE = {
     "alg_name", "model_name", "stats_dir", "device", "mom2_dataset", "mom2_n_samples", "mom2_dtype",
     "rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module",
-    "model_parallel", "fp16", "batch_size", "max_length", "layer_selection", "fact_token", "P_loc", "nll_loss_factor",
-    "rewrite_module_tmps", "model_class", "class_name", "tokenizer_class", "tokenizer_name", "no_grad_layers",
-    "batch_size_once", "editor_batch_size", "silent", "half", "results_dir", "dropout", "enable_prompt_keys",
-    "enable_random_prefix_keys", "original_implementation",
+    "model_parallel", "fp16", "batch_size", "max_length", "P_loc", "rewrite_module_tmps", "model_class", "class_name",
+    "tokenizer_class", "tokenizer_name", "no_grad_layers", "batch_size_once", "editor_batch_size", "silent", "half",
+    "results_dir", "name", "calculate_objective_value", "evaluation_type", "api_key", "verbose", "description",
 }  # fmt: skip
-# Of those, values that this package does not implement otherwise.
+# Names that change what is written, with the values at which they do not: at others they are not implemented.
 _FIXED = {
-    "layer_selection": ("all",), "fact_token": ("subject_last",), "nll_loss_factor": (1,), "dropout": (0, 0.0),
+    "layer_selection": ("all",), "fact_token": ("subject_last",), "nll_loss_factor": (1,), "dropout": (0,),
     "enable_prompt_keys": (False,), "enable_random_prefix_keys": (True,), "original_implementation": (False,),
+    "bias_update": (False, None), "norm_control": (0, None), "blue": (False, None), "use_chat_template": (False, None),
 }  # fmt: skip
+_BY_METHOD = ("add_prev_edits", "prob_cutoff")  # see _translated
 
 
-def read_hparams(path: str | Path) -> dict[str, Any]:
+def read_hparams(path: str | Path, method: str | None = None) -> dict[str, Any]:
     """Values of a .toml (ours), .yaml (EasyEdit) or .json (memit, AlphaEdit) file that this package knows.
+
+    Names that other repositories' files hold beside and that change nothing at the value given are named at INFO.
+
+    Args:
+        path: the file.
+        method: what the values are for; only `add_prev_edits` is looked at with it.
 
     Raises:
         MethodError: the file cannot be read, or asks for something that is not implemented.
     """
-    return parse_values(read_raw(path), str(path), foreign=True)
+    raw = read_raw(path)
+    found = parse_values(raw, str(path), foreign=True, method=method)
+    if beside := [str(name) for name in raw if name in _ELSEWHERE or name in _FIXED]:
+        _log.info("%s: not used, it changes nothing here: %s", path, ", ".join(beside))
+    return found
 
 
 def read_raw(path: str | Path) -> Mapping[str, Any]:
     """All names and values of such a file, as they stand there.
 
     Raises:
-        MethodError: the file cannot be read.
+        MethodError: the file cannot be read, or gives a name twice.
     """
-    path = Path(path)
+    suffix = suffix_of(path)
+    if suffix not in (".toml", ".yaml", ".yml", ".json"):
+        raise MethodError(f"{path}: hyper-parameters come as .toml, .yaml, .yml or .json")
+    text = read_text(path, MethodError)
     try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".toml":
+        if suffix == ".toml":
             raw = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            raw = yaml.safe_load(text)
-        elif path.suffix == ".json":
-            raw = json.loads(text)
+        elif suffix == ".json":
+            raw = parse_json(text, str(path), MethodError)
+            if isinstance(raw, Repeated):
+                raise MethodError(f"{path} gives {raw.names[0]!r} twice: keep one")
         else:
-            raise MethodError(f"{path}: hyper-parameters come as .toml, .yaml or .json")
-    except OSError as error:
-        raise MethodError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, yaml.YAMLError) as error:
-        raise MethodError(f"{path} is malformed: {str(error).splitlines()[0]}") from error
+            raw = yaml.load(text, _Strict)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        if isinstance(error, MethodError):
+            raise
+        raise MethodError(f"{path} is malformed: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(raw, Mapping):
-        raise MethodError(f"{path} must hold names and values")
+        raise MethodError(f"{path} must hold names and values; got {type(raw).__name__}")
     return raw
 
 
-def parse_values(raw: Mapping[str, Any], origin: str, foreign: bool = False) -> dict[str, Any]:
-    """Convert values to the types of Hparams; with `foreign`, names that the frameworks' files hold beside are let be.
+class _Strict(yaml.SafeLoader):
+    """A yaml mapping that gives a name twice is malformed, instead of the last one standing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        names = [self.construct_object(key, deep=True) for key in keys]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def parse_values(
+    raw: Mapping[str, Any], origin: str, foreign: bool = False, method: str | None = None
+) -> dict[str, Any]:
+    """Convert values to the types of Hparams; with `foreign`, names that the frameworks' files hold beside are let be
+    where they change nothing.
 
     Raises:
         MethodError: by name, for what is unknown, of the wrong type or not implemented.
@@ -185,18 +218,51 @@ def parse_values(raw: Mapping[str, Any], origin: str, foreign: bool = False) -> 
     types = {f.name: f.type for f in fields(Hparams)}
     found: dict[str, Any] = {}
     for name, value in raw.items():
-        if name in _FIXED and value not in _FIXED[name]:
-            raise MethodError(
-                f"{origin}: {name} = {value!r} is not implemented, only {' or '.join(map(str, _FIXED[name]))}"
-            )
+        if name in _FIXED and not any(_same(value, allowed) for allowed in _FIXED[name]):
+            shown = " or ".join(str(allowed) for allowed in _FIXED[name] if allowed is not None)
+            raise MethodError(f"{origin}: {name} = {value!r} is not implemented, only {shown}")
         if name in types:
             try:
                 found[name] = _convert(types[name], value)
             except (TypeError, ValueError, OverflowError):
                 raise MethodError(f"{origin}: {name} = {value!r} is not a {types[name]}") from None
-        elif not foreign or name not in _ELSEWHERE:
-            raise MethodError(f"{origin}: unknown hyper-parameter {name!r}; known are {', '.join(sorted(types))}")
+        elif foreign and name in _BY_METHOD:
+            for ours, number in _translated(name, value, origin, method).items():
+                if found.setdefault(ours, raw.get(ours, number)) != number:
+                    raise MethodError(f"{origin}: {name} = {value!r} and {ours} = {raw[ours]!r} say different things")
+        elif not foreign or name not in (*_ELSEWHERE, *_FIXED):
+            near = difflib.get_close_matches(str(name), types, 1, 0.8)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise MethodError(f"{origin}: unknown hyper-parameter {name!r}{hint}; known are {', '.join(sorted(types))}")
     return found
+
+
+def _translated(name: str, value: Any, origin: str, method: str | None) -> dict[str, Any]:
+    """Our hyper-parameters for one of the repositories of EMMET and ENCORE that is spelled otherwise."""
+    if name == "add_prev_edits":  # keys of earlier batches in the system
+        keeps = None if method is None else find_recipe(method).memory
+        if not isinstance(value, bool) or (keeps is None and value) or (keeps is not None and value != keeps):
+            raise MethodError(
+                f"{origin}: add_prev_edits = {value!r} is chosen by the method here: true for encore, memit-sequential "
+                "and alphaedit, false for memit and emmet"
+            )
+        return {}
+    try:  # it counts the first iteration with all targets most probable too
+        steps = -_convert("int", value)
+    except (TypeError, ValueError, OverflowError):
+        steps = -1
+    if steps == 0:
+        return {"most_probable_steps": 0}
+    if steps < 2:
+        raise MethodError(f"{origin}: prob_cutoff = {value!r} is not implemented, only 0, -2, -3, ...")
+    return {"most_probable_steps": steps - 1}
+
+
+def _same(value: Any, allowed: Any) -> bool:
+    """Whether two values mean the same in a file: false and "false", 0 and 0.0, but not 0 and false of a text."""
+    if isinstance(allowed, bool) and isinstance(value, str):
+        return value.lower() == str(allowed).lower()
+    return value == allowed
 
 
 def _convert(kind: str, value: Any) -> Any:
@@ -213,20 +279,26 @@ def _convert(kind: str, value: Any) -> Any:
         if str(value).lower() not in ("true", "false"):
             raise ValueError(value)
         return str(value).lower() == "true"
+    if kind in ("int", "float") and isinstance(value, bool):
+        raise ValueError(value)
     if kind == "int":
         if isinstance(value, float) and value != int(value):
             raise ValueError(value)
         return int(value)
     if kind == "float":
-        return float(value)  # yaml reads 5e-1 as a string
+        if math.isnan(number := float(value)):  # yaml reads 5e-1 as a string
+            raise ValueError(value)
+        return number
     return str(value)
 
 
 def parse_layers(value: Any) -> tuple[int, ...]:
     """Zero-based layers from "4-8" (both ends count), "3,5,7", an integer or a list; raises ValueError."""
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return (value,)
     if not isinstance(value, str):
+        if any(isinstance(v, bool) or int(v) != float(v) for v in value):
+            raise ValueError(f"{value!r} is no list of layers")
         return tuple(sorted({int(v) for v in value}))
     layers: set[int] = set()
     for part in value.split(","):

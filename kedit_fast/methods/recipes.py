@@ -32,6 +32,11 @@ class Recipe:
     contexts: tuple[tuple[int, int], ...] = ((10, 5),)  # published (tokens, count) of generated prefixes
     keeps: str = "nothing"  # between batches, beside the ledger
 
+    @property
+    def needs_subject(self) -> bool:
+        """Whether a request must say where its subject stands; gradients are of whole prompts."""
+        return self.values != "gradients"
+
     def values_on(self, post_norm: bool) -> str:
         """Where values are optimised on a model with or without a norm between the MLP and the residual sum.
 

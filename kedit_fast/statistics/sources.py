@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import array
+import codecs
 import contextlib
+import gzip
 import io
 import json
 import os
+import shutil
+import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from kedit_fast.errors import StatisticsError
+from kedit_fast.textfiles import GZIP, LINES, TABLES, read_records, refuse_binary, refuse_wide, suffix_of
 
 DATASETS = "datasets:"
+JSON = (".json", *LINES)
 
 
 def open_texts(source: str | os.PathLike, field: str = "text", local: bool = False) -> Sequence[str]:
     """The documents of a source, in its own order; a sequence, of which only what is asked for is in memory.
 
     Args:
-        source: a `.jsonl` file; another text file, one document a line; or `datasets:NAME[:CONFIG[:SPLIT]]`, a data
-            set of the datasets library (a hub name or a folder), by default its split "train".
-        field: of a record that holds the text.
+        source: a `.jsonl` or `.ndjson` file, or a `.json` of either kind, of records or texts; a `.csv` or `.tsv` with
+            a header; another text file, one document a line; each packed by gzip or not; or
+            `datasets:NAME[:CONFIG[:SPLIT]]`, a data set of the datasets library (a hub name or a folder), by default
+            its split "train". A JSON list and a table are read into memory, a packed file is unpacked to a temporary
+            one.
+        field: of a record, or column, that holds the text.
         local: a data set of the library must be on this machine already: nothing is downloaded.
 
     Raises:
@@ -30,11 +40,47 @@ def open_texts(source: str | os.PathLike, field: str = "text", local: bool = Fal
     """
     if str(source).startswith(DATASETS):
         return _Dataset(str(source).removeprefix(DATASETS), field, local)
+    suffix = suffix_of(source)
+    refuse_binary(source, StatisticsError, "give a text file, or a data set of the datasets library as datasets:NAME")
+    if Path(source).is_file() and (suffix in TABLES or (suffix in JSON and _begins_with(source, b"["))):
+        texts = []
+        for row in read_records(source, StatisticsError, lambda record: False):
+            if row.problem or (text := _text_of(row.value, field)) is None:
+                raise StatisticsError(row.problem or f"{row.where}: {_no_text(field)}")
+            texts.append(text)
+        if not any(text.strip() for text in texts):
+            raise StatisticsError(f"{source} holds no text")
+        return texts
     return TextFile(source, field)
 
 
+def _begins_with(path: str | os.PathLike, mark: bytes) -> bool:
+    """Whether the first character of a file, packed or not, is `mark`."""
+    try:
+        with Path(path).open("rb") as file:
+            packed = file.read(2) == GZIP
+        with gzip.open(path) if packed else Path(path).open("rb") as file:
+            head = file.read(3)
+            head = b"" if head == codecs.BOM_UTF8 else head
+            while head.isspace() or not head:
+                if not (head := file.read(1)):
+                    return False
+            return head.lstrip().startswith(mark)
+    except (OSError, EOFError, zlib.error) as error:
+        raise StatisticsError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _text_of(record: Any, field: str) -> str | None:
+    text = record.get(field) if isinstance(record, dict) else record
+    return text if isinstance(text, str) else None
+
+
+def _no_text(field: str) -> str:
+    return f"no text in field {field!r} (choose one with --field)"
+
+
 class TextFile(Sequence[str]):
-    """Lines of a text file, or the texts of a .jsonl file; blank lines are no documents.
+    """Lines of a text file, or the texts of a file of JSON lines; blank lines are no documents.
 
     Keeps eight bytes a document. A line that cannot be read raises StatisticsError with its number when it is used.
     """
@@ -46,6 +92,12 @@ class TextFile(Sequence[str]):
             self._file: BinaryIO = self.path.open("rb")
             if not self._file.seekable():  # a pipe
                 self._file = io.BytesIO(self._file.read())
+            if self._file.read(2) == GZIP:
+                self._file.seek(0)
+                self._file = _unpacked(self._file)
+            self._file.seek(0)
+            refuse_wide(self._file.read(4096), path, StatisticsError)
+            self._file.seek(0)
             offset = 0
             for line in self._file:
                 if not _blank(line):
@@ -53,6 +105,8 @@ class TextFile(Sequence[str]):
                 offset += len(line)
         except OSError as error:
             raise StatisticsError(f"cannot read {path}: {error.strerror or error}") from error
+        except (EOFError, zlib.error) as error:
+            raise StatisticsError(f"cannot read {path}: its gzip data is damaged: {error}") from error
         if not self._offsets:
             raise StatisticsError(f"{path} holds no text")
         self[0]  # a wrong field shows before anything is loaded
@@ -75,20 +129,29 @@ class TextFile(Sequence[str]):
             text = line.decode("utf-8" if offset else "utf-8-sig").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise StatisticsError(f"{self._place(offset)} is not UTF-8 text: {error}") from error
-        if self.path.suffix != ".jsonl":
+        if suffix_of(self.path) not in JSON:
             return text
         try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
+            found = _text_of(json.loads(text), self.field)
+        except (ValueError, RecursionError) as error:
             raise StatisticsError(f"{self._place(offset)}: malformed JSON: {error}") from error
-        if not isinstance(record, dict) or not isinstance(record.get(self.field), str):
-            raise StatisticsError(f"{self._place(offset)}: no text in field {self.field!r} (choose one with --field)")
-        return record[self.field]
+        if found is None:
+            raise StatisticsError(f"{self._place(offset)}: {_no_text(self.field)}")
+        return found
 
     def _place(self, offset: int) -> str:
         self._file.seek(0)
         number = self._file.read(offset).count(b"\n") + 1
         return f"{self.path}, line {number}"
+
+
+def _unpacked(file: BinaryIO) -> BinaryIO:
+    """A gzip file's bytes in a temporary file, which is gone when it is closed."""
+    whole = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as its documents are read
+    with gzip.GzipFile(fileobj=file) as packed:
+        shutil.copyfileobj(packed, whole)
+    file.close()
+    return whole
 
 
 def _blank(line: bytes) -> bool:

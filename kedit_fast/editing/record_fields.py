@@ -1,0 +1,185 @@
+"""The fields of other repositories' records, and what they are called here.
+
+Sources: CounterFact and zsRE of memit, EasyEdit's own records, KnowEdit, MQuAKE, QAEdit, UnKE. A name is mapped only
+where it means what our field means; what is not used is named, so that nobody takes it for measured.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kedit_fast.errors import RequestError
+from kedit_fast.textfiles import Repeated
+
+_log = logging.getLogger("kedit_fast")
+SHOWN = 20  # names or problems in one message
+NESTED = "requested_rewrite"  # CounterFact and MQuAKE
+_FOREIGN = {
+    "case_id": "id",
+    "src": "prompt",  # zsRE
+    "alt": "target_new",  # zsRE as EasyEdit reads it; memit writes the first of `answers`, what is true already
+    "target": "target_new",  # QAEdit
+    "ground_truth": "target_true",  # of several the first
+    "rephrase_prompt": "paraphrase_prompts",
+    "rephrase_prompts": "paraphrase_prompts",
+    "rephrase": "paraphrase_prompts",
+}
+# Names that mean this only where others stand beside them.
+_TOGETHER = (
+    ({"src", "alt"}, {"answers": "target_true"}),  # zsRE
+    ({"text", "labels", "concept"}, {"text": "prompt", "labels": "target_new", "concept": "subject"}),  # WikiBio
+    (
+        {"question", "para_question", "answer"},  # UnKE
+        {"question": "prompt", "para_question": "paraphrase_prompts", "answer": "target_new"},
+    ),
+)
+# A prompt whose answer must not change, and that answer: a neighborhood prompt where the answer is target_true.
+_BESIDE = (("locality_prompt", "locality_ground_truth"), ("loc", "loc_ans"))
+_UNMEASURED = {name for pair in _BESIDE for name in pair} | {"locality", "portability", "loc_prompt"}
+_UNUSED = {
+    "relation", "relation_id", "pararel_idx", "pred", "cond", "source", "category", "target_neg", "attribute_prompts",
+    "generation_prompts", "question", "questions", "answer", "answer_alias", "answer_extended", "new_answer",
+    "new_answer_alias", "single_hops", "new_single_hops", "orig", "fact_new", "fact_new_uns", "prompt_full",
+    "verify_unsfact_GPT", "unsfact_triplets_GPT",
+}  # fmt: skip
+LISTS = ("paraphrase_prompts", "neighborhood_prompts", "rephrase_prompts", "answers", "ground_truth")
+
+
+class Notes:
+    """What is to be said once about all records of a file or call."""
+
+    def __init__(self, known: Sequence[str]):
+        self.known = tuple(known)  # names of our own fields
+        self.mapped: dict[str, str] = {}
+        self.unmeasured: dict[str, int] = {}  # name -> records
+        self.unused: set[str] = set()
+        self.unknown: dict[str, int] = {}
+
+    def say(self, where: str) -> None:
+        """Log them: what has an effect that the caller may not expect as a warning."""
+        if self.mapped:
+            pairs = ", ".join(f"{theirs} as {ours}" for theirs, ours in self.mapped.items())
+            _log.info("%s: read %s", where, pairs)
+        if "alt" in self.mapped:
+            _log.warning("%s: `alt` is what is written, as in EasyEdit; memit writes the first of `answers`", where)
+        if self.unused:
+            _log.info("%s: not used: %s", where, ", ".join(sorted(self.unused)))
+        if unmeasured := {name: count for name, count in self.unmeasured.items() if count}:
+            _log.warning(
+                "%s: not measured (the answer of neighborhood_prompts must be target_true): %s in %d records",
+                where, ", ".join(unmeasured), max(unmeasured.values()),
+            )  # fmt: skip
+        if self.unknown:
+            names = [f"{name!r} in {count} records{self.hint(name)}" for name, count in self.unknown.items()]
+            more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            _log.warning("%s: unknown fields are not used: %s%s", where, ", ".join(names[:SHOWN]), more)
+
+    def hint(self, name: Any) -> str:
+        """`(did you mean ...?)`, where a known name is near an unknown one."""
+        if name in (*self.known, *_FOREIGN, *_UNUSED, *_UNMEASURED, NESTED):
+            return ""
+        near = difflib.get_close_matches(str(name).lower().strip(), [*self.known, *_FOREIGN], 1, 0.8)
+        return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def is_record(record: Mapping[str, Any], known: Sequence[str]) -> bool:
+    """Whether an object looks like one record rather than a container of records."""
+    return any(name in record for name in (*known, *_names(record), NESTED))
+
+
+def _names(record: Mapping[str, Any]) -> dict[str, str]:
+    """Foreign name -> ours, for this record."""
+    found = dict(_FOREIGN)
+    for needed, names in _TOGETHER:
+        if needed <= set(record):
+            found |= names
+    return found
+
+
+def ours(record: Mapping[str, Any], where: str, notes: Notes) -> dict[str, Any]:
+    """The record's values by our fields' names; None is no value.
+
+    Raises:
+        RequestError: a field that is given twice with different values, or several rewrites in one record.
+    """
+    outer, inner = dict(record), record.get(NESTED)
+    if isinstance(inner, list | tuple) and len(inner) == 1:
+        inner = inner[0]
+    elif isinstance(inner, list | tuple):
+        raise RequestError(f"{where}: {NESTED} holds {len(inner)} rewrites: make a record of each")
+    if inner is not None and not isinstance(inner, Mapping):
+        raise RequestError(f"{where}: {NESTED} must be an object; got {inner!r}")
+    outer.pop(NESTED, None)
+    foreign = _names(outer)
+    for part in (record, inner):
+        doubled = part.names if isinstance(part, Repeated) else ()
+        if read := [name for name in doubled if name in notes.known or name in foreign]:
+            raise RequestError(f"{where} gives {read[0]!r} twice: keep one")
+    found: dict[str, tuple[str, Any]] = {}  # our name -> the name it came by, the value
+    for fields in (inner or {}, outer):
+        for name, value in fields.items():
+            mine = name if name in notes.known else foreign.get(name)
+            if mine is None:
+                _note(name, notes)
+                continue
+            if value is None:
+                found.setdefault(mine, (name, None))
+                continue
+            if mine != name:
+                value = _first(value) if mine == "target_true" else value
+                if value is None:
+                    continue
+                notes.mapped[name] = mine
+            before = found.get(mine, (name, None))
+            if before[1] is not None and _comparable(before[1]) != _comparable(value):
+                raise RequestError(
+                    f"{where}: {mine} is given twice, {before[0]} = {before[1]!r} and {name} = {value!r}: keep one"
+                )
+            if before[1] is None:
+                found[mine] = (name, value)
+    values = {mine: value for mine, (_, value) in found.items()}
+    _neighbors(outer, values, notes)
+    return values
+
+
+def _note(name: Any, notes: Notes) -> None:
+    if name in _UNMEASURED:
+        notes.unmeasured[name] = notes.unmeasured.get(name, 0) + 1
+    elif name in _UNUSED:
+        notes.unused.add(name)
+    else:
+        notes.unknown[str(name)] = notes.unknown.get(str(name), 0) + 1
+
+
+def _neighbors(record: Mapping[str, Any], values: dict[str, Any], notes: Notes) -> None:
+    """Take a prompt that must keep its answer for a neighborhood prompt, where that answer is target_true."""
+    true = _comparable(values.get("target_true"))
+    if values.get("neighborhood_prompts") is not None:
+        return
+    for prompt, answer in _BESIDE:
+        text, said = record.get(prompt), _first(record.get(answer))
+        if isinstance(text, str) and isinstance(said, str) and said.strip() and _comparable(said) == true:
+            values["neighborhood_prompts"] = [text]
+            notes.mapped[prompt] = "neighborhood_prompts"
+            for name in (prompt, answer):
+                notes.unmeasured[name] -= 1
+            return
+
+
+def _first(value: Any) -> Any:
+    """The first of alternatives, however deep they are nested; None where there are none."""
+    while isinstance(value, list | tuple):
+        value = next((item for item in value if item is not None and item != []), None)
+    return value
+
+
+def _comparable(value: Any) -> Any:
+    """Two spellings of one value are equal: a text and CounterFact's object, a text and a list of it."""
+    if isinstance(value, Mapping):
+        value = value.get("str", value)
+    if isinstance(value, list | tuple):
+        return _comparable(value[0]) if len(value) == 1 else [_comparable(item) for item in value]
+    return value.strip() if isinstance(value, str) else value

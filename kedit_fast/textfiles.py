@@ -1,0 +1,184 @@
+"""Text files as people save them: byte order marks, gzip, JSON, JSON lines, csv. Knows nothing of what they hold."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+LINES = (".jsonl", ".ndjson")
+TABLES = {".csv": ",", ".tsv": "\t"}
+RECORDS = (".json", *LINES, *TABLES)
+STDIN = "-"
+GZIP = b"\x1f\x8b"  # how such a file begins
+_BINARY = {
+    **dict.fromkeys((".parquet", ".feather", ".arrow"), "a table in binary form"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet"),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".npz", ".npy"), "a file that may run code or holds arrays"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".xz", ".bz2", ".zst", ".7z"), "an archive; of these only .gz is read"),
+}
+_MARKS = (
+    (b"\xff\xfe\x00\x00", "UTF-32"), (b"\x00\x00\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One record of a file."""
+
+    where: str  # how messages call it; records count from 1
+    value: Any = None
+    problem: str = ""  # why it cannot be read, with where
+
+
+class Repeated(dict):
+    """An object of a JSON text that gives a name twice; the last value stands."""
+
+    names: tuple[str, ...] = ()
+
+
+def suffix_of(path: str | os.PathLike) -> str:
+    """The last suffix in lower case, `.gz` taken off."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def refuse_binary(path: str | os.PathLike, error: type[Exception], remedy: str) -> None:
+    """Raise `error` for a file whose name says that it is no text."""
+    if kind := _BINARY.get(suffix_of(path)):
+        raise error(f"{path} is {kind}, not a text: {remedy}")
+
+
+def refuse_wide(data: bytes, path: str | os.PathLike, error: type[Exception]) -> None:
+    """Raise `error` where the first bytes of a file say that it is not UTF-8."""
+    coding = next((name for mark, name in _MARKS if data.startswith(mark)), "")
+    if coding or data.count(0) > len(data) / 4:
+        what = f"is {coding} text" if coding else "is mostly NUL bytes, so it is UTF-16 or no text at all"
+        raise error(f"{path} {what}: save it as UTF-8, for example `iconv -f {coding or 'UTF-16LE'} -t UTF-8`")
+
+
+def read_text(path: str | os.PathLike, error: type[Exception]) -> str:
+    """A whole UTF-8 file, packed by gzip or not, without its byte order mark; `-` is the standard input.
+
+    Raises:
+        error: it cannot be read, is a folder, damaged, or of another coding; by its name.
+    """
+    try:
+        data = sys.stdin.buffer.read() if str(path) == STDIN else Path(path).read_bytes()
+        if data.startswith(GZIP):
+            data = gzip.decompress(data)
+    except OSError as cause:
+        raise error(f"cannot read {path}: {cause.strerror or cause}") from cause
+    except (EOFError, zlib.error) as cause:
+        raise error(f"cannot read {path}: its gzip data is damaged: {cause}") from cause
+    refuse_wide(data[:4096], path, error)
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise error(f"{path} is not UTF-8 text: {cause}") from cause
+
+
+def parse_json(text: str, where: str, error: type[Exception]) -> Any:
+    """A JSON value; objects that give a name twice are `Repeated`. Raises `error` with where for what is no JSON."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{where}: malformed JSON: {cause}") from cause
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    names = [name for name, _ in pairs]
+    doubled = Repeated(found)
+    doubled.names = tuple(name for name in found if names.count(name) > 1)
+    return doubled
+
+
+def read_records(
+    path: str | os.PathLike, error: type[Exception], is_record: Callable[[Mapping[str, Any]], bool]
+) -> list[Row]:
+    """The records of a file: a JSON list, JSON lines (each under either name), or csv or tsv with a header.
+
+    Packed by gzip or not. A line that is no JSON is a row with a problem. A JSON file that is one object is one record
+    where `is_record` says so. Standard input and pipes hold JSON of either kind.
+
+    Raises:
+        error: the file as a whole cannot be read; by its name.
+    """
+    suffix = suffix_of(path)
+    refuse_binary(path, error, f"save it as one of {', '.join(RECORDS)}")
+    named = suffix in RECORDS
+    if not named and str(path) != STDIN and (not Path(path).exists() or Path(path).is_file()):
+        if not Path(path).exists():
+            raise error(f"cannot read {path}: no such file")
+        raise error(f"{path}: the name says no format; records come as {', '.join(RECORDS)}, each also with .gz")
+    text = read_text(path, error)
+    if not text.strip():
+        raise error(f"{path} is empty: it holds no records")
+    if suffix in TABLES:
+        return list(_table(text, path, TABLES[suffix], error))
+    if suffix in LINES and not text.lstrip().startswith("["):
+        return list(_lines(text, path))
+    try:
+        value = parse_json(text, str(path), error)
+    except error:
+        if text.lstrip().startswith("{") and any(isinstance(row.value, dict) for row in _lines(text, path)):
+            return list(_lines(text, path))
+        raise
+    if isinstance(value, dict):
+        if not is_record(value):
+            names = ", ".join(list(value)[:8]) or "nothing in it"
+            raise error(f"{path} must hold a list of records; got one object with {names}")
+        value = [value]
+    if not isinstance(value, list):
+        raise error(f"{path} must hold a list of records; got {type(value).__name__}")
+    return [Row(f"{path}, record {number}", record) for number, record in enumerate(value, 1)]
+
+
+def _lines(text: str, path: str | os.PathLike) -> Iterator[Row]:
+    number = 0
+    for line_number, line in enumerate(text.split("\n"), 1):
+        line = line.strip().lstrip("\ufeff")
+        if not line:
+            continue
+        number += 1
+        place = f"line {number}" if number == line_number else f"line {line_number} (record {number})"
+        try:
+            value = parse_json(line, f"{path}, {place}", ValueError)
+        except ValueError as problem:
+            yield Row(f"{path}, {place}", None, str(problem))
+            continue
+        yield Row(f"{path}, record {number}" + ("" if number == line_number else f" (line {line_number})"), value)
+
+
+def _table(text: str, path: str | os.PathLike, delimiter: str, error: type[Exception]) -> Iterator[Row]:
+    """Rows of cells under a header; an empty cell is no value."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    number = 0
+    try:
+        names = [name.strip() for name in next(reader)]
+        if doubled := sorted({name for name in names if name and names.count(name) > 1}):
+            raise error(f"{path}: the header gives {doubled[0]!r} twice")
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            number += 1
+            where = f"{path}, record {number} (line {reader.line_num})"
+            if len(cells) > len(names):
+                yield Row(where, None, f"{where} has {len(cells)} cells under a header of {len(names)}: {cells[-1]!r}")
+                continue
+            yield Row(where, {name: cell for name, cell in zip(names, cells, strict=False) if name and cell})
+    except csv.Error as cause:
+        raise error(f"{path}, line {reader.line_num}: malformed table: {cause}") from cause
