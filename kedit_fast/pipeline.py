@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from kedit_fast.editing.prompts import PromptFormat, continuation
 from kedit_fast.editing.requests import EditRequest, require_none, shortened, skipped_records
+from kedit_fast.editing.value_store import MemitCache
 from kedit_fast.editor import Editor, EditResult
 from kedit_fast.errors import EditError, KeditError, UnsupportedModelError
 from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
@@ -183,6 +185,12 @@ def run_edits(
     skipped |= unmeasured
     prepared = [p for i, p in zip(number, prepared, strict=True) if i not in unmeasured]
     number = [i for i in number if i not in unmeasured]
+    if isinstance(editor.values, MemitCache):  # a later batch would take an earlier one's value
+        ids = Counter(p.request.id for p in prepared)
+        require_none({
+            i: f"{p.name}: memit's value files are named by case id, and {ids[p.request.id]} requests have this one"
+            for i, p in zip(number, prepared, strict=True) if ids[p.request.id] > 1
+        })  # fmt: skip
     measuring = time.perf_counter()
     before = evaluate_each(model, tokenizer, [p.request for p in prepared], prompt_format=prompt_format)
     seconds["evaluate"] += time.perf_counter() - measuring

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import os
@@ -200,6 +201,69 @@ def test_a_pipe_is_read_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     threading.Thread(target=lambda: (tmp_path / "pipe").write_text("One.\nTwo."), daemon=True).start()
     assert list(open_texts(tmp_path / "pipe")) == ["One.", "Two."]
+
+
+SMALL = ["One.", "Zwei ü.", "three"]
+RECORDS = [{"text": text} for text in SMALL]
+LINES = "\n".join(json.dumps(record) for record in RECORDS)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    (
+        ("a.txt", "\ufeff" + "\n".join(SMALL)),
+        ("a.txt.gz", "\n\n".join(SMALL)),
+        ("a", "\n".join(SMALL)),
+        ("a.jsonl", "\ufeff" + LINES),
+        ("a.JSONL", LINES),
+        ("a.ndjson", LINES),
+        ("a.jsonl.gz", LINES),
+        ("a.json", json.dumps(RECORDS)),
+        ("a.json", "\ufeff\n " + json.dumps(RECORDS, indent=1)),
+        ("a.json", json.dumps(SMALL)),
+        ("a.json", LINES),
+        ("a.jsonl", json.dumps(RECORDS)),
+        ("a.json.gz", json.dumps(RECORDS)),
+        ("a.csv", "id,text\n1,One.\n2,Zwei ü.\n3,three\n"),
+        ("a.tsv.gz", "id\ttext\n1\tOne.\n2\tZwei ü.\n3\tthree\n"),
+    ),
+)
+def test_every_form_of_a_text_gives_the_same_documents(tmp_path, name, content):
+    data = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    texts = open_texts(tmp_path / name)
+    assert list(texts) == SMALL and len(texts) == 3 and texts[1:] == SMALL[1:] and texts[-1] == "three"
+
+
+@pytest.mark.parametrize(
+    "name, data, message",
+    (
+        ("a.txt", "One.".encode("utf-16"), "UTF-16 text: save it as UTF-8"),
+        ("a.jsonl", LINES.encode("utf-16-le"), "UTF-16 or no text"),
+        ("a.txt.gz", gzip.compress(b"One." * 100)[:20], "gzip data is damaged"),
+        ("a.json.gz", gzip.compress(b"[1]")[:12], "cannot read"),
+        ("a.parquet", b"PAR1", "table in binary form.*datasets:NAME"),
+        ("a.txt.zip", b"PK", "archive"),
+        ("a.json", b'[{"text": "a"}, {"body": "b"}]', "record 2: no text in field 'text'.*--field"),
+        ("a.csv", b"id,body\n1,b\n", "record 1 .line 2.: no text in field 'text'"),
+        ("a.json", b"[]", "holds no text"),
+        ("a.json", b'["", " "]', "holds no text"),
+        ("a.json", b"[oops", "malformed JSON"),
+    ),
+)
+def test_texts_that_cannot_be_read_say_why(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(StatisticsError, match=message) as caught:
+        open_texts(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_a_text_may_hold_a_nul_and_a_folder_is_named(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"One.\nwith a \0 in it\n")
+    assert list(open_texts(tmp_path / "a.txt")) == ["One.", "with a \0 in it"]
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(StatisticsError, match=r"cannot read .*a.jsonl: Is a directory"):
+        open_texts(tmp_path / "a.jsonl")
 
 
 def test_bad_files_are_named_with_the_line(tmp_path):

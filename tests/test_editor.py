@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
 from floors import relative_error
 from tiny_models import KINDS, POST_NORM, TEXT, make_model, make_tokenizer
 
-from kedit_fast import Editor, EditRequest, collect_statistics, demo, evaluate
+from kedit_fast import Editor, EditRequest, collect_statistics, demo, evaluate, load_requests
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.prompts import prepare
 from kedit_fast.editing.values import optimise_values
@@ -273,6 +275,41 @@ def test_a_nan_for_one_request_is_skipped_and_named():
     assert list(result.skipped) == [0] and result.requests == tuple(REQUESTS[1:])
     for layer in (0, 1):  # the skipped one's place in the batches changes roundings on some processors
         torch.testing.assert_close(editor.view.weight(layer), other.view.weight(layer), rtol=1e-4, atol=1e-6)
+
+
+def test_a_generator_is_used_once_and_a_single_record_or_a_path_is_refused():
+    editor, other = make_editor(), make_editor()
+    records = [{"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in REQUESTS]
+    assert editor.edit(record for record in records).requests == tuple(REQUESTS)
+    other.edit(REQUESTS)
+    assert same(editor, weights(other))
+    with pytest.raises(EditError, match="no requests"):
+        editor.edit(iter(()))
+    for wrong, message in ((records[0], "put one record in a list"), (REQUESTS[0], "put it in a list"),
+                           ("r.json", "load_requests"), (3, "got int")):  # fmt: skip
+        for call in (editor.edit, editor.check, lambda r: evaluate(editor.view.model, editor.tokenizer, r)):
+            with pytest.raises(RequestError, match=message):
+                call(wrong)
+    assert same(editor, weights(other))
+
+
+def test_what_a_file_had_to_leave_out_is_in_the_result_by_its_number(tmp_path):
+    path = tmp_path / "requests.jsonl"
+    path.write_text(
+        '{"prompt": "{} is"}\n'
+        + "\n".join(
+            json.dumps({"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new}) for r in REQUESTS
+        )
+        + '\n{"prompt": "{} is", "subject": "Ebro", "target_new": "</s>"}\n'
+    )
+    records = load_requests(path, "skip")
+    editor = make_editor()
+    result = editor.edit(records, "skip")
+    assert list(result.skipped) == [0, 4] and result.requests == tuple(REQUESTS)
+    assert "record 1 has no" in result.skipped[0] and "request 5: the target" in result.skipped[4]
+    with pytest.raises(RequestError) as caught:
+        editor.edit(records)
+    assert "request 5" in str(caught.value) and "record 1" not in str(caught.value)
 
 
 def test_a_request_keeps_its_number_when_one_before_it_is_malformed():

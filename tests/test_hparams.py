@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -60,6 +61,112 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(MethodError, match=message):
         read_hparams(tmp_path / name)
+
+
+# A file of the repository of EMMET and ENCORE
+UNIFIED = {**MEMIT_GPTJ, "calculate_objective_value": False, "update_norm_lambda": 0, "emmet_lambda": 0.1,
+           "prob_cutoff": 0, "norm_control": 0, "bias_update": False, "name": "gpt-j"}  # fmt: skip
+
+
+def test_names_that_change_nothing_are_let_be_and_said(tmp_path, caplog):
+    (tmp_path / "a.json").write_text(json.dumps(UNIFIED))
+    (tmp_path / "plain.json").write_text(json.dumps(MEMIT_GPTJ))
+    logger = logging.getLogger("kedit_fast")
+    propagates, logger.propagate = logger.propagate, True
+    caplog.set_level(logging.INFO, "kedit_fast")
+    try:
+        found = read_hparams(tmp_path / "a.json")
+    finally:
+        logger.propagate = propagates
+    (line,) = [record.getMessage() for record in caplog.records]
+    for name in ("calculate_objective_value", "norm_control", "bias_update", "name", "mom2_dataset"):
+        assert name in line and name not in found
+    expected = {**read_hparams(tmp_path / "plain.json"), "update_norm_lambda": 0.0, "emmet_lambda": 0.1,
+                "most_probable_steps": 0}  # fmt: skip
+    assert found == expected
+    assert make_hparams("memit", LLAMA3, found)[0] == make_hparams("memit", LLAMA3, expected)[0]
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    (
+        ("bias_update", True, "bias_update = True is not implemented, only False"),
+        ("bias_update", "yes", "bias_update = 'yes'"),
+        ("norm_control", 0.1, "norm_control = 0.1"),
+        ("blue", True, "blue = True"),
+        ("use_chat_template", True, "use_chat_template"),
+        ("prob_cutoff", 0.9, "prob_cutoff = 0.9 is not implemented, only 0, -2"),
+        ("prob_cutoff", -1, "prob_cutoff = -1"),
+        ("add_prev_edits", True, "add_prev_edits = True is chosen by the method"),
+        ("layer_selection", "random", "layer_selection"),
+        ("enable_random_prefix_keys", False, "enable_random_prefix_keys"),
+        ("norm_controll", 0, "unknown hyper-parameter 'norm_controll'"),
+        ("kl_facto", 0, "did you mean 'kl_factor'"),
+        ("v_lr", float("nan"), "v_lr = nan is not a float"),
+        ("v_lr", True, "v_lr = True is not a float"),
+        ("v_num_grad_steps", True, "v_num_grad_steps = True"),
+        ("layers", [1.5], "layers"),
+        ("layers", True, "layers = True"),
+        ("layers", None, "layers = None"),
+    ),
+)
+@pytest.mark.parametrize("kind", ("json", "yaml"))
+def test_names_that_would_change_the_result_are_refused_with_their_value(tmp_path, kind, name, value, message):
+    path = tmp_path / f"a.{kind}"
+    path.write_text(json.dumps({**UNIFIED, name: value}).replace("NaN", "NaN" if kind == "json" else ".nan"))
+    with pytest.raises(MethodError, match=message):
+        read_hparams(path)
+
+
+def test_early_stopping_and_earlier_keys_of_other_files_are_ours(tmp_path):
+    path = tmp_path / "encore.json"
+    path.write_text(json.dumps({**UNIFIED, "add_prev_edits": True, "prob_cutoff": -2}))
+    for method in ("encore", "memit-sequential"):
+        assert read_hparams(path, method)["most_probable_steps"] == 1  # theirs counts the first such iteration too
+    with pytest.raises(MethodError, match="add_prev_edits = True"):
+        read_hparams(path, "memit")
+    path.write_text(json.dumps({**UNIFIED, "add_prev_edits": False}))
+    assert "add_prev_edits" not in read_hparams(path, "memit")
+    with pytest.raises(MethodError, match="add_prev_edits = False"):
+        read_hparams(path, "encore")
+    path.write_text(json.dumps({**UNIFIED, "prob_cutoff": -3, "most_probable_steps": 1}))
+    with pytest.raises(MethodError, match="say different things"):
+        read_hparams(path)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    (
+        ("a.JSON", '{"v_lr": 0.5}'),
+        ("a.json", '\ufeff{"v_lr": 0.5}'),
+        ("a.yml", "\ufeffv_lr: 5e-1\n"),
+        ("a.YAML", "v_lr: 0.5\r\n"),
+        ("a.toml", "\ufeffv_lr = 0.5\n"),
+        ("a.yaml", "base: &b {v_lr: 0.5}\n<<: *b\nname: x\n".replace("base: &b", "description: &b")),
+    ),
+)
+def test_files_with_byte_order_marks_and_other_spellings_are_read(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content.encode())
+    assert read_hparams(tmp_path / name) == {"v_lr": 0.5}
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    (
+        ("a.json", '{"v_lr": 0.5, "v_lr": 0.1}', "'v_lr' twice"),
+        ("a.yaml", "v_lr: 0.5\nv_lr: 0.1\n", "'v_lr' is given twice"),
+        ("a.toml", "v_lr = 0.5\nv_lr = 0.1\n", "malformed"),
+        ("a.json", '{"v_lr": 0.5}'.encode("utf-16"), "UTF-16"),
+        ("a.json", b'["v_lr"]', "must hold names and values; got list"),
+        ("a.yaml", b"", "got NoneType"),
+        ("a.ini", b"", "come as .toml, .yaml, .yml or .json"),
+    ),
+)
+def test_files_that_contradict_themselves_or_are_no_text_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(MethodError, match=message) as caught:
+        read_hparams(tmp_path / name)
+    assert name in str(caught.value)
 
 
 def test_layers_are_inclusive_ranges_or_lists():

@@ -13,7 +13,7 @@ from test_editor import PREFIXES, REQUESTS, make_editor, same, weights
 from tiny_models import POST_NORM, TEXT, make_model, make_tokenizer
 
 from benchmarks.published import serial_gradients
-from kedit_fast import Editor, EditRequest, collect_statistics
+from kedit_fast import Editor, EditRequest, collect_statistics, evaluate
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.prompts import prepare
 from kedit_fast.editing.values import optimise_values
@@ -607,6 +607,59 @@ def test_nan_in_keys_or_residuals_stops_before_any_write(monkeypatch, method, wh
         editor.edit(REQUESTS[:1])
     assert same(editor, before) and not editor.ledger.batches
     assert all(memory.count == 0 for memory in editor.engine.memories.values())
+
+
+WHOLE = [{"prompt": request.text, "target_new": request.target_new} for request in REQUESTS]
+
+
+@pytest.mark.parametrize("token", ("ans", "mask"))
+def test_ultraedit_writes_the_same_bits_without_subjects(token):
+    editor, other = editor_of("ultraedit", token=token), editor_of("ultraedit", token=token)
+    editor.edit(REQUESTS)
+    result = other.edit(record for record in WHOLE)
+    assert same(editor, weights(other)) and [request.subject for request in result.requests] == [None] * 3
+    with_format, without = (editor_of("ultraedit", token=token) for _ in range(2))
+    for one in (with_format, without):
+        one.prompt_format = lambda prompt: f"Now : {prompt} ?"
+    with_format.edit(REQUESTS)
+    without.edit(WHOLE)
+    assert same(with_format, weights(without)) and not same(with_format, weights(editor))
+
+
+def test_a_prompt_in_which_the_subject_cannot_be_placed_is_whole_for_ultraedit():
+    records = [{**WHOLE[0], "subject": "nobody"}, WHOLE[1], {**WHOLE[2], "subject": REQUESTS[2].subject}]
+    editor, other = editor_of("ultraedit"), editor_of("ultraedit")
+    editor.edit(records)
+    other.edit(REQUESTS)
+    assert same(editor, weights(other))
+
+
+@pytest.mark.parametrize("method", [name for name in RECIPES if name != "ultraedit"])
+def test_all_other_methods_name_a_missing_subject(method):
+    editor = editor_of(method)
+    before = weights(editor)
+    for requests in (WHOLE, [EditRequest(record["prompt"], None, record["target_new"]) for record in WHOLE]):
+        with pytest.raises(KeditError, match=r"request 1 .*no 'subject'(.*\n)*request 3 "):
+            editor.edit(requests)
+    assert same(editor, before)
+    result = editor.edit([WHOLE[0], REQUESTS[1]], "skip")
+    assert list(result.skipped) == [0] and result.requests == (REQUESTS[1],)
+
+
+def test_requests_without_a_subject_are_measured_kept_in_patches_and_named():
+    editor = editor_of("ultraedit")
+    records = [{**WHOLE[0], "target_true": "trumpet", "paraphrase_prompts": ["He plays the"]}]
+    seen = evaluate(editor.view.model, editor.tokenizer, records)
+    assert seen == evaluate(editor.view.model, editor.tokenizer, [
+        EditRequest(REQUESTS[0].prompt, REQUESTS[0].subject, WHOLE[0]["target_new"], "trumpet", ("He plays the",))
+    ])  # fmt: skip
+    editor.edit(records)
+    (about,) = editor.patch().about()["requests"]
+    assert about == {**WHOLE[0], "subject": None}
+    with pytest.raises(KeditError, match="special token"):
+        editor.edit([{"prompt": "It is", "target_new": "</s>"}])
+    with pytest.raises(KeditError, match="the model takes 128"):
+        editor.edit([{"prompt": "is " * 200, "target_new": "Spain"}])
 
 
 def test_ultraedit_skips_or_names_requests_whose_gradients_are_not_finite():
