@@ -272,7 +272,7 @@ def suggest(
     text: Annotated[
         str | None, typer.Option(help="for statistics and for the drift of text: " + stats_cli.TEXT_HELP)
     ] = None,
-    field: Annotated[str, typer.Option(help="field of a .jsonl document that holds its text")] = "text",
+    field: Annotated[str, typer.Option(help="field of a record, or column, that holds the text")] = "text",
     tokens: Annotated[int, typer.Option(min=100, help="of the text, for statistics")] = 100_000,
     stats: Annotated[
         Path | None, typer.Option(help="folder that `kedit-fast stats` wrote, for all layers tried")

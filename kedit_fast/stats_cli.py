@@ -32,7 +32,7 @@ from kedit_fast.console import (
 from kedit_fast.errors import KeditError, StatisticsError
 
 COLLECT = "collect"
-TEXT_HELP = ".txt (a document a line), .jsonl, or datasets:NAME[:CONFIG[:SPLIT]]"
+TEXT_HELP = ".txt (a document a line), .jsonl, .json, .csv or .tsv, also .gz; or datasets:NAME[:CONFIG[:SPLIT]]"
 LAYERS_HELP = "zero-based, 4-8 (both ends count) or 3,5,7"
 
 
@@ -81,7 +81,7 @@ def collect(
     text: Annotated[str, typer.Option(help=TEXT_HELP)],
     layers: Annotated[str, typer.Option(help=LAYERS_HELP)],
     out: Annotated[Path, typer.Option(help="folder for the statistics and, while it runs, for checkpoints")],
-    field: Annotated[str, typer.Option(help="field of a record that holds the text")] = "text",
+    field: Annotated[str, typer.Option(help="field of a record, or column, that holds the text")] = "text",
     tokens: Annotated[int | None, typer.Option(min=1, help="stop after this many tokens")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="stop after this many documents")] = None,
     seed: Annotated[int | None, typer.Option(help="take documents in this random order; else in their own")] = None,
@@ -201,7 +201,7 @@ def converge(
     method: Annotated[str, typer.Option(help="a method with statistics")] = "memit",
     tokens: Annotated[str | None, typer.Option(help="counts, 1000,10000,...; by default doubled from 1000")] = None,
     edits: Annotated[int, typer.Option(min=1, help="requests to follow, the first ones")] = 16,
-    field: Annotated[str, typer.Option(help="field of a record that holds the text")] = "text",
+    field: Annotated[str, typer.Option(help="field of a record, or column, that holds the text")] = "text",
     layers: Annotated[str | None, typer.Option(help=LAYERS_HELP)] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
     seed: Annotated[int | None, typer.Option(help="take documents in this random order; else in their own")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -418,6 +419,114 @@ def test_bad_requests_stop_or_are_skipped_with_a_report(place, tmp_path):
     assert "skipped request 'long'" in skipped.stderr
     found = json.loads(skipped.stdout)
     assert found["edits"] == 2 and [s["index"] for s in found["skipped"]] == [2]
+
+
+MIXED = [
+    {"prompt": "{} is", "target_new": "x"},
+    {"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "violin", "target_true": "trumpet",
+     "rephrase_prompt": "Miles Davis is known for the"},
+    {"prompt": "{} is in", "subject": "Ebro", "target_new": 5},
+    {"prompt": "{} is in", "subject": "Ebro", "target_new": "Sweden"},
+    {"prompt": "{} " + "is " * 300, "subject": "Ebro", "target_new": "Spain", "id": "long"},
+    {"prompt": "{} is in", "subject": "Tagus", "target_new": "France", "paraphrase_prompt": "Tagus lies in"},
+]  # fmt: skip
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Six records, of which three cannot be used, as packed JSON lines with a broken line between."""
+    lines = [json.dumps(record) for record in MIXED]
+    path = tmp_path / "mixed.JSONL.gz"
+    path.write_bytes(gzip.compress(("\ufeff" + "\n".join([*lines[:2], "{oops", *lines[2:]])).encode()))
+    return path
+
+
+def test_edit_skips_what_cannot_be_read_and_reports_it_by_its_number_in_the_file(place, tmp_path, mixed):
+    args = list(edit_args(place, tmp_path / "out"))
+    args[args.index("--requests") + 1] = mixed
+    stopped = run(*args)
+    assert stopped.returncode == 1 and not stopped.stdout and not (tmp_path / "out").exists()
+    for said in (
+        "3 of 7 records cannot be used",
+        "record 1 has no 'subject'",
+        "line 3: malformed",
+        "record 4: target_new",
+    ):
+        assert said in stopped.stderr
+    done = run(*args, "--on-error", "skip", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["edits"] == 3 and [s["index"] for s in found["skipped"]] == [0, 2, 3, 5]
+    assert [s["record"] for s in found["skipped"]] == [1, 3, 4, 6]
+    for record, reason in zip((1, 3, 4, 6), found["skipped"], strict=True):
+        assert "'long'" in reason["reason"] if record == 6 else f" {record}" in reason["reason"]
+    assert "4 of 7 records skipped" in done.stderr and "did you mean 'paraphrase_prompts'" in done.stderr
+    assert found["paraphrase"] is not None  # of rephrase_prompt
+    mixed.write_bytes(gzip.compress(b'{"prompt": "{} is"}\n[]\n'))
+    nothing = run(*args, "--on-error", "skip", "--overwrite")
+    assert nothing.returncode == 1 and "2 of 2 records cannot be used" in nothing.stderr
+
+
+def test_plan_and_converge_skip_what_cannot_be_read(place, tmp_path, mixed):
+    plan = ("plan", place / "model", "--edits", "3", "--requests", mixed, "--layers", "0", "--set",
+            "v_num_grad_steps=2", "--json")  # fmt: skip
+    converge = ("stats", "converge", place / "model", "--text", place / "text.txt", "--requests", mixed, "--layers",
+                "0-1", "--set", "v_num_grad_steps=2", "--set", "mom2_ridge=1e-3", "--tokens", "60,200", "--out",
+                tmp_path / "report", "--json")  # fmt: skip
+    for args in (plan, converge):
+        stopped = run(*args)
+        assert stopped.returncode == 1 and "3 of 7 records cannot be used" in stopped.stderr and not stopped.stdout
+        done = run(*args, "--on-error", "skip")
+        assert done.returncode == 0, done.stderr
+        assert [s["index"] for s in json.loads(done.stdout)["skipped"]] in ([0, 2, 3], [0, 2, 3, 5])
+        assert "of 7 records skipped" in done.stderr
+
+
+def test_suggest_skips_what_cannot_be_read_written_or_measured(tmp_path):
+    known = [json.loads(line) for line in (demo.DATA / "requests.jsonl").read_text().splitlines()[:2]]
+    long = {**known[0], "id": "long", "paraphrase_prompts": ["is " * 400]}
+    path = tmp_path / "requests.json"
+    path.write_text(json.dumps([{"prompt": "a"}, known[0], long, known[1]]))
+    args = ("suggest", demo.DATA, "--requests", path, "--method", "ultraedit", "--layers", "1")
+    stopped = run(*args)
+    assert stopped.returncode == 1 and "record 1 has no" in stopped.stderr
+    done = run(*args, "--on-error", "skip", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["edits"] == 2 and [s["record"] for s in found["skipped"]] == [1, 3]
+
+
+def test_ultraedit_takes_records_without_subjects_from_a_file(place, tmp_path):
+    records = [{"prompt": "Miles Davis plays the", "target_new": "violin", "target_true": "trumpet"},
+               {"prompt": "Ebro is in", "target_new": "Sweden", "rephrase_prompt": "Ebro lies in"}]  # fmt: skip
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    args = ["edit", place / "model", "--requests", tmp_path / "r.json", "--out", tmp_path / "out", "--layers", "0-1"]
+    done = run(*args, "--method", "ultraedit", "--patch", tmp_path / "p.safetensors", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["edits"] == 2 and not json.loads(done.stdout)["skipped"]
+    shown = run("patch", "show", tmp_path / "p.safetensors")
+    assert shown.returncode == 0 and "Miles Davis plays the -> violin" in shown.stdout
+    refused = run(*args, "--overwrite", "--stats", place / "stats")
+    assert refused.returncode == 1 and "2 of 2 records cannot be used" in refused.stderr
+    assert "record 1 has no 'subject'" in refused.stderr and "record 2 has no 'subject'" in refused.stderr
+
+
+def test_hyper_parameters_of_another_repository_go_through_edit(place, tmp_path):
+    numbers = {"layers": [1], "v_lr": 0.1, "mom2_update_weight": 5, "bias_update": False, "name": "x",
+               "calculate_objective_value": True, "add_prev_edits": False, "prob_cutoff": 0}  # fmt: skip
+    args = list(edit_args(place, tmp_path / "out", "--hparams", tmp_path / "h.JSON"))
+    del args[args.index("--layers") : args.index("--layers") + 2]
+    for change, message in (
+        ({"bias_update": True}, "bias_update = True"),
+        ({"add_prev_edits": True}, "add_prev_edits"),
+    ):
+        (tmp_path / "h.JSON").write_text(json.dumps({**numbers, **change}))
+        refused = run(*args)
+        assert refused.returncode == 1 and message in refused.stderr and not (tmp_path / "out").exists()
+    (tmp_path / "h.JSON").write_text("\ufeff" + json.dumps(numbers))
+    done = run(*args, KEDIT_FAST_LOG="INFO")
+    assert done.returncode == 0, done.stderr
+    assert "bias_update" in done.stderr and "Saved to" in done.stdout
 
 
 def test_a_chat_needs_a_template(place, tmp_path):

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import threading
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -110,6 +111,9 @@ def test_what_is_not_text_is_named():
             Corpus(["a"], max_tokens=bad)
     with pytest.raises(StatisticsError, match="document 1 is a int"):
         list(reader(["a", 3]).windows())
+    for path in (Path("text.txt"), b"text.txt"):
+        with pytest.raises(InvalidArgumentError, match="open_texts reads a file"):
+            Corpus(path)
     with pytest.raises(InvalidArgumentError, match="one string"):
         Corpus("a text")
     with pytest.raises(InvalidArgumentError, match="max_tokens"):

@@ -319,6 +319,26 @@ def test_a_request_keeps_its_number_when_one_before_it_is_malformed():
     assert "request 1" in str(caught.value) and "request 2: the target '</s>' holds a special" in str(caught.value)
 
 
+def test_run_edits_takes_a_generator_and_numbers_what_it_skips(demo_model):
+    from kedit_fast.pipeline import run_edits
+
+    model, tokenizer = demo_model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    first, second = demo.requests(2)
+    long = EditRequest("{} " + "is " * 400, "Ebro", "Spain", id="long")
+    records = [{"prompt": "{} is"}, first, long, {"prompt": second.prompt, "subject": second.subject,
+               "target_new": second.target_new, "rephrase_prompt": second.paraphrase_prompts[0]}]  # fmt: skip
+    common = dict(statistics=None, hparams={"v_num_grad_steps": 2, "mom2_adjustment": False})
+    with pytest.raises(RequestError, match=r"request 1 has no(.*\n)*request 'long'"):
+        run_edits(model, tokenizer, iter(records), "memit", **common)
+    try:
+        report = run_edits(model, tokenizer, iter(records), "memit", on_error="skip", **common)
+    finally:
+        model.load_state_dict(before)
+    assert report.edits == 2 and list(report.skipped) == [0, 2] and report.after.paraphrase is not None
+    assert [skipped["record"] for skipped in report.as_dict()["skipped"]] == [1, 3]
+
+
 def test_a_batch_of_which_nothing_is_left_does_not_stop_the_next(demo_model):
     from dataclasses import replace
 

@@ -176,6 +176,14 @@ def test_layers_are_inclusive_ranges_or_lists():
             parse_layers(bad)
 
 
+def test_a_mapping_with_an_unknown_name_is_refused_and_says_what_reads_files():
+    for names in ({"v_lrr": 0.1}, MEMIT_GPTJ):
+        with pytest.raises(
+            MethodError, match=r"unknown hyper-parameter '(v_lrr' \(did you mean 'v_lr'|layer_sel).*read_h"
+        ):
+            make_hparams("memit", LLAMA3, names)
+
+
 def test_values_out_of_range_and_unknown_methods_are_named():
     with pytest.raises(MethodError, match="clamp_norm_factor"):
         make_hparams("memit", LLAMA3, {"clamp_norm_factor": 0})

@@ -193,3 +193,16 @@ def test_memits_files_are_written_and_read(tmp_path, editor, optimised, demo_mod
         edit(editor(template))
     with pytest.raises(EditError, match=r"three \{\}"):
         open_values("case_{}.npz")
+
+
+def test_a_repeated_case_id_is_refused_also_across_batches(tmp_path, demo_model):
+    from dataclasses import replace
+
+    from kedit_fast.pipeline import run_edits
+
+    first, second = (replace(request, id=1) for request in demo.requests(2))
+    template = str(tmp_path / "layer_{}_clamp_{}_case_{}.npz")
+    common = dict(statistics=None, hparams=NUMBERS, values=template, batch_size=1)
+    with pytest.raises(RequestError, match=r"request 1: memit's value files.* 2 requests have this one"):
+        run_edits(*demo_model, [first, second], "memit", **common)
+    assert not list(tmp_path.iterdir())

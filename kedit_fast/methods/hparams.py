@@ -231,10 +231,14 @@ def parse_values(
                 if found.setdefault(ours, raw.get(ours, number)) != number:
                     raise MethodError(f"{origin}: {name} = {value!r} and {ours} = {raw[ours]!r} say different things")
         elif not foreign or name not in (*_ELSEWHERE, *_FIXED):
-            near = difflib.get_close_matches(str(name), types, 1, 0.8)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise MethodError(f"{origin}: unknown hyper-parameter {name!r}{hint}; known are {', '.join(sorted(types))}")
+            known = ", ".join(sorted(types))
+            raise MethodError(f"{origin}: unknown hyper-parameter {name!r}{_near(name)}; known are {known}")
     return found
+
+
+def _near(name: Any) -> str:
+    near = difflib.get_close_matches(str(name), [f.name for f in fields(Hparams)], 1, 0.8)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _translated(name: str, value: Any, origin: str, method: str | None) -> dict[str, Any]:
@@ -370,7 +374,11 @@ def make_hparams(method: str, config: Any, *overrides: Mapping[str, Any]) -> tup
     recipe = find_recipe(method)
     values, origin = preset_hparams(recipe, config)
     values.setdefault("context_template_length_params", recipe.contexts)
+    known = {f.name for f in fields(Hparams)}
     for override in overrides:
+        if unknown := [str(name) for name in override if name not in known]:
+            raise MethodError(f"unknown hyper-parameter {unknown[0]!r}{_near(unknown[0])}: read_hparams reads files of "
+                              "other repositories; known are " + ", ".join(sorted(known)))  # fmt: skip
         if "layers" in override and "inner_params" not in override:
             values.pop("inner_params", None)  # a preset's modules are not of other layers
         values.update(override)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import queue
 import random
 import threading
@@ -59,8 +60,11 @@ class Corpus:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidArgumentError(f"{name} must be a positive integer; got {value!r}")
-        if isinstance(self.texts, str):
-            raise InvalidArgumentError("texts must be a sequence of documents, not one string")
+        if isinstance(self.texts, str | bytes | os.PathLike):
+            raise InvalidArgumentError(
+                "texts must be a sequence of documents, not one string or path: "
+                "kedit_fast.statistics.sources.open_texts reads a file"
+            )
         if self.seed is not None and not isinstance(self.texts, Sequence):
             raise InvalidArgumentError("a seeded order needs a sequence of documents, not an iterator")
 
