@@ -20,6 +20,7 @@ from kedit_fast import patch_cli, stats_cli
 from kedit_fast.console import (
     ON_ERROR_HELP,
     Dtype,
+    MergeAdapter,
     OnError,
     assignments,
     check_file,
@@ -35,7 +36,7 @@ from kedit_fast.console import (
     say_skipped,
 )
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
-from kedit_fast.files import check_new
+from kedit_fast.files import check_new, write_text
 
 app = typer.Typer(
     help="Closed-form knowledge editing of language models.", no_args_is_help=True, add_completion=False,
@@ -134,6 +135,7 @@ def edit(
     on_error: Annotated[OnError, typer.Option(help=ON_ERROR_HELP)] = OnError.stop,
     dtype: Annotated[Dtype, typer.Option(help="dtype the model is loaded and saved in")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    merge_adapter: MergeAdapter = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
@@ -156,7 +158,7 @@ def edit(
     records = load_requests(requests, on_error.value, recipe.needs_subject)
     overrides = _overrides(hparams, set_, layers, method)
     _name_unfollowed(hparams, dtype, None if batch_size else len(records))
-    config = load_config(model)
+    config = load_config(model, merge_adapter)
     chosen, origin = make_hparams(method, config, overrides)
     check_range(chosen.layers, config)
     if origin.startswith("guess") and hparams is None and layers is None:
@@ -176,7 +178,7 @@ def edit(
         notices.print(f"kedit-fast: {model} was edited before; without --continue {recipe.name} knows nothing of that",
                       markup=False)  # fmt: skip
     with processes(device) as (rank, where):
-        loaded, tokenizer = load_model(model, DTYPES[dtype.value], where)
+        loaded, tokenizer = load_model(model, DTYPES[dtype.value], where, merge_adapter=merge_adapter)
         statistics = None
         if chosen.uses_statistics and stats:
             statistics = load_statistics(stats, loaded, tokenizer, chosen.layers, trust=trust)
@@ -215,6 +217,7 @@ def plan(
     set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
     dtype: Annotated[Dtype, typer.Option(help="dtype the model is loaded in")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    merge_adapter: MergeAdapter = False,
     trial: Annotated[bool, typer.Option(help="load the model and try; without, bytes from its configuration")] = True,
     on_error: Annotated[OnError, typer.Option(help=ON_ERROR_HELP)] = OnError.stop,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
@@ -229,14 +232,14 @@ def plan(
 
     overrides = _overrides(hparams, set_, layers, method)
     _name_unfollowed(hparams, dtype)
-    config = load_config(model)
+    config = load_config(model, merge_adapter)
     chosen, _ = make_hparams(method, config, overrides)
     check_range(chosen.layers, config)
     records = as_requests(bundled.requests() if trial else [])
     if requests is not None:
         records = load_requests(requests, on_error.value, find_recipe(method).needs_subject)
     if trial:
-        loaded, tokenizer = load_model(model, DTYPES[dtype.value], checked_device(device))
+        loaded, tokenizer = load_model(model, DTYPES[dtype.value], checked_device(device), merge_adapter=merge_adapter)
     else:
         loaded, tokenizer = empty_model(config, DTYPES[dtype.value]), None
     found = estimate(loaded, tokenizer, edits, method, requests=records, hparams=overrides, on_error=on_error.value)
@@ -283,6 +286,7 @@ def suggest(
     set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
     dtype: Annotated[Dtype, typer.Option(help="dtype the model is loaded in")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    merge_adapter: MergeAdapter = False,
     out: Annotated[Path | None, typer.Option(help="write the configuration to this .toml")] = None,
     on_error: Annotated[OnError, typer.Option(help=ON_ERROR_HELP)] = OnError.stop,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
@@ -302,8 +306,8 @@ def suggest(
     _name_unfollowed(hparams, dtype)
     tried = None if layers is None else parsed_layers(layers)
     documents = [] if text is None else open_texts(text, field)
-    check_range(tried or (), load_config(model))
-    loaded, tokenizer = load_model(model, DTYPES[dtype.value], checked_device(device))
+    check_range(tried or (), load_config(model, merge_adapter))
+    loaded, tokenizer = load_model(model, DTYPES[dtype.value], checked_device(device), merge_adapter=merge_adapter)
     statistics = None if stats is None else load_statistics(stats, loaded, tokenizer)
     found = sweep(
         loaded, tokenizer, records, method, statistics=statistics, texts=documents, max_tokens=tokens,
@@ -311,7 +315,7 @@ def suggest(
     )  # fmt: skip
     say_skipped(found.skipped, records.total)
     if out is not None:
-        out.write_text(found.toml(), encoding="utf-8")
+        write_text(out, found.toml(), KeditError)
     if as_json:
         print_json(found.as_dict())
         return
@@ -409,10 +413,14 @@ def _print_report(report: Any, title: str) -> None:
 
 def _overrides(hparams: Path | None, set_: list[str] | None, layers: str | None, method: str) -> dict[str, Any]:
     """Hyper-parameters that the command line gives: a file, then --set, then --layers."""
-    from kedit_fast.methods.hparams import read_hparams
+    from kedit_fast.methods.hparams import read_hparams, unused, worth_a_warning
+    from kedit_fast.methods.recipes import find_recipe
 
     found = read_hparams(hparams, method) if hparams is not None else {}
-    found.update(assignments(set_))
+    recipe, by_hand = find_recipe(method), assignments(set_)
+    for name in set(unused(recipe, by_hand)) - set(worth_a_warning(recipe, by_hand)):  # the editor says the others
+        notices.print(f"kedit-fast: {recipe.name} does not use {name}", markup=False)
+    found.update(by_hand)
     if layers is not None:
         found["layers"] = parsed_layers(layers)
     return found

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -43,6 +43,9 @@ class OnError(str, Enum):
 
 
 ON_ERROR_HELP = "records that cannot be read, written or measured: raise, naming them all, or skip and report them"
+MergeAdapter = Annotated[
+    bool, typer.Option("--merge-adapter", help="of an adapter's folder: add it to its model's weights (needs peft)")
+]
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:

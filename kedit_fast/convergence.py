@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from kedit_fast.editing.requests import EditRequest, require_none, rows_of
 from kedit_fast.editing.value_store import ValueFile
 from kedit_fast.editor import Editor
 from kedit_fast.errors import MethodError, StatisticsError
-from kedit_fast.files import replacing
+from kedit_fast.files import write_text
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.methods.recipes import find_recipe
 from kedit_fast.solver.low_rank import LowRankUpdate
@@ -199,8 +198,7 @@ def write_csv(rows: Sequence[Row], path: str | os.PathLike) -> None:
     writer.writeheader()
     for row in rows:
         writer.writerow({name: "" if value is None else value for name, value in asdict(row).items()})
-    with replacing(path, StatisticsError) as part:
-        Path(part).write_text(text.getvalue(), encoding="utf-8")
+    write_text(path, text.getvalue(), StatisticsError)
 
 
 def draw(rows: Sequence[Row], path: str | os.PathLike) -> None:

@@ -28,11 +28,12 @@ from kedit_fast.editing.shared_values import flush_store, optimise_shared
 from kedit_fast.editing.value_store import ValueStore, bits_hash, open_values
 from kedit_fast.editing.values import PREDICTED, PROBLEMS, SITES, Values
 from kedit_fast.errors import EditError, MethodError, StatisticsError
-from kedit_fast.methods.hparams import make_hparams, unused
+from kedit_fast.methods.hparams import make_hparams, worth_a_warning
 from kedit_fast.methods.recipes import Recipe, find_recipe
 from kedit_fast.models.architectures import ArchSpec, ModelView, linear_weight
+from kedit_fast.models.editable import require_editable
 from kedit_fast.models.fingerprint import difference, fingerprint
-from kedit_fast.models.forward import Site
+from kedit_fast.models.forward import Site, require_passes
 from kedit_fast.patches.patch import Patch, Target, hash_of
 from kedit_fast.solver.least_squares import collisions
 from kedit_fast.solver.low_rank import LowRankUpdate, Update
@@ -126,7 +127,7 @@ class Editor:
         if layers is not None:
             overrides["layers"] = tuple(layers)
         self.hparams, self.origin = make_hparams(method, model.config, overrides)
-        if idle := unused(self.recipe, overrides):
+        if idle := worth_a_warning(self.recipe, overrides):
             _log.warning("%s does not use %s", self.recipe.name, ", ".join(idle))
         if self.hparams.layers:
             self.view.check_layers(self.hparams.layers)
@@ -135,6 +136,8 @@ class Editor:
                 f"v_loss_layer = {self.hparams.v_loss_layer} is not implemented: the loss is taken after the last "
                 f"layer, {self.view.num_layers - 1}"
             )
+        self.modules = self._edited_modules()
+        require_editable(self.view, self.modules)
         self.value_sites = self.recipe.values_on(self.view.spec.post_norm)
         self.site = SITES.get(self.value_sites, ("mlp",))[-1]  # of the value that the last layer is to put out
         self.ledger = Ledger()
@@ -162,7 +165,7 @@ class Editor:
                 statistics.moment(layer)
             if what := difference(statistics.model, fingerprint(self.view, tokenizer)):
                 raise StatisticsError(f"the statistics are of another model: different {what}")
-        self.modules = self._edited_modules()
+        require_passes(self.view, self._sites())
         self.engine = Engine(self.view, self.recipe, self.hparams, statistics, null_spaces)
 
     def _edited_modules(self) -> dict[str, torch.Tensor]:
@@ -172,12 +175,23 @@ class Editor:
             return {path: self.view.linear(path)[1] for path in paths}
         return {self.view.module_name(layer): self.view.weight(layer) for layer in self.hparams.layers}
 
+    def _sites(self) -> list[Site]:
+        """What an edit looks at; the modules of `inner_params` are seen by the pass that takes their gradients."""
+        layers = () if self.hparams.inner_params else self.hparams.layers
+        outputs = [Site(layers[-1], what) for what in SITES.get(self.value_sites, ())] if layers else []
+        return [Site(layer, "key") for layer in layers] + outputs
+
     def in_place(self) -> bool:
         """Whether the matrices to be edited are still the model's: moving or casting a model gives it others."""
         return all(
             now.data_ptr() == self.modules[name].data_ptr() and now.dtype == self.modules[name].dtype
             for name, now in self._edited_modules().items()
         )
+
+    def require_untouched(self) -> None:
+        """Raise EditError when something else (a hook that computes a weight again) has changed what was written."""
+        for name in self.ledger.names():
+            self.ledger.require_untouched(name)
 
     @property
     @plain_torch()
@@ -234,6 +248,7 @@ class Editor:
             written = tuple(p.request for i, p in enumerate(prepared) if i not in batch.skipped)
             number = len(self.ledger.batches) + 1 if written else 0
             result = batch.result(number, written, dict(sorted(problems.items())))
+            self.require_untouched()
             if written:
                 self.engine.commit()
                 self._written[number] = written

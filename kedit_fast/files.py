@@ -1,16 +1,20 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, hold what they were given, and are the same bytes each time."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -51,9 +55,64 @@ def write_file(
     metadata: Mapping[str, str],
     error: type[Exception],
 ) -> None:
-    """Write a safetensors file; see `replacing`."""
+    """Write a safetensors file that is the same bytes each time, and read it back; see `replacing`.
+
+    Raises:
+        error: also when what is read back is not what was written: the file does not appear.
+    """
     with replacing(path, error) as part:
         save_file(dict(tensors), part, dict(metadata))
+        _sort_metadata(part)
+        found, about = read_file(part, error)
+        wrong = [name for name, tensor in tensors.items() if name not in found or not same_bits(found[name], tensor)]
+        if wrong or about != dict(metadata) or found.keys() != tensors.keys():
+            raise error(f"cannot write {path}: {wrong[0] if wrong else 'its header'} is read back as something else")
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in the order of its names: safetensors writes them in any."""
+    with path.open("r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        assert len(text) <= length, "the same names and values take the same bytes"
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors on any devices have one shape, one dtype and the same bits."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    one, other = (t.detach().to("cpu").contiguous().flatten().view(torch.uint8) for t in (one, other))
+    return torch.equal(one, other)
+
+
+def write_npz(path: str | os.PathLike, entries: Mapping[str, Any], error: type[Exception]) -> None:
+    """Write numpy's npz file and read it back; see `replacing`."""
+    entries = {name: numpy.asarray(value) for name, value in entries.items()}
+    with replacing(path, error) as part:
+        with part.open("wb") as file:  # savez would put .npz behind another name
+            numpy.savez(file, **entries)
+        with numpy.load(part, allow_pickle=False) as found:
+            for name, value in entries.items():
+                there = found.get(name)
+                if there is None or (there.dtype, there.shape) != (value.dtype, value.shape) or not numpy.array_equal(
+                    there.reshape(-1).view(numpy.uint8), value.reshape(-1).view(numpy.uint8)
+                ):  # fmt: skip
+                    raise error(f"cannot write {path}: {name} is read back as something else")
+
+
+def write_text(path: str | os.PathLike, text: str, error: type[Exception]) -> None:
+    """Write a text file and read it back; see `replacing`."""
+    data = text.encode("utf-8")
+    with replacing(path, error) as part:
+        part.write_bytes(data)
+        if part.read_bytes() != data:
+            raise error(f"cannot write {path}: it is read back as something else")
 
 
 def read_file(path: str | os.PathLike, error: type[Exception]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -76,6 +135,25 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     A tensor of a file begins anywhere, and on some processors torch's products round by where their operands lie.
     """
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def tensor_files(folder: Path, error: type[Exception]) -> dict[str, Path]:
+    """Tensor -> its file, of a folder that save_pretrained wrote: what from_pretrained finds there.
+
+    Raises:
+        error: there is none, or it cannot be read, naming it.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    try:
+        if single.exists():
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single)
+        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in weights.items()}
+    except FileNotFoundError:
+        raise error(f"{folder} has neither {single.name} nor {index.name}: the model was not written there") from None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as cause:
+        raise error(f"cannot read the model in {folder}: {getattr(cause, 'strerror', None) or cause}") from cause
 
 
 @contextlib.contextmanager

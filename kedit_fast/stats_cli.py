@@ -15,6 +15,7 @@ from kedit_fast import distributed
 from kedit_fast.console import (
     ON_ERROR_HELP,
     Dtype,
+    MergeAdapter,
     OnError,
     assignments,
     check_file,
@@ -94,6 +95,7 @@ def collect(
     masters: Annotated[Masters, typer.Option(help="where the fp64 sums are kept")] = Masters.auto,
     dtype: Annotated[Dtype, typer.Option(help="dtype the model runs in")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    merge_adapter: MergeAdapter = False,
     device_map: Annotated[
         str | None, typer.Option(help="spread the model over devices: auto, balanced, sequential (needs accelerate)")
     ] = None,
@@ -114,12 +116,12 @@ def collect(
         raise KeditError("--device-map places the model: leave --device out")
     check_folder(out, resume, overwrite)
     documents = open_texts(text, field)
-    check_range(wanted, load_config(model))
+    check_range(wanted, load_config(model, merge_adapter))
     try:
         with processes(device) as (rank, where):
             if device_map is not None and distributed.world()[1] > 1:
                 raise KeditError("--device-map spreads one process over all devices: use it without torchrun")
-            loaded, tokenizer = load_model(model, DTYPES[dtype.value], where, device_map)
+            loaded, tokenizer = load_model(model, DTYPES[dtype.value], where, device_map, merge_adapter)
             found = collect_into(
                 out, loaded, tokenizer, Corpus(documents, tokens, samples, max_length, seed), wanted,
                 batch_tokens=batch_tokens, checkpoint_every=checkpoint_every, resume=resume, overwrite=overwrite,
@@ -209,6 +211,7 @@ def converge(
     dtype: Annotated[Dtype, typer.Option(help="dtype the model runs in")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
     on_error: Annotated[OnError, typer.Option(help=ON_ERROR_HELP)] = OnError.stop,
+    merge_adapter: MergeAdapter = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the report in an existing --out")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
@@ -228,7 +231,7 @@ def converge(
     overrides = assignments(set_)
     _make_folder(out)
     documents = open_texts(text, field)
-    loaded, tokenizer = load_model(model, DTYPES[dtype.value], checked_device(device))
+    loaded, tokenizer = load_model(model, DTYPES[dtype.value], checked_device(device), merge_adapter=merge_adapter)
     rows = convergence.convergence(
         loaded, tokenizer, Corpus(documents, max_length=max_length, seed=seed), records, method,
         counts=None if tokens is None else _counts(tokens),

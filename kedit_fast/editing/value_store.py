@@ -28,10 +28,10 @@ from kedit_fast._version import __version__
 from kedit_fast.editing.prompts import PreparedRequest
 from kedit_fast.editing.values import STOPPED, USED_UP, Values
 from kedit_fast.errors import EditError
-from kedit_fast.files import write_file
+from kedit_fast.files import write_file, write_npz
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
-from kedit_fast.models.fingerprint import fingerprint
+from kedit_fast.models.fingerprint import fingerprint, with_values
 from kedit_fast.models.widened import computing_dtype
 from kedit_fast.torch_state import plain_torch
 
@@ -212,11 +212,9 @@ class MemitCache:
             path = self._path(request)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_name(f".{path.name}.part.npz")
-                np.savez(part, v_star=values.targets[:, i].float().cpu().numpy())
-                os.replace(part, path)
             except OSError as error:
                 raise EditError(f"cannot write {path}: {error.strerror or error}") from error
+            write_npz(path, {"v_star": values.targets[:, i].float().cpu().numpy()}, EditError)
 
     def flush(self) -> None:
         """Nothing waits."""
@@ -242,7 +240,11 @@ def _usable(requests: Sequence[PreparedRequest], values: Values) -> list[tuple[i
 
 def edited_hash(view: ModelView, layers: Sequence[int] | None = None) -> str:
     """`bits_hash` of the matrices of `layers` that editing writes; None for all layers."""
-    return bits_hash([view.weight(layer) for layer in (range(view.num_layers) if layers is None else layers)])
+    matrices = []
+    for layer in range(view.num_layers) if layers is None else layers:
+        weight = with_values(view, view.weight_name(layer), view.edited_module(layer).weight.detach())
+        matrices.append(weight.T if view.spec.transposed else weight)
+    return bits_hash(matrices)
 
 
 def bits_hash(matrices: Sequence[torch.Tensor]) -> str:

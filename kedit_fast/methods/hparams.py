@@ -130,6 +130,15 @@ def unused(recipe: Recipe, names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not reads.get(name, True))
 
 
+# What a method's published files carry although it does not read it.
+_CARRIED = {"alphaedit": ("mom2_update_weight",)}
+
+
+def worth_a_warning(recipe: Recipe, names: Iterable[str]) -> list[str]:
+    """Of hyper-parameters, those that a method does not read and that its own published files do not carry either."""
+    return [name for name in unused(recipe, names) if name not in _CARRIED.get(recipe.name, ())]
+
+
 # Names of the frameworks' files for places, devices, data and output: the package takes those elsewhere, or they change
 # nothing that is written to a model.
 _ELSEWHERE = {
@@ -373,6 +382,7 @@ def make_hparams(method: str, config: Any, *overrides: Mapping[str, Any]) -> tup
     """Hyper-parameters of a method for a model: its preset, then each of `overrides` in order; and their origin."""
     recipe = find_recipe(method)
     values, origin = preset_hparams(recipe, config)
+    origin = _origin(recipe, origin, set(values), {name for override in overrides for name in override})
     values.setdefault("context_template_length_params", recipe.contexts)
     known = {f.name for f in fields(Hparams)}
     for override in overrides:
@@ -386,3 +396,15 @@ def make_hparams(method: str, config: Any, *overrides: Mapping[str, Any]) -> tup
         values["layers"] = ()
     values["method"] = recipe.name
     return Hparams(**values), origin
+
+
+def _origin(recipe: Recipe, origin: str, values: set[str], given: set[str]) -> str:
+    """Where the numbers that the method reads are from, when some of them are given."""
+    if not given & values:
+        return origin
+    idle = set(unused(recipe, values | given))
+    if values - idle <= given:
+        return "given"
+    if "layers" in given:
+        origin = origin.replace("layers by relative depth, ", "")
+    return f"{origin}; given: {', '.join(sorted(given - idle))}"

@@ -13,6 +13,7 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
 from kedit_fast.models import fused
+from kedit_fast.models.editable import plain_model
 from kedit_fast.ops.arguments import FLOATS
 
 
@@ -139,10 +140,15 @@ def linear_weight(model: torch.nn.Module, path: str) -> tuple[torch.Tensor, bool
 
 
 class ModelView:
-    """A causal language model seen through its ArchSpec."""
+    """A causal language model seen through its ArchSpec.
+
+    Raises:
+        UnsupportedModelError: not such a model, one of an architecture that is not supported, or a quantised or sharded
+            edited matrix; by name.
+    """
 
     def __init__(self, model: torch.nn.Module, spec: ArchSpec | None = None):
-        self.model = model
+        self.model = model = plain_model(model)
         self.config = model.config
         self.spec = spec or find_architecture(model.config)
         try:
@@ -155,11 +161,38 @@ class ModelView:
                 "load it with AutoModelForCausalLM"
             ) from None
         for layer in range(len(self.blocks)):
-            check_weight(self.weight_name(layer), self.edited_module(layer))
+            try:
+                self.attention(layer), self.mlp(layer)
+                module = self.edited_module(layer)
+            except AttributeError as error:
+                raise UnsupportedModelError(
+                    f"block {layer} is a {type(self.block(layer)).__name__} that does not have the modules of "
+                    f"{self.spec.name} ({error}): is it wrapped? Pass the model without wrappers inside"
+                ) from None
+            check_weight(self.weight_name(layer), module)
         head = model.get_output_embeddings()
-        self.head = head.weight.detach()  # [V, h]
+        if not isinstance(getattr(head, "weight", None), torch.Tensor):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no head that gives logits of tokens: load it with AutoModelForCausalLM"
+            )
+        self._head_module, self._head = head, head.weight.detach()  # [V, h]
         self.head_bias = None if getattr(head, "bias", None) is None else head.bias.detach()
         self.softcap = float(getattr(model.config, "final_logit_softcapping", None) or 0.0)
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The head's matrix [V, h].
+
+        Raises:
+            UnsupportedModelError: it is offloaded, quantised or sharded.
+        """
+        check_weight("the model's head", self._head_module)
+        if self._head.device.type == "meta":
+            raise UnsupportedModelError(
+                "the model's head has no values on a device: it is offloaded, or the model is not loaded. Load the "
+                "model with its head on a device (without device_map, or with more max_memory)"
+            )
+        return self._head
 
     @property
     def num_layers(self) -> int:

@@ -69,20 +69,29 @@ def _samples(view: ModelView) -> dict[str, list[float]]:
     edited = {view.weight_name(layer) for layer in range(view.num_layers)}
     found = {}
     for name, tensor in view.model.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):  # a module's "extra state" may be anything
+            continue
         if name in edited or not tensor.is_floating_point() or tensor.numel() == 0:
             continue
+        tensor = with_values(view, name, tensor)
         count = min(_SAMPLES, tensor.numel())
         index = torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64).round().long()
+        if tensor.ndim == 0:  # a single number, which has no index
+            tensor = tensor[None]
         where = torch.unravel_index(index, tensor.shape)
-        if tensor.device.type == "meta":
-            tensor = _offloaded(view, name)
         values = tensor[tuple(i.to(tensor.device) for i in where)]
         found[name] = [float(f"{v:.6g}") for v in values.float().tolist()]
     return found
 
 
-def _offloaded(view: ModelView, name: str) -> torch.Tensor:
-    """A weight that accelerate keeps on the host or on disk, and puts into its module for the forward pass alone."""
+def with_values(view: ModelView, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the state dict; where accelerate offloads it, what it fetches from the host or from disk for a pass.
+
+    Raises:
+        UnsupportedModelError: it has no values anywhere.
+    """
+    if tensor.device.type != "meta":
+        return tensor
     path, _, own = name.rpartition(".")
     hook = getattr(view.model.get_submodule(path), "_hf_hook", None)
     weights = getattr(hook, "weights_map", None)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models import fused
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.widened import Widening, computing
@@ -160,6 +161,8 @@ def capture(
         if entering is not None:
             stack.enter_context(replaced(stubs(view, entering.layer, entering.states, entering.as_tuple)))
         visit(view, batch, sites, keep)
+    if keep_entering and not kept:
+        raise did_not_run(view, Site(keep_entering - 1, "block"))
     return seen, kept[0] if kept else None
 
 
@@ -169,10 +172,19 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
     """Run the model until all `sites` are seen, giving the states [R, T, size] of each to `see` as they come.
 
     They are gone afterwards unless `see` keeps them. Cost: the blocks up to the last site; the head never runs.
+
+    Raises:
+        UnsupportedModelError: a site's module did not run, or not on all tokens.
     """
     missing = set(sites)
 
-    def pass_on(site: Site, states: torch.Tensor) -> None:
+    def pass_on(site: Site, states: Any) -> None:
+        if not isinstance(states, torch.Tensor) or states.shape[:2] != batch.input_ids.shape:
+            found = list(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
+            raise UnsupportedModelError(
+                f"{name_of(view, site)} was seen with {found}, not with all {list(batch.input_ids.shape)} tokens of a "
+                "batch: a model that cuts batches into parts or packs their tokens cannot be edited"
+            )
         see(site, states)
         missing.discard(site)
         if not missing:
@@ -182,7 +194,8 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
         for site in set(sites):
             if site.what == "key":
                 hook = module_at(view, site).register_forward_pre_hook(
-                    lambda module, args, site=site: pass_on(site, args[0])
+                    lambda module, args, kwargs, site=site: pass_on(site, next(iter((*args, *kwargs.values())), None)),
+                    with_kwargs=True,
                 )
             else:
                 hook = module_at(view, site).register_forward_hook(
@@ -191,6 +204,40 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
             stack.callback(hook.remove)
         with contextlib.suppress(_Enough):
             _run_base(view, batch)
+    if missing:
+        raise did_not_run(view, min(missing, key=lambda site: (site.layer, site.what)))
+
+
+def require_passes(view: ModelView, sites: Sequence[Site]) -> None:
+    """Run two tokens through all blocks, and see that every block and all `sites` are there.
+
+    Raises:
+        UnsupportedModelError: a module that does not run, not on all tokens, or on rows of another size than its
+            weight; by its path.
+    """
+
+    def see(site: Site, states: torch.Tensor) -> None:
+        if site.what == "key" and states.shape[-1] != (size := view.weight(site.layer).shape[1]):
+            raise UnsupportedModelError(f"{name_of(view, site)} takes {states.shape[-1]} inputs, its weight {size}")
+
+    with evaluating(view):
+        blocks = [Site(layer, "block") for layer in range(view.num_layers)]
+        visit(view, pad([[0, 0]], view.device), [*blocks, *sites], see)
+
+
+def name_of(view: ModelView, site: Site) -> str:
+    """The path of the module whose hook sees `site`."""
+    parts = {"key": view.spec.edit, "attention": view.spec.attention, "mlp": view.spec.mlp, "block": ""}
+    return f"{view.spec.blocks}.{site.layer}.{parts[site.what]}".rstrip(".")
+
+
+def did_not_run(view: ModelView, site: Site) -> UnsupportedModelError:
+    """The error for a module that a forward pass went round: without it the states would be missing or unchanged."""
+    return UnsupportedModelError(
+        f"{name_of(view, site)} did not run in a forward pass of {type(view.model).__name__}: the model runs "
+        "something else in its place (compiled code, a fused kernel) or leaves it out, so what an edit needs cannot be "
+        "seen. Load the model without that, or pass an ArchSpec that names the modules that run"
+    )
 
 
 @plain_torch()

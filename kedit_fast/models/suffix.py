@@ -22,7 +22,17 @@ from transformers import DynamicCache
 
 from kedit_fast.models import tail_attention
 from kedit_fast.models.architectures import ModelView
-from kedit_fast.models.forward import Site, TokenBatch, hidden_of, module_at, pad, replaced, stubs, with_hidden
+from kedit_fast.models.forward import (
+    Site,
+    TokenBatch,
+    did_not_run,
+    hidden_of,
+    module_at,
+    pad,
+    replaced,
+    stubs,
+    with_hidden,
+)
 from kedit_fast.torch_state import plain_torch
 
 PACK_BELOW = 0.9  # an MLP runs on picked tokens when they are fewer than this share of all
@@ -115,6 +125,11 @@ class TailRunner:
                 past_key_values=cache,
                 use_cache=True,
             )
+        missing = [site for site in self.sites if site not in seen]
+        if self.first_live and "entering" not in seen:
+            missing.append(Site(self.first_live - 1, "block"))
+        if missing:
+            raise did_not_run(view, missing[0])
         self.site_outputs = torch.stack([seen[site].to(view.device) for site in self.sites], 1)  # [R, sites, h]
         self.entering = seen.get("entering")
         hidden = output.last_hidden_state

@@ -57,6 +57,13 @@ class Place:
         matrix = torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape)
         return matrix.T if transposed else matrix
 
+    def chunks(self) -> Iterator[bytes]:
+        """Its bytes, a part at a time."""
+        with self.file.open("rb") as source:
+            source.seek(self.begin)
+            for start in range(0, self.length, _CHUNK):
+                yield source.read(min(_CHUNK, self.length - start))
+
 
 @dataclass(frozen=True)
 class Record:
@@ -329,7 +336,7 @@ class Checkpoint:
             "after": json.dumps(record.after), "transposed": json.dumps(record.transposed),
             "kept": str(record.kept).lower(), "patch": record.patch, "subtracted": json.dumps(record.subtracted),
         }  # fmt: skip
-        header: dict = {"__metadata__": metadata}
+        header: dict = {"__metadata__": dict(sorted(metadata.items()))}
         end = 0
         for module, place in places.items():
             offsets = [end, end + place.length]
@@ -337,16 +344,16 @@ class Checkpoint:
             end += place.length
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        with replacing(record.path, PatchError) as part, part.open("wb") as stream:
-            stream.write(struct.pack("<Q", len(text)) + text)
-            for place in places.values():
-                with place.file.open("rb") as source:
-                    source.seek(place.begin)
-                    left = place.length
-                    while left:
-                        chunk = source.read(min(left, _CHUNK))
+        with replacing(record.path, PatchError) as part:
+            with part.open("wb") as stream:
+                stream.write(struct.pack("<Q", len(text)) + text)
+                for place in places.values():
+                    for chunk in place.chunks():
                         stream.write(chunk)
-                        left -= len(chunk)
+            for module, place in places.items():
+                for chunk, there in zip(place.chunks(), self._place(part, module).chunks(), strict=True):
+                    if chunk != there:
+                        raise PatchError(f"cannot write {record.path}: {module} is read back as something else")
 
     def _rewrite(
         self, places: Mapping[str, Place], make: Callable[[str], bytes], record: Callable[[], None] | None = None
@@ -366,7 +373,10 @@ class Checkpoint:
                                 raise PatchError(f"{place.tensor} has {place.length} bytes, not {len(data)}")
                             stream.seek(place.begin)
                             stream.write(data)
-                    stream.flush()
+                            stream.flush()
+                            stream.seek(place.begin)
+                            if stream.read(place.length) != data:
+                                raise PatchError(f"cannot write {copy}: {place.tensor} is read back as something else")
                     os.fsync(stream.fileno())
                 shutil.copymode(file, copy)
             if record is not None:

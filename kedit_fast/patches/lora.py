@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 import torch
 
 from kedit_fast.errors import PatchError
-from kedit_fast.files import new_folder, write_file
+from kedit_fast.files import new_folder, write_file, write_text
 from kedit_fast.patches.patch import Patch
 from kedit_fast.torch_state import plain_torch
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 @plain_torch()
@@ -74,5 +75,8 @@ def export_lora(
     )  # fmt: skip
     with new_folder(folder, overwrite, PatchError) as work:
         config.save_pretrained(work)
+        about = json.loads((work / CONFIG).read_text(encoding="utf-8"))
+        about["target_modules"].sort()  # peft keeps a set
+        write_text(work / CONFIG, json.dumps(about, indent=2, sort_keys=True) + "\n", PatchError)
         write_file(work / WEIGHTS, tensors, {"format": "pt"}, PatchError)
     return ranks

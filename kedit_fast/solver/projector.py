@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
-from kedit_fast.files import replacing
+from kedit_fast.files import replacing, same_bits
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.torch_state import plain_torch
 
@@ -77,4 +77,7 @@ def save_projector(path: str | os.PathLike, spaces: Mapping[int, NullSpace]) -> 
         space = spaces[layer]
         matrix.copy_(space.project(torch.eye(size, dtype=torch.float64, device=space.device)))
     with replacing(path, StatisticsError) as part:
-        torch.save(stack, part)
+        with part.open("wb") as file:  # of a name torch puts the name, another one each time, into the file
+            torch.save(stack, file)
+        if not same_bits(torch.load(part, weights_only=True), stack):
+            raise StatisticsError(f"cannot write {path}: it is read back as something else")

@@ -18,7 +18,7 @@ import numpy
 import torch
 
 from kedit_fast.errors import StatisticsError
-from kedit_fast.files import replacing
+from kedit_fast.files import write_npz
 from kedit_fast.statistics.moments import SecondMoment
 from kedit_fast.torch_state import plain_torch
 
@@ -159,5 +159,4 @@ def write(
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StatisticsError(f"cannot write {path}: {error.strerror or error}") from error
-    with replacing(path, StatisticsError) as part:
-        numpy.savez(part, **entries)
+    write_npz(path, entries, StatisticsError)

@@ -1,0 +1,196 @@
+"""What can be edited: a plain causal language model whose edited matrices have memory of their own and stay as written.
+
+Everything else is refused by name, with what to do, before anything is computed. What shows only in a pass (a module
+that does not run, or not on all tokens) is for `models.forward.require_passes`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kedit_fast.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from kedit_fast.models.architectures import ModelView
+
+_MAPS = Path("/proc/self/maps")  # of Linux: this process's memory
+_ADAPTERS = ("peft.", "loralib.", "adapters.methods.")  # packages whose modules stand in the place of a model's own
+_MERGE = (
+    "merge it first: peft's merge_and_unload() gives the model with the adapter in its weights, and so does loading an "
+    "adapter's folder with load_model(..., merge_adapter=True) or --merge-adapter"
+)
+# What torch.nn.utils leaves beside a weight that it computes again in every pass, and what makes that weight permanent.
+_RECOMPUTED = (
+    ("parametrizations", "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"),
+    ("weight_mask", "torch.nn.utils.prune.remove(module, 'weight')"),
+    ("weight_g", "torch.nn.utils.remove_weight_norm(module)"),
+    ("weight_u", "torch.nn.utils.remove_spectral_norm(module)"),
+)
+
+
+def plain_model(model: Any) -> torch.nn.Module:
+    """The causal language model itself: of what torch.compile made, the model inside, which has the same weights.
+
+    Raises:
+        UnsupportedModelError: anything else than a model of transformers, by what it is: a path, a pipeline, None, a
+            wrapper of torch, a PeftModel.
+    """
+    while type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
+        model = model._orig_mod
+    kind = type(model).__name__
+    if isinstance(model, str | os.PathLike):
+        raise UnsupportedModelError(
+            f"the model is the path {str(model)!r}: load it first, with kedit_fast.pipeline.load_model or with "
+            "AutoModelForCausalLM.from_pretrained"
+        )
+    if not isinstance(model, torch.nn.Module):
+        hint = "load one with AutoModelForCausalLM.from_pretrained"
+        if isinstance(getattr(model, "model", None), torch.nn.Module):
+            hint = "pass its .model, and its .tokenizer"
+        elif isinstance(model, tuple | list):
+            hint = "pass its parts, the model and the tokenizer, one by one"
+        elif isinstance(model, type):
+            kind, hint = f"class {model.__name__}", "pass a model of it"
+        raise UnsupportedModelError(f"a {kind} is no causal language model: {hint}")
+    if _is_adapter(model):
+        raise UnsupportedModelError(f"the model is wrapped in an adapter ({kind}): {_MERGE}")
+    inside = model._modules.get("module")
+    if inside is not None and "config" not in vars(model):
+        raise UnsupportedModelError(f"the model is wrapped in a {kind}: pass the model inside, model.module")
+    if "_fsdp_wrapped_module" in model._modules:
+        raise UnsupportedModelError(f"the model is sharded ({kind}): edit it whole, before it is wrapped")
+    if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
+        raise UnsupportedModelError(
+            f"a {kind} has no config and output embeddings as models of transformers do: load it with "
+            "AutoModelForCausalLM"
+        )
+    return model
+
+
+def require_editable(view: ModelView, paths: Iterable[str]) -> None:
+    """Raise UnsupportedModelError unless what is written into the modules `paths` stays there and is what runs.
+
+    Refused by name: adapters, compiled modules, weights made in inference mode, without values, offloaded or sharded
+    where they are needed, and edited weights that a hook computes again, that other modules share, that overlap
+    themselves or lie in read-only memory.
+    """
+    model = view.model
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModelError(f"the model has an adapter loaded: {_MERGE}")
+    for name, module in model.named_modules(remove_duplicate=False):
+        if _is_adapter(module):
+            raise UnsupportedModelError(f"{name} is an adapter's {type(module).__name__}: {_MERGE}")
+        if module is not model and _is_compiled(module):
+            raise UnsupportedModelError(
+                f"{name} is compiled: what torch.compile made of it does not see what an edit looks at. Edit the model "
+                "before its modules are compiled, or put each module's _orig_mod back"
+            )
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.is_inference():
+            raise UnsupportedModelError(
+                f"{name} was made in torch.inference_mode() and can never be written outside it: load the model "
+                "outside torch.inference_mode()"
+            )
+        if parameter.device.type == "meta" and not any(_offloads(hook) for hook in _hooks(model, name)):
+            raise UnsupportedModelError(f"{name} has no values: the model is not loaded")
+    _ = view.head  # refuses by name
+    maps = _read_only()
+    for path in paths:
+        _require_own(model, path, maps)
+
+
+def _require_own(model: torch.nn.Module, path: str, maps: list[tuple[int, int]]) -> None:
+    """Raise UnsupportedModelError unless a module's weight is a tensor of its own, in memory that can be written."""
+    module, name = model.get_submodule(path), f"{path}.weight"
+    weight = module._parameters.get("weight", module._buffers.get("weight"))
+    if weight is None:
+        beside = {*module._parameters, *module._buffers, *module._modules}
+        cure = next((cure for mark, cure in _RECOMPUTED if mark in beside), "make the weight a parameter of the module")
+        raise UnsupportedModelError(
+            f"{name} is computed again in every pass (from {', '.join(sorted(n for n in beside if n != 'bias'))}), so "
+            f"what an edit writes would be lost: {cure} first"
+        )
+    if weight.device.type == "meta" or any(_moves(hook) for hook in _hooks(model, name)):
+        raise UnsupportedModelError(
+            f"{name} is offloaded, so what an edit writes would be lost: load the model with this layer and the head "
+            "on a device (without device_map, or with more max_memory)"
+        )
+    (short, step), (long, stride) = sorted(zip(weight.shape, weight.stride(), strict=True), key=lambda pair: pair[1])
+    if weight.numel() and ((short > 1 and step == 0) or (long > 1 and stride < short * max(step, 1))):
+        raise UnsupportedModelError(
+            f"{name} has strides {tuple(weight.stride())}, so one number stands for several entries (expand?): give "
+            "the module a weight of its own, torch.nn.Parameter(module.weight.clone())"
+        )
+    begin, end = _span(weight)
+    for other, tensor in _tensors(model):
+        if other != name and tensor.device == weight.device:
+            first, last = _span(tensor)
+            if first < end and begin < last:
+                raise UnsupportedModelError(
+                    f"{name} and {other} share memory, so an edit of one changes the other: give the module a weight "
+                    "of its own, torch.nn.Parameter(module.weight.clone())"
+                )
+    if weight.device.type == "cpu" and any(first < end and begin < last for first, last in maps):
+        raise UnsupportedModelError(
+            f"{name} lies in read-only memory (a file mapped for reading?): copy it, torch.nn.Parameter(weight.clone())"
+        )
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first byte and behind its last one; equal where it has none."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.numel() == 0:
+        return 0, 0
+    reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+
+def _read_only() -> list[tuple[int, int]]:
+    """Ranges of this process's memory that cannot be written; none where the system does not say."""
+    try:
+        lines = _MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    ranges = [line.split()[:2] for line in lines]
+    return [tuple(int(end, 16) for end in span.split("-")) for span, rights in ranges if "w" not in rights]
+
+
+def _is_adapter(module: torch.nn.Module) -> bool:
+    own = {*module._modules, *module._parameters}
+    return "lora_A" in own or any(cls.__module__.startswith(_ADAPTERS) for cls in type(module).__mro__)
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    return (
+        type(module).__name__ == "OptimizedModule"
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    )
+
+
+def _hooks(model: torch.nn.Module, name: str) -> Iterator[Any]:
+    """accelerate's hooks on the modules that a tensor is in, from the model down."""
+    module: Any = model
+    for part in ("", *name.split(".")[:-1]):
+        module = getattr(module, part) if part else module
+        hook = getattr(module, "_hf_hook", None)
+        yield from getattr(hook, "hooks", () if hook is None else (hook,))
+
+
+def _offloads(hook: Any) -> bool:
+    """Whether a hook fetches weights for a pass and drops them after it."""
+    return getattr(hook, "weights_map", None) is not None
+
+
+def _moves(hook: Any) -> bool:
+    """Whether a hook moves a whole model to another device for a pass, so that its weights lie elsewhere after it."""
+    return type(hook).__name__ == "CpuOffload" and torch.device(hook.execution_device).type != "cpu"
