@@ -1,159 +1,265 @@
-"""Pictures of a results file: ratio bars against the strongest baseline, and a roofline."""
+"""Pictures of a results file: ratio bars against the strongest baseline, a roofline, and curves.
+
+Every picture has a function that makes its figure (`ratio_figure`, ...), which the tests look at, and one that saves it
+as PNG and SVG. Nothing of matplotlib's settings is changed outside of them.
+"""
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
+
+from kedit_fast import pictures
 
 COLOURS = {
     "symmetric_rank_k_update_": "#4c72b0", "rank_k_update_": "#dd8452", "target_log_probs": "#55a868",
-    "distribution_kl": "#8172b3", "spd_solve": "#937860",
+    "distribution_kl": "#8172b3", "spd_solve": "#937860", "rms_norm": "#da8bc3", "gated_silu": "#64b5cd",
 }  # fmt: skip
-matplotlib.rcParams["svg.hashsalt"] = "kedit_fast"  # the same picture from the same numbers
-matplotlib.rcParams["font.size"] = 8
+OTHERS = ("#c44e52", "#ccb974", "#8c8c8c", "#2f4b3c")  # ops without a colour of their own, in order
+MARKS = {"bfloat16": "o", "float16": "D", "float32": "s", "float64": "^"}
+STYLE = {"font.size": 8, "svg.hashsalt": "kedit_fast"}  # the same picture from the same numbers
+Document = dict[str, Any]
 
 
-def strongest(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a case: that of its fastest baseline. Wrong results and call overheads have no place in a picture."""
+def _styled(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """Draw under STYLE and matplotlib's own defaults, whatever the process has set."""
+
+    @wraps(draw)
+    def call(*args: Any) -> Any:
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(STYLE)
+            return draw(*args)
+
+    return call
+
+
+def strongest(document: Document) -> list[dict[str, Any]]:
+    """One row a case and backend: that of its fastest baseline.
+
+    Wrong results and call overheads have no place in a picture.
+    """
     found: dict[tuple, dict[str, Any]] = {}
     for row in document["rows"]:
         if row["ratio"] is None or row.get("flops") is None:
             continue
-        key = (row["op"], row["case"], row["dtype"])
+        key = (row["op"], row["case"], row["dtype"], row["backend"])
         if key not in found or row["ratio"] < found[key]["ratio"]:
             found[key] = row
     return list(found.values())
 
 
-def ratio_bars(document: dict[str, Any], stem: Path) -> list[Path]:
-    rows = strongest(document)
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.23 * len(rows)))
+def colours(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """A colour for every op of the rows, each another one."""
+    ops = dict.fromkeys(row["op"] for row in rows)
+    others = [op for op in ops if op not in COLOURS]
+    return {op: COLOURS.get(op) or OTHERS[others.index(op) % len(OTHERS)] for op in ops}
+
+
+@_styled
+def ratio_figure(document: Document) -> Any:
+    """Bars from 1, where both are as fast, to the ratio, on a log axis: twice and half as fast are as long."""
+    rows = _some(strongest(document), "rows with a ratio and counted flops")
+    figure, (axes,) = pictures.figure(1, 9, 1.2 + 0.23 * len(rows))
+    colour = colours(rows)
+    several = len({row["backend"] for row in rows}) > 1
+    shown = [row["ratio"] for row in rows] + [row["floor"] for row in rows if row.get("floor")]
+    low, high = _powers_of_two(min(shown), max(shown))
     places = range(len(rows))
-    axes.barh(places, [row["ratio"] for row in rows], color=[COLOURS.get(row["op"], "grey") for row in rows])
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(low, high)
+    axes.barh(
+        places, [row["ratio"] - 1 for row in rows], left=1, color=[colour[row["op"]] for row in rows], label="ratio"
+    )
     for place, row in zip(places, rows, strict=True):
-        axes.text(row["ratio"] * 1.02, place, f"{row['ratio']:.2f}", va="center", fontsize=7)
+        end, side = (row["ratio"], -1) if row["ratio"] < 1 else (max(row["ratio"], row.get("floor") or 0), 1)
+        axes.annotate(
+            f"{row['ratio']:.2f}", (end, place), xytext=(4 * side, 0), textcoords="offset points", va="center",
+            ha="left" if side > 0 else "right", fontsize=7,
+        )  # fmt: skip
         if row.get("floor"):
             axes.plot([row["floor"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
-    axes.set_yticks(places, [f"{row['op']}  {row['case'].split(', forward')[0]}  {row['dtype']}" for row in rows])
+    axes.set_yticks(
+        places,
+        [f"{row['op']}  {row['case'].split(', forward')[0]}  {row['dtype']}"
+         + (f"  ({row['backend']})" if several else "") for row in rows],
+    )  # fmt: skip
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
-    axes.set_xlim(right=1.25 * max((row["ratio"] for row in rows), default=1.0))
-    axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("median of the fastest torch baseline / our median (black mark: floor)")
-    axes.set_title(_title(rows))
-    return _save(figure, stem)
+    axes.axvline(1, color="black", linewidth=0.8)
+    floors = "; black mark: floor" if any(row.get("floor") for row in rows) else ""
+    axes.set_xlabel(
+        f"median of the fastest torch baseline / our median\n(log scale; right of 1: ours is faster{floors})"
+    )
+    figure.suptitle(_machine(rows))
+    return figure
 
 
-def roofline(document: dict[str, Any], stem: Path) -> list[Path]:
-    rows, peaks = strongest(document), document["peaks"]
-    figure, axes = plt.subplots(figsize=(9, 5))
+def _powers_of_two(least: float, most: float) -> tuple[float, float]:
+    """Limits of an axis that hold both, 1, and room for a number beside a bar's end."""
+    least, most = min(least, 1.0), max(most, 1.0)
+    room = max(1.15, (most / least) ** 0.08)
+    return 2.0 ** min(-1, math.floor(math.log2(least / room))), 2.0 ** max(1, math.ceil(math.log2(most * room)))
+
+
+@_styled
+def roofline_figure(document: Document) -> Any:
+    """Rates against flops a byte, under what the machine's own copy and products reach."""
+    rows, peaks = _some(strongest(document), "rows with a ratio and counted flops"), document["peaks"]
+    figure, (axes,) = pictures.figure(1, 9, 5)
     intensities = [row["flops"] / row["bytes"] for row in rows]
-    low, high = min(intensities, default=0.1) / 2, max(intensities, default=100.0) * 2
-    for name, style in (("fp32", "-"), ("bf16", "--")):
+    low, high = min(intensities) / 2, max(intensities) * 2
+    names = ["fp32", "bf16", *(["fp64"] if any(row["dtype"] == "float64" for row in rows) else [])]
+    for name, style in zip(names, ("-", "--", ":"), strict=False):
+        if f"{name}_flops_per_s" not in peaks:
+            continue
         rate = peaks[f"{name}_flops_per_s"] / 1e9
         knee = rate * 1e9 / peaks["copy_bytes_per_s"]
         axes.plot([low, min(max(knee, low), high), high],
                   [min(rate, low * peaks["copy_bytes_per_s"] / 1e9), rate, rate], style, color="black", linewidth=1,
                   label=f"torch.mm {name}: {rate:.0f} GFLOP/s")  # fmt: skip
+    colour = colours(rows)
     for row, intensity in zip(rows, intensities, strict=True):
-        mark = "o" if row["dtype"] == "bfloat16" else "s" if row["dtype"] == "float32" else "^"
-        axes.plot(intensity, row["flops"] / row["median_s"] / 1e9, mark, color=COLOURS.get(row["op"], "grey"))
+        axes.plot(intensity, row["flops"] / row["median_s"] / 1e9, MARKS.get(row["dtype"], "*"),
+                  color=colour[row["op"]], markeredgecolor="white", markeredgewidth=0.4)  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("flops / byte that must move")
     axes.set_ylabel("GFLOP/s")
-    ops = dict.fromkeys(row["op"] for row in rows)
-    marks = [Line2D([], [], marker="o", linestyle="", color=COLOURS.get(op, "grey"), label=op) for op in ops]
-    kinds = [Line2D([], [], marker=m, linestyle="", color="grey", label=t)
-             for m, t in (("o", "bf16"), ("s", "fp32"), ("^", "other"))]  # fmt: skip
-    lines = axes.get_legend_handles_labels()[0]
-    axes.legend(handles=[*lines, *marks, *kinds], fontsize=7)
-    axes.set_title(_title(rows) + f"; copy {peaks['copy_bytes_per_s'] / 1e9:.0f} GB/s")
-    return _save(figure, stem)
+    ops = [Line2D([], [], marker="o", linestyle="", color=colour[op], label=op) for op in colour]
+    kinds = [Line2D([], [], marker=MARKS.get(dtype, "*"), linestyle="", color="grey", label=dtype)
+             for dtype in dict.fromkeys(row["dtype"] for row in rows)]  # fmt: skip
+    figure.legend(handles=[*axes.get_legend_handles_labels()[0], *ops, *kinds], fontsize=7, loc="outside right upper")
+    axes.set_title(f"{_machine(rows)}\ncopy {peaks['copy_bytes_per_s'] / 1e9:.0f} GB/s")
+    return figure
 
 
-def _title(rows: list[dict[str, Any]]) -> str:
-    return _machine(rows[0]) if rows else "no rows"
-
-
-def _save(figure, stem: Path) -> list[Path]:
-    figure.tight_layout()
-    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
-    return paths
-
-
-def batch_curves(document: dict[str, Any], stem: Path) -> list[Path]:
-    """Edits a second, and peak memory, against the number of requests optimised together."""
-    rows = document["batches"]
+@_styled
+def batch_figure(document: Document) -> Any:
+    """Edits a second, and peak memory, against the number of requests optimised together: a panel each."""
+    rows = _some(document.get("batches") or [], "rows of --suite batches")
     sizes = [row["batch"] for row in rows]
-    figure, left = plt.subplots(figsize=(7, 3.6))
-    left.plot(sizes, [row["edits_per_s"] for row in rows], "o-", color="#4c72b0", label="edits a second")
-    left.set_xscale("log", base=2)
-    left.xaxis.set_major_formatter("{x:g}")
-    left.set_xlabel("requests optimised together")
-    left.set_ylabel("edits a second")
-    left.set_ylim(bottom=0)
-    lines = left.get_lines()
+    panels = [("edits_per_s", 1, "edits a second", "o-", "#4c72b0")]
     if all(row["peak_bytes"] is not None for row in rows):
-        right = left.twinx()
-        right.plot(sizes, [row["peak_bytes"] / 2**20 for row in rows], "s--", color="#dd8452", label="peak memory, MiB")
-        right.set_ylabel("peak memory, MiB")
-        right.set_ylim(bottom=0)
-        lines = [*lines, *right.get_lines()]
-    left.legend(lines, [line.get_label() for line in lines], loc="lower right")
-    left.set_title(_machine(document.get("batches_about", document["about"])))
-    return _save(figure, stem)
+        panels.append(("peak_bytes", 2**20, "peak memory, MiB", "s--", "#dd8452"))
+    figure, every = pictures.figure(len(panels), 4.5, 3.4)
+    for axes, (name, unit, label, mark, colour) in zip(every, panels, strict=True):
+        axes.plot(sizes, [row[name] / unit for row in rows], mark, color=colour, label=label)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("requests optimised together")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    figure.suptitle(_machine([document["about"]]))
+    return figure
 
 
-def saving_bars(document: dict[str, Any], stem: Path) -> list[Path]:
+@_styled
+def saving_figure(document: Document) -> Any:
     """What each saving alone is worth to one iteration of the published loop."""
-    rows = [row for row in document["rows"] if row["op"] == "value iteration" and row["ratio"] is not None]
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.3 * len(rows)))
-    axes.barh(range(len(rows)), [row["ratio"] for row in rows], color="#55a868")
+    every = [row for row in document["rows"] if row["op"] == "value iteration" and row["ratio"] is not None]
+    rows = _some(every, "rows of --suite savings")
+    figure, (axes,) = pictures.figure(1, 8, 1.2 + 0.3 * len(rows))
+    models = list(dict.fromkeys(row["case"].split(",")[0] for row in rows))
+    colour = dict(zip(models, pictures.colours(len(models)), strict=True))
+    axes.axvline(1, color="black", linewidth=0.8, zorder=0)
+    axes.barh(
+        range(len(rows)), [row["ratio"] for row in rows], color=[colour[row["case"].split(",")[0]] for row in rows]
+    )
     for place, row in enumerate(rows):
-        axes.text(row["ratio"] * 1.01, place, f"{row['ratio']:.2f}", va="center", fontsize=7)
+        axes.annotate(
+            f"{row['ratio']:.2f}", (row["ratio"], place), xytext=(4, 0), textcoords="offset points", va="center",
+            fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+        )  # fmt: skip
     axes.set_yticks(range(len(rows)), [f"{row['case'].split(',')[0]}: {row['case'].split(': ')[-1]}" for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.set_xlim(right=1.15 * max((row["ratio"] for row in rows), default=1.0))
-    axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("published iteration / the same with this saving alone")
-    figure.suptitle(_machine(document["about"]))
-    return _save(figure, stem)
+    axes.set_xlim(0, 1.15 * max(1.0, *(row["ratio"] for row in rows)))
+    axes.set_xlabel("seconds of the published iteration / of the same with this saving alone (right of 1 is faster)")
+    figure.suptitle(_machine(rows))
+    return figure
 
 
-def sequence_curves(document: dict[str, Any], stem: Path) -> list[Path]:
+@_styled
+def sequence_figure(document: Document) -> Any:
     """Seconds of a batch, and bytes of the state, against the keys kept before it: each form and the published one."""
-    rows = document["sequence"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    rows = _some(document.get("sequence") or [], "rows of --suite sequence")
+    figure, (left, right) = pictures.figure(2, 5, 3.8)
     for form, mark in (("dual", "o-"), ("primal", "s-"), ("auto", "x--")):
         own = [row for row in rows if row["form"] == form]
-        left.plot([row["n"] for row in own], [row["seconds"] for row in own], mark, label=form)
+        changes = "".join(f" (changes form at {n})" for n in _changes(own))
+        left.plot([row["n"] for row in own], [row["seconds"] for row in own], mark, label=form + changes)
         right.plot([row["n"] for row in own], [row["bytes"] / 2**20 for row in own], mark, label=form)
     own = [row for row in rows if "published_seconds" in row]
     left.plot([row["n"] for row in own], [row["published_seconds"] for row in own], "^:", label="published, fp32")
-    right.plot(
-        [row["n"] for row in own], [row["published_bytes"] / 2**20 for row in own], "^:", label="P and cache, fp32"
-    )
+    right.plot([row["n"] for row in own], [row["published_bytes"] / 2**20 for row in own], "^:",
+               label="published: P and cache, fp32")  # fmt: skip
     left.set_yscale("log")
     left.set_ylabel("seconds a batch")
+    left.margins(y=0.12)
+    pictures.log_ticks(left.yaxis)
     right.set_ylabel("state, MiB")
     right.set_ylim(bottom=0)
     for axes in (left, right):
-        axes.set_xlabel(f"keys kept (d {rows[0]['d']}, {rows[0]['u']} a batch)" if rows else "keys kept")
-        axes.legend(fontsize=7)
-    figure.suptitle(_machine(document["about"]))
-    return _save(figure, stem)
+        axes.set_xlabel(f"keys kept (d {rows[0]['d']}, {rows[0]['u']} a batch)")
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    figure.suptitle(_machine([document["about"]]))
+    return figure
 
 
-def _machine(about: dict[str, Any]) -> str:
-    return f"{about['machine']}, torch {about['versions']['torch']}, commit {about['commit']}"
+def _changes(rows: Sequence[dict[str, Any]]) -> list[int]:
+    """Keys kept before a batch that took more than three times what both neighbours took: the form is made anew."""
+    return [row["n"] for before, row, after in zip(rows, rows[1:], rows[2:], strict=False)
+            if row["form"] == "auto" and row["seconds"] > 3 * max(before["seconds"], after["seconds"])]  # fmt: skip
+
+
+def _some(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+    if not rows:
+        sys.exit(f"nothing to draw: this file has no {what}")
+    return rows
+
+
+def _machine(rows: Sequence[dict[str, Any]]) -> str:
+    """Machines, versions of torch and commits of the rows."""
+    machines = dict.fromkeys(f"{row['machine']}, torch {row['versions']['torch']}" for row in rows)
+    commits = dict.fromkeys(row["commit"] for row in rows)
+    return f"{'; '.join(machines)}, commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+
+
+@_styled
+def _save(figure: Any, stem: Path) -> list[Path]:
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    for path in paths:
+        figure.savefig(path, dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return paths
+
+
+def ratio_bars(document: Document, stem: Path) -> list[Path]:
+    """Save `ratio_figure`."""
+    return _save(ratio_figure(document), stem)
+
+
+def roofline(document: Document, stem: Path) -> list[Path]:
+    """Save `roofline_figure`."""
+    return _save(roofline_figure(document), stem)
+
+
+def batch_curves(document: Document, stem: Path) -> list[Path]:
+    """Save `batch_figure`."""
+    return _save(batch_figure(document), stem)
+
+
+def saving_bars(document: Document, stem: Path) -> list[Path]:
+    """Save `saving_figure`."""
+    return _save(saving_figure(document), stem)
+
+
+def sequence_curves(document: Document, stem: Path) -> list[Path]:
+    """Save `sequence_figure`."""
+    return _save(sequence_figure(document), stem)

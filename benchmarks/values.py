@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -326,8 +327,15 @@ def plot(
     from benchmarks.plots import batch_curves, saving_bars
 
     document = json.loads(file.read_text(encoding="utf-8"))
+    measured = {"batches": bool(document["batches"]),
+                "savings": any(row["op"] == "value iteration" for row in document["rows"])}  # fmt: skip
+    if not any(measured.values()):
+        sys.exit(f"{file} holds nothing to draw: --suite batches or --suite savings measures it")
     out.mkdir(parents=True, exist_ok=True)
     for name, draw in (("batches", batch_curves), ("savings", saving_bars)):
+        if not measured[name]:
+            console.print(f"no {name}: not measured in {file}", style="yellow")
+            continue
         for path in draw(document, out / f"{file.stem}_{name}"):
             console.print(str(path))
 

@@ -201,28 +201,38 @@ def write_csv(rows: Sequence[Row], path: str | os.PathLike) -> None:
     write_text(path, text.getvalue(), StatisticsError)
 
 
-def draw(rows: Sequence[Row], path: str | os.PathLike) -> None:
+def figure_of(rows: Sequence[Row]) -> Any:
     """Four curves a layer against the number of tokens; needs matplotlib."""
-    made, (changes, dimensions, overlaps, conditions) = pictures.figure(4, 4.2, 3.6)
-    panels = (
-        (changes, "change_to_last", "change of the update to the last count"),
-        (dimensions, "null_dimension", "null-space dimensions"),
-        (overlaps, "null_overlap", "overlap of null spaces with the count before"),
-        (conditions, "condition", "condition of lambda C"),
+    made, panels = pictures.figure(4, 3.8, 3.4)
+    shown = (
+        ("change_to_last", "change of the update to the last count", True),
+        ("null_dimension", "null-space dimensions", False),
+        ("null_overlap", "overlap of null spaces\nwith the count before", False),
+        ("condition", "condition of lambda C", True),
     )
-    last = rows[-1].tokens
-    for axes, name, label in panels:
+    counts, layers = sorted({row.tokens for row in rows}), sorted({row.layer for row in rows})
+    for axes, (name, label, logarithmic) in zip(panels, shown, strict=True):
         axes.set_xscale("log")
-        axes.xaxis.set_minor_formatter("")
-        for layer in sorted({row.layer for row in rows}):
-            own = [row for row in rows if row.layer == layer and getattr(row, name) is not None]
-            if name == "change_to_last":
-                own = [row for row in own if row.tokens < last]  # its own is 0, nowhere on a log scale
-            axes.plot([row.tokens for row in own], [getattr(row, name) for row in own], "o-", label=f"layer {layer}")
-        axes.set_xlim(rows[0].tokens / 1.2, last * 1.2)
+        for layer, colour in zip(layers, pictures.colours(len(layers)), strict=True):
+            own = [(row.tokens, getattr(row, name)) for row in rows if row.layer == layer]
+            # What was not computed has no point; nor, on a log scale, has the last count's own change, which is 0.
+            own = [(x, y) for x, y in own if y is not None and math.isfinite(y) and (y > 0 or not logarithmic)]
+            axes.plot([x for x, _ in own], [y for _, y in own], "o-", label=f"layer {layer}", color=colour)
+        axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.2)
         axes.set_xlabel("tokens")
         axes.set_ylabel(label)
-        axes.legend(fontsize=7)
-    changes.set_yscale("log")
-    conditions.set_yscale("log")
-    pictures.save(made, path)
+        pictures.ticks_at(axes.xaxis, counts)
+        if not any(len(line.get_xdata()) for line in axes.get_lines()):
+            axes.text(0.5, 0.5, "no two counts to compare" if len(counts) < 2 else "none could be computed",
+                      transform=axes.transAxes, ha="center", fontsize=8)  # fmt: skip
+            axes.set_yticks([])
+        elif logarithmic:
+            axes.set_yscale("log")
+            pictures.log_ticks(axes.yaxis)
+    pictures.legend_beside(made, panels[0])
+    return made
+
+
+def draw(rows: Sequence[Row], path: str | os.PathLike) -> None:
+    """Save `figure_of`, in the format of the path's suffix."""
+    pictures.save(figure_of(rows), path)

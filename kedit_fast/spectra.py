@@ -74,21 +74,26 @@ def _spectrum(folder: Path, module: str) -> Spectrum:
     )  # fmt: skip
 
 
-def draw(found: list[Spectrum], path: str | os.PathLike) -> None:
+def figure_of(found: list[Spectrum]) -> Any:
     """Eigenvalues in descending order, a line a layer, with the published threshold; needs matplotlib."""
     made, (axes,) = pictures.figure()
-    for spectrum in found:
+    for spectrum, colour in zip(found, pictures.colours(len(found)), strict=True):
         values = spectrum.eigenvalues.flip(0)
         floor = float(values[0]) * 1e-16
+        lost = int((values < floor).sum())  # 0 or below, which a log scale has no place for
+        note = f" ({lost} of {spectrum.size} are 0: at the bottom)" if lost else ""
         axes.plot(
-            range(1, spectrum.size + 1),
-            values.clamp(min=floor).tolist(),
-            label=f"layer {spectrum.layer}",
-            linewidth=1.2,
-        )
+            range(1, spectrum.size + 1), values.clamp(min=floor).tolist(), label=f"layer {spectrum.layer}{note}",
+            color=colour, linewidth=1.2, marker="." if spectrum.size < 50 else None,
+        )  # fmt: skip
     axes.axhline(PUBLISHED, color="grey", linewidth=0.8, linestyle="--", label="AlphaEdit's threshold, 0.02")
     axes.set_yscale("log")
-    axes.set_xlabel("number of the eigenvalue")
+    axes.set_xlabel("number of the eigenvalue, the largest first")
     axes.set_ylabel("eigenvalue of E[k k^T]")
-    axes.legend(fontsize=7)
-    pictures.save(made, path)
+    pictures.legend_beside(made, axes)
+    return made
+
+
+def draw(found: list[Spectrum], path: str | os.PathLike) -> None:
+    """Save `figure_of`, in the format of the path's suffix."""
+    pictures.save(figure_of(found), path)
