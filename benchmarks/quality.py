@@ -28,7 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.run import Row, provenance
+from benchmarks.run import Row, provenance, require_clean
 from kedit_fast import Editor, EditRequest, collect_statistics, demo
 from kedit_fast.demo import world
 from kedit_fast.editing.value_store import ValueFile
@@ -242,6 +242,7 @@ def run(
         if scenario not in SCENARIOS:
             raise typer.BadParameter(f"unknown scenario {scenario!r}: choose from {', '.join(SCENARIOS)}")
     about = provenance("cpu")
+    require_clean(json_file, about)
     on = subject(validation)
     rows: list[Row] = []
     for scenario, method in chosen:

@@ -40,6 +40,7 @@ from kedit_fast.models.widened import has_units
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=200, highlight=False)
+RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
 
@@ -205,9 +206,6 @@ def hundred(call: Callable[[], Any]) -> Callable[[], Any]:
 
 def provenance(device: str) -> Row:
     """Machine, versions and commit, as they stand beside every row."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
     if device == "cpu":
         info = Path("/proc/cpuinfo")
         lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
@@ -216,7 +214,29 @@ def provenance(device: str) -> Row:
     else:
         machine = torch.cuda.get_device_name()
     versions = {"kedit_fast": kedit_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {"machine": machine, "versions": versions, "commit": commit}
+    return {"machine": machine, "versions": versions, "commit": commit_of(Path(__file__).parent.parent)}
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of a checkout, with -dirty when something but results and documents was changed since; '' for none."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=folder).stdout.strip()
+
+    name = git("describe", "--always")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results",
+                  ":(exclude)*.md")  # fmt: skip
+    return f"{name}-dirty" if name and changed else name
+
+
+def require_clean(target: Path | None, about: Row) -> None:
+    """End, before anything is measured, when numbers of no commit would go among the committed results."""
+    clean = about["commit"] and not about["commit"].endswith("-dirty")
+    if target is not None and not clean and target.resolve().is_relative_to(RESULTS.resolve()):
+        sys.exit(
+            f"{target}: {RESULTS.name} holds numbers of commits alone, and this tree is {about['commit'] or 'none'}: "
+            "commit first, or write elsewhere"
+        )
 
 
 def show(rows: list[Row], about: Row, peaks: Row) -> None:
@@ -256,6 +276,7 @@ def run(
     if context.invoked_subcommand is not None:
         return
     about = provenance(device)  # of what is loaded now, whatever is edited meanwhile
+    require_clean(json_file, about)
     real = OPS if device == "cpu" else GPU_OPS
     chosen = {Suite.ops: real, Suite.all: real, Suite.small: SMALL, Suite.overhead: []}[suite]
     chosen = [case for case in chosen if only in str(case)]

@@ -29,7 +29,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import published
-from benchmarks.run import Row, isa, measured_peaks, provenance, synchronise, timing, with_baseline
+from benchmarks.run import Row, isa, measured_peaks, provenance, require_clean, synchronise, timing, with_baseline
 from benchmarks.values import forget_peak, peak_bytes
 from kedit_fast import collect_statistics, demo
 from kedit_fast.models.architectures import ModelView
@@ -232,7 +232,9 @@ def run(
 ) -> None:
     """Time, print, and write the rows to a file when asked, after every shape."""
     logging.getLogger("kedit_fast").setLevel(logging.ERROR)  # moments of few tokens are singular, on purpose
-    about, peaks, rows = provenance(device), measured_peaks(device), []
+    about = provenance(device)
+    require_clean(json_file, about)
+    peaks, rows = measured_peaks(device), []
     for shape in SHAPES:
         if only not in shape.name:
             continue

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.run import Row, interleaved, provenance, synchronise, timing, with_baseline
+from benchmarks.run import Row, interleaved, provenance, require_clean, synchronise, timing, with_baseline
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.least_squares import solve_update
 from kedit_fast.solver.preconditioner import Covariance, NullSpace
@@ -235,6 +235,7 @@ def run(
         return
     torch.manual_seed(0)
     about = provenance(device)
+    require_clean(json_file, about)
     u, out = max(4, 100 * d // 4096), d // 4
     n = 10 * u
     rows: list[Row] = []

@@ -30,7 +30,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import published, savings
-from benchmarks.run import Row, provenance, synchronise, timing, with_baseline
+from benchmarks.run import Row, provenance, require_clean, synchronise, timing, with_baseline
 from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.editing.prompts import PreparedRequest, generate_prefixes, prepare
 from kedit_fast.editing.values import optimise_values
@@ -289,6 +289,7 @@ def run(
     if context.invoked_subcommand is not None:
         return
     about = provenance(device)
+    require_clean(json_file, about)
     every = suite == Suite.all
     rows: list[Row] = []
     batches: list[Row] = []

@@ -1,0 +1,93 @@
+"""Committed results are those of commits, and the writers keep it so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+pytestmark = pytest.mark.skipif(not RESULTS.is_dir(), reason="no source tree")
+
+
+def commits(found):
+    """Every "commit" in a document, however deep."""
+    if isinstance(found, dict):
+        for key, value in found.items():
+            yield from [value] if key == "commit" else commits(value)
+    elif isinstance(found, list):
+        for value in found:
+            yield from commits(value)
+
+
+def test_no_committed_result_is_of_a_changed_tree():
+    files = sorted(RESULTS.rglob("*.json"))
+    assert files
+    for path in files:
+        named = list(commits(json.loads(path.read_text(encoding="utf-8"))))
+        assert named or path.name == "kernel_resources.json", path.name
+        for commit in named:
+            assert len(commit) >= 7 and not set(commit) - set("0123456789abcdef"), (path.name, commit)
+    for path in RESULTS.rglob("*.svg"):
+        assert "-dirty" not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_every_row_and_every_curve_says_its_commit():
+    for path in RESULTS.glob("*.json"):
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if path.name != "kernel_resources.json":
+            assert all(row.get("commit") for row in document["rows"]), path.name
+        if document.get("batches") or document.get("sequence"):
+            assert document["about"]["commit"]
+
+
+@pytest.mark.parametrize("commit", ("abc1234-dirty", ""))
+@pytest.mark.parametrize("name", ("run", "values", "solver", "second_moments", "quality", "gpu"))
+def test_a_result_of_a_changed_tree_is_refused_before_anything_is_measured(name, commit, monkeypatch, tmp_path):
+    import importlib
+
+    from benchmarks import run
+
+    module = importlib.import_module(f"benchmarks.{name}")
+    about = {"machine": "m", "versions": {"torch": "2"}, "commit": commit}
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(module, "provenance", lambda device: about)
+    for measure in ("measured_peaks", "subject", "batch_rows", "memit_rows", "Bench", "demo"):
+        if hasattr(module, measure):
+            monkeypatch.setattr(module, measure, lambda *a, **k: pytest.fail("it measured"))
+    target = tmp_path / "results" / ("sub" if name == "gpu" else "new.json")
+    arguments = ["--out", str(target), "--dry-run"] if name == "gpu" else ["--json", str(target)]
+    done = CliRunner().invoke(module.app, arguments)
+    assert done.exit_code != 0 and "commit first, or write elsewhere" in str(done.exception), done.output
+    assert (commit or "none") in str(done.exception) and not target.exists()
+    run.require_clean(tmp_path / "elsewhere.json", about)  # where it is marked by its commit
+    run.require_clean(target, about | {"commit": "abc1234"})
+    run.require_clean(None, about)
+
+
+def test_a_tree_is_changed_by_code_not_by_results_and_documents(tmp_path):
+    from benchmarks.run import commit_of
+
+    def git(*arguments):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True,
+                       capture_output=True)  # fmt: skip
+
+    files = {name: tmp_path / name for name in ("benchmarks/results/a.json", "README.md", "kedit_fast/op.py")}
+    for path in files.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("1")
+    assert commit_of(tmp_path) == ""
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    clean = commit_of(tmp_path)
+    assert len(clean) >= 7 and "dirty" not in clean
+    files["benchmarks/results/a.json"].write_text("2")
+    files["README.md"].write_text("2")
+    assert commit_of(tmp_path) == clean
+    files["kedit_fast/op.py"].write_text("2")
+    assert commit_of(tmp_path) == f"{clean}-dirty"
