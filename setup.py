@@ -2,7 +2,7 @@
 
 KEDIT_FAST_NATIVE      auto (default) | on | off    the C++ module kedit_fast._cpu
 KEDIT_FAST_CUDA        off (default) | auto | on    the CUDA module kedit_fast._cuda, with nvcc
-KEDIT_FAST_CUDA_ARCHS  default "80;90"              compute capabilities; the last one also as PTX
+KEDIT_FAST_CUDA_ARCHS  default "80;90"              compute capabilities (90a, 120f too); the last one also as PTX
 KEDIT_FAST_SANITIZE    empty (default)              for example "address,undefined": a build for tests
 
 auto builds what it can and notes in kedit_fast/_build_info.py why it could not; on makes that an error.
@@ -43,7 +43,24 @@ def switch(name: str, default: str) -> str:
 
 
 NATIVE, CUDA = switch("KEDIT_FAST_NATIVE", "auto"), switch("KEDIT_FAST_CUDA", "off")
-ARCHS = [a for a in os.environ.get("KEDIT_FAST_CUDA_ARCHS", "80;90").replace(",", ";").split(";") if a]
+
+
+def architectures(text: str) -> list[str]:
+    """The compute capabilities of KEDIT_FAST_CUDA_ARCHS; what nvcc could not mean ends the build."""
+    found = [name.lower() for name in re.split(r"[;,\s]+", text.strip()) if name]
+    for name in found:
+        match = re.fullmatch(r"([1-9]\d{1,2})([af]?)", name)
+        if not match or int(match[1]) < {"": 50, "a": 90, "f": 100}[match[2]]:
+            sys.exit(
+                f"KEDIT_FAST_CUDA_ARCHS={text!r}: {name!r} is no compute capability. Write its digits, with ; between "
+                "them: 80;90. From 90 on an a may follow (90a, this one alone), from 100 on an f (120f, its family)"
+            )
+    if not found:
+        sys.exit(f"KEDIT_FAST_CUDA_ARCHS={text!r} names no compute capability: write for example 80;90, or unset it")
+    return list(dict.fromkeys(found))
+
+
+ARCHS = architectures(os.environ.get("KEDIT_FAST_CUDA_ARCHS", "80;90"))
 
 
 def compiler_command() -> list[str]:
@@ -86,7 +103,16 @@ def nvcc_path() -> str | None:
 def cuda_refusal() -> str:
     if CUDA == "off":
         return "KEDIT_FAST_CUDA=off"
-    return "" if nvcc_path() else f"no nvcc found (KEDIT_FAST_CUDA={CUDA})"
+    nvcc = nvcc_path()
+    if not nvcc:
+        return f"no nvcc found (KEDIT_FAST_CUDA={CUDA})"
+    known = re.findall(
+        r"compute_(\d+)", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    )
+    missing = [name for name in ARCHS if known and name.rstrip("af") not in known]
+    if missing:
+        return f"KEDIT_FAST_CUDA_ARCHS has {', '.join(missing)}, this nvcc {', '.join(known)}"
+    return ""
 
 
 class BuildNative(build_ext):

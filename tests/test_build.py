@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -78,3 +79,73 @@ def test_the_source_distribution_holds_all_sources(source, tmp_path):
     wanted = {str(p.relative_to(source)) for folder in ("csrc", "kedit_fast") for p in (source / folder).rglob("*")
               if p.is_file() and "__pycache__" not in p.parts}  # fmt: skip
     assert not wanted - names
+
+
+@pytest.fixture
+def configured(monkeypatch):
+    """Run setup.py up to its setup() with these environment variables; nothing is built."""
+
+    def call(**environment):
+        for name, value in {"KEDIT_FAST_NATIVE": "off", "KEDIT_FAST_CUDA": "off", **environment}.items():
+            monkeypatch.setenv(name, value)
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+    monkeypatch.setattr("setuptools.setup", lambda **given: None)
+    return call
+
+
+@pytest.mark.parametrize("cuda", ("off", "auto", "on"))
+@pytest.mark.parametrize(
+    ("value", "named"),
+    (("sm_90", "'sm_90'"), ("9.0", "'9.0'"), ("80;9x", "'9x'"), ("80;90aa", "'90aa'"), ("8", "'8'"), ("080", "'080'"),
+     ("80a", "'80a'"), ("90f", "'90f'"), ("9000", "'9000'"), ("80;-90", "'-90'"), ("80+PTX", "'80\\+ptx'"),
+     ("native", "'native'"), ("", "names no compute"), (" ; ,", "names no compute")),
+)  # fmt: skip
+def test_a_malformed_architecture_is_refused_by_name(configured, value, named, cuda):
+    with pytest.raises(SystemExit, match=rf"KEDIT_FAST_CUDA_ARCHS=.*{named}.*80;90"):
+        configured(KEDIT_FAST_CUDA_ARCHS=value, KEDIT_FAST_CUDA=cuda)
+
+
+@pytest.mark.parametrize(
+    ("value", "taken"),
+    (("90", ["90"]), ("80;90", ["80", "90"]), ("80, 90", ["80", "90"]), ("80 90a", ["80", "90a"]),
+     ("100f;120F", ["100f", "120f"]), ("80;80;90;", ["80", "90"])),
+)  # fmt: skip
+def test_architectures_with_and_without_a_letter_are_accepted(configured, value, taken):
+    assert configured(KEDIT_FAST_CUDA_ARCHS=value)["ARCHS"] == taken
+
+
+def test_an_architecture_that_nvcc_does_not_have_is_named(configured, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho compute_80\necho compute_90\n")
+    nvcc.chmod(0o755)
+    there = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    assert configured(KEDIT_FAST_CUDA_ARCHS="80;90a", KEDIT_FAST_CUDA="on", **there)["built"]["_cuda"] == ""
+    with pytest.raises(SystemExit, match=r"KEDIT_FAST_CUDA_ARCHS has 120f, this nvcc 80, 90"):
+        configured(KEDIT_FAST_CUDA_ARCHS="80;120f", KEDIT_FAST_CUDA="on", **there)
+    noted = configured(KEDIT_FAST_CUDA_ARCHS="80;120f", KEDIT_FAST_CUDA="auto", **there)["built"]["_cuda"]
+    assert "120f" in noted
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_a_cuda_module_for_architectures_with_letters_is_built_and_says_them(source, tmp_path):
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path),
+        "--build-temp",
+        str(tmp_path),
+    ]
+    environment = {"KEDIT_FAST_NATIVE": "off", "KEDIT_FAST_CUDA": "on", "KEDIT_FAST_CUDA_ARCHS": "90a"}
+    done = subprocess.run(command, cwd=source, capture_output=True, text=True, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr[-2000:]
+    (built,) = (tmp_path / "kedit_fast").glob("_cuda*.so")
+    code = (
+        "import importlib.util, sys; spec = importlib.util.spec_from_file_location('kedit_fast._cuda', sys.argv[1]);"
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); print(module.architectures())"
+    )
+    shown = subprocess.run([sys.executable, "-c", code, str(built)], capture_output=True, text=True)
+    assert shown.stdout.strip() == "90a", shown.stderr

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 from functools import cache, lru_cache
 from types import ModuleType
 
@@ -91,13 +92,27 @@ def _describe_cuda() -> str:
 
 @lru_cache(maxsize=64)
 def cuda_declines(device: torch.device) -> str:
-    """Why the CUDA module has no code for a device, or '': its own architectures, or PTX that is not newer."""
+    """Why the CUDA module has no code for a device, or ''."""
     if device.type != "cuda":
         return f"tensors on {device}"
-    major, minor = torch.cuda.get_device_capability(device)
-    built = [divmod(int(name), 10) for name in cuda().architectures().split(";")]
-    has_code = any(own == major and least <= minor for own, least in built)
-    return "" if has_code or built[-1] <= (major, minor) else f"{device} is sm_{major}{minor}, built for {built}"
+    capability, built = torch.cuda.get_device_capability(device), cuda().architectures()
+    if runs_on(built, capability):
+        return ""
+    return f"{device} is sm_{capability[0]}{capability[1]}, built for sm_{built.replace(';', ', sm_')}"
+
+
+def runs_on(built: str, capability: tuple[int, int]) -> bool:
+    """Whether code for architectures, such as "80;90" or "90a;120f", runs on a device.
+
+    Machine code runs on its own major version from its minor one on; PTX, which there is of the last architecture, on
+    everything that is not older. An a allows that very device alone, an f its major version alone.
+    """
+    parts = [re.fullmatch(r"(\d+)(\d)([af]?)", name) for name in built.split(";")]
+    every = [((int(part[1]), int(part[2])), part[3]) for part in parts if part]
+    for least, kind in every:
+        if capability == least or (kind != "a" and capability[0] == least[0] and capability >= least):
+            return True
+    return bool(every) and every[-1][1] == "" and capability >= every[-1][0]
 
 
 def symmetric_rank_k_update_(
