@@ -20,6 +20,7 @@ from typing import Any
 from kedit_fast.errors import BackendUnavailableError
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")  # the order of automatic choice
+GPU_BACKENDS = ("cuda", "triton")
 AUTO = "auto"
 _NOT_ASKED = "could run; only when asked for"
 
@@ -147,6 +148,8 @@ def select(op: str, backend: str, *args: Any) -> Implementation:
     for implementation in _automatic(op):
         reason = implementation.declines(*args)
         if not reason:
+            if implementation.backend == "torch":
+                _say_slow(op, *args)
             return implementation
         _note(op, implementation.backend, reason)
     raise BackendUnavailableError(f"{op} has no implementation for these arguments")
@@ -166,6 +169,20 @@ def _automatic(op: str) -> tuple[Implementation, ...]:
             else:
                 found.append(_implementations[op][name])
     return tuple(found)
+
+
+def _say_slow(op: str, *args: Any) -> None:
+    """Log once for each reason that tensors on a GPU are left to the reference by an op that has a kernel for GPUs."""
+    device = next((arg.device for arg in args if hasattr(arg, "device")), None)
+    if device is None or device.type in ("cpu", "meta"):
+        return
+    reasons = {name: _refusal(op, name, *args) or _NOT_ASKED for name in GPU_BACKENDS if name in _implementations[op]}
+    text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    if text and (op, "torch", text) not in _declined:
+        _declined.add((op, "torch", text))
+        # No kernel takes float64, and torch's own product is the fast one there: nothing that a user could change.
+        level = logging.INFO if any("float64" in reason for reason in reasons.values()) else logging.WARNING
+        _log.log(level, "%s runs on the torch reference, not on a GPU kernel, for tensors on %s (%s)", op, device, text)
 
 
 def _note(op: str, backend: str, reason: str) -> None:

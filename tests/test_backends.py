@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,8 @@ import torch
 import kedit_fast
 from kedit_fast.errors import BackendUnavailableError, KeditError
 from kedit_fast.kernels import native
+
+backends = sys.modules["kedit_fast.backends"]  # the package's own `backends` is a function
 
 
 def test_backends_are_listed_with_a_detail_or_a_reason():
@@ -107,3 +111,79 @@ def test_autograd_sees_that_a_weight_was_written(backend):
         kedit_fast.rank_k_update_(weight, torch.ones(4, 1), torch.ones(6, 1), backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(y, x)
+
+
+GPU_OPS = ("rank_k_update_", "symmetric_rank_k_update_", "target_log_probs", "distribution_kl")
+
+
+def on_gpu(dtype=torch.bfloat16):
+    """What `select` looks at of a tensor on a GPU."""
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, layout=torch.strided)
+
+
+@pytest.fixture
+def forgetful(monkeypatch):
+    """Nothing has been said yet."""
+    monkeypatch.setattr(backends, "_declined", set())
+    backends._automatic.cache_clear()
+    yield
+    backends._automatic.cache_clear()
+
+
+def warned(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("op", GPU_OPS)
+def test_the_reference_on_a_gpu_is_said_once_with_the_reason(op, forgetful, monkeypatch, caplog):
+    for name in ("triton", "cuda"):
+        reason = f"no {name} compiler here"
+        monkeypatch.setitem(backends._probes, name, (lambda reason=reason: backends.Probe(reason), lambda: ""))
+    with caplog.at_level(logging.DEBUG, "kedit_fast"):
+        for _ in range(3):
+            assert backends.select(op, "auto", on_gpu(), on_gpu(), on_gpu()).backend == "torch"
+    (message,) = warned(caplog)
+    assert op in message and "cuda:0" in message and "no triton compiler here" in message
+    assert ("no cuda compiler here" in message) == (op == "rank_k_update_")
+
+
+def test_the_reference_is_not_warned_about_where_it_is_what_there_is(forgetful, caplog):
+    """On a CPU, by name, for ops without a kernel for GPUs, and for float64, which no kernel takes."""
+    plain = torch.zeros(2, 2)
+    with caplog.at_level(logging.DEBUG, "kedit_fast"):
+        kedit_fast.symmetric_rank_k_update_(torch.zeros(2, 2), plain, backend="torch")
+        kedit_fast.target_log_probs(plain, plain, torch.zeros(2, dtype=torch.int64))
+        for op in ("spd_solve", "rms_norm", "gated_silu"):
+            assert backends.select(op, "auto", on_gpu(torch.float32), on_gpu(torch.float32)).backend == "torch"
+        backends.select("rank_k_update_", "torch", on_gpu(), on_gpu(), on_gpu())
+    assert not warned(caplog)
+
+
+def test_float64_on_a_gpu_is_noted_without_a_warning(forgetful, monkeypatch, caplog):
+    real = backends._refusal
+    monkeypatch.setattr(backends, "_refusal", lambda op, name, *args: "float64 rows" if name == "triton" else real(
+        op, name, *args))  # fmt: skip
+    with caplog.at_level(logging.INFO, "kedit_fast"):
+        backends.select("symmetric_rank_k_update_", "auto", on_gpu(torch.float64), on_gpu(torch.float64))
+    assert not warned(caplog) and "float64 rows" in caplog.text  # at INFO: nothing to mend
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    (("80;90", (8, 0), True), ("80;90", (8, 6), True), ("80;90", (9, 0), True), ("80;90", (12, 0), True),
+     ("80;90", (7, 5), False), ("90", (8, 0), False), ("90a", (9, 0), True), ("90a", (10, 0), False),
+     ("90a", (8, 0), False), ("80;90a", (8, 6), True), ("80;90a", (10, 0), False), ("90a;80", (10, 0), True),
+     ("120f", (12, 0), True), ("120f", (12, 1), True), ("120f", (10, 0), False), ("100f", (10, 3), True),
+     ("100f", (12, 0), False), ("103f", (10, 0), False), ("103a", (10, 3), True), ("100;120a", (10, 3), True),
+     ("90;120f", (13, 0), False), ("121", (12, 0), False)),
+)  # fmt: skip
+def test_architectures_with_a_letter_run_where_such_code_runs(built, capability, runs, monkeypatch):
+    monkeypatch.setattr(native, "cuda", lambda: SimpleNamespace(architectures=lambda: built))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    native.cuda_declines.cache_clear()
+    try:
+        reason = native.cuda_declines(torch.device("cuda", 0))
+    finally:
+        native.cuda_declines.cache_clear()
+    assert (reason == "") == runs
+    assert runs or (f"sm_{capability[0]}{capability[1]}" in reason and built.split(";")[-1] in reason)

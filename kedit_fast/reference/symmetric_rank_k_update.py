@@ -16,7 +16,8 @@ def symmetric_rank_k_update_(
     """Add alpha x^T diag(row_weights * mask) x, [d, d], to the lower triangle of `acc`.
 
     Rows that the mask or a zero weight leaves out do not count, whatever they hold. Products and the sums over a chunk
-    of rows are in fp32 (fp64 for fp64 rows); chunks are added up in the dtype of `acc`.
+    of rows are in fp32 (fp64 for fp64 rows); chunks are added up in the dtype of `acc`. On CUDA 16-bit rows without
+    weights go to the matrix unit as they are, where torch has a product of them that is fp32.
     """
     if row_weights is not None:
         kept = row_weights != 0
@@ -25,6 +26,11 @@ def symmetric_rank_k_update_(
         x = x[mask]
         row_weights = None if row_weights is None else row_weights[mask]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if row_weights is None and _has_wide_product(x):
+        for begin in range(0, x.shape[0], chunk):
+            rows = x[begin : begin + chunk]
+            _add_lower_(acc, rows, rows, alpha, block=2048)
+        return
     for begin in range(0, x.shape[0], chunk):
         rows = x[begin : begin + chunk].to(dtype)  # [chunk, d]
         weighted = rows if row_weights is None else rows * row_weights[begin : begin + chunk, None].to(dtype)
@@ -36,11 +42,27 @@ def _add_lower_(acc: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alph
     d = acc.shape[0]
     for i in range(0, d, block):
         end = min(i + block, d)
-        product = (left[:, i:end].T @ right[:, :end]).to(acc.dtype)  # [block, end]
+        product = _product(left[:, i:end], right[:, :end]).to(acc.dtype)  # [block, end]
         acc[i:end, :i].add_(product[:, :i], alpha=alpha)
         corner = acc[i:end, i:end]
         below = torch.ones(end - i, end - i, dtype=torch.bool, device=acc.device).tril()
         corner.copy_(torch.where(below, corner + alpha * product[:, i:], corner))
+
+
+def _has_wide_product(x: torch.Tensor) -> bool:
+    """Whether torch multiplies 16-bit matrices on this device into an fp32 one (CUDA, torch 2.8)."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    return half and x.is_cuda and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, depth: int = 256) -> torch.Tensor:
+    """left^T right in fp32 (fp64 for fp64 rows). The matrix unit cuts what it adds up: its sums are `depth` long."""
+    if left.dtype not in (torch.bfloat16, torch.float16):
+        return left.T @ right
+    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
+    for begin in range(0, left.shape[0], depth):
+        total += torch.mm(left[begin : begin + depth].T, right[begin : begin + depth], out_dtype=torch.float32)
+    return total
 
 
 def mirror_(acc: torch.Tensor, block: int = 512) -> None:

@@ -124,3 +124,38 @@ def test_scratch_memory_can_be_released(cpu_module):
     symmetric_rank_k_update_(torch.zeros(300, 300), torch.randn(400, 300), backend="cpu")
     cpu_module.release_scratch()
     run_case(100, 64, torch.float32, torch.float32, "plain", "cpu")
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("acc_dtype", (torch.float32, torch.float64), ids=str)
+def test_the_reference_gives_16_bit_rows_to_the_matrix_unit_where_it_has_an_fp32_product(dtype, acc_dtype, monkeypatch):
+    """As on CUDA: torch.mm(..., out_dtype=torch.float32), here with a product that is made up."""
+    seen = []
+
+    def mm(left, right, *, out_dtype):
+        seen.append((left.dtype, right.dtype, left.shape[1], out_dtype))
+        return left.float() @ right.float()
+
+    monkeypatch.setattr(reference, "_has_wide_product", lambda x: x.dtype in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(torch, "mm", mm)
+    x, mask = torch.randn(1500, 70).to(dtype), torch.rand(1500) > 0.3
+    acc = torch.full((70, 70), 7.0, dtype=acc_dtype)
+    expected = acc.double() + torch.tril(0.5 * (x.double() * mask[:, None]).T @ (x.double() * mask[:, None]))
+    reference.symmetric_rank_k_update_(acc, x, None, mask, 0.5)
+    assert relative_error(acc, expected) < SYMMETRIC[dtype] and bool(
+        (acc.triu(1) == torch.full_like(acc, 7).triu(1)).all()
+    )
+    assert seen and all(entry[:2] == (dtype, dtype) and entry[3] == torch.float32 for entry in seen)
+    assert max(entry[2] for entry in seen) <= 256  # the matrix unit cuts longer sums
+    seen.clear()
+    reference.symmetric_rank_k_update_(acc, x, torch.rand(1500), None, 0.5)  # weighted rows are not 16-bit ones
+    reference.symmetric_rank_k_update_(acc, x.float(), None, None, 0.5)
+    assert not seen
+
+
+def test_the_matrix_unit_is_asked_on_cuda_alone_and_where_torch_has_the_product():
+    assert not any(reference._has_wide_product(torch.zeros(2, 2, dtype=dtype)) for dtype in SYMMETRIC)
+    if torch.cuda.is_available():
+        x = torch.zeros(2, 2, dtype=torch.bfloat16, device="cuda")
+        assert reference._has_wide_product(x) == hasattr(torch.ops.aten.mm, "dtype")
+        assert not reference._has_wide_product(x.float())
