@@ -140,6 +140,10 @@ def _gpu() -> list[Case]:
             ("Qwen2.5-7B", 16384, 18944, "bfloat16", None, None),
         )
     ]  # fmt: skip
+    for model, d, dtype in (("Llama-3-8B", 14336, "bfloat16"), ("GPT-J", 16384, "float16"), ("GPT-2", 3072, "float32")):
+        # What statistics call: a batch of 4096 tokens, its padding masked, into a float64 sum.
+        sizes = {"rows": 4096, "d": d, "masked": 1, "wide_acc": 1}
+        found.append(Case("symmetric_rank_k_update_", f"{model}, x [4096, {d}], masked, float64 acc", dtype, sizes))
     for model, out, inner in (("Llama-3-8B", 4096, 14336), ("Llama-3-70B", 8192, 28672)):
         for k in (1, 16, 64, 256):
             sizes = {"out": out, "inner": inner, "k": k}
@@ -159,6 +163,8 @@ GPU_OPS = _gpu()
 SMALL = [
     Case("symmetric_rank_k_update_", "x [130, 65]", "bfloat16", {"rows": 130, "d": 65}),
     Case("symmetric_rank_k_update_", "x [130, 65]", "float32", {"rows": 130, "d": 65}),
+    Case("symmetric_rank_k_update_", "x [130, 65], masked, float64 acc", "bfloat16",
+         {"rows": 130, "d": 65, "masked": 1, "wide_acc": 1}),
     Case("rank_k_update_", "W [33, 70], k 5", "bfloat16", {"out": 33, "inner": 70, "k": 5}),
     Case("rank_k_update_", "W [33, 70], k 5, transposed", "float32", {"out": 33, "inner": 70, "k": 5, "transposed": 1}),
     Case("rank_k_update_", "W [33, 70], k 5, copy", "float32", {"out": 33, "inner": 70, "k": 5, "copy": 1}),
@@ -167,4 +173,4 @@ SMALL = [
     Case("rms_norm", "[7, 33]", "bfloat16", {"rows": 7, "d": 33}),
     Case("gated_silu", "[7, 33]", "float32", {"rows": 7, "d": 33}),
     Case("spd_solve", "[9, 9], 4 right sides", "float64", {"u": 9, "columns": 4}),
-]
+]  # fmt: skip

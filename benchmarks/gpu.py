@@ -3,7 +3,7 @@
     python -m benchmarks.gpu --out DIR [--stage build --stage test ...] [--budget SECONDS] [--dry-run]
 
     build       the CUDA module with nvcc, in place
-    test        the tests that need a GPU, and compute-sanitizer over the kernels where the machine has it
+    test        every test file that uses a GPU, whole, and compute-sanitizer over the kernels where the machine has it
     peaks       copy bandwidth, bf16, TF32, fp32 and fp64 matrix rate of this device
     ops         every op over real shapes against torch eager, torch.compile and cuBLAS
     tune        all candidate tiles of the Triton kernels over those shapes: what belongs into kernels/triton/configs.py
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import statistics as numbers
@@ -47,7 +48,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks import published, second_moments, solver
 from benchmarks.cases import GPU_OPS, SMALL
 from benchmarks.problems import build as build_problem
-from benchmarks.run import Row, interleaved, measured_peaks, provenance, rows_of, synchronise, timing, with_baseline
+from benchmarks.run import (
+    Row,
+    interleaved,
+    measured_peaks,
+    provenance,
+    require_clean,
+    rows_of,
+    synchronise,
+    timing,
+    with_baseline,
+)
 from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.backends import probe
 from kedit_fast.editing.prompts import generate_prefixes, prepare
@@ -63,7 +74,8 @@ console = Console(width=200, highlight=False)
 ROOT = Path(__file__).parent.parent
 RUNS = 7
 PUBLISHED_TOKENS, MANY_TOKENS = 16_384, 44_000_000
-GPU_TESTS = ("tests/ops/test_gpu.py", "tests/test_gpu_model.py", "tests/test_values.py")
+# Kernels first; after these come all other test files that ask torch.cuda for a device.
+FIRST_TESTS = ("tests/ops/test_gpu.py", "tests/ops/test_triton.py", "tests/test_gpu_model.py")
 
 
 class Stage(str, Enum):
@@ -200,7 +212,8 @@ def peak(device: str) -> int | None:
 def build(place: Place) -> None:
     """Compile, and ask a fresh process what can run."""
     switches = {"KEDIT_FAST_NATIVE": "off", "KEDIT_FAST_CUDA": "off"} if place.dry else {
-        "KEDIT_FAST_NATIVE": "on", "KEDIT_FAST_CUDA": "on", "KEDIT_FAST_CUDA_ARCHS": "90",
+        "KEDIT_FAST_NATIVE": "on", "KEDIT_FAST_CUDA": "on",
+        "KEDIT_FAST_CUDA_ARCHS": "".join(map(str, torch.cuda.get_device_capability())),
     }  # fmt: skip
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -214,16 +227,44 @@ def build(place: Place) -> None:
     place.figure("environment", text=shown.stdout[-4000:])
 
 
+def gpu_tests() -> list[str]:
+    """The test files that run something on a GPU where there is one: those that name torch.cuda or move to it."""
+    found = [
+        path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if re.search(r"torch\.cuda\.|\.cuda\(\)", path.read_text(encoding="utf-8"))
+    ]  # fmt: skip
+    return [*FIRST_TESTS, *(name for name in found if name not in FIRST_TESTS)]
+
+
 def test(place: Place) -> None:
-    """The GPU's own tests; a failure is an error of the stage."""
-    files = [name for name in GPU_TESTS if (ROOT / name).exists()]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", "gpu or GPU"]
-    begin = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    last = (done.stdout.strip().splitlines() or [""])[-1]
-    place.figure("tests", seconds=time.perf_counter() - begin, result=last)
-    if done.returncode:
-        raise RuntimeError(f"GPU tests failed:\n{done.stdout[-6000:]}")
+    """Those files, each whole and in a process of its own, so that its memory is free for the next.
+
+    A failure, or a kernel's file that cannot run a single test here, is an error of the stage when all have run.
+    """
+    failed = []
+    for name in gpu_tests():
+        command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", name]
+        if place.dry:
+            command.append("--collect-only")
+        elif not place.enough(f"tests, {name}", 20):
+            failed.append(f"{name}: no time was left")
+            continue
+        begin = time.perf_counter()
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(20, place.left() - 10))
+        except subprocess.TimeoutExpired:
+            place.figure(f"tests, {name}", seconds=time.perf_counter() - begin, result="did not end in time")
+            failed.append(f"{name}: did not end in time")
+            continue
+        lines = done.stdout.strip().splitlines() or [""]
+        skipped = [line for line in lines if line.startswith("SKIPPED")]
+        place.figure(f"tests, {name}", seconds=time.perf_counter() - begin, result=lines[-1], skipped=skipped)
+        if done.returncode:
+            failed.append(f"{name}:\n{done.stdout[-4000:]}{done.stderr[-1000:]}")
+        elif name in FIRST_TESTS and not place.dry and " passed" not in lines[-1]:
+            failed.append(f"{name}: no test could run here: {'; '.join(skipped)}")
+    if failed:
+        raise RuntimeError("GPU tests failed:\n" + "\n".join(failed))
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None or place.dry:
         place.figure("compute-sanitizer", result="not on this machine" if sanitizer is None else "not in a dry run")
@@ -282,7 +323,8 @@ def ops(place: Place) -> None:
                 continue
             try:
                 problem = build_problem(case, place.device, backend, compiled=not place.dry)
-                place.add(rows_of(case, problem, place.peaks, max(place.runs, 7), place.device))
+                named = case if backend is None else replace(case, name=f"{case.name}, {backend}")
+                place.add(rows_of(named, problem, place.peaks, max(place.runs, 7), place.device))
                 del problem
             except Exception:  # one case's; the stage fails when the others are done
                 place.figure(f"{case} {backend or ''}", failed=traceback.format_exc()[-2000:])
@@ -561,6 +603,7 @@ def run(
         console.print("no GPU here: --dry-run runs the same code on the CPU over tiny shapes")
         raise typer.Exit(2)
     stages = stage or list(Stage)
+    require_clean(out / "gpu.json", provenance("cpu" if dry_run else "cuda"))
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.time() + budget
     if until:  # a stage, in its own process

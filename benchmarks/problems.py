@@ -44,30 +44,38 @@ def _symmetric(case: Case, device: str, backend: str | None) -> Problem:
     rows, d = case.sizes["rows"], case.sizes["d"]
     dtype = getattr(torch, case.dtype)
     x = torch.randn(rows, d, device=device).to(dtype)
-    acc, plain = torch.zeros(d, d, device=device), torch.zeros(d, d, device=device)
+    mask = torch.rand(rows, device=device) > 0.15 if case.sizes.get("masked") else None  # the rest is padding
+    real = x if mask is None else x[mask]
+    acc_dtype = torch.float64 if case.sizes.get("wide_acc") else torch.float32
+    acc, plain = (torch.zeros(d, d, dtype=acc_dtype, device=device) for _ in range(2))
 
     def error() -> float:
-        found = kedit_fast.symmetric_rank_k_update_(torch.zeros_like(acc), x, backend=backend)
-        return _lower_error(found, x)
+        found = kedit_fast.symmetric_rank_k_update_(torch.zeros_like(acc), x, mask=mask, backend=backend)
+        return _lower_error(found, real)
 
-    def expression(total, x):
+    def expression(total, x, mask):
+        if mask is not None:
+            x = x[mask]
         if x.is_cuda and x.dtype != torch.float32:  # the matrix unit's own product with fp32 sums
             return total.add_(torch.mm(x.T, x, out_dtype=torch.float32))
         wide = x.float()
-        return total.addmm_(wide.T, wide)
+        return total.addmm_(wide.T, wide) if total.dtype == torch.float32 else total.add_(wide.T @ wide)
 
     compiled = torch.compile(expression)
-    text = "acc.addmm_(x.T, x)" if dtype == torch.float32 else "acc.addmm_(x.float().T, x.float())"
+    y = "x" if mask is None else "y"
+    text = f"{y}.T, {y}" if dtype == torch.float32 else f"{y}.float().T, {y}.float()"
+    text = f"acc.addmm_({text})" if acc_dtype == torch.float32 else f"acc.add_(torch.mm({text}))"
     if x.is_cuda and dtype != torch.float32:
-        text = "acc.add_(torch.mm(x.T, x, out_dtype=torch.float32))"
-    baselines = {text: lambda: expression(plain, x)}
+        text = f"acc.add_(torch.mm({y}.T, {y}, out_dtype=torch.float32))"
+    text += "" if mask is None else ", y = x[mask]"
+    baselines = {text: lambda: expression(plain, x, mask)}
     if dtype != torch.float32:  # nothing to fuse otherwise
-        baselines[f"torch.compile({text})"] = lambda: compiled(plain, x)
+        baselines[f"torch.compile({text})"] = lambda: compiled(plain, x, mask)
     return Problem(
-        ours=lambda: kedit_fast.symmetric_rank_k_update_(acc, x, backend=backend),
-        baselines=baselines, error=error, limit=LIMITS["float32"], flops=rows * d * (d + 1),
-        bytes=rows * d * x.element_size() + d * (d + 1) * 4, rate="fp32" if dtype == torch.float32 else "bf16",
-        backend=_runs("symmetric_rank_k_update_", acc, x, backend=backend),
+        ours=lambda: kedit_fast.symmetric_rank_k_update_(acc, x, mask=mask, backend=backend),
+        baselines=baselines, error=error, limit=LIMITS["float32"], flops=len(real) * d * (d + 1),
+        bytes=real.nbytes + d * (d + 1) * acc.element_size(), rate="fp32" if dtype == torch.float32 else "bf16",
+        backend=_runs("symmetric_rank_k_update_", acc, x, mask, backend=backend),
     )  # fmt: skip
 
 
@@ -166,13 +174,43 @@ def _head(case: Case, device: str, backend: str | None) -> Problem:
 
     compiled = torch.compile(loss)
     text = "kl_div(log_softmax(...), log_softmax(...))" if kl else "log_softmax(hidden.float() @ head.float().T)"
+    baselines = {text: lambda: baseline(loss), f"torch.compile({text})": lambda: baseline(compiled)}
+    if has_wide_product(hidden):  # what a GPU does best comes first: it is the baseline
+        half, fused = half_product_step, torch.compile(half_product_step)
+        name = f"{'2 ' if kl else ''}mm(hidden, head.T, out_dtype=float32), softmax, {case.dtype} mm for the gradient"
+        reference = other if kl else None
+        given = (hidden.detach(), reference, head, targets)
+        baselines = {name: lambda: half(*given), f"torch.compile({name})": lambda: fused(*given), **baselines}
     products = 3 if kl else 2  # what has to be done: logits (of both), and d logits times head
     return Problem(
         ours=ours,
-        baselines={text: lambda: baseline(loss), f"torch.compile({text})": lambda: baseline(compiled)},
-        error=error, limit=max(LIMITS[case.dtype], 2e-6), flops=2 * products * rows * vocabulary * width,
-        bytes=2 * head.nbytes, rate="fp32", backend=_runs(case.op, *states, head, backend=backend),
+        baselines=baselines, error=error, limit=max(LIMITS[case.dtype], 2e-6),
+        flops=2 * products * rows * vocabulary * width, bytes=2 * head.nbytes, rate="fp32", backend=_runs(case.op, *states, head, backend=backend),
     )  # fmt: skip
+
+
+def has_wide_product(x: torch.Tensor) -> bool:
+    """Whether torch multiplies 16-bit matrices on this device into an fp32 one."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.mm, "dtype")
+
+
+def half_product_step(
+    hidden: torch.Tensor, reference: torch.Tensor | None, head: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log probabilities of the targets, or the divergence from the reference states, and the gradient of their sum.
+
+    Products of 16-bit operands with fp32 logits and fp32 softmax; d logits is rounded to 16 bits for its product.
+    """
+    log_p = torch.log_softmax(torch.mm(hidden, head.T, out_dtype=torch.float32), -1)
+    if reference is None:
+        value = log_p.gather(1, targets[:, None])[:, 0]
+        d_logits = log_p.exp().neg_().scatter_add_(1, targets[:, None], torch.ones_like(value)[:, None])
+    else:
+        log_q = torch.log_softmax(torch.mm(reference, head.T, out_dtype=torch.float32), -1)
+        p, gap = log_p.exp(), log_p - log_q
+        value = (p * gap).sum(-1)
+        d_logits = p * (gap - value[:, None])
+    return value, torch.mm(d_logits.to(head.dtype), head)
 
 
 def _solve(case: Case, device: str, backend: str | None) -> Problem:
