@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import random
+import shutil
+import tempfile
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,8 +31,10 @@ from kedit_fast.kernels import native
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
+from kedit_fast.patches.checkpoint import Checkpoint
+from kedit_fast.patches.lora import export_lora
 from kedit_fast.patches.patch import Patch, merge
-from kedit_fast.pipeline import complete
+from kedit_fast.pipeline import complete, load_model, save_model
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate
 from kedit_fast.solver.projector import load_projector, save_projector
 from kedit_fast.solver.shaping import compact, prune, rect, spectral_norm
@@ -238,6 +244,37 @@ def files(folder):
     return run
 
 
+@cache
+def on_disk():
+    """The model as files, and a patch for it, made before anything is set."""
+    folder = Path(tempfile.mkdtemp())
+    model, tokenizer, statistics = parts()
+    save_model(model, tokenizer, folder / "model")
+    editor = Editor(model, tokenizer, "rect", statistics=statistics, hparams=numbers_of("rect"))
+    editor.edit(REQUESTS)
+    editor.patch().save(folder / "patch.safetensors")
+    editor.restore()
+    return folder
+
+
+def checkpoint(folder):
+    def run():
+        shutil.copytree(on_disk() / "model", folder / "model", dirs_exist_ok=True)
+        patch = Patch.load(on_disk() / "patch.safetensors")
+        place = Checkpoint(folder / "model")
+        place.apply(patch, "patch")
+        model, _ = load_model(folder / "model")
+        found = [parameter.detach() for parameter in model.parameters()]
+        place.revert()
+        found += [parameter.detach() for parameter in load_model(folder / "model")[0].parameters()]
+        if importlib.util.find_spec("peft") is not None:
+            export_lora(patch, folder / "lora", tolerance=0.1)
+            found.append((folder / "lora" / "adapter_model.safetensors").read_bytes())
+        return found
+
+    return run
+
+
 def searches():
     model, tokenizer, statistics = parts()
     numbers = dict(v_num_grad_steps=30, v_lr=0.5, mom2_adjustment=False, clamp_norm_factor=50.0, v_weight_decay=0.0,
@@ -270,9 +307,9 @@ BACKENDS = ("torch", *(("cpu",) if not native.probe_cpu().reason else ()), "trit
 PATHS = {
     **{f"ops on {backend}": ops(backend) for backend in BACKENDS}, "solves": solves, "optimize_values": descent,
     **{method: edit(method) for method in METHODS}, "passes": passes, "measures": measures,
-    "statistics": statistics_of, "files": files, "searches": searches, "framework": framework,
+    "statistics": statistics_of, "files": files, "checkpoint": checkpoint, "searches": searches, "framework": framework,
 }  # fmt: skip
-NEED_FOLDER = ("statistics", "files")
+NEED_FOLDER = ("statistics", "files", "checkpoint")
 
 
 @contextlib.contextmanager
