@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from places import DEVICES, Places, place, put, spread
+from test_torch_state import STATES
 from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, collect_statistics
@@ -26,7 +27,7 @@ PREFIXES = ("The old tower. ", "Because I saw. ")
 
 def edited(model, tokenizer, statistics, method: str, **numbers) -> list[torch.Tensor]:
     """The edited weights; the model is what it was."""
-    layers = (1, 2) if method != "rome" else (1,)
+    layers = (1,) if method in ("rome", "r-rome") else (1, 2)
     if method == "ultraedit":
         view = ModelView(model)
         own = dict(inner_params=tuple(view.weight_name(layer) for layer in layers), lr=1e-3)
@@ -51,7 +52,7 @@ def on_two_devices(model, kind: str) -> None:
     spread(model, view.blocks, 2, (view.norm, model.get_output_embeddings()))
 
 
-@pytest.mark.parametrize("method", ("memit", "memit-merge", "pmet", "rome", "rect", "alphaedit", "ultraedit"))
+@pytest.mark.parametrize("method", ("memit", "memit-merge", "pmet", "rome", "r-rome", "rect", "alphaedit", "ultraedit"))
 @pytest.mark.parametrize("kind", ("llama", "gpt2"))
 def test_a_model_on_two_devices_is_edited_as_on_one(kind, method):
     tokenizer, model = make_tokenizer(), make_model(kind)
@@ -153,3 +154,19 @@ def test_edits_on_a_gpu_are_the_same_bits_at_every_run(method):
     for _ in range(3):
         again = edited(model, tokenizer, statistics, method)
         assert all(torch.equal(one, other) for one, other in zip(again, first, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
+def test_edits_on_a_gpu_do_not_depend_on_what_is_set_elsewhere(dtype):
+    tokenizer, model = make_tokenizer(), make_model("llama").to("cuda", dtype)
+    statistics = collect_statistics(model, tokenizer, TEXT * 4, (1, 2), progress=False)
+    expected = edited(model, tokenizer, statistics, "memit")
+    names = ("precision high", "allow_tf32", "fp32_precision tf32", "fp32_precision tf32 of cuda",
+             "autocast for cuda", "bfloat16 by default", "meta by default")  # fmt: skip
+    for name in names:
+        if "fp32_precision" in name and not hasattr(torch.backends, "fp32_precision"):
+            continue
+        with STATES[name]():
+            found = edited(model, tokenizer, statistics, "memit")
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), name
