@@ -548,6 +548,25 @@ def test_what_is_made_in_inference_mode_can_be_used_outside(inside):
     assert memory.count == 5 and not any(t.is_inference() for t in memory.tensors().values())
 
 
+def test_edits_are_taken_back_and_patches_applied_in_inference_mode():
+    model, tokenizer, statistics = parts()
+    editor = Editor(model, tokenizer, "memit", statistics=statistics, hparams=NUMBERS)
+    before = [weight.clone() for weight in editor.modules.values()]
+    editor.edit(REQUESTS)
+    edited = [weight.clone() for weight in editor.modules.values()]
+    with torch.inference_mode():
+        patch = editor.patch()
+        editor.rollback()
+        assert_same_bits(list(editor.modules.values()), before)
+        applied = patch.apply_(model)
+        assert_same_bits(list(editor.modules.values()), edited)
+    applied.revert_()
+    assert_same_bits(list(editor.modules.values()), before)
+    assert not any(u.left.is_inference() for u in patch.updates.values())
+    editor.edit(REQUESTS)
+    editor.restore()
+
+
 def test_a_tensor_of_inference_mode_is_written_there():
     with torch.inference_mode():
         weight = torch.zeros(4, 6)

@@ -197,7 +197,7 @@ class _Descent:
     """The published loop over all requests, `size` of them at a time.
 
     Requests enter by length, in groups, as others leave; each counts its own iterations. What is known of those that
-    run lies on the device, and is looked at every `check_every` iterations only.
+    run lies on the device, and is looked at every `check_every` iterations and when a group ends.
     """
 
     held: torch.Tensor  # [v] the requests that run; what follows is theirs
@@ -365,7 +365,7 @@ class _Descent:
         stop = measured < hparams.v_stop_loss
         if self.eases:
             right = self.of_all(right)
-            self.factor = torch.where(right, EASED, 1.0)
+            self.factor = torch.where(right, EASED, torch.ones_like(self.factor))
             stop = stop | (right & (hparams.kl_factor * self.shared(kl.detach()) <= EASED_KL))
         if hparams.most_probable_steps:
             self.since = self.since + self.of_all(prefixed)

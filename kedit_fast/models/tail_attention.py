@@ -87,8 +87,8 @@ class Layout:
             seen = self.is_key[:, None] & (ago >= 0)
             if window is not None:
                 seen = seen & (ago < window)
-            least = torch.finfo(torch.float32).min
-            self._bias[window] = torch.where(seen, 0.0, least)[:, None]
+            bias = torch.zeros(seen.shape, dtype=torch.float32, device=seen.device)
+            self._bias[window] = bias.masked_fill_(~seen, torch.finfo(torch.float32).min)[:, None]
         return self._bias[window]
 
 
