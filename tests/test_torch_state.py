@@ -25,7 +25,7 @@ from kedit_fast.editing.requests import EditRequest
 from kedit_fast.editing.value_store import open_values
 from kedit_fast.editing.values import optimise_values
 from kedit_fast.editor import Editor
-from kedit_fast.errors import EditError
+from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.evaluation.metrics import evaluate_each, mean_nll
 from kedit_fast.kernels import native
 from kedit_fast.methods.hparams import make_hparams
@@ -546,6 +546,18 @@ def test_what_is_made_in_inference_mode_can_be_used_outside(inside):
     memory.commit(memory.solve(normal(24, 2, seed=1), normal(12, 2))[1])
     assert not accumulator.finish().moment.is_inference()
     assert memory.count == 5 and not any(t.is_inference() for t in memory.tensors().values())
+
+
+def test_a_cache_that_cannot_be_added_to_is_refused_before_the_edit():
+    from kedit_fast.integrations.alphaedit import apply_AlphaEdit_to_model
+
+    model, tokenizer, statistics = parts()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with torch.inference_mode():
+        cache_c = torch.zeros(2, 64, 64)
+    with pytest.raises(InvalidArgumentError, match=r"cache_c was made in torch\.inference_mode"):
+        apply_AlphaEdit_to_model(model, tokenizer, [], numbers_of("alphaedit"), cache_c=cache_c, statistics=statistics)
+    assert_same_bits([parameter.detach() for parameter in model.parameters()], before)
 
 
 def test_edits_are_taken_back_and_patches_applied_in_inference_mode():

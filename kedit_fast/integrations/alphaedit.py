@@ -116,6 +116,10 @@ def _sequential(
                 f"{name} must be [{len(layers)}, {size}, {size}], a matrix for each of layers "
                 f"{', '.join(map(str, layers))}; got {list(tensor.shape)}"
             )
+    if cache_c is not None and cache_c.is_inference():
+        raise InvalidArgumentError(
+            "cache_c was made in torch.inference_mode() and cannot be added to outside of it: pass cache_c.clone()"
+        )
     if cache_c is None:
         cache_c = torch.zeros(len(layers), size, size, dtype=torch.float32, device="cpu")
     run = runs.kept_by(model)
