@@ -94,6 +94,30 @@ def test_calls_can_be_captured(writer):
     assert torch.equal(captured, expected)
 
 
+def test_a_captured_call_runs_the_tile_that_was_tuned_before_it(monkeypatch):
+    from kedit_fast.kernels.triton import configs, launch
+
+    if reason := probe("triton").reason:
+        pytest.skip(f"triton: {reason}")
+    monkeypatch.setenv("KEDIT_FAST_AUTOTUNE", "1")
+    monkeypatch.setattr(launch, "_tuned", {})
+    monkeypatch.setattr(launch, "candidates", lambda *kind: configs.candidates(*kind)[:2])
+    ran, real = [], launch._run
+    monkeypatch.setattr(launch, "_run", lambda launches: (ran.append(launches[0].config), real(launches)))
+    x, acc = torch.ones(512, 128, device="cuda").bfloat16(), torch.zeros(128, 128, device="cuda")
+    symmetric_rank_k_update_(acc, x, backend="triton")
+    torch.cuda.synchronize()
+    (found,) = launch.tuned().values()
+    launch._tuned.update({key: launch.Tuned(configs.candidates(*key[:2])[1], 1.0, 2.0) for key in launch._tuned})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        symmetric_rank_k_update_(acc, x, backend="triton")
+    assert ran[-1] == configs.candidates(configs.SYMMETRIC, "native")[1] and found.milliseconds > 0
+    graph.replay()
+    torch.cuda.synchronize()
+    assert float(acc[5, 3]) == 2 * 512.0
+
+
 def test_the_same_bits_at_every_run():
     x = torch.randn(20_000, 96, device="cuda").bfloat16()
     first, second = (

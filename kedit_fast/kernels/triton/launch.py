@@ -75,6 +75,13 @@ def _run(launches: Sequence[Launch]) -> None:
         launch.kernel[launch.grid](**launch.arguments, **launch.constants, **meta)
 
 
+def loads_wide(*matrices: torch.Tensor) -> bool:
+    """Whether Triton loads 16 bytes of a row at once: less goes through registers, which large tiles lack."""
+    return all(
+        m.stride(1) == 1 and m.stride(0) % 16 == 0 and m.shape[1] % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices
+    )
+
+
 def size_class(number: int) -> str:
     """A power of two at or above the number: what is tuned for one size serves its neighbours."""
     return str(1 << max(0, number - 1).bit_length())
@@ -85,15 +92,19 @@ def choose(
 ) -> Config:
     """The configuration for these shapes: from the table, or the fastest one when KEDIT_FAST_AUTOTUNE=1.
 
-    `trial(config)` is a plan that writes to scratch memory only; `size` names what a tuned choice holds for.
+    `trial(config)` is a plan that writes to scratch memory only; `size` names what a tuned choice holds for. Inside the
+    capture of a graph nothing can be timed: what was tuned before is used, else the table's, which the log says.
     """
     if INTERPRET:
         return INTERPRETED[op]
     row = lookup(op, shape_class, architecture(device))
-    if os.environ.get("KEDIT_FAST_AUTOTUNE") != "1" or torch.cuda.is_current_stream_capturing():
+    if os.environ.get("KEDIT_FAST_AUTOTUNE") != "1":
         return row
     key = (op, shape_class, f"{architecture(device)}, {size}")
     if key not in _tuned:
+        if torch.cuda.is_current_stream_capturing():
+            _log.warning("%s was not tuned before this graph's capture, which keeps the table's %s", key, row)
+            return row
         with torch.cuda.device(device):
             _tuned[key] = _fastest(key, row, device, trial)
     return _tuned[key].config
@@ -111,11 +122,16 @@ def _fastest(
     from triton.runtime.errors import OutOfResources, PTXASError
     from triton.testing import do_bench
 
-    times = {row: do_bench(lambda: run(trial(row), device), return_mode="median")}
-    for config in candidates(*key[:2]):
+    def milliseconds(config: Config) -> float:
+        launches = trial(config)  # planned, and its scratch filled, before the clock runs
+        return do_bench(lambda: run(launches, device), return_mode="median")
+
+    times = {row: milliseconds(row)}
+    for config in dict.fromkeys(candidates(*key[:2])):
+        if config == row:
+            continue
         try:
-            launches = trial(config)
-            times[config] = do_bench(lambda launches=launches: run(launches, device), return_mode="median")
+            times[config] = milliseconds(config)
         except (OutOfResources, PTXASError, CompilationError, torch.OutOfMemoryError) as error:
             _log.debug("%s: %s cannot be used: %s", key, config, error)  # a candidate need not fit this device
     best = min(times, key=times.__getitem__)
