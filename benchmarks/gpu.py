@@ -228,10 +228,13 @@ def build(place: Place) -> None:
 
 
 def gpu_tests() -> list[str]:
-    """The test files that run something on a GPU where there is one: those that name torch.cuda or move to it."""
+    """The test files that run something on a GPU where there is one: those that name torch.cuda or move to it.
+
+    Not this script's own tests, which would start it again.
+    """
     found = [
         path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "tests").rglob("test_*.py"))
-        if re.search(r"torch\.cuda\.|\.cuda\(\)", path.read_text(encoding="utf-8"))
+        if re.search(r"torch\.cuda\.|\.cuda\(\)", path.read_text(encoding="utf-8")) and path.stem != "test_gpu_script"
     ]  # fmt: skip
     return [*FIRST_TESTS, *(name for name in found if name not in FIRST_TESTS)]
 
@@ -241,12 +244,15 @@ def test(place: Place) -> None:
 
     A failure, or a kernel's file that cannot run a single test here, is an error of the stage when all have run.
     """
-    failed = []
-    for name in gpu_tests():
-        command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", name]
-        if place.dry:
-            command.append("--collect-only")
-        elif not place.enough(f"tests, {name}", 20):
+    failed, pytest = [], [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    if place.dry:
+        done = subprocess.run([*pytest, "--collect-only", *gpu_tests()], cwd=ROOT, capture_output=True, text=True)
+        place.figure("tests", result=(done.stdout.strip().splitlines() or [""])[-1])
+        if done.returncode:
+            raise RuntimeError(f"tests cannot be collected:\n{done.stdout[-4000:]}{done.stderr[-1000:]}")
+    for name in [] if place.dry else gpu_tests():
+        command = [*pytest, name]
+        if not place.enough(f"tests, {name}", 20):
             failed.append(f"{name}: no time was left")
             continue
         begin = time.perf_counter()
@@ -261,7 +267,7 @@ def test(place: Place) -> None:
         place.figure(f"tests, {name}", seconds=time.perf_counter() - begin, result=lines[-1], skipped=skipped)
         if done.returncode:
             failed.append(f"{name}:\n{done.stdout[-4000:]}{done.stderr[-1000:]}")
-        elif name in FIRST_TESTS and not place.dry and " passed" not in lines[-1]:
+        elif name in FIRST_TESTS and " passed" not in lines[-1]:
             failed.append(f"{name}: no test could run here: {'; '.join(skipped)}")
     if failed:
         raise RuntimeError("GPU tests failed:\n" + "\n".join(failed))

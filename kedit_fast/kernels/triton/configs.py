@@ -1,9 +1,10 @@
 """Tile shapes by op, shape class and architecture.
 
-None of these rows was tuned on a GPU yet: they are the shapes that compile without spills for sm_80 and sm_90
-(benchmarks/results/kernel_resources.json) and keep the matrix unit's operands in shared memory. KEDIT_FAST_AUTOTUNE=1
-times CANDIDATES at the first call of every shape class and size and uses the fastest; another tile may round a sum of
-many terms in another way, so bits can differ between processes then.
+None of these rows was tuned on a GPU yet: they are the shapes that compile without spills for sm_80 and sm_90, odd
+sizes and strides included (benchmarks/results/kernel_resources.json), and keep the matrix unit's operands in shared
+memory. Newer devices run the rows of sm_90. KEDIT_FAST_AUTOTUNE=1 times CANDIDATES at the first call of every shape
+class and size and uses the fastest; another tile may round a sum of many terms in another way, so bits can differ
+between processes then.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ class Config:
 SYMMETRIC, RANK_K, LOGITS, GRADIENT = "symmetric_rank_k_update_", "rank_k_update_", "logits", "gradient"
 
 # Shape classes. symmetric: "native" (16-bit rows as they are), "native64" (the same with an fp64 acc, whose tile takes
-# twice the registers), "split" (fp32 rows or weights, written as bf16 terms).
+# twice the registers), "split" (fp32 rows or weights, written as bf16 terms); "narrow" and "split_narrow" are the same
+# where strides or a size forbid loads of 16 bytes.
 # rank_k: "fma" (small k), "dot". logits (forward and backward of the head ops) and gradient (d logits times head):
-# "native" (16-bit states), "split" (fp32); "pair" computes two distributions at once.
+# "native" (16-bit states), "split" (fp32), each "narrow" where loads are; "pair" computes two distributions at once.
 TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (SYMMETRIC, "native"): {
         "sm_80": Config(128, 128, 32, 8, 4),
@@ -38,24 +40,37 @@ TABLE: dict[tuple[str, str], dict[str, Config]] = {
         "sm_80": Config(64, 64, 32, 4, 4),
         "sm_90": Config(128, 128, 64, 8, 4),
     },
+    (SYMMETRIC, "narrow"): {"sm_80": Config(64, 64, 32, 4, 4)},
     (SYMMETRIC, "split"): {
         "sm_80": Config(64, 64, 16, 8, 3),
         "sm_90": Config(64, 64, 32, 4, 3),
     },
+    (SYMMETRIC, "split_narrow"): {
+        "sm_80": Config(64, 64, 16, 4, 3),
+        "sm_90": Config(64, 64, 32, 4, 3),
+    },
     (RANK_K, "fma"): {"sm_80": Config(32, 256, 1, 4, 2)},
-    (RANK_K, "dot"): {"sm_80": Config(64, 64, 32, 8, 2)},
+    (RANK_K, "dot"): {"sm_80": Config(32, 64, 32, 4, 2)},
     (LOGITS, "native"): {
         "sm_80": Config(64, 128, 32, 8, 4),
         "sm_90": Config(64, 128, 64, 8, 4),
     },
+    (LOGITS, "native_narrow"): {"sm_80": Config(64, 64, 32, 4, 3)},
     (LOGITS, "split"): {"sm_80": Config(64, 64, 32, 8, 2)},
+    (LOGITS, "split_narrow"): {"sm_80": Config(32, 64, 32, 8, 2)},
     (LOGITS, "pair_native"): {
         "sm_80": Config(64, 64, 32, 4, 4),
         "sm_90": Config(64, 128, 64, 8, 3),
     },
+    (LOGITS, "pair_native_narrow"): {"sm_80": Config(32, 64, 32, 4, 3)},
     (LOGITS, "pair_split"): {"sm_80": Config(32, 64, 32, 8, 2)},
+    (LOGITS, "pair_split_narrow"): {"sm_80": Config(16, 64, 32, 4, 2)},
     (GRADIENT, "native"): {"sm_80": Config(64, 64, 32, 4, 3)},
     (GRADIENT, "split"): {"sm_80": Config(64, 64, 32, 4, 2)},
+    (GRADIENT, "split_narrow"): {
+        "sm_80": Config(32, 64, 32, 4, 2),
+        "sm_90": Config(64, 64, 32, 4, 2),
+    },
 }
 
 # The interpreter's: small, so that odd shapes meet several tiles in every direction.

@@ -172,7 +172,8 @@ def distribution_kl(
     def trial(config: Config) -> list[Launch]:
         return plan(hidden, hidden_ref, head, bias, softcap, config)[0]
 
-    config = choose(LOGITS, f"pair_{shared.shape_class(hidden)}", hidden.device, trial, shared.size_of(hidden, head))
+    kind = f"pair_{shared.shape_class(hidden, hidden_ref, head)}"
+    config = choose(LOGITS, kind, hidden.device, trial, shared.size_of(hidden, head))
     launches, parts = plan(hidden, hidden_ref, head, bias, softcap, config)
     peaks, sums, differences, peaks_ref, sums_ref, levels = parts
     run(launches, hidden.device)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from kedit_fast.kernels.triton.arithmetic import accumulate, tanh
 from kedit_fast.kernels.triton.configs import GRADIENT, Config
-from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, processors, run, size_class
+from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, loads_wide, processors, run, size_class
 
 WAVES = 4  # programs for each multiprocessor that splitting aims at
 D_LOGITS_BYTES = 64 << 20  # of the part of d logits that exists at a time
@@ -83,9 +83,17 @@ def size_of(hidden: torch.Tensor, head: torch.Tensor) -> str:
     return f"{hidden.dtype}, rows {size_class(hidden.shape[0])}, V {size_class(head.shape[0])}, h {head.shape[1]}"
 
 
-def shape_class(hidden: torch.Tensor) -> str:
-    """'native' for 16-bit states, 'split' for fp32."""
-    return "split" if hidden.dtype == torch.float32 else "native"
+def shape_class(hidden: torch.Tensor, *others: torch.Tensor) -> str:
+    """'native' for 16-bit states and heads, 'split' for fp32; with '_narrow' where their loads are not wide."""
+    kind = "split" if hidden.dtype == torch.float32 else "native"
+    return kind if loads_wide(hidden, *others) else f"{kind}_narrow"
+
+
+def gradient_class(d_logits: torch.Tensor, head: torch.Tensor) -> str:
+    """'native' for bf16 heads; 'split' for others, 'split_narrow' where loads are not wide or the tokens end odd."""
+    if head.dtype == torch.bfloat16:
+        return "native"
+    return "split" if loads_wide(d_logits, head) and head.shape[0] % 16 == 0 else "split_narrow"
 
 
 def tile_arguments(
@@ -153,8 +161,7 @@ def gradient(
     def trial(config: Config) -> list[Launch]:
         return gradient_plan(scratch, head[: parts[0][1]], config)[0]
 
-    kind = "native" if hidden.dtype == torch.bfloat16 else "split"
-    config = choose(GRADIENT, kind, hidden.device, trial, size_of(hidden, head))
+    config = choose(GRADIENT, gradient_class(scratch, head), hidden.device, trial, size_of(hidden, head))
     for begin, end in parts:
         d_logits = scratch[:, : end - begin]
         d_logits_of(begin, d_logits)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from kedit_fast.kernels.triton.arithmetic import accumulate
 from kedit_fast.kernels.triton.configs import SYMMETRIC, Config
-from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, processors, run, size_class
+from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, loads_wide, processors, run, size_class
 
 SUMMED_ROWS = 8192  # rows whose sum is kept in fp32 before it joins acc
 WAVES = 2  # programs for each multiprocessor that splitting aims at
@@ -109,9 +109,15 @@ def _add_parts_kernel(
 
 
 def shape_class(acc: torch.Tensor, x: torch.Tensor, row_weights: torch.Tensor | None) -> str:
-    """'native' or 'native64' (by acc) when the rows go to the matrix unit as they are, else 'split'."""
+    """'native' or 'native64' (by acc) when the rows go to the matrix unit as they are, else 'split'.
+
+    'narrow' and 'split_narrow' are the same where loads are not wide.
+    """
+    wide = loads_wide(x)
     if x.dtype == torch.float32 or row_weights is not None:
-        return "split"
+        return "split" if wide else "split_narrow"
+    if not wide:
+        return "narrow"
     return "native" if acc.dtype == torch.float32 else "native64"
 
 
@@ -127,7 +133,8 @@ def plan(
     rows, d = x.shape
     tiles = triton.cdiv(d, config.m)
     lower_tiles = tiles * (tiles + 1) // 2
-    products = 1 if shape_class(acc, x, row_weights) != "split" else 3 if x.dtype == torch.bfloat16 else 6
+    split = x.dtype == torch.float32 or row_weights is not None
+    products = 1 if not split else 3 if x.dtype == torch.bfloat16 else 6
     wanted = triton.cdiv(WAVES * processors(acc.device), lower_tiles)
     splits = max(1, min(wanted, triton.cdiv(min(rows, SUMMED_ROWS), 4 * config.k)))
     high = float(

@@ -139,7 +139,7 @@ def target_log_probs(
     def trial(config: Config) -> list[Launch]:
         return plan(hidden, head, targets, bias, softcap, config)[0]
 
-    config = choose(LOGITS, shared.shape_class(hidden), hidden.device, trial, shared.size_of(hidden, head))
+    config = choose(LOGITS, shared.shape_class(hidden, head), hidden.device, trial, shared.size_of(hidden, head))
     launches, (peaks, sums, best, at_target) = plan(hidden, head, targets, bias, softcap, config)
     run(launches, hidden.device)
     total = torch.logsumexp(peaks + sums.log(), dim=0)
