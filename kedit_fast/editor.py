@@ -228,6 +228,7 @@ class Editor:
             raise EditError("values need gradients: call edit() outside torch.inference_mode()")
         if not self.in_place():
             raise EditError("the model was moved or cast since this Editor was made: make a new one")
+        require_editable(self.view, self.modules)  # also what was compiled or got an adapter since
         prepared, problems = self.check(requests, on_error)
         numbers = [i for i in range(len(prepared) + len(problems)) if i not in problems]
         exact = self.recipe.schedule == "single" or self.recipe.values == "gradients"

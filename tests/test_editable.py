@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 
 from kedit_fast import Editor, EditRequest, evaluate
 from kedit_fast.editing.value_store import edited_hash
-from kedit_fast.errors import EditError, UnsupportedModelError
+from kedit_fast.errors import EditError, PatchError, UnsupportedModelError
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, capture, pad, require_passes
@@ -344,6 +344,58 @@ def test_extra_state_that_is_no_tensor_is_let_be():
     cls = type(model.model.layers[0].mlp)
     model.model.layers[0].mlp.__class__ = type("Extra", (cls,), {"get_extra_state": lambda self: {"anything": 1}})
     assert fingerprint(ModelView(model), make_tokenizer())
+
+
+def test_what_became_of_a_model_after_its_editor_was_made_is_seen():
+    model = make_model("llama")
+    editor = editor_of(model)
+    editor.edit([REQUEST])
+    compiled_in_place(model)
+    with pytest.raises(UnsupportedModelError, match="is compiled"):
+        editor.edit([REQUEST])
+    model = make_model("llama")
+    editor = editor_of(model)
+    prune.l1_unstructured(model.model.layers[1].mlp.down_proj, "weight", 0.5)
+    with pytest.raises(EditError, match="moved or cast"):
+        editor.edit([REQUEST])
+
+
+def test_an_editor_made_in_inference_mode_edits_outside_it():
+    model, other = make_model("llama"), make_model("llama")
+    with torch.inference_mode():
+        editor = editor_of(model)
+        with pytest.raises(EditError, match=r"outside torch.inference_mode"):
+            editor.edit([REQUEST])
+    editor.edit([REQUEST])
+    assert same(editor.modules.values(), edited(other))
+
+
+@pytest.mark.parametrize("force", (False, True))
+def test_patches_go_into_no_weight_that_would_not_keep_them(force):
+    editor = editor_of(make_model("llama"))
+    editor.edit([REQUEST])
+    patch = editor.patch()
+
+    def pruned(model):
+        prune.identity(model.model.layers[1].mlp.down_proj, "weight")
+
+    def shared(model):
+        model.register_buffer("part", model.model.layers[2].mlp.down_proj.weight.detach()[0])
+
+    def adapted(model):
+        peft = pytest.importorskip("peft")
+        model.add_adapter(peft.LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM"))
+
+    for how, message in ((pruned, r"prune\.remove"), (shared, "share memory"), (adapted, "is an adapter's Linear")):
+        model = make_model("llama")
+        how(model)
+        with pytest.raises(PatchError, match=message):
+            patch.apply_(model, force)
+    with torch.inference_mode():
+        model = make_model("llama")
+    with pytest.raises(PatchError, match=r"was made in torch\.inference_mode"):
+        patch.apply_(model, force)
+    patch.apply_(torch.compile(make_model("llama"), backend="eager"), force)
 
 
 # Hooks that see nothing

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from kedit_fast.errors import MethodError
-from kedit_fast.methods.hparams import Hparams, make_hparams, parse_layers, read_hparams
+from kedit_fast.methods.hparams import Hparams, make_hparams, parse_layers, read_hparams, unused, worth_a_warning
 from kedit_fast.methods.recipes import RECIPES, find_recipe
 
 LLAMA3 = SimpleNamespace(model_type="llama", num_hidden_layers=32, hidden_size=4096, intermediate_size=14336)
@@ -192,3 +192,56 @@ def test_values_out_of_range_and_unknown_methods_are_named():
     with pytest.raises(MethodError, match="unknown method 'mend': choose from alphaedit, emmet"):
         find_recipe("mend")
     assert set(Hparams.__dataclass_fields__) >= {"v_lr", "kl_factor", "mom2_update_weight"}
+
+
+SMALL = SimpleNamespace(model_type="llama", num_hidden_layers=6, hidden_size=64)
+
+
+@pytest.mark.parametrize("method", sorted(RECIPES))
+@pytest.mark.parametrize("config", (LLAMA3, SMALL))
+def test_an_origin_says_which_numbers_are_given(method, config):
+    whole, origin = make_hparams(method, config)
+    assert "given" not in origin
+    own = {name: value for name, value in vars(whole).items() if name != "method"}
+    assert make_hparams(method, config, own)[1] == "given"
+    some, said = make_hparams(method, config, {"layers": whole.layers or (1,), "v_stop_loss": 0.1})
+    assert some.layers and said.startswith(origin.split(":")[0]) and "relative depth" not in said
+    assert said.endswith("; given: layers" if method == "ultraedit" else "; given: layers, v_stop_loss")
+
+
+def test_numbers_that_a_method_does_not_read_give_nothing():
+    whole, origin = make_hparams("alphaedit", SMALL)
+    assert make_hparams("alphaedit", SMALL, {"mom2_update_weight": 3.0})[1] == origin
+    read = {name: value for name, value in vars(whole).items() if name not in ("method", "mom2_update_weight")}
+    assert make_hparams("alphaedit", SMALL, read)[1] == "given"
+
+
+def test_what_a_published_file_carries_idle_is_no_warning_and_the_rest_is():
+    alphaedit, memit = find_recipe("alphaedit"), find_recipe("memit")
+    names = ("mom2_update_weight", "emmet_lambda", "L2")
+    assert unused(alphaedit, names) == ["emmet_lambda", "mom2_update_weight"]
+    assert worth_a_warning(alphaedit, names) == ["emmet_lambda"]
+    assert worth_a_warning(memit, names) == ["L2", "emmet_lambda"]
+    assert worth_a_warning(find_recipe("rome"), names) == ["L2", "emmet_lambda", "mom2_update_weight"]
+
+
+def test_the_command_line_warns_of_idle_numbers_set_by_hand_alone(tmp_path, capsys):
+    from kedit_fast.cli import _overrides
+
+    file = tmp_path / "alphaedit.json"
+    file.write_text(json.dumps({**MEMIT_GPTJ, "nullspace_threshold": 2e-2, "L2": 1}))
+    assert _overrides("alphaedit", file, None, None)["mom2_update_weight"] == 15000
+    assert "does not use" not in capsys.readouterr().err
+    assert _overrides("alphaedit", file, ["mom2_update_weight=3"], None)["mom2_update_weight"] == 3.0
+    assert "alphaedit does not use mom2_update_weight" in capsys.readouterr().err
+
+
+def test_an_editor_warns_of_idle_numbers_that_no_published_file_of_its_method_carries(demo_model, caplog):
+    from kedit_fast import Editor
+
+    spaces = {0: SimpleNamespace(size=1)}
+    numbers = {"mom2_update_weight": 15000.0, "layers": (0,)}
+    Editor(*demo_model, "alphaedit", null_spaces=spaces, hparams=numbers)
+    assert "does not use" not in caplog.text
+    Editor(*demo_model, "alphaedit", null_spaces=spaces, hparams={**numbers, "emmet_lambda": 0.2})
+    assert "alphaedit does not use emmet_lambda" in caplog.text

@@ -187,9 +187,27 @@ def with_pruned_attention(model):
 def test_a_model_that_its_class_would_not_make_is_not_saved(how, tmp_path):
     model = make_model("llama")
     how(model)
-    with pytest.raises(KeditError, match=r"would not load as this model: model\.layers\.[01]\.\S+ is not in both"):
+    with pytest.raises(KeditError, match=r"would not load as this Llama\S+: it has no model\.layers\.[01]\."):
         save_model(model, make_tokenizer(), tmp_path / "out")
     assert os.listdir(tmp_path) == []
+
+
+def test_tensors_that_its_class_does_not_have_are_saved_and_named(tmp_path, caplog):
+    model = make_model("llama")
+    model.model.layers[0].register_buffer("scale", torch.tensor(1.5))
+    model.model.layers[0].temperature = torch.nn.Parameter(torch.tensor(2.0))
+    model.model.layers[0].register_buffer("nothing", torch.empty(0), persistent=False)
+    save_model(model, make_tokenizer(), tmp_path / "out", editor=edited(model))
+    assert "model.layers.0.scale is saved, but from_pretrained will leave it out" in caplog.text
+    found = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    save_model(make_model("llama"), make_tokenizer(), tmp_path / "other")
+    patch = edited(make_model("llama")).patch()
+    tensors = {**safetensors.torch.load_file(tmp_path / "other" / "model.safetensors"), "a.scale": torch.tensor(1.0)}
+    safetensors.torch.save_file(tensors, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    Checkpoint(tmp_path / "other").apply(patch, "a patch")
+    assert safetensors.torch.load_file(tmp_path / "other" / "model.safetensors")["a.scale"] == 1
 
 
 # Adapters

@@ -400,11 +400,12 @@ def make_hparams(method: str, config: Any, *overrides: Mapping[str, Any]) -> tup
 
 def _origin(recipe: Recipe, origin: str, values: set[str], given: set[str]) -> str:
     """Where the numbers that the method reads are from, when some of them are given."""
-    if not given & values:
-        return origin
     idle = set(unused(recipe, values | given))
-    if values - idle <= given:
+    values, given = values - idle, given - idle
+    if not given:
+        return origin
+    if values <= given:
         return "given"
     if "layers" in given:
         origin = origin.replace("layers by relative depth, ", "")
-    return f"{origin}; given: {', '.join(sorted(given - idle))}"
+    return f"{origin}; given: {', '.join(sorted(given))}"

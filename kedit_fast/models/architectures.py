@@ -13,7 +13,7 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
 from kedit_fast.models import fused
-from kedit_fast.models.editable import plain_model
+from kedit_fast.models.editable import is_adapter, plain_model
 from kedit_fast.ops.arguments import FLOATS
 
 
@@ -113,13 +113,15 @@ def linear_module(model: torch.nn.Module, path: str) -> torch.nn.Module:
 
     Raises:
         InvalidArgumentError: no such module, or not a linear one.
-        UnsupportedModelError: its weight is quantised or sharded.
+        UnsupportedModelError: it is an adapter's, or its weight is quantised or sharded.
     """
     try:
         module = model.get_submodule(path)
     except AttributeError:
         raise InvalidArgumentError(f"the model has no module {path!r}") from None
     kind = type(module).__name__
+    if is_adapter(module):
+        raise UnsupportedModelError(f"{path!r} is an adapter's {kind}: merge it first (peft's merge_and_unload())")
     if not isinstance(module, torch.nn.Linear) and kind != "Conv1D":  # transformers' name for [in, out]
         raise InvalidArgumentError(f"{path!r} is a {kind}, not a linear module that can be edited")
     check_weight(path, module)

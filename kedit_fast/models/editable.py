@@ -24,6 +24,10 @@ _MERGE = (
     "merge it first: peft's merge_and_unload() gives the model with the adapter in its weights, and so does loading an "
     "adapter's folder with load_model(..., merge_adapter=True) or --merge-adapter"
 )
+_INFERENCE = (
+    "was made in torch.inference_mode() and can never be written outside it: load the model outside "
+    "torch.inference_mode()"
+)
 # What torch.nn.utils leaves beside a weight that it computes again in every pass, and what makes that weight permanent.
 _RECOMPUTED = (
     ("parametrizations", "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"),
@@ -40,8 +44,7 @@ def plain_model(model: Any) -> torch.nn.Module:
         UnsupportedModelError: anything else than a model of transformers, by what it is: a path, a pipeline, None, a
             wrapper of torch, a PeftModel.
     """
-    while type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
-        model = model._orig_mod
+    model = _uncompiled(model)
     kind = type(model).__name__
     if isinstance(model, str | os.PathLike):
         raise UnsupportedModelError(
@@ -57,7 +60,7 @@ def plain_model(model: Any) -> torch.nn.Module:
         elif isinstance(model, type):
             kind, hint = f"class {model.__name__}", "pass a model of it"
         raise UnsupportedModelError(f"a {kind} is no causal language model: {hint}")
-    if _is_adapter(model):
+    if is_adapter(model):
         raise UnsupportedModelError(f"the model is wrapped in an adapter ({kind}): {_MERGE}")
     inside = model._modules.get("module")
     if inside is not None and "config" not in vars(model):
@@ -83,7 +86,7 @@ def require_editable(view: ModelView, paths: Iterable[str]) -> None:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(f"the model has an adapter loaded: {_MERGE}")
     for name, module in model.named_modules(remove_duplicate=False):
-        if _is_adapter(module):
+        if is_adapter(module):
             raise UnsupportedModelError(f"{name} is an adapter's {type(module).__name__}: {_MERGE}")
         if module is not model and _is_compiled(module):
             raise UnsupportedModelError(
@@ -92,21 +95,32 @@ def require_editable(view: ModelView, paths: Iterable[str]) -> None:
             )
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.is_inference():
-            raise UnsupportedModelError(
-                f"{name} was made in torch.inference_mode() and can never be written outside it: load the model "
-                "outside torch.inference_mode()"
-            )
+            raise UnsupportedModelError(f"{name} {_INFERENCE}")
         if parameter.device.type == "meta" and not any(_offloads(hook) for hook in _hooks(model, name)):
             raise UnsupportedModelError(f"{name} has no values: the model is not loaded")
     _ = view.head  # refuses by name
+    require_own(model, paths)
+
+
+def require_own(model: torch.nn.Module, paths: Iterable[str]) -> None:
+    """Raise UnsupportedModelError unless the weights of modules are tensors of their own, in memory that can be written
+    and that nothing writes over."""
+    model = _uncompiled(model)
+    places = [(name, tensor.device, *_span(tensor)) for name, tensor in _tensors(model)]
     maps = _read_only()
     for path in paths:
-        _require_own(model, path, maps)
+        _require_own(model, path, places, maps)
 
 
-def _require_own(model: torch.nn.Module, path: str, maps: list[tuple[int, int]]) -> None:
-    """Raise UnsupportedModelError unless a module's weight is a tensor of its own, in memory that can be written."""
+def _require_own(
+    model: torch.nn.Module,
+    path: str,
+    places: list[tuple[str, torch.device, int, int]],
+    maps: list[tuple[int, int]],
+) -> None:
     module, name = model.get_submodule(path), f"{path}.weight"
+    if is_adapter(module):
+        raise UnsupportedModelError(f"{path} is an adapter's {type(module).__name__}: {_MERGE}")
     weight = module._parameters.get("weight", module._buffers.get("weight"))
     if weight is None:
         beside = {*module._parameters, *module._buffers, *module._modules}
@@ -115,6 +129,8 @@ def _require_own(model: torch.nn.Module, path: str, maps: list[tuple[int, int]])
             f"{name} is computed again in every pass (from {', '.join(sorted(n for n in beside if n != 'bias'))}), so "
             f"what an edit writes would be lost: {cure} first"
         )
+    if weight.is_inference():
+        raise UnsupportedModelError(f"{name} {_INFERENCE}")
     if weight.device.type == "meta" or any(_moves(hook) for hook in _hooks(model, name)):
         raise UnsupportedModelError(
             f"{name} is offloaded, so what an edit writes would be lost: load the model with this layer and the head "
@@ -127,18 +143,22 @@ def _require_own(model: torch.nn.Module, path: str, maps: list[tuple[int, int]])
             "the module a weight of its own, torch.nn.Parameter(module.weight.clone())"
         )
     begin, end = _span(weight)
-    for other, tensor in _tensors(model):
-        if other != name and tensor.device == weight.device:
-            first, last = _span(tensor)
-            if first < end and begin < last:
-                raise UnsupportedModelError(
-                    f"{name} and {other} share memory, so an edit of one changes the other: give the module a weight "
-                    "of its own, torch.nn.Parameter(module.weight.clone())"
-                )
+    for other, device, first, last in places:
+        if other != name and device == weight.device and first < end and begin < last:
+            raise UnsupportedModelError(
+                f"{name} and {other} share memory, so an edit of one changes the other: give the module a weight of "
+                "its own, torch.nn.Parameter(module.weight.clone())"
+            )
     if weight.device.type == "cpu" and any(first < end and begin < last for first, last in maps):
         raise UnsupportedModelError(
             f"{name} lies in read-only memory (a file mapped for reading?): copy it, torch.nn.Parameter(weight.clone())"
         )
+
+
+def _uncompiled(model: Any) -> Any:
+    while type(model).__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):
+        model = model._orig_mod
+    return model
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -164,7 +184,8 @@ def _read_only() -> list[tuple[int, int]]:
     return [tuple(int(end, 16) for end in span.split("-")) for span, rights in ranges if "w" not in rights]
 
 
-def _is_adapter(module: torch.nn.Module) -> bool:
+def is_adapter(module: torch.nn.Module) -> bool:
+    """Whether a module is one that an adapter put in the place of a model's own."""
     own = {*module._modules, *module._parameters}
     return "lora_A" in own or any(cls.__module__.startswith(_ADAPTERS) for cls in type(module).__mro__)
 

@@ -21,6 +21,7 @@ from kedit_fast._version import __version__
 from kedit_fast.errors import InvalidArgumentError, PatchError, UnsupportedModelError
 from kedit_fast.files import read_file, write_file
 from kedit_fast.models.architectures import linear_weight
+from kedit_fast.models.editable import require_own
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
 from kedit_fast.solver.shaping import compact
 from kedit_fast.torch_state import plain_torch
@@ -174,14 +175,18 @@ class Patch:
             force: take other matrices than those it was made for: the edits may then say something else, or harm.
 
         Raises:
-            PatchError: a module that is not there, quantised, or has another shape, dtype or W_0; or a result that is
-                not finite.
+            PatchError: a module that is not there, quantised, or has another shape, dtype or W_0; a weight that a hook
+                computes again, that another module shares or that cannot be written; or a result that is not finite.
         """
         found = {}
         for name in self.updates:
             weight, transposed = _weight(model, name)
             self.check(name, weight, transposed, force)
             found[name] = weight
+        try:
+            require_own(model, found)
+        except UnsupportedModelError as error:
+            raise PatchError(str(error)) from None
         with torch.no_grad():
             return Prepared(model, {name: (w.clone(), added(self.updates[name], w, name)) for name, w in found.items()})
 
