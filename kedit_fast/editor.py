@@ -76,7 +76,8 @@ class Editor:
         >>> editor.rollback()
 
     Args:
-        model: a causal language model of a known architecture; its edited matrices are written in place.
+        model: a causal language model of a known architecture; its edited matrices are written in place. What cannot be
+            edited (adapters, compiled or offloaded parts, shared weights: models.editable) is refused here, by name.
         tokenizer: its tokenizer.
         method: its name, one of kedit_fast.methods.recipes.RECIPES (`kedit-fast methods` lists them).
         statistics: second moments for the edited layers, from collect_statistics or load_statistics; needed unless
@@ -189,7 +190,7 @@ class Editor:
         )
 
     def require_untouched(self) -> None:
-        """Raise EditError when something else (a hook that computes a weight again) has changed what was written."""
+        """Raise EditError when something else has changed what was written, as a hook that computes a weight again."""
         for name in self.ledger.names():
             self.ledger.require_untouched(name)
 
@@ -221,6 +222,7 @@ class Editor:
 
         Raises:
             RequestError: requests that cannot be written, by id, or by position or subject.
+            UnsupportedModelError: the model has become one that cannot be edited; nothing was computed.
             EditError, SolveError, StatisticsError: the edit failed; the model, the ledger and what the method keeps
                 between batches are as they were before, to the bit.
         """
@@ -249,7 +251,8 @@ class Editor:
             written = tuple(p.request for i, p in enumerate(prepared) if i not in batch.skipped)
             number = len(self.ledger.batches) + 1 if written else 0
             result = batch.result(number, written, dict(sorted(problems.items())))
-            self.require_untouched()
+            for name in batch.updates:
+                self.ledger.require_untouched(name)
             if written:
                 self.engine.commit()
                 self._written[number] = written

@@ -81,7 +81,7 @@ def test_what_is_no_causal_language_model_is_refused_by_what_it_is(make, message
 
 def test_a_model_in_a_process_group_is_refused_by_its_wrapper():
     class DistributedDataParallel(Wrapped):  # the real one wants a process group
-        config = None
+        config = None  # as DeepSpeed's engine has one of its own
 
     with pytest.raises(UnsupportedModelError, match=r"wrapped in a DistributedDataParallel: pass .* model.module"):
         editor_of(DistributedDataParallel(make_model("llama")))

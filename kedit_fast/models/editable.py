@@ -62,8 +62,7 @@ def plain_model(model: Any) -> torch.nn.Module:
         raise UnsupportedModelError(f"a {kind} is no causal language model: {hint}")
     if is_adapter(model):
         raise UnsupportedModelError(f"the model is wrapped in an adapter ({kind}): {_MERGE}")
-    inside = model._modules.get("module")
-    if inside is not None and "config" not in vars(model):
+    if model._modules.get("module") is not None and not hasattr(type(model), "get_output_embeddings"):
         raise UnsupportedModelError(f"the model is wrapped in a {kind}: pass the model inside, model.module")
     if "_fsdp_wrapped_module" in model._modules:
         raise UnsupportedModelError(f"the model is sharded ({kind}): edit it whole, before it is wrapped")
@@ -191,11 +190,9 @@ def is_adapter(module: torch.nn.Module) -> bool:
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:
-    return (
-        type(module).__name__ == "OptimizedModule"
-        or getattr(module, "_compiled_call_impl", None) is not None
-        or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
-    )
+    forward = vars(module).get("forward")
+    wrapped = hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
+    return type(module).__name__ == "OptimizedModule" or bool(getattr(module, "_compiled_call_impl", None) or wrapped)
 
 
 def _hooks(model: torch.nn.Module, name: str) -> Iterator[Any]:
