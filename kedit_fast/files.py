@@ -63,10 +63,12 @@ def write_file(
     with replacing(path, error) as part:
         save_file(dict(tensors), part, dict(metadata))
         _sort_metadata(part)
-        found, about = read_file(part, error)
-        wrong = [name for name, tensor in tensors.items() if name not in found or not same_bits(found[name], tensor)]
-        if wrong or about != dict(metadata) or found.keys() != tensors.keys():
-            raise error(f"cannot write {path}: {wrong[0] if wrong else 'its header'} is read back as something else")
+        with safe_open(part, framework="pt") as file:  # one tensor in memory at a time
+            names = set(file.keys())
+            wrong = [n for n, tensor in tensors.items() if n not in names or not same_bits(file.get_tensor(n), tensor)]
+            if wrong or names != tensors.keys() or (file.metadata() or {}) != dict(metadata):
+                what = wrong[0] if wrong else "its header"
+                raise error(f"cannot write {path}: {what} is read back as something else")
 
 
 def _sort_metadata(path: Path) -> None:

@@ -213,6 +213,16 @@ def test_offloaded_heads_and_edited_layers_are_refused_by_name(part):
         editor_of(model)
 
 
+def test_a_model_that_a_hook_moves_for_every_pass_is_refused_by_name():
+    accelerate = pytest.importorskip("accelerate")
+    model, other = make_model("llama"), make_model("llama")
+    model, hook = accelerate.cpu_offload_with_hook(model, execution_device="cpu")
+    assert same(edited(model), edited(other))  # it stays where it is
+    hook.hook.execution_device = torch.device("cuda")
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp\.down_proj\.weight is offloaded"):
+        editor_of(model)
+
+
 def test_a_model_that_is_offloaded_whole_is_refused_by_name(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     for offload in (accelerate.cpu_offload, lambda model, **_: accelerate.disk_offload(model, tmp_path)):
