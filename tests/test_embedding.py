@@ -140,6 +140,8 @@ def test_what_cannot_be_computed_is_named_and_nothing_is_written(text, tmp_path)
     with pytest.raises(StatisticsError, match="beyond float16"):
         easyedit.apply_memit_to_model(model, make_tokenizer(), [asked(REQUESTS[0])], numbers)
     assert not list((tmp_path / "stats").rglob("*.npz"))
+    with pytest.raises(StatisticsError, match=r"cannot keep statistics in .*texts\.txt is no folder"):
+        call_easyedit(make_model("llama"), text, statistics_text=text)
     for wrong in ({"mom2_dtype": "bfloat16"}, {"mom2_n_samples": "many"}, {"mom2_n_samples": 0}):
         with pytest.raises(MethodError, match=next(iter(wrong))):
             easyedit.apply_memit_to_model(make_model("llama"), make_tokenizer(), [asked(REQUESTS[0])],

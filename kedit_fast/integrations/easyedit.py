@@ -5,15 +5,14 @@
     editor = BaseEditor.from_hparams(MEMITHyperParams.from_hparams("hparams/MEMIT/llama-7b"))
 
 What is other than in EasyEdit: ROME and R-ROME write every request of a batch, one after another; UltraEdit takes the
-whole batch, whatever `batch_size`, and its rows are those of the released UltraEdit (`ultraedit_rows="easyedit"` takes
-EasyEdit's, see `easyedit_rows`); PMET puts a space before targets of every model, optimises in front of the norms it
-has, and never leaves its loop on a value that is not finite; AlphaEdit's keys belong to the model (and go with it)
-instead of the process, and are forgotten when weights are restored; a failed batch leaves the model as it was; a model
-is edited in the dtype it has, and `half: true` is named where it is another. Statistics are read from `stats_dir` and
-AlphaEdit's projector from `P_loc`; statistics that are not there are computed where a text is configured
-(`framework_statistics`), once. Five methods that EasyEdit does not have come with it: MEMIT-Seq, MEMIT-Merge, ENCORE,
-RECT, and PRUNE, which restrains the total after every call. `install()` also lets its BatchEditor and its
-`HyperParams.from_hparams` (and that of MEMITHyperParams) take those five.
+whole batch, whatever `batch_size`, and other rows and labels (`ultraedit_rows="easyedit"` takes EasyEdit's, see
+`easyedit_rows`); PMET finds its positions whatever the padding, and puts a space before targets of every model;
+AlphaEdit's keys belong to the model (and go with it) instead of the process, and are forgotten when weights are
+restored; a failed batch leaves the model as it was; a model is edited in the dtype it has, and `half: true` is named
+where it is another. Statistics are read from `stats_dir` and AlphaEdit's projector from `P_loc`; statistics that are
+not there are computed where a text is configured (`framework_statistics`), once. Five methods that EasyEdit does not
+have come with it: MEMIT-Seq, MEMIT-Merge, ENCORE, RECT, and PRUNE, which restrains the total after every call.
+`install()` also lets its BatchEditor and its `HyperParams.from_hparams` (and that of MEMITHyperParams) take those five.
 """
 
 from __future__ import annotations
@@ -134,7 +133,7 @@ def install(
         statistics_text: a file, a `datasets:` name or documents, from which statistics are computed that `stats_dir`
             does not have; they are kept there.
         ultraedit_rows: "easyedit" for the labels and tokens of EasyEdit's own UltraEdit (see `easyedit_rows`), "own"
-            for those of the released one. Hyper-parameters of these two names, and arguments of a call, come before.
+            for ours. Hyper-parameters of these two names, and arguments of a call, come before.
 
     Raises:
         MethodError: an unknown `ultraedit_rows`, or an EasyEdit whose parts have other names; nothing is installed.

@@ -1,7 +1,6 @@
 """The tokens, labels and batches of EasyEdit's own UltraEdit, for those who want its numbers: `ultraedit_rows`.
 
-Where it differs from the released UltraEdit and from ours (read from its `ultraedit_main.py`, `cross_entropy` and
-`Tracer`):
+Where it differs from ours (read from its `ultraedit_main.py`, `cross_entropy` and `Tracer`):
 
 - Prompt and answer are tokenised together, the answer once more by itself, both padded, special tokens included. The
   labels are that second tensor as it is, so a BOS and padding of shorter answers are labels too: the token before the

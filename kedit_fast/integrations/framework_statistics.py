@@ -96,6 +96,7 @@ def framework_statistics(
                 f"{place} has statistics of layer {layer} that were not made from {source}, and none of "
                 f"{', '.join(map(str, missing))}: all must be of one text; move them away, or collect the others"
             )
+    _check_writable(place)
     _log.warning(
         "statistics of layers %s are computed from %s (once; they are kept in %s)",
         ", ".join(map(str, missing)), source, place,
@@ -111,6 +112,13 @@ def framework_statistics(
             npz.write(place / name, new.layers[layer], {**metadata_of(new, layer), _SOURCE: source}, samples, precision)
     distributed.wait_for_all()
     return read(place)  # as the next call will find them
+
+
+def _check_writable(place: Path) -> None:
+    """Raise StatisticsError, before hours of work, where a folder cannot be made or written."""
+    nearest = next(folder for folder in (place, *place.absolute().parents) if folder.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise StatisticsError(f"cannot keep statistics in {place}: {nearest} is no folder that can be written")
 
 
 def _asked(raw: Mapping[str, Any]) -> tuple[int | None, str | None]:
