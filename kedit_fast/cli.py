@@ -181,7 +181,7 @@ def edit(
         loaded, tokenizer = load_model(model, DTYPES[dtype.value], where, merge_adapter=merge_adapter)
         statistics = None
         if chosen.uses_statistics and stats:
-            statistics = load_statistics(stats, loaded, tokenizer, chosen.layers, trust=trust)
+            statistics = load_statistics(stats, loaded, tokenizer, chosen.layers, trust=trust, **_sample(hparams))
         spaces = None if projector is None else load_projector(projector, chosen.layers, chosen.L2, trust)
         report = run_edits(
             loaded, tokenizer, records, recipe.name, statistics=statistics, null_spaces=spaces, hparams=overrides,
@@ -308,7 +308,7 @@ def suggest(
     documents = [] if text is None else open_texts(text, field)
     check_range(tried or (), load_config(model, merge_adapter))
     loaded, tokenizer = load_model(model, DTYPES[dtype.value], checked_device(device), merge_adapter=merge_adapter)
-    statistics = None if stats is None else load_statistics(stats, loaded, tokenizer)
+    statistics = None if stats is None else load_statistics(stats, loaded, tokenizer, **_sample(hparams))
     found = sweep(
         loaded, tokenizer, records, method, statistics=statistics, texts=documents, max_tokens=tokens,
         last_layers=tried, hparams=overrides, on_error=on_error.value, progress=interactive(),
@@ -424,6 +424,15 @@ def _overrides(hparams: Path | None, set_: list[str] | None, layers: str | None,
     if layers is not None:
         found["layers"] = parsed_layers(layers)
     return found
+
+
+def _sample(hparams: Path | None) -> dict[str, Any]:
+    """Which of several npz files of a layer a framework's file asks for."""
+    from kedit_fast.integrations.framework_statistics import asked_of
+    from kedit_fast.methods.hparams import read_raw
+
+    samples, precision = asked_of(read_raw(hparams)) if hparams is not None else (None, None)
+    return {"samples": samples, "precision": precision}
 
 
 def _name_unfollowed(hparams: Path | None, dtype: Dtype, one_batch: int | None = None) -> None:

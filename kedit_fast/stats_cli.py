@@ -276,6 +276,12 @@ def import_(
     source: Annotated[Path, typer.Option("--from", help="a `..._stats` folder with npz files of memit or EasyEdit")],
     out: Annotated[Path, typer.Option(help="folder for the statistics")],
     layers: Annotated[str | None, typer.Option(help=LAYERS_HELP + "; all that are there by default")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="of several files of a layer that with this mom2_n_samples")
+    ] = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="of several files of a layer that with this mom2_dtype")
+    ] = None,
     trust: Annotated[
         bool, typer.Option("--trust", help="the files carry no fingerprint: take them for this model's")
     ] = False,
@@ -290,7 +296,8 @@ def import_(
     _make_folder(out.absolute().parent)
     loaded, tokenizer = load_model(model)
     wanted = None if layers is None else parsed_layers(layers)
-    found = load_statistics(source, loaded, tokenizer, wanted, trust=trust)
+    kind = None if precision is None else precision.value
+    found = load_statistics(source, loaded, tokenizer, wanted, trust=trust, samples=samples, precision=kind)
     _written(save_statistics(found, out), as_json)
 
 

@@ -640,3 +640,24 @@ def test_edits_are_written_as_a_patch(place, tmp_path):
     assert run("patch", "apply", tmp_path / "edits.safetensors", folder).returncode == 0
     one, other = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "edited"))
     assert all(torch.allclose(one[name], other[name], rtol=1e-6, atol=1e-7) for name in other)
+
+
+def test_of_several_sample_sizes_an_option_or_the_frameworks_file_chooses(place, tmp_path):
+    for size in ("100", "1000"):
+        done = run("stats", "export", place / "stats", "--out", tmp_path, "--model-name", "m", "--samples", size)
+        assert done.returncode == 0, done.stderr
+    folder = tmp_path / "m" / "wikipedia_stats"
+    base = ("stats", "import", place / "model", "--from", folder, "--layers", "1", "--out", tmp_path / "taken")
+    refused = run(*base)
+    assert (
+        refused.returncode == 1 and "several statistics files" in refused.stderr and not (tmp_path / "taken").exists()
+    )
+    assert run(*base, "--samples", "100", "--precision", "float32").returncode == 0
+    (tmp_path / "h.json").write_text(json.dumps({"mom2_n_samples": 1000, "mom2_dtype": "float32"}))
+    edit = list(edit_args(place, tmp_path / "out", "--hparams", tmp_path / "h.json"))
+    edit[edit.index("--stats") + 1] = folder
+    done = run(*edit)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "h.json").write_text(json.dumps({"mom2_n_samples": 7}))
+    refused = run(*edit, "--overwrite")
+    assert refused.returncode == 1 and "mom2_n_samples = 7 names 0 of them" in " ".join(refused.stderr.split())

@@ -63,7 +63,7 @@ def framework_statistics(
             another model or text. Nothing is written then.
     """
     view = ModelView(model)
-    samples, precision = _asked(raw)
+    samples, precision = asked_of(raw)
     root = Path(stats_dir or raw.get("stats_dir") or "data/stats")
     places = _places(root, model, raw, whole_name)
     text = text or os.environ.get(ENVIRONMENT) or None
@@ -121,7 +121,7 @@ def _check_writable(place: Path) -> None:
         raise StatisticsError(f"cannot keep statistics in {place}: {nearest} is no folder that can be written")
 
 
-def _asked(raw: Mapping[str, Any]) -> tuple[int | None, str | None]:
+def asked_of(raw: Mapping[str, Any]) -> tuple[int | None, str | None]:
     """`mom2_n_samples` and `mom2_dtype`; None for what is not given."""
     samples, precision = raw.get("mom2_n_samples"), raw.get("mom2_dtype")
     if samples is not None:
