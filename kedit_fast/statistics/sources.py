@@ -162,17 +162,22 @@ def _blank(line: bytes) -> bool:
 
 @contextlib.contextmanager
 def _offline(datasets: Any) -> Iterator[None]:
-    """The datasets library as HF_HUB_OFFLINE=1 sets it: what it has on this machine, and no network."""
+    """The datasets library as HF_HUB_OFFLINE=1 sets it: what it has on this machine, no network; and no bars."""
     from huggingface_hub import constants
 
     switches = [(place, name) for place in (datasets.config, constants)
                 for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE") if hasattr(place, name)]  # fmt: skip
     before = [getattr(place, name) for place, name in switches]
+    bars = hasattr(datasets, "are_progress_bars_disabled") and not datasets.are_progress_bars_disabled()
     try:
+        if bars:
+            datasets.disable_progress_bars()
         for place, name in switches:
             setattr(place, name, True)
         yield
     finally:
+        if bars:
+            datasets.enable_progress_bars()
         for (place, name), value in zip(switches, before, strict=True):
             setattr(place, name, value)
 
