@@ -119,8 +119,8 @@ def read_records(
     """
     suffix = suffix_of(path)
     refuse_binary(path, error, f"save it as one of {', '.join(RECORDS)}")
-    named = suffix in RECORDS
-    if not named and str(path) != STDIN and (not Path(path).exists() or Path(path).is_file()):
+    stream = str(path) == STDIN or str(path).startswith("/dev/") or Path(path).is_fifo()
+    if suffix not in RECORDS and not stream:
         if not Path(path).exists():
             raise error(f"cannot read {path}: no such file")
         raise error(f"{path}: the name says no format; records come as {', '.join(RECORDS)}, each also with .gz")

@@ -68,23 +68,36 @@ UNIFIED = {**MEMIT_GPTJ, "calculate_objective_value": False, "update_norm_lambda
            "prob_cutoff": 0, "norm_control": 0, "bias_update": False, "name": "gpt-j"}  # fmt: skip
 
 
-def test_names_that_change_nothing_are_let_be_and_said(tmp_path, caplog):
+@pytest.fixture
+def said(caplog):
+    """What was logged by the package, by level."""
+    logger = logging.getLogger("kedit_fast")
+    propagates, logger.propagate = logger.propagate, True  # a command line that ran before turned it off
+    caplog.set_level(logging.INFO, "kedit_fast")
+    yield lambda level: [record.getMessage() for record in caplog.records if record.levelname == level]
+    logger.propagate = propagates
+
+
+def test_names_that_change_nothing_are_let_be_and_said(tmp_path, said):
     (tmp_path / "a.json").write_text(json.dumps(UNIFIED))
     (tmp_path / "plain.json").write_text(json.dumps(MEMIT_GPTJ))
-    logger = logging.getLogger("kedit_fast")
-    propagates, logger.propagate = logger.propagate, True
-    caplog.set_level(logging.INFO, "kedit_fast")
-    try:
-        found = read_hparams(tmp_path / "a.json")
-    finally:
-        logger.propagate = propagates
-    (line,) = [record.getMessage() for record in caplog.records]
+    found = read_hparams(tmp_path / "a.json")
+    (line,) = said("INFO")
+    assert not said("WARNING")
     for name in ("calculate_objective_value", "norm_control", "bias_update", "name", "mom2_dataset"):
         assert name in line and name not in found
     expected = {**read_hparams(tmp_path / "plain.json"), "update_norm_lambda": 0.0, "emmet_lambda": 0.1,
                 "most_probable_steps": 0}  # fmt: skip
     assert found == expected
     assert make_hparams("memit", LLAMA3, found)[0] == make_hparams("memit", LLAMA3, expected)[0]
+
+
+def test_what_is_chosen_elsewhere_is_not_ignored_without_a_word(tmp_path, said):
+    (tmp_path / "a.yaml").write_text("half: true\nfp16: false\nbatch_size: 100\nlr: 1e-6\n")
+    assert read_hparams(tmp_path / "a.yaml") == {"lr": 1e-6}
+    half, batch = said("WARNING")
+    assert "half = True" in half and "--dtype" in half and "batch_size = 100" in batch and "--batch-size" in batch
+    assert "fp16" in said("INFO")[0] and "half" not in said("INFO")[0]
 
 
 @pytest.mark.parametrize(

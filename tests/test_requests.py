@@ -4,7 +4,9 @@ import gzip
 import io
 import json
 import logging
+import os
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -117,8 +119,11 @@ def test_a_file_of_which_nothing_is_left_is_an_error_and_so_is_an_unknown_policy
     path = written(tmp_path / "r.json", json.dumps([{"prompt": "a"}, 3]))
     with pytest.raises(RequestError, match="2 of 2 records cannot be used"):
         load_requests(path, "skip")
-    with pytest.raises(RequestError, match="raise or skip"):
-        load_requests(path, "ignore")
+    for call in (lambda: load_requests(path, "ignore"), lambda: as_requests([GOOD], "ignore")):
+        with pytest.raises(RequestError, match="raise or skip"):
+            call()
+    with pytest.raises(RequestError, match="takes the path of a file; got list"):
+        load_requests([GOOD])
 
 
 def test_repeated_ids_are_named_once(tmp_path, said):
@@ -168,6 +173,9 @@ def test_standard_input_and_pipes_are_read(tmp_path, monkeypatch):
     assert [request.id for request in load_requests("-")] == ["a", "b"]
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(json.dumps(RECORDS).encode())))
     assert [request.id for request in load_requests(Path("-"))] == ["a", "b"]
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=lambda: (tmp_path / "pipe").write_text(LINES), daemon=True).start()
+    assert [request.id for request in load_requests(tmp_path / "pipe")] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

@@ -150,8 +150,9 @@ def load_requests(path: str | Path, on_error: str = "raise", need_subject: bool 
         RequestError: the file cannot be read, holds no record that can be used or, without "skip", one that cannot;
             records count from 1.
     """
-    if on_error not in ("raise", "skip"):
-        raise RequestError(f"on_error = {on_error!r}: choose raise or skip")
+    _check_policy(on_error)
+    if not isinstance(path, str | os.PathLike):
+        raise RequestError(f"load_requests takes the path of a file; got {type(path).__name__}")
     rows = read_records(path, RequestError, lambda record: is_record(record, FIELDS))
     if not rows:
         raise RequestError(f"{path} holds no requests")
@@ -184,6 +185,7 @@ def as_requests(requests: Any, on_error: str = "raise", need_subject: bool | Non
     Raises:
         RequestError: not a collection of records; or, with "raise", naming every record that cannot be used.
     """
+    _check_policy(on_error)
     if isinstance(requests, RequestList) and not need_subject:
         return requests
     skipped = dict(requests.skipped) if isinstance(requests, RequestList) else {}
@@ -206,6 +208,11 @@ def as_requests(requests: Any, on_error: str = "raise", need_subject: bool | Non
     if on_error == "raise":
         require_none(problems)
     return RequestList(found.values(), found, dict(sorted({**skipped, **problems}.items())))
+
+
+def _check_policy(on_error: str) -> None:
+    if on_error not in ("raise", "skip"):
+        raise RequestError(f"on_error = {on_error!r}: choose raise or skip")
 
 
 def rows_of(requests: Any) -> list[Any]:

@@ -154,6 +154,12 @@ _FIXED = {
     "enable_prompt_keys": (False,), "enable_random_prefix_keys": (True,), "original_implementation": (False,),
     "bias_update": (False, None), "norm_control": (0, None), "blue": (False, None), "use_chat_template": (False, None),
 }  # fmt: skip
+# Of the names above those that may change a result where they are chosen: values that do not, and where that is.
+_CHOSEN_ELSEWHERE = {
+    "fp16": ((False, None), "a model's dtype is chosen where it is loaded (--dtype)"),
+    "half": ((False, None), "a model's dtype is chosen where it is loaded (--dtype)"),
+    "batch_size": ((1, None), "the edits of a batch are chosen where they are made (--batch-size)"),
+}
 _BY_METHOD = ("add_prev_edits", "prob_cutoff")  # see _translated
 
 
@@ -171,8 +177,13 @@ def read_hparams(path: str | Path, method: str | None = None) -> dict[str, Any]:
     """
     raw = read_raw(path)
     found = parse_values(raw, str(path), foreign=True, method=method)
-    if beside := [str(name) for name in raw if name in _ELSEWHERE or name in _FIXED]:
-        _log.info("%s: not used, it changes nothing here: %s", path, ", ".join(beside))
+    beside = [str(name) for name in raw if name in _ELSEWHERE or name in _FIXED]
+    for name, (neutral, where) in _CHOSEN_ELSEWHERE.items():
+        if not any(_same(raw.get(name), value) for value in neutral):
+            _log.warning("%s: %s = %r is not taken from a file: %s", path, name, raw[name], where)
+            beside.remove(name)
+    if beside:
+        _log.info("%s: not used, it changes no edit here: %s", path, ", ".join(beside))
     return found
 
 
