@@ -362,7 +362,7 @@ def run_edits(
     prepared = [p for i, p in zip(number, prepared, strict=True) if i not in unmeasured]
     number = [i for i in number if i not in unmeasured]
     if isinstance(editor.values, MemitCache):  # a later batch would take an earlier one's value
-        ids = Counter(p.request.id for p in prepared)
+        ids = Counter(p.request.id for p in prepared if p.request.id is not None)
         require_none({
             i: f"{p.name}: memit's value files are named by case id, and {ids[p.request.id]} requests have this one"
             for i, p in zip(number, prepared, strict=True) if ids[p.request.id] > 1

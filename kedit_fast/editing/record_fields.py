@@ -43,7 +43,7 @@ _UNUSED = {
     "relation", "relation_id", "pararel_idx", "pred", "cond", "source", "category", "target_neg", "attribute_prompts",
     "generation_prompts", "question", "questions", "answer", "answer_alias", "answer_extended", "new_answer",
     "new_answer_alias", "single_hops", "new_single_hops", "orig", "fact_new", "fact_new_uns", "prompt_full",
-    "verify_unsfact_GPT", "unsfact_triplets_GPT",
+    "verify_unsfact_GPT", "unsfact_triplets_GPT", "sub_question", "sub_answer",
 }  # fmt: skip
 LISTS = ("paraphrase_prompts", "neighborhood_prompts", "rephrase_prompts", "answers", "ground_truth")
 

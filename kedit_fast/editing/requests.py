@@ -318,6 +318,8 @@ def parse_request(
 def _missing(record: Mapping[str, Any], missing: list[str], where: str, notes: Notes) -> str:
     names = ", ".join(f"{name}{notes.hint(name)}" for name in list(record)[:12])
     text = f"{where} has no {', '.join(map(repr, missing))}; it has {names or 'nothing in it'}"
+    if missing == ["subject"] and "{}" not in str(record.get("prompt")):
+        text += ": of all methods ultraedit alone needs none"
     if any(name in record for name in ("edit", "edits")):
         text += ": make a record of prompt, subject and target_new of each edit"
     return text
