@@ -315,7 +315,7 @@ class Editor:
             raise EditError("no requests")
         if all(isinstance(row, PreparedRequest) for row in rows):
             return rows, {}
-        known = set(rows.skipped) if isinstance(rows, RequestList) else set()  # left out by whoever read the file
+        known = set(rows.skipped) if isinstance(rows, RequestList) and rows.intact() else set()  # when it was read
         read = as_requests(rows, "skip", self.recipe.needs_subject)
         parsed = dict(zip(read.places, read, strict=True))
         prepared, unusable = prepare_each(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import json
@@ -113,6 +114,22 @@ def test_skipped_records_keep_their_numbers_in_the_file(tmp_path):
     assert list(found.skipped) == [1, 2]
     assert "line 2: malformed JSON" in found.skipped[1] and "record 3 (line 4): weight" in found.skipped[2]
     assert found.first(1).places == (0,) and list(found.first(1).skipped) == [1, 2] and found.first(9).total == 4
+
+
+def test_a_list_that_was_changed_since_is_any_other_list(tmp_path):
+    records = [{"prompt": "{} is"}, *({**GOOD, "id": name} for name in "abc")]
+    path = written(tmp_path / "r.json", json.dumps(records))
+
+    def changed(change):
+        found = load_requests(path, "skip")
+        change(found)
+        return as_requests(found, need_subject=True)
+
+    assert changed(lambda found: None).places == (1, 2, 3) and changed(lambda found: None).skipped
+    for change in (list.pop, list.reverse, lambda found: found.append(parse_request(GOOD)), list.clear):
+        found = changed(change)
+        assert found.places == tuple(range(len(found))) and not found.skipped and found.first(2).total <= 2
+    assert [request.id for request in copy.deepcopy(load_requests(path, "skip")).first(2)] == ["a", "b"]
 
 
 def test_a_file_of_which_nothing_is_left_is_an_error_and_so_is_an_unknown_policy(tmp_path):

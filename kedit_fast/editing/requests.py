@@ -114,12 +114,19 @@ class RequestList(list[EditRequest]):
     Attributes:
         places: the index of each request in its file or in what the caller passed, from 0; records count from 1.
         skipped: index -> why that record was left out.
+
+    A list that was changed since is taken as any other list: these two no longer describe it.
     """
 
     def __init__(self, requests: Iterable[EditRequest], places: Iterable[int], skipped: Mapping[int, str]):
         super().__init__(requests)
         self.places = tuple(places)
         self.skipped = dict(skipped)
+        self._read = tuple(self)
+
+    def intact(self) -> bool:
+        """Whether nothing was added, removed or moved since the records were read."""
+        return len(self) == len(self._read) and all(now is then for now, then in zip(self, self._read, strict=True))
 
     @property
     def total(self) -> int:
@@ -128,6 +135,8 @@ class RequestList(list[EditRequest]):
 
     def first(self, count: int) -> RequestList:
         """The first `count` usable requests, with what was left out among them."""
+        if not self.intact():
+            return RequestList(self[:count], range(min(count, len(self))), {})
         end = math.inf if count >= len(self) else self.places[count]
         among = {place: why for place, why in self.skipped.items() if place < end}
         return RequestList(self[:count], self.places[:count], among)
@@ -186,15 +195,14 @@ def as_requests(requests: Any, on_error: str = "raise", need_subject: bool | Non
         RequestError: not a collection of records; or, with "raise", naming every record that cannot be used.
     """
     _check_policy(on_error)
-    if isinstance(requests, RequestList) and not need_subject:
-        return requests
-    skipped = dict(requests.skipped) if isinstance(requests, RequestList) else {}
     rows = rows_of(requests)
-    places = requests.places if isinstance(requests, RequestList) else range(len(rows))
+    read = rows if isinstance(rows, RequestList) and rows.intact() else RequestList([], range(len(rows)), {})
+    if read is rows and not need_subject:
+        return read
     notes = Notes(FIELDS)
     found: dict[int, EditRequest] = {}
     problems: dict[int, str] = {}
-    for place, row in zip(places, rows, strict=True):
+    for place, row in zip(read.places, rows, strict=True):
         try:
             row = getattr(row, "request", row)  # what Editor.check returned
             if not isinstance(row, EditRequest):
@@ -207,7 +215,7 @@ def as_requests(requests: Any, on_error: str = "raise", need_subject: bool | Non
     notes.say("requests")
     if on_error == "raise":
         require_none(problems)
-    return RequestList(found.values(), found, dict(sorted({**skipped, **problems}.items())))
+    return RequestList(found.values(), found, dict(sorted({**read.skipped, **problems}.items())))
 
 
 def _check_policy(on_error: str) -> None:
