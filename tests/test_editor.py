@@ -16,6 +16,8 @@ from kedit_fast.errors import EditError, KeditError, MethodError, RequestError, 
 from kedit_fast.evaluation.metrics import evaluate_each
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
+from kedit_fast.planning import plan
+from kedit_fast.suggestion import suggest
 
 PREFIXES = ("The old tower. ", "Because I saw. ")
 REQUESTS = [
@@ -291,6 +293,34 @@ def test_a_generator_is_used_once_and_a_single_record_or_a_path_is_refused():
             with pytest.raises(RequestError, match=message):
                 call(wrong)
     assert same(editor, weights(other))
+
+
+def test_plan_and_suggest_take_a_generator_of_mappings_and_refuse_what_is_none():
+    editor = make_editor()
+    model, tokenizer = editor.view.model, editor.tokenizer
+    records = [{"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in REQUESTS]
+    common = dict(hparams={"layers": (0, 1), "mom2_adjustment": False, "v_num_grad_steps": 2})
+    found = plan(
+        model, tokenizer, 3, requests=(record for record in [*records, {"prompt": "{}"}]), on_error="skip", **common
+    )
+    assert found.seconds is not None and list(found.skipped) == [3] and found.as_dict()["skipped"][0]["record"] == 4
+    no_subject = [{"prompt": "It is", "target_new": "x"}]
+    for wrong, message in (
+        (records[0], "put one record in a list"),
+        ("r.json", "load_requests"),
+        (no_subject, "no 'subj"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            plan(model, tokenizer, 3, requests=wrong, **common)
+        with pytest.raises(RequestError, match=message):
+            suggest(model, tokenizer, wrong, last_layers=(1,), **common)
+    known = [
+        {**record, "id": "known", "target_new": "\u00a7" if i else record["target_new"]}
+        for i, record in enumerate(records)
+    ]
+    nothing_of_the_subject(editor)  # the tokenizer drops that character now
+    with pytest.raises(MethodError, match="none of"):  # a random model learns nothing, but all of it was tried
+        suggest(model, tokenizer, iter(known), last_layers=(1,), on_error="skip", **common)
 
 
 def test_what_a_file_had_to_leave_out_is_in_the_result_by_its_number(tmp_path):
