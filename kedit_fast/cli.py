@@ -416,7 +416,7 @@ def _overrides(hparams: Path | None, set_: list[str] | None, layers: str | None,
     from kedit_fast.methods.hparams import read_hparams, unused, worth_a_warning
     from kedit_fast.methods.recipes import find_recipe
 
-    found = read_hparams(hparams, method) if hparams is not None else {}
+    found = read_hparams(hparams, method, warn_of_loading=False) if hparams is not None else {}
     recipe, by_hand = find_recipe(method), assignments(set_)
     for name in set(unused(recipe, by_hand)) - set(worth_a_warning(recipe, by_hand)):  # the editor says the others
         notices.print(f"kedit-fast: {recipe.name} does not use {name}", markup=False)

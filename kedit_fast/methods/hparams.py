@@ -163,7 +163,7 @@ _CHOSEN_ELSEWHERE = {
 _BY_METHOD = ("add_prev_edits", "prob_cutoff")  # see _translated
 
 
-def read_hparams(path: str | Path, method: str | None = None) -> dict[str, Any]:
+def read_hparams(path: str | Path, method: str | None = None, *, warn_of_loading: bool = True) -> dict[str, Any]:
     """Values of a .toml (ours), .yaml (EasyEdit) or .json (memit, AlphaEdit) file that this package knows.
 
     Names that other repositories' files hold beside and that change nothing at the value given are named at INFO.
@@ -171,6 +171,8 @@ def read_hparams(path: str | Path, method: str | None = None) -> dict[str, Any]:
     Args:
         path: the file.
         method: what the values are for; only `add_prev_edits` is looked at with it.
+        warn_of_loading: warn of `half`, `fp16` and `batch_size`, which are chosen where a model is loaded and edited;
+            False for callers that compare them with what they chose.
 
     Raises:
         MethodError: the file cannot be read, or asks for something that is not implemented.
@@ -178,7 +180,7 @@ def read_hparams(path: str | Path, method: str | None = None) -> dict[str, Any]:
     raw = read_raw(path)
     found = parse_values(raw, str(path), foreign=True, method=method)
     beside = [str(name) for name in raw if name in _ELSEWHERE or name in _FIXED]
-    for name, (neutral, where) in _CHOSEN_ELSEWHERE.items():
+    for name, (neutral, where) in _CHOSEN_ELSEWHERE.items() if warn_of_loading else ():
         if not any(_same(raw.get(name), value) for value in neutral):
             _log.warning("%s: %s = %r is not taken from a file: %s", path, name, raw[name], where)
             beside.remove(name)
