@@ -19,10 +19,16 @@ import kedit_fast
 from kedit_fast import patch_cli, stats_cli
 from kedit_fast.console import (
     ON_ERROR_HELP,
+    ArgumentsOption,
+    ChatOption,
     Dtype,
     MergeAdapter,
     OnError,
+    SeparatorOption,
+    SystemOption,
+    TemplateOption,
     assignments,
+    chat_options,
     check_file,
     check_range,
     checked_device,
@@ -128,7 +134,11 @@ def edit(
     values: Annotated[
         str | None, typer.Option(help="file of optimised values to use and add to; or memit's npz, with three {}")
     ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="prompts as messages in the tokenizer's chat template")] = False,
+    target_separator: SeparatorOption = "auto",
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    template: TemplateOption = None,
+    template_arg: ArgumentsOption = None,
     go_on: Annotated[
         bool, typer.Option("--continue", help="go on from the state an earlier edit left in the model's folder")
     ] = False,
@@ -142,6 +152,7 @@ def edit(
     """Write facts into a model and save it."""
     from kedit_fast.editing.prompts import chat_format
     from kedit_fast.editing.requests import load_requests
+    from kedit_fast.editing.spacing import check_separator
     from kedit_fast.methods.hparams import make_hparams
     from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, STATE_FILE, load_config, load_model, run_edits, save_model
@@ -149,6 +160,8 @@ def edit(
     from kedit_fast.statistics.store import load_statistics
 
     recipe = find_recipe(method)
+    check_separator(target_separator)
+    chatting = chat_options(chat, system, template, template_arg)
     if out is None and patch is None:
         raise MethodError("give --out for the edited model, --patch for its edits as a file, or both")
     if out is not None:
@@ -179,6 +192,7 @@ def edit(
                       markup=False)  # fmt: skip
     with processes(device) as (rank, where):
         loaded, tokenizer = load_model(model, DTYPES[dtype.value], where, merge_adapter=merge_adapter)
+        prompt_format = None if chatting is None else chat_format(tokenizer, **chatting)
         statistics = None
         if chosen.uses_statistics and stats:
             statistics = load_statistics(stats, loaded, tokenizer, chosen.layers, trust=trust, **_sample(hparams))
@@ -186,7 +200,8 @@ def edit(
         report = run_edits(
             loaded, tokenizer, records, recipe.name, statistics=statistics, null_spaces=spaces, hparams=overrides,
             batch_size=batch_size, seed=seed, values=values, state=state if go_on else None,
-            prompt_format=chat_format(tokenizer) if chat else None, on_error=on_error.value, progress=interactive(),
+            prompt_format=prompt_format, target_separator=target_separator, on_error=on_error.value,
+            progress=interactive(),
         )  # fmt: skip
         if rank:
             return  # the first process saves and speaks
@@ -215,6 +230,11 @@ def plan(
     layers: Annotated[str | None, typer.Option(help="zero-based, 4-8 or 3,5,7")] = None,
     hparams: Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
+    target_separator: SeparatorOption = "auto",
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    template: TemplateOption = None,
+    template_arg: ArgumentsOption = None,
     dtype: Annotated[Dtype, typer.Option(help="dtype the model is loaded in")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
     merge_adapter: MergeAdapter = False,
@@ -224,12 +244,16 @@ def plan(
 ) -> None:
     """Estimate the memory, the batch and the time of a run of edits before it is started."""
     from kedit_fast import demo as bundled
+    from kedit_fast.editing.prompts import chat_format
     from kedit_fast.editing.requests import as_requests, load_requests
+    from kedit_fast.editing.spacing import check_separator
     from kedit_fast.methods.hparams import make_hparams
     from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, empty_model, load_config, load_model
     from kedit_fast.planning import plan as estimate
 
+    check_separator(target_separator)
+    chatting = chat_options(chat, system, template, template_arg)
     overrides = _overrides(hparams, set_, layers, method)
     _name_unfollowed(hparams, dtype)
     config = load_config(model, merge_adapter)
@@ -242,7 +266,11 @@ def plan(
         loaded, tokenizer = load_model(model, DTYPES[dtype.value], checked_device(device), merge_adapter=merge_adapter)
     else:
         loaded, tokenizer = empty_model(config, DTYPES[dtype.value]), None
-    found = estimate(loaded, tokenizer, edits, method, requests=records, hparams=overrides, on_error=on_error.value)
+    prompt_format = None if chatting is None or tokenizer is None else chat_format(tokenizer, **chatting)
+    found = estimate(
+        loaded, tokenizer, edits, method, requests=records, hparams=overrides, prompt_format=prompt_format,
+        target_separator=target_separator, on_error=on_error.value,
+    )  # fmt: skip
     say_skipped(found.skipped, records.total)
     if as_json:
         print_json(found.as_dict())
@@ -284,6 +312,11 @@ def suggest(
     layers: Annotated[str | None, typer.Option(help="last edited layers to try; eight up to 60 % of depth")] = None,
     hparams: Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
+    target_separator: SeparatorOption = "auto",
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    template: TemplateOption = None,
+    template_arg: ArgumentsOption = None,
     dtype: Annotated[Dtype, typer.Option(help="dtype the model is loaded in")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
     merge_adapter: MergeAdapter = False,
@@ -292,13 +325,17 @@ def suggest(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Try layers and lambda on a few requests, and print a configuration for --hparams."""
+    from kedit_fast.editing.prompts import chat_format
     from kedit_fast.editing.requests import load_requests
+    from kedit_fast.editing.spacing import check_separator
     from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, load_config, load_model
     from kedit_fast.statistics.sources import open_texts
     from kedit_fast.statistics.store import load_statistics
     from kedit_fast.suggestion import suggest as sweep
 
+    check_separator(target_separator)
+    chatting = chat_options(chat, system, template, template_arg)
     if out is not None:
         check_file(out)
     records = load_requests(requests, on_error.value, find_recipe(method).needs_subject).first(edits)
@@ -311,7 +348,9 @@ def suggest(
     statistics = None if stats is None else load_statistics(stats, loaded, tokenizer, **_sample(hparams))
     found = sweep(
         loaded, tokenizer, records, method, statistics=statistics, texts=documents, max_tokens=tokens,
-        last_layers=tried, hparams=overrides, on_error=on_error.value, progress=interactive(),
+        last_layers=tried, hparams=overrides, target_separator=target_separator,
+        prompt_format=None if chatting is None else chat_format(tokenizer, **chatting), on_error=on_error.value,
+        progress=interactive(),
     )  # fmt: skip
     say_skipped(found.skipped, records.total)
     if out is not None:
@@ -406,6 +445,8 @@ def _print_report(report: Any, title: str) -> None:
     output.print(table)
     spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
     output.print(f"Seconds: {spent}", markup=False)
+    if joined := sum(request["target_separator"] != " " for request in report.requests):
+        output.print(f"Targets: {joined} of {report.edits} follow their prompts without a space", markup=False)
     if report.null_spaces:
         dimensions = ", ".join(f"layer {layer} {count}" for layer, count in sorted(report.null_spaces.items()))
         output.print(f"Null space dimensions: {dimensions}", markup=False)

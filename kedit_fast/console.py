@@ -26,6 +26,18 @@ notices = Console(stderr=True, highlight=False, soft_wrap=True)
 output = Console(highlight=False)
 
 
+SeparatorOption = Annotated[
+    str, typer.Option(help='between prompt and target of requests that say nothing: "auto" by the text, " " or ""')
+]
+ChatOption = Annotated[bool, typer.Option("--chat", help="prompts as messages in the tokenizer's chat template")]
+SystemOption = Annotated[str | None, typer.Option(help="with --chat: the system message")]
+TemplateOption = Annotated[str | None, typer.Option(help="with --chat: name of one of several chat templates")]
+ArgumentsOption = Annotated[
+    list[str] | None,
+    typer.Option("--template-arg", help="with --chat: what the template reads, key=value; repeatable"),
+]
+
+
 class Dtype(str, Enum):
     """Dtypes a model can be loaded in."""
 
@@ -151,6 +163,33 @@ def assignments(texts: list[str] | None) -> dict[str, Any]:
             raise typer.BadParameter(f"--set takes key=value; got {text!r}")
         pairs[name.strip()] = value.strip()
     return parse_values(pairs, "--set")
+
+
+def chat_options(
+    chat: bool, system: str | None, template: str | None, arguments: list[str] | None
+) -> dict[str, Any] | None:
+    """What `chat_format` takes, of the options --chat, --system, --template and --template-arg; None without a chat."""
+    given = {"--system": system, "--template": template, "--template-arg": arguments}
+    unused = [name for name, value in given.items() if value]
+    if not chat and unused:
+        raise typer.BadParameter(f"{unused[0]} is for a chat: give --chat too")
+    pairs: dict[str, Any] = {"system": system, "template": template}
+    for text in arguments or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip().isidentifier() or name.strip() in pairs:
+            raise typer.BadParameter(f"--template-arg takes key=value, such as enable_thinking=false; got {text!r}")
+        pairs[name.strip()] = _parsed(value.strip())
+    return pairs if chat else None
+
+
+def _parsed(text: str) -> Any:
+    """true, false, null and numbers as such, also True, False and None; everything else as it stands."""
+    plain = {"True": "true", "False": "false", "None": "null"}.get(text, text)
+    try:
+        value = json.loads(plain)
+    except ValueError:
+        return text
+    return value if value is None or isinstance(value, bool | int | float) else text
 
 
 def check_file(path: Path) -> None:

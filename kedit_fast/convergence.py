@@ -14,7 +14,9 @@ import torch
 from tqdm import tqdm
 
 from kedit_fast import pictures
+from kedit_fast.editing.prompts import PromptFormat
 from kedit_fast.editing.requests import EditRequest, require_none, rows_of
+from kedit_fast.editing.spacing import AUTO
 from kedit_fast.editing.value_store import ValueFile
 from kedit_fast.editor import Editor
 from kedit_fast.errors import MethodError, StatisticsError
@@ -64,6 +66,8 @@ def convergence(
     hparams: Mapping[str, Any] | None = None,
     batch_tokens: int = 4096,
     seed: int = 0,
+    prompt_format: PromptFormat | None = None,
+    target_separator: str = AUTO,
     on_error: str = "raise",
     progress: bool = False,
 ) -> Rows:
@@ -83,6 +87,7 @@ def convergence(
         hparams: values that override the preset's; `nullspace_threshold` and `nullspace_rule` are AlphaEdit's.
         batch_tokens: tokens of a batch.
         seed: of the context prefixes.
+        prompt_format, target_separator: as of Editor.
         on_error: "raise" at requests that cannot be written, or "skip" them, as of `Editor.edit`.
         progress: show a bar on stderr.
 
@@ -113,7 +118,7 @@ def convergence(
         note, found = "", dict.fromkeys(numbers.layers)
         editor = Editor(
             model, tokenizer, method, statistics=statistics, hparams=overrides, seed=seed, prefixes=prefixes,
-            values=store,
+            values=store, prompt_format=prompt_format, target_separator=target_separator,
         )  # fmt: skip
         prefixes = editor.prefixes
         try:

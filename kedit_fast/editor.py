@@ -25,6 +25,7 @@ from kedit_fast.editing.prompts import (
 )
 from kedit_fast.editing.requests import EditRequest, RequestList, as_requests, require_none, rows_of
 from kedit_fast.editing.shared_values import flush_store, optimise_shared
+from kedit_fast.editing.spacing import AUTO, check_separator
 from kedit_fast.editing.value_store import ValueStore, bits_hash, open_values
 from kedit_fast.editing.values import PREDICTED, PROBLEMS, SITES, Values
 from kedit_fast.errors import EditError, MethodError, StatisticsError
@@ -52,6 +53,8 @@ class EditResult:
 
     batch: int  # its number in the ledger, from 1; 0 when every request was skipped
     requests: tuple[EditRequest, ...]  # those that were written
+    separators: tuple[str, ...]  # of each, what was put between its prompt and its target
+    targets: tuple[tuple[int, ...], ...]  # of each, the tokens of its target
     updates: dict[str, tuple[Update, ...]]  # weight name -> what was added to it, in order; on the host
     losses: tuple[
         float, ...
@@ -92,6 +95,8 @@ class Editor:
             three {}, or an object like a ValueStore.
         prompt_format: from a prompt, which may hold {} for the subject, to the text that the model reads, for example
             kedit_fast.editing.prompts.chat_format(tokenizer).
+        target_separator: what stands between prompt and target of requests that say nothing: "auto" decides from the
+            text (kedit_fast.editing.spacing), " " or "".
         state_budget: bytes for the states that are carried from layer to layer while keys are computed.
         progress: show bars on stderr.
 
@@ -99,7 +104,7 @@ class Editor:
     same calls; each optimises its share of the values and all write the same.
 
     Raises:
-        UnsupportedModelError, MethodError, StatisticsError: see the messages.
+        UnsupportedModelError, MethodError, RequestError, StatisticsError: see the messages.
     """
 
     @plain_torch()
@@ -118,6 +123,7 @@ class Editor:
         spec: ArchSpec | None = None,
         values: str | os.PathLike | ValueStore | None = None,
         prompt_format: PromptFormat | None = None,
+        target_separator: str = AUTO,
         state_budget: StateBudget | None = None,
         progress: bool = False,
     ):
@@ -149,6 +155,7 @@ class Editor:
         self.gradients = answer_gradients  # what gathers UltraEdit's keys and gradients
         self.on_keys: Callable[[int, torch.Tensor], None] | None = None  # told each layer's keys [d, u] in a batch
         self.prompt_format = prompt_format
+        self.target_separator = check_separator(target_separator)
         self.state_budget = state_budget
         self.values = open_values(values) if isinstance(values, str | os.PathLike) else values
         self._statistics = statistics
@@ -217,8 +224,8 @@ class Editor:
             on_error: "raise" at requests that cannot be written, before anything is; or "skip" them, go on with the
                 rest and name them in the result; where nothing is left, nothing is written, which is no batch of
                 the ledger. Such are: a subject or target without tokens, a prompt longer than
-                the model takes, a target that the model says already (unless the hyper-parameter `on_predicted` is
-                "allow"), and a loss or gradient that is not finite.
+                the model takes, a token that it has no embedding for, a target that it says already (unless the
+                hyper-parameter `on_predicted` is "allow"), and a loss or gradient that is not finite.
 
         Raises:
             RequestError: requests that cannot be written, by id, or by position or subject.
@@ -248,14 +255,14 @@ class Editor:
                 raise
             flush_store(self.values)
             problems |= {numbers[i]: reason for i, reason in batch.skipped.items()}
-            written = tuple(p.request for i, p in enumerate(prepared) if i not in batch.skipped)
+            written = [p for i, p in enumerate(prepared) if i not in batch.skipped]
             number = len(self.ledger.batches) + 1 if written else 0
             result = batch.result(number, written, dict(sorted(problems.items())))
             for name in batch.updates:
                 self.ledger.require_untouched(name)
             if written:
                 self.engine.commit()
-                self._written[number] = written
+                self._written[number] = result.requests
         return result
 
     @contextlib.contextmanager
@@ -319,8 +326,9 @@ class Editor:
         read = as_requests(rows, "skip", self.recipe.needs_subject)
         parsed = dict(zip(read.places, read, strict=True))
         prepared, unusable = prepare_each(
-            self.tokenizer, parsed, self.prefixes, self.view.max_length, self.prompt_format
-        )
+            self.tokenizer, parsed, self.prefixes, self.view.max_length, self.prompt_format,
+            vocabulary=self.view.vocabulary, target_separator=self.target_separator,
+        )  # fmt: skip
         problems = read.skipped | unusable
         if on_error == "raise":
             require_none({place: reason for place, reason in problems.items() if place not in known})
@@ -602,7 +610,7 @@ class _Batch:
         finally:
             self.seconds[phase] += _now(self.view.device) - begin
 
-    def result(self, number: int, requests: tuple[EditRequest, ...], skipped: dict[int, str]) -> EditResult:
+    def result(self, number: int, written: Sequence[PreparedRequest], skipped: dict[int, str]) -> EditResult:
         norms = {
             name: (self.norms[name][0] if len(updates) == 1 else _total_norm(updates))
             / max(self.weight_norms[name], 1e-30)
@@ -613,7 +621,9 @@ class _Batch:
                 _log.warning("%s: the update is %.1f times the weight's norm", name, norm)
         return EditResult(
             batch=number,
-            requests=requests,
+            requests=tuple(p.request for p in written),
+            separators=tuple(p.separator for p in written),
+            targets=tuple(p.target for p in written),
             updates={name: tuple(updates) for name, updates in self.updates.items()},
             losses=tuple(self.losses),
             steps=tuple(self.steps),

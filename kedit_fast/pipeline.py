@@ -20,16 +20,17 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from kedit_fast.editing.prompts import PromptFormat, continuation
+from kedit_fast.editing.prompts import PreparedRequest, PromptFormat, continuation
 from kedit_fast.editing.requests import EditRequest, require_none, shortened, skipped_records
+from kedit_fast.editing.spacing import AUTO
 from kedit_fast.editing.value_store import MemitCache
 from kedit_fast.editor import Editor, EditResult
-from kedit_fast.errors import EditError, KeditError, UnsupportedModelError
+from kedit_fast.errors import EditError, KeditError, RequestError, UnsupportedModelError
 from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
 from kedit_fast.files import new_folder, same_bits, tensor_files
 from kedit_fast.models.architectures import ModelView, find_architecture
 from kedit_fast.models.editable import plain_model
-from kedit_fast.models.forward import evaluating, last_hidden, pad
+from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.torch_state import plain_torch
@@ -294,6 +295,7 @@ class Report:
     results: tuple[EditResult, ...]
     skipped: dict[int, str] = field(default_factory=dict)  # index of a request, or of a file's record -> why
     editor: Editor | None = field(default=None, repr=False)  # that made them
+    requests: tuple[dict[str, Any], ...] = ()  # of each that was written: index, id, target_separator, _text, _tokens
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -302,6 +304,7 @@ class Report:
         for name in after:
             pairs[name] = after[name]
             pairs[f"{name}_before"] = before[name]
+        pairs["requests"] = list(self.requests)
         pairs["skipped"] = skipped_records(self.skipped)
         pairs["seconds"] = self.seconds
         if self.null_spaces:
@@ -329,6 +332,7 @@ def run_edits(
     values: str | os.PathLike | None = None,
     state: str | os.PathLike | None = None,
     prompt_format: PromptFormat | None = None,
+    target_separator: str = AUTO,
     on_error: str = "raise",
     progress: bool = False,
 ) -> Report:
@@ -338,12 +342,13 @@ def run_edits(
     final step is taken (PRUNE).
 
     Requests that were skipped are in `skipped`, by their place in what was passed or in the file that `load_requests`
-    read, and in no metric. When a batch fails, or every request was skipped, the model is what it was before the first.
+    read, and in no metric; of the others `requests` says what was put between prompt and target, and the target's
+    tokens. When a batch fails, or every request was skipped, the model is what it was before the first.
     """
     begin = time.perf_counter()
     editor = Editor(
         model, tokenizer, method, statistics=statistics, null_spaces=null_spaces, hparams=hparams, seed=seed,
-        values=values, prompt_format=prompt_format, progress=progress,
+        values=values, prompt_format=prompt_format, target_separator=target_separator, progress=progress,
     )  # fmt: skip
     if state is not None:
         editor.load_state(state)
@@ -354,7 +359,7 @@ def run_edits(
     number = [i for i in range(len(prepared) + len(skipped)) if i not in skipped]
     unmeasured = {
         i: f"{p.name}: {what}" for i, p in zip(number, prepared, strict=True)
-        if (what := unusable(editor.view, tokenizer, p.request, prompt_format))
+        if (what := unusable(editor.view, tokenizer, p.request, prompt_format, target_separator))
     }  # fmt: skip
     if on_error == "raise":
         require_none(unmeasured)
@@ -368,7 +373,8 @@ def run_edits(
             for i, p in zip(number, prepared, strict=True) if ids[p.request.id] > 1
         })  # fmt: skip
     measuring = time.perf_counter()
-    before = evaluate_each(model, tokenizer, [p.request for p in prepared], prompt_format=prompt_format)
+    shown: dict[str, Any] = {"prompt_format": prompt_format, "target_separator": target_separator}
+    before = evaluate_each(model, tokenizer, [p.request for p in prepared], **shown)
     seconds["evaluate"] += time.perf_counter() - measuring
     size = batch_size or max(1, len(prepared))
     results = []
@@ -388,23 +394,38 @@ def run_edits(
         editor.restore()  # a later batch failed: earlier ones go too
         raise
     measuring = time.perf_counter()
-    after = evaluate(model, tokenizer, kept, prompt_format=prompt_format)
+    after = evaluate(model, tokenizer, kept, **shown)
     editor.require_untouched()
     before = [seen for i, seen in zip(number, before, strict=True) if i not in skipped]
     now = time.perf_counter()
     seconds["evaluate"] += now - measuring
     seconds["total"] = now - begin + statistics_seconds
     seconds = {phase: round(spent, 3) for phase, spent in seconds.items()}
-    return Report(method, len(kept), summary(before), after, seconds, tuple(results), skipped, editor)
+    written = tuple(_written(tokenizer, i, p) for i, p in zip(number, prepared, strict=True) if i not in skipped)
+    return Report(method, len(kept), summary(before), after, seconds, tuple(results), skipped, editor, written)
+
+
+def _written(tokenizer: Any, index: int, prepared: PreparedRequest) -> dict[str, Any]:
+    """What `Report.requests` says of a request."""
+    own = {} if prepared.request.id is None else {"id": prepared.request.id}
+    text, tokens = tokenizer.decode(list(prepared.target)), list(prepared.target)
+    separator = prepared.separator
+    return {"index": index, **own, "target_separator": separator, "target_text": text, "target_tokens": tokens}
 
 
 @plain_torch()
 def complete(
     model: Any, tokenizer: Any, prompt: str, tokens: int = 6, prompt_format: PromptFormat | None = None
 ) -> str:
-    """The greedy continuation of a prompt, up to the end of its first sentence."""
+    """The greedy continuation of a prompt, up to the end of its first sentence.
+
+    Raises:
+        RequestError: the prompt has no tokens, or one that the model has no embedding for.
+    """
     view = ModelView(model)
     ids, _ = continuation(tokenizer, prompt, "", prompt_format)
+    if why := unknown_token(tokenizer, ids, view.vocabulary) or ("" if ids else "it has no tokens"):
+        raise RequestError(f"the prompt {prompt!r}: {why}")
     begin = len(ids)
     with evaluating(view), torch.no_grad():
         for _ in range(tokens):

@@ -13,6 +13,7 @@ from kedit_fast.editing.batch_size import BatchSize, fitting_batch, request_byte
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.prompts import PreparedRequest, PromptFormat, prepare_each
 from kedit_fast.editing.requests import EditRequest, as_requests, require_none, rows_of, skipped_records
+from kedit_fast.editing.spacing import AUTO
 from kedit_fast.editing.values import SITES, optimise_values
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.hparams import Hparams, make_hparams
@@ -65,6 +66,7 @@ def plan(
     requests: Iterable[EditRequest | Mapping[str, Any]] = (),
     hparams: Mapping[str, Any] | None = None,
     prompt_format: PromptFormat | None = None,
+    target_separator: str = AUTO,
     on_error: str = "raise",
 ) -> Plan:
     """What `edits` edits in one batch would take.
@@ -76,7 +78,7 @@ def plan(
         method: a method's name.
         requests: what the trial runs on, a few of them; needed unless the model is on "meta".
         hparams: values that override the preset's.
-        prompt_format: as of Editor.
+        prompt_format, target_separator: as of Editor.
         on_error: "raise" at requests of the trial that cannot be written, or "skip" them and name them in the result.
 
     Raises:
@@ -109,7 +111,10 @@ def plan(
         chosen = usable.first(min(edits, TRIAL))
         prefixes = (PREFIX,) * (contexts - 1)
         tried = dict(zip(chosen.places, chosen, strict=True))
-        prepared, unusable = prepare_each(tokenizer, tried, prefixes, view.max_length, prompt_format)
+        prepared, unusable = prepare_each(
+            tokenizer, tried, prefixes, view.max_length, prompt_format, vocabulary=view.vocabulary,
+            target_separator=target_separator,
+        )  # fmt: skip
         skipped = usable.skipped | unusable
         if on_error == "raise" or not prepared:
             require_none(unusable if prepared else skipped)

@@ -14,10 +14,16 @@ from typer.core import TyperGroup
 from kedit_fast import distributed
 from kedit_fast.console import (
     ON_ERROR_HELP,
+    ArgumentsOption,
+    ChatOption,
     Dtype,
     MergeAdapter,
     OnError,
+    SeparatorOption,
+    SystemOption,
+    TemplateOption,
     assignments,
+    chat_options,
     check_file,
     check_range,
     checked_device,
@@ -208,6 +214,11 @@ def converge(
     set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
     seed: Annotated[int | None, typer.Option(help="take documents in this random order; else in their own")] = None,
     max_length: Annotated[int, typer.Option(min=1, help="cut documents to this many tokens")] = 1024,
+    target_separator: SeparatorOption = "auto",
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    template: TemplateOption = None,
+    template_arg: ArgumentsOption = None,
     dtype: Annotated[Dtype, typer.Option(help="dtype the model runs in")] = Dtype.auto,
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
     on_error: Annotated[OnError, typer.Option(help=ON_ERROR_HELP)] = OnError.stop,
@@ -219,11 +230,15 @@ def converge(
     from dataclasses import asdict
 
     from kedit_fast import convergence
+    from kedit_fast.editing.prompts import chat_format
     from kedit_fast.editing.requests import load_requests, skipped_records
+    from kedit_fast.editing.spacing import check_separator
     from kedit_fast.pipeline import DTYPES, load_model
     from kedit_fast.statistics.corpus import Corpus
     from kedit_fast.statistics.sources import open_texts
 
+    check_separator(target_separator)
+    chatting = chat_options(chat, system, template, template_arg)
     table_path, picture_path = out / "convergence.csv", out / "convergence.png"
     if not overwrite and (table_path.exists() or picture_path.exists()):
         raise KeditError(f"{out} has a report: choose another --out or pass --overwrite")
@@ -236,7 +251,8 @@ def converge(
         loaded, tokenizer, Corpus(documents, max_length=max_length, seed=seed), records, method,
         counts=None if tokens is None else _counts(tokens),
         layers=None if layers is None else parsed_layers(layers), hparams=overrides, on_error=on_error.value,
-        progress=interactive(),
+        prompt_format=None if chatting is None else chat_format(tokenizer, **chatting),
+        target_separator=target_separator, progress=interactive(),
     )  # fmt: skip
     say_skipped(rows.skipped, records.total)
     convergence.write_csv(rows, table_path)

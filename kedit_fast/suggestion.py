@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kedit_fast.editing.prompts import PromptFormat
 from kedit_fast.editing.requests import EditRequest, require_none, skipped_records
+from kedit_fast.editing.spacing import AUTO
 from kedit_fast.editing.value_store import ValueFile
 from kedit_fast.editor import Editor
 from kedit_fast.errors import KeditError, MethodError
@@ -82,6 +84,8 @@ def suggest(
     last_layers: Sequence[int] | None = None,
     hparams: Mapping[str, Any] | None = None,
     seed: int = 0,
+    prompt_format: PromptFormat | None = None,
+    target_separator: str = AUTO,
     on_error: str = "raise",
     progress: bool = False,
 ) -> Suggestion:
@@ -98,6 +102,7 @@ def suggest(
         last_layers: the last edited layers to try; by default eight up to 60 % of the depth.
         hparams: values that override the preset's or the guess's.
         seed: of the context prefixes.
+        prompt_format, target_separator: as of Editor.
         on_error: "raise" at requests that cannot be written or measured, or "skip" them and name them in the result.
         progress: show a bar on stderr.
 
@@ -136,7 +141,7 @@ def suggest(
                 numbers |= {} if value is None else {name: value}
                 editor = Editor(
                     model, tokenizer, method, statistics=statistics, hparams=numbers, seed=seed, prefixes=prefixes,
-                    values=store,
+                    values=store, prompt_format=prompt_format, target_separator=target_separator,
                 )  # fmt: skip
                 prefixes = editor.prefixes
                 if not trials:
@@ -167,7 +172,8 @@ def _usable(
     found = {place: p for place, p in zip(places, prepared, strict=True)}
     bad = {
         place: f"{p.name}: {what}"
-        for place, p in found.items() if (what := unusable(editor.view, editor.tokenizer, p.request))
+        for place, p in found.items()
+        if (what := unusable(editor.view, editor.tokenizer, p.request, editor.prompt_format, editor.target_separator))
     }  # fmt: skip
     if on_error == "raise" or len(bad) == len(found):
         require_none(skipped | bad if len(bad) == len(found) else bad)
@@ -188,7 +194,9 @@ def _tried(
         if not result.batch:
             raise MethodError(next(iter(result.skipped.values())))
         editor.finish()
-        metrics = evaluate(model, tokenizer, requests)
+        metrics = evaluate(
+            model, tokenizer, requests, prompt_format=editor.prompt_format, target_separator=editor.target_separator
+        )
         drift = None if before is None else mean_nll(model, tokenizer, texts) - before
     except KeditError as error:
         return Trial(layers, value, None, None, None, None, None, 0.0, str(error).splitlines()[0])

@@ -91,7 +91,8 @@ def test_demo_prints_exactly_one_json_object():
     (line,) = done.stdout.strip().splitlines()
     found = json.loads(line)
     names = ["efficacy", "efficacy_success", "paraphrase", "neighborhood"]
-    assert set(found) == {"method", "edits", "seconds", "skipped", *names, *(f"{n}_before" for n in names)}
+    assert [row["target_separator"] for row in found["requests"]] == [" "] * 3
+    assert set(found) == {"method", "edits", "seconds", "skipped", "requests", *names, *(f"{n}_before" for n in names)}
     assert found["method"] == "memit" and found["edits"] == 3
     assert all(0 <= found[n] <= 1 for n in names)
     assert set(found["seconds"]) == {"statistics", "keys", "values", "solve", "write", "evaluate", "total"}
@@ -532,6 +533,68 @@ def test_hyper_parameters_of_another_repository_go_through_edit(place, tmp_path)
 def test_a_chat_needs_a_template(place, tmp_path):
     done = run(*edit_args(place, tmp_path / "out", "--chat"))
     assert done.returncode == 1 and "no chat template" in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_what_was_put_before_targets_is_reported(place, tmp_path):
+    records = [{"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "violin", "id": "a"},
+               {"prompt": "{}的首都是", "subject": "中国", "target_new": "北京"},
+               {"prompt": "{} is", "subject": "Ebro", "target_new": "in", "target_separator": ""}]  # fmt: skip
+    (tmp_path / "r.json").write_text(json.dumps(records))
+    short = ("--set", "context_template_length_params=[[2, 1]]")
+    args = ("edit", place / "model", "--requests", tmp_path / "r.json", "--stats", place / "stats", *FAST, *short)
+    done = run(*args, "--out", tmp_path / "a")
+    assert done.returncode == 0, done.stderr
+    assert "Targets: 2 of 3 follow their prompts without a space" in done.stdout
+    rows = json.loads(run(*args, "--out", tmp_path / "b", "--target-separator", " ", "--json").stdout)["requests"]
+    assert [(row["index"], row["target_separator"], row["target_text"]) for row in rows] == [
+        (0, " ", " violin"), (1, " ", " 北京"), (2, "", "in")]  # fmt: skip
+    assert rows[0]["id"] == "a" and all(isinstance(token, int) for row in rows for token in row["target_tokens"])
+    done = run(*args, "--out", tmp_path / "c", "--target-separator", "-")
+    assert done.returncode == 1 and "target_separator must be" in done.stderr and not (tmp_path / "c").exists()
+
+
+def test_chat_options_reach_the_template_and_its_message_the_user(place, tmp_path):
+    from kedit_fast import convergence, planning, suggestion
+
+    picky = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('say who you are') }}{% endif %}"
+        "{{ messages[0]['content'] }} {{ messages[1]['content'] }}{{ ' no' if not wise else '' }}{{ ' ' ~ depth }}:"
+    )
+    model = shutil.copytree(place / "model", tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": "x", "picky": picky}
+    tokenizer.save_pretrained(model)
+    args = ("edit", model, "--requests", place / "requests.json", "--stats", place / "stats", "--out",
+            tmp_path / "out", *FAST)  # fmt: skip
+    chat = ("--chat", "--template", "picky")
+    for options, status, message in (
+        (("--system", "x"), 2, "--chat"),
+        ((*chat, "--template-arg", "wise"), 2, "key=value"),
+        (chat, 1, "say who you are"),
+        (("--chat", "--template", "other"), 1, "choose one of 'default', 'picky'"),
+        ((*chat, "--system", "x", "--template-arg", "tall=1"), 1, "reads no 'tall'"),
+    ):
+        done = run(*args, *options)
+        assert done.returncode == status and message in done.stderr.replace("\n", " "), (options, done.stderr)
+        assert not done.stdout and not (tmp_path / "out").exists()
+    seen = []
+
+    def stopped(*_, prompt_format, target_separator, **__):
+        seen.append((prompt_format("Hi"), target_separator))
+        raise KeditError("enough")
+
+    options = (*chat, "--system", "Be brief.", "--template-arg", "wise=true", "--template-arg", "depth=3",
+               "--target-separator", "")  # fmt: skip
+    requests = ("--requests", place / "requests.json")
+    with pytest.MonkeyPatch.context() as patched:
+        for module, name in ((pipeline, "run_edits"), (planning, "plan"), (suggestion, "suggest"),
+                             (convergence, "convergence")):  # fmt: skip
+            patched.setattr(module, name, stopped)
+        run(*args, *options)
+        run("plan", model, *requests, "--edits", 2, *options)
+        run("suggest", model, *requests, "--stats", place / "stats", *options)
+        run("stats", "converge", model, *requests, "--text", place / "text.txt", "--out", tmp_path / "conv", *options)
+    assert seen == [("Be brief. Hi 3:", "")] * 4
 
 
 PLANNED = {"weights", "originals and masters", "statistics and factors", "factors of the updates", "key memory", "keys",

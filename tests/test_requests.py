@@ -429,3 +429,37 @@ def test_a_subject_may_be_missing_unless_the_prompt_or_the_method_needs_it(tmp_p
     assert list(load_requests(path, "skip", need_subject=True).skipped) == [0]
     with pytest.raises(RequestError, match="has no 'subject'"):
         EditRequest("{} is", None, "x")
+
+
+def test_a_record_says_what_stands_before_its_target():
+    assert parse_request(GOOD).target_separator == "auto"
+    assert parse_request({**GOOD, "target_separator": None}).target_separator == "auto"
+    assert parse_request({**GOOD, "target_separator": ""}).target_separator == ""
+    nested = {"case_id": 3, "requested_rewrite": GOOD, "target_separator": " "}
+    assert parse_request(nested).target_separator == " "
+    for wrong in ("  ", "none", 1, [" "]):
+        with pytest.raises(RequestError, match=r'record.*target_separator must be "auto", " " or ""'):
+            parse_request({**GOOD, "target_separator": wrong})
+
+
+@pytest.mark.parametrize(
+    "prompt, subject, message",
+    (
+        ("Caf\u00e9 is in", "Cafe\u0301", "normalised to NFC: the prompt is NFC, the subject NFD"),
+        ("Cafe\u0301 is in", "Caf\u00e9", "normalised to NFC: the prompt is NFD, the subject NFC"),
+        ("\uff21\uff22 is in", "AB", "normalised to NFKC"),
+        ("\u304b\u3099 is in", "\u304c", "normalised to NFC: the prompt is NFD"),
+        ("ebro is in", "Ebro", "in other upper and lower case"),
+    ),
+)
+def test_a_subject_that_is_spelled_otherwise_in_its_prompt_is_told_so(prompt, subject, message):
+    with pytest.raises(RequestError, match=f"stands 0 times in the prompt.*{message}"):
+        parse_request({**GOOD, "prompt": prompt, "subject": subject})
+    request = parse_request({**GOOD, "prompt": "{} is in", "subject": subject})  # the cure that the message names
+    assert request.text == f"{subject} is in"
+
+
+def test_a_subject_that_is_not_there_is_only_counted():
+    with pytest.raises(RequestError) as caught:
+        parse_request({**GOOD, "prompt": "Tagus is in"})
+    assert str(caught.value).endswith("put {} where it is meant")

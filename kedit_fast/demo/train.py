@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kedit_fast.demo import world
+from kedit_fast.editing.spacing import separator
 
 VOCABULARY = 2048
 ROW = 64  # tokens in a training row
@@ -140,7 +141,8 @@ def recall(model, tokenizer, held_out: bool, count: int = 1200) -> float:
     for fact in world.world().facts:
         for i, phrasing in enumerate(fact.relation.phrasings):
             if (i in fact.held_out) == held_out:
-                pairs.append((phrasing.format(fact.subject), " " + fact.object))
+                prompt = phrasing.format(fact.subject)
+                pairs.append((prompt, separator(prompt, fact.object) + fact.object))
     right = 0
     tokenizer.padding_side = "right"
     chosen = rng.sample(pairs, min(count, len(pairs)))

@@ -9,12 +9,14 @@ import logging
 import math
 import numbers
 import os
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from kedit_fast.editing.record_fields import LISTS, NESTED, SHOWN, Notes, is_record, ours
+from kedit_fast.editing.spacing import AUTO, check_separator
 from kedit_fast.errors import RequestError
 from kedit_fast.textfiles import TABLES, read_records, suffix_of
 
@@ -36,6 +38,7 @@ class EditRequest:
     neighborhood_prompts: tuple[str, ...] = ()  # full texts whose answer should stay target_true
     id: str | int | None = None
     weight: float = 1.0  # of its squared error in a batch's least squares
+    target_separator: str = AUTO  # between prompt and target: "auto" (see kedit_fast.editing.spacing), " " or ""
 
     def __post_init__(self):
         self._plain()
@@ -59,6 +62,10 @@ class EditRequest:
         weight = self.weight
         if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not 0 < weight < math.inf:
             raise RequestError(f"{where}weight must be a positive number; got {weight!r}")
+        try:
+            check_separator(self.target_separator)
+        except RequestError as error:
+            raise RequestError(f"{where}{error}") from None
         count = self.prompt.count("{}")
         if self.subject is None and count:
             raise RequestError(f"{where}has no 'subject' for the {{}} of its prompt {self.prompt!r}")
@@ -307,7 +314,7 @@ def parse_request(
         elif count != 1:
             raise RequestError(
                 f"{where}: the subject {subject!r} stands {count} times in the prompt {prompt!r}: "
-                "put {} where it is meant"
+                f"put {{}} where it is meant{_other_spelling(prompt, subject)}"
             )
         else:
             prompt = prompt.replace(subject, "{}")
@@ -331,6 +338,24 @@ def _missing(record: Mapping[str, Any], missing: list[str], where: str, notes: N
     if any(name in record for name in ("edit", "edits")):
         text += ": make a record of prompt, subject and target_new of each edit"
     return text
+
+
+def _other_spelling(prompt: str, subject: str) -> str:
+    """How a prompt spells a subject that does not stand in it letter by letter; "" where it does, or not at all."""
+    if subject in prompt:
+        return ""
+    for form in ("NFC", "NFKC"):
+        if unicodedata.normalize(form, subject) in unicodedata.normalize(form, prompt):
+            there, own = (_form(text) for text in (prompt, subject))
+            return f" (it stands there once both are normalised to {form}: the prompt is {there}, the subject {own})"
+    if subject.casefold() in prompt.casefold():
+        return " (it stands there in other upper and lower case)"
+    return ""
+
+
+def _form(text: str) -> str:
+    forms = [form for form in ("NFC", "NFD", "NFKC", "NFKD") if unicodedata.is_normalized(form, text)]
+    return " and ".join(forms[:1]) or "in no normal form"
 
 
 def _target(values: Mapping[str, Any], name: str, where: str) -> str | None:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.prompts import PromptFormat, continuation
+from kedit_fast.editing.prompts import PromptFormat, asked_separator, continuation, require_none
 from kedit_fast.editing.requests import EditRequest, as_requests
+from kedit_fast.editing.spacing import AUTO, check_separator
 from kedit_fast.errors import RequestError
 from kedit_fast.models.architectures import ArchSpec, ModelView
-from kedit_fast.models.forward import evaluating, last_hidden, pad
+from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
 from kedit_fast.ops import target_log_probs
 from kedit_fast.torch_state import plain_torch
 
@@ -53,15 +54,19 @@ def evaluate(
     requests: Iterable[EditRequest | Mapping[str, Any]],
     spec: ArchSpec | None = None,
     prompt_format: PromptFormat | None = None,
+    target_separator: str = AUTO,
 ) -> Metrics:
     """Measure requests on `model`, every prompt in `prompt_format` if there is one; nothing in the model changes.
+
+    What stands between a prompt and its target is decided for each prompt as it is when editing; `target_separator` is
+    for requests that say "auto".
 
     Raises:
         RequestError: not a collection of requests, or one that cannot be measured.
 
     Cost: one forward pass over every prompt with its target, in batches by length; the head on target rows alone.
     """
-    return summary(evaluate_each(model, tokenizer, requests, spec, prompt_format))
+    return summary(evaluate_each(model, tokenizer, requests, spec, prompt_format, target_separator))
 
 
 @dataclass(frozen=True)
@@ -81,16 +86,31 @@ def evaluate_each(
     requests: Iterable[EditRequest | Mapping[str, Any]],
     spec: ArchSpec | None = None,
     prompt_format: PromptFormat | None = None,
+    target_separator: str = AUTO,
 ) -> list[Seen]:
-    """What `evaluate` measures, request by request."""
+    """What `evaluate` measures, request by request.
+
+    Raises:
+        RequestError: not a collection of requests, or naming every one that cannot be measured; nothing has run.
+    """
     requests = as_requests(requests)
-    pairs: list[tuple[str, str]] = []
+    check_separator(target_separator)
+    view = ModelView(model, spec)
+    rows: list[tuple[list[int], tuple[int, ...]]] = []
     counts = []
-    for request in requests:
+    problems = {}
+    for index, request in enumerate(requests):
         asked = _asked(request, prompt_format)
-        pairs += [pair for part in asked for pair in part]
+        pairs = [pair for part in asked for pair in part]
+        own = [asked_separator(request, target_separator)] * len(pairs)
+        try:
+            rows += _rows(view, tokenizer, pairs, prompt_format, own)
+        except RequestError as error:
+            name = f"request {request.id!r}" if request.id is not None else f"request {index + 1}"
+            problems[index] = f"{name}: {error}"
         counts.append([len(part) for part in asked])
-    scored = iter(score(ModelView(model, spec), tokenizer, pairs, prompt_format))
+    require_none(problems)
+    scored = iter(_scored(view, rows))
     found = []
     for _, old, paraphrases, neighbors in counts:
         new = next(scored)
@@ -114,13 +134,16 @@ def mean_nll(
         spec: an ArchSpec for an architecture that is not known.
 
     Raises:
-        RequestError: no document of two tokens or more.
+        RequestError: no document of two tokens or more, or a token that the model has no embedding for.
 
     Cost: a forward pass over the texts, the head on all tokens in chunks of the vocabulary.
     """
     view = ModelView(model, spec)
     length = min(max_length, view.max_length)
     rows = [tuple(tokenizer(text, truncation=True, max_length=length)["input_ids"]) for text in texts]
+    for number, row in enumerate(rows, 1):
+        if why := unknown_token(tokenizer, row, view.vocabulary):
+            raise RequestError(f"text {number}: {why}")
     rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
     if not rows:
         raise RequestError("no text of two tokens or more to measure")
@@ -139,11 +162,18 @@ def mean_nll(
     return total / count
 
 
-def unusable(view: ModelView, tokenizer: Any, request: EditRequest, prompt_format: PromptFormat | None = None) -> str:
+def unusable(
+    view: ModelView,
+    tokenizer: Any,
+    request: EditRequest,
+    prompt_format: PromptFormat | None = None,
+    target_separator: str = AUTO,
+) -> str:
     """Why a request cannot be measured, or "" when it can."""
+    asked = asked_separator(request, target_separator)
     try:
         for part in _asked(request, prompt_format):
-            _rows(view, tokenizer, part, prompt_format)
+            _rows(view, tokenizer, part, prompt_format, [asked] * len(part))
     except RequestError as error:
         return str(error)
     return ""
@@ -172,10 +202,18 @@ def summary(seen: Sequence[Seen]) -> Metrics:
 
 @plain_torch()
 def score(
-    view: ModelView, tokenizer: Any, pairs: Sequence[tuple[str, str]], prompt_format: PromptFormat | None = None
+    view: ModelView,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    prompt_format: PromptFormat | None = None,
+    separators: Sequence[str] | None = None,
 ) -> list[Continuation]:
-    """How the model sees each (prompt, target)."""
-    rows = _rows(view, tokenizer, pairs, prompt_format)
+    """How the model sees each (prompt, target), with what `separators` ask for between them; "auto" by default."""
+    separators = [AUTO] * len(pairs) if separators is None else separators
+    return _scored(view, _rows(view, tokenizer, pairs, prompt_format, separators))
+
+
+def _scored(view: ModelView, rows: Sequence[tuple[list[int], tuple[int, ...]]]) -> list[Continuation]:
     found: list[Continuation | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]), reverse=True)
     with evaluating(view), torch.no_grad():
@@ -189,13 +227,19 @@ def score(
 
 
 def _rows(
-    view: ModelView, tokenizer: Any, pairs: Sequence[tuple[str, str]], prompt_format: PromptFormat | None
+    view: ModelView,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    prompt_format: PromptFormat | None,
+    separators: Sequence[str],
 ) -> list[tuple[list[int], tuple[int, ...]]]:
     rows = []
-    for prompt, target in pairs:
-        ids, targets = continuation(tokenizer, prompt, target, prompt_format)
+    for (prompt, target), asked in zip(pairs, separators, strict=True):
+        ids, targets = continuation(tokenizer, prompt, target, prompt_format, asked)
         if not ids:
             raise RequestError(f"the prompt {prompt!r} has no tokens")
+        if why := unknown_token(tokenizer, [*ids, *targets], view.vocabulary):
+            raise RequestError(f"the prompt {prompt!r} with its target: {why}")
         if len(ids) + len(targets) - 1 > view.max_length:
             raise RequestError(
                 f"{len(ids) + len(targets) - 1} tokens with target in a prompt that begins {prompt[:40]!r}, "

@@ -239,7 +239,7 @@ def _record(request: Mapping[str, Any], subjects: bool) -> dict[str, Any]:
 
     Where a method looks at the whole prompt, as UltraEdit, the frameworks need no subject: the last word stands for it.
     """
-    found = {name: request[name] for name in ("prompt", "subject", "target_new") if name in request}
+    found = {n: request[n] for n in ("prompt", "subject", "target_new", "target_separator") if n in request}
     found |= {"id": request["case_id"]} if "case_id" in request else {}
     prompt, subject = found.get("prompt"), found.get("subject")
     if not subjects and isinstance(prompt, str) and prompt.split():

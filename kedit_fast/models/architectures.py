@@ -216,6 +216,11 @@ class ModelView:
         return fused.forwards(self.base)
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows: ids from here on have no embedding, or no row of the head."""
+        return min(self.model.get_input_embeddings().weight.shape[0], self.head.shape[0])
+
+    @property
     def max_length(self) -> int:
         """The longest sequence the model takes; of longrope models the longest that its short factors are for.
 

@@ -56,6 +56,18 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0) -> T
     return TokenBatch(ids.to(device), mask.to(device))
 
 
+def unknown_token(tokenizer: Any, ids: Sequence[int], vocabulary: int | None) -> str:
+    """Why token ids cannot go into a model of `vocabulary` tokens, or "" when they can; None asks nothing."""
+    if vocabulary is None or not ids or max(ids) < vocabulary:
+        return ""
+    token = next(i for i in ids if i >= vocabulary)
+    return (
+        f"token {token} ({tokenizer.decode([token])!r}) is past the model's {vocabulary:,} embeddings: tokens were "
+        "added to the tokenizer and the model was not resized (model.resize_token_embeddings(len(tokenizer))), or it "
+        "is another model's tokenizer"
+    )
+
+
 def hidden_of(output: Any) -> torch.Tensor:
     """The hidden states in what a block returns: the tensor itself, or the first of a tuple in older transformers."""
     return output[0] if isinstance(output, tuple) else output

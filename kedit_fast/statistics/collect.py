@@ -176,7 +176,7 @@ class Job:
         self.corpus, self.batch_tokens = corpus, batch_tokens
         self.model = fingerprint(self.view, tokenizer)
         self.dtype = str(computing_dtype(self.view.base)).removeprefix("torch.")
-        self.reader = Reader(tokenizer, corpus, batch_tokens, self.view.max_length)
+        self.reader = Reader(tokenizer, corpus, batch_tokens, self.view.max_length, self.view.vocabulary)
 
     @property
     def asked(self) -> dict[str, str]:

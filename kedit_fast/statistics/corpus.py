@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from kedit_fast import distributed
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
+from kedit_fast.models.forward import unknown_token
 
 TokenWeights = Callable[[list[int]], Sequence[float]]
 T = TypeVar("T")
@@ -128,10 +129,13 @@ class Reader:
         corpus: the documents.
         batch_tokens: of a batch; a window holds several.
         max_length: tokens that the model takes at most.
+        vocabulary: how many tokens the model knows; None asks nothing.
     """
 
-    def __init__(self, tokenizer: Any, corpus: Corpus, batch_tokens: int, max_length: int):
-        self.tokenizer, self.corpus = tokenizer, corpus
+    def __init__(
+        self, tokenizer: Any, corpus: Corpus, batch_tokens: int, max_length: int, vocabulary: int | None = None
+    ):
+        self.tokenizer, self.corpus, self.vocabulary = tokenizer, corpus, vocabulary
         self.max_length = min(corpus.max_length, max_length)
         self._rank, self._world = distributed.world()
         self._characters = max(LEAST_WINDOW, BATCHES_A_WINDOW * CHARACTERS_A_TOKEN * batch_tokens)
@@ -150,7 +154,8 @@ class Reader:
         """Windows from a place on.
 
         Raises:
-            StatisticsError: the documents before `start` are not those it was made from, or one is not text.
+            StatisticsError: the documents before `start` are not those it was made from, one is not text, or one has
+                a token that the model does not know.
         """
         start = start or Position()
         position = replace(start, batches=0, until="")
@@ -163,7 +168,7 @@ class Reader:
             texts, ended = self._next(documents, position.documents)
             used, sequences = len(texts), []
             if position.windows % self._world == self._rank:
-                sequences = self._tokenised(texts)
+                sequences = self._tokenised(texts, position.documents)
                 if budget is not None:
                     used = _cut(sequences, budget - position.tokens)
                 elif used and self._last is not None and position.documents + used == self._documents:
@@ -215,10 +220,15 @@ class Reader:
             held += len(text)
         return texts, begin + len(texts) == self._documents
 
-    def _tokenised(self, texts: list[str]) -> list[list[int]]:
+    def _tokenised(self, texts: list[str], begin: int) -> list[list[int]]:
+        """Token ids of the documents from number `begin` on."""
         if not texts:
             return []
-        return [list(ids) for ids in self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]]
+        found = [list(ids) for ids in self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]]
+        for number, ids in enumerate(found, begin):
+            if why := unknown_token(self.tokenizer, ids, self.vocabulary):
+                raise StatisticsError(f"document {number}: {why}")
+        return found
 
     def _find_end(self, budget: int) -> None:
         """Which document the budget ends in, and where: the processes count a window each, and tell each other."""
@@ -231,7 +241,7 @@ class Reader:
                 texts, ended = self._next(documents, begin)
                 begin += len(texts)
                 if turn == self._rank:
-                    mine = [len(ids) for ids in self._tokenised(texts)]
+                    mine = [len(ids) for ids in self._tokenised(texts, begin - len(texts))]
                 if turn == 0:
                     number = begin - len(texts)
                 if ended:

@@ -1,0 +1,181 @@
+"""What stands between a prompt and its target: one rule for values, gradients, keys, metrics and completions.
+
+"auto" decides from the two texts. A space stands between them where the prompt's script separates words by spaces and
+the target begins a word; nothing does
+
+- where the prompt is empty or ends with white space, or the target begins with it;
+- after scripts that do not separate words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan and others; Korean
+  does), whatever the target's script: the prompt's last letter decides, past digits, punctuation, marks, and what a
+  bracket or a quotation encloses; and before such a script where the last word holds letters of one ("我喜欢Python");
+- where the prompt ends in the middle of a word or expression: an opening bracket or quotation mark, wide punctuation,
+  a slash, a hyphen or operator that touches what is before it, an elided word's apostrophe ("l'"), a currency sign;
+- before a target that begins with anything but a letter or digit: `.path`, `(y)`, `, too`, an emoji, a combining mark.
+  A quotation mark that opens, an inverted question mark and a currency sign before a digit begin a word as what they
+  stand before does; a bracket does not: `(y)` after code, and prose with a bracket says " " itself.
+"""
+
+# ruff: noqa: RUF001 - marks that look alike are what this module tells apart
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+from kedit_fast.errors import RequestError
+
+AUTO = "auto"
+SEPARATORS = (AUTO, " ", "")
+# Names of letters, as Unicode has them, in scripts that are written without spaces between words.
+_UNSPACED = (
+    "CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH", "IDEOGRAPHIC", "HIRAGANA", "HENTAIGANA", "KATAKANA",
+    "HALFWIDTH KATAKANA", "FULLWIDTH LATIN", "BOPOMOFO", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ", "TAI ",
+    "NEW TAI LUE", "JAVANESE", "BALINESE", "BUGINESE", "CHAM ", "YI ", "NUSHU", "TANGUT",
+)  # fmt: skip
+_IDEOGRAPHS = range(0x20000, 0x40000)  # planes of ideographs, also of those newer than Python's tables
+_OPENERS = {
+    ")": "(", "]": "[", "}": "{", "”": "“", "’": "‘", "»": "«", "›": "‹", '"': '"', "`": "`", "）": "（", "］": "［",
+    "」": "「", "』": "『", "》": "《", "〉": "〈", "】": "【", "〕": "〔",
+}  # fmt: skip
+_LOW_OPENERS = {"“": "„", "‘": "‚", "«": "»", "‹": "›"}  # what these marks close where they do not open
+_CONTRACTION = re.compile(r"['’](?:s|t|re|ve|ll|d|m)\b", re.IGNORECASE)
+
+
+def check_separator(asked: object) -> str:
+    """One of SEPARATORS, or RequestError."""
+    if not isinstance(asked, str) or asked not in SEPARATORS:
+        raise RequestError(f'target_separator must be "auto", " " or ""; got {asked!r}')
+    return asked
+
+
+def separator(prompt: str, target: str, asked: str = AUTO) -> str:
+    """What stands between `prompt` and `target`: " " or "".
+
+    Args:
+        prompt: the text before the target, as the model reads it.
+        target: the text that continues it.
+        asked: "auto" for the rule above; " " for a space unless white space is there already; "" for nothing.
+
+    Raises:
+        RequestError: `asked` is something else.
+    """
+    check_separator(asked)
+    if prompt[-1:].isspace() or target[:1].isspace():
+        return ""
+    if asked != AUTO:
+        return asked
+    prompt, target = _without_marks(prompt), target.lstrip("\u200b\u200c\u200d\u200e\u200f\u2060\ufeff")
+    if not prompt or not _begins_word(prompt, target) or _inside_word(prompt, target) or _unspaced(prompt, target):
+        return ""
+    return " "
+
+
+def _without_marks(text: str) -> str:
+    """A text without the combining marks and invisible characters at its end."""
+    while text and unicodedata.category(text[-1]) in ("Mn", "Mc", "Me", "Cf"):
+        text = text[:-1]
+    return text
+
+
+def _begins_word(prompt: str, target: str) -> bool:
+    """Whether a target begins with a letter or digit, or with what belongs to the word behind it."""
+    first, rest = target[:1], target[1:]
+    if not first:
+        return False
+    if _is_letter(first) or unicodedata.category(first)[0] == "N":
+        return True
+    if first in ('"', "`"):
+        return prompt.count(first) % 2 == 0 and _begins_word("", rest)
+    if first in ("'", "’"):  # a contraction or what closes a quotation, unless it is closed itself
+        closed = re.search(r"\S['’](?!\w)", rest)
+        return closed is not None and not _CONTRACTION.match(target) and _begins_word("", rest)
+    if first == "»":
+        return "«" in rest and _begins_word("", rest)
+    if unicodedata.category(first) == "Pi" or first in "„‚¿¡":
+        return _begins_word("", rest)
+    return unicodedata.category(first) == "Sc" and unicodedata.category(rest[:1] or " ")[0] == "N"
+
+
+def _inside_word(prompt: str, target: str) -> bool:
+    """Whether the end of a prompt, which is not white space, holds the next word to it."""
+    last, before = prompt[-1], prompt[-2:-1]
+    kind = unicodedata.category(last)
+    touching = bool(before) and not before.isspace()
+    digits = before.isdigit() and target[:1].isdigit()
+    if kind[0] in "LN":
+        return False
+    if last in "'’":
+        return _apostrophe_joins(prompt)
+    if last in '"`' or kind in ("Pi", "Pf"):
+        return _opens_quotation(prompt)
+    if kind in ("Ps", "Pc") or last in "¿¡@~\\/∕⁄":
+        return True
+    if unicodedata.east_asian_width(last) in "WF" and kind != "So":
+        return kind != "Pe"
+    if last == "#":
+        return not before.isalnum()
+    if kind == "Sc":
+        return not prompt[:-1].rstrip()[-1:].isdigit()
+    if last == "*":
+        run = prompt.rstrip("*")
+        return not run or run[-1].isspace() or digits
+    if last in ".+":
+        return digits
+    if last == ":":
+        return before == ":"
+    return touching and (kind == "Pd" or last in "=<>|^&")
+
+
+def _apostrophe_joins(prompt: str) -> bool:
+    """Of a prompt that ends with an apostrophe: whether it opens a quotation or elides a vowel, as in "l'"."""
+    text = prompt[:-1]
+    if not text or text[-1].isspace() or unicodedata.category(text[-1]) in ("Ps", "Pi"):
+        return True
+    word = re.search(r"[^\W\d_]*$", text)
+    assert word is not None
+    opened = re.search(r"(?:^|[\s(\[{])['‘][^'‘’]*$", text)
+    possessive = len(word[0]) > 2 and word[0][-1] in "sSxXzZ"  # the boys'
+    return bool(word[0]) and not opened and not possessive
+
+
+def _opens_quotation(prompt: str) -> bool:
+    """Of a prompt that ends with a quotation mark: whether it opens one."""
+    last, text = prompt[-1], prompt[:-1]
+    if last in '"`':
+        return text.count(last) % 2 == 0
+    if last in _LOW_OPENERS:  # „so“ and »so«
+        return text.count(_LOW_OPENERS[last]) <= text.count(last)
+    opener = _OPENERS.get(last, "")
+    open_already = bool(opener) and text.count(opener) > text.count(last)
+    return not open_already and last in "»›" and (not text or text[-1].isspace())
+
+
+def _unspaced(prompt: str, target: str) -> bool:
+    """Whether the prompt goes on without a space because of its script, or of the target's inside a mixed word."""
+    if _is_unspaced(_last_letter(prompt)):
+        return True
+    first = next(filter(_is_letter, target), "")
+    return _is_unspaced(first) and any(map(_is_unspaced, prompt.split()[-1]))
+
+
+def _last_letter(text: str) -> str:
+    """The last letter of a text outside of brackets and quotations, or inside where there is none before; or ""."""
+    while text:
+        opener = _OPENERS.get(text[-1])
+        begin = -1 if opener is None else text.rfind(opener, 0, len(text) - 1)
+        if begin > 0 and any(map(_is_letter, text[:begin])):
+            text = text[:begin]
+        elif _is_letter(text[-1]):
+            return text[-1]
+        else:
+            text = text[:-1]
+    return ""
+
+
+def _is_letter(character: str) -> bool:
+    return unicodedata.category(character)[0] == "L" or ord(character) in _IDEOGRAPHS
+
+
+def _is_unspaced(character: str) -> bool:
+    if not character:
+        return False
+    return ord(character) in _IDEOGRAPHS or unicodedata.name(character, "").startswith(_UNSPACED)
