@@ -182,7 +182,7 @@ def test_saving_bars_begin_at_zero_and_end_at_their_ratios(which):
     from benchmarks import plots
 
     slower = [row("value iteration", 0.5 + 0.1 * i, f"model, one iteration: saving {i} alone") for i in range(4)]
-    document = committed("_values") if which == "what is committed" else {"rows": slower}
+    document = committed("_values") if which == "what is committed" else {"rows": slower, "about": ABOUT}
     rows = [r for r in document["rows"] if r["op"] == "value iteration"]
     (axes,) = check_readable(plots.saving_figure(document)).axes
     low, high = axes.get_xlim()
