@@ -19,6 +19,7 @@ from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, capture, pad, require_passes
 from kedit_fast.models.suffix import TailRunner
+from kedit_fast.pipeline import run_edits
 
 REQUEST = EditRequest("{} plays the", "Miles Davis", "violin")
 NUMBERS = dict(v_num_grad_steps=3, v_lr=0.1, clamp_norm_factor=0.5, mom2_adjustment=False, mom2_update_weight=1.0,
@@ -201,6 +202,21 @@ def test_a_hook_that_puts_a_weight_back_is_noticed_and_nothing_stays():
         editor.edit([REQUEST])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not editor.ledger.batches
+
+
+def test_a_run_of_edits_reports_no_success_when_a_hook_put_a_weight_back():
+    model = make_model("llama")
+    linear = model.model.layers[1].mlp.down_proj
+    kept = linear.weight.detach().clone()
+
+    def put_back(module, args):
+        module.weight.data.copy_(kept)
+
+    linear.register_forward_pre_hook(put_back)
+    numbers = {**NUMBERS, "layers": (1,), "context_template_length_params": ()}  # rank one: no pass after its write
+    with pytest.raises(EditError, match=r"layers\.1\.mlp\.down_proj\.weight was changed by something else"):
+        run_edits(model, make_tokenizer(), [REQUEST], "rome", statistics=None, hparams=numbers)
+    assert torch.equal(linear.weight, kept)
 
 
 @pytest.mark.parametrize("part", ("lm_head", "model.layers.1.mlp.down_proj", "model.layers.2"))
