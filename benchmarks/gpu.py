@@ -14,8 +14,8 @@
 Weights are random and made on the device. Every stage writes DIR/gpu_STAGE.json when it ends, rows as in
 benchmarks.run and `figures`, which are times without a ratio; a stage that fails or outlasts the budget says so and the
 next one runs. At the end come a table, a picture of the ratios, and status 1 if a stage failed or a result was wrong.
-It is laid out for two runs of ten minutes: `--stage build --stage test --stage peaks --stage ops --stage tune`, and
-the others.
+It is laid out for three runs of ten minutes on one machine: `--stage build --stage test`, `--stage peaks --stage ops
+--stage tune`, and the others.
 
 `--dry-run` runs the same code on the CPU over tiny shapes: for a look at whether it works, not for numbers.
 """
@@ -34,6 +34,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -240,35 +241,43 @@ def gpu_tests() -> list[str]:
 
 
 def test(place: Place) -> None:
-    """Those files, each whole and in a process of its own, so that its memory is free for the next.
+    """Those files, each whole and in a process of its own: three at a time, since compiling takes most of the seconds.
 
-    A failure, or a kernel's file that cannot run a single test here, is an error of the stage when all have run.
+    A failure, a file that had no time, or a kernel's file that cannot run a single test here, is an error of the stage
+    when all have run. Each gives its memory back at its end; a test for which too little is free says so.
     """
-    failed, pytest = [], [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
     if place.dry:
         done = subprocess.run([*pytest, "--collect-only", *gpu_tests()], cwd=ROOT, capture_output=True, text=True)
         place.figure("tests", result=(done.stdout.strip().splitlines() or [""])[-1])
         if done.returncode:
             raise RuntimeError(f"tests cannot be collected:\n{done.stdout[-4000:]}{done.stderr[-1000:]}")
-    for name in [] if place.dry else gpu_tests():
-        command = [*pytest, name]
-        if not place.enough(f"tests, {name}", 20):
-            failed.append(f"{name}: no time was left")
-            continue
-        begin = time.perf_counter()
+
+    def outcome(name: str) -> tuple[str, float, Any]:
+        """The name, its seconds, and the finished process, or why there is none."""
+        begin, left = time.perf_counter(), place.left() - 10
+        if left < 10:
+            return name, 0.0, "no time was left"
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(20, place.left() - 10))
+            done = subprocess.run([*pytest, name], cwd=ROOT, capture_output=True, text=True, timeout=left)
         except subprocess.TimeoutExpired:
-            place.figure(f"tests, {name}", seconds=time.perf_counter() - begin, result="did not end in time")
-            failed.append(f"{name}: did not end in time")
-            continue
-        lines = done.stdout.strip().splitlines() or [""]
-        skipped = [line for line in lines if line.startswith("SKIPPED")]
-        place.figure(f"tests, {name}", seconds=time.perf_counter() - begin, result=lines[-1], skipped=skipped)
-        if done.returncode:
-            failed.append(f"{name}:\n{done.stdout[-4000:]}{done.stderr[-1000:]}")
-        elif name in FIRST_TESTS and " passed" not in lines[-1]:
-            failed.append(f"{name}: no test could run here: {'; '.join(skipped)}")
+            done = "did not end in time"
+        return name, time.perf_counter() - begin, done
+
+    failed = []
+    with ThreadPoolExecutor(3) as pool:
+        for name, seconds, done in pool.map(outcome, [] if place.dry else gpu_tests()):
+            if isinstance(done, str):
+                place.figure(f"tests, {name}", seconds=seconds, result=done)
+                failed.append(f"{name}: {done}")
+                continue
+            lines = done.stdout.strip().splitlines() or [""]
+            skipped = [line for line in lines if line.startswith("SKIPPED")]
+            place.figure(f"tests, {name}", seconds=seconds, result=lines[-1], skipped=skipped)
+            if done.returncode:
+                failed.append(f"{name}:\n{done.stdout[-4000:]}{done.stderr[-1000:]}")
+            elif name in FIRST_TESTS and " passed" not in lines[-1]:
+                failed.append(f"{name}: no test could run here: {'; '.join(skipped)}")
     if failed:
         raise RuntimeError("GPU tests failed:\n" + "\n".join(failed))
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
