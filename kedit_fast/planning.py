@@ -167,7 +167,7 @@ def _bytes(view: ModelView, recipe: Recipe, numbers: Hparams, edits: int, tokens
     memory = 8 * (d * edits + kept * kept) + (2 * 8 * d * d if edits > kept else 0)
     return {
         "weights": sum(parameter.nbytes for parameter in view.model.parameters()),
-        "their copies in float32, during a pass": copy_bytes(view.base),
+        **({"their copies in float32, during a pass": copies} if (copies := copy_bytes(view.base)) else {}),
         "originals and masters": count * out * d * (size + (4 if size == 2 else 0)),
         "statistics and factors": count * 2 * d * d * 8 if numbers.uses_statistics else 0,
         "factors of the updates": count * edits * (out + d) * 4,

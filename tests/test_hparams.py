@@ -243,9 +243,9 @@ def test_the_command_line_warns_of_idle_numbers_set_by_hand_alone(tmp_path, caps
 
     file = tmp_path / "alphaedit.json"
     file.write_text(json.dumps({**MEMIT_GPTJ, "nullspace_threshold": 2e-2, "L2": 1}))
-    assert _overrides("alphaedit", file, None, None)["mom2_update_weight"] == 15000
+    assert _overrides(file, None, None, "alphaedit")["mom2_update_weight"] == 15000
     assert "does not use" not in capsys.readouterr().err
-    assert _overrides("alphaedit", file, ["mom2_update_weight=3"], None)["mom2_update_weight"] == 3.0
+    assert _overrides(file, ["mom2_update_weight=3"], None, "alphaedit")["mom2_update_weight"] == 3.0
     assert "alphaedit does not use mom2_update_weight" in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -427,30 +428,60 @@ def test_shards_of_a_hub_cache_are_links_whose_blobs_stay(tmp_path):
 
 
 KILLED = """
-import os, shutil, signal, sys
+import os, shutil, signal, sys, traceback
 from pathlib import Path
-sys.path[:0] = {path!r}
+sys.path[:] = {path!r}
+import torch
 from kedit_fast.patches import checkpoint
 from kedit_fast.patches.patch import Patch
-calls = 0
-def counted(real):
-    def call(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == {at}:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    return call
-folder = checkpoint.Checkpoint({folder!r})
-Path.replace, Path.unlink, os.fsync = counted(Path.replace), counted(Path.unlink), counted(os.fsync)
-shutil.copyfile = counted(shutil.copyfile)
-if {how!r} == "revert":
-    folder.revert()
-elif {how!r} == "subtract":
-    folder.subtract(Patch.load({patch!r}))
-else:
-    folder.apply(Patch.load({patch!r}), "a")
+torch.set_num_threads(1)  # a copy of a process has none of its threads
+def run(at, folder):
+    calls = 0
+    def counted(real):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+        return call
+    place = checkpoint.Checkpoint(folder)
+    Path.replace, Path.unlink, os.fsync = counted(Path.replace), counted(Path.unlink), counted(os.fsync)
+    shutil.copyfile = counted(shutil.copyfile)
+    if {how!r} == "revert":
+        place.revert()
+    elif {how!r} == "subtract":
+        place.subtract(Patch.load({patch!r}))
+    else:
+        place.apply(Patch.load({patch!r}), "a")
+for line in sys.stdin:
+    at, folder = line.rstrip().split(" ", 1)
+    child = os.fork()
+    if not child:
+        try:
+            run(int(at), folder)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+@contextlib.contextmanager
+def killing(how, patch):
+    """A function (at, folder) -> exit status of a process that is killed before its `at`-th change on disk."""
+    script = KILLED.format(path=sys.path, how=how, patch=str(patch))
+    pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", script], **pipe) as server:
+
+        def status(at, folder):
+            server.stdin.write(f"{at} {folder}\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        yield status
+        server.stdin.close()
 
 
 def loaded(folder):
@@ -471,12 +502,16 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path, siz
     patched = state(model)
     if how != "apply":
         Checkpoint(source).apply(patch, "a", keep=how == "revert")
+    with killing(how, tmp_path / "a.safetensors") as status:
+        kill_at_every_moment(tmp_path, source, how, patch, plain, patched, status)
+
+
+def kill_at_every_moment(tmp_path, source, how, patch, plain, patched, status):
     outcomes, code, at = set(), None, 0
     while code != 0:
         at += 1
         folder = shutil.copytree(source, tmp_path / "killed")
-        script = KILLED.format(path=sys.path, at=at, folder=str(folder), patch=str(tmp_path / "a.safetensors"), how=how)
-        code = subprocess.run([sys.executable, "-c", script]).returncode
+        code = status(at, folder)
         assert code in (0, -signal.SIGKILL)
         found = loaded(folder)
         has = all(torch.equal(tensor, patched[name]) for name, tensor in found.items())

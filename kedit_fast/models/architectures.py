@@ -218,7 +218,7 @@ class ModelView:
     @property
     def vocabulary(self) -> int:
         """How many tokens the model knows: ids from here on have no embedding, or no row of the head."""
-        return min(self.model.get_input_embeddings().weight.shape[0], self.head.shape[0])
+        return min(self.model.get_input_embeddings().weight.shape[0], self._head.shape[0])
 
     @property
     def max_length(self) -> int:
