@@ -258,6 +258,8 @@ class Editor:
             written = [p for i, p in enumerate(prepared) if i not in batch.skipped]
             number = len(self.ledger.batches) + 1 if written else 0
             result = batch.result(number, written, dict(sorted(problems.items())))
+            if exact and written:  # no pass has followed the last write: a hook may still put a weight back
+                require_passes(self.view, self._sites())
             for name in batch.updates:
                 self.ledger.require_untouched(name)
             if written:
@@ -356,6 +358,14 @@ class Editor:
     def restore(self) -> None:
         """Take back everything this editor wrote: the model is what it was, to the bit."""
         self.rollback(len(self.ledger.batches))
+
+    def overwrite(self) -> None:
+        """`restore` where something else has changed what was written: the originals go over it."""
+        with torch.no_grad():
+            for name in self.ledger.names():
+                original, weight = self.ledger.original(name)
+                weight.copy_(original)
+        self.rollback(len(self.ledger.batches), restored=True)
 
     @plain_torch()
     def patch(self) -> Patch:

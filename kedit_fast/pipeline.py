@@ -394,8 +394,12 @@ def run_edits(
         editor.restore()  # a later batch failed: earlier ones go too
         raise
     measuring = time.perf_counter()
-    after = evaluate(model, tokenizer, kept, **shown)
-    editor.require_untouched()
+    try:
+        after = evaluate(model, tokenizer, kept, **shown)
+        editor.require_untouched()
+    except BaseException:
+        editor.overwrite()
+        raise
     before = [seen for i, seen in zip(number, before, strict=True) if i not in skipped]
     now = time.perf_counter()
     seconds["evaluate"] += now - measuring

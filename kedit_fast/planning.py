@@ -174,7 +174,9 @@ def _bytes(view: ModelView, recipe: Recipe, numbers: Hparams, edits: int, tokens
         "key memory": count * memory if recipe.memory else 0,
         "keys": 4 * d * at_once * 8,  # of all contexts mixed and bare, and both transposed
         "values": out * edits * (8 + 4),
-        "states between layers": tokens * at_once * out * computing_dtype(view.base).itemsize if count > 1 else 0,
+        "states between layers": tokens * at_once * out * computing_dtype(view.base, meta_is_cpu=True).itemsize
+        if count > 1
+        else 0,
     }
 
 

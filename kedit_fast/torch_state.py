@@ -3,7 +3,8 @@
 `plain_torch()` stands around every entry point, because a model's own forward function may read any of these settings;
 code of our own names dtypes and devices besides. Autocast, the default device and inference mode belong to the calling
 thread. The default dtype and the precision of products belong to the process: while they are put back here, other
-threads see torch's own defaults too.
+threads see torch's own defaults too, and a thread that leaves gives its settings back to one that is still inside. Our
+own code names its dtypes; a model that reads the default dtype in its forward function is to be run by one thread.
 """
 
 from __future__ import annotations
@@ -64,7 +65,12 @@ def _reduced() -> bool:
     """Whether fp32 products may run in TF32 or bf16."""
     if _precision_of is None:
         return torch.get_float32_matmul_precision() != "highest"
-    return any(_precision_of(*level) in _REDUCED for level in _PRODUCTS)
+    if any(_precision_of(*level) in _REDUCED for level in _PRODUCTS):
+        return True
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # the two interfaces disagree; what the products do is in fp32
+        return False
 
 
 def _compute_in_fp32(stack: contextlib.ExitStack) -> None:

@@ -120,8 +120,8 @@ def test_copies_that_are_not_kept_are_not_held_between_forward_and_backward(wide
     monkeypatch.setattr(widened, "KEPT_SHARE", 0.0)
     made, copied = [], widened.Widening._copy
 
-    def watched(self, own):
-        copy = copied(self, own)
+    def watched(self, module, own):
+        copy = copied(self, module, own)
         made.append(weakref.ref(copy.untyped_storage()))
         return copy
 

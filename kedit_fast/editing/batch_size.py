@@ -13,7 +13,7 @@ from kedit_fast.editing.prompts import PreparedRequest
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.memory import free_bytes
-from kedit_fast.models.widened import Widening
+from kedit_fast.models.widened import Streamed, Widening
 from kedit_fast.torch_state import plain_torch
 
 MOST = {"cpu": 64}  # on a CPU a larger batch is hardly faster (benchmarks/results)
@@ -63,12 +63,13 @@ def request_bytes(view: ModelView, prepared: Sequence[PreparedRequest], sites: S
         kept: dict[int, int] = {}
 
         def count(tensor: torch.Tensor) -> Any:
-            if widening is not None and (widening.owns(tensor) or widening.pack(tensor) is not tensor):
-                return widening.pack(tensor)  # a weight's copy, which all requests share
+            packed = tensor.detach() if widening is None else widening.pack(tensor)
+            if isinstance(packed, Streamed) or (widening is not None and widening.owns(tensor)):
+                return packed  # a weight's copy, which all requests share
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in known:
                 kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
+            return packed
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, Widening.unpack):
             delta = torch.zeros_like(objective.h0).requires_grad_(True)

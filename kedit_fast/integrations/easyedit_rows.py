@@ -131,7 +131,10 @@ def _one_batch(
     with ExitStack() as stack, torch.enable_grad():
         for name in modules:
             stack.callback(view.linear(name)[0].register_forward_hook(hook_for(name)).remove)
-        logits = view.model(input_ids=ids.to(view.device), attention_mask=mask.to(view.device), use_cache=False).logits
+        hidden = view.base(input_ids=ids.to(view.device), attention_mask=mask.to(view.device), use_cache=False)[0]
+        logits = view.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
+        if view.softcap:
+            logits = view.softcap * torch.tanh(logits / view.softcap)
         if shift:
             logits = logits[:, :-1]
             width = min(logits.shape[1], labels.shape[1])

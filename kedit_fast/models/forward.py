@@ -273,7 +273,7 @@ def _run_base(view: ModelView, batch: TokenBatch):
 def evaluating(view: ModelView) -> Iterator[Widening | None]:
     """Evaluation mode, no gradients kept for parameters, and the dtype to compute in, as long as the block lasts."""
     training = [module for module in view.model.modules() if module.training]
-    required = [p for p in view.model.parameters() if p.requires_grad]
+    required = [p for p in view.model.parameters() if p.requires_grad and not p.is_inference()]
     try:
         view.model.eval()
         for parameter in required:
@@ -281,7 +281,7 @@ def evaluating(view: ModelView) -> Iterator[Widening | None]:
         with computing(view.base) as widening:
             yield widening
     finally:
-        for parameter in required:
-            parameter.requires_grad_(True)
         for module in training:
             module.training = True
+        for parameter in required:
+            parameter.requires_grad_(True)

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import platform
+import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -53,8 +54,11 @@ def has_units(dtype: torch.dtype) -> bool:
     return any(part in limit.upper() for part in _LIMITS[dtype]) and not _FLAGS[dtype].isdisjoint(flags)
 
 
-def is_widened(module: torch.nn.Module) -> bool:
+def is_widened(module: torch.nn.Module, meta_is_cpu: bool = False) -> bool:
     """Whether passes over a module compute in fp32 in place of a 16-bit dtype.
+
+    A module of which a part is elsewhere (on a GPU, or offloaded) computes in its own dtype. `meta_is_cpu` asks it of a
+    module without memory that will be loaded on the CPU.
 
     The environment variable KEDIT_FAST_16BIT decides: "auto" (modules on the CPU in a dtype that the processor has no
     matrix units for), "float32" (all 16-bit modules on the CPU) or "native" (none).
@@ -67,7 +71,8 @@ def is_widened(module: torch.nn.Module) -> bool:
         raise InvalidArgumentError(f"{SWITCH} must be auto, float32 or native; got {choice!r}")
     tensors = [*module.parameters(), *module.buffers()]
     halves = {t.dtype for t in tensors if t.dtype in HALVES}
-    if choice == "native" or not halves or any(t.device.type != "cpu" for t in tensors):
+    places = {"cpu" if meta_is_cpu and t.device.type == "meta" else t.device.type for t in tensors}
+    if choice == "native" or not halves or places != {"cpu"}:
         return False
     missing = sorted(str(dtype).removeprefix("torch.") for dtype in halves if not has_units(dtype))
     if choice == "auto" and missing:
@@ -75,17 +80,22 @@ def is_widened(module: torch.nn.Module) -> bool:
     return choice == "float32" or bool(missing)
 
 
-def computing_dtype(module: torch.nn.Module) -> torch.dtype:
-    """The dtype that passes over a module compute in."""
-    return torch.float32 if is_widened(module) else next(module.parameters()).dtype
+def computing_dtype(module: torch.nn.Module, meta_is_cpu: bool = False) -> torch.dtype:
+    """The dtype that passes over a module compute in; see `is_widened`."""
+    return torch.float32 if is_widened(module, meta_is_cpu) else next(module.parameters()).dtype
 
 
 def copy_bytes(module: torch.nn.Module) -> int:
-    """Bytes that the fp32 copies of a module's 16-bit tensors take at most, while passes run over it."""
-    if not is_widened(module):
+    """Bytes that the fp32 copies of a module's 16-bit tensors take at most, while passes run over it on the CPU."""
+    if not is_widened(module, meta_is_cpu=True):
         return 0
-    whole = sum(2 * t.nbytes for t in _halves(module))
-    return min(whole, int(KEPT_SHARE * free_bytes(torch.device("cpu"))))
+    return min(sum(2 * t.nbytes for t in _halves(module)), _budget())
+
+
+def _budget() -> int:
+    """Bytes for copies that are kept: a share of what is free, divided among the processes of a job on this host."""
+    share = KEPT_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(share * free_bytes(torch.device("cpu")))
 
 
 def _halves(module: torch.nn.Module, recurse: bool = True) -> list[torch.Tensor]:
@@ -115,6 +125,9 @@ class Widening:
     Copies are kept for later passes while they fit into `budget` bytes: all of them, or else those of passes with
     gradients, which are run again and again. The others are made anew for every call of their module, and once more
     for the backward pass (`pack` and `unpack`), so that no pass holds more than one module's.
+
+    Copies stand in for passes of the thread that installed them. As with everything else that a pass puts into a
+    model, no other thread may run the model meanwhile; one that does may fail, and nothing is lost.
     """
 
     def __init__(self, base: torch.nn.Module, budget: int):
@@ -123,17 +136,28 @@ class Widening:
         self.left = budget
         self._kept: dict[int, torch.Tensor] = {}  # id of a 16-bit tensor -> its copy
         self._streamed: dict[int, torch.Tensor] = {}  # address of a copy that is not kept -> the 16-bit tensor
-        self._aside: dict[int, list[tuple[dict[str, Any], str, Any]]] = {}  # id of a module -> what is put back
+        self._temporary: dict[int, list[int]] = {}  # id of a module that runs -> addresses of its copies in `_streamed`
+        self._own = {id(module): self._own_of(module) for module in self.modules}  # what is put back
+        self._thread = threading.get_ident()
+
+    @staticmethod
+    def _own_of(module: torch.nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+        """Where a module keeps its 16-bit tensors, and under which names."""
+        own = [(place, name, tensor) for place in (module._parameters, module._buffers)
+               for name, tensor in place.items() if tensor is not None and tensor.dtype in HALVES]  # fmt: skip
+        if isinstance(module, torch.nn.Embedding):
+            own.append((vars(module), "padding_idx", module.padding_idx))
+        return own
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in a copy that is kept."""
         return tensor.untyped_storage().data_ptr() in {c.untyped_storage().data_ptr() for c in self._kept.values()}
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | Streamed:
-        """What autograd keeps of a tensor."""
+        """What autograd keeps of a tensor; never the tensor itself, which would keep its own graph alive."""
         source = self._streamed.get(tensor.untyped_storage().data_ptr())
         if source is None:
-            return tensor
+            return tensor.detach()
         return Streamed(source, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     @staticmethod
@@ -158,24 +182,22 @@ class Widening:
             yield self
 
     def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if threading.get_ident() != self._thread:
+            return None
         changed = None
-        aside = self._aside.setdefault(id(module), [])
-        for tensors in (module._parameters, module._buffers):
-            for name, own in tensors.items():
-                if own is None or own.dtype not in HALVES:
-                    continue
-                if isinstance(module, torch.nn.Embedding) and name == "weight" and args:
-                    ids, places = torch.unique(args[0], return_inverse=True)  # a vocabulary is large, a batch is not
-                    copy, changed = own.detach()[ids].float(), ((places, *args[1:]), kwargs)
-                    aside.append((vars(module), "padding_idx", module.padding_idx))
-                    module.padding_idx = None  # of other ids, and it matters to gradients alone
-                else:
-                    copy = self._copy(own)
-                aside.append((tensors, name, own))
-                tensors[name] = torch.nn.Parameter(copy, requires_grad=False) if tensors is module._parameters else copy
+        for place, name, own in self._own[id(module)]:
+            if not isinstance(own, torch.Tensor) or place[name] is not own:
+                continue  # no tensor; or a pass around this one has put a copy there
+            if name == "weight" and args and _is_lookup(module):
+                ids, places = torch.unique(args[0], return_inverse=True)  # a vocabulary is large, a batch is not
+                copy, changed = own.detach()[ids].float(), ((places, *args[1:]), kwargs)
+                module.padding_idx = None  # of other ids, and it matters to gradients alone
+            else:
+                copy = self._copy(module, own)
+            place[name] = torch.nn.Parameter(copy, requires_grad=False) if place is module._parameters else copy
         return changed
 
-    def _copy(self, own: torch.Tensor) -> torch.Tensor:
+    def _copy(self, module: torch.nn.Module, own: torch.Tensor) -> torch.Tensor:
         copy = self._kept.get(id(own))
         if copy is None:
             copy = own.detach().float()
@@ -183,19 +205,31 @@ class Widening:
                 self._kept[id(own)] = copy
                 self.left -= copy.nbytes
             else:
-                self._streamed[copy.untyped_storage().data_ptr()] = own.detach()
+                address = copy.untyped_storage().data_ptr()
+                self._streamed[address] = own.detach()
+                self._temporary.setdefault(id(module), []).append(address)
         return copy
 
     def _leave(self, module: torch.nn.Module, args: Any = None, output: Any = None) -> None:
-        for place, name, own in self._aside.pop(id(module), ()):
-            if isinstance(place[name], torch.Tensor):
-                self._streamed.pop(place[name].untyped_storage().data_ptr(), None)
+        if threading.get_ident() != self._thread:
+            return
+        for place, name, own in self._own[id(module)]:
             place[name] = own
+        for address in self._temporary.pop(id(module), ()):
+            self._streamed.pop(address, None)
 
     def _end(self) -> None:
         for module in self.modules:
             self._leave(module)
         self._kept.clear()
+
+
+def _is_lookup(module: torch.nn.Module) -> bool:
+    """Whether a module looks its first argument up in its weight: an embedding, or Gemma 3's, which scales the rows."""
+    kind = type(module)
+    return isinstance(module, torch.nn.Embedding) and (
+        kind.forward is torch.nn.Embedding.forward or kind.__name__.endswith("ScaledWordEmbedding")
+    )
 
 
 @contextlib.contextmanager
@@ -204,5 +238,5 @@ def computing(base: torch.nn.Module) -> Iterator[Widening | None]:
     if not is_widened(base):
         yield None
         return
-    with Widening(base, int(KEPT_SHARE * free_bytes(torch.device("cpu")))).installed() as widening:
+    with Widening(base, _budget()).installed() as widening:
         yield widening

@@ -23,6 +23,7 @@ from kedit_fast import distributed
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.fingerprint import difference
+from kedit_fast.models.widened import SWITCH
 from kedit_fast.statistics import checkpoint
 from kedit_fast.statistics.checkpoint import Progress
 from kedit_fast.statistics.collect import Job
@@ -195,6 +196,11 @@ def _plan(job: Job) -> dict[str, str]:
     }  # fmt: skip
 
 
+def _dtype_hint(name: str) -> str:
+    """What may be behind another dtype than before: a processor with or without units for 16 bits."""
+    return f"; {SWITCH}=native computes in the model's own dtype" if name == "dtype" else ""
+
+
 def _check_plan(folder: Path, progress: Progress, plan: Mapping[str, str]) -> None:
     path = checkpoint.path_of(folder)
     model = {name: progress.plan.get(name, "") for name in MODEL_FIELDS}
@@ -204,7 +210,7 @@ def _check_plan(folder: Path, progress: Progress, plan: Mapping[str, str]) -> No
         if name not in MODEL_FIELDS and progress.plan.get(name) != value:
             raise StatisticsError(
                 f"{path} was begun with {name} {progress.plan.get(name) or 'not set'}, not {value or 'not set'}: give "
-                "it again, or start anew with --overwrite"
+                f"it again, or start anew with --overwrite{_dtype_hint(name)}"
             )
 
 
@@ -224,7 +230,7 @@ def _done(folder: Path, job: Job, tolerate: bool) -> dict[int, _Done]:
         what = difference({name: metadata.get(name, "") for name in MODEL_FIELDS}, job.model)
         for name, value in {**job.asked, "dtype": job.dtype}.items():
             if not what and metadata.get(name, "") != value:
-                what = f"{name} ({metadata.get(name) or 'not set'} there, {value or 'not set'} here)"
+                what = f"{name} ({metadata.get(name) or 'not set'} there, {value or 'not set'} here{_dtype_hint(name)})"
         if not what and job.corpus.repeatable:
             if own.documents not in digests:
                 digests[own.documents] = job.reader.digest(own.documents)
