@@ -1,6 +1,6 @@
 """The command line: `kedit-fast demo | stats | edit | patch | plan | suggest | methods | backends`.
 
-Exit status: 0 done, 1 an error (one to three lines on stderr, nothing on stdout), 2 wrong options, 130 interrupted.
+Exit status: 0 done, 1 an error (a few lines on stderr, nothing on stdout), 2 wrong options, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -152,7 +152,6 @@ def edit(
     """Write facts into a model and save it."""
     from kedit_fast.editing.prompts import chat_format
     from kedit_fast.editing.requests import load_requests
-    from kedit_fast.editing.spacing import check_separator
     from kedit_fast.methods.hparams import make_hparams
     from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, STATE_FILE, load_config, load_model, run_edits, save_model
@@ -160,14 +159,13 @@ def edit(
     from kedit_fast.statistics.store import load_statistics
 
     recipe = find_recipe(method)
-    check_separator(target_separator)
     chatting = chat_options(chat, system, template, template_arg)
     if out is None and patch is None:
         raise MethodError("give --out for the edited model, --patch for its edits as a file, or both")
     if out is not None:
         check_new(out, overwrite, KeditError)
     if patch is not None:
-        check_file(patch)
+        check_file(patch, "--patch")
     records = load_requests(requests, on_error.value, recipe.needs_subject)
     overrides = _overrides(hparams, set_, layers, method)
     _name_unfollowed(hparams, dtype, None if batch_size else len(records))
@@ -246,13 +244,11 @@ def plan(
     from kedit_fast import demo as bundled
     from kedit_fast.editing.prompts import chat_format
     from kedit_fast.editing.requests import as_requests, load_requests
-    from kedit_fast.editing.spacing import check_separator
     from kedit_fast.methods.hparams import make_hparams
     from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, empty_model, load_config, load_model
     from kedit_fast.planning import plan as estimate
 
-    check_separator(target_separator)
     chatting = chat_options(chat, system, template, template_arg)
     overrides = _overrides(hparams, set_, layers, method)
     _name_unfollowed(hparams, dtype)
@@ -327,14 +323,12 @@ def suggest(
     """Try layers and lambda on a few requests, and print a configuration for --hparams."""
     from kedit_fast.editing.prompts import chat_format
     from kedit_fast.editing.requests import load_requests
-    from kedit_fast.editing.spacing import check_separator
     from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, load_config, load_model
     from kedit_fast.statistics.sources import open_texts
     from kedit_fast.statistics.store import load_statistics
     from kedit_fast.suggestion import suggest as sweep
 
-    check_separator(target_separator)
     chatting = chat_options(chat, system, template, template_arg)
     if out is not None:
         check_file(out)
@@ -488,14 +482,19 @@ def _name_unfollowed(hparams: Path | None, dtype: Dtype, one_batch: int | None =
 
     raw = read_raw(hparams) if hparams is not None else {}
     said = [f"{name}: true, and the model keeps the dtype of its files (--dtype float16 follows it)"
-            for name in ("half", "fp16") if raw.get(name) is True and dtype is Dtype.auto]  # fmt: skip
-    if raw.get("model_parallel") is True:
+            for name in ("half", "fp16") if _is_true(raw.get(name)) and dtype is Dtype.auto]  # fmt: skip
+    if _is_true(raw.get("model_parallel")):
         said.append("model_parallel: true, and the model is loaded on one device")
-    size = raw.get("batch_size")
-    if one_batch is not None and isinstance(size, int) and 1 < size < one_batch:
+    size = str(raw.get("batch_size", ""))
+    if one_batch is not None and size.isdigit() and 1 < int(size) < one_batch:
         said.append(f"batch_size: {size}, and all {one_batch} requests are one batch (--batch-size {size} follows it)")
     for what in said:
         notices.print(f"kedit-fast: {hparams} says {what}", markup=False)
+
+
+def _is_true(value: Any) -> bool:
+    """Whether a file says true, as a word or as a text."""
+    return str(value).lower() == "true"
 
 
 def _size(count: int) -> str:

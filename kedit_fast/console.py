@@ -1,6 +1,6 @@
 """What all commands share: how they print, fail, and read devices and layers.
 
-Exit status: 0 done, 1 an error (one to three lines on stderr, nothing on stdout), 2 wrong options, 130 interrupted.
+Exit status: 0 done, 1 an error (a few lines on stderr, nothing on stdout), 2 wrong options, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -26,8 +26,21 @@ notices = Console(stderr=True, highlight=False, soft_wrap=True)
 output = Console(highlight=False)
 
 
+def _checked_separator(value: str) -> str:
+    from kedit_fast.editing.spacing import check_separator
+
+    try:
+        return check_separator(value)
+    except KeditError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 SeparatorOption = Annotated[
-    str, typer.Option(help='between prompt and target of requests that say nothing: "auto" by the text, " " or ""')
+    str,
+    typer.Option(
+        help='between prompt and target of requests that say nothing: "auto" by the text, " " or ""',
+        callback=_checked_separator,
+    ),
 ]
 ChatOption = Annotated[bool, typer.Option("--chat", help="prompts as messages in the tokenizer's chat template")]
 SystemOption = Annotated[str | None, typer.Option(help="with --chat: the system message")]
@@ -61,7 +74,7 @@ MergeAdapter = Annotated[
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors into one to three lines and an exit status."""
+    """Turn errors into a few lines and an exit status."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -192,10 +205,10 @@ def _parsed(text: str) -> Any:
     return value if value is None or isinstance(value, bool | int | float) else text
 
 
-def check_file(path: Path) -> None:
-    """Raise KeditError when a new file cannot be made there."""
+def check_file(path: Path, option: str = "--out") -> None:
+    """Raise KeditError when a new file cannot be made there; `option` names it."""
     if path.exists():
-        raise KeditError(f"{path} exists: choose another --out")
+        raise KeditError(f"{path} exists: choose another {option}")
     if not os.access(path.absolute().parent, os.W_OK):
         raise KeditError(f"cannot write {path}: its folder is not there or read-only")
 

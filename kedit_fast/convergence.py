@@ -109,7 +109,8 @@ def convergence(
     if counts is not None and (not counts or sorted(set(counts)) != list(counts) or counts[0] < 1):
         raise StatisticsError(f"counts of tokens must grow; got {list(counts)}")
     store, prefixes = ValueFile(None), None
-    requests, skipped = rows_of(requests), {}
+    requests = rows_of(requests)
+    skipped: dict[int, str] = dict(getattr(requests, "skipped", {}))  # those that could not be read
     rows: list[Row] = []
     updates: list[dict[int, LowRankUpdate | None]] = []
     spaces: dict[int, torch.Tensor] = {}

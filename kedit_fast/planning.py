@@ -102,7 +102,7 @@ def plan(
     contexts = 1 + sum(count for _, count in numbers.context_template_length_params)
     empty = view.device.type == "meta"
     prepared: list[PreparedRequest] = []
-    skipped: dict[int, str] = {}
+    skipped: dict[int, str] = dict(getattr(requests, "skipped", {}))
     if not empty:
         rows = rows_of(requests)
         if not rows or tokenizer is None:

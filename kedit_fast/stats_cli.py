@@ -232,12 +232,10 @@ def converge(
     from kedit_fast import convergence
     from kedit_fast.editing.prompts import chat_format
     from kedit_fast.editing.requests import load_requests, skipped_records
-    from kedit_fast.editing.spacing import check_separator
     from kedit_fast.pipeline import DTYPES, load_model
     from kedit_fast.statistics.corpus import Corpus
     from kedit_fast.statistics.sources import open_texts
 
-    check_separator(target_separator)
     chatting = chat_options(chat, system, template, template_arg)
     table_path, picture_path = out / "convergence.csv", out / "convergence.png"
     if not overwrite and (table_path.exists() or picture_path.exists()):
@@ -301,6 +299,7 @@ def import_(
     trust: Annotated[
         bool, typer.Option("--trust", help="the files carry no fingerprint: take them for this model's")
     ] = False,
+    merge_adapter: MergeAdapter = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Take over statistics of memit, AlphaEdit or EasyEdit."""
@@ -310,7 +309,7 @@ def import_(
     if out.exists():
         raise KeditError(f"{out} exists: choose another --out")
     _make_folder(out.absolute().parent)
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, merge_adapter=merge_adapter)
     wanted = None if layers is None else parsed_layers(layers)
     kind = None if precision is None else precision.value
     found = load_statistics(source, loaded, tokenizer, wanted, trust=trust, samples=samples, precision=kind)

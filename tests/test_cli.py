@@ -550,7 +550,7 @@ def test_what_was_put_before_targets_is_reported(place, tmp_path):
         (0, " ", " violin"), (1, " ", " 北京"), (2, "", "in")]  # fmt: skip
     assert rows[0]["id"] == "a" and all(isinstance(token, int) for row in rows for token in row["target_tokens"])
     done = run(*args, "--out", tmp_path / "c", "--target-separator", "-")
-    assert done.returncode == 1 and "target_separator must be" in done.stderr and not (tmp_path / "c").exists()
+    assert done.returncode == 2 and "target_separator must be" in done.stderr and not (tmp_path / "c").exists()
 
 
 def test_chat_options_reach_the_template_and_its_message_the_user(place, tmp_path):

@@ -219,6 +219,47 @@ def test_a_run_of_edits_reports_no_success_when_a_hook_put_a_weight_back():
     assert torch.equal(linear.weight, kept)
 
 
+def test_a_hook_that_puts_a_rank_one_write_back_is_noticed_in_the_edit_itself():
+    model = make_model("llama")
+    linear = model.model.layers[1].mlp.down_proj
+    kept = linear.weight.detach().clone()
+
+    def put_back(module, args):
+        module.weight.data.copy_(kept)
+
+    linear.register_forward_pre_hook(put_back)
+    numbers = {**NUMBERS, "context_template_length_params": ()}
+    editor = Editor(model, make_tokenizer(), "rome", layers=[1], hparams=numbers)
+    with pytest.raises(EditError, match=r"layers\.1\.mlp\.down_proj\.weight was changed by something else"):
+        editor.edit([REQUEST])
+    assert torch.equal(linear.weight, kept) and not editor.ledger.batches
+
+
+def test_a_write_that_is_put_back_at_the_end_of_a_run_takes_the_whole_run_back(monkeypatch):
+    from kedit_fast import pipeline
+
+    model, armed, real = make_model("llama"), [], pipeline.evaluate
+    linear = model.model.layers[1].mlp.down_proj
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    kept = linear.weight.detach().clone()
+
+    def put_back(module, args):
+        if armed:
+            module.weight.data.copy_(kept)
+
+    linear.register_forward_pre_hook(put_back)
+
+    def measured(*args, **kwargs):
+        armed.append(True)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(pipeline, "evaluate", measured)
+    numbers = {**NUMBERS, "layers": (0, 1), "context_template_length_params": ()}
+    with pytest.raises(EditError, match="was changed by something else"):
+        run_edits(model, make_tokenizer(), [REQUEST], "memit", statistics=None, hparams=numbers)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("part", ("lm_head", "model.layers.1.mlp.down_proj", "model.layers.2"))
 def test_offloaded_heads_and_edited_layers_are_refused_by_name(part):
     accelerate = pytest.importorskip("accelerate")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import logging
+import threading
 import weakref
 
 import pytest
@@ -155,6 +158,72 @@ def test_an_embedding_with_a_padding_token_looks_up_the_batchs_rows_alone(kind, 
         found = table(torch.tensor([[5, 3, 5]]))
     near(found, copy.deepcopy(table).float()(torch.tensor([[5, 3, 5]])))
     assert table.padding_idx == 399 and table.weight.dtype == torch.bfloat16
+
+
+def test_an_embedding_that_takes_something_else_first_is_copied_whole(widening):
+    class Shifted(torch.nn.Embedding):
+        def forward(self, mask):  # as OPT's positions: ids made of a mask
+            return super().forward(mask.long().cumsum(1) + 1)
+
+    model = make_model("llama", torch.bfloat16)
+    model.model.positions = Shifted(9, 32).bfloat16()
+    with evaluating(ModelView(model)):
+        found = model.model.positions(torch.ones(1, 3))
+    near(found, copy.deepcopy(model.model.positions).float()(torch.ones(1, 3)))
+
+
+def test_another_thread_that_runs_the_model_meanwhile_cannot_damage_it(widening):
+    model = make_model("llama", torch.bfloat16)
+    own = dict(model.named_parameters())
+    ids, stop = torch.tensor([[5, 7, 9]]), threading.Event()
+
+    def others():
+        while not stop.is_set():
+            with contextlib.suppress(Exception):  # it may see copies, which the class documents
+                model(ids)
+
+    thread = threading.Thread(target=others)
+    thread.start()
+    try:
+        for _ in range(30):
+            with contextlib.suppress(Exception):
+                mean_nll(model, make_tokenizer(), TEXTS)
+    finally:
+        stop.set()
+        thread.join()
+    assert all(parameter is own[name] for name, parameter in model.named_parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("share", (0.3, 0.0))
+def test_no_activation_outlives_its_pass(widening, share, monkeypatch):
+    monkeypatch.setattr(widened, "KEPT_SHARE", share)
+    model = make_model("llama", torch.bfloat16)
+    prepared = prepare(make_tokenizer(), REQUESTS, PREFIXES, 128)
+    hparams, _ = make_hparams("memit", model.config, dict(layers=(1,), v_num_grad_steps=2))
+
+    def alive():
+        gc.collect()
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    counts = []
+    for _ in range(4):
+        optimise_values(ModelView(model), prepared, 1, "block", hparams)
+        batch_size.request_bytes(ModelView(model), prepared, [Site(1, "block")])
+        counts.append(alive())
+    assert counts[-1] == counts[-2]
+
+
+def test_easyedits_rows_are_those_of_the_model_in_fp32(widening):
+    from kedit_fast.integrations.easyedit_rows import easyedit_gradients
+
+    tokenizer, found = make_tokenizer(), []
+    for model in pair("llama"):
+        view, prepared = ModelView(model), prepare(tokenizer, REQUESTS, PREFIXES, 128)
+        rows = easyedit_gradients(view, tokenizer, prepared, [view.module_name(2)], answer=True, once=2)
+        found.append(rows.modules[view.module_name(2)])
+    near(found[0].keys, found[1].keys)
+    near(found[0].gradients, found[1].gradients)
 
 
 def test_it_is_said_once_and_only_where_it_happens(monkeypatch, caplog):
