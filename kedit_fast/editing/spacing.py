@@ -6,12 +6,16 @@ the target begins a word; nothing does
 - where the prompt is empty or ends with white space, or the target begins with it;
 - after scripts that do not separate words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan and others; Korean
   does), whatever the target's script: the prompt's last letter decides, past digits, punctuation, marks, and what a
-  bracket or a quotation encloses; and before such a script where the last word holds letters of one ("我喜欢Python");
+  bracket or a quotation encloses; and before such a script where the last word holds letters of one ("我喜欢Python").
+  A name in such a script at the end of words that spaces separate ("Who wrote 红楼梦?") does not decide for a target
+  of another script;
 - where the prompt ends in the middle of a word or expression: an opening bracket or quotation mark, wide punctuation,
-  a slash, a hyphen or operator that touches what is before it, an elided word's apostrophe ("l'"), a currency sign;
+  a slash, a hyphen or operator of any length that touches what is before it ("a->", but not "cheese ->"), stars that
+  open emphasis, an elided word's apostrophe ("l'"), a currency sign;
 - before a target that begins with anything but a letter or digit: `.path`, `(y)`, `, too`, an emoji, a combining mark.
   A quotation mark that opens, an inverted question mark and a currency sign before a digit begin a word as what they
-  stand before does; a bracket does not: `(y)` after code, and prose with a bracket says " " itself.
+  stand before does, and so does a sign before a digit ("-5 degrees") after a word of prose, a label or an operator
+  that stands free; a bracket does not: `(y)` after code, and prose with a bracket says " " itself.
 """
 
 # ruff: noqa: RUF001 - marks that look alike are what this module tells apart
@@ -37,6 +41,8 @@ _OPENERS = {
     "」": "「", "』": "『", "》": "《", "〉": "〈", "】": "【", "〕": "〔",
 }  # fmt: skip
 _LOW_OPENERS = {"“": "„", "‘": "‚", "«": "»", "‹": "›"}  # what these marks close where they do not open
+_OPERATORS = "=<>|^&!+*/%~?:"  # what operators are made of, beside dashes
+_SIGNS = "-−+~±∓≈"  # what may stand before a number
 _CONTRACTION = re.compile(r"['’](?:s|t|re|ve|ll|d|m)\b", re.IGNORECASE)
 
 
@@ -92,14 +98,35 @@ def _begins_word(prompt: str, target: str) -> bool:
         return "«" in rest and _begins_word("", rest)
     if unicodedata.category(first) == "Pi" or first in "„‚¿¡":
         return _begins_word("", rest)
+    if first in _SIGNS:
+        number = re.match(r"\.?\d", rest) or (unicodedata.category(rest[:1] or " ") == "Sc" and rest[1:2].isdigit())
+        return bool(number) and _takes_sign(prompt, first)
     return unicodedata.category(first) == "Sc" and unicodedata.category(rest[:1] or " ")[0] == "N"
+
+
+def _takes_sign(prompt: str, sign: str) -> bool:
+    """Whether a signed number after a prompt is a word of its own.
+
+    It is after a word of prose, a label ("Answer:") and an operator that stands free; not after a number, a variable or
+    other code, and "-" not after a name, which it may go on ("COVID-19").
+    """
+    word = prompt.split()[-1] if prompt else ""
+    core = word.strip("*:,;.!?…")
+    if not any(map(str.isalnum, core)):
+        return unicodedata.category(word[-1:] or " ") != "Pe"
+    letters = sum(map(_is_letter, core))
+    if letters < 2 or any(not _is_letter(c) and unicodedata.category(c) not in ("Mn", "Mc", "Pd") and c not in "'’"
+                          for c in core):  # fmt: skip
+        return False
+    return sign != "-" or core == core.lower() or not word.endswith(core)
 
 
 def _inside_word(prompt: str, target: str) -> bool:
     """Whether the end of a prompt, which is not white space, holds the next word to it."""
     last, before = prompt[-1], prompt[-2:-1]
     kind = unicodedata.category(last)
-    touching = bool(before) and not before.isspace()
+    left = _before_operator(prompt)
+    touching = bool(left) and not left[-1].isspace()
     digits = before.isdigit() and target[:1].isdigit()
     if kind[0] in "LN":
         return False
@@ -107,6 +134,8 @@ def _inside_word(prompt: str, target: str) -> bool:
         return _apostrophe_joins(prompt)
     if last in '"`' or kind in ("Pi", "Pf"):
         return _opens_quotation(prompt)
+    if last == "/" and left[-1:].isspace():  # 6 / 2, 7 // 2 and what follows a comment's sign, but cd /usr
+        return before != "/" and not (left.rstrip()[-1:].isdigit() and target[:1].isdigit())
     if kind in ("Ps", "Pc") or last in "¿¡@~\\/∕⁄":
         return True
     if unicodedata.east_asian_width(last) in "WF" and kind != "So":
@@ -116,13 +145,49 @@ def _inside_word(prompt: str, target: str) -> bool:
     if kind == "Sc":
         return not prompt[:-1].rstrip()[-1:].isdigit()
     if last == "*":
-        run = prompt.rstrip("*")
-        return not run or run[-1].isspace() or digits
+        power = "*" not in left and left[-1:].isdigit() and target[:1].isdigit()
+        return power or _opens_emphasis(prompt, target)
     if last in ".+":
         return digits
     if last == ":":
-        return before == ":"
+        return before == ":" and (touching or not left)
+    if last == "<" and not touching and re.search(r"(?:^|\n)\s*#\s*(?:include|include_next|import)\s*<$", prompt):
+        return True
+    if last == "<" and not touching and before != "<" and re.match(r"[^\s<>]+>", target):  # a tag
+        return True
     return touching and (kind == "Pd" or last in "=<>|^&")
+
+
+def _before_operator(prompt: str) -> str:
+    """A prompt without all of the operators and dashes at its end."""
+    end = len(prompt)
+    while end and (prompt[end - 1] in _OPERATORS or unicodedata.category(prompt[end - 1]) == "Pd"):
+        end -= 1
+    return prompt[:end]
+
+
+def _opens_emphasis(prompt: str, target: str) -> bool:
+    """Of a prompt that ends with stars: whether they hold what follows, as "**" before "bold" and "f(*" before "args".
+
+    Stars at a word's beginning do, unless they multiply: without stars in the target that close them, "**" between
+    numbers or variables, and "*" after a number, a variable, a closing bracket or what is no sentence (SELECT *).
+    """
+    left = prompt.rstrip("*")
+    text = left.rstrip()
+    if not text or unicodedata.category(left[-1]) in ("Ps", "Pi"):
+        return True
+    if not left[-1].isspace():
+        return False
+    stars = len(prompt) - len(left)
+    if "\n" in left[len(text) :] or re.match(rf"[^\s*](?:[^*]*[^\s*])?\*{{{stars}}}", target):
+        return True
+    word = text.split()[-1]
+    operand = word[-1].isdigit() or unicodedata.category(word[-1]) == "Pe" or (len(word) == 1 and word.isalnum())
+    if stars > 1:
+        return not (operand and (target[:1].isdigit() or re.match(r"\w\b", target)))
+    if operand or not word[-1].isalpha():
+        return not operand
+    return len(text.split()) > 1 and not word.isupper() and not re.search(r"[=;(){}\[\]]", text)
 
 
 def _apostrophe_joins(prompt: str) -> bool:
@@ -151,10 +216,31 @@ def _opens_quotation(prompt: str) -> bool:
 
 def _unspaced(prompt: str, target: str) -> bool:
     """Whether the prompt goes on without a space because of its script, or of the target's inside a mixed word."""
+    first = next((c for c in target if _is_letter(c) or c.isdigit()), "")
     if _is_unspaced(_last_letter(prompt)):
-        return True
+        return _is_unspaced(first) or not _ends_in_foreign_name(prompt)
     first = next(filter(_is_letter, target), "")
     return _is_unspaced(first) and any(map(_is_unspaced, prompt.split()[-1]))
+
+
+def _ends_in_foreign_name(prompt: str) -> bool:
+    """Of a prompt whose last letter is of an unspaced script: whether its sentence is of words that spaces separate.
+
+    It has at least two of these outside of brackets and quotations, more of them than words with unspaced letters, and
+    the last unspaced letters do not go on from a spaced one, as in "Harry Potter的作者是".
+    """
+    for closer, opener in _OPENERS.items():
+        if closer != "’":  # it is also an apostrophe
+            prompt = re.sub(f"{re.escape(opener)}[^{re.escape(closer)}]*{re.escape(closer)}", " ", prompt)
+    letters = [i for i, character in enumerate(prompt) if _is_unspaced(character)]
+    if not letters:
+        return False
+    end = letters[-1]
+    while end and (_is_unspaced(prompt[end]) or unicodedata.category(prompt[end])[0] == "M"):
+        end -= 1
+    unspaced = [any(map(_is_unspaced, word)) for word in prompt.split() if any(map(_is_letter, word))]
+    spaced = unspaced.count(False)
+    return not prompt[end].isalnum() and spaced > max(1, unspaced.count(True))
 
 
 def _last_letter(text: str) -> str:
