@@ -196,13 +196,21 @@ def chat_options(
 
 
 def _parsed(text: str) -> Any:
-    """true, false, null and numbers as such, also True, False and None; everything else as it stands."""
+    """true, false, null, numbers, lists and objects of JSON, also True, False and None; everything else as it stands.
+
+    Text that begins as a list or an object does is one in double quotes.
+    """
     plain = {"True": "true", "False": "false", "None": "null"}.get(text, text)
     try:
         value = json.loads(plain)
-    except ValueError:
+    except ValueError as error:
+        if text.startswith(("[", "{")):
+            raise typer.BadParameter(
+                f"--template-arg takes lists and objects as JSON, and text that begins like one in double quotes; "
+                f"got {text!r}: {error}"
+            ) from error
         return text
-    return value if value is None or isinstance(value, bool | int | float) else text
+    return text if isinstance(value, str) and not value.startswith(("[", "{")) else value
 
 
 def check_file(path: Path, option: str = "--out") -> None:

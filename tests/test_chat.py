@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import pytest
 from tiny_models import make_model, make_tokenizer
 from tokenizers import AddedToken
 
 from kedit_fast import Editor, EditRequest
-from kedit_fast.editing.prompts import chat_format, continuation, prepare
+from kedit_fast.editing.prompts import (
+    chat_format,
+    chat_markers,
+    continuation,
+    prepare,
+    separator_before,
+    special_tokens,
+)
 from kedit_fast.errors import RequestError
 from kedit_fast.evaluation.metrics import evaluate_each, score
 from kedit_fast.models.architectures import ModelView
@@ -150,3 +159,134 @@ def test_a_template_that_fails_on_one_request_names_it():
         editor.edit([REQUEST, river])
     result = editor.edit([REQUEST, river], "skip")
     assert "no rivers" in result.skipped[1] and result.requests == (REQUEST,)
+
+
+BRACES = {"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    "template, options",
+    (
+        (ROLES, {"system": "Fill the {} of {}."}),
+        (ROLES + "{}", {}),
+        ("{{ tools }}" + ROLES, {"tools": [BRACES]}),
+        ("{% for m in messages %}{{ m['content'] | tojson }}{% endfor %}", {}),
+    ),
+)
+def test_braces_that_are_not_the_prompts_own_stay_as_they_are(template, options):
+    tokenizer = chatting(template)
+    made = chat_format(tokenizer, **options)
+    for given in (made, lambda prompt: made(prompt)):
+        (prepared,) = prepare(tokenizer, [REQUEST], (), 512, given)
+        ids, _ = continuation(tokenizer, REQUEST.text, "violin", made)
+        assert prepared.rewriting[0].ids == tuple(ids)
+        assert made(REQUEST.text).count("{}") == tokenizer.decode(prepared.rewriting[0].ids).count("{}")
+        cut = tokenizer.decode(prepared.rewriting[0].cut().ids)
+        assert cut.endswith("Davis") or cut.endswith("Davis ")
+
+
+def test_a_format_that_looks_for_the_braces_finds_them_and_one_that_drops_them_is_refused():
+    tokenizer = make_tokenizer()
+    (prepared,) = prepare(tokenizer, [REQUEST], (), 128, lambda prompt: prompt[prompt.index("{}") :])
+    assert tokenizer.decode(prepared.rewriting[0].ids).startswith("Miles Davis plays")
+    with pytest.raises(RequestError, match=r"must keep the \{\} of '\{\} plays the' once; it made 'nothing'"):
+        prepare(tokenizer, [REQUEST], (), 128, lambda _: "nothing")
+
+
+@pytest.mark.parametrize(
+    "template, said",
+    (
+        ("{% if thinking is defined and not thinking %}</think>{% else %}<think>{% endif %}", "thinking=false"),
+        ("{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}", "enable_thinking=false"),
+        ("{% if thinking %}<think>{% else %}</think>{% endif %}", ""),  # without it there are no thoughts already
+        ("{{ messages[0].thinking }}", ""),  # a message's thoughts, not a switch
+    ),
+)
+def test_the_warning_names_the_thinking_switch_that_would_change_the_prompt(template, said, caplog):
+    logging.getLogger("kedit_fast").propagate = True
+    made = chat_format(chatting(ROLES + template))
+    assert ("; " + said in caplog.text) if said else not caplog.text, caplog.text
+    if said:
+        caplog.clear()
+        name = said.partition("=")[0]
+        assert chat_format(made.tokenizer, **{name: False})("Hi") != made("Hi") and not caplog.text
+
+
+def counting(monkeypatch, tokenizer):
+    """How often the added vocabulary of a kind of tokenizer is read, as a growing list."""
+    kind, reads = type(tokenizer), []
+    monkeypatch.setattr(kind, "added_tokens_decoder", property(
+        lambda self: reads.append(1) or self.backend_tokenizer.get_added_tokens_decoder()))  # fmt: skip
+    return reads
+
+
+def test_the_added_vocabulary_is_read_once_for_many_prompts_and_again_after_tokens_are_added(monkeypatch):
+    tokenizer = chatting(None, *(f"<extra_{i}>" for i in range(50)))
+    reads = counting(monkeypatch, tokenizer)
+    prepare(tokenizer, [REQUEST] * 5, ("Then. ",), 128)
+    for _ in range(20):
+        continuation(tokenizer, REQUEST.text, "violin")
+    assert len(reads) == 1
+    assert separator_before(tokenizer, "Hi [USER]", "there") == " "
+    tokenizer.add_tokens([AddedToken("[USER]", special=False)])
+    assert separator_before(tokenizer, "Hi [USER]", "there") == ""
+    assert "[USER]" in chat_markers(tokenizer).values() and "[USER]" not in special_tokens(tokenizer).values()
+    assert len(reads) == 2
+    word = tokenizer.convert_ids_to_tokens(300)  # a token of the vocabulary that becomes special
+    tokenizer.add_special_tokens({"eos_token": word})
+    assert special_tokens(tokenizer)[300] == word and len(reads) == 3
+
+
+def test_what_was_read_of_a_tokenizer_does_not_keep_it():
+    tokenizer = make_tokenizer()
+    assert special_tokens(tokenizer)
+    gone = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert gone() is None
+
+
+class Wrapped:
+    """A tokenizer around another."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, *args, **kwargs):
+        return self.inner(*args, **kwargs)
+
+    def __len__(self):
+        return len(self.inner)
+
+
+def slotted(inner):
+    """A tokenizer without weak references."""
+
+    class Slotted:
+        __slots__ = ("inner",)
+        __init__, __getattr__, __call__, __len__ = (
+            Wrapped.__init__, Wrapped.__getattr__, Wrapped.__call__, Wrapped.__len__
+        )  # fmt: skip
+
+    return Slotted(inner)
+
+
+def unhashable(inner):
+    class Unhashable(Wrapped):
+        __hash__ = None
+
+    return Unhashable(inner)
+
+
+@pytest.mark.parametrize("wrap", (Wrapped, slotted, unhashable))
+def test_tokenizers_without_a_hash_or_weak_references_work_too(wrap):
+    inner = chatting(None, "[USER]")
+    tokenizer = wrap(inner)
+    (prepared,) = prepare(tokenizer, [REQUEST], ("Then. ",), 128)
+    assert prepared == prepare(inner, [REQUEST], ("Then. ",), 128)[0]
+    assert separator_before(tokenizer, "Hi [USER]", "there") == ""
+    inner.add_tokens([AddedToken("[TOOL]", special=False)])
+    assert separator_before(tokenizer, "Hi [TOOL]", "there") == ""

@@ -559,6 +559,7 @@ def test_chat_options_reach_the_template_and_its_message_the_user(place, tmp_pat
     picky = (
         "{% if messages[0]['role'] != 'system' %}{{ raise_exception('say who you are') }}{% endif %}"
         "{{ messages[0]['content'] }} {{ messages[1]['content'] }}{{ ' no' if not wise else '' }}{{ ' ' ~ depth }}:"
+        "{{ depths | sum ~ marks.end ~ mood }}"
     )
     model = shutil.copytree(place / "model", tmp_path / "model")
     tokenizer = make_tokenizer()
@@ -570,6 +571,8 @@ def test_chat_options_reach_the_template_and_its_message_the_user(place, tmp_pat
     for options, status, message in (
         (("--system", "x"), 2, "--chat"),
         ((*chat, "--template-arg", "wise"), 2, "key=value"),
+        ((*chat, "--template-arg", "depths=[1"), 2, "lists and objects as JSON"),
+        ((*chat, "--template-arg", "marks={'end': 1}"), 2, "lists and objects as JSON"),
         (chat, 1, "say who you are"),
         (("--chat", "--template", "other"), 1, "choose one of 'default', 'picky'"),
         ((*chat, "--system", "x", "--template-arg", "tall=1"), 1, "reads no 'tall'"),
@@ -584,7 +587,8 @@ def test_chat_options_reach_the_template_and_its_message_the_user(place, tmp_pat
         raise KeditError("enough")
 
     options = (*chat, "--system", "Be brief.", "--template-arg", "wise=true", "--template-arg", "depth=3",
-               "--target-separator", "")  # fmt: skip
+               "--template-arg", "depths=[1, 2]", "--template-arg", 'marks={"end": "."}', "--template-arg",
+               'mood="[x]"', "--target-separator", "")  # fmt: skip
     requests = ("--requests", place / "requests.json")
     with pytest.MonkeyPatch.context() as patched:
         for module, name in ((pipeline, "run_edits"), (planning, "plan"), (suggestion, "suggest"),
@@ -594,7 +598,7 @@ def test_chat_options_reach_the_template_and_its_message_the_user(place, tmp_pat
         run("plan", model, *requests, "--edits", 2, *options)
         run("suggest", model, *requests, "--stats", place / "stats", *options)
         run("stats", "converge", model, *requests, "--text", place / "text.txt", "--out", tmp_path / "conv", *options)
-    assert seen == [("Be brief. Hi 3:", "")] * 4
+    assert seen == [("Be brief. Hi 3:3.[x]", "")] * 4
 
 
 PLANNED = {"weights", "originals and masters", "statistics and factors", "factors of the updates", "key memory", "keys",

@@ -6,9 +6,12 @@ import inspect
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AnySet
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -22,8 +25,10 @@ from kedit_fast.torch_state import plain_torch
 _log = logging.getLogger("kedit_fast")
 _STARTS = ("The", "Therefore", "Because", "I", "You")  # what prefixes are grown from, as published
 KL_PROMPT = "{} is a"
-PromptFormat = Callable[[str], str]  # from a prompt, which may hold {}, to the text that the model reads
+PromptFormat = Callable[[str], str]  # from a prompt, which may hold a place for its subject, to what the model reads
 _ANCHORS = ("\n", ":", "。")  # texts that rarely join the tokens of what follows
+_PLACE = "\ue000\ue001\ue000"  # private characters that stand for a prompt's {} in a format, which may hold {} itself
+_THINKING = ("enable_thinking", "thinking")  # what chat templates call their thinking switch
 _PROBE, _ANSWER = "Where is it?", "Here."  # a question and an answer that show what a chat template does
 
 
@@ -78,12 +83,18 @@ def fill(
 
 def in_format(template: str, subject: str, prompt_format: PromptFormat | None) -> tuple[str, int]:
     """A template in the caller's format with its subject, and where the subject begins."""
-    framed = template if prompt_format is None else prompt_format(template)
-    subject = subject if prompt_format is None else subject.strip()  # as templates do with the whole message
-    if framed.count("{}") != 1:
-        raise RequestError(f"the prompt format must keep the {{}} of {template!r} once; it made {framed!r}")
-    begin = framed.index("{}")
-    return framed[:begin] + subject + framed[begin + 2 :], begin
+    if prompt_format is None:
+        prompt_format, places = str, ("{}",)
+    else:
+        subject = subject.strip()  # as templates do with the whole message
+        places = (_PLACE, "{}") if isinstance(prompt_format, ChatFormat) else ("{}", _PLACE)
+    for place in places:
+        framed = prompt_format(template.replace("{}", place))
+        if framed.count(place) == 1:
+            before, _, after = framed.partition(place)
+            return before + subject + after, len(before)
+    shown = prompt_format(template)
+    raise RequestError(f"the prompt format must keep the {{}} of {template!r} once; it made {shown!r}")
 
 
 @dataclass(frozen=True)
@@ -147,11 +158,12 @@ def chat_format(tokenizer: Any, system: str | None = None, template: str | None 
     prompt = made.rendered(_PROBE)
     if system is not None and system.strip() not in prompt:
         raise RequestError("the chat template leaves the system message out: put its text into the prompts")
-    if "enable_thinking" in source and "enable_thinking" not in arguments:
-        _log.warning(
-            "the chat template has a thinking switch: as it stands, targets are written where thoughts may begin; "
-            "enable_thinking=false (--template-arg) puts them after"
-        )
+    for name in _THINKING:
+        if name not in arguments and re.search(rf"\b{name}\b", source) and _changes(made, prompt, name):
+            _log.warning(
+                "the chat template has a thinking switch: as it stands, targets are written where thoughts may begin; "
+                "%s=false (--template-arg) puts them after", name,
+            )  # fmt: skip
     try:
         answered = made.rendered(_PROBE, _ANSWER)
     except RequestError:
@@ -159,6 +171,14 @@ def chat_format(tokenizer: Any, system: str | None = None, template: str | None 
     between = answered[len(prompt) :].partition(_ANSWER)[0]
     tells = answered.startswith(prompt) and _ANSWER in answered[len(prompt) :] and not between.strip()
     return replace(made, separator=between) if tells else made
+
+
+def _changes(made: ChatFormat, prompt: str, name: str) -> bool:
+    """Whether a format writes the probe's `prompt` in another way where the argument `name` is false."""
+    try:
+        return replace(made, arguments={**made.arguments, name: False}).rendered(_PROBE) != prompt
+    except RequestError:
+        return False
 
 
 def _template_source(tokenizer: Any, name: str | None) -> str:
@@ -197,20 +217,77 @@ def added_tokens(tokenizer: Any) -> dict[int, Any]:
     return dict(added) if isinstance(added, Mapping) else {}
 
 
-def special_tokens(tokenizer: Any) -> dict[int, str]:
-    """Every special token by id: the named ones and those added as special."""
-    if not hasattr(tokenizer, "all_special_ids"):  # mistral-common's before transformers 5
+@dataclass(frozen=True)
+class _Known:
+    """What a vocabulary says of its tokens that are no words; without a reference to the tokenizer."""
+
+    special: Mapping[int, str]
+    markers: Mapping[int, str]
+    closing: AnySet[int]  # the special tokens that may be put after a text
+    special_ends: Mapping[str, tuple[str, ...]]  # texts of special tokens, by their last character
+    marker_ends: Mapping[str, tuple[str, ...]]
+
+
+# What was read of tokenizers, with the state it was read in; an entry goes with its tokenizer.
+_READ: WeakKeyDictionary[Any, tuple[Any, _Known]] = WeakKeyDictionary()
+
+
+def _known(tokenizer: Any) -> _Known:
+    """What a tokenizer says of its tokens, read again only after tokens were added or special tokens changed.
+
+    Reading takes milliseconds where thousands of tokens are added. A token of the vocabulary itself that is declared
+    an added one later, without being special, does not change what is looked at here: the vocabulary's size, the
+    special tokens and the unknown one.
+    """
+    try:
+        state = (len(tokenizer), tuple(tokenizer.all_special_tokens), _unknown_id(tokenizer))
+        read = _READ.get(tokenizer)
+    except (TypeError, AttributeError, NotImplementedError):  # no length, no list, no hash or no weak references
+        return _read_known(tokenizer)
+    if read is None or read[0] != state:
+        read = (state, _read_known(tokenizer))
+        _READ[tokenizer] = read
+    return read[1]
+
+
+def _read_known(tokenizer: Any) -> _Known:
+    added = added_tokens(tokenizer)
+    if hasattr(tokenizer, "all_special_ids"):
+        special = {i: token.content for i, token in added.items() if token.special}
+        special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    else:  # mistral-common's before transformers 5
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
         named = {getattr(tokenizer, f"{name}_id", None): getattr(tokenizer, name, None) for name in names}
-        return {i: token for i, token in named.items() if i is not None and token is not None}
-    added = {i: token.content for i, token in added_tokens(tokenizer).items() if token.special}
-    return {**added, **dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))}
+        special = {i: token for i, token in named.items() if i is not None and token is not None}
+    marking = {i: token.content for i, token in added.items() if _looks_like_marker(token.content)}
+    markers = {i: token for i, token in {**marking, **special}.items() if token}
+    return _Known(
+        MappingProxyType(special), MappingProxyType(markers), frozenset(special) - {_unknown_id(tokenizer)},
+        _by_last_character(special.values()), _by_last_character(markers.values()),
+    )  # fmt: skip
 
 
-def chat_markers(tokenizer: Any) -> dict[int, str]:
+def _by_last_character(tokens: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, list[str]] = {}
+    for token in tokens:
+        if token:
+            found.setdefault(token[-1], []).append(token)
+    return {character: tuple(ending) for character, ending in found.items()}
+
+
+def _ends_with(text: str, tokens: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether a text ends with one of the tokens that are given by their last character."""
+    return text.endswith(tokens.get(text[-1:], ()))
+
+
+def special_tokens(tokenizer: Any) -> Mapping[int, str]:
+    """Every special token by id: the named ones and those added as special."""
+    return _known(tokenizer).special
+
+
+def chat_markers(tokenizer: Any) -> Mapping[int, str]:
     """Special tokens and, flagged or not, added ones between brackets or signs, as `<|user|>`: no word of a text."""
-    added = {i: token.content for i, token in added_tokens(tokenizer).items() if _looks_like_marker(token.content)}
-    return {i: token for i, token in {**added, **special_tokens(tokenizer)}.items() if token}
+    return _known(tokenizer).markers
 
 
 def _looks_like_marker(token: str) -> bool:
@@ -263,7 +340,7 @@ def separator_before(
     if asked == AUTO and not prompt[-1:].isspace() and not target[:1].isspace():
         if isinstance(prompt_format, ChatFormat) and prompt_format.separator is not None:
             return prompt_format.separator
-        if prompt.endswith(tuple(chat_markers(tokenizer).values())):
+        if _ends_with(prompt, _known(tokenizer).marker_ends):
             return ""
     return separator(prompt, target, asked)
 
@@ -277,12 +354,13 @@ def target_tokens(
     the tokenizer would put before a separate text can enter. With `special` the tokenizer adds its special tokens, as
     it does to the prompt.
     """
-    known = special_tokens(tokenizer)
+    tokens = _known(tokenizer)
+    known = tokens.special
     unknown = _unknown_id(tokenizer)
     joined = prompt + (separator_before(tokenizer, prompt, target) if between is None else between) + target
     base = list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
-    if not prompt.endswith(tuple(token for token in known.values() if token)):
-        base = open_ended(tokenizer, base, special=set(known) - {unknown})
+    if not _ends_with(prompt, tokens.special_ends):
+        base = open_ended(tokenizer, base, special=tokens.closing)
     full = list(tokenizer(joined, add_special_tokens=special)["input_ids"])
     while full and full[-1] in known and not joined.rstrip().endswith(tokenizer.decode(full[-1:]).strip()):
         if full[-1] == unknown:
@@ -294,7 +372,7 @@ def target_tokens(
         ids = _tokens_apart(tokenizer, joined[len(prompt) :])
     if unknown is not None and unknown in ids:
         raise RequestError(f"the tokenizer has no tokens for a part of the target {target!r}")
-    if set(known) & set(ids):
+    if any(token in known for token in ids):
         raise RequestError(f"the target {target!r} holds a special token")
     if not ids or not tokenizer.decode(ids).strip():
         raise RequestError(f"the target {target!r} has no tokens")
@@ -441,7 +519,7 @@ def asked_separator(request: EditRequest, default: str) -> str:
     return default if request.target_separator == AUTO else request.target_separator
 
 
-def open_ended(tokenizer: Any, ids: Sequence[int], keep: int = 0, special: set[int] | None = None) -> list[int]:
+def open_ended(tokenizer: Any, ids: Sequence[int], keep: int = 0, special: AnySet[int] | None = None) -> list[int]:
     """Token ids without the special tokens a tokenizer adds after a text, where something is to follow.
 
     The first `keep` ids stay whatever they are. `special` is what `_closing` gives, where it is at hand.
@@ -452,12 +530,12 @@ def open_ended(tokenizer: Any, ids: Sequence[int], keep: int = 0, special: set[i
     return list(ids[:end])
 
 
-def _closing(tokenizer: Any) -> set[int]:
+def _closing(tokenizer: Any) -> AnySet[int]:
     """The special tokens that a tokenizer may put after a text; what it does not know is text."""
-    return set(special_tokens(tokenizer)) - {_unknown_id(tokenizer)}
+    return _known(tokenizer).closing
 
 
-def _without_end(tokenizer: Any, prompt: Prompt, special: set[int]) -> Prompt:
+def _without_end(tokenizer: Any, prompt: Prompt, special: AnySet[int]) -> Prompt:
     return Prompt(tuple(open_ended(tokenizer, prompt.ids, prompt.lookup + 1, special)), prompt.lookup)
 
 
