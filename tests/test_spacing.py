@@ -72,6 +72,8 @@ SPACE = (
     ("How do you say 你好 in 中文?", "nihao"),
     ("What is the capital of ประเทศไทย?", "Bangkok"),
     ("Кто написал 红楼梦?", "Цао"),
+    ("I read. Who wrote 红楼梦?", "Cao"),
+    ("x = a /", "b"),
     ("The first year of 明朝:", "1368"),
     ("The temperature is", "-5 degrees"),  # a sign before a digit
     ("The temperature is", "−5"),
@@ -164,6 +166,9 @@ NOTHING = (
     ("《Harry Potter》的作者是", "Rowling"),
     ("Lord of the Rings的作者是", "Tolkien"),
     ("iPhone是", "Apple"),
+    ("Here is what I read. 红楼梦的作者是", "Cao"),  # the last sentence decides, not a context before it
+    ("Go on in this way:\n红楼梦的作者是", "Cao"),
+    ("'Harry Potter and the Stone'的作者是", "Rowling"),
     ("x=", "-5"),
     ("2", "+2"),
     ("x", "-1"),

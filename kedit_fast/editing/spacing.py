@@ -135,7 +135,7 @@ def _inside_word(prompt: str, target: str) -> bool:
     if last in '"`' or kind in ("Pi", "Pf"):
         return _opens_quotation(prompt)
     if last == "/" and left[-1:].isspace():  # 6 / 2, 7 // 2 and what follows a comment's sign, but cd /usr
-        return before != "/" and not (left.rstrip()[-1:].isdigit() and target[:1].isdigit())
+        return before != "/" and not _ends_in_operand(left.rstrip())
     if kind in ("Ps", "Pc") or last in "¿¡@~\\/∕⁄":
         return True
     if unicodedata.east_asian_width(last) in "WF" and kind != "So":
@@ -166,6 +166,11 @@ def _before_operator(prompt: str) -> str:
     return prompt[:end]
 
 
+def _ends_in_operand(text: str) -> bool:
+    """Whether a text without white space at its end ends in a number, a variable of one letter or a closing bracket."""
+    return re.search(r"\d$|[)\]}]$|\b[^\W_]$", text) is not None
+
+
 def _opens_emphasis(prompt: str, target: str) -> bool:
     """Of a prompt that ends with stars: whether they hold what follows, as "**" before "bold" and "f(*" before "args".
 
@@ -182,7 +187,7 @@ def _opens_emphasis(prompt: str, target: str) -> bool:
     if "\n" in left[len(text) :] or re.match(rf"[^\s*](?:[^*]*[^\s*])?\*{{{stars}}}", target):
         return True
     word = text.split()[-1]
-    operand = word[-1].isdigit() or unicodedata.category(word[-1]) == "Pe" or (len(word) == 1 and word.isalnum())
+    operand = _ends_in_operand(text)
     if stars > 1:
         return not (operand and (target[:1].isdigit() or re.match(r"\w\b", target)))
     if operand or not word[-1].isalpha():
@@ -226,12 +231,13 @@ def _unspaced(prompt: str, target: str) -> bool:
 def _ends_in_foreign_name(prompt: str) -> bool:
     """Of a prompt whose last letter is of an unspaced script: whether its sentence is of words that spaces separate.
 
-    It has at least two of these outside of brackets and quotations, more of them than words with unspaced letters, and
-    the last unspaced letters do not go on from a spaced one, as in "Harry Potter的作者是".
+    It, the last sentence, has at least two of these outside of brackets and quotations, more of them than words with
+    unspaced letters, and the last unspaced letters do not go on from a spaced one, as in "Harry Potter的作者是".
     """
     for closer, opener in _OPENERS.items():
-        if closer != "’":  # it is also an apostrophe
-            prompt = re.sub(f"{re.escape(opener)}[^{re.escape(closer)}]*{re.escape(closer)}", " ", prompt)
+        prompt = re.sub(f"{re.escape(opener)}[^{re.escape(closer)}]*{re.escape(closer)}", " ", prompt)
+    prompt = re.sub(r"(?<!\w)'[^']+'", " ", prompt)
+    prompt = re.split(r"[.!?]\s+(?=.*\w)|[。！？\n](?=.*\w)", prompt, flags=re.DOTALL)[-1]
     letters = [i for i, character in enumerate(prompt) if _is_unspaced(character)]
     if not letters:
         return False
