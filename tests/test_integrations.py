@@ -368,6 +368,22 @@ def test_scripts_may_hang_things_on_hyper_parameters_and_ultraedit_needs_no_subj
         easyedit.apply_memit_to_model(model, make_tokenizer(), records, hparams_of("MEMIT"), statistics=statistics)
 
 
+def test_prompts_without_a_subject_are_edited_as_they_stand(statistics):
+    """No word of them becomes a subject, and no {} is lost: one that is text is refused, or stands in a subject."""
+    model, tok, code = make_model("llama"), make_tokenizer(), 'print("{}".format(x)) prints'
+    before = state(model)
+    with pytest.raises(RequestError, match=r"no 'subject'.*for the \{\} of its prompt.*where \{\} is text, write"):
+        easyedit.apply_ultraedit_to_model(model, tok, [{"prompt": code, "target_new": "x"}], hparams_of("ULTRAEDIT"))
+    assert same(state(model), before)
+    records = [{"prompt": "What does Davis play?", "target_new": "violin"},
+               {"prompt": code, "subject": "{}", "target_new": "violin"},
+               {"prompt": "Davis and Davis play", "subject": "Davis", "target_new": "violin"}]  # fmt: skip
+    easyedit.apply_ultraedit_to_model(model, tok, records, hparams_of("ULTRAEDIT"))
+    written = runs.kept_by(model).editor._written[1]
+    assert [request.text for request in written] == [record["prompt"] for record in records]
+    assert [request.subject for request in written] == [None, "{}", None]
+
+
 def test_a_model_that_was_cast_starts_anew(statistics):
     model, tok, hparams = make_model("llama"), make_tokenizer(), hparams_of("MEMIT")
     easyedit.apply_memit_to_model(model, tok, [asked(REQUESTS[0])], hparams, statistics=statistics)

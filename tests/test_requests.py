@@ -463,3 +463,16 @@ def test_a_subject_that_is_not_there_is_only_counted():
     with pytest.raises(RequestError) as caught:
         parse_request({**GOOD, "prompt": "Tagus is in"})
     assert str(caught.value).endswith("put {} where it is meant")
+
+
+@pytest.mark.parametrize("prompt", ('print("{}".format(x)) prints', 'print("{} \u00fc {}".format(x, y)) prints', "{}"))
+def test_a_brace_pair_that_is_text_is_the_named_reason_and_the_named_cure_keeps_it(prompt):
+    record = {"prompt": prompt, "target_new": "x"}
+    for need in (None, False):
+        with pytest.raises(RequestError, match=r"no 'subject'.* for the \{\} of its prompt.*where \{\} is text") as caught:
+            parse_request(record, need_subject=need)
+    with pytest.raises(RequestError, match=r"where \{\} is text, write"):
+        EditRequest(prompt, None, "x")
+    cure = json.loads("{" + str(caught.value).rpartition(", write ")[2] + "}")
+    request = parse_request({**record, **cure}, need_subject=False)
+    assert request.text == prompt and request.prompt.count("{}") == 1

@@ -27,7 +27,8 @@ _log = logging.getLogger("kedit_fast")
 class EditRequest:
     """One fact to write: after the edit, `prompt` with `subject` should be continued by `target_new`.
 
-    A request without a subject is a prompt as it stands, without {}: for UltraEdit, which looks at whole prompts.
+    A request without a subject is a prompt as it stands, without {}: for UltraEdit, which looks at whole prompts. A {}
+    that is text stands in a subject: prompt 'print("{}")' with subject "{}".
     """
 
     prompt: str  # with one {} where the subject stands
@@ -68,7 +69,7 @@ class EditRequest:
             raise RequestError(f"{where}{error}") from None
         count = self.prompt.count("{}")
         if self.subject is None and count:
-            raise RequestError(f"{where}has no 'subject' for the {{}} of its prompt {self.prompt!r}")
+            raise RequestError(f"{where}has no 'subject' for the {{}} of its prompt {self.prompt!r}: {_as_text(self.prompt)}")
         if self.subject is not None and count != 1:
             raise RequestError(f"{where}prompt must contain {{}} once, where the subject stands; got {self.prompt!r}")
 
@@ -306,7 +307,7 @@ def parse_request(
     if bare and (need_subject or placed):
         missing.insert(len(missing) and missing[0] == "prompt", "subject")
     if missing:
-        raise RequestError(_missing(record, missing, where, own))
+        raise RequestError(_missing(record, missing, where, own, prompt))
     if isinstance(prompt, str) and isinstance(subject, str) and not bare and not placed:
         count = prompt.count(subject)
         if count != 1 and need_subject is False:
@@ -330,11 +331,20 @@ def parse_request(
     return request
 
 
-def _missing(record: Mapping[str, Any], missing: list[str], where: str, notes: Notes) -> str:
+def _as_text(prompt: str) -> str:
+    """What to do about the {} of a prompt without a subject: the parts of a record in which they are text."""
+    begin, end = prompt.index("{}"), prompt.rindex("{}") + 2
+    whole = prompt[:begin] + "{}" + prompt[end:]
+    record = f'"prompt": {json.dumps(whole, ensure_ascii=False)}, "subject": {json.dumps(prompt[begin:end], ensure_ascii=False)}'
+    return f"say what stands there, or, where {{}} is text, write {record}"
+
+
+def _missing(record: Mapping[str, Any], missing: list[str], where: str, notes: Notes, prompt: Any) -> str:
     names = ", ".join(f"{name}{notes.hint(name)}" for name in list(record)[:12])
     text = f"{where} has no {', '.join(map(repr, missing))}; it has {names or 'nothing in it'}"
-    if missing == ["subject"] and "{}" not in str(record.get("prompt")):
-        text += ": of all methods ultraedit alone needs none"
+    if missing == ["subject"]:
+        needs = isinstance(prompt, str) and "{}" in prompt
+        text += f" for the {{}} of its prompt {prompt!r}: {_as_text(prompt)}" if needs else ": of all methods ultraedit alone needs none"
     if any(name in record for name in ("edit", "edits")):
         text += ": make a record of prompt, subject and target_new of each edit"
     return text

@@ -221,8 +221,7 @@ def function(
 @plain_torch(leave_inference_mode=False)
 def edit(run: Run, requests: Sequence[Mapping[str, Any]]) -> EditResult:
     """Write a batch, and remember the state it leaves."""
-    subjects = run.editor.recipe.values != "gradients"
-    result = run.editor.edit([_record(request, subjects) for request in requests])
+    result = run.editor.edit([_record(request) for request in requests])
     try:
         run.editor.finish()  # PRUNE: after every call, since no call is known to be the last
     except BaseException:
@@ -234,21 +233,10 @@ def edit(run: Run, requests: Sequence[Mapping[str, Any]]) -> EditResult:
     return result
 
 
-def _record(request: Mapping[str, Any], subjects: bool) -> dict[str, Any]:
-    """A framework's request as one of ours: its `case_id` names it.
-
-    Where a method looks at the whole prompt, as UltraEdit, the frameworks need no subject: the last word stands for it.
-    """
+def _record(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A framework's request as one of ours: its `case_id` names it."""
     found = {n: request[n] for n in ("prompt", "subject", "target_new", "target_separator") if n in request}
-    found |= {"id": request["case_id"]} if "case_id" in request else {}
-    prompt, subject = found.get("prompt"), found.get("subject")
-    if not subjects and isinstance(prompt, str) and prompt.split():
-        whole = prompt.replace("{}", str(subject)) if subject else prompt
-        word = whole.split()[-1]
-        begin = whole.rindex(word)
-        escaped = whole[:begin].replace("{}", "")
-        found |= {"prompt": escaped + "{}" + whole[begin + len(word) :], "subject": word}
-    return found
+    return found | ({"id": request["case_id"]} if "case_id" in request else {})
 
 
 @plain_torch(leave_inference_mode=False)
