@@ -23,7 +23,8 @@ from kedit_fast.editing.prompts import (
     generate_prefixes,
     prepare_each,
 )
-from kedit_fast.editing.requests import EditRequest, RequestList, as_requests, require_none, rows_of
+from kedit_fast.editing.record_fields import Notes
+from kedit_fast.editing.requests import FIELDS, EditRequest, RequestList, as_requests, require_none, rows_of
 from kedit_fast.editing.shared_values import flush_store, optimise_shared
 from kedit_fast.editing.spacing import AUTO, check_separator
 from kedit_fast.editing.value_store import ValueStore, bits_hash, open_values
@@ -150,6 +151,7 @@ class Editor:
         self.ledger = Ledger()
         self._finished: set[int] = set()  # numbers of batches that are a method's final step
         self._written: dict[int, tuple[EditRequest, ...]] = {}  # by batch
+        self._notes = Notes(FIELDS)  # of records' fields, so that each is named once
         self.seed = seed
         self.progress = progress
         self.gradients = answer_gradients  # what gathers UltraEdit's keys and gradients
@@ -325,7 +327,7 @@ class Editor:
         if all(isinstance(row, PreparedRequest) for row in rows):
             return rows, {}
         known = set(rows.skipped) if isinstance(rows, RequestList) and rows.intact() else set()  # when it was read
-        read = as_requests(rows, "skip", self.recipe.needs_subject)
+        read = as_requests(rows, "skip", self.recipe.needs_subject, self._notes)
         parsed = dict(zip(read.places, read, strict=True))
         prepared, unusable = prepare_each(
             self.tokenizer, parsed, self.prefixes, self.view.max_length, self.prompt_format,

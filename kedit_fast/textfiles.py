@@ -16,6 +16,7 @@ from typing import Any
 
 LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}
+DELIMITERS = (*TABLES.values(), ";", "|")  # that tables are found with
 RECORDS = (".json", *LINES, *TABLES)
 STDIN = "-"
 GZIP = b"\x1f\x8b"  # how such a file begins
@@ -128,7 +129,7 @@ def read_records(
     if not text.strip():
         raise error(f"{path} is empty: it holds no records")
     if suffix in TABLES:
-        return list(_table(text, path, TABLES[suffix], error))
+        return list(_table(text, path, TABLES[suffix], error, is_record))
     if suffix in LINES and not text.lstrip().startswith("["):
         return list(_lines(text, path))
     try:
@@ -163,8 +164,21 @@ def _lines(text: str, path: str | os.PathLike) -> Iterator[Row]:
         yield Row(f"{path}, record {number}" + ("" if number == line_number else f" (line {line_number})"), value)
 
 
-def _table(text: str, path: str | os.PathLike, delimiter: str, error: type[Exception]) -> Iterator[Row]:
-    """Rows of cells under a header; an empty cell is no value."""
+def _table(
+    text: str,
+    path: str | os.PathLike,
+    delimiter: str,
+    error: type[Exception],
+    is_record: Callable[[Mapping[str, Any]], bool],
+) -> Iterator[Row]:
+    """Rows of cells under a header; an empty cell is no value, and past the header none is looked at."""
+    if not is_record(_header(text, delimiter)):
+        other = next((mark for mark in DELIMITERS if is_record(_header(text, mark))), None)
+        if other is not None:
+            raise error(
+                f"{path}: the delimiter seems to be {other!r}; a {suffix_of(path)} is read with {delimiter!r}: save it "
+                f"with that{' or call it .tsv' if other == TABLES['.tsv'] else ''}"
+            )
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     number = 0
     try:
@@ -176,9 +190,20 @@ def _table(text: str, path: str | os.PathLike, delimiter: str, error: type[Excep
                 continue
             number += 1
             where = f"{path}, record {number} (line {reader.line_num})"
+            while len(cells) > len(names) and not cells[-1].strip():  # behind a trailing delimiter
+                cells.pop()
             if len(cells) > len(names):
                 yield Row(where, None, f"{where} has {len(cells)} cells under a header of {len(names)}: {cells[-1]!r}")
                 continue
             yield Row(where, {name: cell for name, cell in zip(names, cells, strict=False) if name and cell})
     except csv.Error as cause:
         raise error(f"{path}, line {reader.line_num}: malformed table: {cause}") from cause
+
+
+def _header(text: str, delimiter: str) -> dict[str, None]:
+    """The names of a table's header, read with a delimiter; none where it cannot be."""
+    reader = csv.reader(io.StringIO(text[:65536], newline=""), delimiter=delimiter, strict=True)
+    try:
+        return {name.strip(): None for name in next(reader)}
+    except csv.Error:
+        return {}

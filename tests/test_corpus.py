@@ -240,6 +240,21 @@ def test_every_form_of_a_text_gives_the_same_documents(tmp_path, name, content):
 
 
 @pytest.mark.parametrize(
+    "name, content",
+    (
+        ("a.csv", "text,id\n,1\nOne.,2\n,3\n"),
+        ("a.csv", "id,text\n1,\n2,One.\n3\n"),
+        ("a.csv", "id,text\n1,,\n2,One.,\n3,,\n"),
+        ("a.tsv", "id\ttext\n1\t\n2\tOne.\n3\t\n"),
+        ("a.json", '[{"text": ""}, {"text": "One."}, {"text": ""}]'),
+    ),
+)
+def test_an_empty_text_is_an_empty_document_in_tables_as_in_json(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert list(open_texts(tmp_path / name)) == ["", "One.", ""]
+
+
+@pytest.mark.parametrize(
     "name, data, message",
     (
         ("a.txt", "One.".encode("utf-16"), "UTF-16 text: save it as UTF-8"),
@@ -250,6 +265,8 @@ def test_every_form_of_a_text_gives_the_same_documents(tmp_path, name, content):
         ("a.txt.zip", b"PK", "archive"),
         ("a.json", b'[{"text": "a"}, {"body": "b"}]', "record 2: no text in field 'text'.*--field"),
         ("a.csv", b"id,body\n1,b\n", "record 1 .line 2.: no text in field 'text'"),
+        ("a.csv", b"id;text\n1;b\n", "the delimiter seems to be ';'"),
+        ("a.csv", b"id,text\n1,\n2,\n", "no text"),
         ("a.json", b"[]", "holds no text"),
         ("a.json", b'["", " "]', "holds no text"),
         ("a.json", b"[oops", "malformed JSON"),

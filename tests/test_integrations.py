@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import logging
 import weakref
 from types import SimpleNamespace
 
@@ -384,6 +385,76 @@ def test_prompts_without_a_subject_are_edited_as_they_stand(statistics):
     assert [request.subject for request in written] == [None, "{}", None]
 
 
+CODE = {"prompt": "Davis (", "subject": "Davis", "target_new": "violin", "case_id": 0}  # no space before the target
+
+
+@pytest.mark.parametrize("module", ("memit", "alphaedit", "alphaedit, sequential", "easyedit"))
+def test_what_stands_before_targets_is_chosen_by_hyper_parameter_attribute_or_argument(module, statistics):
+    call, name = {
+        "memit": (memit.apply_memit_to_model, "MEMIT"),
+        "alphaedit": (alphaedit.apply_AlphaEdit_to_model, "AlphaEdit"),
+        "alphaedit, sequential": (alphaedit.apply_memit_seq_to_model, "MEMIT-Seq"),
+        "easyedit": (easyedit.apply_memit_to_model, "MEMIT"),
+    }[module]
+    tok, written = make_tokenizer(), {}
+    for way in ("auto", "file", "attribute", "argument", "argument over file"):
+        model, hparams = make_model("llama"), hparams_of(name, v_num_grad_steps=1)
+        if way == "attribute":
+            hparams.target_separator = " "
+        elif way != "auto":
+            hparams = {**vars(hparams), **({} if way == "argument" else {"target_separator": " "})}
+        wanted = {"argument": " ", "argument over file": ""}.get(way)
+        more = {} if wanted is None else {"target_separator": wanted}
+        call(model, tok, [CODE], hparams, statistics=statistics, **more)
+        editor = runs.kept_by(model).editor
+        written[way] = (editor.target_separator, editor.check([{k: CODE[k] for k in list(CODE)[:3]}])[0][0].separator)
+    space = (" ", " ")
+    assert written == {"auto": ("auto", ""), "file": space, "attribute": space, "argument": space,
+                       "argument over file": ("", "")}  # fmt: skip
+
+
+def test_install_chooses_what_stands_before_targets_and_wrong_choices_are_named(statistics):
+    table, model, tok, hparams = {}, make_model("llama"), make_tokenizer(), hparams_of("MEMIT", v_num_grad_steps=1)
+    easyedit.install(table, target_separator=" ")
+    table["MEMIT"](model, tok, [CODE], hparams, statistics=statistics)
+    assert runs.kept_by(model).editor.target_separator == " "
+    table["MEMIT"](model, tok, [CODE], hparams, statistics=statistics, target_separator="auto")
+    assert runs.kept_by(model).editor.target_separator == "auto"  # another editor: what was asked for is part of a run
+    easyedit.uninstall(table)
+    with pytest.raises(MethodError, match='target_separator must be "auto", " " or ""; got'):
+        easyedit.install(table, target_separator="  ")
+    with pytest.raises(MethodError, match='target_separator must be "auto", " " or ""; got'):
+        memit.apply_memit_to_model(model, tok, [CODE], {**vars(hparams), "target_separator": 1}, statistics=statistics)
+    with pytest.raises(MethodError, match="puts a space before every target"):
+        easyedit.apply_ultraedit_to_model(
+            model, tok, [CODE], hparams_of("ULTRAEDIT"), ultraedit_rows="easyedit", target_separator=""
+        )
+    assert table == {}
+
+
+@pytest.mark.parametrize(
+    "first, then",
+    (
+        ({}, {"ultraedit_rows": "easyedit"}),
+        ({"statistics_text": "a.txt"}, {}),
+        ({"target_separator": " "}, {"target_separator": ""}),
+        ({"statistics_text": ["One."]}, {"statistics_text": ["Two."]}),
+    ),
+)
+def test_a_second_install_with_other_options_says_to_uninstall_first(first, then):
+    table = {"FT": len}
+    easyedit.install(table, **first)
+    held = dict(table)
+    easyedit.install(table, **copy.deepcopy(first))  # the same is nothing
+    with pytest.raises(MethodError, match=r"installed already with .*uninstall\(\) first"):
+        easyedit.install(table, **then)
+    assert table == held
+    easyedit.uninstall(table)
+    easyedit.install(table, **then)
+    easyedit.uninstall(table)
+    assert table == {"FT": len}
+
+
 def test_a_model_that_was_cast_starts_anew(statistics):
     model, tok, hparams = make_model("llama"), make_tokenizer(), hparams_of("MEMIT")
     easyedit.apply_memit_to_model(model, tok, [asked(REQUESTS[0])], hparams, statistics=statistics)
@@ -415,6 +486,21 @@ def test_memit_seq_and_rect(statistics):
 
 
 # What they stand on
+
+
+def test_an_editor_names_unused_fields_once_and_not_at_each_edit(statistics, caplog):
+    editor = Editor(make_model("llama"), make_tokenizer(), "memit", statistics=statistics, layers=(0, 1),
+                    hparams={**NUMBERS, "v_num_grad_steps": 1}, prefixes=("The old tower. ",))  # fmt: skip
+    logger = logging.getLogger("kedit_fast")
+    propagates, logger.propagate = logger.propagate, True
+    try:
+        for number, request in enumerate(REQUESTS):
+            beside = {"portability": {"a": 1}, "comment": "x"} | ({"n": 1} if number else {})
+            editor.edit([asked(request, number) | beside])
+    finally:
+        logger.propagate = propagates
+    lines = [r.getMessage() for r in caplog.records if "not measured" in r.message or "unknown fields" in r.message]
+    assert len(lines) == 3 and "'comment'" in lines[1] and "'n'" in lines[2] and "'comment'" not in lines[2]
 
 
 def test_rollback_of_what_was_restored_by_somebody_else_is_checked(statistics):

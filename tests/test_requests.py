@@ -155,6 +155,8 @@ RECORDS = [{**GOOD, "id": "a"}, {**GOOD, "subject": "Tagus", "id": "b", "paraphr
 LINES = "\n".join(map(json.dumps, RECORDS))
 TABLE = "id,prompt,subject,target_new,paraphrase_prompts,weight\na,{} is in,Ebro,Sweden,,\n"
 TABLE += 'b,{} is in,Tagus,Sweden,"[""Tagus lies in"", ""x""]",1.0\n'
+HEAD, *CELLS = TABLE.splitlines()
+TRAILING = "\n".join([HEAD, *(line + ", ," for line in CELLS)])  # as spreadsheets write them
 REPR = TABLE.replace('"[""Tagus lies in"", ""x""]"', "\"['Tagus lies in', 'x']\"")
 
 
@@ -176,6 +178,7 @@ REPR = TABLE.replace('"[""Tagus lies in"", ""x""]"', "\"['Tagus lies in', 'x']\"
         ("r.csv", TABLE),
         ("r.csv", "\ufeff" + TABLE.replace("\n", "\r\n")),
         ("r.csv", REPR),
+        ("r.csv", TRAILING),
         ("r.csv.gz", TABLE),
         ("r.tsv", REPR.replace(",", "\t").replace("lies in'\t 'x", "lies in', 'x")),
     ),
@@ -219,7 +222,12 @@ def test_standard_input_and_pipes_are_read(tmp_path, monkeypatch):
         ("r.csv", b"prompt,prompt\na,b\n", "header gives 'prompt' twice"),
         ("r.csv", b'prompt,subject,target_new\n"a,b,c\n', "malformed table"),
         ("r.csv", b"prompt,subject,target_new\n{} is,Ebro,Spain,more\n", "4 cells under a header of 3"),
-        ("r.csv", b"prompt;subject;target_new\n{} is;Ebro;Spain\n", "it has prompt;subject;target_new"),
+        ("r.csv", b"prompt,subject,target_new\n{} is,Ebro,Spain,,x\n", "5 cells under a header of 3"),
+        ("r.csv", b"prompt;subject;target_new\n{} is, in;Ebro;Spain\n", "delimiter seems to be ';'; a .csv"),
+        ("r.csv", b'"prompt";"subject";"target_new"\n{} is;Ebro;Spain\n', "delimiter seems to be ';'"),
+        ("r.tsv", b"prompt;subject;target_new\n{} is;Ebro;Spain\n", "delimiter seems to be ';'; a .tsv is read with"),
+        ("r.csv", b"prompt\tsubject\ttarget_new\n{} is\tEbro\tSpain\n", "seems to be '.t'.*or call it .tsv"),
+        ("r.tsv", b"prompt,subject,target_new\n{} is,Ebro,Spain\n", "seems to be ','"),
         ("r.csv", b"prompt,subject,target_new\n", "no requests"),
     ),
 )
@@ -469,10 +477,130 @@ def test_a_subject_that_is_not_there_is_only_counted():
 def test_a_brace_pair_that_is_text_is_the_named_reason_and_the_named_cure_keeps_it(prompt):
     record = {"prompt": prompt, "target_new": "x"}
     for need in (None, False):
-        with pytest.raises(RequestError, match=r"no 'subject'.* for the \{\} of its prompt.*where \{\} is text") as caught:
+        with pytest.raises(
+            RequestError, match=r"no 'subject'.* for the \{\} of its prompt.*where \{\} is text"
+        ) as caught:
             parse_request(record, need_subject=need)
     with pytest.raises(RequestError, match=r"where \{\} is text, write"):
         EditRequest(prompt, None, "x")
     cure = json.loads("{" + str(caught.value).rpartition(", write ")[2] + "}")
     request = parse_request({**record, **cure}, need_subject=False)
     assert request.text == prompt and request.prompt.count("{}") == 1
+
+
+# What is no value, and what is no contradiction
+
+
+@pytest.mark.parametrize("nothing", ("", " ", [], ["", None], None))
+def test_an_empty_field_of_another_repository_is_no_value(nothing, said):
+    fields = ("rephrase_prompt", "rephrase", "ground_truth", "locality_prompt", "locality", "case_id", "target")
+    request = parse_request({**GOOD, **dict.fromkeys(fields, nothing)})
+    assert request == parse_request(GOOD) and not said("WARNING") and not said("INFO")
+    request = parse_request({**GOOD, "ground_truth": nothing, "target_true": "Spain", "rephrase_prompts": ["a", ""]})
+    assert (request.target_true, request.paraphrase_prompts) == ("Spain", ("a",))
+    with pytest.raises(RequestError, match="paraphrase_prompts"):  # our own field is told
+        parse_request({**GOOD, "paraphrase_prompts": ""})
+
+
+@pytest.mark.parametrize("placeholder", ("<|endoftext|>", "</s>", ["<|endoftext|>"], [["</s>"]]))
+def test_easyedits_placeholder_is_no_true_answer(placeholder):
+    assert parse_request({**GOOD, "ground_truth": placeholder}).target_true is None
+    assert parse_request({**GOOD, "ground_truth": placeholder, "target_true": "Spain"}).target_true == "Spain"
+
+
+def test_a_true_answer_among_the_alternatives_is_no_contradiction():
+    for names in (("ground_truth", "target_true"), ("target_true", "ground_truth")):
+        for many in (["a", "b"], [["a", "b"]], ["a", {"str": "b"}]):
+            values = {"ground_truth": many, "target_true": "b"}
+            record = {**GOOD, **{name: values[name] for name in names}}
+            assert parse_request(record).target_true in ("b", {"str": "b"})
+    with pytest.raises(RequestError, match=r"target_true is given twice, ground_truth = \['a', 'b'\].*'c'"):
+        parse_request({**GOOD, "ground_truth": ["a", "b"], "target_true": "c"})
+    with pytest.raises(RequestError, match=r"target_true is given twice"):
+        parse_request({**GOOD, "ground_truth": ["a", "b"], "requested_rewrite": {"target_true": "c"}})
+
+
+@pytest.mark.parametrize(
+    "record, message",
+    (
+        ({**GOOD, "ground_truth": 5}, "record: ground_truth must be a text"),
+        ({**GOOD, "rephrase_prompt": 5}, "record: rephrase_prompt must be a list of texts"),
+        ({**GOOD, "case_id": [1]}, "record: case_id must be a text or a whole number"),
+        ({"src": "{} is", "subject": "Ebro", "alt": 5}, "record: alt must be a text"),
+        ({"src": "{} is", "subject": "Ebro", "alt": ""}, "record: alt must be a non-empty text"),
+        ({"src": "{} {} is", "subject": "Ebro", "alt": "a", "case_id": "z"}, "request 'z': src must contain {} once"),
+        ({"src": "Tagus is", "subject": "Ebro", "alt": "a"}, "stands 0 times in the src 'Tagus is'"),
+        ({**GOOD, "subject": None}, "record has no 'subject' (subject is null); it has prompt"),
+        ({**GOOD, "subject": " "}, "record has no 'subject' (subject is empty); it has prompt"),
+        ({"text": "{} is", "labels": "a", "concept": None}, "record has no 'subject' (concept is null)"),
+    ),
+)
+def test_messages_name_the_field_as_the_record_spells_it(record, message):
+    with pytest.raises(RequestError) as caught:
+        parse_request(record)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("record", (3, 2.5, float("nan"), True))
+def test_a_number_is_told_to_be_an_object_and_not_to_be_a_text(record):
+    with pytest.raises(RequestError, match=rf"must be an object with prompt, subject and target_new; got {record}$"):
+        parse_request(record)
+
+
+# What is said once
+
+
+def test_one_editor_says_of_fields_only_what_it_has_not_said(said):
+    from kedit_fast.editing.record_fields import Notes
+    from kedit_fast.editing.requests import FIELDS
+
+    notes = Notes(FIELDS)
+    odd = {**GOOD, "comment": "x", "locality": {"a": 1}, "case_id": 1, "relation": "r"}
+    for _ in range(3):
+        as_requests([odd], notes=notes)
+    assert len(said("WARNING")) == 2 and len(said("INFO")) == 2
+    as_requests([{**odd, "remark": "y"}], notes=notes)
+    assert len(said("WARNING")) == 3 and len(said("INFO")) == 2
+    assert "'remark' in 1 records" in said("WARNING")[-1] and "comment" not in said("WARNING")[-1]
+
+
+MIXED = {"prompt": "{} liegt in der N\u00e4he von", "subject": "Mu\u0308nchen", "target_new": "Berlin"}
+
+
+@pytest.mark.parametrize(
+    "record, named",
+    (
+        (MIXED, "prompt in NFC, subject in NFD"),
+        ({**GOOD, "subject": "M\u00fcnchen", "paraphrase_prompts": ["Mu\u0308nchen"]}, "paraphrase_prompts in NFD"),
+        ({**GOOD, "neighborhood_prompts": ["K\u00f6ln", "Ko\u0308ln"]}, "neighborhood_prompts in NFC"),
+        ({**GOOD, "prompt": "{} \ub300 \u1103\u1162"}, "prompt in NFC"),
+    ),
+)
+def test_texts_of_a_record_in_several_normal_forms_are_said_once_for_a_file(record, named, tmp_path, said):
+    assert len(load_requests(written(tmp_path / "r.json", json.dumps([GOOD, record, record])))) == 3
+    (line,) = said("WARNING")
+    assert "different Unicode normal forms" in line and "2 records, the first" in line and "record 2 (" in line
+    assert named in line and str(tmp_path / "r.json") in line
+
+
+@pytest.mark.parametrize("form", ("NFC", "NFD"))
+def test_one_normal_form_throughout_is_not_remarked_on(form, said):
+    import unicodedata
+
+    for texts in (("{} liegt nahe M\u00fcnchen", "K\u00f6ln"), ("{}\u306f", "\u304c"), ("{} \u212b \u0958", "\u0915")):
+        prompt, subject = (unicodedata.normalize(form, text) for text in texts)
+        parse_request({**GOOD, "prompt": prompt, "subject": subject})
+    assert not said("WARNING")
+
+
+@pytest.mark.parametrize(
+    "prompt, subject, message",
+    (
+        ("New\u00a0York is in", "New York", "NFKC: the prompt is not NFKC, the subject NFKC"),
+        ("New York is in", "New\u00a0York", "NFKC: the prompt is NFKC, the subject not NFKC"),
+        ("Cafe\u0301\u00a0X is in", "Caf\u00e9 X", "NFKC: the prompt is not NFKC, the subject NFKC"),
+    ),
+)
+def test_the_form_that_makes_a_subject_and_its_prompt_equal_is_the_one_that_is_named(prompt, subject, message):
+    with pytest.raises(RequestError, match=f"normalised to {message}"):
+        parse_request({**GOOD, "prompt": prompt, "subject": subject})

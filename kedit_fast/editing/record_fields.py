@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kedit_fast.errors import RequestError
@@ -45,11 +45,13 @@ _UNUSED = {
     "new_answer_alias", "single_hops", "new_single_hops", "orig", "fact_new", "fact_new_uns", "prompt_full",
     "verify_unsfact_GPT", "unsfact_triplets_GPT", "sub_question", "sub_answer",
 }  # fmt: skip
+_PLACEHOLDERS = ("<|endoftext|>", "</s>")  # EasyEdit's `ground_truth` of requests that have none
+_NEEDED = ("prompt", "subject", "target_new")  # their empty values are shown where they are found wanting
 LISTS = ("paraphrase_prompts", "neighborhood_prompts", "rephrase_prompts", "answers", "ground_truth")
 
 
 class Notes:
-    """What is to be said once about all records of a file or call."""
+    """What is to be said about all records of a file, or of an editor's calls: each thing once."""
 
     def __init__(self, known: Sequence[str]):
         self.known = tuple(known)  # names of our own fields
@@ -57,25 +59,40 @@ class Notes:
         self.unmeasured: dict[str, int] = {}  # name -> records
         self.unused: set[str] = set()
         self.unknown: dict[str, int] = {}
+        self.mixed: list[str] = []  # of each record whose texts are in several Unicode normal forms, which
+        self._said: set[tuple[str, str]] = set()
 
     def say(self, where: str) -> None:
-        """Log them: what has an effect that the caller may not expect as a warning."""
-        if self.mapped:
-            pairs = ", ".join(f"{theirs} as {ours}" for theirs, ours in self.mapped.items())
-            _log.info("%s: read %s", where, pairs)
-        if "alt" in self.mapped:
+        """Log what was gathered and not said before: what may have an unexpected effect as a warning."""
+        if mapped := self._new("mapped", self.mapped):
+            _log.info("%s: read %s", where, ", ".join(f"{theirs} as {self.mapped[theirs]}" for theirs in mapped))
+        if "alt" in mapped:
             _log.warning("%s: `alt` is what is written, as in EasyEdit; memit writes the first of `answers`", where)
-        if self.unused:
-            _log.info("%s: not used: %s", where, ", ".join(sorted(self.unused)))
-        if unmeasured := {name: count for name, count in self.unmeasured.items() if count}:
+        if unused := self._new("unused", sorted(self.unused)):
+            _log.info("%s: not used: %s", where, ", ".join(unused))
+        if unmeasured := self._new("unmeasured", [name for name, count in self.unmeasured.items() if count]):
             _log.warning(
                 "%s: not measured (the answer of neighborhood_prompts must be target_true): %s in %d records",
-                where, ", ".join(unmeasured), max(unmeasured.values()),
+                where, ", ".join(unmeasured), max(self.unmeasured[name] for name in unmeasured),
             )  # fmt: skip
-        if self.unknown:
-            names = [f"{name!r} in {count} records{self.hint(name)}" for name, count in self.unknown.items()]
+        if unknown := self._new("unknown", self.unknown):
+            names = [f"{name!r} in {self.unknown[name]} records{self.hint(name)}" for name in unknown]
             more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             _log.warning("%s: unknown fields are not used: %s%s", where, ", ".join(names[:SHOWN]), more)
+        if self.mixed and self._new("mixed", [""]):
+            _log.warning(
+                "%s: texts of one record are in different Unicode normal forms, so that the same word is different "
+                "tokens: %d records, the first %s; they are taken as they are: write all in one form (NFC)",
+                where, len(self.mixed), self.mixed[0],
+            )  # fmt: skip
+        for gathered in (self.mapped, self.unmeasured, self.unused, self.unknown, self.mixed):
+            gathered.clear()
+
+    def _new(self, kind: str, names: Iterable[str]) -> list[str]:
+        """Those names that were not said before; they count as said from now on."""
+        new = [name for name in names if (kind, name) not in self._said]
+        self._said.update((kind, name) for name in new)
+        return new
 
     def hint(self, name: Any) -> str:
         """`(did you mean ...?)`, where a known name is near an unknown one."""
@@ -99,8 +116,10 @@ def _names(record: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def ours(record: Mapping[str, Any], where: str, notes: Notes) -> dict[str, Any]:
-    """The record's values by our fields' names; None is no value.
+def ours(record: Mapping[str, Any], where: str, notes: Notes) -> tuple[dict[str, Any], dict[str, str]]:
+    """The record's values by our fields' names, and our name -> the record's name of it.
+
+    None is no value, nor is another repository's field that is empty or holds EasyEdit's placeholder.
 
     Raises:
         RequestError: a field that is given twice with different values, or several rewrites in one record.
@@ -118,35 +137,57 @@ def ours(record: Mapping[str, Any], where: str, notes: Notes) -> dict[str, Any]:
         doubled = part.names if isinstance(part, Repeated) else ()
         if read := [name for name in doubled if name in notes.known or name in foreign]:
             raise RequestError(f"{where} gives {read[0]!r} twice: keep one")
-    found: dict[str, tuple[str, Any]] = {}  # our name -> the name it came by, the value
+    found: dict[str, tuple[str, list[Any]]] = {}  # our name -> the name it came by, its value or alternatives
+    empty: dict[str, tuple[str, Any]] = {}
     for fields in (inner or {}, outer):
         for name, value in fields.items():
             mine = name if name in notes.known else foreign.get(name)
             if mine is None:
-                _note(name, notes)
+                _note(name, value, notes)
                 continue
-            if value is None:
-                found.setdefault(mine, (name, None))
+            choices = [value] if mine == name else _foreign_values(value, mine)
+            if not choices or value is None:
+                empty.setdefault(mine, (name, value if mine in _NEEDED else None))
                 continue
             if mine != name:
-                value = _first(value) if mine == "target_true" else value
-                if value is None:
-                    continue
                 notes.mapped[name] = mine
-            before = found.get(mine, (name, None))
-            if before[1] is not None and _comparable(before[1]) != _comparable(value):
+            if mine not in found:
+                found[mine] = (name, choices)
+                continue
+            earlier, kept = found[mine]
+            same = [one for one in kept if any(_comparable(one) == _comparable(other) for other in choices)]
+            if not same:
+                first = kept[0] if len(kept) == 1 else kept
                 raise RequestError(
-                    f"{where}: {mine} is given twice, {before[0]} = {before[1]!r} and {name} = {value!r}: keep one"
+                    f"{where}: {mine} is given twice, {earlier} = {first!r} and {name} = {value!r}: keep one"
                 )
-            if before[1] is None:
-                found[mine] = (name, value)
-    values = {mine: value for mine, (_, value) in found.items()}
+            found[mine] = (earlier, same)
+    values = {mine: value for mine, (_, value) in empty.items()} | {mine: v[0] for mine, (_, v) in found.items()}
     _neighbors(outer, values, notes)
-    return values
+    return values, {mine: name for mine, (name, _) in (empty | found).items()}
 
 
-def _note(name: Any, notes: Notes) -> None:
+def _foreign_values(value: Any, mine: str) -> list[Any]:
+    """What another repository's field gives: nothing where it is empty, of `target_true` all alternatives."""
+    if hasattr(value, "tolist"):  # of numpy
+        value = value.tolist()
+    if mine == "target_true":
+        return _alternatives(value)
+    if isinstance(value, list | tuple):
+        value = [item for item in value if not _is_empty(item)]
+    return [] if _is_empty(value) else [value]
+
+
+def _is_empty(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_empty, value))
+    return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, dict) and not value)
+
+
+def _note(name: Any, value: Any, notes: Notes) -> None:
     if name in _UNMEASURED:
+        if _is_empty(value):
+            return
         notes.unmeasured[name] = notes.unmeasured.get(name, 0) + 1
     elif name in _UNUSED:
         notes.unused.add(name)
@@ -161,7 +202,7 @@ def _neighbors(record: Mapping[str, Any], values: dict[str, Any], notes: Notes) 
         return
     for prompt, answer in _BESIDE:
         text, said = record.get(prompt), _first(record.get(answer))
-        if isinstance(text, str) and isinstance(said, str) and said.strip() and _comparable(said) == true:
+        if isinstance(text, str) and text.strip() and isinstance(said, str) and _comparable(said) == true:
             values["neighborhood_prompts"] = [text]
             notes.mapped[prompt] = "neighborhood_prompts"
             for name in (prompt, answer):
@@ -170,10 +211,16 @@ def _neighbors(record: Mapping[str, Any], values: dict[str, Any], notes: Notes) 
 
 
 def _first(value: Any) -> Any:
-    """The first of alternatives, however deep they are nested; None where there are none."""
-    while isinstance(value, list | tuple):
-        value = next((item for item in value if item is not None and item != []), None)
-    return value
+    """The first of alternatives; None where there are none."""
+    return next(iter(_alternatives(value)), None)
+
+
+def _alternatives(value: Any) -> list[Any]:
+    """All alternatives, however deep they are nested, in order, without those that are empty or placeholders."""
+    if isinstance(value, list | tuple):
+        return [one for item in value for one in _alternatives(item)]
+    text = value.get("str") if isinstance(value, Mapping) else value
+    return [] if _is_empty(text) or (isinstance(text, str) and text.strip() in _PLACEHOLDERS) else [value]
 
 
 def _comparable(value: Any) -> Any:

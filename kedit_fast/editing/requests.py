@@ -9,6 +9,7 @@ import logging
 import math
 import numbers
 import os
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -69,7 +70,9 @@ class EditRequest:
             raise RequestError(f"{where}{error}") from None
         count = self.prompt.count("{}")
         if self.subject is None and count:
-            raise RequestError(f"{where}has no 'subject' for the {{}} of its prompt {self.prompt!r}: {_as_text(self.prompt)}")
+            raise RequestError(
+                f"{where}has no 'subject' for the {{}} of its prompt {self.prompt!r}: {_as_text(self.prompt)}"
+            )
         if self.subject is not None and count != 1:
             raise RequestError(f"{where}prompt must contain {{}} once, where the subject stands; got {self.prompt!r}")
 
@@ -194,10 +197,13 @@ def load_requests(path: str | Path, on_error: str = "raise", need_subject: bool 
     return RequestList(found.values(), found, problems)
 
 
-def as_requests(requests: Any, on_error: str = "raise", need_subject: bool | None = None) -> RequestList:
+def as_requests(
+    requests: Any, on_error: str = "raise", need_subject: bool | None = None, notes: Notes | None = None
+) -> RequestList:
     """Requests of what a caller passes: records and mappings in a list, a generator, a data set or a table.
 
-    What `load_requests` returned stays as it is. See there for the arguments.
+    What `load_requests` returned stays as it is. See there for the arguments; what `notes` has said already is not
+    logged again.
 
     Raises:
         RequestError: not a collection of records; or, with "raise", naming every record that cannot be used.
@@ -207,7 +213,7 @@ def as_requests(requests: Any, on_error: str = "raise", need_subject: bool | Non
     read = rows if isinstance(rows, RequestList) and rows.intact() else RequestList([], range(len(rows)), {})
     if read is rows and not need_subject:
         return read
-    notes = Notes(FIELDS)
+    notes = Notes(FIELDS) if notes is None else notes
     found: dict[int, EditRequest] = {}
     problems: dict[int, str] = {}
     for place, row in zip(read.places, rows, strict=True):
@@ -297,9 +303,9 @@ def parse_request(
         RequestError: a field is missing, of the wrong type or given twice, or the subject does not stand in the prompt.
     """
     if not isinstance(record, Mapping):
-        raise RequestError(f"{where} must be an object with prompt, subject and target_new; got {_shown(record)}")
+        raise RequestError(f"{where} must be an object with prompt, subject and target_new; got {_cut(record)}")
     own = Notes(FIELDS) if notes is None else notes
-    values = ours(record, where, own)
+    values, spelled = ours(record, where, own)
     missing = [name for name in ("prompt", "target_new") if name not in values]
     subject, prompt = values.get("subject"), values.get("prompt")
     placed = isinstance(prompt, str) and "{}" in prompt
@@ -307,25 +313,28 @@ def parse_request(
     if bare and (need_subject or placed):
         missing.insert(len(missing) and missing[0] == "prompt", "subject")
     if missing:
-        raise RequestError(_missing(record, missing, where, own, prompt))
+        raise RequestError(_missing(record, missing, where, own, values, spelled))
     if isinstance(prompt, str) and isinstance(subject, str) and not bare and not placed:
         count = prompt.count(subject)
         if count != 1 and need_subject is False:
             subject = None
         elif count != 1:
             raise RequestError(
-                f"{where}: the subject {subject!r} stands {count} times in the prompt {prompt!r}: "
-                f"put {{}} where it is meant{_other_spelling(prompt, subject)}"
+                f"{where}: the {spelled['subject']} {subject!r} stands {count} times in the {spelled['prompt']} "
+                f"{prompt!r}: put {{}} where it is meant{_other_spelling(prompt, subject)}"
             )
         else:
             prompt = prompt.replace(subject, "{}")
-    texts = {name: _target(values, name, where) for name in ("target_new", "target_true")}
-    lists = {name: _list(values, name, where) for name in ("paraphrase_prompts", "neighborhood_prompts")}
     others = {name: value for name, value in values.items() if value is not None}
     try:
+        texts = {name: _target(values, name) for name in ("target_new", "target_true")}
+        lists = {name: _list(values, name) for name in ("paraphrase_prompts", "neighborhood_prompts")}
         request = EditRequest(**{**others, "prompt": prompt, "subject": subject, **texts, **lists})
     except RequestError as error:
-        raise RequestError(str(error) if where in str(error) else f"{where}: {error}") from None
+        text = _as_spelled(str(error), spelled)
+        raise RequestError(text if where in text else f"{where}: {text}") from None
+    if mixed := _mixed_forms(request):
+        own.mixed.append(f"{where} ({mixed})")
     if notes is None:
         own.say(where)
     return request
@@ -334,17 +343,32 @@ def parse_request(
 def _as_text(prompt: str) -> str:
     """What to do about the {} of a prompt without a subject: the parts of a record in which they are text."""
     begin, end = prompt.index("{}"), prompt.rindex("{}") + 2
-    whole = prompt[:begin] + "{}" + prompt[end:]
-    record = f'"prompt": {json.dumps(whole, ensure_ascii=False)}, "subject": {json.dumps(prompt[begin:end], ensure_ascii=False)}'
-    return f"say what stands there, or, where {{}} is text, write {record}"
+    record = {"prompt": prompt[:begin] + "{}" + prompt[end:], "subject": prompt[begin:end]}
+    return f"say what stands there, or, where {{}} is text, write {json.dumps(record, ensure_ascii=False)[1:-1]}"
 
 
-def _missing(record: Mapping[str, Any], missing: list[str], where: str, notes: Notes, prompt: Any) -> str:
+def _missing(
+    record: Mapping[str, Any],
+    missing: list[str],
+    where: str,
+    notes: Notes,
+    values: Mapping[str, Any],
+    spelled: Mapping[str, str],
+) -> str:
     names = ", ".join(f"{name}{notes.hint(name)}" for name in list(record)[:12])
-    text = f"{where} has no {', '.join(map(repr, missing))}; it has {names or 'nothing in it'}"
+    lacking = [repr(name) for name in missing]
+    if "subject" in missing and "subject" in spelled:
+        empty = "null" if values["subject"] is None else "empty"
+        lacking[missing.index("subject")] += f" ({spelled['subject']} is {empty})"
+    text = f"{where} has no {', '.join(lacking)}; it has {names or 'nothing in it'}"
     if missing == ["subject"]:
+        prompt = values["prompt"]
         needs = isinstance(prompt, str) and "{}" in prompt
-        text += f" for the {{}} of its prompt {prompt!r}: {_as_text(prompt)}" if needs else ": of all methods ultraedit alone needs none"
+        text += (
+            f" for the {{}} of its prompt {prompt!r}: {_as_text(prompt)}"
+            if needs
+            else ": of all methods ultraedit alone needs none"
+        )
     if any(name in record for name in ("edit", "edits")):
         text += ": make a record of prompt, subject and target_new of each edit"
     return text
@@ -356,30 +380,53 @@ def _other_spelling(prompt: str, subject: str) -> str:
         return ""
     for form in ("NFC", "NFKC"):
         if unicodedata.normalize(form, subject) in unicodedata.normalize(form, prompt):
-            there, own = (_form(text) for text in (prompt, subject))
+            there, own = (_form(text, form) for text in (prompt, subject))
             return f" (it stands there once both are normalised to {form}: the prompt is {there}, the subject {own})"
     if subject.casefold() in prompt.casefold():
         return " (it stands there in other upper and lower case)"
     return ""
 
 
-def _form(text: str) -> str:
-    forms = [form for form in ("NFC", "NFD", "NFKC", "NFKD") if unicodedata.is_normalized(form, text)]
-    return " and ".join(forms[:1]) or "in no normal form"
+def _form(text: str, form: str) -> str:
+    """Whether a text is in `form`, in its decomposed counterpart, or in neither."""
+    forms = (form, form.replace("C", "D"))
+    return next((name for name in forms if unicodedata.is_normalized(name, text)), f"not {form}")
 
 
-def _target(values: Mapping[str, Any], name: str, where: str) -> str | None:
+def _mixed_forms(request: EditRequest) -> str:
+    """Which texts of a request are composed and which decomposed, where there are both; else ""."""
+    forms: dict[str, str] = {}
+    for name, texts in request._texts():
+        for text in texts:
+            if text.isascii():
+                continue
+            if len(unicodedata.normalize("NFC", text)) < len(text):
+                forms.setdefault("NFD", name)
+            if any(c == unicodedata.normalize("NFC", c) != unicodedata.normalize("NFD", c) for c in text):
+                forms.setdefault("NFC", name)
+    return ", ".join(f"{name} in {form}" for form, name in forms.items()) if len(forms) > 1 else ""
+
+
+def _as_spelled(message: str, spelled: Mapping[str, str]) -> str:
+    """A message that begins with one of our fields, perhaps behind a request's name, with the record's own name."""
+    for mine, name in spelled.items():
+        if found := re.match(rf"((?:request .*?: )?){mine}((?: must | holds ).*)", message, re.DOTALL):
+            return found[1] + name + found[2]
+    return message
+
+
+def _target(values: Mapping[str, Any], name: str) -> str | None:
     value = values.get(name)
     if value is None and (name != "target_new"):
         return None
     if isinstance(value, Mapping):
         value = value.get("str")
     if not isinstance(value, str):
-        raise RequestError(f"{where}: {name} must be a text (or CounterFact's {{'str': text}}); got {_shown(value)}")
+        raise RequestError(f"{name} must be a text (or CounterFact's {{'str': text}}); got {_shown(value)}")
     return value
 
 
-def _list(values: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
+def _list(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
     value = values.get(name)
     if value is None:
         return ()
@@ -388,7 +435,7 @@ def _list(values: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
-        raise RequestError(f"{where}: {name} must be a list of texts; got {_shown(value)}")
+        raise RequestError(f"{name} must be a list of texts; got {_shown(value)}")
     return tuple(value)
 
 
@@ -428,9 +475,13 @@ def _is_nan(value: Any) -> bool:
     return isinstance(value, numbers.Real) and value != value
 
 
-def _shown(value: Any) -> str:
+def _cut(value: Any) -> str:
     text = repr(value)
-    text = text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _shown(value: Any) -> str:
+    text = _cut(value)
     if _is_nan(value):
         return f"{text} (no number and no text: leave the field out or write null)"
     if isinstance(value, numbers.Real) and not isinstance(value, bool):

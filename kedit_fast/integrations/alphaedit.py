@@ -35,6 +35,7 @@ def apply_AlphaEdit_to_model(
     statistics: Statistics | None = None,
     stats_dir: str = "data/stats",
     statistics_text: Text | None = None,
+    target_separator: str | None = None,
 ) -> tuple[torch.nn.Module, torch.Tensor]:
     """Write a batch with AlphaEdit.
 
@@ -48,6 +49,8 @@ def apply_AlphaEdit_to_model(
         P: [layers, d, d] projections on the null spaces; None: from the statistics and `nullspace_threshold`.
         statistics, stats_dir: second moments, where P is None.
         statistics_text: a file, a `datasets:` name or documents, from which moments that are not there are computed.
+        target_separator: between prompt and target: " " as there, "" or "auto" (None): decided from the text. Also a
+            hyper-parameter.
 
     Returns:
         the model and `cache_c`.
@@ -56,8 +59,9 @@ def apply_AlphaEdit_to_model(
         KeditError: the model and `cache_c` are as they were before the call.
     """
     return _sequential(
-        "alphaedit", model, tok, requests, hparams, cache_template, cache_c, P, statistics, stats_dir, statistics_text
-    )
+        "alphaedit", model, tok, requests, hparams, cache_template, cache_c, P, statistics, stats_dir,
+        runs.Options(statistics_text, target_separator=target_separator),
+    )  # fmt: skip
 
 
 def apply_memit_seq_to_model(
@@ -73,6 +77,7 @@ def apply_memit_seq_to_model(
     statistics: Statistics | None = None,
     stats_dir: str = "data/stats",
     statistics_text: Text | None = None,
+    target_separator: str | None = None,
 ) -> tuple[torch.nn.Module, torch.Tensor]:
     """Write a batch with MEMIT whose system holds the keys of earlier ones; see `apply_AlphaEdit_to_model`.
 
@@ -85,7 +90,7 @@ def apply_memit_seq_to_model(
         )
     return _sequential(
         "memit-sequential", model, tok, requests, hparams, cache_template, cache_c, None, statistics, stats_dir,
-        statistics_text,
+        runs.Options(statistics_text, target_separator=target_separator),
     )  # fmt: skip
 
 
@@ -104,7 +109,7 @@ def _sequential(
     P: torch.Tensor | None,
     statistics: Statistics | None,
     stats_dir: str,
-    text: Text | None,
+    options: runs.Options,
 ) -> tuple[torch.nn.Module, torch.Tensor]:
     numbers, _ = runs.numbers_of(hparams)
     chosen, _ = make_hparams(method, model.config, numbers)
@@ -130,7 +135,7 @@ def _sequential(
     known = run is not None and run.settled() and run.state == marks
     run = runs.run_of(
         method, model, tok, hparams, cache_template, statistics, stats_dir, spaces, reset=not known, prefixes=run,
-        options=runs.Options(text),
+        options=options,
     )  # fmt: skip
     if run.state != marks:  # a new editor: what was before is in cache_c alone
         run.editor.engine.memories = {

@@ -6,7 +6,8 @@
 
 What is other than in EasyEdit: ROME and R-ROME write every request of a batch, one after another; UltraEdit takes the
 whole batch, whatever `batch_size`, and other rows and labels (`ultraedit_rows="easyedit"` takes EasyEdit's, see
-`easyedit_rows`); PMET finds its positions whatever the padding, and puts a space before targets of every model;
+`easyedit_rows`); a space stands before targets where the text asks for one, also for PMET (`target_separator=" "` puts
+one before all, as EasyEdit does, but for its PMET on most models); PMET finds its positions whatever the padding;
 AlphaEdit's keys belong to the model (and go with it) instead of the process, and are forgotten when weights are
 restored; a failed batch leaves the model as it was; a model is edited in the dtype it has, and `half: true` is named
 where it is another. Statistics are read from `stats_dir` and AlphaEdit's projector from `P_loc`; statistics that are
@@ -66,9 +67,9 @@ def _function(method: str, name: str, defaults: runs.Options | None = None) -> C
         return_orig_weights: return what the parameters were.
         cache_template: of memit's npz files of values, with three {{}}; requests then need a case_id.
         keep_original_weight: has no meaning here; copies come back where `return_orig_weights` asks for them.
-        **kwargs: `statistics` of kedit_fast, instead of those in `stats_dir`; `statistics_text` and `ultraedit_rows`,
-            see `install`; `reset_cache`, to forget earlier batches; anything else that EasyEdit passes is not looked
-            at.
+        **kwargs: `statistics` of kedit_fast, instead of those in `stats_dir`; `statistics_text`, `ultraedit_rows` and
+            `target_separator`, see `install`; `reset_cache`, to forget earlier batches; anything else that EasyEdit
+            passes is not looked at.
 
     Returns:
         the model, and parameter name -> what it was before this call, as it is stored.
@@ -115,7 +116,18 @@ _METHODS = {
     "ROME": "rome", "R-ROME": "r-rome", "MEMIT": "memit", "PMET": "pmet", "EMMET": "emmet", "AlphaEdit": "alphaedit",
     "ULTRAEDIT": "ultraedit", **ADDED,
 }  # fmt: skip
-_installed: list[tuple[MutableMapping[str, Any], list[Callable[[], None]]]] = []  # tables, and how each is put back
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Installed:
+    """A table that ours were put into, how it is put back, and what was asked for."""
+
+    table: MutableMapping[str, Any]
+    undo: list[Callable[[], None]]
+    defaults: runs.Options
+
+
+_installed: list[_Installed] = []
 
 
 def install(
@@ -123,8 +135,9 @@ def install(
     *,
     statistics_text: Text | None = None,
     ultraedit_rows: str | None = None,
+    target_separator: str | None = None,
 ) -> None:
-    """Put our functions into EasyEdit's table; editors made from then on use them. Again is nothing.
+    """Put our functions into EasyEdit's table; editors made from then on use them. Again with the same is nothing.
 
     With EasyEdit's own table the five added methods are made known beside it: BatchEditor takes them, and
     `HyperParams.from_hparams` and `MEMITHyperParams.from_hparams` read a yaml whose alg_name is one of them.
@@ -134,16 +147,23 @@ def install(
         statistics_text: a file, a `datasets:` name or documents, from which statistics are computed that `stats_dir`
             does not have; they are kept there.
         ultraedit_rows: "easyedit" for the labels and tokens of EasyEdit's own UltraEdit (see `easyedit_rows`), "own"
-            for ours. Hyper-parameters of these two names, and arguments of a call, come before.
+            for ours.
+        target_separator: between prompts and targets: " " as EasyEdit's code and metrics have it, "" or "auto" (None):
+            decided from the text. Hyper-parameters of these three names, and arguments of a call, come before.
 
     Raises:
-        MethodError: an unknown `ultraedit_rows`, or an EasyEdit whose parts have other names; nothing is installed.
+        MethodError: an unknown `ultraedit_rows` or `target_separator`, an EasyEdit whose parts have other names, or
+            other options than those that are installed; nothing is changed.
     """
-    defaults = runs.Options(statistics_text, ultraedit_rows).with_hparams({})
+    defaults = runs.Options(statistics_text, ultraedit_rows, target_separator).with_hparams({})
     table = _part("util.alg_dict", "ALG_DICT") if table is None else table
     whole = table is getattr(sys.modules.get("easyeditor.util.alg_dict"), "ALG_DICT", None)
-    if any(known is table for known, _ in _installed):
-        return
+    for place in _installed:
+        if place.table is table:
+            if place.defaults.key() != defaults.key() and place.defaults != defaults:
+                now, then = _said(place.defaults), _said(defaults)
+                raise MethodError(f"installed already with {now}: uninstall() first, to install with {then}")
+            return
     undo: list[Callable[[], None]] = []
     try:
         _replace_items(table, _functions(defaults), undo)
@@ -154,16 +174,16 @@ def install(
     except BaseException:
         _put_back(undo)
         raise
-    _installed.append((table, undo))
+    _installed.append(_Installed(table, undo, defaults))
 
 
 def uninstall(table: MutableMapping[str, Any] | None = None) -> None:
     """Put back what `install` replaced. Again is nothing."""
     table = _part("util.alg_dict", "ALG_DICT") if table is None else table
-    for place, (known, undo) in enumerate(_installed):
-        if known is table:
-            del _installed[place]
-            _put_back(undo)
+    for number, place in enumerate(_installed):
+        if place.table is table:
+            del _installed[number]
+            _put_back(place.undo)
             return
 
 
@@ -194,6 +214,12 @@ def load_hparams(path: str | Path) -> Any:
     base = _part("util.hparams", "HyperParams")
     kind = dataclasses.make_dataclass(f"{name.replace('-', '')}HyperParams", list(values), bases=(base,))
     return kind(**values)
+
+
+def _said(options: runs.Options) -> str:
+    """The options that were given, for messages."""
+    given = {name: getattr(options, name) for name in runs.OURS if getattr(options, name) is not None}
+    return ", ".join(f"{name} = {str(value)[:60]!r}" for name, value in given.items()) or "no options"
 
 
 def _functions(defaults: runs.Options) -> dict[str, Callable[..., Applied]]:

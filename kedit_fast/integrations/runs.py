@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 
+from kedit_fast.editing.spacing import AUTO, check_separator
 from kedit_fast.editing.value_store import bits_hash
 from kedit_fast.editor import Editor, EditResult
-from kedit_fast.errors import MethodError
+from kedit_fast.errors import MethodError, RequestError
 from kedit_fast.integrations import easyedit_rows
 from kedit_fast.integrations.framework_statistics import Text, framework_statistics
 from kedit_fast.methods.hparams import Hparams, make_hparams, parse_values, read_raw, unused
@@ -34,7 +35,7 @@ from kedit_fast.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 _PLACE = "_kedit_fast_run"  # attribute of a model
-OURS = ("statistics_text", "ultraedit_rows")  # hyper-parameters that no framework has
+OURS = ("statistics_text", "ultraedit_rows", "target_separator")  # hyper-parameters that no framework has
 _THEIRS = ("mom2_update_weight",)  # of the frameworks' files, also for methods that do not use it
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -45,6 +46,7 @@ class Options:
 
     statistics_text: Text | None = None  # computed from where no statistics are found; see framework_statistics
     ultraedit_rows: str | None = None  # "easyedit": the labels and tokens of EasyEdit's UltraEdit; None or "own": ours
+    target_separator: str | None = None  # as of Editor; None or "auto": decided from the text
     whole_name: bool = False  # how the framework names a folder of statistics
     defaults: Options | None = None
 
@@ -52,13 +54,14 @@ class Options:
         """By which the same options are known again; texts that are no path by their object."""
         text = self.statistics_text
         named = text is None or isinstance(text, str | os.PathLike)
-        return str(text) if named else id(text), self.ultraedit_rows, self.whole_name
+        separator = AUTO if self.target_separator is None else self.target_separator
+        return str(text) if named else id(text), self.ultraedit_rows or "own", separator, self.whole_name
 
     def with_hparams(self, raw: Mapping[str, Any]) -> Options:
         """What holds, with what hyper-parameters say.
 
         Raises:
-            MethodError: an unknown `ultraedit_rows`.
+            MethodError: an unknown `ultraedit_rows` or `target_separator`.
         """
         found: dict[str, Any] = {}
         for name in OURS:
@@ -66,6 +69,10 @@ class Options:
             found[name] = next((choice for choice in choices if choice is not None), None)
         if found["ultraedit_rows"] not in (None, "own", "easyedit"):
             raise MethodError(f"ultraedit_rows = {found['ultraedit_rows']!r}: choose own or easyedit")
+        try:
+            check_separator(AUTO if found["target_separator"] is None else found["target_separator"])
+        except RequestError as error:
+            raise MethodError(str(error)) from None
         return Options(**found, whole_name=self.whole_name)
 
 
@@ -186,11 +193,12 @@ def function(
         statistics: Statistics | None = None,
         stats_dir: str = "data/stats",
         statistics_text: Text | None = None,
+        target_separator: str | None = None,
     ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
         return apply(
             method, model, tok, requests, hparams, copy=copy, return_orig_weights=return_orig_weights,
             cache_template=cache_template, statistics=statistics, stats_dir=stats_dir,
-            options=Options(statistics_text, whole_name=whole_name),
+            options=Options(statistics_text, target_separator=target_separator, whole_name=whole_name),
         )[:2]  # fmt: skip
 
     apply_to_model.__name__ = apply_to_model.__qualname__ = name
@@ -208,6 +216,8 @@ def function(
         statistics: instead of those in `stats_dir`.
         stats_dir: its STATS_DIR.
         statistics_text: a file, a `datasets:` name or documents, from which statistics that are not there are computed.
+        target_separator: between prompt and target: " " as there, "" or "auto" (None): decided from the text. Also a
+            hyper-parameter.
 
     Returns:
         the model, and parameter name -> what it was before this call, as it is stored.
@@ -275,6 +285,11 @@ def run_of(
         _log.info("the matrices were changed by something else: %s starts anew", method)
     chosen, _ = make_hparams(method, model.config, numbers)
     check_modules(model, chosen, raw)
+    easyedit_rows_wanted = options.ultraedit_rows == "easyedit" and recipe.values == "gradients"
+    if easyedit_rows_wanted and options.target_separator == "":
+        raise MethodError(
+            'ultraedit_rows = "easyedit" puts a space before every target: target_separator = "" needs "own"'
+        )
     one_value = recipe.schedule == "mass" and recipe.values == "block"
     if cache_template is not None and "{}" in str(cache_template) and not one_value:
         _log.warning("%s: the files of values that cache_template names are not used", recipe.name)
@@ -291,8 +306,9 @@ def run_of(
     editor = Editor(
         model, tok, method, statistics=statistics, null_spaces=spaces, hparams=numbers, values=cache_template,
         prefixes=None if earlier is None or earlier.key[2] != id(tok) else earlier.editor.prefixes,
+        target_separator=AUTO if options.target_separator is None else options.target_separator,
     )  # fmt: skip
-    if options.ultraedit_rows == "easyedit" and recipe.values == "gradients":
+    if easyedit_rows_wanted:
         editor.gradients = easyedit_rows.gatherer(tok, raw)
     run = Run(key, editor, [])
     run.mark()

@@ -44,8 +44,11 @@ def open_texts(source: str | os.PathLike, field: str = "text", local: bool = Fal
     refuse_binary(source, StatisticsError, "give a text file, or a data set of the datasets library as datasets:NAME")
     if Path(source).is_file() and (suffix in TABLES or (suffix in JSON and _begins_with(source, b"["))):
         texts = []
-        for row in read_records(source, StatisticsError, lambda record: False):
-            if row.problem or (text := _text_of(row.value, field)) is None:
+        rows = read_records(source, StatisticsError, lambda record: field in record)
+        column = suffix in TABLES and any(field in (row.value or ()) for row in rows)  # then an empty cell is ""
+        for row in rows:
+            value = {field: "", **(row.value or {})} if column else row.value
+            if row.problem or (text := _text_of(value, field)) is None:
                 raise StatisticsError(row.problem or f"{row.where}: {_no_text(field)}")
             texts.append(text)
         if not any(text.strip() for text in texts):
