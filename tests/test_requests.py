@@ -491,7 +491,7 @@ def test_a_brace_pair_that_is_text_is_the_named_reason_and_the_named_cure_keeps_
 # What is no value, and what is no contradiction
 
 
-@pytest.mark.parametrize("nothing", ("", " ", [], ["", None], None))
+@pytest.mark.parametrize("nothing", ("", " ", [], ["", None], None, np.array([])))
 def test_an_empty_field_of_another_repository_is_no_value(nothing, said):
     fields = ("rephrase_prompt", "rephrase", "ground_truth", "locality_prompt", "locality", "case_id", "target")
     request = parse_request({**GOOD, **dict.fromkeys(fields, nothing)})
@@ -530,8 +530,11 @@ def test_a_true_answer_among_the_alternatives_is_no_contradiction():
         ({"src": "{} is", "subject": "Ebro", "alt": ""}, "record: alt must be a non-empty text"),
         ({"src": "{} {} is", "subject": "Ebro", "alt": "a", "case_id": "z"}, "request 'z': src must contain {} once"),
         ({"src": "Tagus is", "subject": "Ebro", "alt": "a"}, "stands 0 times in the src 'Tagus is'"),
-        ({**GOOD, "subject": None}, "record has no 'subject' (subject is null); it has prompt"),
-        ({**GOOD, "subject": " "}, "record has no 'subject' (subject is empty); it has prompt"),
+        (
+            {**GOOD, "subject": None},
+            "record has no 'subject' (subject is null) for the {} of its prompt '{} is in'; it has",
+        ),
+        ({**GOOD, "subject": " "}, "record has no 'subject' (subject is empty) for"),
         ({"text": "{} is", "labels": "a", "concept": None}, "record has no 'subject' (concept is null)"),
     ),
 )

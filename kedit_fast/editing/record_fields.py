@@ -179,6 +179,7 @@ def _foreign_values(value: Any, mine: str) -> list[Any]:
 
 
 def _is_empty(value: Any) -> bool:
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, list | tuple):
         return all(map(_is_empty, value))
     return value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, dict) and not value)

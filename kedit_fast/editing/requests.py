@@ -360,15 +360,14 @@ def _missing(
     if "subject" in missing and "subject" in spelled:
         empty = "null" if values["subject"] is None else "empty"
         lacking[missing.index("subject")] += f" ({spelled['subject']} is {empty})"
-    text = f"{where} has no {', '.join(lacking)}; it has {names or 'nothing in it'}"
-    if missing == ["subject"]:
-        prompt = values["prompt"]
-        needs = isinstance(prompt, str) and "{}" in prompt
-        text += (
-            f" for the {{}} of its prompt {prompt!r}: {_as_text(prompt)}"
-            if needs
-            else ": of all methods ultraedit alone needs none"
-        )
+    prompt = values.get("prompt") if missing == ["subject"] else None
+    placed = isinstance(prompt, str) and "{}" in prompt
+    why = f" for the {{}} of its {spelled['prompt']} {prompt!r}" if placed else ""
+    text = f"{where} has no {', '.join(lacking)}{why}; it has {names or 'nothing in it'}"
+    if placed:
+        text += f": {_as_text(prompt)}"
+    elif missing == ["subject"]:
+        text += ": of all methods ultraedit alone needs none"
     if any(name in record for name in ("edit", "edits")):
         text += ": make a record of prompt, subject and target_new of each edit"
     return text
