@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,14 @@ ISAS = ("generic", "avx2", "avx512", "amx")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def logger_as_imported():
+    """A command or benchmark that ran in this process sets the package's logger up for itself: here nobody has."""
+    log = logging.getLogger("kedit_fast")
+    log.propagate, log.handlers = True, []
+    log.setLevel(logging.NOTSET)
 
 
 @pytest.fixture
