@@ -16,7 +16,7 @@ from typing import Any
 import matplotlib
 from matplotlib.lines import Line2D
 
-from kedit_fast import pictures
+from kedit_fast.support import figures
 
 COLOURS = {
     "symmetric_rank_k_update_": "#4c72b0", "rank_k_update_": "#dd8452", "target_log_probs": "#55a868",
@@ -67,7 +67,7 @@ def colours(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
 def ratio_figure(document: Document) -> Any:
     """Bars from 1, where both are as fast, to the ratio, on a log axis: twice and half as fast are as long."""
     rows = _some(strongest(document), "rows with a ratio and counted flops")
-    figure, (axes,) = pictures.figure(1, 9, 1.2 + 0.23 * len(rows))
+    figure, (axes,) = figures.figure(1, 9, 1.2 + 0.23 * len(rows))
     colour = colours(rows)
     several = len({row["backend"] for row in rows}) > 1
     shown = [row["ratio"] for row in rows] + [row["floor"] for row in rows if row.get("floor")]
@@ -113,7 +113,7 @@ def _powers_of_two(least: float, most: float) -> tuple[float, float]:
 def roofline_figure(document: Document) -> Any:
     """Rates against flops a byte, under what the machine's own copy and products reach."""
     rows, peaks = _some(strongest(document), "rows with a ratio and counted flops"), document["peaks"]
-    figure, (axes,) = pictures.figure(1, 9, 5)
+    figure, (axes,) = figures.figure(1, 9, 5)
     intensities = [row["flops"] / row["bytes"] for row in rows]
     low, high = min(intensities) / 2, max(intensities) * 2
     names = ["fp32", "bf16", *(["fp64"] if any(row["dtype"] == "float64" for row in rows) else [])]
@@ -149,7 +149,7 @@ def batch_figure(document: Document) -> Any:
     panels = [("edits_per_s", 1, "edits a second", "o-", "#4c72b0")]
     if all(row["peak_bytes"] is not None for row in rows):
         panels.append(("peak_bytes", 2**20, "peak memory, MiB", "s--", "#dd8452"))
-    figure, every = pictures.figure(len(panels), 4.5, 3.4)
+    figure, every = figures.figure(len(panels), 4.5, 3.4)
     for axes, (name, unit, label, mark, colour) in zip(every, panels, strict=True):
         axes.plot(sizes, [row[name] / unit for row in rows], mark, color=colour, label=label)
         axes.set_xscale("log", base=2)
@@ -166,9 +166,9 @@ def saving_figure(document: Document) -> Any:
     """What each saving alone is worth to one iteration of the published loop."""
     every = [row for row in document["rows"] if row["op"] == "value iteration" and row["ratio"] is not None]
     rows = _some(every, "rows of --suite savings")
-    figure, (axes,) = pictures.figure(1, 8, 1.2 + 0.3 * len(rows))
+    figure, (axes,) = figures.figure(1, 8, 1.2 + 0.3 * len(rows))
     models = list(dict.fromkeys(row["case"].split(",")[0] for row in rows))
-    colour = dict(zip(models, pictures.colours(len(models)), strict=True))
+    colour = dict(zip(models, figures.colours(len(models)), strict=True))
     axes.axvline(1, color="black", linewidth=0.8, zorder=0)
     axes.barh(
         range(len(rows)), [row["ratio"] for row in rows], color=[colour[row["case"].split(",")[0]] for row in rows]
@@ -190,7 +190,7 @@ def saving_figure(document: Document) -> Any:
 def sequence_figure(document: Document) -> Any:
     """Seconds of a batch, and bytes of the state, against the keys kept before it: each form and the published one."""
     rows = _some(document.get("sequence") or [], "rows of --suite sequence")
-    figure, (left, right) = pictures.figure(2, 5, 3.8)
+    figure, (left, right) = figures.figure(2, 5, 3.8)
     for form, mark in (("dual", "o-"), ("primal", "s-"), ("auto", "x--")):
         own = [row for row in rows if row["form"] == form]
         changes = "".join(f" (changes form at {n})" for n in _changes(own))
@@ -203,7 +203,7 @@ def sequence_figure(document: Document) -> Any:
     left.set_yscale("log")
     left.set_ylabel("seconds a batch")
     left.margins(y=0.12)
-    pictures.log_ticks(left.yaxis)
+    figures.log_ticks(left.yaxis)
     right.set_ylabel("state, MiB")
     right.set_ylim(bottom=0)
     for axes in (left, right):

@@ -42,7 +42,7 @@ from kedit_fast.console import (
     say_skipped,
 )
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
-from kedit_fast.files import check_new, write_text
+from kedit_fast.support.files import check_new, write_text
 
 app = typer.Typer(
     help="Closed-form knowledge editing of language models.", no_args_is_help=True, add_completion=False,

@@ -243,10 +243,10 @@ def checked_device(name: str) -> str:
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[tuple[int, str]]:
     """The rank of this process and its device, in the group that torchrun describes if there is one."""
-    from kedit_fast import distributed
+    from kedit_fast.support import processes
 
-    made = distributed.start()
-    rank, size = distributed.world()
+    made = processes.start()
+    rank, size = processes.world()
     try:
         yield (
             rank,
@@ -254,4 +254,4 @@ def processes(device: str) -> Iterator[tuple[int, str]]:
         )
     finally:
         if made:
-            distributed.stop()
+            processes.stop()

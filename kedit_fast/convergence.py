@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kedit_fast import pictures
 from kedit_fast.editing.prompts import PromptFormat
 from kedit_fast.editing.requests import EditRequest, require_none, rows_of
 from kedit_fast.editing.spacing import AUTO
 from kedit_fast.editing.value_store import ValueFile
 from kedit_fast.editor import Editor
 from kedit_fast.errors import MethodError, StatisticsError
-from kedit_fast.files import write_text
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.methods.recipes import find_recipe
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import condition_number, null_dimension
 from kedit_fast.statistics.collect import growing_statistics
 from kedit_fast.statistics.corpus import Corpus
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support import figures
+from kedit_fast.support.files import write_text
+from kedit_fast.support.torch_state import plain_torch
 
 FIRST_COUNT = 1000
 
@@ -209,7 +209,7 @@ def write_csv(rows: Sequence[Row], path: str | os.PathLike) -> None:
 
 def figure_of(rows: Sequence[Row]) -> Any:
     """Four curves a layer against the number of tokens; needs matplotlib."""
-    made, panels = pictures.figure(4, 3.8, 3.4)
+    made, panels = figures.figure(4, 3.8, 3.4)
     shown = (
         ("change_to_last", "change of the update to the last count", True),
         ("null_dimension", "null-space dimensions", False),
@@ -219,7 +219,7 @@ def figure_of(rows: Sequence[Row]) -> Any:
     counts, layers = sorted({row.tokens for row in rows}), sorted({row.layer for row in rows})
     for axes, (name, label, logarithmic) in zip(panels, shown, strict=True):
         axes.set_xscale("log")
-        for layer, colour in zip(layers, pictures.colours(len(layers)), strict=True):
+        for layer, colour in zip(layers, figures.colours(len(layers)), strict=True):
             own = [(row.tokens, getattr(row, name)) for row in rows if row.layer == layer]
             # What was not computed has no point; nor, on a log scale, has the last count's own change, which is 0.
             own = [(x, y) for x, y in own if y is not None and math.isfinite(y) and (y > 0 or not logarithmic)]
@@ -227,18 +227,18 @@ def figure_of(rows: Sequence[Row]) -> Any:
         axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.2)
         axes.set_xlabel("tokens")
         axes.set_ylabel(label)
-        pictures.ticks_at(axes.xaxis, counts)
+        figures.ticks_at(axes.xaxis, counts)
         if not any(len(line.get_xdata()) for line in axes.get_lines()):
             axes.text(0.5, 0.5, "no two counts to compare" if len(counts) < 2 else "none could be computed",
                       transform=axes.transAxes, ha="center", fontsize=8)  # fmt: skip
             axes.set_yticks([])
         elif logarithmic:
             axes.set_yscale("log")
-            pictures.log_ticks(axes.yaxis)
-    pictures.legend_beside(made, panels[0])
+            figures.log_ticks(axes.yaxis)
+    figures.legend_beside(made, panels[0])
     return made
 
 
 def draw(rows: Sequence[Row], path: str | os.PathLike) -> None:
     """Save `figure_of`, in the format of the path's suffix."""
-    pictures.save(figure_of(rows), path)
+    figures.save(figure_of(rows), path)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from kedit_fast.distributed import world
 from kedit_fast.editing.engine import Engine
 from kedit_fast.editing.gradients import NOT_FINITE, answer_gradients
 from kedit_fast.editing.keys import KeyPass, StateBudget
@@ -42,7 +41,8 @@ from kedit_fast.solver.low_rank import LowRankUpdate, Update
 from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
 from kedit_fast.solver.shaping import prune, rect, spectral_norm
 from kedit_fast.statistics.collect import Statistics
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.processes import world
+from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 NORM_WARNING = 2.0  # |Delta| / |W| above which an edit is more likely to harm than to teach
@@ -101,7 +101,7 @@ class Editor:
         state_budget: bytes for the states that are carried from layer to layer while keys are computed.
         progress: show bars on stderr.
 
-    Where torch.distributed is initialised (`kedit_fast.distributed.start()` under torchrun) every process makes the
+    Where torch.distributed is initialised (`kedit_fast.support.processes.start()` under torchrun) every process makes the
     same calls; each optimises its share of the values and all write the same.
 
     Raises:

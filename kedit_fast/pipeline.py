@@ -27,13 +27,13 @@ from kedit_fast.editing.value_store import MemitCache
 from kedit_fast.editor import Editor, EditResult
 from kedit_fast.errors import EditError, KeditError, RequestError, UnsupportedModelError
 from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
-from kedit_fast.files import new_folder, same_bits, tensor_files
 from kedit_fast.models.architectures import ModelView, find_architecture
 from kedit_fast.models.editable import plain_model
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.files import new_folder, same_bits, tensor_files
+from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}

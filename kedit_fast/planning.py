@@ -20,12 +20,12 @@ from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.methods.recipes import Recipe, find_recipe
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
-from kedit_fast.models.memory import free_bytes
 from kedit_fast.models.widened import computing_dtype, copy_bytes
 from kedit_fast.ops import rank_k_update_
 from kedit_fast.solver.key_memory import FOLD_ABOVE
 from kedit_fast.solver.least_squares import PRIMAL_ABOVE
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.free_memory import free_bytes
+from kedit_fast.support.torch_state import plain_torch
 
 PREFIX = "The old man went to the market in the morning. "  # about as long as the published ones
 TRIAL = 16  # requests of the trial

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from kedit_fast import pictures
 from kedit_fast.solver.preconditioner import condition_number, null_dimension
 from kedit_fast.statistics.store import layer_of, modules_in, read_layer
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support import figures
+from kedit_fast.support.torch_state import plain_torch
 
 # Rule and threshold of the null spaces that are shown: 2e-2 absolute is the published one.
 THRESHOLDS = (
@@ -76,8 +76,8 @@ def _spectrum(folder: Path, module: str) -> Spectrum:
 
 def figure_of(found: list[Spectrum]) -> Any:
     """Eigenvalues in descending order, a line a layer, with the published threshold; needs matplotlib."""
-    made, (axes,) = pictures.figure()
-    for spectrum, colour in zip(found, pictures.colours(len(found)), strict=True):
+    made, (axes,) = figures.figure()
+    for spectrum, colour in zip(found, figures.colours(len(found)), strict=True):
         values = spectrum.eigenvalues.flip(0)
         floor = float(values[0]) * 1e-16
         lost = int((values < floor).sum())  # 0 or below, which a log scale has no place for
@@ -90,10 +90,10 @@ def figure_of(found: list[Spectrum]) -> Any:
     axes.set_yscale("log")
     axes.set_xlabel("number of the eigenvalue, the largest first")
     axes.set_ylabel("eigenvalue of E[k k^T]")
-    pictures.legend_beside(made, axes)
+    figures.legend_beside(made, axes)
     return made
 
 
 def draw(found: list[Spectrum], path: str | os.PathLike) -> None:
     """Save `figure_of`, in the format of the path's suffix."""
-    pictures.save(figure_of(found), path)
+    figures.save(figure_of(found), path)

@@ -22,7 +22,7 @@ from kedit_fast.methods.hparams import Hparams, make_hparams, unused
 from kedit_fast.methods.recipes import Recipe, find_recipe
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.statistics.collect import Statistics, collect_statistics
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 DEEPEST, PLACES = 0.6, 8  # last edited layers tried: this many, up to this share of the depth
 SPREAD_SHARE, MOST_LAYERS = 0.16, 5  # edited layers: this share of the depth, at least 2, as published models have

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kedit_fast
 from kedit_fast import cli, demo, pipeline
 from kedit_fast.errors import KeditError, UnsupportedModelError
-from kedit_fast.files import new_folder
 from kedit_fast.methods.hparams import read_hparams
+from kedit_fast.support.files import new_folder
 
 
 def run(*args, cwd=None, **environment):

@@ -10,9 +10,9 @@ from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, collect_statistics
 from kedit_fast.editing.requests import parse_request
-from kedit_fast.editing.sums import add_by_owner_
 from kedit_fast.evaluation.metrics import evaluate_each, mean_nll
 from kedit_fast.models.architectures import ModelView
+from kedit_fast.support.sums import add_by_owner_
 
 REQUESTS = [
     {"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "violin and cello"},

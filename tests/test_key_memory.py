@@ -267,7 +267,7 @@ def test_the_state_is_smaller_than_the_published_projector_and_cache():
 
 @pytest.mark.parametrize("padding", range(0, 64, 8))
 def test_tensors_of_a_file_begin_where_torchs_own_do_so_that_products_round_alike(tmp_path, padding):
-    from kedit_fast.files import ALIGNMENT, read_file, write_file
+    from kedit_fast.support.files import ALIGNMENT, read_file, write_file
 
     written = {"x": torch.randn(7, 9, dtype=torch.float64), "none": torch.empty(0, 4)}
     write_file(tmp_path / "f.safetensors", written, {"padding": "." * padding}, StatisticsError)

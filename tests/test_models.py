@@ -121,13 +121,13 @@ def test_longrope_models_take_what_their_short_factors_are_for():
 
 
 def test_a_containers_limit_counts_without_pages_that_can_be_given_back(tmp_path, monkeypatch):
-    from kedit_fast.models import memory
+    from kedit_fast.support import free_memory
 
-    monkeypatch.setattr(memory, "ROOT", tmp_path)
-    everything = memory.free_bytes(torch.device("cpu"))
+    monkeypatch.setattr(free_memory, "ROOT", tmp_path)
+    everything = free_memory.free_bytes(torch.device("cpu"))
     (tmp_path / "memory.max").write_text("1000000\n")
     (tmp_path / "memory.current").write_text("900000\n")
     (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 500000\n")
-    assert memory.free_bytes(torch.device("cpu")) == 600000
+    assert free_memory.free_bytes(torch.device("cpu")) == 600000
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_bytes(torch.device("cpu")) > everything / 2
+    assert free_memory.free_bytes(torch.device("cpu")) > everything / 2

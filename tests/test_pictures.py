@@ -13,9 +13,10 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-from kedit_fast import convergence, pictures, spectra
+from kedit_fast import convergence, spectra
 from kedit_fast.convergence import Row
 from kedit_fast.spectra import Spectrum
+from kedit_fast.support import figures
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -328,4 +329,4 @@ def test_the_readme_shows_every_committed_picture_and_no_other():
 
 def test_more_layers_than_colours_still_have_one_each():
     for count in (0, 1, 10, 11, 126):
-        assert len(set(map(tuple, pictures.colours(count)))) == count
+        assert len(set(map(tuple, figures.colours(count)))) == count

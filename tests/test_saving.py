@@ -21,7 +21,7 @@ from tiny_models import KINDS, TEXT, make_model, make_tokenizer
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
-from kedit_fast import Editor, EditRequest, collect_statistics, files, load_statistics, save_statistics
+from kedit_fast import Editor, EditRequest, collect_statistics, load_statistics, save_statistics
 from kedit_fast.editing.value_store import MemitCache, ValueFile
 from kedit_fast.errors import EditError, KeditError, PatchError, StatisticsError, UnsupportedModelError
 from kedit_fast.models.architectures import ModelView
@@ -30,6 +30,7 @@ from kedit_fast.pipeline import load_config, load_model, save_model
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.solver.projector import load_projector, save_projector
 from kedit_fast.statistics import npz
+from kedit_fast.support import files
 
 REQUEST = EditRequest("{} plays the", "Miles Davis", "violin", id=7)
 NUMBERS = dict(v_num_grad_steps=3, v_lr=0.1, clamp_norm_factor=0.5, mom2_adjustment=False, mom2_update_weight=1.0)

@@ -44,7 +44,7 @@ from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.durable import collect_into
 from kedit_fast.statistics.store import load_statistics, save_statistics
 from kedit_fast.suggestion import suggest
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 REQUESTS = [
     EditRequest("{} plays the", "Miles Davis", "violin", target_true="trumpet", paraphrase_prompts=("The old",)),

@@ -129,7 +129,7 @@ def test_a_full_disk_says_so_and_keeps_the_old_file(tmp_path, editor, monkeypatc
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kedit_fast.files.save_file", full)
+    monkeypatch.setattr("kedit_fast.support.files.save_file", full)
     made = editor(path, 5)
     with pytest.raises(EditError, match="No space left"):
         made.edit(made.requests)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 DATA = Path(__file__).parent / "data"
 HELD_OUT_SEED = 90210  # the corpus has 7

@@ -12,9 +12,9 @@ from kedit_fast.editing.objective import Objective
 from kedit_fast.editing.prompts import PreparedRequest
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
-from kedit_fast.models.memory import free_bytes
 from kedit_fast.models.widened import Streamed, Widening
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.free_memory import free_bytes
+from kedit_fast.support.torch_state import plain_torch
 
 MOST = {"cpu": 64}  # on a CPU a larger batch is hardly faster (benchmarks/results)
 MOST_ELSEWHERE = 256

@@ -17,7 +17,6 @@ import torch
 from kedit_fast._version import __version__
 from kedit_fast.editing.gradients import ModuleGradients
 from kedit_fast.errors import EditError, StatisticsError
-from kedit_fast.files import read_file, write_file
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipes import Recipe
 from kedit_fast.models.architectures import ModelView
@@ -28,6 +27,7 @@ from kedit_fast.solver.normaliser import Normaliser, gradient_update
 from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace, Preconditioner
 from kedit_fast.solver.shaping import limit_norm, limit_spectrum, spectral_norm
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.support.files import read_file, write_file
 
 FORMAT_VERSION = "1"
 # Numbers that a saved state depends on.

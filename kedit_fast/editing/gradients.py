@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from kedit_fast.editing.prompts import PreparedRequest
-from kedit_fast.editing.sums import add_by_owner_
 from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad
 from kedit_fast.ops import target_log_probs
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.sums import add_by_owner_
+from kedit_fast.support.torch_state import plain_torch
 
 BATCH_TOKENS = 2048  # of one forward and backward pass
 NOT_FINITE = "the gradients of its target are not finite; is the model's output finite there?"

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from kedit_fast.editing.prompts import PreparedRequest, Prompt
-from kedit_fast.editing.sums import add_by_owner_
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, evaluating, pad
-from kedit_fast.models.memory import free_bytes
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.free_memory import free_bytes
+from kedit_fast.support.sums import add_by_owner_
+from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 ROWS = 256  # prompts of one forward pass

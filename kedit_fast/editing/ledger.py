@@ -16,7 +16,7 @@ import torch
 from kedit_fast.backends import requested, select
 from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from kedit_fast.editing.spacing import AUTO, check_separator, separator
 from kedit_fast.errors import EditError, RequestError
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 _STARTS = ("The", "Therefore", "Because", "I", "You")  # what prefixes are grown from, as published

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kedit_fast.errors import RequestError
-from kedit_fast.textfiles import Repeated
+from kedit_fast.support.textfiles import Repeated
 
 _log = logging.getLogger("kedit_fast")
 SHOWN = 20  # names or problems in one message

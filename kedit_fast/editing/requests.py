@@ -19,7 +19,7 @@ from typing import Any
 from kedit_fast.editing.record_fields import LISTS, NESTED, SHOWN, Notes, is_record, ours
 from kedit_fast.editing.spacing import AUTO, check_separator
 from kedit_fast.errors import RequestError
-from kedit_fast.textfiles import TABLES, read_records, suffix_of
+from kedit_fast.support.textfiles import TABLES, read_records, suffix_of
 
 _log = logging.getLogger("kedit_fast")
 

@@ -28,7 +28,6 @@ from tqdm import tqdm
 from kedit_fast.editing.batch_size import fitting_batch
 from kedit_fast.editing.objective import Objective
 from kedit_fast.editing.prompts import PreparedRequest
-from kedit_fast.editing.sums import add_by_owner_
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
@@ -42,7 +41,8 @@ from kedit_fast.solver.descent import (
     USED_UP,
     clamped_step,
 )
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.sums import add_by_owner_
+from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 LEAVE_SHARE = 0.9  # with nobody waiting, requests that are done leave when no more than this share still goes

@@ -20,7 +20,7 @@ from kedit_fast.errors import RequestError
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
 from kedit_fast.ops import target_log_probs
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 BATCH_TOKENS = 4096
 

@@ -20,7 +20,7 @@ from kedit_fast.models.architectures import ModelView
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 
 def apply_AlphaEdit_to_model(

@@ -31,7 +31,7 @@ from kedit_fast.models.architectures import ModelView
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.solver.projector import load_projector
 from kedit_fast.statistics.collect import Statistics
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 _PLACE = "_kedit_fast_run"  # attribute of a model

@@ -16,7 +16,7 @@ import yaml
 
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.recipes import Recipe, find_recipe
-from kedit_fast.textfiles import Repeated, parse_json, read_text, suffix_of
+from kedit_fast.support.textfiles import Repeated, parse_json, read_text, suffix_of
 
 if sys.version_info >= (3, 11):
     import tomllib

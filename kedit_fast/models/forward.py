@@ -16,7 +16,7 @@ from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models import fused
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.widened import Widening, computing
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 
 @dataclass(frozen=True)

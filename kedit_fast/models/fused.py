@@ -19,7 +19,7 @@ from torch.nn.functional import gelu, silu
 from kedit_fast.backends import AUTO, probe, requested
 from kedit_fast.ops import gated_silu, rms_norm
 from kedit_fast.reference.rms_norm import rms_norm as plain_norm
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 Forward = Callable[..., Any]

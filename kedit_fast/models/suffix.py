@@ -33,7 +33,7 @@ from kedit_fast.models.forward import (
     stubs,
     with_hidden,
 )
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 PACK_BELOW = 0.9  # an MLP runs on picked tokens when they are fewer than this share of all
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kedit_fast.errors import InvalidArgumentError
-from kedit_fast.models.memory import free_bytes
+from kedit_fast.support.free_memory import free_bytes
 
 _log = logging.getLogger("kedit_fast")
 HALVES = (torch.bfloat16, torch.float16)

@@ -10,7 +10,7 @@ import torch
 
 from kedit_fast.backends import Implementation
 from kedit_fast.errors import GradientError, InvalidArgumentError
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 LIBRARY = torch.library.Library("kedit_fast", "DEF")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kedit_fast.errors import PatchError
-from kedit_fast.files import held, replacing
 from kedit_fast.patches.patch import Patch, added, hash_of
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.files import held, replacing
+from kedit_fast.support.torch_state import plain_torch
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 KEPT, LOCK = "kedit_fast_patches", ".kedit_fast_patch.lock"

@@ -8,9 +8,9 @@ import os
 import torch
 
 from kedit_fast.errors import PatchError
-from kedit_fast.files import new_folder, write_file, write_text
 from kedit_fast.patches.patch import Patch
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.files import new_folder, write_file, write_text
+from kedit_fast.support.torch_state import plain_torch
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

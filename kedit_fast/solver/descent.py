@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kedit_fast.errors import EditError, InvalidArgumentError
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, torch's defaults
 # How a value's descent stands or ended: it runs; all iterations; below the loss that stops it; below it before the

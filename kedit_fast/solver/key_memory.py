@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
-from kedit_fast.files import read_file, write_file
 from kedit_fast.ops import symmetric_rank_k_update_
 from kedit_fast.solver.least_squares import PRIMAL_ABOVE, checked
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import Preconditioner, require_finite
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.files import read_file, write_file
+from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 FORMAT_VERSION = "1"

@@ -10,7 +10,7 @@ from kedit_fast.errors import InvalidArgumentError, SolveError
 from kedit_fast.ops import mirror_, spd_solve, symmetric_rank_k_update_
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import Preconditioner, require_finite
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 PRIMAL_ABOVE = 0.67  # u / d above which a d x d system costs fewer flops than one of the edits
 ALIKE = 1e-9  # share of a key, squared, outside the span of others below which exact constraints on it are refused

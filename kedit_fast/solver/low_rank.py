@@ -8,7 +8,7 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.ops import rank_k_update_
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 
 @dataclass(frozen=True)

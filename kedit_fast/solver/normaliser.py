@@ -11,7 +11,7 @@ from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
 from kedit_fast.solver.least_squares import solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import Identity, require_finite
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 RULES = ("absolute", "relative", "energy")

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
-from kedit_fast.files import replacing, same_bits
 from kedit_fast.solver.preconditioner import NullSpace
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.files import replacing, same_bits
+from kedit_fast.support.torch_state import plain_torch
 
 FILE = "null_space_project.pt"
 

@@ -6,7 +6,7 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.torch_state import plain_torch
 
 RECT_EPSILON = 1e-8  # added to the weight, as published
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kedit_fast import distributed
 from kedit_fast.errors import StatisticsError
-from kedit_fast.files import checksum, held, write_file
 from kedit_fast.statistics.corpus import Position
 from kedit_fast.statistics.moments import SecondMomentAccumulator
+from kedit_fast.support import processes
+from kedit_fast.support.files import checksum, held, write_file
 
 FORMAT_VERSION = "1"
 LOCK = ".lock"
@@ -65,7 +65,7 @@ def claimed(folder: Path, hold: bool = True) -> Iterator[None]:
 
 def path_of(folder: Path) -> Path:
     """The checkpoint of this process."""
-    rank, world = distributed.world()
+    rank, world = processes.world()
     return folder / f"checkpoint-{rank + 1}-of-{world}.safetensors"
 
 
@@ -101,7 +101,7 @@ def read(folder: Path) -> Progress | None:
     """
     path = path_of(folder)
     others = sorted(p.name for p in folder.glob("checkpoint-*-of-*.safetensors"))
-    _, world = distributed.world()
+    _, world = processes.world()
     if wrong := [name for name in others if not name.endswith(f"-of-{world}.safetensors")]:
         number = wrong[0].removesuffix(".safetensors").rpartition("-of-")[2]
         raise StatisticsError(

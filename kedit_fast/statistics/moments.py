@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kedit_fast import distributed
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.ops import mirror_, symmetric_rank_k_update_
 from kedit_fast.ops.arguments import describe, require
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support import processes
+from kedit_fast.support.torch_state import plain_torch
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ class SecondMomentAccumulator:
     @plain_torch()
     def reduce_(self) -> None:
         """Add up what all processes have; afterwards every one has the whole."""
-        distributed.sum_(self.sum)
+        processes.sum_(self.sum)
         totals = torch.tensor([float(self.count), self.weight], dtype=torch.float64)
-        distributed.sum_(totals)
+        processes.sum_(totals)
         self.count, self.weight = int(totals[0]), float(totals[1])
 
 

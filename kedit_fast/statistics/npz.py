@@ -18,9 +18,9 @@ import numpy
 import torch
 
 from kedit_fast.errors import StatisticsError
-from kedit_fast.files import write_npz
 from kedit_fast.statistics.moments import SecondMoment
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.files import write_npz
+from kedit_fast.support.torch_state import plain_torch
 
 CONSTRUCTOR = "util.runningstats.SecondMoment()"
 METADATA = "kedit_fast"

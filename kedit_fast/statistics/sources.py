@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kedit_fast.errors import StatisticsError
-from kedit_fast.textfiles import GZIP, LINES, TABLES, read_records, refuse_binary, refuse_wide, suffix_of
+from kedit_fast.support.textfiles import GZIP, LINES, TABLES, read_records, refuse_binary, refuse_wide, suffix_of
 
 DATASETS = "datasets:"
 JSON = (".json", *LINES)

@@ -19,13 +19,13 @@ from safetensors import SafetensorError, safe_open
 
 from kedit_fast._version import __version__
 from kedit_fast.errors import StatisticsError
-from kedit_fast.files import aligned, checksum, write_file
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.statistics import npz
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.statistics.moments import SecondMoment
-from kedit_fast.torch_state import plain_torch
+from kedit_fast.support.files import aligned, checksum, write_file
+from kedit_fast.support.torch_state import plain_torch
 
 FORMAT_VERSION = "1"
 MODEL_FIELDS = ("model_config", "model_samples", "tokenizer")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kedit_fast.errors import KeditError
-from kedit_fast.files import replacing
+from kedit_fast.support.files import replacing
 
 NARROW = 300  # a log axis that spans less has ticks at 1, 2 and 5 of a decade, in plain numbers
 
