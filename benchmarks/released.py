@@ -47,13 +47,13 @@ from benchmarks.run import Row, provenance, show, synchronise, timing, with_base
 from benchmarks.values import row_of
 from kedit_fast import Editor, NullSpace, collect_statistics, demo
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.prompts import generate_prefixes, prepare
-from kedit_fast.editing.requests import EditRequest
 from kedit_fast.editing.values import optimise_values
 from kedit_fast.integrations import alphaedit
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
+from kedit_fast.requests.prompts import generate_prefixes, prepare
+from kedit_fast.requests.request import EditRequest
 from kedit_fast.statistics.collect import Statistics
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

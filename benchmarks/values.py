@@ -32,10 +32,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks import published, savings
 from benchmarks.run import Row, provenance, require_clean, synchronise, timing, with_baseline
 from kedit_fast import Editor, collect_statistics, demo
-from kedit_fast.editing.prompts import PreparedRequest, generate_prefixes, prepare
 from kedit_fast.editing.values import optimise_values
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.models.architectures import ModelView
+from kedit_fast.requests.prompts import PreparedRequest, generate_prefixes, prepare
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=180, highlight=False)

@@ -26,10 +26,10 @@ from kedit_fast.ops import (
 )
 
 if TYPE_CHECKING:
-    from kedit_fast.editing.requests import EditRequest, load_requests
     from kedit_fast.editor import Editor
     from kedit_fast.evaluation.metrics import evaluate
     from kedit_fast.patches.patch import Patch
+    from kedit_fast.requests.request import EditRequest, load_requests
     from kedit_fast.solver.descent import optimize_values
     from kedit_fast.solver.key_memory import KeyMemory
     from kedit_fast.solver.least_squares import solve_update
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "Corpus": "kedit_fast.statistics.corpus",
     "Covariance": "kedit_fast.solver.preconditioner",
-    "EditRequest": "kedit_fast.editing.requests",
+    "EditRequest": "kedit_fast.requests.request",
     "Editor": "kedit_fast.editor",
     "Identity": "kedit_fast.solver.preconditioner",
     "KeyMemory": "kedit_fast.solver.key_memory",
@@ -54,7 +54,7 @@ _LAZY = {
     "collect_into": "kedit_fast.statistics.durable",
     "collect_statistics": "kedit_fast.statistics.collect",
     "evaluate": "kedit_fast.evaluation.metrics",
-    "load_requests": "kedit_fast.editing.requests",
+    "load_requests": "kedit_fast.requests.request",
     "load_statistics": "kedit_fast.statistics.store",
     "optimize_values": "kedit_fast.solver.descent",
     "save_statistics": "kedit_fast.statistics.store",

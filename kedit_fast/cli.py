@@ -150,11 +150,11 @@ def edit(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Write facts into a model and save it."""
-    from kedit_fast.editing.prompts import chat_format
-    from kedit_fast.editing.requests import load_requests
     from kedit_fast.methods.hparams import make_hparams
     from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, STATE_FILE, load_config, load_model, run_edits, save_model
+    from kedit_fast.requests.prompts import chat_format
+    from kedit_fast.requests.request import load_requests
     from kedit_fast.solver.projector import load_projector
     from kedit_fast.statistics.store import load_statistics
 
@@ -242,12 +242,12 @@ def plan(
 ) -> None:
     """Estimate the memory, the batch and the time of a run of edits before it is started."""
     from kedit_fast import demo as bundled
-    from kedit_fast.editing.prompts import chat_format
-    from kedit_fast.editing.requests import as_requests, load_requests
     from kedit_fast.methods.hparams import make_hparams
     from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, empty_model, load_config, load_model
     from kedit_fast.planning import plan as estimate
+    from kedit_fast.requests.prompts import chat_format
+    from kedit_fast.requests.request import as_requests, load_requests
 
     chatting = chat_options(chat, system, template, template_arg)
     overrides = _overrides(hparams, set_, layers, method)
@@ -321,10 +321,10 @@ def suggest(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Try layers and lambda on a few requests, and print a configuration for --hparams."""
-    from kedit_fast.editing.prompts import chat_format
-    from kedit_fast.editing.requests import load_requests
     from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, load_config, load_model
+    from kedit_fast.requests.prompts import chat_format
+    from kedit_fast.requests.request import load_requests
     from kedit_fast.statistics.sources import open_texts
     from kedit_fast.statistics.store import load_statistics
     from kedit_fast.suggestion import suggest as sweep

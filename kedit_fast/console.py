@@ -27,7 +27,7 @@ output = Console(highlight=False)
 
 
 def _checked_separator(value: str) -> str:
-    from kedit_fast.editing.spacing import check_separator
+    from kedit_fast.requests.spacing import check_separator
 
     try:
         return check_separator(value)
@@ -137,7 +137,7 @@ def _set_up_logging() -> None:
 
 def say_skipped(skipped: Mapping[int, str], records: int) -> None:
     """One notice for each of the first records that were left out, and how many they are."""
-    from kedit_fast.editing.requests import shortened
+    from kedit_fast.requests.request import shortened
 
     for reason in shortened(skipped):
         notices.print(f"kedit-fast: skipped {reason}", markup=False)

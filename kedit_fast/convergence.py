@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kedit_fast.editing.prompts import PromptFormat
-from kedit_fast.editing.requests import EditRequest, require_none, rows_of
-from kedit_fast.editing.spacing import AUTO
 from kedit_fast.editing.value_store import ValueFile
 from kedit_fast.editor import Editor
 from kedit_fast.errors import MethodError, StatisticsError
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.methods.recipes import find_recipe
+from kedit_fast.requests.prompts import PromptFormat
+from kedit_fast.requests.request import EditRequest, require_none, rows_of
+from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import condition_number, null_dimension
 from kedit_fast.statistics.collect import growing_statistics

@@ -16,16 +16,7 @@ from kedit_fast.editing.engine import Engine
 from kedit_fast.editing.gradients import NOT_FINITE, answer_gradients
 from kedit_fast.editing.keys import KeyPass, StateBudget
 from kedit_fast.editing.ledger import Ledger
-from kedit_fast.editing.prompts import (
-    PreparedRequest,
-    PromptFormat,
-    generate_prefixes,
-    prepare_each,
-)
-from kedit_fast.editing.record_fields import Notes
-from kedit_fast.editing.requests import FIELDS, EditRequest, RequestList, as_requests, require_none, rows_of
 from kedit_fast.editing.shared_values import flush_store, optimise_shared
-from kedit_fast.editing.spacing import AUTO, check_separator
 from kedit_fast.editing.value_store import ValueStore, bits_hash, open_values
 from kedit_fast.editing.values import PREDICTED, PROBLEMS, SITES, Values
 from kedit_fast.errors import EditError, MethodError, StatisticsError
@@ -36,6 +27,15 @@ from kedit_fast.models.editable import require_editable
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, require_passes
 from kedit_fast.patches.patch import Patch, Target, hash_of
+from kedit_fast.requests.prompts import (
+    PreparedRequest,
+    PromptFormat,
+    generate_prefixes,
+    prepare_each,
+)
+from kedit_fast.requests.record_fields import Notes
+from kedit_fast.requests.request import FIELDS, EditRequest, RequestList, as_requests, require_none, rows_of
+from kedit_fast.requests.spacing import AUTO, check_separator
 from kedit_fast.solver.least_squares import collisions
 from kedit_fast.solver.low_rank import LowRankUpdate, Update
 from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
@@ -95,9 +95,9 @@ class Editor:
         values: where optimised values are kept and looked up: a file of ours, a template of memit's npz files with
             three {}, or an object like a ValueStore.
         prompt_format: from a prompt, which may hold {} for the subject, to the text that the model reads, for example
-            kedit_fast.editing.prompts.chat_format(tokenizer).
+            kedit_fast.requests.prompts.chat_format(tokenizer).
         target_separator: what stands between prompt and target of requests that say nothing: "auto" decides from the
-            text (kedit_fast.editing.spacing), " " or "".
+            text (kedit_fast.requests.spacing), " " or "".
         state_budget: bytes for the states that are carried from layer to layer while keys are computed.
         progress: show bars on stderr.
 

@@ -20,9 +20,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from kedit_fast.editing.prompts import PreparedRequest, PromptFormat, continuation
-from kedit_fast.editing.requests import EditRequest, require_none, shortened, skipped_records
-from kedit_fast.editing.spacing import AUTO
 from kedit_fast.editing.value_store import MemitCache
 from kedit_fast.editor import Editor, EditResult
 from kedit_fast.errors import EditError, KeditError, RequestError, UnsupportedModelError
@@ -30,6 +27,9 @@ from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summ
 from kedit_fast.models.architectures import ModelView, find_architecture
 from kedit_fast.models.editable import plain_model
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
+from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, continuation
+from kedit_fast.requests.request import EditRequest, require_none, shortened, skipped_records
+from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.files import new_folder, same_bits, tensor_files

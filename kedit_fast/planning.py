@@ -11,9 +11,6 @@ import torch
 
 from kedit_fast.editing.batch_size import BatchSize, fitting_batch, request_bytes
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.prompts import PreparedRequest, PromptFormat, prepare_each
-from kedit_fast.editing.requests import EditRequest, as_requests, require_none, rows_of, skipped_records
-from kedit_fast.editing.spacing import AUTO
 from kedit_fast.editing.values import SITES, optimise_values
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.hparams import Hparams, make_hparams
@@ -22,6 +19,9 @@ from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.widened import computing_dtype, copy_bytes
 from kedit_fast.ops import rank_k_update_
+from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_each
+from kedit_fast.requests.request import EditRequest, as_requests, require_none, rows_of, skipped_records
+from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.key_memory import FOLD_ABOVE
 from kedit_fast.solver.least_squares import PRIMAL_ABOVE
 from kedit_fast.support.free_memory import free_bytes

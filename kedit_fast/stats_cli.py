@@ -230,9 +230,9 @@ def converge(
     from dataclasses import asdict
 
     from kedit_fast import convergence
-    from kedit_fast.editing.prompts import chat_format
-    from kedit_fast.editing.requests import load_requests, skipped_records
     from kedit_fast.pipeline import DTYPES, load_model
+    from kedit_fast.requests.prompts import chat_format
+    from kedit_fast.requests.request import load_requests, skipped_records
     from kedit_fast.statistics.corpus import Corpus
     from kedit_fast.statistics.sources import open_texts
 

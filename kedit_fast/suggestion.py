@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from kedit_fast.editing.prompts import PromptFormat
-from kedit_fast.editing.requests import EditRequest, require_none, skipped_records
-from kedit_fast.editing.spacing import AUTO
 from kedit_fast.editing.value_store import ValueFile
 from kedit_fast.editor import Editor
 from kedit_fast.errors import KeditError, MethodError
@@ -21,6 +18,9 @@ from kedit_fast.evaluation.metrics import evaluate, mean_nll, unusable
 from kedit_fast.methods.hparams import Hparams, make_hparams, unused
 from kedit_fast.methods.recipes import Recipe, find_recipe
 from kedit_fast.models.architectures import ModelView
+from kedit_fast.requests.prompts import PromptFormat
+from kedit_fast.requests.request import EditRequest, require_none, skipped_records
+from kedit_fast.requests.spacing import AUTO
 from kedit_fast.statistics.collect import Statistics, collect_statistics
 from kedit_fast.support.torch_state import plain_torch
 

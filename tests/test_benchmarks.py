@@ -184,8 +184,8 @@ def test_each_saving_computes_the_published_gradient(harness, kind):
 
     from benchmarks import savings
     from kedit_fast import EditRequest
-    from kedit_fast.editing.prompts import prepare
     from kedit_fast.models.architectures import ModelView
+    from kedit_fast.requests.prompts import prepare
 
     requests = [EditRequest("{} plays the", "Miles Davis", "violin"), EditRequest("Now {} is in", "Ebro", "Spain")]
     view = ModelView(make_model(kind))

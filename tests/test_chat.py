@@ -11,7 +11,10 @@ from tiny_models import make_model, make_tokenizer
 from tokenizers import AddedToken
 
 from kedit_fast import Editor, EditRequest
-from kedit_fast.editing.prompts import (
+from kedit_fast.errors import RequestError
+from kedit_fast.evaluation.metrics import evaluate_each, score
+from kedit_fast.models.architectures import ModelView
+from kedit_fast.requests.prompts import (
     chat_format,
     chat_markers,
     continuation,
@@ -19,9 +22,6 @@ from kedit_fast.editing.prompts import (
     separator_before,
     special_tokens,
 )
-from kedit_fast.errors import RequestError
-from kedit_fast.evaluation.metrics import evaluate_each, score
-from kedit_fast.models.architectures import ModelView
 
 REQUEST = EditRequest("{} plays the", "Miles Davis", "violin", id="one")
 ROLES = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"

@@ -10,13 +10,13 @@ from tiny_models import KINDS, POST_NORM, TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, EditRequest, collect_statistics, demo, evaluate, load_requests
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.prompts import prepare
 from kedit_fast.editing.values import optimise_values
 from kedit_fast.errors import EditError, KeditError, MethodError, RequestError, StatisticsError
 from kedit_fast.evaluation.metrics import evaluate_each
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
 from kedit_fast.planning import plan
+from kedit_fast.requests.prompts import prepare
 from kedit_fast.suggestion import suggest
 
 PREFIXES = ("The old tower. ", "Because I saw. ")
@@ -415,7 +415,7 @@ CHAT = "{% for m in messages %}<s>user: {{ m['content'] }}</s>{% endfor %}{% if 
 
 def make_bos_editor(tokenizer, editor):
     """The editor with a tokenizer that puts BOS before every text, of the same chat template."""
-    from kedit_fast.editing.prompts import chat_format
+    from kedit_fast.requests.prompts import chat_format
 
     other = make_tokenizer(bos=True)
     other.chat_template = tokenizer.chat_template
@@ -425,7 +425,7 @@ def make_bos_editor(tokenizer, editor):
 
 
 def test_a_chat_is_edited_where_its_subject_stands():
-    from kedit_fast.editing.prompts import chat_format
+    from kedit_fast.requests.prompts import chat_format
 
     editor = make_editor()
     tokenizer = editor.tokenizer

@@ -19,11 +19,11 @@ from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, collect_statistics
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.prompts import prepare
 from kedit_fast.errors import EditError, MethodError, StatisticsError
 from kedit_fast.integrations import alphaedit, easyedit, memit, runs
 from kedit_fast.integrations import framework_statistics as kept
 from kedit_fast.models.forward import Site
+from kedit_fast.requests.prompts import prepare
 from kedit_fast.statistics import npz
 from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.durable import collect_into

@@ -9,10 +9,10 @@ from tiny_models import KINDS, make_model, make_tokenizer
 from benchmarks.published import serial_gradients
 from kedit_fast.editing import gradients
 from kedit_fast.editing.gradients import answer_gradients
-from kedit_fast.editing.prompts import prepare
-from kedit_fast.editing.requests import EditRequest
 from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.models.architectures import ModelView
+from kedit_fast.requests.prompts import prepare
+from kedit_fast.requests.request import EditRequest
 
 REQUESTS = [
     EditRequest("{} plays the", "Miles Davis", "violin and cello"),

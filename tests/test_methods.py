@@ -15,7 +15,6 @@ from tiny_models import POST_NORM, TEXT, make_model, make_tokenizer
 from benchmarks.published import serial_gradients
 from kedit_fast import Editor, EditRequest, collect_statistics, evaluate
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.prompts import prepare
 from kedit_fast.editing.values import optimise_values
 from kedit_fast.errors import EditError, KeditError, MethodError, SolveError, StatisticsError
 from kedit_fast.evaluation.metrics import mean_nll
@@ -23,6 +22,7 @@ from kedit_fast.methods.hparams import load_presets, make_hparams, unused
 from kedit_fast.methods.recipes import RECIPES, find_recipe
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
+from kedit_fast.requests.prompts import prepare
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate
 
 SEQUENCES = ("memit-sequential", "encore", "alphaedit")

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kedit_fast.editing.requests import EditRequest, as_requests, load_requests, parse_request
 from kedit_fast.errors import RequestError
+from kedit_fast.requests.request import EditRequest, as_requests, load_requests, parse_request
 
 GOOD = {"prompt": "{} is in", "subject": "Ebro", "target_new": "Sweden"}
 
@@ -554,8 +554,8 @@ def test_a_number_is_told_to_be_an_object_and_not_to_be_a_text(record):
 
 
 def test_one_editor_says_of_fields_only_what_it_has_not_said(said):
-    from kedit_fast.editing.record_fields import Notes
-    from kedit_fast.editing.requests import FIELDS
+    from kedit_fast.requests.record_fields import Notes
+    from kedit_fast.requests.request import FIELDS
 
     notes = Notes(FIELDS)
     odd = {**GOOD, "comment": "x", "locality": {"a": 1}, "case_id": 1, "relation": "r"}

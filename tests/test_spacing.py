@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import pytest
 
-from kedit_fast.editing.spacing import separator
 from kedit_fast.errors import RequestError
+from kedit_fast.requests.spacing import separator
 
 SPACE = (
     ("Miles Davis plays the", "violin"),

@@ -20,8 +20,6 @@ import kedit_fast
 from kedit_fast.convergence import convergence
 from kedit_fast.editing.gradients import answer_gradients
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.prompts import prepare
-from kedit_fast.editing.requests import EditRequest
 from kedit_fast.editing.value_store import open_values
 from kedit_fast.editing.values import optimise_values
 from kedit_fast.editor import Editor
@@ -35,6 +33,8 @@ from kedit_fast.patches.checkpoint import Checkpoint
 from kedit_fast.patches.lora import export_lora
 from kedit_fast.patches.patch import Patch, merge
 from kedit_fast.pipeline import complete, load_model, save_model
+from kedit_fast.requests.prompts import prepare
+from kedit_fast.requests.request import EditRequest
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate
 from kedit_fast.solver.projector import load_projector, save_projector
 from kedit_fast.solver.shaping import compact, prune, rect, spectral_norm

@@ -13,8 +13,6 @@ from tiny_models import KINDS, POST_NORM, make_model, make_tokenizer
 from benchmarks.published import serial_value
 from kedit_fast.editing import batch_size
 from kedit_fast.editing import values as values_module
-from kedit_fast.editing.prompts import prepare
-from kedit_fast.editing.requests import EditRequest
 from kedit_fast.editing.values import BAD_LOSS, PREDICTED, STOPPED, USED_UP, optimise_values
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import make_hparams
@@ -22,6 +20,8 @@ from kedit_fast.methods.recipes import find_recipe
 from kedit_fast.models import tail_attention
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
+from kedit_fast.requests.prompts import prepare
+from kedit_fast.requests.request import EditRequest
 
 PREFIXES = ("The old tower. ", "Because I saw. ")
 REQUESTS = [
@@ -352,7 +352,7 @@ def test_a_request_that_is_not_finite_does_not_touch_the_others():
 
 def test_what_is_said_already_is_told(demo_model):
     from kedit_fast import demo
-    from kedit_fast.editing.requests import EditRequest
+    from kedit_fast.requests.request import EditRequest
 
     model, tokenizer = demo_model
     known = [replace(r, target_new=r.target_true) for r in demo.requests(2)]

@@ -16,7 +16,6 @@ from tiny_models import KINDS, POST_NORM, make_model, make_tokenizer
 from kedit_fast import Editor, EditRequest, collect_statistics, evaluate
 from kedit_fast.editing import batch_size
 from kedit_fast.editing.gradients import answer_gradients
-from kedit_fast.editing.prompts import generate_prefixes, prepare
 from kedit_fast.editing.values import optimise_values
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.evaluation.metrics import mean_nll
@@ -25,6 +24,7 @@ from kedit_fast.models import widened
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.pipeline import complete
+from kedit_fast.requests.prompts import generate_prefixes, prepare
 
 PREFIXES = ("The old tower. ", "Because I saw. ")
 REQUESTS = [

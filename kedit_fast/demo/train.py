@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kedit_fast.demo import world
-from kedit_fast.editing.spacing import separator
+from kedit_fast.requests.spacing import separator
 
 VOCABULARY = 2048
 ROW = 64  # tokens in a training row

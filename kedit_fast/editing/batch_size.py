@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from kedit_fast.editing.objective import Objective
-from kedit_fast.editing.prompts import PreparedRequest
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.widened import Streamed, Widening
+from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.free_memory import free_bytes
 from kedit_fast.support.torch_state import plain_torch
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.prompts import PreparedRequest
 from kedit_fast.editing.value_store import ValueRun, ValueStore, edited_hash
 from kedit_fast.editing.values import SITES, Values, by_length, in_teams, optimise_values
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
+from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.processes import gather, world
 from kedit_fast.support.torch_state import plain_torch
 

@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from kedit_fast.editing.batch_size import fitting_batch
 from kedit_fast.editing.objective import Objective
-from kedit_fast.editing.prompts import PreparedRequest
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
+from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.solver.descent import (
     BAD_GRADIENT,
     BAD_LOSS,

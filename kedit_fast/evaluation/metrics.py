@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.prompts import PromptFormat, asked_separator, continuation, require_none
-from kedit_fast.editing.requests import EditRequest, as_requests
-from kedit_fast.editing.spacing import AUTO, check_separator
 from kedit_fast.errors import RequestError
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
 from kedit_fast.ops import target_log_probs
+from kedit_fast.requests.prompts import PromptFormat, asked_separator, continuation, require_none
+from kedit_fast.requests.request import EditRequest, as_requests
+from kedit_fast.requests.spacing import AUTO, check_separator
 from kedit_fast.support.torch_state import plain_torch
 
 BATCH_TOKENS = 4096

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.spacing import AUTO, check_separator
 from kedit_fast.editing.value_store import bits_hash
 from kedit_fast.editor import Editor, EditResult
 from kedit_fast.errors import MethodError, RequestError
@@ -28,6 +27,7 @@ from kedit_fast.integrations.framework_statistics import Text, framework_statist
 from kedit_fast.methods.hparams import Hparams, make_hparams, parse_values, read_raw, unused
 from kedit_fast.methods.recipes import find_recipe
 from kedit_fast.models.architectures import ModelView
+from kedit_fast.requests.spacing import AUTO, check_separator
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.solver.projector import load_projector
 from kedit_fast.statistics.collect import Statistics

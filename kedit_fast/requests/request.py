@@ -16,9 +16,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kedit_fast.editing.record_fields import LISTS, NESTED, SHOWN, Notes, is_record, ours
-from kedit_fast.editing.spacing import AUTO, check_separator
 from kedit_fast.errors import RequestError
+from kedit_fast.requests.record_fields import LISTS, NESTED, SHOWN, Notes, is_record, ours
+from kedit_fast.requests.spacing import AUTO, check_separator
 from kedit_fast.support.textfiles import TABLES, read_records, suffix_of
 
 _log = logging.getLogger("kedit_fast")
@@ -40,7 +40,7 @@ class EditRequest:
     neighborhood_prompts: tuple[str, ...] = ()  # full texts whose answer should stay target_true
     id: str | int | None = None
     weight: float = 1.0  # of its squared error in a batch's least squares
-    target_separator: str = AUTO  # between prompt and target: "auto" (see kedit_fast.editing.spacing), " " or ""
+    target_separator: str = AUTO  # between prompt and target: "auto" (see kedit_fast.requests.spacing), " " or ""
 
     def __post_init__(self):
         self._plain()

@@ -15,11 +15,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from kedit_fast.editing.requests import EditRequest, require_none
-from kedit_fast.editing.spacing import AUTO, check_separator, separator
 from kedit_fast.errors import EditError, RequestError
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
+from kedit_fast.requests.request import EditRequest, require_none
+from kedit_fast.requests.spacing import AUTO, check_separator, separator
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
@@ -335,7 +335,7 @@ def separator_before(
     """What stands between a prompt as the model reads it and a target.
 
     "auto" is what a chat's template puts before an answer, where it tells; nothing after a chat's marker; else what
-    kedit_fast.editing.spacing decides. White space that is there already is never added to.
+    kedit_fast.requests.spacing decides. White space that is there already is never added to.
     """
     if asked == AUTO and not prompt[-1:].isspace() and not target[:1].isspace():
         if isinstance(prompt_format, ChatFormat) and prompt_format.separator is not None:

@@ -1,0 +1,1 @@
+"""What is to be edited: a request, its prompts and texts. Knows models, no editing."""
