@@ -41,7 +41,7 @@ from kedit_fast.solver.low_rank import LowRankUpdate, Update
 from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
 from kedit_fast.solver.shaping import prune, rect, spectral_norm
 from kedit_fast.statistics.collect import Statistics
-from kedit_fast.support.processes import world
+from kedit_fast.support.process_group import world
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
@@ -101,8 +101,8 @@ class Editor:
         state_budget: bytes for the states that are carried from layer to layer while keys are computed.
         progress: show bars on stderr.
 
-    Where torch.distributed is initialised (`kedit_fast.support.processes.start()` under torchrun) every process makes the
-    same calls; each optimises its share of the values and all write the same.
+    Where torch.distributed is initialised (`kedit_fast.support.process_group.start()` under torchrun) every process
+    makes the same calls; each optimises its share of the values and all write the same.
 
     Raises:
         UnsupportedModelError, MethodError, RequestError, StatisticsError: see the messages.

@@ -20,7 +20,8 @@ from tiny_models import TEXT, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kedit_fast
-from kedit_fast import cli, demo, pipeline
+from kedit_fast import demo, pipeline
+from kedit_fast.cli.main import main
 from kedit_fast.errors import KeditError, UnsupportedModelError
 from kedit_fast.methods.hparams import read_hparams
 from kedit_fast.support.files import new_folder
@@ -34,7 +35,7 @@ def run(*args, cwd=None, **environment):
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                cli.app([str(a) for a in args], prog_name="kedit-fast")
+                main.app([str(a) for a in args], prog_name="kedit-fast")
                 code = 0
             except SystemExit as stop:
                 code = stop.code or 0

@@ -15,7 +15,7 @@ from tiny_models import TEXT, make_tokenizer
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.statistics.corpus import START, Corpus, Position, Reader, ahead, batches
 from kedit_fast.statistics.sources import open_texts
-from kedit_fast.support import processes
+from kedit_fast.support import process_group
 
 DOCUMENTS = [f"{text} Number {i}." * (1 + i % 7) for i, text in enumerate(TEXT * 30)]
 
@@ -128,13 +128,13 @@ def test_processes_share_the_windows_of_one(monkeypatch, world, budget):
     alone, counted = reader(max_tokens=budget), list(counts_by_round(world))
     parts = []
     for rank in range(world):
-        monkeypatch.setattr(processes, "world", lambda rank=rank: (rank, world))
+        monkeypatch.setattr(process_group, "world", lambda rank=rank: (rank, world))
         made = Reader.__new__(Reader)
         made.tokenizer, made.corpus, made.max_length, made.vocabulary = tokenizer, Corpus(DOCUMENTS, budget), 64, None
         made._rank, made._world, made._characters, made._documents, made._last = rank, world, 2000, None, None
         if budget is not None:
             rounds = iter(counted)
-            monkeypatch.setattr(processes, "gather", lambda mine, rounds=rounds: next(rounds))
+            monkeypatch.setattr(process_group, "gather", lambda mine, rounds=rounds: next(rounds))
             made._find_end(budget)
         parts.append(list(made.windows()))
         assert list(made.windows(parts[-1][-1].after)) == []  # a share that had ended, gone on with

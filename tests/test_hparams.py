@@ -239,7 +239,7 @@ def test_what_a_published_file_carries_idle_is_no_warning_and_the_rest_is():
 
 
 def test_the_command_line_warns_of_idle_numbers_set_by_hand_alone(tmp_path, capsys):
-    from kedit_fast.cli import _overrides
+    from kedit_fast.cli.main import _overrides
 
     file = tmp_path / "alphaedit.json"
     file.write_text(json.dumps({**MEMIT_GPTJ, "nullspace_threshold": 2e-2, "L2": 1}))

@@ -17,7 +17,7 @@ from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
-from kedit_fast.support.processes import gather, world
+from kedit_fast.support.process_group import gather, world
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")

@@ -22,7 +22,7 @@ from kedit_fast.statistics import npz
 from kedit_fast.statistics.collect import Statistics, collect_statistics
 from kedit_fast.statistics.sources import DATASETS, open_texts
 from kedit_fast.statistics.store import load_statistics, metadata_of, path_of
-from kedit_fast.support import processes
+from kedit_fast.support import process_group
 
 Text = str | os.PathLike | Sequence[str]
 ENVIRONMENT = "KEDIT_FAST_STATISTICS_TEXT"
@@ -106,11 +106,11 @@ def framework_statistics(
     precision = precision or "float32"
     for second in new.layers.values():
         npz.sum_in(second, precision)  # all of them fit, or none is written
-    if processes.world()[0] == 0:
+    if process_group.world()[0] == 0:
         for layer, module in missing.items():
             name = npz.path_of("", "", "", module, samples, precision).name
             npz.write(place / name, new.layers[layer], {**metadata_of(new, layer), _SOURCE: source}, samples, precision)
-    processes.wait_for_all()
+    process_group.wait_for_all()
     return read(place)  # as the next call will find them
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from kedit_fast.errors import StatisticsError
 from kedit_fast.statistics.corpus import Position
 from kedit_fast.statistics.moments import SecondMomentAccumulator
-from kedit_fast.support import processes
+from kedit_fast.support import process_group
 from kedit_fast.support.files import checksum, held, write_file
 
 FORMAT_VERSION = "1"
@@ -65,7 +65,7 @@ def claimed(folder: Path, hold: bool = True) -> Iterator[None]:
 
 def path_of(folder: Path) -> Path:
     """The checkpoint of this process."""
-    rank, world = processes.world()
+    rank, world = process_group.world()
     return folder / f"checkpoint-{rank + 1}-of-{world}.safetensors"
 
 
@@ -101,7 +101,7 @@ def read(folder: Path) -> Progress | None:
     """
     path = path_of(folder)
     others = sorted(p.name for p in folder.glob("checkpoint-*-of-*.safetensors"))
-    _, world = processes.world()
+    _, world = process_group.world()
     if wrong := [name for name in others if not name.endswith(f"-of-{world}.safetensors")]:
         number = wrong[0].removesuffix(".safetensors").rpartition("-of-")[2]
         raise StatisticsError(

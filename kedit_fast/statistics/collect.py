@@ -20,7 +20,7 @@ from kedit_fast.models.widened import computing_dtype
 from kedit_fast.statistics.corpus import Corpus, Position, Reader, TokenWeights, Window, ahead, batches
 from kedit_fast.statistics.memory_plan import Group, plan_groups
 from kedit_fast.statistics.moments import SecondMoment, SecondMomentAccumulator
-from kedit_fast.support import processes
+from kedit_fast.support import process_group
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
@@ -138,7 +138,7 @@ def growing_statistics(
 
     Cost: one pass over the text in all; each Statistics is a copy.
     """
-    if processes.world()[1] > 1:
+    if process_group.world()[1] > 1:
         raise StatisticsError("growing counts are for a single process")
     if not corpus.repeatable:
         raise StatisticsError("growing counts read the text again: give a list or a file")
@@ -214,7 +214,7 @@ class Job:
         start = end = start or Position()
         done = next(iter(sums.values())).count
         bar = tqdm(
-            total=self.corpus.max_tokens if processes.world()[1] == 1 else None, initial=done, unit="tok",
+            total=self.corpus.max_tokens if process_group.world()[1] == 1 else None, initial=done, unit="tok",
             unit_scale=True, desc="statistics", disable=not progress, leave=False,
         )  # fmt: skip
         windows = ahead(self.reader.windows(start))
@@ -273,7 +273,7 @@ class Job:
         Raises:
             StatisticsError: no tokens, moments that are not finite, or processes that were given different texts.
         """
-        ends = {(position.documents, position.digest) for position in processes.gather(end)}
+        ends = {(position.documents, position.digest) for position in process_group.gather(end)}
         if len(ends) > 1:
             raise StatisticsError("the processes were given different texts")
         for layer, total in sums.items():

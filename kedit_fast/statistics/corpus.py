@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.models.forward import unknown_token
-from kedit_fast.support import processes
+from kedit_fast.support import process_group
 
 TokenWeights = Callable[[list[int]], Sequence[float]]
 T = TypeVar("T")
@@ -137,7 +137,7 @@ class Reader:
     ):
         self.tokenizer, self.corpus, self.vocabulary = tokenizer, corpus, vocabulary
         self.max_length = min(corpus.max_length, max_length)
-        self._rank, self._world = processes.world()
+        self._rank, self._world = process_group.world()
         self._characters = max(LEAST_WINDOW, BATCHES_A_WINDOW * CHARACTERS_A_TOKEN * batch_tokens)
         self._documents = corpus.max_samples
         self._last: int | None = None  # tokens of the last of so many documents; None for all
@@ -246,7 +246,7 @@ class Reader:
                     number = begin - len(texts)
                 if ended:
                     break
-            for count in (count for counts in processes.gather(mine) for count in counts):
+            for count in (count for counts in process_group.gather(mine) for count in counts):
                 number += 1
                 if total + count >= budget:
                     self._documents, self._last = number, budget - total

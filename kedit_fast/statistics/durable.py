@@ -30,7 +30,7 @@ from kedit_fast.statistics.corpus import Corpus, Position
 from kedit_fast.statistics.memory_plan import Group, check_masters, plan_groups
 from kedit_fast.statistics.moments import SecondMomentAccumulator
 from kedit_fast.statistics.store import MODEL_FIELDS, metadata_in, path_of, save_statistics
-from kedit_fast.support import processes
+from kedit_fast.support import process_group
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
@@ -102,7 +102,7 @@ def collect_into(
         raise InvalidArgumentError(f"checkpoint_every is a time in seconds; got {checkpoint_every}")
     check_masters(masters)
     check_folder(folder, resume, overwrite)
-    rank, _ = processes.world()
+    rank, _ = process_group.world()
     job = Job(model, tokenizer, corpus, layers, batch_tokens, spec)
     marker = folder / checkpoint.OVERWRITING
     if resume and not marker.exists() and len(done := _done(folder, job, False)) == len(job.layers):
@@ -111,13 +111,13 @@ def collect_into(
         if overwrite and rank == 0:
             checkpoint.remove_all(folder)
             marker.touch()
-        processes.wait_for_all()
+        process_group.wait_for_all()
         overwriting = marker.exists()
         plan, found = _plan(job), checkpoint.read(folder)
         if found is not None:
             _check_plan(folder, found, plan)
         done = {} if overwrite else _done(folder, job, overwriting)
-        begun = [p.layers for p in processes.gather(found) if p is not None]
+        begun = [p.layers for p in process_group.gather(found) if p is not None]
         groups = _groups(job, done, begun, masters, master_bytes)
         job.check_groups(groups)
         clock, resumed = _Clock(checkpoint_every), 0
@@ -132,19 +132,19 @@ def collect_into(
             end = job.run(sums, start, saver, progress and rank == 0)
             if any(other.corpus != end.digest for layer, other in done.items() if layer not in group.layers):
                 raise StatisticsError(f"the text is not that of the layers that {folder} has already")
-            if processes.world()[1] > 1:
+            if process_group.world()[1] > 1:
                 saver.save(end)  # the others may still be at work, and one of them may die
             for layer, moment in job.finished(sums, end):
                 if rank == 0:
                     save_statistics(job.statistics({layer: moment}, end), folder)
                 done[layer] = _Done(moment.count, end.documents, end.digest)
-            processes.wait_for_all()
+            process_group.wait_for_all()
             checkpoint.remove(folder)
         if rank == 0:
             checkpoint.remove_all(folder)
             _tidy(folder, job, overwriting)
             marker.unlink(missing_ok=True)
-    resumed = sum(processes.gather(resumed)) if groups else _total(done)
+    resumed = sum(process_group.gather(resumed)) if groups else _total(done)
     return _collected(folder, job, done, resumed, len(groups), begin, clock.spent)
 
 
@@ -190,7 +190,7 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 
 def _plan(job: Job) -> dict[str, str]:
     """What a checkpoint depends on."""
-    _, world = processes.world()
+    _, world = process_group.world()
     return {
         **job.asked, "dtype": job.dtype, "batch_tokens": str(job.batch_tokens), "processes": str(world), **job.model,
     }  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.widened import computing_dtype
-from kedit_fast.support import processes
+from kedit_fast.support import process_group
 from kedit_fast.support.free_memory import free_bytes
 
 _log = logging.getLogger("kedit_fast")
@@ -66,7 +66,7 @@ def plan_groups(
             f"{batch_tokens:,} tokens ({max(room.values()):,} bytes): use a smaller batch, or another device"
         )
     chosen = min(possible, key=len)  # the first of the shortest
-    chosen = processes.gather(chosen)[0]
+    chosen = process_group.gather(chosen)[0]
     if len(chosen) > 1:
         parts = "; ".join(", ".join(map(str, group.layers)) for group in chosen)
         _log.warning(

@@ -10,7 +10,7 @@ import torch
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.ops import mirror_, symmetric_rank_k_update_
 from kedit_fast.ops.arguments import describe, require
-from kedit_fast.support import processes
+from kedit_fast.support import process_group
 from kedit_fast.support.torch_state import plain_torch
 
 
@@ -97,9 +97,9 @@ class SecondMomentAccumulator:
     @plain_torch()
     def reduce_(self) -> None:
         """Add up what all processes have; afterwards every one has the whole."""
-        processes.sum_(self.sum)
+        process_group.sum_(self.sum)
         totals = torch.tensor([float(self.count), self.weight], dtype=torch.float64)
-        processes.sum_(totals)
+        process_group.sum_(totals)
         self.count, self.weight = int(totals[0]), float(totals[1])
 
 

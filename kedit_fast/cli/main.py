@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import kedit_fast
-from kedit_fast import patch_cli, stats_cli
-from kedit_fast.console import (
+from kedit_fast.cli import patch, stats
+from kedit_fast.cli.console import (
     ON_ERROR_HELP,
     ArgumentsOption,
     ChatOption,
@@ -48,8 +48,8 @@ app = typer.Typer(
     help="Closed-form knowledge editing of language models.", no_args_is_help=True, add_completion=False,
     pretty_exceptions_enable=False,
 )  # fmt: skip
-app.add_typer(stats_cli.app, name="stats")
-app.add_typer(patch_cli.app, name="patch")
+app.add_typer(stats.app, name="stats")
+app.add_typer(patch.app, name="patch")
 METHOD_HELP = "a method's name, see `kedit-fast methods`"
 REQUESTS_HELP = "edit requests: .json, .jsonl, .csv or .tsv, also .gz; - for stdin"
 
@@ -297,7 +297,7 @@ def suggest(
     requests: Annotated[Path, typer.Option(help=f"better with paraphrases; {REQUESTS_HELP}")],
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
     text: Annotated[
-        str | None, typer.Option(help="for statistics and for the drift of text: " + stats_cli.TEXT_HELP)
+        str | None, typer.Option(help="for statistics and for the drift of text: " + stats.TEXT_HELP)
     ] = None,
     field: Annotated[str, typer.Option(help="field of a record, or column, that holds the text")] = "text",
     tokens: Annotated[int, typer.Option(min=100, help="of the text, for statistics")] = 100_000,

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperGroup
 
-from kedit_fast.console import (
+from kedit_fast.cli.console import (
     ON_ERROR_HELP,
     ArgumentsOption,
     ChatOption,
@@ -36,7 +36,7 @@ from kedit_fast.console import (
     say_skipped,
 )
 from kedit_fast.errors import KeditError, StatisticsError
-from kedit_fast.support import processes
+from kedit_fast.support import process_group
 
 COLLECT = "collect"
 TEXT_HELP = ".txt (a document a line), .jsonl, .json, .csv or .tsv, also .gz; or datasets:NAME[:CONFIG[:SPLIT]]"
@@ -125,7 +125,7 @@ def collect(
     check_range(wanted, load_config(model, merge_adapter))
     try:
         with processes(device) as (rank, where):
-            if device_map is not None and processes.world()[1] > 1:
+            if device_map is not None and process_group.world()[1] > 1:
                 raise KeditError("--device-map spreads one process over all devices: use it without torchrun")
             loaded, tokenizer = load_model(model, DTYPES[dtype.value], where, device_map, merge_adapter)
             found = collect_into(

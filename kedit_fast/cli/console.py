@@ -243,10 +243,10 @@ def checked_device(name: str) -> str:
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[tuple[int, str]]:
     """The rank of this process and its device, in the group that torchrun describes if there is one."""
-    from kedit_fast.support import processes
+    from kedit_fast.support import process_group
 
-    made = processes.start()
-    rank, size = processes.world()
+    made = process_group.start()
+    rank, size = process_group.world()
     try:
         yield (
             rank,
@@ -254,4 +254,4 @@ def processes(device: str) -> Iterator[tuple[int, str]]:
         )
     finally:
         if made:
-            processes.stop()
+            process_group.stop()

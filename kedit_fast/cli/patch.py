@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from kedit_fast.console import check_file, command, output, print_json
+from kedit_fast.cli.console import check_file, command, output, print_json
 
 app = typer.Typer(help="Edits as files: show, apply, revert, merge, export.", no_args_is_help=True)
 PATCH_HELP = "file that `kedit-fast edit --patch` wrote"
