@@ -476,7 +476,7 @@ def alphaedit_rows(on: Subject, root: Path, runs: int) -> tuple[list[Row], str]:
 @contextlib.contextmanager
 def fixed_prefixes(prefixes: tuple[str, ...]) -> Iterator[None]:
     """Editors made in the block take these context prefixes instead of generating some."""
-    import kedit_fast.editor as module
+    import kedit_fast.editing.editor as module
 
     before = module.generate_prefixes
     module.generate_prefixes = lambda *_: prefixes

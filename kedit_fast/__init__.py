@@ -26,7 +26,7 @@ from kedit_fast.ops import (
 )
 
 if TYPE_CHECKING:
-    from kedit_fast.editor import Editor
+    from kedit_fast.editing.editor import Editor
     from kedit_fast.evaluation.metrics import evaluate
     from kedit_fast.patches.patch import Patch
     from kedit_fast.requests.request import EditRequest, load_requests
@@ -45,7 +45,7 @@ _LAZY = {
     "Corpus": "kedit_fast.statistics.corpus",
     "Covariance": "kedit_fast.solver.preconditioner",
     "EditRequest": "kedit_fast.requests.request",
-    "Editor": "kedit_fast.editor",
+    "Editor": "kedit_fast.editing.editor",
     "Identity": "kedit_fast.solver.preconditioner",
     "KeyMemory": "kedit_fast.solver.key_memory",
     "LowRankUpdate": "kedit_fast.solver.low_rank",

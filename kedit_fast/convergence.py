@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.value_store import ValueFile
-from kedit_fast.editor import Editor
 from kedit_fast.errors import MethodError, StatisticsError
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.methods.recipes import find_recipe

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.value_store import ValueFile
-from kedit_fast.editor import Editor
 from kedit_fast.errors import KeditError, MethodError
 from kedit_fast.evaluation.metrics import evaluate, mean_nll, unusable
 from kedit_fast.methods.hparams import Hparams, make_hparams, unused

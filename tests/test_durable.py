@@ -391,7 +391,7 @@ def test_an_interrupt_on_the_command_line_says_how_to_go_on(tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
     program = textwrap.dedent("""
         import sys
-        from kedit_fast import cli
+        from kedit_fast.cli import main as cli
         from kedit_fast.statistics import checkpoint
         before = checkpoint.save
         def save(*args):

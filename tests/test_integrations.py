@@ -310,7 +310,7 @@ def test_alphaedits_state_is_the_callers(statistics, monkeypatch):
 
     # Another process: weights, cache_c and P are all there is.
     other.load_state_dict(between)
-    monkeypatch.setattr("kedit_fast.editor.generate_prefixes", lambda *args: prefixes)
+    monkeypatch.setattr("kedit_fast.editing.editor.generate_prefixes", lambda *args: prefixes)
     alphaedit.apply_AlphaEdit_to_model(other, tok, records[2:], alpha_hparams(), cache_c=kept, P=P)
     for layer in (0, 1):
         name = f"model.layers.{layer}.mlp.down_proj.weight"

@@ -508,7 +508,3 @@ def _size(count: int) -> str:
 def main() -> None:
     """The entry point `kedit-fast`."""
     app()
-
-
-if __name__ == "__main__":
-    main()

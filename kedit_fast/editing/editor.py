@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.engine import Engine
 from kedit_fast.editing.gradients import NOT_FINITE, answer_gradients
 from kedit_fast.editing.keys import KeyPass, StateBudget
 from kedit_fast.editing.ledger import Ledger
 from kedit_fast.editing.shared_values import flush_store, optimise_shared
+from kedit_fast.editing.solver_state import Engine
 from kedit_fast.editing.value_store import ValueStore, bits_hash, open_values
 from kedit_fast.editing.values import PREDICTED, PROBLEMS, SITES, Values
 from kedit_fast.errors import EditError, MethodError, StatisticsError
