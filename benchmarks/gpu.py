@@ -62,7 +62,7 @@ from benchmarks.run import (
 )
 from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.backends import probe
-from kedit_fast.editing.values import optimise_values
+from kedit_fast.editing.values.loop import optimise_values
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.fingerprint import fingerprint

@@ -31,7 +31,7 @@ from rich.table import Table
 from benchmarks.run import Row, provenance, require_clean
 from kedit_fast import Editor, EditRequest, collect_statistics, demo
 from kedit_fast.demo import world
-from kedit_fast.editing.value_store import ValueFile
+from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.evaluation.metrics import Metrics, evaluate, mean_nll
 from kedit_fast.methods.recipes import RECIPES, find_recipe
 from kedit_fast.statistics.collect import Statistics

@@ -47,7 +47,7 @@ from benchmarks.run import Row, provenance, show, synchronise, timing, with_base
 from benchmarks.values import row_of
 from kedit_fast import Editor, NullSpace, collect_statistics, demo
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.values import optimise_values
+from kedit_fast.editing.values.loop import optimise_values
 from kedit_fast.integrations import alphaedit
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.models.architectures import ModelView

@@ -32,7 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks import published, savings
 from benchmarks.run import Row, provenance, require_clean, synchronise, timing, with_baseline
 from kedit_fast import Editor, collect_statistics, demo
-from kedit_fast.editing.values import optimise_values
+from kedit_fast.editing.values.loop import optimise_values
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.requests.prompts import PreparedRequest, generate_prefixes, prepare

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from kedit_fast.editing.editor import Editor
-from kedit_fast.editing.value_store import ValueFile
+from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import MethodError, StatisticsError
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.methods.recipes import find_recipe

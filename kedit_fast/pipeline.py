@@ -21,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from kedit_fast.editing.editor import Editor, EditResult
-from kedit_fast.editing.value_store import MemitCache
+from kedit_fast.editing.values.store import MemitCache
 from kedit_fast.errors import EditError, KeditError, RequestError, UnsupportedModelError
 from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
 from kedit_fast.models.architectures import ModelView, find_architecture

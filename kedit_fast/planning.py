@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.batch_size import BatchSize, fitting_batch, request_bytes
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.values import SITES, optimise_values
+from kedit_fast.editing.values.batch_size import BatchSize, fitting_batch, request_bytes
+from kedit_fast.editing.values.loop import SITES, optimise_values
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.methods.recipes import Recipe, find_recipe

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from kedit_fast.editing.editor import Editor
-from kedit_fast.editing.value_store import ValueFile
+from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import KeditError, MethodError
 from kedit_fast.evaluation.metrics import evaluate, mean_nll, unusable
 from kedit_fast.methods.hparams import Hparams, make_hparams, unused

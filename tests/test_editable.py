@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 
 from kedit_fast import Editor, EditRequest, evaluate
-from kedit_fast.editing.value_store import edited_hash
+from kedit_fast.editing.values.store import edited_hash
 from kedit_fast.errors import EditError, PatchError, UnsupportedModelError
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import difference, fingerprint

@@ -10,7 +10,7 @@ from tiny_models import KINDS, POST_NORM, TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, EditRequest, collect_statistics, demo, evaluate, load_requests
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.values import optimise_values
+from kedit_fast.editing.values.loop import optimise_values
 from kedit_fast.errors import EditError, KeditError, MethodError, RequestError, StatisticsError
 from kedit_fast.evaluation.metrics import evaluate_each
 from kedit_fast.models.architectures import ModelView
@@ -395,7 +395,7 @@ def test_a_batch_of_which_nothing_is_left_does_not_stop_the_next(demo_model):
 
 
 def test_an_interrupt_in_the_values_leaves_everything_as_it_was(monkeypatch):
-    from kedit_fast.editing import values
+    from kedit_fast.editing.values import loop
 
     editor = make_editor()
     before = weights(editor)
@@ -403,7 +403,7 @@ def test_an_interrupt_in_the_values_leaves_everything_as_it_was(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(values._Descent, "move", interrupted)
+    monkeypatch.setattr(loop._Descent, "move", interrupted)
     with pytest.raises(KeyboardInterrupt):
         editor.edit(REQUESTS)
     assert same(editor, before) and not editor.ledger.batches

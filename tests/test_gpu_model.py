@@ -9,8 +9,8 @@ from test_values import prepared_and_hparams
 from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, collect_statistics
-from kedit_fast.editing import values
-from kedit_fast.editing.values import optimise_values
+from kedit_fast.editing.values import loop
+from kedit_fast.editing.values.loop import optimise_values
 from kedit_fast.models.architectures import ModelView
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -73,7 +73,7 @@ def test_a_step_of_values_waits_for_nothing(monkeypatch):
 
         return call
 
-    for owner, name in ((values._Descent, "measure"), (values._Descent, "move"), (torch.autograd, "grad")):
+    for owner, name in ((loop._Descent, "measure"), (loop._Descent, "move"), (torch.autograd, "grad")):
         monkeypatch.setattr(owner, name, strict(getattr(owner, name)))
     found = optimise_values(view, prepared, 1, "block", hparams)
     assert len(calls) > 9 and relative_error(found.targets.cpu(), expected.targets.cpu()) < 1e-6

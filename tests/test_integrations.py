@@ -269,7 +269,7 @@ def test_a_run_of_the_memit_repository_goes_on(statistics, tmp_path, monkeypatch
     assert edited is model and len(list((tmp_path / "kvs").glob("*.npz"))) == 3
     assert all(torch.equal(value, before[name]) for name, value in copies.items()) and len(copies) == 2
     again = make_model("llama")
-    monkeypatch.setattr("kedit_fast.editing.shared_values.optimise_values", None)  # nothing is optimised again
+    monkeypatch.setattr("kedit_fast.editing.values.shared.optimise_values", None)  # nothing is optimised again
     call(again)
     monkeypatch.undo()
     for name in copies:

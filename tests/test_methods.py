@@ -15,7 +15,7 @@ from tiny_models import POST_NORM, TEXT, make_model, make_tokenizer
 from benchmarks.published import serial_gradients
 from kedit_fast import Editor, EditRequest, collect_statistics, evaluate
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.values import optimise_values
+from kedit_fast.editing.values.loop import optimise_values
 from kedit_fast.errors import EditError, KeditError, MethodError, SolveError, StatisticsError
 from kedit_fast.evaluation.metrics import mean_nll
 from kedit_fast.methods.hparams import load_presets, make_hparams, unused

@@ -22,7 +22,7 @@ from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
 from kedit_fast import Editor, EditRequest, collect_statistics, load_statistics, save_statistics
-from kedit_fast.editing.value_store import MemitCache, ValueFile
+from kedit_fast.editing.values.store import MemitCache, ValueFile
 from kedit_fast.errors import EditError, KeditError, PatchError, StatisticsError, UnsupportedModelError
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.patches.checkpoint import Checkpoint

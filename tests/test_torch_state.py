@@ -21,8 +21,8 @@ from kedit_fast.convergence import convergence
 from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.gradients import answer_gradients
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.value_store import open_values
-from kedit_fast.editing.values import optimise_values
+from kedit_fast.editing.values.loop import optimise_values
+from kedit_fast.editing.values.store import open_values
 from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.evaluation.metrics import evaluate_each, mean_nll
 from kedit_fast.kernels import native

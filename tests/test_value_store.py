@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from kedit_fast import Editor, demo
-from kedit_fast.editing import shared_values
-from kedit_fast.editing import values as values_module
-from kedit_fast.editing.value_store import MemitCache, ValueFile, edited_hash, open_values
+from kedit_fast.editing.values import loop as values_module
+from kedit_fast.editing.values import shared
+from kedit_fast.editing.values.store import MemitCache, ValueFile, edited_hash, open_values
 from kedit_fast.errors import EditError, RequestError
 
 NUMBERS = {"v_num_grad_steps": 3, "mom2_adjustment": False}
@@ -33,13 +33,13 @@ def editor(demo_model):
 def optimised(monkeypatch):
     """How many values were optimised, call by call."""
     counts = []
-    original = shared_values.optimise_values
+    original = shared.optimise_values
 
     def counting(view, prepared, *args, **kwargs):
         counts.append(len(prepared))
         return original(view, prepared, *args, **kwargs)
 
-    monkeypatch.setattr(shared_values, "optimise_values", counting)
+    monkeypatch.setattr(shared, "optimise_values", counting)
     return counts
 
 

@@ -11,9 +11,9 @@ import torch
 from tiny_models import KINDS, POST_NORM, make_model, make_tokenizer
 
 from benchmarks.published import serial_value
-from kedit_fast.editing import batch_size
-from kedit_fast.editing import values as values_module
-from kedit_fast.editing.values import BAD_LOSS, PREDICTED, STOPPED, USED_UP, optimise_values
+from kedit_fast.editing.values import batch_size
+from kedit_fast.editing.values import loop as values_module
+from kedit_fast.editing.values.loop import BAD_LOSS, PREDICTED, STOPPED, USED_UP, optimise_values
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.methods.recipes import find_recipe

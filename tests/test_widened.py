@@ -14,9 +14,9 @@ import torch
 from tiny_models import KINDS, POST_NORM, make_model, make_tokenizer
 
 from kedit_fast import Editor, EditRequest, collect_statistics, evaluate
-from kedit_fast.editing import batch_size
 from kedit_fast.editing.gradients import answer_gradients
-from kedit_fast.editing.values import optimise_values
+from kedit_fast.editing.values import batch_size
+from kedit_fast.editing.values.loop import optimise_values
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.evaluation.metrics import mean_nll
 from kedit_fast.methods.hparams import make_hparams

@@ -15,10 +15,10 @@ import torch
 from kedit_fast.editing.gradients import NOT_FINITE, answer_gradients
 from kedit_fast.editing.keys import KeyPass, StateBudget
 from kedit_fast.editing.ledger import Ledger
-from kedit_fast.editing.shared_values import flush_store, optimise_shared
 from kedit_fast.editing.solver_state import Engine
-from kedit_fast.editing.value_store import ValueStore, bits_hash, open_values
-from kedit_fast.editing.values import PREDICTED, PROBLEMS, SITES, Values
+from kedit_fast.editing.values.loop import PREDICTED, PROBLEMS, SITES, Values
+from kedit_fast.editing.values.shared import flush_store, optimise_shared
+from kedit_fast.editing.values.store import ValueStore, bits_hash, open_values
 from kedit_fast.errors import EditError, MethodError, StatisticsError
 from kedit_fast.methods.hparams import make_hparams, worth_a_warning
 from kedit_fast.methods.recipes import Recipe, find_recipe

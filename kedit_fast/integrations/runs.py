@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from kedit_fast.editing.editor import Editor, EditResult
-from kedit_fast.editing.value_store import bits_hash
+from kedit_fast.editing.values.store import bits_hash
 from kedit_fast.errors import MethodError, RequestError
 from kedit_fast.integrations import easyedit_rows
 from kedit_fast.integrations.framework_statistics import Text, framework_statistics

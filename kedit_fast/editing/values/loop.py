@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from kedit_fast.editing.batch_size import fitting_batch
-from kedit_fast.editing.objective import Objective
+from kedit_fast.editing.values.batch_size import fitting_batch
+from kedit_fast.editing.values.objective import Objective
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kedit_fast._version import __version__
-from kedit_fast.editing.values import STOPPED, USED_UP, Values
+from kedit_fast.editing.values.loop import STOPPED, USED_UP, Values
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView

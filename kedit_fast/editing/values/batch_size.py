@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.objective import Objective
+from kedit_fast.editing.values.objective import Objective
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.widened import Streamed, Widening

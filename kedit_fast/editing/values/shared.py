@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.value_store import ValueRun, ValueStore, edited_hash
-from kedit_fast.editing.values import SITES, Values, by_length, in_teams, optimise_values
+from kedit_fast.editing.values.loop import SITES, Values, by_length, in_teams, optimise_values
+from kedit_fast.editing.values.store import ValueRun, ValueStore, edited_hash
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
