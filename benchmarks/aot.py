@@ -55,7 +55,7 @@ def variants() -> Iterator[Variant]:
     """Every combination of dtypes and options that compiles to different code."""
     from kedit_fast.kernels.triton import (
         distribution_kl,
-        head,
+        lm_head,
         rank_k_update,
         symmetric_rank_k_update,
         target_log_probs,
@@ -111,7 +111,7 @@ def variants() -> Iterator[Variant]:
         for options, rows, width, tokens in (("", 32, 256, 4096), *odd):
             states, other, vocabulary = (empty(n, width, dtype=dtype) for n in (rows, rows, tokens))
             targets, row = torch.zeros(rows, dtype=torch.int64), empty(rows)
-            kind = head.shape_class(states, vocabulary)
+            kind = lm_head.shape_class(states, vocabulary)
             for bias, cap in ((None, 0.0), (empty(tokens), 30.0))[: 1 + ("vocabulary" not in options)]:
                 case = ", ".join(filter(None, (name(dtype), "bias, soft-cap" if cap else "", options)))
                 both = (states, other, vocabulary, bias, cap)
@@ -137,10 +137,10 @@ def variants() -> Iterator[Variant]:
                         *a, row, row, row, 0, d, lookup(LOGITS, f"pair_{kind}", arch)
                     ),
                 )  # fmt: skip
-            kind = head.gradient_class(d_logits, vocabulary)
+            kind = lm_head.gradient_class(d_logits, vocabulary)
             yield Variant(
                 "gradient of both", ", ".join(filter(None, (name(dtype), options))),
-                lambda arch, e=vocabulary, kind=kind, d=d_logits: head.gradient_plan(
+                lambda arch, e=vocabulary, kind=kind, d=d_logits: lm_head.gradient_plan(
                     d, e, lookup(GRADIENT, kind, arch)
                 )[0],
             )  # fmt: skip

@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from kedit_fast.evaluation.metrics import evaluate
     from kedit_fast.patches.patch import Patch
     from kedit_fast.requests.request import EditRequest, load_requests
-    from kedit_fast.solver.descent import optimize_values
     from kedit_fast.solver.key_memory import KeyMemory
     from kedit_fast.solver.least_squares import solve_update
     from kedit_fast.solver.low_rank import LowRankUpdate
     from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace
+    from kedit_fast.solver.value_descent import optimize_values
     from kedit_fast.statistics.collect import collect_statistics
     from kedit_fast.statistics.corpus import Corpus
-    from kedit_fast.statistics.durable import collect_into
     from kedit_fast.statistics.moments import second_moment
+    from kedit_fast.statistics.resumable import collect_into
     from kedit_fast.statistics.store import load_statistics, save_statistics
 
 _LAZY = {
@@ -51,12 +51,12 @@ _LAZY = {
     "LowRankUpdate": "kedit_fast.solver.low_rank",
     "NullSpace": "kedit_fast.solver.preconditioner",
     "Patch": "kedit_fast.patches.patch",
-    "collect_into": "kedit_fast.statistics.durable",
+    "collect_into": "kedit_fast.statistics.resumable",
     "collect_statistics": "kedit_fast.statistics.collect",
     "evaluate": "kedit_fast.evaluation.metrics",
     "load_requests": "kedit_fast.requests.request",
     "load_statistics": "kedit_fast.statistics.store",
-    "optimize_values": "kedit_fast.solver.descent",
+    "optimize_values": "kedit_fast.solver.value_descent",
     "save_statistics": "kedit_fast.statistics.store",
     "second_moment": "kedit_fast.statistics.moments",
     "solve_update": "kedit_fast.solver.least_squares",

@@ -100,7 +100,7 @@ from tiny_models import TEXT, make_model, make_tokenizer
 from kedit_fast import collect_statistics, distributed
 from kedit_fast.statistics import checkpoint, corpus
 from kedit_fast.statistics.corpus import Corpus
-from kedit_fast.statistics.durable import collect_into
+from kedit_fast.statistics.resumable import collect_into
 corpus.LEAST_WINDOW, corpus.BATCHES_A_WINDOW = 1000, 2
 documents = [f"{{text}} Number {{i}}." for i, text in enumerate(TEXT * 20)]
 distributed.start()

@@ -22,11 +22,11 @@ from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import load_statistics
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
-from kedit_fast.statistics import checkpoint, corpus, durable, memory_plan
+from kedit_fast.statistics import checkpoint, corpus, memory_plan, resumable
 from kedit_fast.statistics.collect import collect_statistics, growing_statistics
 from kedit_fast.statistics.corpus import Corpus
-from kedit_fast.statistics.durable import collect_into
 from kedit_fast.statistics.moments import SecondMomentAccumulator
+from kedit_fast.statistics.resumable import collect_into
 
 DOCUMENTS = [f"{text} Number {i}." for i, text in enumerate(TEXT * 20)]
 HERE = Path(__file__).parent
@@ -118,17 +118,17 @@ def test_resume_starts_continues_and_finds_finished(tmp_path, two):
 
 def test_a_job_killed_between_two_files_goes_on(tmp_path, two, monkeypatch):
     into(tmp_path / "whole", two)
-    before = durable.save_statistics
+    before = resumable.save_statistics
 
     def first_file_alone(statistics, folder):
         if (folder / "model.layers.0.mlp.down_proj.safetensors").exists():
             raise Stop
         before(statistics, folder)
 
-    monkeypatch.setattr(durable, "save_statistics", first_file_alone)
+    monkeypatch.setattr(resumable, "save_statistics", first_file_alone)
     with pytest.raises(Stop):
         into(tmp_path / "part", two, checkpoint_every=0)
-    monkeypatch.setattr(durable, "save_statistics", before)
+    monkeypatch.setattr(resumable, "save_statistics", before)
     assert len(list((tmp_path / "part").glob("model*"))) == 1
     into(tmp_path / "part", two, resume=True)
     assert same(tmp_path / "whole", tmp_path / "part")
@@ -141,7 +141,7 @@ torch.set_num_threads(2)
 from tiny_models import TEXT, make_model, make_tokenizer
 from kedit_fast.statistics import checkpoint, collect, corpus
 from kedit_fast.statistics.corpus import Corpus
-from kedit_fast.statistics.durable import collect_into
+from kedit_fast.statistics.resumable import collect_into
 corpus.LEAST_WINDOW, corpus.BATCHES_A_WINDOW = 1000, 2
 documents = [f"{{text}} Number {{i}}." for i, text in enumerate(TEXT * {repeats})]
 before = checkpoint.save
@@ -329,7 +329,7 @@ def test_groups_need_text_that_can_be_read_again_and_room_for_one(tmp_path, two)
 
 
 def test_memory_is_measured_and_one_pass_on_the_host_is_preferred(two, monkeypatch):
-    view = durable.Job(*two, Corpus(DOCUMENTS), (0, 1, 2)).view
+    view = resumable.Job(*two, Corpus(DOCUMENTS), (0, 1, 2)).view
     free = {"meta": 2 * D2 / memory_plan.SHARE + 1, "cpu": 10 * D2}
     monkeypatch.setattr(memory_plan, "free_bytes", lambda device: free[device.type])
     monkeypatch.setattr(type(view), "row_device", lambda self, layer: torch.device("meta"))  # a device of its own
@@ -493,7 +493,7 @@ def test_a_finished_folder_may_be_read_only(tmp_path, two, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(checkpoint.os, "open", refused)
-    monkeypatch.setattr(durable.tempfile, "mkdtemp", refused)
+    monkeypatch.setattr(resumable.tempfile, "mkdtemp", refused)
     assert into(tmp_path / "s", two, resume=True).passes == 0
     with pytest.raises(StatisticsError, match=r"cannot write statistics to .*Permission denied"):
         into(tmp_path / "s", two, overwrite=True)

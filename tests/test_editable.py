@@ -18,7 +18,7 @@ from kedit_fast.errors import EditError, PatchError, UnsupportedModelError
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, capture, pad, require_passes
-from kedit_fast.models.suffix import TailRunner
+from kedit_fast.models.tail_runner import TailRunner
 from kedit_fast.pipeline import run_edits
 
 REQUEST = EditRequest("{} plays the", "Miles Davis", "violin")

@@ -20,13 +20,13 @@ from tiny_models import TEXT, make_model, make_tokenizer
 from kedit_fast import Editor, collect_statistics
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.errors import EditError, MethodError, StatisticsError
-from kedit_fast.integrations import alphaedit, easyedit, memit, runs
+from kedit_fast.integrations import alphaedit, easyedit, memit, sessions
 from kedit_fast.integrations import framework_statistics as kept
 from kedit_fast.models.forward import Site
 from kedit_fast.requests.prompts import prepare
-from kedit_fast.statistics import npz
+from kedit_fast.statistics import memit_npz
 from kedit_fast.statistics.corpus import Corpus
-from kedit_fast.statistics.durable import collect_into
+from kedit_fast.statistics.resumable import collect_into
 
 DOWN = "model.layers.{}.mlp.down_proj.weight"
 
@@ -89,7 +89,7 @@ def test_statistics_are_computed_once_from_the_configured_text_and_kept_where_th
     assert same(state(first), state(second)) and not same(state(first), state(make_model("llama")))
     names = [f"model.layers.{layer}.mlp.down_proj_float32_mom2_100.npz" for layer in (0, 1)]
     assert sorted(path.name for path in (folder / CALLS[call]).iterdir()) == names
-    found, metadata = npz.read(folder / CALLS[call] / names[1], "model.layers.1.mlp.down_proj")
+    found, metadata = memit_npz.read(folder / CALLS[call] / names[1], "model.layers.1.mlp.down_proj")
     expected = collect_statistics(make_model("llama"), make_tokenizer(), TEXT * 2, (1,)).moment(1)
     assert found.count == expected.count and relative_error(found.moment, expected.moment) < 1e-6
     assert metadata["statistics_text"] == "texts.txt"
@@ -124,7 +124,7 @@ def test_a_document_sample_is_the_size_that_mom2_n_samples_says(text, tmp_path):
                                   hparams_of("MEMIT", **call))  # fmt: skip
     (path, _) = sorted(tmp_path.rglob("*.npz"))
     assert path.name.endswith("_float64_mom2_3.npz")
-    assert npz.metadata_in(path)["documents"] == "3"
+    assert memit_npz.metadata_in(path)["documents"] == "3"
 
 
 def test_what_cannot_be_computed_is_named_and_nothing_is_written(text, tmp_path):
@@ -157,7 +157,7 @@ def test_statistics_of_another_text_are_not_taken_for_the_configured_one(text, t
     folder = tmp_path / "half" / "tiny" / "wikipedia_stats"
     folder.mkdir(parents=True)
     second = statistics.moment(0)
-    npz.write(folder / f"{second.module}_float32_mom2_100.npz", second, {}, 100)
+    memit_npz.write(folder / f"{second.module}_float32_mom2_100.npz", second, {}, 100)
     with pytest.raises(StatisticsError, match=r"layer 0 that were not made from texts\.txt, and none of 1"):
         call_easyedit(make_model("llama"), tmp_path / "half", statistics_text=text)
     assert len(list(folder.iterdir())) == 1
@@ -196,7 +196,7 @@ def test_the_frameworks_own_data_set_is_used_when_it_is_on_this_machine(tmp_path
     ]
     assert library.config.HF_HUB_OFFLINE is False
     (path, _) = sorted(tmp_path.rglob("*.npz"))
-    assert npz.metadata_in(path)["statistics_text"] == "datasets:wikipedia:20200501.en"
+    assert memit_npz.metadata_in(path)["statistics_text"] == "datasets:wikipedia:20200501.en"
     with pytest.raises(StatisticsError, match="no statistics for layers 0, 1"):
         easyedit.apply_memit_to_model(make_model("llama"), make_tokenizer(), [asked(REQUESTS[0])],
                                       hparams_of("MEMIT", stats_dir=str(tmp_path), mom2_dataset="c4"))  # fmt: skip
@@ -209,11 +209,11 @@ def test_of_several_sample_sizes_in_one_folder_the_hyper_parameters_choose(size,
     for (n, kind), scale in scales.items():
         for second in statistics.layers.values():
             scaled = type(second)(second.module, second.moment * scale, second.count)
-            npz.write(folder / f"{second.module}_{kind}_mom2_{n}.npz", scaled, {}, n, kind)
+            memit_npz.write(folder / f"{second.module}_{kind}_mom2_{n}.npz", scaled, {}, n, kind)
     numbers = hparams_of("MEMIT", stats_dir=str(tmp_path), mom2_n_samples=size, mom2_dtype=precision)
     model = make_model("llama")
     easyedit.apply_memit_to_model(model, make_tokenizer(), [asked(REQUESTS[0])], numbers)
-    used = runs.kept_by(model).editor._statistics.moment(1).moment
+    used = sessions.kept_by(model).editor._statistics.moment(1).moment
     assert relative_error(used, statistics.moment(1).moment * scales[size, precision]) < 1e-6
 
 
@@ -225,12 +225,12 @@ def test_a_size_that_is_not_there_is_refused_among_several_and_said_with_one(tmp
         easyedit.apply_memit_to_model(make_model("llama"), make_tokenizer(), [asked(REQUESTS[0])], numbers)
 
     for second in statistics.layers.values():
-        npz.write(folder / f"{second.module}_float32_mom2_100.npz", second, {}, 100)
+        memit_npz.write(folder / f"{second.module}_float32_mom2_100.npz", second, {}, 100)
     with caplog.at_level(logging.WARNING, "kedit_fast"):
         call()
     assert "no statistics of mom2_n_samples = 7 and mom2_dtype = float32" in caplog.text
     for second in statistics.layers.values():
-        npz.write(folder / f"{second.module}_float32_mom2_50.npz", second, {}, 50)
+        memit_npz.write(folder / f"{second.module}_float32_mom2_50.npz", second, {}, 50)
     with pytest.raises(StatisticsError, match=r"several statistics files.*mom2_n_samples = 7 .*names 0 of them"):
         call()
 
@@ -411,7 +411,7 @@ def test_cache_c_is_summed_from_the_keys_of_the_batch_which_are_not_computed_aga
         numbers = {k: v for k, v in alpha_hparams().items() if k not in OWN["AlphaEdit"]}
         _, cache_c = alphaedit.apply_memit_seq_to_model(model, tok, records(), numbers, statistics=statistics)
     assert len(made) == 1
-    editor = runs.kept_by(model).editor
+    editor = sessions.kept_by(model).editor
     assert editor.on_keys is None
     prepared = prepare(tok, REQUESTS, editor.prefixes, 128)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.least_squares import collisions, merge_columns, rank_one_equality, solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
-from kedit_fast.solver.normaliser import Normaliser, gradient_update
+from kedit_fast.solver.normalizer import Normaliser, gradient_update
 from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace
 from kedit_fast.solver.shaping import prune, rect, spectral_norm
 

@@ -11,9 +11,9 @@ from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, collect_statistics, demo, load_statistics
 from kedit_fast.errors import MethodError, StatisticsError
+from kedit_fast.solver.alphaedit_projector import load_projector, save_projector
 from kedit_fast.solver.preconditioner import NullSpace
-from kedit_fast.solver.projector import load_projector, save_projector
-from kedit_fast.statistics import npz
+from kedit_fast.statistics import memit_npz
 from kedit_fast.statistics.store import metadata_of, modules_in, read_layer, save_statistics
 
 MODULE = "model.layers.{}.mlp.down_proj"
@@ -51,8 +51,8 @@ def foreign(folder, module, rows, samples=100000):
 def test_our_file_is_what_memit_reads(tmp_path, statistics):
     for samples in (100000, None):
         for layer, second in statistics.layers.items():
-            path = npz.path_of(tmp_path, "gpt-j-6B", "wikipedia", second.module, samples)
-            npz.write(path, second, metadata_of(statistics, layer), samples)
+            path = memit_npz.path_of(tmp_path, "gpt-j-6B", "wikipedia", second.module, samples)
+            memit_npz.write(path, second, metadata_of(statistics, layer), samples)
             size, constructor, moment = published_cache(path)
             assert size == samples and constructor == "util.runningstats.SecondMoment()"
             assert moment.dtype == torch.float32
@@ -63,8 +63,8 @@ def test_our_file_is_what_memit_reads(tmp_path, statistics):
 
 def test_our_npz_is_checked_like_our_own_files(tmp_path, two, statistics):
     for layer, second in statistics.layers.items():
-        path = npz.path_of(tmp_path, "m", "text", second.module, 10, "float64")
-        npz.write(path, second, metadata_of(statistics, layer), 10, "float64")
+        path = memit_npz.path_of(tmp_path, "m", "text", second.module, 10, "float64")
+        memit_npz.write(path, second, metadata_of(statistics, layer), 10, "float64")
     loaded = load_statistics(tmp_path / "m" / "text_stats", *two)  # the fingerprint is in it: no trust needed
     for layer in (0, 2):
         assert torch.allclose(loaded.moment(layer).moment, statistics.moment(layer).moment, rtol=1e-15)
@@ -127,10 +127,10 @@ def test_bad_npz_files_are_named_and_nothing_in_them_is_run(tmp_path, two, monke
 def test_a_failed_export_leaves_nothing(tmp_path, statistics):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StatisticsError, match="cannot write"):
-        npz.write(tmp_path / "file" / "a.npz", statistics.moment(0), {}, None)
+        memit_npz.write(tmp_path / "file" / "a.npz", statistics.moment(0), {}, None)
     large = type(statistics.moment(0))("m", statistics.moment(0).moment * 1e38, 10**6)
     with pytest.raises(StatisticsError, match="beyond float32"):
-        npz.write(tmp_path / "a.npz", large, {}, None)
+        memit_npz.write(tmp_path / "a.npz", large, {}, None)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -14,7 +14,7 @@ from tiny_models import make_model
 import kedit_fast
 from kedit_fast import Covariance, KeyMemory, NullSpace, optimize_values, second_moment, solve_update
 from kedit_fast.errors import EditError, InvalidArgumentError, SolveError, StatisticsError
-from kedit_fast.serving import Gate
+from kedit_fast.patches.gate import Gate
 
 
 def test_second_moments_of_one_matrix_or_many():

@@ -11,7 +11,7 @@ import torch
 
 from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.methods.hparams import make_hparams
-from kedit_fast.statistics import npz
+from kedit_fast.statistics import memit_npz
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -32,7 +32,7 @@ def namespace(demo_model, tmp_path, monkeypatch):
     folder = tmp_path / "data" / "stats" / "demo" / "wikipedia_stats"
     folder.mkdir(parents=True)
     for second in statistics.layers.values():
-        npz.write(folder / f"{second.module}_float32_mom2_100000.npz", second, {}, 100000)
+        memit_npz.write(folder / f"{second.module}_float32_mom2_100000.npz", second, {}, 100000)
     (tmp_path / "hparams" / "MEMIT").mkdir(parents=True)
     (tmp_path / "kvs").mkdir()
     values = {"layers": list(hparams.layers), "v_num_grad_steps": 8, "v_lr": 0.3, "clamp_norm_factor": 2,

@@ -27,9 +27,9 @@ from kedit_fast.errors import EditError, KeditError, PatchError, StatisticsError
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.patches.checkpoint import Checkpoint
 from kedit_fast.pipeline import load_config, load_model, save_model
+from kedit_fast.solver.alphaedit_projector import load_projector, save_projector
 from kedit_fast.solver.preconditioner import NullSpace
-from kedit_fast.solver.projector import load_projector, save_projector
-from kedit_fast.statistics import npz
+from kedit_fast.statistics import memit_npz
 from kedit_fast.support import files
 
 REQUEST = EditRequest("{} plays the", "Miles Davis", "violin", id=7)
@@ -332,7 +332,7 @@ def test_an_npz_and_a_text_that_are_read_back_as_something_else_do_not_appear(tm
     monkeypatch.setattr(numpy, "savez", lossy)
     found = collect_statistics(make_model("llama"), make_tokenizer(), TEXT, (1,), progress=False).moment(1)
     with pytest.raises(StatisticsError, match=r"mom2\.mom2 is read back as something else"):
-        npz.write(tmp_path / "a.npz", found, {}, None)
+        memit_npz.write(tmp_path / "a.npz", found, {}, None)
     with pytest.raises(EditError, match="v_star is read back as something else"):
         edited(make_model("llama"), values=str(tmp_path / "layer_{}_clamp_{}_case_{}.npz"))
     real_write = Path.write_bytes
@@ -410,7 +410,7 @@ def everything(folder):
     model = make_model("gpt2")
     statistics = collect_statistics(model, make_tokenizer(), TEXT, (1, 2), progress=False)
     save_statistics(statistics, folder / "statistics")
-    npz.write(folder / "moment.npz", statistics.moment(1), {"a": "b", "c": "d"}, 10)
+    memit_npz.write(folder / "moment.npz", statistics.moment(1), {"a": "b", "c": "d"}, 10)
     spaces = {layer: NullSpace.from_covariance(statistics.moment(layer).moment, 0.5, "relative") for layer in (1, 2)}
     save_projector(folder / "null_space_project.pt", spaces)
     editor = Editor(model, make_tokenizer(), "memit-sequential", statistics=statistics, layers=(1, 2),

@@ -35,13 +35,13 @@ from kedit_fast.patches.patch import Patch, merge
 from kedit_fast.pipeline import complete, load_model, save_model
 from kedit_fast.requests.prompts import prepare
 from kedit_fast.requests.request import EditRequest
+from kedit_fast.solver.alphaedit_projector import load_projector, save_projector
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate
-from kedit_fast.solver.projector import load_projector, save_projector
 from kedit_fast.solver.shaping import compact, prune, rect, spectral_norm
 from kedit_fast.spectra import spectra
 from kedit_fast.statistics.collect import collect_statistics
 from kedit_fast.statistics.corpus import Corpus
-from kedit_fast.statistics.durable import collect_into
+from kedit_fast.statistics.resumable import collect_into
 from kedit_fast.statistics.store import load_statistics, save_statistics
 from kedit_fast.suggestion import suggest
 from kedit_fast.support.torch_state import plain_torch

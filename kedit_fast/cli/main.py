@@ -155,7 +155,7 @@ def edit(
     from kedit_fast.pipeline import DTYPES, STATE_FILE, load_config, load_model, run_edits, save_model
     from kedit_fast.requests.prompts import chat_format
     from kedit_fast.requests.request import load_requests
-    from kedit_fast.solver.projector import load_projector
+    from kedit_fast.solver.alphaedit_projector import load_projector
     from kedit_fast.statistics.store import load_statistics
 
     recipe = find_recipe(method)

@@ -114,7 +114,7 @@ def collect(
     """
     from kedit_fast.pipeline import DTYPES, load_config, load_model
     from kedit_fast.statistics.corpus import Corpus
-    from kedit_fast.statistics.durable import check_folder, collect_into
+    from kedit_fast.statistics.resumable import check_folder, collect_into
     from kedit_fast.statistics.sources import open_texts
 
     wanted = parsed_layers(layers)
@@ -330,14 +330,14 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Write statistics where memit, AlphaEdit or EasyEdit look for their own."""
-    from kedit_fast.statistics import npz
+    from kedit_fast.statistics import memit_npz
     from kedit_fast.statistics.store import modules_in, read_layer
 
     written = []
     for module in modules_in(folder):
         file = read_layer(folder, module)
-        path = npz.path_of(out, model_name, data_set, module, samples or None, precision.value)
-        npz.write(path, file.second, file.metadata, samples or None, precision.value)
+        path = memit_npz.path_of(out, model_name, data_set, module, samples or None, precision.value)
+        memit_npz.write(path, file.second, file.metadata, samples or None, precision.value)
         written.append(path)
     _written(written, as_json)
 
@@ -353,8 +353,8 @@ def project(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Write the projections on null spaces as AlphaEdit's null_space_project.pt."""
+    from kedit_fast.solver.alphaedit_projector import save_projector
     from kedit_fast.solver.preconditioner import NullSpace
-    from kedit_fast.solver.projector import save_projector
     from kedit_fast.statistics.store import layer_of, modules_in, read_layer
 
     check_file(out)

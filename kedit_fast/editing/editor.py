@@ -86,7 +86,7 @@ class Editor:
         method: its name, one of kedit_fast.methods.recipes.RECIPES (`kedit-fast methods` lists them).
         statistics: second moments for the edited layers, from collect_statistics or load_statistics; needed unless
             the method uses none (UltraEdit) or runs with `mom2_adjustment=False`.
-        null_spaces: by layer, for AlphaEdit, instead of statistics: see kedit_fast.solver.projector.load_projector.
+        null_spaces: by layer, for AlphaEdit, instead of statistics: see kedit_fast.solver.alphaedit_projector.load_projector.
         layers: edited layers, zero-based; None for the preset's.
         hparams: values that override the preset's, by name (see kedit_fast.methods.hparams.Hparams).
         seed: of the context prefixes.

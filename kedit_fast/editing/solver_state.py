@@ -23,7 +23,7 @@ from kedit_fast.models.architectures import ModelView
 from kedit_fast.solver.key_memory import Appended, KeyMemory
 from kedit_fast.solver.least_squares import merge_columns, rank_one_equality, solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
-from kedit_fast.solver.normaliser import Normaliser, gradient_update
+from kedit_fast.solver.normalizer import Normaliser, gradient_update
 from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace, Preconditioner
 from kedit_fast.solver.shaping import limit_norm, limit_spectrum, spectral_norm
 from kedit_fast.statistics.collect import Statistics

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import InvalidArgumentError
-from kedit_fast.integrations import runs
+from kedit_fast.integrations import sessions
 from kedit_fast.integrations.framework_statistics import Text
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.models.architectures import ModelView
@@ -60,7 +60,7 @@ def apply_AlphaEdit_to_model(
     """
     return _sequential(
         "alphaedit", model, tok, requests, hparams, cache_template, cache_c, P, statistics, stats_dir,
-        runs.Options(statistics_text, target_separator=target_separator),
+        sessions.Options(statistics_text, target_separator=target_separator),
     )  # fmt: skip
 
 
@@ -90,11 +90,11 @@ def apply_memit_seq_to_model(
         )
     return _sequential(
         "memit-sequential", model, tok, requests, hparams, cache_template, cache_c, None, statistics, stats_dir,
-        runs.Options(statistics_text, target_separator=target_separator),
+        sessions.Options(statistics_text, target_separator=target_separator),
     )  # fmt: skip
 
 
-apply_memit_rect_to_model = runs.function("rect", "apply_memit_rect_to_model")
+apply_memit_rect_to_model = sessions.function("rect", "apply_memit_rect_to_model")
 
 
 @plain_torch(leave_inference_mode=False)
@@ -109,9 +109,9 @@ def _sequential(
     P: torch.Tensor | None,
     statistics: Statistics | None,
     stats_dir: str,
-    options: runs.Options,
+    options: sessions.Options,
 ) -> tuple[torch.nn.Module, torch.Tensor]:
-    numbers, _ = runs.numbers_of(hparams)
+    numbers, _ = sessions.numbers_of(hparams)
     chosen, _ = make_hparams(method, model.config, numbers)
     view, layers = ModelView(model), chosen.layers
     size = view.weight(layers[-1]).shape[1]
@@ -127,13 +127,13 @@ def _sequential(
         )
     if cache_c is None:
         cache_c = torch.zeros(len(layers), size, size, dtype=torch.float32, device="cpu")
-    run = runs.kept_by(model)
+    run = sessions.kept_by(model)
     marks = _marks(P, cache_c)
     spaces = None if P is None else lambda: {
         layer: NullSpace.from_projection(P[i], chosen.L2) for i, layer in enumerate(layers)
     }  # fmt: skip
     known = run is not None and run.settled() and run.state == marks
-    run = runs.run_of(
+    run = sessions.run_of(
         method, model, tok, hparams, cache_template, statistics, stats_dir, spaces, reset=not known, prefixes=run,
         options=options,
     )  # fmt: skip
@@ -146,7 +146,7 @@ def _sequential(
     keys: dict[int, torch.Tensor] = {}  # of the batch, [d, u]: what is written above a layer, or in it, moves none
     run.editor.on_keys = keys.__setitem__
     try:
-        result = runs.edit(run, requests)
+        result = sessions.edit(run, requests)
     finally:
         run.editor.on_keys = None
     if result.batch:

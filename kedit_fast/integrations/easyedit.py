@@ -28,14 +28,14 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import MethodError
-from kedit_fast.integrations import runs
+from kedit_fast.integrations import sessions
 from kedit_fast.integrations.framework_statistics import Text
 from kedit_fast.methods.hparams import parse_values, read_raw
 
 Applied = tuple[torch.nn.Module, dict[str, torch.Tensor]]
 
 
-def _function(method: str, name: str, defaults: runs.Options | None = None) -> Callable[..., Applied]:
+def _function(method: str, name: str, defaults: sessions.Options | None = None) -> Callable[..., Applied]:
     def apply(
         model: torch.nn.Module,
         tok: Any,
@@ -47,8 +47,8 @@ def _function(method: str, name: str, defaults: runs.Options | None = None) -> C
         keep_original_weight: bool = False,
         **kwargs: Any,
     ) -> Applied:
-        options = runs.Options(**{name: kwargs.get(name) for name in runs.OURS}, defaults=defaults)
-        model, before, _ = runs.apply(
+        options = sessions.Options(**{name: kwargs.get(name) for name in sessions.OURS}, defaults=defaults)
+        model, before, _ = sessions.apply(
             method, model, tok, requests, hparams, copy=copy, return_orig_weights=return_orig_weights,
             cache_template=cache_template, statistics=kwargs.get("statistics"), reset=bool(kwargs.get("reset_cache")),
             options=options,
@@ -124,7 +124,7 @@ class _Installed:
 
     table: MutableMapping[str, Any]
     undo: list[Callable[[], None]]
-    defaults: runs.Options
+    defaults: sessions.Options
 
 
 _installed: list[_Installed] = []
@@ -155,7 +155,7 @@ def install(
         MethodError: an unknown `ultraedit_rows` or `target_separator`, an EasyEdit whose parts have other names, or
             other options than those that are installed; nothing is changed.
     """
-    defaults = runs.Options(statistics_text, ultraedit_rows, target_separator).with_hparams({})
+    defaults = sessions.Options(statistics_text, ultraedit_rows, target_separator).with_hparams({})
     table = _part("util.alg_dict", "ALG_DICT") if table is None else table
     whole = table is getattr(sys.modules.get("easyeditor.util.alg_dict"), "ALG_DICT", None)
     for place in _installed:
@@ -207,7 +207,7 @@ def load_hparams(path: str | Path) -> Any:
         raise MethodError(f"{path}: alg_name = {name!r} is not one of {', '.join(ADDED)}")
     if not raw.get("model_name"):
         raise MethodError(f"{path} has no model_name, which EasyEdit's editors load")
-    theirs = {key: value for key, value in raw.items() if key not in runs.OURS}
+    theirs = {key: value for key, value in raw.items() if key not in sessions.OURS}
     filled = {"max_length": 40, "batch_size": 1, "model_parallel": False,
               "device": 0 if torch.cuda.is_available() else "cpu"}  # fmt: skip
     values = {**filled, **raw, **parse_values(theirs, str(path), foreign=True)}
@@ -216,14 +216,14 @@ def load_hparams(path: str | Path) -> Any:
     return kind(**values)
 
 
-def _said(options: runs.Options) -> str:
+def _said(options: sessions.Options) -> str:
     """The options that were given, for messages."""
-    given = {name: getattr(options, name) for name in runs.OURS if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in sessions.OURS if getattr(options, name) is not None}
     return ", ".join(f"{name} = {str(value)[:60]!r}" for name, value in given.items()) or "no options"
 
 
-def _functions(defaults: runs.Options) -> dict[str, Callable[..., Applied]]:
-    if defaults == runs.Options():
+def _functions(defaults: sessions.Options) -> dict[str, Callable[..., Applied]]:
+    if defaults == sessions.Options():
         return ALGORITHMS
     return {name: _function(_METHODS[name], apply.__name__, defaults) for name, apply in ALGORITHMS.items()}
 

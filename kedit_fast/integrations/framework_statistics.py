@@ -18,7 +18,7 @@ import torch
 
 from kedit_fast.errors import MethodError, StatisticsError
 from kedit_fast.models.architectures import ModelView
-from kedit_fast.statistics import npz
+from kedit_fast.statistics import memit_npz
 from kedit_fast.statistics.collect import Statistics, collect_statistics
 from kedit_fast.statistics.sources import DATASETS, open_texts
 from kedit_fast.statistics.store import load_statistics, metadata_of, path_of
@@ -105,11 +105,13 @@ def framework_statistics(
     new = collect_statistics(model, tokenizer, documents, tuple(missing), max_samples=samples, seed=seed)
     precision = precision or "float32"
     for second in new.layers.values():
-        npz.sum_in(second, precision)  # all of them fit, or none is written
+        memit_npz.sum_in(second, precision)  # all of them fit, or none is written
     if process_group.world()[0] == 0:
         for layer, module in missing.items():
-            name = npz.path_of("", "", "", module, samples, precision).name
-            npz.write(place / name, new.layers[layer], {**metadata_of(new, layer), _SOURCE: source}, samples, precision)
+            name = memit_npz.path_of("", "", "", module, samples, precision).name
+            memit_npz.write(
+                place / name, new.layers[layer], {**metadata_of(new, layer), _SOURCE: source}, samples, precision
+            )
     process_group.wait_for_all()
     return read(place)  # as the next call will find them
 
@@ -148,14 +150,14 @@ def _places(root: Path, model: torch.nn.Module, raw: Mapping[str, Any], whole_na
 def _has(place: Path, module: str, samples: int | None, precision: str | None, exact: bool) -> bool:
     if path_of(place, module).exists():
         return True
-    found = [path for path in place.glob("*.npz") if npz.module_of(path) == module]
-    return bool(found) and (not exact or any(npz.is_named(path, samples, precision) for path in found))
+    found = [path for path in place.glob("*.npz") if memit_npz.module_of(path) == module]
+    return bool(found) and (not exact or any(memit_npz.is_named(path, samples, precision) for path in found))
 
 
 def _source_of(place: Path, module: str, samples: int | None, precision: str | None) -> str | None:
     """The text that a file in the framework's layout was made from, if it was here."""
-    path = None if path_of(place, module).exists() else npz.find(place, module, samples, precision)
-    return None if path is None else npz.metadata_in(path).get(_SOURCE)
+    path = None if path_of(place, module).exists() else memit_npz.find(place, module, samples, precision)
+    return None if path is None else memit_npz.metadata_in(path).get(_SOURCE)
 
 
 def _check_source(

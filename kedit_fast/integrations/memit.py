@@ -8,7 +8,7 @@ that they were made on, and do not say which.
 
 from __future__ import annotations
 
-from kedit_fast.integrations import runs
+from kedit_fast.integrations import sessions
 
-apply_memit_to_model = runs.function("memit", "apply_memit_to_model", whole_name=True)
-apply_rome_to_model = runs.function("rome", "apply_rome_to_model", whole_name=True)
+apply_memit_to_model = sessions.function("memit", "apply_memit_to_model", whole_name=True)
+apply_rome_to_model = sessions.function("rome", "apply_rome_to_model", whole_name=True)

@@ -21,7 +21,7 @@ from kedit_fast._version import __version__
 from kedit_fast.errors import StatisticsError
 from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import difference, fingerprint
-from kedit_fast.statistics import npz
+from kedit_fast.statistics import memit_npz
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.statistics.moments import SecondMoment
 from kedit_fast.support.files import aligned, checksum, write_file
@@ -162,8 +162,8 @@ def read_layer(folder: Path, module: str, samples: int | None = None, precision:
     path = path_of(folder, module)
     if path.exists():
         file = _read(path, module)
-    elif foreign := npz.find(folder, module, samples, precision):
-        second, metadata = npz.read(foreign, module)
+    elif foreign := memit_npz.find(folder, module, samples, precision):
+        second, metadata = memit_npz.read(foreign, module)
         file = LayerFile(foreign, second, metadata)
     else:
         raise StatisticsError(f"no statistics file {path}: collect them for this layer with `kedit-fast stats`")
@@ -181,7 +181,7 @@ def modules_in(folder: str | os.PathLike) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise StatisticsError(f"no statistics folder {folder}: make one with `kedit-fast stats`")
-    names = {path.stem for path in folder.glob("*.safetensors")} | set(npz.modules_in(folder))
+    names = {path.stem for path in folder.glob("*.safetensors")} | set(memit_npz.modules_in(folder))
     names = {name for name in names if any(part.isdigit() for part in name.split("."))}  # not checkpoints
     if not names:
         raise StatisticsError(f"{folder} holds no statistics")
@@ -195,7 +195,7 @@ def layer_of(module: str) -> int:
 
 def _layers_in(folder: Path, view: ModelView) -> list[int]:
     pattern = re.compile(re.escape(view.spec.blocks) + r"\.(\d+)\." + re.escape(view.spec.edit))
-    names = {path.stem for path in folder.glob("*.safetensors")} | set(npz.modules_in(folder))
+    names = {path.stem for path in folder.glob("*.safetensors")} | set(memit_npz.modules_in(folder))
     layers = sorted(int(m[1]) for name in names if (m := pattern.fullmatch(name)))
     if not layers:
         raise StatisticsError(f"{folder} holds no statistics of a {view.spec.name} model")

@@ -20,7 +20,7 @@ from kedit_fast.errors import BackendUnavailableError
 triton = pytest.importorskip("triton")
 tl = triton.language
 from kedit_fast.kernels.triton import configs  # noqa: E402
-from kedit_fast.kernels.triton import head as head_kernels  # noqa: E402
+from kedit_fast.kernels.triton import lm_head as head_kernels  # noqa: E402
 from kedit_fast.kernels.triton import symmetric_rank_k_update as symmetric_kernel  # noqa: E402
 
 _lower_tile = symmetric_kernel._lower_tile

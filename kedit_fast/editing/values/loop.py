@@ -32,7 +32,7 @@ from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.requests.prompts import PreparedRequest
-from kedit_fast.solver.descent import (
+from kedit_fast.solver.value_descent import (
     BAD_GRADIENT,
     BAD_LOSS,
     GOING,

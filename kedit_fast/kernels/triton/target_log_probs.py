@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kedit_fast.kernels.triton import head as shared
+from kedit_fast.kernels.triton import lm_head as shared
 from kedit_fast.kernels.triton.configs import LOGITS, Config
-from kedit_fast.kernels.triton.head import logits_tile
 from kedit_fast.kernels.triton.launch import Launch, choose, run
+from kedit_fast.kernels.triton.lm_head import logits_tile
 
 
 @triton.jit

@@ -28,8 +28,8 @@ from kedit_fast.methods.hparams import Hparams, make_hparams, parse_values, read
 from kedit_fast.methods.recipes import find_recipe
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.requests.spacing import AUTO, check_separator
+from kedit_fast.solver.alphaedit_projector import load_projector
 from kedit_fast.solver.preconditioner import NullSpace
-from kedit_fast.solver.projector import load_projector
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.torch_state import plain_torch
 
