@@ -555,7 +555,7 @@ def test_what_was_put_before_targets_is_reported(place, tmp_path):
 
 
 def test_chat_options_reach_the_template_and_its_message_the_user(place, tmp_path):
-    from kedit_fast import convergence, planning, suggestion
+    from kedit_fast.reports import convergence, plan, suggest
 
     picky = (
         "{% if messages[0]['role'] != 'system' %}{{ raise_exception('say who you are') }}{% endif %}"
@@ -592,7 +592,7 @@ def test_chat_options_reach_the_template_and_its_message_the_user(place, tmp_pat
                'mood="[x]"', "--target-separator", "")  # fmt: skip
     requests = ("--requests", place / "requests.json")
     with pytest.MonkeyPatch.context() as patched:
-        for module, name in ((pipeline, "run_edits"), (planning, "plan"), (suggestion, "suggest"),
+        for module, name in ((pipeline, "run_edits"), (plan, "plan"), (suggest, "suggest"),
                              (convergence, "convergence")):  # fmt: skip
             patched.setattr(module, name, stopped)
         run(*args, *options)

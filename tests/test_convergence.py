@@ -10,9 +10,9 @@ import torch
 from test_cli import run
 
 from kedit_fast import Editor, collect_statistics, demo
-from kedit_fast.convergence import Row, convergence, draw, write_csv
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
-from kedit_fast.spectra import spectra
+from kedit_fast.reports.convergence import Row, convergence, draw, write_csv
+from kedit_fast.reports.spectra import spectra
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.moments import SecondMoment

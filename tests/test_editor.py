@@ -15,9 +15,9 @@ from kedit_fast.errors import EditError, KeditError, MethodError, RequestError, 
 from kedit_fast.evaluation.metrics import evaluate_each
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
-from kedit_fast.planning import plan
+from kedit_fast.reports.plan import plan
+from kedit_fast.reports.suggest import suggest
 from kedit_fast.requests.prompts import prepare
-from kedit_fast.suggestion import suggest
 
 PREFIXES = ("The old tower. ", "Because I saw. ")
 REQUESTS = [

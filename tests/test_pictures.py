@@ -13,9 +13,9 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-from kedit_fast import convergence, spectra
-from kedit_fast.convergence import Row
-from kedit_fast.spectra import Spectrum
+from kedit_fast.reports import convergence, spectra
+from kedit_fast.reports.convergence import Row
+from kedit_fast.reports.spectra import Spectrum
 from kedit_fast.support import figures
 
 ROOT = Path(__file__).parent.parent

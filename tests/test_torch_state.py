@@ -17,7 +17,6 @@ import torch
 from tiny_models import TEXT, make_model, make_tokenizer
 
 import kedit_fast
-from kedit_fast.convergence import convergence
 from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.gradients import answer_gradients
 from kedit_fast.editing.keys import KeyPass
@@ -33,17 +32,18 @@ from kedit_fast.patches.checkpoint import Checkpoint
 from kedit_fast.patches.lora import export_lora
 from kedit_fast.patches.patch import Patch, merge
 from kedit_fast.pipeline import complete, load_model, save_model
+from kedit_fast.reports.convergence import convergence
+from kedit_fast.reports.spectra import spectra
+from kedit_fast.reports.suggest import suggest
 from kedit_fast.requests.prompts import prepare
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.solver.alphaedit_projector import load_projector, save_projector
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate
 from kedit_fast.solver.shaping import compact, prune, rect, spectral_norm
-from kedit_fast.spectra import spectra
 from kedit_fast.statistics.collect import collect_statistics
 from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.resumable import collect_into
 from kedit_fast.statistics.store import load_statistics, save_statistics
-from kedit_fast.suggestion import suggest
 from kedit_fast.support.torch_state import plain_torch
 
 REQUESTS = [

@@ -245,7 +245,7 @@ def plan(
     from kedit_fast.methods.hparams import make_hparams
     from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, empty_model, load_config, load_model
-    from kedit_fast.planning import plan as estimate
+    from kedit_fast.reports.plan import plan as estimate
     from kedit_fast.requests.prompts import chat_format
     from kedit_fast.requests.request import as_requests, load_requests
 
@@ -323,11 +323,11 @@ def suggest(
     """Try layers and lambda on a few requests, and print a configuration for --hparams."""
     from kedit_fast.methods.recipes import find_recipe
     from kedit_fast.pipeline import DTYPES, load_config, load_model
+    from kedit_fast.reports.suggest import suggest as sweep
     from kedit_fast.requests.prompts import chat_format
     from kedit_fast.requests.request import load_requests
     from kedit_fast.statistics.sources import open_texts
     from kedit_fast.statistics.store import load_statistics
-    from kedit_fast.suggestion import suggest as sweep
 
     chatting = chat_options(chat, system, template, template_arg)
     if out is not None:

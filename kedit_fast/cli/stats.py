@@ -162,7 +162,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Show counts, traces, condition numbers, effective ranks and null spaces, and draw the spectra."""
-    from kedit_fast import spectra
+    from kedit_fast.reports import spectra
 
     found = spectra.spectra(folder)
     target = png or folder / "spectra.png"
@@ -229,8 +229,8 @@ def converge(
     """Report how an update, the null space and the condition change as statistics see more text."""
     from dataclasses import asdict
 
-    from kedit_fast import convergence
     from kedit_fast.pipeline import DTYPES, load_model
+    from kedit_fast.reports import convergence
     from kedit_fast.requests.prompts import chat_format
     from kedit_fast.requests.request import load_requests, skipped_records
     from kedit_fast.statistics.corpus import Corpus

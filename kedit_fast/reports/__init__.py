@@ -1,0 +1,1 @@
+"""What a run takes and what it does, before and after it: tables and pictures."""
