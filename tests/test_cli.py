@@ -20,7 +20,7 @@ from tiny_models import TEXT, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kedit_fast
-from kedit_fast import demo, pipeline
+from kedit_fast import demo, workflow
 from kedit_fast.cli.main import main
 from kedit_fast.errors import KeditError, UnsupportedModelError
 from kedit_fast.methods.hparams import read_hparams
@@ -265,7 +265,7 @@ def test_an_interrupt_ends_in_status_130_and_writes_nothing(place, tmp_path, mon
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "run_edits", stop)
+    monkeypatch.setattr(workflow, "run_edits", stop)
     done = run(*edit_args(place, tmp_path / "out"))
     assert done.returncode == 130 and done.stdout == "" and "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == []
@@ -313,7 +313,7 @@ def test_continue_takes_up_the_state_beside_the_model(place, tmp_path):
         return run(*args)
 
     assert edit(place / "model", "first", "one").returncode == 0
-    assert (tmp_path / "one" / pipeline.STATE_FILE).exists()
+    assert (tmp_path / "one" / workflow.STATE_FILE).exists()
     for out, more in (("two", ("--continue",)), ("alone", ())):
         done = edit(tmp_path / "one", "second", out, *more)
         assert done.returncode == 0, done.stderr
@@ -390,7 +390,7 @@ def test_a_checkpoint_without_some_weights_is_refused(tmp_path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(UnsupportedModelError, match=r"no weights for model.layers.1.mlp.up_proj.weight"):
-        pipeline.load_model(model)
+        workflow.load_model(model)
 
 
 def test_values_are_kept_and_used_again(place, tmp_path):
@@ -592,7 +592,7 @@ def test_chat_options_reach_the_template_and_its_message_the_user(place, tmp_pat
                'mood="[x]"', "--target-separator", "")  # fmt: skip
     requests = ("--requests", place / "requests.json")
     with pytest.MonkeyPatch.context() as patched:
-        for module, name in ((pipeline, "run_edits"), (plan, "plan"), (suggest, "suggest"),
+        for module, name in ((workflow, "run_edits"), (plan, "plan"), (suggest, "suggest"),
                              (convergence, "convergence")):  # fmt: skip
             patched.setattr(module, name, stopped)
         run(*args, *options)

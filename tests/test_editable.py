@@ -19,7 +19,7 @@ from kedit_fast.models.architectures import ArchSpec, ModelView
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, capture, pad, require_passes
 from kedit_fast.models.tail_runner import TailRunner
-from kedit_fast.pipeline import run_edits
+from kedit_fast.workflow import run_edits
 
 REQUEST = EditRequest("{} plays the", "Miles Davis", "violin")
 NUMBERS = dict(v_num_grad_steps=3, v_lr=0.1, clamp_norm_factor=0.5, mom2_adjustment=False, mom2_update_weight=1.0,
@@ -52,7 +52,7 @@ class Wrapped(torch.nn.Module):
 
 
 def a_pipeline(model):
-    return pipeline("text-generation", model=model, tokenizer=make_tokenizer())
+    return workflow("text-generation", model=model, tokenizer=make_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -236,9 +236,9 @@ def test_a_hook_that_puts_a_rank_one_write_back_is_noticed_in_the_edit_itself():
 
 
 def test_a_write_that_is_put_back_at_the_end_of_a_run_takes_the_whole_run_back(monkeypatch):
-    from kedit_fast import pipeline
+    from kedit_fast import workflow
 
-    model, armed, real = make_model("llama"), [], pipeline.evaluate
+    model, armed, real = make_model("llama"), [], workflow.evaluate
     linear = model.model.layers[1].mlp.down_proj
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kept = linear.weight.detach().clone()
@@ -253,7 +253,7 @@ def test_a_write_that_is_put_back_at_the_end_of_a_run_takes_the_whole_run_back(m
         armed.append(True)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "evaluate", measured)
+    monkeypatch.setattr(workflow, "evaluate", measured)
     numbers = {**NUMBERS, "layers": (0, 1), "context_template_length_params": ()}
     with pytest.raises(EditError, match="was changed by something else"):
         run_edits(model, make_tokenizer(), [REQUEST], "memit", statistics=None, hparams=numbers)

@@ -350,7 +350,7 @@ def test_a_request_keeps_its_number_when_one_before_it_is_malformed():
 
 
 def test_run_edits_takes_a_generator_and_numbers_what_it_skips(demo_model):
-    from kedit_fast.pipeline import run_edits
+    from kedit_fast.workflow import run_edits
 
     model, tokenizer = demo_model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -372,7 +372,7 @@ def test_run_edits_takes_a_generator_and_numbers_what_it_skips(demo_model):
 def test_a_batch_of_which_nothing_is_left_does_not_stop_the_next(demo_model):
     from dataclasses import replace
 
-    from kedit_fast.pipeline import run_edits
+    from kedit_fast.workflow import run_edits
 
     model, tokenizer = demo_model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -26,11 +26,11 @@ from kedit_fast.editing.values.store import MemitCache, ValueFile
 from kedit_fast.errors import EditError, KeditError, PatchError, StatisticsError, UnsupportedModelError
 from kedit_fast.models.architectures import ModelView
 from kedit_fast.patches.checkpoint import Checkpoint
-from kedit_fast.pipeline import load_config, load_model, save_model
 from kedit_fast.solver.alphaedit_projector import load_projector, save_projector
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics import memit_npz
 from kedit_fast.support import files
+from kedit_fast.workflow import load_config, load_model, save_model
 
 REQUEST = EditRequest("{} plays the", "Miles Davis", "violin", id=7)
 NUMBERS = dict(v_num_grad_steps=3, v_lr=0.1, clamp_norm_factor=0.5, mom2_adjustment=False, mom2_update_weight=1.0)

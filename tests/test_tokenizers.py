@@ -15,7 +15,6 @@ from kedit_fast import Editor, EditRequest, collect_statistics, evaluate
 from kedit_fast.errors import EditError, RequestError, StatisticsError
 from kedit_fast.evaluation.metrics import evaluate_each, mean_nll, score
 from kedit_fast.models.architectures import ModelView
-from kedit_fast.pipeline import complete, run_edits
 from kedit_fast.requests.prompts import (
     chat_format,
     continuation,
@@ -26,6 +25,7 @@ from kedit_fast.requests.prompts import (
     special_tokens,
     target_tokens,
 )
+from kedit_fast.workflow import complete, run_edits
 
 TUNED = {"inner_params": ["model.layers.1.mlp.down_proj"], "context_template_length_params": [[2, 1]]}
 GOOD = EditRequest("{} plays the", "Miles Davis", "violin", id="good")

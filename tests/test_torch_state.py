@@ -31,7 +31,6 @@ from kedit_fast.models.forward import Site
 from kedit_fast.patches.checkpoint import Checkpoint
 from kedit_fast.patches.lora import export_lora
 from kedit_fast.patches.patch import Patch, merge
-from kedit_fast.pipeline import complete, load_model, save_model
 from kedit_fast.reports.convergence import convergence
 from kedit_fast.reports.spectra import spectra
 from kedit_fast.reports.suggest import suggest
@@ -45,6 +44,7 @@ from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.resumable import collect_into
 from kedit_fast.statistics.store import load_statistics, save_statistics
 from kedit_fast.support.torch_state import plain_torch
+from kedit_fast.workflow import complete, load_model, save_model
 
 REQUESTS = [
     EditRequest("{} plays the", "Miles Davis", "violin", target_true="trumpet", paraphrase_prompts=("The old",)),

@@ -198,7 +198,7 @@ def test_memits_files_are_written_and_read(tmp_path, editor, optimised, demo_mod
 def test_a_repeated_case_id_is_refused_also_across_batches(tmp_path, demo_model):
     from dataclasses import replace
 
-    from kedit_fast.pipeline import run_edits
+    from kedit_fast.workflow import run_edits
 
     first, second = (replace(request, id=1) for request in demo.requests(2))
     template = str(tmp_path / "layer_{}_clamp_{}_case_{}.npz")
