@@ -64,8 +64,8 @@ from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.backends import probe
 from kedit_fast.editing.values.loop import optimise_values
 from kedit_fast.methods.hparams import make_hparams
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.fingerprint import fingerprint
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import generate_prefixes, prepare
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.statistics.moments import SecondMoment

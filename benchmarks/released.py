@@ -50,8 +50,8 @@ from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.loop import optimise_values
 from kedit_fast.integrations import alphaedit
 from kedit_fast.methods.hparams import Hparams, make_hparams
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import generate_prefixes, prepare
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.statistics.collect import Statistics

@@ -8,9 +8,9 @@ import torch
 from transformers import DynamicCache
 
 from benchmarks.published import deltas_at, padded
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, replaced, stubs
 from kedit_fast.models.tail_runner import at_slots, keys_values
+from kedit_fast.models.view import ModelView
 from kedit_fast.ops import distribution_kl, target_log_probs
 from kedit_fast.requests.prompts import PreparedRequest
 

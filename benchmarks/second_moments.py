@@ -32,7 +32,7 @@ from benchmarks import published
 from benchmarks.run import Row, isa, measured_peaks, provenance, require_clean, synchronise, timing, with_baseline
 from benchmarks.values import forget_peak, peak_bytes
 from kedit_fast import collect_statistics, demo
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
 from kedit_fast.statistics.collect import Job
 from kedit_fast.statistics.corpus import Corpus

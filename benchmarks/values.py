@@ -34,7 +34,7 @@ from benchmarks.run import Row, provenance, require_clean, synchronise, timing, 
 from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.editing.values.loop import optimise_values
 from kedit_fast.methods.hparams import Hparams, make_hparams
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest, generate_prefixes, prepare
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -24,9 +24,10 @@ from kedit_fast.editing.editor import Editor, EditResult
 from kedit_fast.editing.values.store import MemitCache
 from kedit_fast.errors import EditError, KeditError, RequestError, UnsupportedModelError
 from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
-from kedit_fast.models.architectures import ModelView, find_architecture
+from kedit_fast.models.architectures import find_architecture
 from kedit_fast.models.editable import plain_model
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, continuation
 from kedit_fast.requests.request import EditRequest, require_none, shortened, skipped_records
 from kedit_fast.requests.spacing import AUTO

@@ -184,7 +184,7 @@ def test_each_saving_computes_the_published_gradient(harness, kind):
 
     from benchmarks import savings
     from kedit_fast import EditRequest
-    from kedit_fast.models.architectures import ModelView
+    from kedit_fast.models.view import ModelView
     from kedit_fast.requests.prompts import prepare
 
     requests = [EditRequest("{} plays the", "Miles Davis", "violin"), EditRequest("Now {} is in", "Ebro", "Spain")]
@@ -259,7 +259,7 @@ def test_a_wrong_solve_has_no_numbers(harness, monkeypatch):
 def test_the_statistics_benchmark_times_right_moments(harness, tmp_path, monkeypatch):
     from benchmarks import published, second_moments
     from kedit_fast import demo
-    from kedit_fast.models.architectures import ModelView
+    from kedit_fast.models.view import ModelView
     from kedit_fast.statistics.collect import collect_statistics
 
     monkeypatch.setattr(second_moments, "measured_peaks", lambda device: dict.fromkeys(

@@ -13,7 +13,7 @@ from tokenizers import AddedToken
 from kedit_fast import Editor, EditRequest
 from kedit_fast.errors import RequestError
 from kedit_fast.evaluation.metrics import evaluate_each, score
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import (
     chat_format,
     chat_markers,

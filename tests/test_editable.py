@@ -15,10 +15,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 from kedit_fast import Editor, EditRequest, evaluate
 from kedit_fast.editing.values.store import edited_hash
 from kedit_fast.errors import EditError, PatchError, UnsupportedModelError
-from kedit_fast.models.architectures import ArchSpec, ModelView
+from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, capture, pad, require_passes
 from kedit_fast.models.tail_runner import TailRunner
+from kedit_fast.models.view import ModelView
 from kedit_fast.workflow import run_edits
 
 REQUEST = EditRequest("{} plays the", "Miles Davis", "violin")
@@ -52,7 +53,7 @@ class Wrapped(torch.nn.Module):
 
 
 def a_pipeline(model):
-    return workflow("text-generation", model=model, tokenizer=make_tokenizer())
+    return pipeline("text-generation", model=model, tokenizer=make_tokenizer())
 
 
 @pytest.mark.parametrize(

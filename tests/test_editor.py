@@ -13,8 +13,8 @@ from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.loop import optimise_values
 from kedit_fast.errors import EditError, KeditError, MethodError, RequestError, StatisticsError
 from kedit_fast.evaluation.metrics import evaluate_each
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
+from kedit_fast.models.view import ModelView
 from kedit_fast.reports.plan import plan
 from kedit_fast.reports.suggest import suggest
 from kedit_fast.requests.prompts import prepare

@@ -9,8 +9,8 @@ from tiny_models import KINDS, make_model
 
 from kedit_fast.backends import use_backend
 from kedit_fast.models import fused
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import last_hidden, pad
+from kedit_fast.models.view import ModelView
 
 ROWS = [[5, 6, 7, 8, 9], [10, 11, 12], [20] * 7]
 RECOGNISED = {  # of 4 blocks and the norm before the head

@@ -11,7 +11,7 @@ from tiny_models import TEXT, make_model, make_tokenizer
 from kedit_fast import Editor, collect_statistics
 from kedit_fast.editing.values import loop
 from kedit_fast.editing.values.loop import optimise_values
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 LAYERS = (0, 1, 2)

@@ -10,7 +10,7 @@ from benchmarks.published import serial_gradients
 from kedit_fast.editing import gradients
 from kedit_fast.editing.gradients import answer_gradients
 from kedit_fast.errors import EditError, InvalidArgumentError
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import prepare
 from kedit_fast.requests.request import EditRequest
 

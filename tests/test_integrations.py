@@ -18,7 +18,7 @@ from tiny_models import TEXT, make_model, make_tokenizer
 from kedit_fast import Editor, NullSpace, collect_statistics
 from kedit_fast.errors import EditError, InvalidArgumentError, MethodError, RequestError, StatisticsError
 from kedit_fast.integrations import alphaedit, easyedit, memit, sessions
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.solver.alphaedit_projector import save_projector
 from kedit_fast.statistics import memit_npz
 

@@ -8,8 +8,8 @@ from tiny_models import KINDS, make_model, make_tokenizer
 
 from benchmarks.published import keys_at
 from kedit_fast.editing.keys import KeyPass, StateBudget
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import prepare
 from kedit_fast.requests.request import EditRequest
 

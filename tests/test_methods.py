@@ -20,8 +20,8 @@ from kedit_fast.errors import EditError, KeditError, MethodError, SolveError, St
 from kedit_fast.evaluation.metrics import mean_nll
 from kedit_fast.methods.hparams import load_presets, make_hparams, unused
 from kedit_fast.methods.recipes import RECIPES, find_recipe
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import prepare
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate
 

@@ -6,7 +6,7 @@ from tiny_models import KINDS, make_model, make_tokenizer
 
 from kedit_fast import EditRequest, demo, evaluate
 from kedit_fast.evaluation.metrics import score
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,9 +7,10 @@ import torch
 from tiny_models import KINDS, make_model, make_tokenizer
 
 from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
-from kedit_fast.models.architectures import ArchSpec, ModelView, find_architecture
+from kedit_fast.models.architectures import ArchSpec, find_architecture
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, capture, last_hidden, pad
+from kedit_fast.models.view import ModelView
 
 
 @pytest.mark.parametrize(

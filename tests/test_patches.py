@@ -20,7 +20,7 @@ from tiny_models import make_model
 from transformers import AutoModelForCausalLM
 
 from kedit_fast.errors import EditError, PatchError, UnsupportedModelError
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.patches.checkpoint import KEPT, TWIN, Checkpoint
 from kedit_fast.patches.lora import export_lora
 from kedit_fast.patches.patch import Patch, Target, hash_of, merge

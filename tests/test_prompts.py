@@ -5,7 +5,7 @@ import torch
 from tiny_models import KINDS, make_model, make_tokenizer
 
 from kedit_fast.errors import RequestError
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import fill, generate_prefixes, prepare, target_tokens
 from kedit_fast.requests.request import EditRequest
 

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from kedit_fast import Editor, EditRequest, collect_statistics, load_statistics, save_statistics
 from kedit_fast.editing.values.store import MemitCache, ValueFile
 from kedit_fast.errors import EditError, KeditError, PatchError, StatisticsError, UnsupportedModelError
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.patches.checkpoint import Checkpoint
 from kedit_fast.solver.alphaedit_projector import load_projector, save_projector
 from kedit_fast.solver.preconditioner import NullSpace

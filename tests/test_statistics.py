@@ -9,7 +9,7 @@ from tiny_models import CONFIGS, KINDS, TEXT, make_model, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kedit_fast.errors import InvalidArgumentError, StatisticsError, UnsupportedModelError
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.statistics.collect import Job, collect_statistics
 from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.memory_plan import Group

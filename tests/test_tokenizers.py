@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizer
 from kedit_fast import Editor, EditRequest, collect_statistics, evaluate
 from kedit_fast.errors import EditError, RequestError, StatisticsError
 from kedit_fast.evaluation.metrics import evaluate_each, mean_nll, score
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import (
     chat_format,
     continuation,

@@ -26,8 +26,8 @@ from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.evaluation.metrics import evaluate_each, mean_nll
 from kedit_fast.kernels import native
 from kedit_fast.methods.hparams import make_hparams
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
+from kedit_fast.models.view import ModelView
 from kedit_fast.patches.checkpoint import Checkpoint
 from kedit_fast.patches.lora import export_lora
 from kedit_fast.patches.patch import Patch, merge

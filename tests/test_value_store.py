@@ -76,7 +76,7 @@ def test_another_configuration_layer_or_model_is_not_served(tmp_path, editor, op
 
 
 def test_edited_weights_have_another_hash(demo_model):
-    from kedit_fast.models.architectures import ModelView
+    from kedit_fast.models.view import ModelView
 
     view = ModelView(demo_model[0])
     before, weight = edited_hash(view), view.weight(3)

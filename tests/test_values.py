@@ -18,8 +18,8 @@ from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.methods.recipes import find_recipe
 from kedit_fast.models import tail_attention
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import prepare
 from kedit_fast.requests.request import EditRequest
 

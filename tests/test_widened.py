@@ -21,8 +21,8 @@ from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.evaluation.metrics import mean_nll
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.models import widened
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import generate_prefixes, prepare
 from kedit_fast.workflow import complete
 

@@ -22,10 +22,11 @@ from kedit_fast.editing.values.store import ValueStore, bits_hash, open_values
 from kedit_fast.errors import EditError, MethodError, StatisticsError
 from kedit_fast.methods.hparams import make_hparams, worth_a_warning
 from kedit_fast.methods.recipes import Recipe, find_recipe
-from kedit_fast.models.architectures import ArchSpec, ModelView, linear_weight
+from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.editable import require_editable
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, require_passes
+from kedit_fast.models.view import ModelView, linear_weight
 from kedit_fast.patches.patch import Patch, Target, hash_of
 from kedit_fast.requests.prompts import (
     PreparedRequest,
@@ -86,7 +87,8 @@ class Editor:
         method: its name, one of kedit_fast.methods.recipes.RECIPES (`kedit-fast methods` lists them).
         statistics: second moments for the edited layers, from collect_statistics or load_statistics; needed unless
             the method uses none (UltraEdit) or runs with `mom2_adjustment=False`.
-        null_spaces: by layer, for AlphaEdit, instead of statistics: see kedit_fast.solver.alphaedit_projector.load_projector.
+        null_spaces: by layer, for AlphaEdit, instead of statistics: see
+            kedit_fast.solver.alphaedit_projector.load_projector.
         layers: edited layers, zero-based; None for the preset's.
         hparams: values that override the preset's, by name (see kedit_fast.methods.hparams.Hparams).
         seed: of the context prefixes.

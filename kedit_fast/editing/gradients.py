@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from kedit_fast.errors import EditError, InvalidArgumentError
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad
+from kedit_fast.models.view import ModelView
 from kedit_fast.ops import target_log_probs
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.sums import add_by_owner_

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, evaluating, pad
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest, Prompt
 from kedit_fast.support.free_memory import free_bytes
 from kedit_fast.support.sums import add_by_owner_

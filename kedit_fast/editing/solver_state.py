@@ -19,7 +19,7 @@ from kedit_fast.editing.gradients import ModuleGradients
 from kedit_fast.errors import EditError, StatisticsError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipes import Recipe
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.solver.key_memory import Appended, KeyMemory
 from kedit_fast.solver.least_squares import merge_columns, rank_one_equality, solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import RequestError
-from kedit_fast.models.architectures import ArchSpec, ModelView
+from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
+from kedit_fast.models.view import ModelView
 from kedit_fast.ops import target_log_probs
 from kedit_fast.requests.prompts import PromptFormat, asked_separator, continuation, require_none
 from kedit_fast.requests.request import EditRequest, as_requests

@@ -16,7 +16,7 @@ from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.integrations import sessions
 from kedit_fast.integrations.framework_statistics import Text
 from kedit_fast.methods.hparams import make_hparams
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics

@@ -23,8 +23,8 @@ import torch
 
 from kedit_fast.editing.gradients import AnswerGradients, ModuleGradients
 from kedit_fast.errors import EditError, MethodError
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import evaluating
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
 
 FAMILIES = ("gpt", "llama", "internlm", "chatglm", "qwen", "mistral")  # model names whose labels it shifts

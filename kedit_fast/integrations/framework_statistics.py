@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import MethodError, StatisticsError
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.statistics import memit_npz
 from kedit_fast.statistics.collect import Statistics, collect_statistics
 from kedit_fast.statistics.sources import DATASETS, open_texts

@@ -26,7 +26,7 @@ from kedit_fast.integrations import easyedit_rows
 from kedit_fast.integrations.framework_statistics import Text, framework_statistics
 from kedit_fast.methods.hparams import Hparams, make_hparams, parse_values, read_raw, unused
 from kedit_fast.methods.recipes import find_recipe
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.spacing import AUTO, check_separator
 from kedit_fast.solver.alphaedit_projector import load_projector
 from kedit_fast.solver.preconditioner import NullSpace

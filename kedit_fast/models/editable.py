@@ -16,7 +16,7 @@ import torch
 from kedit_fast.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from kedit_fast.models.architectures import ModelView
+    from kedit_fast.models.view import ModelView
 
 _MAPS = Path("/proc/self/maps")  # of Linux: this process's memory
 _ADAPTERS = ("peft.", "loralib.", "adapters.methods.")  # packages whose modules stand in the place of a model's own

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import UnsupportedModelError
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.support.torch_state import plain_torch
 
 _FIELDS = (

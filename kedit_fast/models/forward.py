@@ -14,7 +14,7 @@ import torch
 
 from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models import fused
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import Widening, computing
 from kedit_fast.support.torch_state import plain_torch
 

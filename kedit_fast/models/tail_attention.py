@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 
 try:
     from transformers import AttentionInterface

@@ -21,7 +21,6 @@ from torch.nn.functional import pad as pad_with_zeros
 from transformers import DynamicCache
 
 from kedit_fast.models import tail_attention
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import (
     Site,
     TokenBatch,
@@ -33,6 +32,7 @@ from kedit_fast.models.forward import (
     stubs,
     with_hidden,
 )
+from kedit_fast.models.view import ModelView
 from kedit_fast.support.torch_state import plain_torch
 
 PACK_BELOW = 0.9  # an MLP runs on picked tokens when they are fewer than this share of all

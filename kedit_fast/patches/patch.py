@@ -19,8 +19,8 @@ import torch
 
 from kedit_fast._version import __version__
 from kedit_fast.errors import InvalidArgumentError, PatchError, UnsupportedModelError
-from kedit_fast.models.architectures import linear_weight
 from kedit_fast.models.editable import require_own
+from kedit_fast.models.view import linear_weight
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
 from kedit_fast.solver.shaping import compact
 from kedit_fast.support.files import read_file, write_file

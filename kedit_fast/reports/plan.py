@@ -15,8 +15,8 @@ from kedit_fast.editing.values.loop import SITES, optimise_values
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.methods.recipes import Recipe, find_recipe
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
+from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype, copy_bytes
 from kedit_fast.ops import rank_k_update_
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_each

@@ -17,7 +17,7 @@ from kedit_fast.errors import KeditError, MethodError
 from kedit_fast.evaluation.metrics import evaluate, mean_nll, unusable
 from kedit_fast.methods.hparams import Hparams, make_hparams, unused
 from kedit_fast.methods.recipes import Recipe, find_recipe
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PromptFormat
 from kedit_fast.requests.request import EditRequest, require_none, skipped_records
 from kedit_fast.requests.spacing import AUTO

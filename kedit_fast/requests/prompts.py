@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from kedit_fast.errors import EditError, RequestError
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.request import EditRequest, require_none
 from kedit_fast.requests.spacing import AUTO, check_separator, separator
 from kedit_fast.support.torch_state import plain_torch

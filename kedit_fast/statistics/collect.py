@@ -13,9 +13,10 @@ import torch
 from tqdm import tqdm
 
 from kedit_fast.errors import StatisticsError
-from kedit_fast.models.architectures import ArchSpec, ModelView
+from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.fingerprint import fingerprint
 from kedit_fast.models.forward import Site, TokenBatch, evaluating, pad, visit
+from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
 from kedit_fast.statistics.corpus import Corpus, Position, Reader, TokenWeights, Window, ahead, batches
 from kedit_fast.statistics.memory_plan import Group, plan_groups

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
 from kedit_fast.support import process_group
 from kedit_fast.support.free_memory import free_bytes

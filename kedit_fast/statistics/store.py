@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from kedit_fast._version import __version__
 from kedit_fast.errors import StatisticsError
-from kedit_fast.models.architectures import ArchSpec, ModelView
+from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.fingerprint import difference, fingerprint
+from kedit_fast.models.view import ModelView
 from kedit_fast.statistics import memit_npz
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.statistics.moments import SecondMoment

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from kedit_fast.editing.values.objective import Objective
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
+from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import Streamed, Widening
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.free_memory import free_bytes

@@ -29,8 +29,8 @@ from kedit_fast.editing.values.batch_size import fitting_batch
 from kedit_fast.editing.values.objective import Objective
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site, evaluating
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.solver.value_descent import (
     BAD_GRADIENT,

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.forward import Site
 from kedit_fast.models.tail_runner import TailRunner
+from kedit_fast.models.view import ModelView
 from kedit_fast.ops import distribution_kl, target_log_probs
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.sums import add_by_owner_

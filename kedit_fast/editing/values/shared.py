@@ -15,7 +15,7 @@ from kedit_fast.editing.values.loop import SITES, Values, by_length, in_teams, o
 from kedit_fast.editing.values.store import ValueRun, ValueStore, edited_hash
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
-from kedit_fast.models.architectures import ModelView
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.process_group import gather, world
 from kedit_fast.support.torch_state import plain_torch

@@ -28,8 +28,8 @@ from kedit_fast._version import __version__
 from kedit_fast.editing.values.loop import STOPPED, USED_UP, Values
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
-from kedit_fast.models.architectures import ModelView
 from kedit_fast.models.fingerprint import fingerprint, with_values
+from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.files import write_file, write_npz

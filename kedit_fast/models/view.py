@@ -1,0 +1,221 @@
+"""A causal language model seen through its ArchSpec."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+
+from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
+from kedit_fast.models import fused
+from kedit_fast.models.architectures import ArchSpec, find_architecture
+from kedit_fast.models.editable import is_adapter, plain_model
+from kedit_fast.ops.arguments import FLOATS
+
+
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where a module with a weight runs: the weight's device, or the one that accelerate brings an offloaded one to."""
+    if module.weight.device.type != "meta":
+        return module.weight.device
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return module.weight.device  # a model without numbers
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+
+
+def check_weight(name: str, module: torch.nn.Module) -> None:
+    """Raise UnsupportedModelError unless a module's weight is a plain float matrix that can be written."""
+    weight = getattr(module, "weight", None)
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
+    if not plain or weight.dtype not in FLOATS or weight.ndim != 2:
+        what = f"{type(weight).__name__}, {weight.dtype}" if isinstance(weight, torch.Tensor) else "no weight"
+        raise UnsupportedModelError(
+            f"{name} is a {type(module).__name__} with a quantised or sharded weight ({what}): "
+            "load the model in float32, bfloat16 or float16 to edit it"
+        )
+
+
+def linear_module(model: torch.nn.Module, path: str) -> torch.nn.Module:
+    """A linear module by its path.
+
+    Raises:
+        InvalidArgumentError: no such module, or not a linear one.
+        UnsupportedModelError: it is an adapter's, or its weight is quantised or sharded.
+    """
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise InvalidArgumentError(f"the model has no module {path!r}") from None
+    kind = type(module).__name__
+    if is_adapter(module):
+        raise UnsupportedModelError(f"{path!r} is an adapter's {kind}: merge it first (peft's merge_and_unload())")
+    if not isinstance(module, torch.nn.Linear) and kind != "Conv1D":  # transformers' name for [in, out]
+        raise InvalidArgumentError(f"{path!r} is a {kind}, not a linear module that can be edited")
+    check_weight(path, module)
+    return module
+
+
+def linear_weight(model: torch.nn.Module, path: str) -> tuple[torch.Tensor, bool]:
+    """The weight of a linear module as [out, in] on the model's own memory, and whether it is stored transposed.
+
+    Raises:
+        InvalidArgumentError, UnsupportedModelError: see `linear_module`; or the weight is offloaded.
+    """
+    module = linear_module(model, path)
+    weight = module.weight.detach()
+    if weight.device.type == "meta":
+        raise UnsupportedModelError(f"{path!r} has no values on a device: it is offloaded, or the model is not loaded")
+    return (weight.T, True) if type(module).__name__ == "Conv1D" else (weight, False)
+
+
+class ModelView:
+    """A causal language model seen through its ArchSpec.
+
+    Raises:
+        UnsupportedModelError: not such a model, one of an architecture that is not supported, or a quantised or sharded
+            edited matrix; by name.
+    """
+
+    def __init__(self, model: torch.nn.Module, spec: ArchSpec | None = None):
+        self.model = model = plain_model(model)
+        self.config = model.config
+        self.spec = spec or find_architecture(model.config)
+        try:
+            self.blocks = model.get_submodule(self.spec.blocks)
+            self.base = model.get_submodule(self.spec.blocks.rpartition(".")[0])  # the decoder without its head
+            self.norm = model.get_submodule(self.spec.norm)
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not have the modules of {self.spec.name} ({error}): "
+                "load it with AutoModelForCausalLM"
+            ) from None
+        for layer in range(len(self.blocks)):
+            try:
+                self.attention(layer), self.mlp(layer)
+                module = self.edited_module(layer)
+            except AttributeError as error:
+                raise UnsupportedModelError(
+                    f"block {layer} is a {type(self.block(layer)).__name__} that does not have the modules of "
+                    f"{self.spec.name} ({error}): is it wrapped? Pass the model without wrappers inside"
+                ) from None
+            check_weight(self.weight_name(layer), module)
+        head = model.get_output_embeddings()
+        if not isinstance(getattr(head, "weight", None), torch.Tensor):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no head that gives logits of tokens: load it with AutoModelForCausalLM"
+            )
+        self._head_module, self._head = head, head.weight.detach()  # [V, h]
+        self.head_bias = None if getattr(head, "bias", None) is None else head.bias.detach()
+        self.softcap = float(getattr(model.config, "final_logit_softcapping", None) or 0.0)
+
+    @property
+    def head(self) -> torch.Tensor:
+        """The head's matrix [V, h].
+
+        Raises:
+            UnsupportedModelError: it is offloaded, quantised or sharded.
+        """
+        check_weight("the model's head", self._head_module)
+        if self._head.device.type == "meta":
+            raise UnsupportedModelError(
+                "the model's head has no values on a device: it is offloaded, or the model is not loaded. Load the "
+                "model with its head on a device (without device_map, or with more max_memory)"
+            )
+        return self._head
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder blocks."""
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the device of the embedding."""
+        return device_of(self.model.get_input_embeddings())
+
+    def row_device(self, layer: int) -> torch.device:
+        """Where the inputs of a layer's edited module are."""
+        return device_of(self.edited_module(layer))
+
+    @cached_property
+    def fused(self) -> dict[torch.nn.Module, fused.Forward]:
+        """Forward functions in one pass over memory for modules of the decoder; see models/fused.py."""
+        return fused.forwards(self.base)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows: ids from here on have no embedding, or no row of the head."""
+        return min(self.model.get_input_embeddings().weight.shape[0], self._head.shape[0])
+
+    @property
+    def max_length(self) -> int:
+        """The longest sequence the model takes; of longrope models the longest that its short factors are for.
+
+        Past that, transformers turns every row of a batch by the long factors, so a row would depend on the others.
+        """
+        config = self.config
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        if (rope.get("rope_type") or rope.get("type")) == "longrope":
+            short = rope.get("original_max_position_embeddings")
+            return int(short or getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
+        return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The head's outputs [n, V] for last hidden states [n, h], in their dtype, without a soft-cap."""
+        states = states.to(self.head.device)
+        if states.dtype == self.head.dtype:
+            logits = states @ self.head.T
+        else:  # a 16-bit head whose model is computed in fp32
+            logits = torch.cat([states @ part.to(states.dtype).T for part in self.head.split(8192)], 1)
+        return logits if self.head_bias is None else logits + self.head_bias
+
+    def block(self, layer: int) -> torch.nn.Module:
+        """Decoder block `layer`."""
+        return self.blocks[layer]
+
+    def attention(self, layer: int) -> torch.nn.Module:
+        """The attention of block `layer`."""
+        return self.block(layer).get_submodule(self.spec.attention)
+
+    def mlp(self, layer: int) -> torch.nn.Module:
+        """The MLP of block `layer`."""
+        return self.block(layer).get_submodule(self.spec.mlp)
+
+    def edited_module(self, layer: int) -> torch.nn.Module:
+        """The linear layer of block `layer` whose weight is edited."""
+        return self.block(layer).get_submodule(self.spec.edit)
+
+    def module_name(self, layer: int) -> str:
+        """Its path in the model, for example `model.layers.4.mlp.down_proj`."""
+        return f"{self.spec.blocks}.{layer}.{self.spec.edit}"
+
+    def weight_name(self, layer: int) -> str:
+        """The path of its weight in the state dict."""
+        return f"{self.module_name(layer)}.weight"
+
+    def weight(self, layer: int) -> torch.Tensor:
+        """Its weight as [out, in], a view on the model's own memory whatever the stored orientation."""
+        weight = self.edited_module(layer).weight.detach()
+        return weight.T if self.spec.transposed else weight
+
+    def linear(self, path: str) -> tuple[torch.nn.Module, torch.Tensor]:
+        """Any linear module by its path, and its weight as [out, in] on the model's own memory.
+
+        Raises:
+            InvalidArgumentError: no such module, or not a linear one.
+        """
+        module, (weight, _) = linear_module(self.model, path), linear_weight(self.model, path)
+        if module is self.model.get_output_embeddings():
+            raise InvalidArgumentError(f"{path!r} is the model's head: edit a module inside its blocks")
+        return module, weight
+
+    def check_layers(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """Sorted layers without repetition; raises InvalidArgumentError when one is out of range."""
+        if not layers:
+            raise InvalidArgumentError("no layers given")
+        for layer in layers:
+            if not 0 <= layer < self.num_layers:
+                raise InvalidArgumentError(
+                    f"layer {layer} is out of range: the model has layers 0-{self.num_layers - 1}"
+                )
+        return tuple(sorted(set(layers)))
