@@ -24,6 +24,7 @@ from kedit_fast import demo, workflow
 from kedit_fast.cli.main import main
 from kedit_fast.errors import KeditError, UnsupportedModelError
 from kedit_fast.methods.hparams import read_hparams
+from kedit_fast.models import loading
 from kedit_fast.support.files import new_folder
 
 
@@ -390,7 +391,7 @@ def test_a_checkpoint_without_some_weights_is_refused(tmp_path):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(UnsupportedModelError, match=r"no weights for model.layers.1.mlp.up_proj.weight"):
-        workflow.load_model(model)
+        loading.load_model(model)
 
 
 def test_values_are_kept_and_used_again(place, tmp_path):

@@ -24,13 +24,14 @@ from transformers import AutoModelForCausalLM
 from kedit_fast import Editor, EditRequest, collect_statistics, load_statistics, save_statistics
 from kedit_fast.editing.values.store import MemitCache, ValueFile
 from kedit_fast.errors import EditError, KeditError, PatchError, StatisticsError, UnsupportedModelError
+from kedit_fast.models.loading import load_config, load_model, save_model
 from kedit_fast.models.view import ModelView
 from kedit_fast.patches.checkpoint import Checkpoint
 from kedit_fast.solver.alphaedit_projector import load_projector, save_projector
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics import memit_npz
 from kedit_fast.support import files
-from kedit_fast.workflow import load_config, load_model, save_model
+from kedit_fast.workflow import save_edited
 
 REQUEST = EditRequest("{} plays the", "Miles Davis", "violin", id=7)
 NUMBERS = dict(v_num_grad_steps=3, v_lr=0.1, clamp_norm_factor=0.5, mom2_adjustment=False, mom2_update_weight=1.0)
@@ -58,7 +59,7 @@ def all_of(folder):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_an_edited_model_is_saved_and_loads_as_what_it_is(kind, dtype, tmp_path):
     model = make_model(kind, dtype)
-    save_model(model, make_tokenizer(), tmp_path / "out", editor=edited(model))
+    save_edited(model, make_tokenizer(), tmp_path / "out", editor=edited(model))
     found, _ = load_model(tmp_path / "out")
     for name, tensor in model.state_dict().items():
         assert files.same_bits(found.state_dict()[name], tensor), name
@@ -200,7 +201,7 @@ def test_tensors_that_its_class_does_not_have_are_saved_and_named(tmp_path, capl
     model.model.layers[0].register_buffer("scale", torch.tensor(1.5))
     model.model.layers[0].temperature = torch.nn.Parameter(torch.tensor(2.0))
     model.model.layers[0].register_buffer("nothing", torch.empty(0), persistent=False)
-    save_model(model, make_tokenizer(), tmp_path / "out", editor=edited(model))
+    save_edited(model, make_tokenizer(), tmp_path / "out", editor=edited(model))
     assert "model.layers.0.scale is saved, but from_pretrained will leave it out" in caplog.text
     found = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == model.state_dict().keys()
@@ -420,7 +421,7 @@ def everything(folder):
     editor.edit([EditRequest("{} lives in", "Marcel Maupoint", "Madrid")])
     patch = editor.patch()
     patch.save(folder / "patch.safetensors")
-    save_model(model, make_tokenizer(), folder / "model", editor=editor)
+    save_edited(model, make_tokenizer(), folder / "model", editor=editor)
     save_model(make_model("gpt2"), make_tokenizer(), folder / "patched")
     Checkpoint(folder / "patched").apply(patch, "patch.safetensors")
     try:

@@ -190,7 +190,7 @@ def test_offloaded_weights_give_the_same(tmp_path):
 
 
 def test_a_device_map_is_passed_to_transformers(tmp_path):
-    from kedit_fast.workflow import load_model
+    from kedit_fast.models.loading import load_model
 
     make_model("llama").save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)

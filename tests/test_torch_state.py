@@ -27,6 +27,7 @@ from kedit_fast.evaluation.metrics import evaluate_each, mean_nll
 from kedit_fast.kernels import native
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.models.forward import Site
+from kedit_fast.models.loading import load_model, save_model
 from kedit_fast.models.view import ModelView
 from kedit_fast.patches.checkpoint import Checkpoint
 from kedit_fast.patches.lora import export_lora
@@ -44,7 +45,7 @@ from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.resumable import collect_into
 from kedit_fast.statistics.store import load_statistics, save_statistics
 from kedit_fast.support.torch_state import plain_torch
-from kedit_fast.workflow import complete, load_model, save_model
+from kedit_fast.workflow import complete
 
 REQUESTS = [
     EditRequest("{} plays the", "Miles Davis", "violin", target_true="trumpet", paraphrase_prompts=("The old",)),

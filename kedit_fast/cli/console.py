@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from kedit_fast.errors import KeditError, MethodError
+from kedit_fast.support.messages import first_line
 
 notices = Console(stderr=True, highlight=False, soft_wrap=True)
 output = Console(highlight=False)
@@ -236,7 +237,7 @@ def checked_device(name: str) -> str:
         if torch.empty(0, device=name).device.type == "meta":
             raise KeditError("device 'meta' holds no numbers")
     except (RuntimeError, AssertionError) as error:
-        raise KeditError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from None
+        raise KeditError(f"device {name!r} cannot be used: {first_line(error)}") from None
     return name
 
 

@@ -68,8 +68,9 @@ def demo(
     from kedit_fast import demo as bundled
     from kedit_fast.methods.hparams import make_hparams
     from kedit_fast.methods.recipes import find_recipe
+    from kedit_fast.models.loading import save_model
     from kedit_fast.statistics.collect import collect_statistics
-    from kedit_fast.workflow import complete, run_edits, save_model
+    from kedit_fast.workflow import complete, run_edits
 
     recipe = find_recipe(method)
     edits = edits or (100 if recipe.schedule == "mass" else 5)
@@ -152,11 +153,12 @@ def edit(
     """Write facts into a model and save it."""
     from kedit_fast.methods.hparams import make_hparams
     from kedit_fast.methods.recipes import find_recipe
+    from kedit_fast.models.loading import DTYPES, load_config, load_model
     from kedit_fast.requests.prompts import chat_format
     from kedit_fast.requests.request import load_requests
     from kedit_fast.solver.alphaedit_projector import load_projector
     from kedit_fast.statistics.store import load_statistics
-    from kedit_fast.workflow import DTYPES, STATE_FILE, load_config, load_model, run_edits, save_model
+    from kedit_fast.workflow import STATE_FILE, run_edits, save_edited
 
     recipe = find_recipe(method)
     chatting = chat_options(chat, system, template, template_arg)
@@ -204,7 +206,7 @@ def edit(
         if rank:
             return  # the first process saves and speaks
         if out is not None:
-            save_model(loaded, tokenizer, out, overwrite, report.editor)
+            save_edited(loaded, tokenizer, out, overwrite, report.editor)
         if patch is not None:
             report.editor.patch().save(patch)
     say_skipped(report.skipped, records.total)
@@ -244,10 +246,10 @@ def plan(
     from kedit_fast import demo as bundled
     from kedit_fast.methods.hparams import make_hparams
     from kedit_fast.methods.recipes import find_recipe
+    from kedit_fast.models.loading import DTYPES, empty_model, load_config, load_model
     from kedit_fast.reports.plan import plan as estimate
     from kedit_fast.requests.prompts import chat_format
     from kedit_fast.requests.request import as_requests, load_requests
-    from kedit_fast.workflow import DTYPES, empty_model, load_config, load_model
 
     chatting = chat_options(chat, system, template, template_arg)
     overrides = _overrides(hparams, set_, layers, method)
@@ -322,12 +324,12 @@ def suggest(
 ) -> None:
     """Try layers and lambda on a few requests, and print a configuration for --hparams."""
     from kedit_fast.methods.recipes import find_recipe
+    from kedit_fast.models.loading import DTYPES, load_config, load_model
     from kedit_fast.reports.suggest import suggest as sweep
     from kedit_fast.requests.prompts import chat_format
     from kedit_fast.requests.request import load_requests
     from kedit_fast.statistics.sources import open_texts
     from kedit_fast.statistics.store import load_statistics
-    from kedit_fast.workflow import DTYPES, load_config, load_model
 
     chatting = chat_options(chat, system, template, template_arg)
     if out is not None:

@@ -112,10 +112,10 @@ def collect(
 
     Under torchrun every process takes its share of the batches.
     """
+    from kedit_fast.models.loading import DTYPES, load_config, load_model
     from kedit_fast.statistics.corpus import Corpus
     from kedit_fast.statistics.resumable import check_folder, collect_into
     from kedit_fast.statistics.sources import open_texts
-    from kedit_fast.workflow import DTYPES, load_config, load_model
 
     wanted = parsed_layers(layers)
     if device_map is not None and device != "cpu":
@@ -229,12 +229,12 @@ def converge(
     """Report how an update, the null space and the condition change as statistics see more text."""
     from dataclasses import asdict
 
+    from kedit_fast.models.loading import DTYPES, load_model
     from kedit_fast.reports import convergence
     from kedit_fast.requests.prompts import chat_format
     from kedit_fast.requests.request import load_requests, skipped_records
     from kedit_fast.statistics.corpus import Corpus
     from kedit_fast.statistics.sources import open_texts
-    from kedit_fast.workflow import DTYPES, load_model
 
     chatting = chat_options(chat, system, template, template_arg)
     table_path, picture_path = out / "convergence.csv", out / "convergence.png"
@@ -303,8 +303,8 @@ def import_(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Take over statistics of memit, AlphaEdit or EasyEdit."""
+    from kedit_fast.models.loading import load_model
     from kedit_fast.statistics.store import load_statistics, save_statistics
-    from kedit_fast.workflow import load_model
 
     if out.exists():
         raise KeditError(f"{out} exists: choose another --out")

@@ -20,7 +20,7 @@ def load() -> tuple[Any, Any]:
     """The demo model in float32 and its tokenizer, from package data."""
     import torch
 
-    from kedit_fast.workflow import load_model
+    from kedit_fast.models.loading import load_model
 
     return load_model(DATA, dtype=torch.float32)
 

@@ -48,7 +48,7 @@ def plain_model(model: Any) -> torch.nn.Module:
     kind = type(model).__name__
     if isinstance(model, str | os.PathLike):
         raise UnsupportedModelError(
-            f"the model is the path {str(model)!r}: load it first, with kedit_fast.workflow.load_model or with "
+            f"the model is the path {str(model)!r}: load it first, with kedit_fast.models.loading.load_model or with "
             "AutoModelForCausalLM.from_pretrained"
         )
     if not isinstance(model, torch.nn.Module):

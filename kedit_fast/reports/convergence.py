@@ -27,6 +27,7 @@ from kedit_fast.statistics.collect import growing_statistics
 from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.support import figures
 from kedit_fast.support.files import write_text
+from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
 
 FIRST_COUNT = 1000
@@ -129,7 +130,7 @@ def convergence(
                 require_none(skipped, "every request was skipped:")
             found = {layer: _total(made.updates[editor.view.weight_name(layer)]) for layer in numbers.layers}
         except StatisticsError as error:
-            note = str(error).splitlines()[0]
+            note = first_line(error)
         finally:
             editor.restore()
         for layer in numbers.layers:

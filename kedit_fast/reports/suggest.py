@@ -22,6 +22,7 @@ from kedit_fast.requests.prompts import PromptFormat
 from kedit_fast.requests.request import EditRequest, require_none, skipped_records
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.statistics.collect import Statistics, collect_statistics
+from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
 
 DEEPEST, PLACES = 0.6, 8  # last edited layers tried: this many, up to this share of the depth
@@ -199,7 +200,7 @@ def _tried(
         )
         drift = None if before is None else mean_nll(model, tokenizer, texts) - before
     except KeditError as error:
-        return Trial(layers, value, None, None, None, None, None, 0.0, str(error).splitlines()[0])
+        return Trial(layers, value, None, None, None, None, None, 0.0, first_line(error))
     finally:
         editor.restore()
     parts = [metrics.efficacy, metrics.paraphrase, metrics.neighborhood]

@@ -10,6 +10,7 @@ import torch
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.support.files import replacing, same_bits
+from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
 
 FILE = "null_space_project.pt"
@@ -42,7 +43,7 @@ def load_projector(
     except FileNotFoundError:
         raise StatisticsError(f"there is no projector file {path}") from None
     except Exception as error:  # whatever a damaged or foreign pickle makes the reader raise
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = first_line(error)
         raise StatisticsError(f"{path} is damaged or holds more than tensors: {what}") from error
     layers = list(layers)
     if not isinstance(stack, torch.Tensor) or stack.ndim != 3 or stack.dtype not in (torch.float32, torch.float64):

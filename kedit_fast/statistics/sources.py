@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kedit_fast.errors import StatisticsError
+from kedit_fast.support.messages import first_line
 from kedit_fast.support.textfiles import GZIP, LINES, TABLES, read_records, refuse_binary, refuse_wide, suffix_of
 
 DATASETS = "datasets:"
@@ -201,7 +202,7 @@ class _Dataset(Sequence[str]):
             with _offline(datasets) if local else contextlib.nullcontext():
                 self._rows = datasets.load_dataset(path, config or None, split=split or "train")
         except Exception as error:  # whatever a missing set, split or network makes the library raise
-            what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            what = first_line(error)
             raise StatisticsError(f"cannot load the data set {name}: {what}") from error
         if field not in self._rows.column_names:
             raise StatisticsError(

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from kedit_fast.errors import KeditError
+from kedit_fast.support.messages import first_line
 
 
 def world() -> tuple[int, int]:
@@ -80,7 +81,7 @@ def _connected() -> Iterator[None]:
         raise
     except RuntimeError as error:  # what gloo and nccl raise, without a type of their own in older versions
         rank, size = world()
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = first_line(error)
         raise KeditError(
             f"process {rank} of {size} lost the others: one has ended, or the network failed ({what})"
         ) from error
