@@ -66,7 +66,8 @@ from kedit_fast.editing.values.loop import optimise_values
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.models.fingerprint import fingerprint
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.prompts import generate_prefixes, prepare
+from kedit_fast.requests.prefixes import generate_prefixes
+from kedit_fast.requests.prompts import prepare
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.statistics.moments import SecondMoment
 

@@ -52,7 +52,8 @@ from kedit_fast.integrations import alphaedit
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.models.forward import Site
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.prompts import generate_prefixes, prepare
+from kedit_fast.requests.prefixes import generate_prefixes
+from kedit_fast.requests.prompts import prepare
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.statistics.collect import Statistics
 

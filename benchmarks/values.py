@@ -35,7 +35,8 @@ from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.editing.values.loop import optimise_values
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.prompts import PreparedRequest, generate_prefixes, prepare
+from kedit_fast.requests.prefixes import generate_prefixes
+from kedit_fast.requests.prompts import PreparedRequest, prepare
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=180, highlight=False)

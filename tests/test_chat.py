@@ -14,14 +14,9 @@ from kedit_fast import Editor, EditRequest
 from kedit_fast.errors import RequestError
 from kedit_fast.evaluation.metrics import evaluate_each, score
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.prompts import (
-    chat_format,
-    chat_markers,
-    continuation,
-    prepare,
-    separator_before,
-    special_tokens,
-)
+from kedit_fast.requests.chat import chat_format
+from kedit_fast.requests.prompts import continuation, prepare, separator_before
+from kedit_fast.requests.tokens import chat_markers, special_tokens
 
 REQUEST = EditRequest("{} plays the", "Miles Davis", "violin", id="one")
 ROLES = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"

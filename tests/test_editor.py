@@ -415,7 +415,7 @@ CHAT = "{% for m in messages %}<s>user: {{ m['content'] }}</s>{% endfor %}{% if 
 
 def make_bos_editor(tokenizer, editor):
     """The editor with a tokenizer that puts BOS before every text, of the same chat template."""
-    from kedit_fast.requests.prompts import chat_format
+    from kedit_fast.requests.chat import chat_format
 
     other = make_tokenizer(bos=True)
     other.chat_template = tokenizer.chat_template
@@ -425,7 +425,7 @@ def make_bos_editor(tokenizer, editor):
 
 
 def test_a_chat_is_edited_where_its_subject_stands():
-    from kedit_fast.requests.prompts import chat_format
+    from kedit_fast.requests.chat import chat_format
 
     editor = make_editor()
     tokenizer = editor.tokenizer

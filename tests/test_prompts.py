@@ -6,7 +6,8 @@ from tiny_models import KINDS, make_model, make_tokenizer
 
 from kedit_fast.errors import RequestError
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.prompts import fill, generate_prefixes, prepare, target_tokens
+from kedit_fast.requests.prefixes import generate_prefixes
+from kedit_fast.requests.prompts import fill, prepare, target_tokens
 from kedit_fast.requests.request import EditRequest
 
 

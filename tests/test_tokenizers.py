@@ -15,16 +15,10 @@ from kedit_fast import Editor, EditRequest, collect_statistics, evaluate
 from kedit_fast.errors import EditError, RequestError, StatisticsError
 from kedit_fast.evaluation.metrics import evaluate_each, mean_nll, score
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.prompts import (
-    chat_format,
-    continuation,
-    generate_prefixes,
-    prepare,
-    prepare_each,
-    separator_before,
-    special_tokens,
-    target_tokens,
-)
+from kedit_fast.requests.chat import chat_format
+from kedit_fast.requests.prefixes import generate_prefixes
+from kedit_fast.requests.prompts import continuation, prepare, prepare_each, separator_before, target_tokens
+from kedit_fast.requests.tokens import special_tokens
 from kedit_fast.workflow import complete, run_edits
 
 TUNED = {"inner_params": ["model.layers.1.mlp.down_proj"], "context_template_length_params": [[2, 1]]}

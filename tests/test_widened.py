@@ -23,7 +23,8 @@ from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.models import widened
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.prompts import generate_prefixes, prepare
+from kedit_fast.requests.prefixes import generate_prefixes
+from kedit_fast.requests.prompts import prepare
 from kedit_fast.workflow import complete
 
 PREFIXES = ("The old tower. ", "Because I saw. ")

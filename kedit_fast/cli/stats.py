@@ -231,7 +231,7 @@ def converge(
 
     from kedit_fast.models.loading import DTYPES, load_model
     from kedit_fast.reports import convergence
-    from kedit_fast.requests.prompts import chat_format
+    from kedit_fast.requests.chat import chat_format
     from kedit_fast.requests.request import load_requests, skipped_records
     from kedit_fast.statistics.corpus import Corpus
     from kedit_fast.statistics.sources import open_texts

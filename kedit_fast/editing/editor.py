@@ -28,12 +28,8 @@ from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, require_passes
 from kedit_fast.models.view import ModelView, linear_weight
 from kedit_fast.patches.patch import Patch, Target, hash_of
-from kedit_fast.requests.prompts import (
-    PreparedRequest,
-    PromptFormat,
-    generate_prefixes,
-    prepare_each,
-)
+from kedit_fast.requests.prefixes import generate_prefixes
+from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_each
 from kedit_fast.requests.record_fields import Notes
 from kedit_fast.requests.request import FIELDS, EditRequest, RequestList, as_requests, require_none, rows_of
 from kedit_fast.requests.spacing import AUTO, check_separator
@@ -97,7 +93,7 @@ class Editor:
         values: where optimised values are kept and looked up: a file of ours, a template of memit's npz files with
             three {}, or an object like a ValueStore.
         prompt_format: from a prompt, which may hold {} for the subject, to the text that the model reads, for example
-            kedit_fast.requests.prompts.chat_format(tokenizer).
+            kedit_fast.requests.chat.chat_format(tokenizer).
         target_separator: what stands between prompt and target of requests that say nothing: "auto" decides from the
             text (kedit_fast.requests.spacing), " " or "".
         state_budget: bytes for the states that are carried from layer to layer while keys are computed.

@@ -1,35 +1,26 @@
-"""Prompts as token ids: where the subject ends, what the target's tokens are, and generated context prefixes."""
+"""Prompts as token ids: where the subject ends, what the target's tokens are."""
 
 from __future__ import annotations
 
-import inspect
 import logging
-import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AnySet
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
-
-from kedit_fast.errors import EditError, RequestError
-from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
-from kedit_fast.models.view import ModelView
+from kedit_fast.errors import RequestError
+from kedit_fast.models.forward import unknown_token
+from kedit_fast.requests.chat import ChatFormat
 from kedit_fast.requests.request import EditRequest, require_none
 from kedit_fast.requests.spacing import AUTO, check_separator, separator
-from kedit_fast.support.torch_state import plain_torch
+from kedit_fast.requests.tokens import ends_with, known_tokens, unknown_id
 
 _log = logging.getLogger("kedit_fast")
-_STARTS = ("The", "Therefore", "Because", "I", "You")  # what prefixes are grown from, as published
 KL_PROMPT = "{} is a"
 PromptFormat = Callable[[str], str]  # from a prompt, which may hold a place for its subject, to what the model reads
 _ANCHORS = ("\n", ":", "。")  # texts that rarely join the tokens of what follows
 _PLACE = "\ue000\ue001\ue000"  # private characters that stand for a prompt's {} in a format, which may hold {} itself
-_THINKING = ("enable_thinking", "thinking")  # what chat templates call their thinking switch
-_PROBE, _ANSWER = "Where is it?", "Here."  # a question and an answer that show what a chat template does
 
 
 @dataclass(frozen=True)
@@ -97,210 +88,9 @@ def in_format(template: str, subject: str, prompt_format: PromptFormat | None) -
     raise RequestError(f"the prompt format must keep the {{}} of {template!r} once; it made {shown!r}")
 
 
-@dataclass(frozen=True)
-class ChatFormat:
-    """A prompt as a user's message in a tokenizer's chat template, up to where the answer begins; see `chat_format`."""
-
-    tokenizer: Any = field(repr=False)
-    system: str | None = None
-    template: str | None = None  # its name, where there are several
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    separator: str | None = None  # white space that the template puts before an answer; None where it does not tell
-
-    def __call__(self, prompt: str) -> str:
-        """The text that the model reads; raises RequestError where the template does."""
-        return self.rendered(prompt)
-
-    def rendered(self, prompt: str, answer: str | None = None) -> str:
-        """A prompt, open for its answer, or a prompt with its answer."""
-        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages.append({"role": "user", "content": prompt})
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=answer is None,
-                **self.arguments,
-            )  # fmt: skip
-        except Exception as error:  # a template raises what it likes
-            roles = " and ".join(message["role"] for message in messages)
-            text = str(error) or type(error).__name__
-            advice = ""
-            if "system" in text.lower():
-                advice = ": " + ("give a system message" if self.system is None else "leave the system message out")
-            raise RequestError(f"the chat template fails on messages of {roles}: {text}{advice}") from error
-
-
-def chat_format(tokenizer: Any, system: str | None = None, template: str | None = None, **arguments: Any) -> ChatFormat:
-    """The prompt as a user's message in the tokenizer's chat template, up to where the answer begins.
-
-    What stands before a target is what the template itself puts before an answer (Llama 2: a space), where it tells.
-
-    Args:
-        tokenizer: with a chat template.
-        system: a system message that goes first.
-        template: the template's name, where the tokenizer has several and none called "default", or another is meant.
-        **arguments: what the template reads beside messages, for example enable_thinking=False.
-
-    Raises:
-        RequestError: no template, none of that name, one that reads no such argument, leaves the system message out, or
-            raises (its own message is given).
-    """
-    source = _template_source(tokenizer, template)
-    taken = set(inspect.signature(tokenizer.apply_chat_template).parameters) | {"messages"}
-    for name in arguments:
-        if name in taken - {"tools", "documents", "kwargs"}:
-            raise RequestError(f"{name!r} cannot be given to a chat template: it is set here")
-        if not re.search(rf"\b{re.escape(name)}\b", source):
-            raise RequestError(f"the chat template reads no {name!r}, so giving it would change nothing")
-    several = isinstance(tokenizer.chat_template, Mapping)
-    made = ChatFormat(tokenizer, system, template if several else None, arguments)
-    prompt = made.rendered(_PROBE)
-    if system is not None and system.strip() not in prompt:
-        raise RequestError("the chat template leaves the system message out: put its text into the prompts")
-    for name in _THINKING:
-        if name not in arguments and re.search(rf"\b{name}\b", source) and _changes(made, prompt, name):
-            _log.warning(
-                "the chat template has a thinking switch: as it stands, targets are written where thoughts may begin; "
-                "%s=false (--template-arg) puts them after", name,
-            )  # fmt: skip
-    try:
-        answered = made.rendered(_PROBE, _ANSWER)
-    except RequestError:
-        return made
-    between = answered[len(prompt) :].partition(_ANSWER)[0]
-    tells = answered.startswith(prompt) and _ANSWER in answered[len(prompt) :] and not between.strip()
-    return replace(made, separator=between) if tells else made
-
-
-def _changes(made: ChatFormat, prompt: str, name: str) -> bool:
-    """Whether a format writes the probe's `prompt` in another way where the argument `name` is false."""
-    try:
-        return replace(made, arguments={**made.arguments, name: False}).rendered(_PROBE) != prompt
-    except RequestError:
-        return False
-
-
-def _template_source(tokenizer: Any, name: str | None) -> str:
-    """The text of the chat template that is meant."""
-    templates = getattr(tokenizer, "chat_template", None)
-    if type(tokenizer).__name__.startswith("MistralCommon"):
-        raise RequestError(
-            f"{type(tokenizer).__name__} makes token ids of a chat but no text that it would read again as the same "
-            "ids: use a folder with tokenizer.json and a chat template, or prompts without a chat"
-        )
-    if not templates:
-        raise RequestError("the tokenizer has no chat template, so prompts cannot be formatted as a chat")
-    if not isinstance(templates, Mapping):
-        if name not in (None, "default"):
-            raise RequestError(f"the tokenizer has one chat template without a name, and none called {name!r}")
-        return str(templates)
-    names = ", ".join(map(repr, sorted(templates)))
-    if name is None and "default" not in templates:
-        raise RequestError(f"the tokenizer has several chat templates and no default: choose one of {names}")
-    if (name or "default") not in templates:
-        raise RequestError(f"the tokenizer has no chat template {name!r}: choose one of {names}")
-    return str(templates[name or "default"])
-
-
 def _adds_special(tokenizer: Any, text: str, prompt_format: PromptFormat | None) -> bool:
     """Whether the tokenizer should add its special tokens: not where the format has written the first already."""
     return prompt_format is None or not (tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token))
-
-
-def added_tokens(tokenizer: Any) -> dict[int, Any]:
-    """Tokens that were added to a vocabulary, by id; none of a tokenizer that does not tell (mistral-common's)."""
-    try:
-        added = tokenizer.added_tokens_decoder
-    except (AttributeError, NotImplementedError):
-        return {}
-    return dict(added) if isinstance(added, Mapping) else {}
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What a vocabulary says of its tokens that are no words; without a reference to the tokenizer."""
-
-    special: Mapping[int, str]
-    markers: Mapping[int, str]
-    closing: AnySet[int]  # the special tokens that may be put after a text
-    special_ends: Mapping[str, tuple[str, ...]]  # texts of special tokens, by their last character
-    marker_ends: Mapping[str, tuple[str, ...]]
-
-
-# What was read of tokenizers, with the state it was read in; an entry goes with its tokenizer.
-_READ: WeakKeyDictionary[Any, tuple[Any, _Known]] = WeakKeyDictionary()
-
-
-def _known(tokenizer: Any) -> _Known:
-    """What a tokenizer says of its tokens, read again only after tokens were added or special tokens changed.
-
-    Reading takes milliseconds where thousands of tokens are added. A token of the vocabulary itself that is declared
-    an added one later, without being special, does not change what is looked at here: the vocabulary's size, the
-    special tokens and the unknown one.
-    """
-    try:
-        state = (len(tokenizer), tuple(tokenizer.all_special_tokens), _unknown_id(tokenizer))
-        read = _READ.get(tokenizer)
-    except (TypeError, AttributeError, NotImplementedError):  # no length, no list, no hash or no weak references
-        return _read_known(tokenizer)
-    if read is None or read[0] != state:
-        read = (state, _read_known(tokenizer))
-        _READ[tokenizer] = read
-    return read[1]
-
-
-def _read_known(tokenizer: Any) -> _Known:
-    added = added_tokens(tokenizer)
-    if hasattr(tokenizer, "all_special_ids"):
-        special = {i: token.content for i, token in added.items() if token.special}
-        special |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    else:  # mistral-common's before transformers 5
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        named = {getattr(tokenizer, f"{name}_id", None): getattr(tokenizer, name, None) for name in names}
-        special = {i: token for i, token in named.items() if i is not None and token is not None}
-    marking = {i: token.content for i, token in added.items() if _looks_like_marker(token.content)}
-    markers = {i: token for i, token in {**marking, **special}.items() if token}
-    return _Known(
-        MappingProxyType(special), MappingProxyType(markers), frozenset(special) - {_unknown_id(tokenizer)},
-        _by_last_character(special.values()), _by_last_character(markers.values()),
-    )  # fmt: skip
-
-
-def _by_last_character(tokens: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    found: dict[str, list[str]] = {}
-    for token in tokens:
-        if token:
-            found.setdefault(token[-1], []).append(token)
-    return {character: tuple(ending) for character, ending in found.items()}
-
-
-def _ends_with(text: str, tokens: Mapping[str, tuple[str, ...]]) -> bool:
-    """Whether a text ends with one of the tokens that are given by their last character."""
-    return text.endswith(tokens.get(text[-1:], ()))
-
-
-def special_tokens(tokenizer: Any) -> Mapping[int, str]:
-    """Every special token by id: the named ones and those added as special."""
-    return _known(tokenizer).special
-
-
-def chat_markers(tokenizer: Any) -> Mapping[int, str]:
-    """Special tokens and, flagged or not, added ones between brackets or signs, as `<|user|>`: no word of a text."""
-    return _known(tokenizer).markers
-
-
-def _looks_like_marker(token: str) -> bool:
-    token = token.strip(" ▁")
-    ends = token[:1] + token[-1:]
-    return any(c.isalnum() for c in token) and all(unicodedata.category(c)[0] in "PS" for c in ends)
-
-
-def _unknown_id(tokenizer: Any) -> int | None:
-    """The token of what a vocabulary lacks, where it is not also one that a tokenizer puts around a text (GPT-2)."""
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    around = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep")]
-    return None if unknown in around else unknown
 
 
 def _covering_without_offsets(
@@ -340,7 +130,7 @@ def separator_before(
     if asked == AUTO and not prompt[-1:].isspace() and not target[:1].isspace():
         if isinstance(prompt_format, ChatFormat) and prompt_format.separator is not None:
             return prompt_format.separator
-        if _ends_with(prompt, _known(tokenizer).marker_ends):
+        if ends_with(prompt, known_tokens(tokenizer).marker_ends):
             return ""
     return separator(prompt, target, asked)
 
@@ -354,12 +144,12 @@ def target_tokens(
     the tokenizer would put before a separate text can enter. With `special` the tokenizer adds its special tokens, as
     it does to the prompt.
     """
-    tokens = _known(tokenizer)
+    tokens = known_tokens(tokenizer)
     known = tokens.special
-    unknown = _unknown_id(tokenizer)
+    unknown = unknown_id(tokenizer)
     joined = prompt + (separator_before(tokenizer, prompt, target) if between is None else between) + target
     base = list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
-    if not _ends_with(prompt, tokens.special_ends):
+    if not ends_with(prompt, tokens.special_ends):
         base = open_ended(tokenizer, base, special=tokens.closing)
     full = list(tokenizer(joined, add_special_tokens=special)["input_ids"])
     while full and full[-1] in known and not joined.rstrip().endswith(tokenizer.decode(full[-1:]).strip()):
@@ -532,52 +322,8 @@ def open_ended(tokenizer: Any, ids: Sequence[int], keep: int = 0, special: AnySe
 
 def _closing(tokenizer: Any) -> AnySet[int]:
     """The special tokens that a tokenizer may put after a text; what it does not know is text."""
-    return _known(tokenizer).closing
+    return known_tokens(tokenizer).closing
 
 
 def _without_end(tokenizer: Any, prompt: Prompt, special: AnySet[int]) -> Prompt:
     return Prompt(tuple(open_ended(tokenizer, prompt.ids, prompt.lookup + 1, special)), prompt.lookup)
-
-
-@plain_torch()
-def generate_prefixes(
-    view: ModelView, tokenizer: Any, lengths: Sequence[tuple[int, int]], seed: int, top_k: int = 5
-) -> tuple[str, ...]:
-    """Context prefixes the model itself writes, each ending in ". ": `count` of them for each (tokens, count).
-
-    `tokens` counts the start, as the published max_out_len does. Sampled from the `top_k` most probable tokens with a
-    generator of `seed`; special tokens and chat markers are never drawn, so none is in a prefix. The five published
-    starts take turns.
-
-    Raises:
-        EditError: the model's output is not finite, or it has no embedding for a token of a start.
-
-    Cost: `tokens` forward passes over all prefixes together.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    special = torch.tensor(sorted({*special_tokens(tokenizer), *chat_markers(tokenizer)}), dtype=torch.int64)
-    prefixes: list[str] = []
-    for tokens, count in lengths:
-        starts = [_STARTS[i % len(_STARTS)] for i in range(count)]
-        rows = [open_ended(tokenizer, tokenizer(start)["input_ids"], 1) for start in starts]
-        if why := unknown_token(tokenizer, [token for row in rows for token in row], view.vocabulary):
-            raise EditError(f"context prefixes cannot be generated: {why}")
-        begins = [len(row) for row in rows]
-        with evaluating(view), torch.no_grad():
-            for _ in range(max(1, tokens - 1)):
-                hidden = last_hidden(view, pad(rows, view.device))
-                ends = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
-                states = hidden[torch.arange(len(rows), device=hidden.device), ends]  # [count, h]
-                logits = view.logits(states).float().cpu()
-                if not bool(torch.isfinite(logits).all()):
-                    raise EditError("the model's output is not finite (NaN or overflow in its weights?)")
-                logits[:, special[special < logits.shape[1]]] = -torch.inf
-                values, ids = logits.topk(min(top_k, logits.shape[1]), dim=-1)
-                drawn = torch.multinomial(values.softmax(-1), 1, generator=generator)
-                for row, token in zip(rows, ids.gather(1, drawn)[:, 0].tolist(), strict=True):
-                    row.append(token)
-        for start, row, begin in zip(starts, rows, begins, strict=True):
-            text = start + tokenizer.decode(row[begin:], skip_special_tokens=True)
-            prefixes.append(" ".join(text.split()).rstrip(". ") + ". ")
-    _log.debug("context prefixes: %s", prefixes)
-    return tuple(prefixes)
