@@ -11,7 +11,8 @@ import torch
 from kedit_fast.errors import EditError
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.prompts import chat_markers, open_ended, special_tokens
+from kedit_fast.requests.prompts import open_ended
+from kedit_fast.requests.tokens import chat_markers, special_tokens
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
