@@ -77,7 +77,7 @@ ROOT = Path(__file__).parent.parent
 RUNS = 7
 PUBLISHED_TOKENS, MANY_TOKENS = 16_384, 44_000_000
 # Kernels first; after these come all other test files that ask torch.cuda for a device.
-FIRST_TESTS = ("tests/ops/test_gpu.py", "tests/ops/test_triton.py", "tests/test_gpu_model.py")
+FIRST_TESTS = ("tests/ops/test_gpu.py", "tests/ops/test_triton.py", "tests/models/test_gpu_model.py")
 
 
 class Stage(str, Enum):

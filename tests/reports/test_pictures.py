@@ -18,7 +18,7 @@ from kedit_fast.reports.convergence import Row
 from kedit_fast.reports.spectra import Spectrum
 from kedit_fast.support import figures
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 NAME = "cpu_sapphire_rapids_2_threads"
 source_tree = pytest.mark.skipif(not RESULTS.is_dir(), reason="no source tree")

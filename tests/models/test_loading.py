@@ -401,7 +401,7 @@ from pathlib import Path
 sys.path[:0] = {paths!r}
 import torch
 torch.manual_seed(0)
-from test_saving import everything
+from test_loading import everything
 everything(Path(sys.argv[1]))
 """
 

@@ -24,7 +24,7 @@ LIMIT = 1e-6
 
 @pytest.fixture(scope="module")
 def golden():
-    return load_file(Path(__file__).parent / "data" / "golden.safetensors")
+    return load_file(Path(__file__).parents[1] / "data" / "golden.safetensors")
 
 
 @pytest.mark.parametrize("form", ("dual", "primal", "auto"))

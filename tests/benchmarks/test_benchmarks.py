@@ -12,7 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="no source tree")
 FIELDS = {
     "op", "case", "dtype", "backend", "isa", "baseline", "median_s", "p20_s", "p80_s", "baseline_median_s", "ratio",

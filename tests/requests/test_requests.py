@@ -27,7 +27,7 @@ def test_flat_records_and_spelled_out_subjects():
 
 
 def test_counterfact_records_are_read_as_they_are():
-    (request,) = load_requests(Path(__file__).parent / "data" / "counterfact_sample.json")
+    (request,) = load_requests(Path(__file__).parents[1] / "data" / "counterfact_sample.json")
     assert request.subject == "Autonomous University of Madrid"
     assert (request.target_new, request.target_true, request.id) == ("Sweden", "Spain", 0)
     assert len(request.paraphrase_prompts) == 2 and len(request.neighborhood_prompts) == 10
