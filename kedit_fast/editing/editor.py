@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from kedit_fast.editing.ledger import Ledger
 from kedit_fast.editing.solver_state import Engine
 from kedit_fast.editing.values.loop import PREDICTED, PROBLEMS, SITES, Values
 from kedit_fast.editing.values.shared import flush_store, optimise_shared
-from kedit_fast.editing.values.store import ValueStore, bits_hash, open_values
+from kedit_fast.editing.values.store import ValueStore, open_values
 from kedit_fast.errors import EditError, MethodError, StatisticsError
 from kedit_fast.methods.hparams import make_hparams, worth_a_warning
 from kedit_fast.methods.recipes import Recipe, find_recipe
@@ -27,7 +26,7 @@ from kedit_fast.models.editable import require_editable
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, require_passes
 from kedit_fast.models.view import ModelView, linear_weight
-from kedit_fast.patches.patch import Patch, Target, hash_of
+from kedit_fast.patches.patch import Patch, Target
 from kedit_fast.requests.prefixes import generate_prefixes
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_each
 from kedit_fast.requests.record_fields import Notes
@@ -38,7 +37,10 @@ from kedit_fast.solver.low_rank import LowRankUpdate, Update
 from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
 from kedit_fast.solver.shaping import prune, rect, spectral_norm
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.support.dtypes import accumulation_dtype
+from kedit_fast.support.matrix_bits import edit_fingerprint, sha256
 from kedit_fast.support.process_group import world
+from kedit_fast.support.timing import synchronized_clock
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
@@ -387,7 +389,7 @@ class Editor:
             transposed = self.view.spec.transposed if own else linear_weight(self.view.model, module)[1]
             dtype = str(weight.dtype).removeprefix("torch.")
             updates[module] = self.ledger.total(name).compacted().cpu()
-            targets[module] = Target(hash_of(original), hash_of(weight), dtype, transposed)
+            targets[module] = Target(sha256(original), sha256(weight), dtype, transposed)
         requests = [r for number in range(1, len(self.ledger.batches) + 1) for r in self._written[number]]
         return Patch(
             updates, targets, self.recipe.name, asdict(self.hparams),
@@ -430,7 +432,7 @@ class Editor:
         belongs = {"model": fingerprint(self.view, self.tokenizer), "prompt format": shown}
         if self._given_prefixes is not None:
             belongs["prefixes"] = list(self._given_prefixes)
-        return {**belongs, "edited matrices": bits_hash(list(self.modules.values()))}
+        return {**belongs, "edited matrices": edit_fingerprint(list(self.modules.values()))}
 
     @plain_torch()
     def preconditioner(self, layer: int) -> Preconditioner:
@@ -518,7 +520,7 @@ class _Batch:
         key = seen.bare_keys[:, 0]
         if self.recipe.value_key == "mean":  # what the layer puts out at the mean key, which no prompt shows
             weight = self.view.weight(layer)
-            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            wide = accumulation_dtype(weight)
             moved = weight.to(wide) @ (seen.keys[:, 0] - key).to(weight.device, wide)
             residual, key = residual - moved.to(residual), seen.keys[:, 0]
         with self.timed("solve"):
@@ -614,11 +616,11 @@ class _Batch:
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        begin = _now(self.view.device)
+        begin = synchronized_clock(self.view.device)
         try:
             yield
         finally:
-            self.seconds[phase] += _now(self.view.device) - begin
+            self.seconds[phase] += synchronized_clock(self.view.device) - begin
 
     def result(self, number: int, written: Sequence[PreparedRequest], skipped: dict[int, str]) -> EditResult:
         norms = {
@@ -647,7 +649,7 @@ class _Batch:
 
 
 def _norm(weight: torch.Tensor) -> float:
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(weight)
     return float(torch.linalg.vector_norm(weight, dtype=wide))
 
 
@@ -660,9 +662,3 @@ def _weights(prepared: Sequence[PreparedRequest]) -> torch.Tensor | None:
 def _total_norm(updates: Sequence[Update]) -> float:
     joined = LowRankUpdate(torch.cat([u.left for u in updates], 1), torch.cat([u.right for u in updates], 1))
     return joined.norm()
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

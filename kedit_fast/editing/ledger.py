@@ -16,6 +16,8 @@ import torch
 from kedit_fast.backends import requested, select
 from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
+from kedit_fast.support.dtypes import accumulation_dtype
+from kedit_fast.support.matrix_bits import quick_sum
 from kedit_fast.support.torch_state import plain_torch
 
 
@@ -36,18 +38,14 @@ class _Matrix:
     bits: int = 0  # sum of the weight's bits after the last write
 
     def mark(self) -> None:
-        self.bits = self._sum_of_bits()
+        self.bits = quick_sum(self.weight)
 
     def require_untouched(self, name: str) -> None:
-        if self._sum_of_bits() != self.bits:
+        if quick_sum(self.weight) != self.bits:
             raise EditError(
                 f"{name} was changed by something else since this editor last wrote it (another editor, training, "
                 "load_state_dict): take edits back in the reverse order they were made, or start a new Editor"
             )
-
-    def _sum_of_bits(self) -> int:
-        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self.weight.element_size()]
-        return int(self.weight.view(integer).sum(dtype=torch.int64))
 
     def write(self, entry: Entry) -> None:
         if self.master is None:
@@ -110,7 +108,7 @@ class Ledger:
         else:
             self._matrices[name].require_untouched(name)
         matrix = self._matrices[name]
-        factors = update.compacted().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+        factors = update.compacted().to(accumulation_dtype(weight))
         if not factors.is_finite():
             raise EditError(f"the update of {name} overflows float32")
         target = weight if matrix.master is None else matrix.master
@@ -195,7 +193,7 @@ class Ledger:
         ]  # fmt: skip
         if not updates:
             weight = self._matrices[name].weight
-            wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+            wide = accumulation_dtype(weight)
             return LowRankUpdate(*(torch.zeros(n, 0, dtype=wide, device=weight.device) for n in weight.shape))
         if len(updates) == 1:
             return updates[0]

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from kedit_fast.editing.editor import Editor, EditResult
-from kedit_fast.editing.values.store import bits_hash
 from kedit_fast.errors import MethodError, RequestError
 from kedit_fast.integrations import easyedit_rows
 from kedit_fast.integrations.framework_statistics import Text, framework_statistics
@@ -31,6 +30,7 @@ from kedit_fast.requests.spacing import AUTO, check_separator
 from kedit_fast.solver.alphaedit_projector import load_projector
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.support.matrix_bits import edit_fingerprint
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
@@ -103,7 +103,7 @@ class Run:
         """Whether the matrices are in a state this run knows; what was put back by somebody else is forgotten."""
         if not self.editor.in_place():
             return False
-        now = bits_hash(list(self.editor.modules.values()))
+        now = edit_fingerprint(list(self.editor.modules.values()))
         known = [place for place, (state, _) in enumerate(self.states) if state == now]
         if not known:
             return False
@@ -115,7 +115,7 @@ class Run:
 
     def mark(self) -> None:
         """Remember the matrices as they are."""
-        self.states.append((bits_hash(list(self.editor.modules.values())), len(self.editor.ledger.batches)))
+        self.states.append((edit_fingerprint(list(self.editor.modules.values())), len(self.editor.ledger.batches)))
 
 
 def numbers_of(hparams: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from kedit_fast.errors import KeditError, UnsupportedModelError
 from kedit_fast.models.architectures import find_architecture
 from kedit_fast.models.editable import plain_model
-from kedit_fast.support.files import new_folder, same_bits, tensor_files
+from kedit_fast.support.files import new_folder, tensor_files
+from kedit_fast.support.matrix_bits import same_bits
 from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
 

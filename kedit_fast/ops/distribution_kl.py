@@ -17,7 +17,7 @@ from kedit_fast.ops.arguments import (
 )
 from kedit_fast.ops.target_log_probs import chain, check_head, fake_gradient, triton_declines
 from kedit_fast.reference import distribution_kl as reference
-from kedit_fast.reference.target_log_probs import wide
+from kedit_fast.support.dtypes import accumulation_dtype
 
 OP = "distribution_kl"
 LIBRARY.define(
@@ -85,7 +85,7 @@ def _run(hidden, hidden_ref, head, bias, softcap, gradient, backend):
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
 def _fake(hidden, hidden_ref, head, bias, softcap, gradient, backend):
     _check(hidden, hidden_ref, head, bias, softcap)
-    return hidden.new_empty(hidden.shape[0], dtype=wide(hidden)), fake_gradient(hidden, gradient)
+    return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden)), fake_gradient(hidden, gradient)
 
 
 def _setup_context(ctx, inputs, output):

@@ -20,7 +20,7 @@ from kedit_fast.ops.arguments import (
     run_stated,
 )
 from kedit_fast.reference import target_log_probs as reference
-from kedit_fast.reference.target_log_probs import wide
+from kedit_fast.support.dtypes import accumulation_dtype
 
 OP = "target_log_probs"
 LIBRARY.define(
@@ -130,13 +130,13 @@ def _run(hidden, head, targets, bias, softcap, gradient, backend):
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
 def _fake(hidden, head, targets, bias, softcap, gradient, backend):
     _check(hidden, head, targets, bias, softcap)
-    row = hidden.new_empty(hidden.shape[0], dtype=wide(hidden))
+    row = hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden))
     return row, torch.empty_like(targets), torch.empty_like(row), fake_gradient(hidden, gradient)
 
 
 def fake_gradient(hidden, gradient) -> torch.Tensor:
     """The shape of the gradient that comes with the value: [rows, h], or [0, h] when it is not asked for."""
-    return hidden.new_empty(hidden.shape[0] if gradient else 0, hidden.shape[1], dtype=wide(hidden))
+    return hidden.new_empty(hidden.shape[0] if gradient else 0, hidden.shape[1], dtype=accumulation_dtype(hidden))
 
 
 def _setup_context(ctx, inputs, output):

@@ -23,8 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kedit_fast.errors import PatchError
-from kedit_fast.patches.patch import Patch, added, hash_of
+from kedit_fast.patches.patch import Patch, added
 from kedit_fast.support.files import held, replacing
+from kedit_fast.support.matrix_bits import sha256
 from kedit_fast.support.torch_state import plain_torch
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -72,12 +73,12 @@ class Record:
     path: Path
     number: int
     name: str  # of the patch
-    before: dict[str, str]  # module -> hash_of the matrix it had
+    before: dict[str, str]  # module -> sha256 the matrix it had
     after: dict[str, str]  # and of the one it got
     transposed: dict[str, bool]
     kept: bool  # whether what the matrices were is in it
     patch: str  # Patch.digest
-    subtracted: dict[str, str]  # hash_of each matrix once the patch is subtracted again; empty until then
+    subtracted: dict[str, str]  # sha256 each matrix once the patch is subtracted again; empty until then
 
 
 class Checkpoint:
@@ -172,14 +173,14 @@ class Checkpoint:
                 target = patch.targets[module]
                 matrix = place.read(target.transposed)
                 patch.check(module, matrix, target.transposed, force)
-                before[module] = hash_of(matrix)
+                before[module] = sha256(matrix)
             records = self.records()
             number = records[-1].number + 1 if records else 1
 
             def patched(module: str) -> bytes:
                 transposed = patch.targets[module].transposed
                 result = added(patch.updates[module], places[module].read(transposed), module)
-                after[module] = hash_of(result)
+                after[module] = sha256(result)
                 return _bytes(result.T if transposed else result)
 
             def record() -> None:
@@ -241,7 +242,7 @@ class Checkpoint:
                 target = patch.targets[module]
                 matrix = place.read(target.transposed)
                 patch.check(module, matrix, target.transposed, force=True)
-                if not force and hash_of(matrix) == target.original:
+                if not force and sha256(matrix) == target.original:
                     raise PatchError(f"{place.tensor} does not have this patch's edits")
 
             subtracted: dict[str, str] = {}
@@ -249,7 +250,7 @@ class Checkpoint:
             def without(module: str) -> bytes:
                 transposed = patch.targets[module].transposed
                 result = added(patch.updates[module], places[module].read(transposed), module, -1.0)
-                subtracted[module] = hash_of(result)
+                subtracted[module] = sha256(result)
                 return _bytes(result.T if transposed else result)
 
             def note() -> None:  # by it the next command tells a kill before the change from one after it
@@ -296,7 +297,7 @@ class Checkpoint:
         return record
 
     def _hash(self, module: str, record: Record) -> str:
-        return hash_of(self.place(module).read(record.transposed[module]))
+        return sha256(self.place(module).read(record.transposed[module]))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

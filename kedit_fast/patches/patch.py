@@ -23,7 +23,10 @@ from kedit_fast.models.editable import require_own
 from kedit_fast.models.view import linear_weight
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
 from kedit_fast.solver.shaping import compact
+from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.files import read_file, write_file
+from kedit_fast.support.matrix_bits import sha256
+from kedit_fast.support.timing import synchronize
 from kedit_fast.support.torch_state import plain_torch
 
 FORMAT_VERSION = "1"
@@ -32,22 +35,12 @@ _HASHED = 1 << 26  # bytes of a matrix that are hashed at once
 
 
 @plain_torch()
-def hash_of(weight: torch.Tensor) -> str:
-    """SHA-256 of a matrix [out, in], row by row, whatever its strides."""
-    digest = hashlib.sha256(f"{weight.dtype} {list(weight.shape)}".encode())
-    rows = max(1, _HASHED // max(1, weight.shape[1] * weight.element_size()))
-    for start in range(0, weight.shape[0], rows):
-        part = weight.detach()[start : start + rows].cpu().contiguous()
-        digest.update(part.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True)
 class Target:
     """The matrix an update belongs to."""
 
-    original: str  # hash_of W_0 [out, in]
-    result: str  # hash_of what the editor left; "" where that is not known
+    original: str  # sha256 W_0 [out, in]
+    result: str  # sha256 what the editor left; "" where that is not known
     dtype: str
     transposed: bool  # stored [in, out]
 
@@ -121,9 +114,9 @@ class Patch:
         """SHA-256 of the modules, factors and masks: what the patch adds."""
         digest = hashlib.sha256()
         for name, update in sorted(self.updates.items()):
-            digest.update(f"{name} {hash_of(update.left)} {hash_of(update.right)}".encode())
+            digest.update(f"{name} {sha256(update.left)} {sha256(update.right)}".encode())
             if isinstance(update, MaskedUpdate):
-                digest.update(hash_of(update.bits).encode())
+                digest.update(sha256(update.bits).encode())
         return digest.hexdigest()
 
     def about(self) -> dict[str, Any]:
@@ -210,7 +203,7 @@ class Patch:
                 f"{name} is {dtype}, the patch was made for {target.dtype}: load the model in that, or force it "
                 "(its result then differs from the edited model's by rounding)"
             )
-        here = hash_of(weight)
+        here = sha256(weight)
         if here == target.original:
             return
         if here == target.result:
@@ -232,7 +225,7 @@ def _weight(model: torch.nn.Module, name: str) -> tuple[torch.Tensor, bool]:
 def added(update: Update, weight: torch.Tensor, name: str, alpha: float = 1.0) -> torch.Tensor:
     """A matrix [out, in] plus alpha times an update; raises PatchError when that is not finite."""
     result = weight.clone()
-    moved = update.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    moved = update.to(accumulation_dtype(weight))
     factors = [t.to(weight.device) for t in (moved.left, moved.right)]
     if isinstance(moved, MaskedUpdate):
         MaskedUpdate(*factors, moved.bits.to(weight.device)).apply_(result, alpha)
@@ -306,13 +299,13 @@ def _same(model: torch.nn.Module, name: str, expected: torch.Tensor, when: str) 
 @torch.no_grad()
 def _copy(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Copy matrices; on GPUs nothing that runs elsewhere overlaps with it."""
-    devices = {weight.device for weight, _ in pairs.values() if weight.device.type == "cuda"}
+    devices = {weight.device for weight, _ in pairs.values()}
     for device in devices:
-        torch.cuda.synchronize(device)
+        synchronize(device)
     for weight, value in pairs.values():
         weight.copy_(value)
     for device in devices:
-        torch.cuda.synchronize(device)
+        synchronize(device)
 
 
 @plain_torch()

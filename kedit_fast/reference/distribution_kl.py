@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from kedit_fast.reference.target_log_probs import OnlineSum, cap_slope, capped, default_chunk, wide
+from kedit_fast.reference.target_log_probs import OnlineSum, cap_slope, capped, default_chunk
+from kedit_fast.support.dtypes import accumulation_dtype
 
 
 def distribution_kl(
@@ -26,7 +27,7 @@ def distribution_kl(
     The gradient is [rows, h], or [0, h] when it is not asked for.
     """
     rows, width = hidden.shape
-    states, step = torch.cat([hidden, hidden_ref]).to(wide(hidden)), chunk or default_chunk(hidden)
+    states, step = torch.cat([hidden, hidden_ref]).to(accumulation_dtype(hidden)), chunk or default_chunk(hidden)
     total, total_ref = OnlineSum(rows, hidden), OnlineSum(rows, hidden)
     level: torch.Tensor | None = None
     apart = torch.zeros_like(total.sum)  # sum of exp(z - peak) (D - level)

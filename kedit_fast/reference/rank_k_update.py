@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from kedit_fast.support.dtypes import accumulation_dtype
+
 
 def rank_k_update_(
     weight: torch.Tensor,
@@ -16,7 +18,7 @@ def rank_k_update_(
 
     `copy` receives the rounded new value of an fp32 `weight`.
     """
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(weight)
     update = torch.addmm(weight.to(dtype), left.to(dtype) * alpha, right.to(dtype).T)
     weight.copy_(update)
     if copy is not None:

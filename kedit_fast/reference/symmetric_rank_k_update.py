@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from kedit_fast.support.dtypes import accumulation_dtype
+
 
 def symmetric_rank_k_update_(
     acc: torch.Tensor,
@@ -25,7 +27,7 @@ def symmetric_rank_k_update_(
     if mask is not None:
         x = x[mask]
         row_weights = None if row_weights is None else row_weights[mask]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(x)
     if row_weights is None and _has_wide_product(x):
         for begin in range(0, x.shape[0], chunk):
             rows = x[begin : begin + chunk]

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import torch
 
+from kedit_fast.support.dtypes import accumulation_dtype
+
 
 def default_chunk(tensor: torch.Tensor) -> int:
     """Vocabulary entries whose logits exist at once: few enough for a CPU's cache, enough to fill a GPU."""
     return 8192 if tensor.device.type == "cpu" else 16384
-
-
-def wide(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype of the arithmetic: fp64 for fp64 input, otherwise fp32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def capped(logits: torch.Tensor, bias: torch.Tensor | None, softcap: float) -> torch.Tensor:
@@ -38,7 +35,7 @@ class OnlineSum:
     """logsumexp of chunks of logits [rows, c] that come one after another."""
 
     def __init__(self, rows: int, like: torch.Tensor):
-        self.peak = torch.full((rows,), -torch.inf, dtype=wide(like), device=like.device)
+        self.peak = torch.full((rows,), -torch.inf, dtype=accumulation_dtype(like), device=like.device)
         self.sum = torch.zeros_like(self.peak)
 
     def add(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +66,7 @@ def target_log_probs(
     The gradient is [rows, h], or [0, h] when it is not asked for.
     """
     rows, width = hidden.shape
-    states, step = hidden.to(wide(hidden)), chunk or default_chunk(hidden)
+    states, step = hidden.to(accumulation_dtype(hidden)), chunk or default_chunk(hidden)
     total = OnlineSum(rows, hidden)
     at_target = torch.full_like(total.peak, torch.nan)  # NaN: outside the vocabulary
     best_id = torch.zeros(rows, dtype=torch.int64, device=hidden.device)

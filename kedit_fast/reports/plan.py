@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -25,6 +24,7 @@ from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.key_memory import FOLD_ABOVE
 from kedit_fast.solver.least_squares import PRIMAL_ABOVE
 from kedit_fast.support.free_memory import free_bytes
+from kedit_fast.support.timing import synchronized_clock
 from kedit_fast.support.torch_state import plain_torch
 
 PREFIX = "The old man went to the market in the morning. "  # about as long as the published ones
@@ -226,16 +226,10 @@ def _seconds(
 
 
 def _timed(view: ModelView, call: Callable[[], object]) -> float:
-    def wait() -> None:
-        if view.device.type == "cuda":
-            torch.cuda.synchronize(view.device)
-
     with evaluating(view):
-        wait()
-        begin = time.perf_counter()
+        begin = synchronized_clock(view.device)
         call()
-        wait()
-        return time.perf_counter() - begin
+        return synchronized_clock(view.device) - begin
 
 
 def _fp64_rate(device: torch.device, side: int = 1024) -> float:
@@ -243,11 +237,7 @@ def _fp64_rate(device: torch.device, side: int = 1024) -> float:
     a = torch.ones(side, side, dtype=torch.float64, device=device)
     best = float("inf")
     for _ in range(3):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
+        begin = synchronized_clock(device)
         a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, synchronized_clock(device) - begin)
     return 2 * side**3 / best

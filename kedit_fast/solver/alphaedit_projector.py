@@ -9,7 +9,8 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.solver.preconditioner import NullSpace
-from kedit_fast.support.files import replacing, same_bits
+from kedit_fast.support.files import replacing
+from kedit_fast.support.matrix_bits import same_bits
 from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
 

@@ -8,6 +8,7 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.ops import rank_k_update_
+from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.torch_state import plain_torch
 
 
@@ -133,7 +134,7 @@ class MaskedUpdate(_Factors):
         backend: str | None = None,
     ) -> torch.Tensor:
         """Add alpha Delta to `weight` [out, in] in place; with `copy`, that receives the rounded result."""
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        wide = accumulation_dtype(weight)
         delta = torch.zeros(weight.shape, dtype=wide, device=weight.device)
         rank_k_update_(delta, self.left, self.right, alpha, backend=backend).mul_(self.mask)
         weight.copy_(weight.to(wide).add_(delta))

@@ -19,7 +19,8 @@ from kedit_fast.errors import StatisticsError
 from kedit_fast.statistics.corpus import Position
 from kedit_fast.statistics.moments import SecondMomentAccumulator
 from kedit_fast.support import process_group
-from kedit_fast.support.files import checksum, held, write_file
+from kedit_fast.support.files import held, write_file
+from kedit_fast.support.matrix_bits import row_checksum
 
 FORMAT_VERSION = "1"
 LOCK = ".lock"
@@ -88,7 +89,7 @@ def save(folder: Path, progress: Progress, sums: Mapping[int, SecondMomentAccumu
         "plan": json.dumps(progress.plan),
         "position": json.dumps(progress.position.as_dict()),
         "counts": json.dumps(counts),
-        "checksums": json.dumps({name: checksum(tensor) for name, tensor in tensors.items()}),
+        "checksums": json.dumps({name: row_checksum(tensor) for name, tensor in tensors.items()}),
     }
     write_file(path_of(folder), tensors, metadata, StatisticsError)
 
@@ -133,7 +134,7 @@ def restore(folder: Path, sums: Mapping[int, SecondMomentAccumulator]) -> None:
             total = file.get_tensor(str(layer))
             if total.shape != found.sum.shape or total.dtype != torch.float64:
                 raise StatisticsError(f"{path}: the sum of layer {layer} is {list(total.shape)} {total.dtype}")
-            if checksum(total) != checksums[str(layer)]:
+            if row_checksum(total) != checksums[str(layer)]:
                 raise ValueError(f"the sum of layer {layer} is not what was written")
             found.sum.copy_(total)
             found.count, found.weight = int(counts[str(layer)][0]), float(counts[str(layer)][1])

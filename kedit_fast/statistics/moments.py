@@ -11,6 +11,7 @@ from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.ops import mirror_, symmetric_rank_k_update_
 from kedit_fast.ops.arguments import describe, require
 from kedit_fast.support import process_group
+from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.torch_state import plain_torch
 
 
@@ -65,7 +66,7 @@ class SecondMomentAccumulator:
                 waits for the device.
         """
         if self._staged:
-            dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+            dtype = accumulation_dtype(rows)
             part = torch.zeros(self.sum.shape, dtype=dtype, device=rows.device)
             symmetric_rank_k_update_(part, rows, weights, mask)
             self.sum.add_(part.to(self.sum.device))

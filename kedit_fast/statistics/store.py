@@ -25,7 +25,8 @@ from kedit_fast.models.view import ModelView
 from kedit_fast.statistics import memit_npz
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.statistics.moments import SecondMoment
-from kedit_fast.support.files import aligned, checksum, write_file
+from kedit_fast.support.files import write_file
+from kedit_fast.support.matrix_bits import aligned, row_checksum
 from kedit_fast.support.torch_state import plain_torch
 
 FORMAT_VERSION = "1"
@@ -65,7 +66,7 @@ def save_statistics(
     for layer, second in sorted(statistics.layers.items()):
         path = path_of(folder, second.module)
         moment = second.moment.to("cpu", dtype).contiguous()
-        metadata = {**metadata_of(statistics, layer), "checksum": checksum(moment)}
+        metadata = {**metadata_of(statistics, layer), "checksum": row_checksum(moment)}
         write_file(path, {"second_moment": moment}, metadata, StatisticsError)
         paths.append(path)
     return paths
@@ -233,6 +234,6 @@ def _read(path: Path, module: str) -> LayerFile:
     metadata = metadata_in(path)
     with safe_open(path, framework="pt") as file:
         moment = aligned(file.get_tensor("second_moment"))
-    if "checksum" in metadata and metadata["checksum"] != checksum(moment):  # older files have none
+    if "checksum" in metadata and metadata["checksum"] != row_checksum(moment):  # older files have none
         raise StatisticsError(f"{path} is damaged: it is not what was written; remove it and collect it again")
     return LayerFile(path, SecondMoment(module, moment, int(metadata["count"])), metadata)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,8 @@ import numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from kedit_fast.support.matrix_bits import aligned, same_bits
 
 ALIGNMENT = 64  # bytes; of torch's own allocations on a CPU
 
@@ -85,14 +86,6 @@ def _sort_metadata(path: Path) -> None:
         file.write(text.ljust(length))
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors on any devices have one shape, one dtype and the same bits."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    one, other = (t.detach().to("cpu").contiguous().flatten().view(torch.uint8) for t in (one, other))
-    return torch.equal(one, other)
-
-
 def write_npz(path: str | os.PathLike, entries: Mapping[str, Any], error: type[Exception]) -> None:
     """Write numpy's npz file and read it back; see `replacing`."""
     entries = {name: numpy.asarray(value) for name, value in entries.items()}
@@ -129,14 +122,6 @@ def read_file(path: str | os.PathLike, error: type[Exception]) -> tuple[dict[str
             return {name: aligned(file.get_tensor(name)) for name in file.keys()}, metadata  # noqa: SIM118 - no mapping
     except (OSError, SafetensorError) as cause:
         raise error(f"cannot read {path}: {getattr(cause, 'strerror', None) or cause}") from cause
-
-
-def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that begins where one that torch allocates may begin; a copy where it does not.
-
-    A tensor of a file begins anywhere, and on some processors torch's products round by where their operands lie.
-    """
-    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def tensor_files(folder: Path, error: type[Exception]) -> dict[str, Path]:
@@ -235,13 +220,3 @@ def _replace(work: Path, path: Path) -> None:
     finally:
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
-
-
-def checksum(tensor: torch.Tensor) -> str:
-    """Of the bits of a matrix: SHA-256 of the sums of its rows, read as integers.
-
-    Runs at the speed of memory. Any change within one number shows.
-    """
-    integers = {8: torch.int64, 4: torch.int32, 2: torch.int16}[tensor.element_size()]
-    rows = tensor.detach().cpu().contiguous().view(integers).sum(-1, dtype=torch.int64)
-    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()

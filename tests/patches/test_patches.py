@@ -23,9 +23,10 @@ from kedit_fast.errors import EditError, PatchError, UnsupportedModelError
 from kedit_fast.models.view import ModelView
 from kedit_fast.patches.checkpoint import KEPT, TWIN, Checkpoint
 from kedit_fast.patches.lora import export_lora
-from kedit_fast.patches.patch import Patch, Target, hash_of, merge
+from kedit_fast.patches.patch import Patch, Target, merge
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate
 from kedit_fast.solver.shaping import compact
+from kedit_fast.support.matrix_bits import sha256
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -47,7 +48,7 @@ def random_patch(model, rank=3, scale=0.05, seed=1, layers=(0, 1)):
         left, right = (scale * torch.randn(n, rank, generator=generator) for n in weight.shape)
         updates[name] = LowRankUpdate(left, right)
         dtype = str(weight.dtype).removeprefix("torch.")
-        targets[name] = Target(hash_of(weight), "", dtype, view.spec.transposed)
+        targets[name] = Target(sha256(weight), "", dtype, view.spec.transposed)
     return Patch(updates, targets, "test")
 
 

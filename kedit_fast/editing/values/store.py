@@ -33,6 +33,7 @@ from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.files import write_file, write_npz
+from kedit_fast.support.matrix_bits import edit_fingerprint
 from kedit_fast.support.torch_state import plain_torch
 
 FORMAT_VERSION = "1"
@@ -239,24 +240,9 @@ def _usable(requests: Sequence[PreparedRequest], values: Values) -> list[tuple[i
 
 
 def edited_hash(view: ModelView, layers: Sequence[int] | None = None) -> str:
-    """`bits_hash` of the matrices of `layers` that editing writes; None for all layers."""
+    """`edit_fingerprint` of the matrices of `layers` that editing writes; None for all layers."""
     matrices = []
     for layer in range(view.num_layers) if layers is None else layers:
         weight = with_values(view, view.weight_name(layer), view.edited_module(layer).weight.detach())
         matrices.append(weight.T if view.spec.transposed else weight)
-    return bits_hash(matrices)
-
-
-def bits_hash(matrices: Sequence[torch.Tensor]) -> str:
-    """A hash of matrices: of sums over each row's bits, weighted by their places.
-
-    Cost: one pass over the matrices, 1,024 rows at a time.
-    """
-    digest = hashlib.sha256()
-    for weight in matrices:
-        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()]
-        place = torch.arange(1, weight.shape[1] + 1, device=weight.device)
-        for rows in weight.split(1024):
-            by_row = (rows.view(integer).to(torch.int64) * place).sum(1)  # wraps around; moved bits change it
-            digest.update(by_row.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return edit_fingerprint(matrices)
