@@ -56,13 +56,13 @@ from benchmarks.run import (
     provenance,
     require_clean,
     rows_of,
-    synchronise,
+    synchronize,
     timing,
     with_baseline,
 )
 from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.backends import probe
-from kedit_fast.editing.values.loop import optimise_values
+from kedit_fast.editing.values.loop import find_values
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.models.fingerprint import fingerprint
 from kedit_fast.models.view import ModelView
@@ -417,7 +417,7 @@ def values_of(place: Place, shape: Shape, tokenizer: Any, contexts: Sequence[str
         return [published.serial_value(view.model, [view.block(layer)], request, hparams) for request in which]
 
     def ours(name: str, which: Sequence[Any]) -> Any:
-        return optimise_values(views[name], which, layer, "block", hparams)
+        return find_values(views[name], which, layer, "block", hparams)
 
     chosen = prepared[:: max(1, count // 3)][:3]
     found, expected = ours("float32", chosen), theirs(chosen)
@@ -428,7 +428,7 @@ def values_of(place: Place, shape: Shape, tokenizer: Any, contexts: Sequence[str
     baseline, floors = "published serial loop, fp32", {"float32": (5.0, 10.0), "bfloat16": (15.0, 30.0)}
     rows = {
         name: {
-            "op": "optimise_values", "case": f"{shape.name}, {count} requests, layer {layer}, 6 contexts",
+            "op": "find_values", "case": f"{shape.name}, {count} requests, layer {layer}, 6 contexts",
             "dtype": name, "backend": "torch", "isa": "cuda" if place.device != "cpu" else "cpu",
             "error": error, "error_limit": 1e-2,
             "flops": None, "bytes": None, "share_of_peak": None, "floor": floor, "goal": goal,
@@ -483,10 +483,10 @@ def edits(place: Place, shape: Shape, view: ModelView, tokenizer: Any, contexts:
 
 def clock(call: Callable[[], Any], device: str) -> float:
     """Seconds of a call, the device's work included."""
-    synchronise(device)
+    synchronize(device)
     begin = time.perf_counter()
     call()
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - begin
 
 

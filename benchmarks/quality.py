@@ -170,7 +170,7 @@ def together(on: Subject, editor: Editor, requests: Sequence[EditRequest], size:
         "efficacy": metrics.efficacy, "paraphrase": metrics.paraphrase, "neighborhood": metrics.neighborhood,
         "drift": mean_nll(on.model, on.tokenizer, on.text) - on.before, "seconds": seconds, "retention": retention,
         "skipped": skipped, "own_efficacy": statistics.mean(own) if own else None, "norm": norm,
-        "state_bytes": editor.engine.nbytes,
+        "state_bytes": editor.solver_state.nbytes,
     }  # fmt: skip
 
 

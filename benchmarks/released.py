@@ -43,11 +43,11 @@ from rich.console import Console
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.run import Row, provenance, show, synchronise, timing, with_baseline
+from benchmarks.run import Row, provenance, show, synchronize, timing, with_baseline
 from benchmarks.values import row_of
 from kedit_fast import Editor, NullSpace, collect_statistics, demo
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.values.loop import optimise_values
+from kedit_fast.editing.values.loop import find_values
 from kedit_fast.integrations import alphaedit
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.models.forward import Site
@@ -265,7 +265,7 @@ def in_turns(
         for seconds, call in zip(times, (ours, theirs), strict=True):
             begin = time.perf_counter()
             call()
-            synchronise(device)
+            synchronize(device)
             seconds.append(time.perf_counter() - begin)
             undo()
     return times
@@ -370,7 +370,7 @@ def memit_rows(on: Subject, root: Path, single: int, runs: int) -> tuple[list[Ro
 
     def our_values() -> dict[str, torch.Tensor]:
         ready = prepare(on.tokenizer, requests, on.prefixes, on.view.max_length)
-        return {"values": optimise_values(on.view, ready, last, "block", hparams).targets}
+        return {"values": find_values(on.view, ready, last, "block", hparams).targets}
 
     def their_values() -> dict[str, torch.Tensor]:
         with quiet():

@@ -53,7 +53,7 @@ class Suite(str, Enum):
     all = "all"
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
 
@@ -63,12 +63,12 @@ def interleaved(calls: Sequence[Callable[[], Any]], runs: int, device: str) -> l
     times: list[list[float]] = [[] for _ in calls]
     for call in calls:
         call()
-    synchronise(device)
+    synchronize(device)
     for _ in range(runs):
         for seconds, call in zip(times, calls, strict=True):
             begin = time.perf_counter()
             call()
-            synchronise(device)
+            synchronize(device)
             seconds.append(time.perf_counter() - begin)
     return times
 

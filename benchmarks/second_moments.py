@@ -29,7 +29,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import published
-from benchmarks.run import Row, isa, measured_peaks, provenance, require_clean, synchronise, timing, with_baseline
+from benchmarks.run import Row, isa, measured_peaks, provenance, require_clean, synchronize, timing, with_baseline
 from benchmarks.values import forget_peak, peak_bytes
 from kedit_fast import collect_statistics, demo
 from kedit_fast.models.view import ModelView
@@ -171,7 +171,7 @@ def rows_of(shape: Shape, runs: int, device: str, peaks: Row) -> list[Row]:
         for name in ("published", *good):
             begin = time.perf_counter()
             calls[name]()
-            synchronise(device)
+            synchronize(device)
             times[name].append(time.perf_counter() - begin)
     found = []
     for name in FLOORS:

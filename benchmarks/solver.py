@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.run import Row, interleaved, provenance, require_clean, synchronise, timing, with_baseline
+from benchmarks.run import Row, interleaved, provenance, require_clean, synchronize, timing, with_baseline
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.least_squares import solve_update
 from kedit_fast.solver.preconditioner import Covariance, NullSpace
@@ -196,7 +196,7 @@ def best(call: Callable[[], Any], repeats: int, device: str) -> float:
     for _ in range(repeats):
         begin = time.perf_counter()
         call()
-        synchronise(device)
+        synchronize(device)
         times.append(time.perf_counter() - begin)
     return min(times)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.problems import build
-from benchmarks.run import provenance, synchronise
+from benchmarks.run import provenance, synchronize
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_op(benchmark, case, problem, request):
 
     def call():
         problem.ours()
-        synchronise(device)
+        synchronize(device)
 
     benchmark(call)
 
@@ -46,6 +46,6 @@ def test_baseline(benchmark, case, problem, request):
 
     def call():
         baseline()
-        synchronise(device)
+        synchronize(device)
 
     benchmark(call)

@@ -30,9 +30,9 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import published, savings
-from benchmarks.run import Row, provenance, require_clean, synchronise, timing, with_baseline
+from benchmarks.run import Row, provenance, require_clean, synchronize, timing, with_baseline
 from kedit_fast import Editor, collect_statistics, demo
-from kedit_fast.editing.values.loop import optimise_values
+from kedit_fast.editing.values.loop import find_values
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prefixes import generate_prefixes
@@ -88,7 +88,7 @@ def subject(name: str, requests: int, device: str, iterations: int | None = None
 
 def ours(on: Subject, prepared: Sequence[PreparedRequest] | None = None, **numbers: Any):
     """Our values."""
-    return optimise_values(on.view, prepared or on.prepared, on.layer, "block", replace(on.hparams, **numbers))
+    return find_values(on.view, prepared or on.prepared, on.layer, "block", replace(on.hparams, **numbers))
 
 
 def serial(on: Subject, prepared: Sequence[PreparedRequest]) -> list[published.Value]:
@@ -117,7 +117,7 @@ def in_turns(
         for seconds, call in zip(times, (mine, theirs), strict=True):
             begin = time.perf_counter()
             call(run)
-            synchronise(device)
+            synchronize(device)
             seconds.append(time.perf_counter() - begin)
     return times
 
@@ -143,7 +143,7 @@ def values_row(name: str, device: str, runs: int, floor: float, goal: float, tim
     contexts = len(on.prepared[0].rewriting)
     note = "" if timed is None else f"baseline timed on {timed} of the {count} requests, others in each run; scaled"
     case = f"{name}, {count} requests, layer {on.layer} of {on.view.num_layers}, {contexts} contexts"
-    row = row_of("optimise_values", case, error_of(on), floor, goal, note, device)
+    row = row_of("find_values", case, error_of(on), floor, goal, note, device)
     if not row["error"] <= ERROR_LIMIT:
         return {**row, "baseline": SERIAL, "ratio": None}
 
@@ -195,14 +195,14 @@ def pipeline_row(device: str, runs: int, edits: int = 500, timed: int = 20) -> R
     for run in range(runs):
         begin = time.perf_counter()
         editor.edit(on.prepared)
-        synchronise(device)
+        synchronize(device)
         mine.append(time.perf_counter() - begin)
         editor.restore()
         begin = time.perf_counter()
         serial(on, sample(on.prepared, timed, run, runs))
         middle = time.perf_counter()
         publish(targets)
-        synchronise(device)
+        synchronize(device)
         slow.append((middle - begin) * edits / timed + time.perf_counter() - middle)
         put_back()
     return with_baseline({**row, **timing(mine), "edits_per_s": edits / statistics.median(mine)}, name, slow)
@@ -235,7 +235,7 @@ def batch_rows(device: str, requests: int = 128) -> list[Row]:
         forget_peak(device)
         begin = time.perf_counter()
         ours(on, chosen, values_batch=size)
-        synchronise(device)
+        synchronize(device)
         spent = time.perf_counter() - begin
         found.append({"batch": size, "edits": len(chosen), "edits_per_s": len(chosen) / spent,
                       "peak_bytes": peak_bytes(device)})  # fmt: skip

@@ -75,7 +75,7 @@ class Report:
     @property
     def null_spaces(self) -> dict[int, int]:
         """Layer -> dimension of its null space, of methods that have one."""
-        return {} if self.editor is None else self.editor.engine.null_spaces
+        return {} if self.editor is None else self.editor.solver_state.null_spaces
 
 
 def run_edits(

@@ -14,9 +14,9 @@ import torch
 from kedit_fast.editing.gradients import NOT_FINITE, answer_gradients
 from kedit_fast.editing.keys import KeyPass, StateBudget
 from kedit_fast.editing.ledger import Ledger
-from kedit_fast.editing.solver_state import Engine
+from kedit_fast.editing.solver_state import SolverState
 from kedit_fast.editing.values.loop import PREDICTED, PROBLEMS, SITES, Values
-from kedit_fast.editing.values.shared import flush_store, optimise_shared
+from kedit_fast.editing.values.shared import find_shared_values, flush_store
 from kedit_fast.editing.values.store import ValueStore, open_values
 from kedit_fast.errors import EditError, MethodError, StatisticsError
 from kedit_fast.methods.hparams import make_hparams, worth_a_warning
@@ -176,7 +176,7 @@ class Editor:
             if what := difference(statistics.model, fingerprint(self.view, tokenizer)):
                 raise StatisticsError(f"the statistics are of another model: different {what}")
         require_passes(self.view, self._sites())
-        self.engine = Engine(self.view, self.recipe, self.hparams, statistics, null_spaces)
+        self.solver_state = SolverState(self.view, self.recipe, self.hparams, statistics, null_spaces)
 
     def _edited_modules(self) -> dict[str, torch.Tensor]:
         """Module path -> its weight [out, in], a view on the model's memory, of all that is edited."""
@@ -265,7 +265,7 @@ class Editor:
             for name in batch.updates:
                 self.ledger.require_untouched(name)
             if written:
-                self.engine.commit()
+                self.solver_state.commit()
                 self._written[number] = result.requests
         return result
 
@@ -276,7 +276,7 @@ class Editor:
             with self.ledger.transaction():
                 yield
         finally:
-            self.engine.settle(len(self.ledger.batches))
+            self.solver_state.settle(len(self.ledger.batches))
 
     @plain_torch()
     def finish(self) -> dict[str, int]:
@@ -305,7 +305,7 @@ class Editor:
                     right = torch.cat([change.right.to(earlier.right), earlier.right], 1)
                     self.ledger.write(name, weight, LowRankUpdate(left, right))
             if wrote:
-                self.engine.commit()  # an empty batch, so that both count alike
+                self.solver_state.commit()  # an empty batch, so that both count alike
                 self._finished = {*done, len(self.ledger.batches) + 1}
                 self._written[len(self.ledger.batches) + 1] = ()
         return restrained
@@ -354,7 +354,7 @@ class Editor:
             with torch.no_grad():
                 self.ledger.rollback(batches, restored)
         finally:
-            self.engine.settle(len(self.ledger.batches))
+            self.solver_state.settle(len(self.ledger.batches))
             self._finished = {number for number in self._finished if number <= len(self.ledger.batches)}
 
     def restore(self) -> None:
@@ -414,7 +414,7 @@ class Editor:
             StatisticsError: the file cannot be written; an older one stays.
         """
         if world()[0] == 0:
-            self.engine.save(path, {**self._belongs(), "prefixes": list(self.prefixes)})
+            self.solver_state.save(path, {**self._belongs(), "prefixes": list(self.prefixes)})
 
     @plain_torch()
     def load_state(self, path: str | os.PathLike) -> None:
@@ -425,7 +425,7 @@ class Editor:
                 format, model, statistics, or of a model with other edits in it.
             EditError: this editor has edited already.
         """
-        self._prefixes = tuple(self.engine.load(path, self._belongs())["prefixes"])
+        self._prefixes = tuple(self.solver_state.load(path, self._belongs())["prefixes"])
 
     def _belongs(self) -> dict[str, Any]:
         shown = "{} is" if self.prompt_format is None else self.prompt_format("{} is")
@@ -437,7 +437,7 @@ class Editor:
     @plain_torch()
     def preconditioner(self, layer: int) -> Preconditioner:
         """S^-1 of a layer, factored on first use and kept."""
-        return self.engine.preconditioner(layer)
+        return self.solver_state.preconditioner(layer)
 
 
 class _Batch:
@@ -491,7 +491,7 @@ class _Batch:
             left = len(layers) - i
             share = 1 / left if self.recipe.spread == "linear" else left**-0.5
             with self.timed("solve"):
-                update = self.editor.engine.mass(layer, seen.keys, residual * share, weights, teams)
+                update = self.editor.solver_state.mass(layer, seen.keys, residual * share, weights, teams)
             self.write(self.view.module_name(layer), update)
             if layer == layers[-1]:
                 self.collisions = collisions(seen.keys)
@@ -524,7 +524,7 @@ class _Batch:
             moved = weight.to(wide) @ (seen.keys[:, 0] - key).to(weight.device, wide)
             residual, key = residual - moved.to(residual), seen.keys[:, 0]
         with self.timed("solve"):
-            update, pivot = self.editor.engine.single(layer, seen.keys[:, 0], key, residual)
+            update, pivot = self.editor.solver_state.single(layer, seen.keys[:, 0], key, residual)
         self.before += float(residual.square().sum())
         if update is None:
             self.skipped[index] = f"{prepared[0].name}: a bad pivot, cosine {pivot:.1e}"
@@ -553,7 +553,7 @@ class _Batch:
         self.losses += [loss for i, loss in enumerate(found.losses.tolist()) if i not in bad]
         self.steps += [0] * len(self.losses)
         with self.timed("solve"):
-            updates = self.editor.engine.gradients(found.modules, found.turns)
+            updates = self.editor.solver_state.gradients(found.modules, found.turns)
         for name, update in updates.items():
             self.write(name, update)
 
@@ -578,7 +578,7 @@ class _Batch:
         """Values of some requests, and which of them can be written; the others are skipped or raised."""
         prepared = [self.prepared[i] for i in which]
         with self.timed("values"), torch.enable_grad():
-            values = optimise_shared(
+            values = find_shared_values(
                 self.view, self.editor.tokenizer, prepared, layer, self.editor.value_sites, self.hparams,
                 teams=self.teams(prepared), store=self.editor.values, progress=self.editor.progress,
             )  # fmt: skip
@@ -600,7 +600,7 @@ class _Batch:
         name, weight = f"{module}.weight", self.editor.modules[module]
         self.weight_norms.setdefault(name, _norm(weight))
         with self.timed("solve"):
-            shaped = self.editor.engine.limited(update, weight)
+            shaped = self.editor.solver_state.limited(update, weight)
         with self.timed("write"):
             self.editor.ledger.write(name, weight, shaped)
         if self.recipe.shaping == "rect":  # to be masked yet

@@ -53,7 +53,7 @@ class _Before:
     normalisers: dict[str, Normaliser]
 
 
-class Engine:
+class SolverState:
     """Solves of one method on one model.
 
     Args:

@@ -138,7 +138,7 @@ def _sequential(
         options=options,
     )  # fmt: skip
     if run.state != marks:  # a new editor: what was before is in cache_c alone
-        run.editor.engine.memories = {
+        run.editor.solver_state.memories = {
             layer: KeyMemory.from_sum(run.editor.preconditioner(layer), cache_c[i], chosen.memory_form)
             for i, layer in enumerate(layers)
             if bool(cache_c[i].any())

@@ -10,7 +10,7 @@ import torch
 
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.batch_size import BatchSize, fitting_batch, request_bytes
-from kedit_fast.editing.values.loop import SITES, optimise_values
+from kedit_fast.editing.values.loop import SITES, find_values
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.methods.recipes import Recipe, find_recipe
@@ -195,10 +195,9 @@ def _seconds(
     # Nobody stops, and every iteration is looked at: the loop ends at a look.
     whole = dict(v_stop_loss=-1.0, most_probable_steps=0, values_batch=together, check_every=1, values_graph=False)
     short, long = (replace(numbers, v_num_grad_steps=count, **whole) for count in ITERATIONS)
-    optimise_values(view, prepared[:1], last, what, short, on_problem="keep")  # warm
+    find_values(view, prepared[:1], last, what, short, on_problem="keep")  # warm
     begin, end = (
-        _timed(view, lambda n=n: optimise_values(view, prepared, last, what, n, on_problem="keep"))
-        for n in (short, long)
+        _timed(view, lambda n=n: find_values(view, prepared, last, what, n, on_problem="keep")) for n in (short, long)
     )
     each = max(0.0, end - begin) / (ITERATIONS[1] - ITERATIONS[0])
     values = (max(0.0, begin - each) + each * numbers.v_num_grad_steps) * edits / trial

@@ -33,7 +33,7 @@ def test_the_dry_run_runs_every_stage(tmp_path):
               "error_limit", "machine", "versions", "commit"}  # fmt: skip
     assert all(fields <= set(row) and 0 <= row["error"] <= row["error_limit"] for row in document["rows"])
     ops = {row["op"] for row in document["rows"]}
-    assert {"rank_k_update_", "optimise_values", "collect_statistics", "KeyMemory"} <= ops
+    assert {"rank_k_update_", "find_values", "collect_statistics", "KeyMemory"} <= ops
     shown = {figure["what"] for figure in document["figures"]}
     assert any("44" in str(figure) for figure in document["figures"]) and any("MEMIT edits" in what for what in shown)
     assert (tmp_path / "gpu_ratios.png").read_bytes()[:4] == b"\x89PNG"

@@ -10,7 +10,7 @@ from tiny_models import KINDS, POST_NORM, TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, EditRequest, collect_statistics, demo, evaluate, load_requests
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.values.loop import optimise_values
+from kedit_fast.editing.values.loop import find_values
 from kedit_fast.errors import EditError, KeditError, MethodError, RequestError, StatisticsError
 from kedit_fast.evaluation.metrics import evaluate_each
 from kedit_fast.models.forward import Site
@@ -58,7 +58,7 @@ def test_memit_is_the_published_dense_update_layer_by_layer(kind):
     prepared = prepare(editor.tokenizer, REQUESTS, PREFIXES, 128)
     site = Site(1, "mlp" if kind in POST_NORM else "block")
     assert editor.site == site.what
-    targets = optimise_values(other, prepared, 1, site.what, editor.hparams).targets
+    targets = find_values(other, prepared, 1, site.what, editor.hparams).targets
     result = editor.edit(REQUESTS)
     for i, layer in enumerate((0, 1)):
         seen = KeyPass(other, prepared, site, "bare_half").at(layer)
@@ -122,7 +122,7 @@ def test_keys_are_half_the_bare_prompt_and_half_the_mean_of_the_prefixed(kind):
 def test_rome_makes_the_bare_prompt_say_the_value(kind):
     editor = make_editor(kind, "rome")
     prepared = prepare(editor.tokenizer, REQUESTS[:1], PREFIXES, 128)
-    value = optimise_values(editor.view, prepared, 1, "mlp", editor.hparams).targets
+    value = find_values(editor.view, prepared, 1, "mlp", editor.hparams).targets
     result = editor.edit(REQUESTS[:1])
     seen = KeyPass(editor.view, prepared, Site(1, "mlp"), "mean").at(1)
     assert relative_error(seen.outputs, value) < 1e-4

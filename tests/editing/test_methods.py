@@ -15,7 +15,7 @@ from tiny_models import POST_NORM, TEXT, make_model, make_tokenizer
 from benchmarks.published import serial_gradients
 from kedit_fast import Editor, EditRequest, collect_statistics, evaluate
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.values.loop import optimise_values
+from kedit_fast.editing.values.loop import find_values
 from kedit_fast.errors import EditError, KeditError, MethodError, SolveError, StatisticsError
 from kedit_fast.evaluation.metrics import mean_nll
 from kedit_fast.methods.hparams import load_presets, make_hparams, unused
@@ -73,7 +73,7 @@ def test_mass_methods_are_the_published_ones_batch_after_batch(method, kind):
     site = Site(1, "mlp" if sites != "block" else "block")
     for batch in (REQUESTS[:2], REQUESTS[2:], [EditRequest("{} is in", "Ebro", "Sweden")]):
         prepared = prepare(editor.tokenizer, batch, PREFIXES, 128)
-        targets = optimise_values(other, prepared, 1, sites, numbers).targets
+        targets = find_values(other, prepared, 1, sites, numbers).targets
         result = editor.edit(batch)
         before = {layer: other.weight(layer).clone() for layer in numbers.layers}
         for i, layer in enumerate(numbers.layers):
@@ -94,7 +94,7 @@ def test_mass_methods_are_the_published_ones_batch_after_batch(method, kind):
                 assert isinstance(result.updates[editor.view.weight_name(layer)][0], MaskedUpdate)
             assert relative_error(editor.view.weight(layer), other.weight(layer)) < 1e-8
         outputs = KeyPass(other, prepared, site, "bare_half").at(1).outputs
-        start = optimise_values(ModelView(make_model(kind, torch.float64)), prepared, 1, sites, numbers).targets
+        start = find_values(ModelView(make_model(kind, torch.float64)), prepared, 1, sites, numbers).targets
         assert outputs.shape == start.shape and 0 < result.residual < 1.5
 
 
@@ -103,7 +103,7 @@ def test_memories_matter_and_both_forms_agree(method):
     auto, dual, primal, forgetful = (editor_of(method, memory_form=form) for form in ("auto", "dual", "primal", "auto"))
     for batch in (REQUESTS[:1], REQUESTS[1:2], REQUESTS[2:]):
         for editor in (auto, dual, primal, forgetful):
-            forgetful.engine.memories.clear()
+            forgetful.solver_state.memories.clear()
             editor.edit(batch)
     for layer in (0, 1):
         moved = dual.view.weight(layer) - ModelView(make_model("llama")).weight(layer)
@@ -117,7 +117,7 @@ def test_r_rome_makes_the_mean_key_put_out_the_value():
     editor = editor_of("r-rome", dtype=torch.float64)
     prepared = prepare(editor.tokenizer, REQUESTS[:1], PREFIXES, 128)
     site = Site(1, "mlp")
-    value = optimise_values(editor.view, prepared, 1, "mlp", editor.hparams).targets[:, 0]
+    value = find_values(editor.view, prepared, 1, "mlp", editor.hparams).targets[:, 0]
     key = KeyPass(editor.view, prepared, site, "mean").at(1).keys[:, 0]
     weight, d = editor.view.weight(1).clone(), 64
     moment = editor._statistics.moment(1).moment
@@ -201,7 +201,7 @@ def test_prune_restrains_the_total_and_can_be_taken_back():
         s = torch.where(s > largest, s.log() - torch.tensor(largest).log() + largest, s)
         expected = originals[layer].double() + (u * s) @ vh
         assert relative_error(editor.view.weight(layer), expected) < 1e-5
-    assert editor.engine.batches == len(editor.ledger.batches) == 5
+    assert editor.solver_state.batches == len(editor.ledger.batches) == 5
     editor.rollback(2)
     assert same(editor, once)
     editor.restore()
@@ -276,14 +276,14 @@ def test_requests_on_one_subject_share_the_published_joint_value(size, every):
     })  # fmt: skip
     prepared = prepare(tokenizer, SHARED, PREFIXES, 128)
     teams = [request.subject for request in SHARED]
-    found = optimise_values(view, prepared, 1, "block", numbers, teams=teams)
+    found = find_values(view, prepared, 1, "block", numbers, teams=teams)
     members = [i for i, name in enumerate(teams) if name == "Miles Davis"]
     delta, loss = merged_value(model, view.block(1), [prepared[i] for i in members], numbers)
     for i in members:
         assert relative_error(found.deltas[:, i], delta) < 1e-4
         assert torch.equal(found.deltas[:, i], found.deltas[:, members[0]])
         assert abs(float(found.losses[i]) - loss) < 1e-4
-    alone = optimise_values(view, [prepared[1]], 1, "block", numbers)
+    alone = find_values(view, [prepared[1]], 1, "block", numbers)
     assert relative_error(found.deltas[:, 1], alone.deltas[:, 0]) < 1e-4
 
 
@@ -301,7 +301,7 @@ def test_a_heavier_request_is_written_more_closely():
     for editor, weight in ((light, 1.0), (heavy, 100.0)):
         batch = [replace(REQUESTS[0], weight=weight), *REQUESTS[1:]]
         (prepared, *_), _ = editor.check(batch)
-        value = optimise_values(editor.view, [prepared], 1, "block", editor.hparams).targets
+        value = find_values(editor.view, [prepared], 1, "block", editor.hparams).targets
         editor.edit(batch)
         gaps.append(
             float((KeyPass(editor.view, [prepared], Site(1, "block"), "bare_half").at(1).outputs - value).norm())
@@ -355,7 +355,7 @@ def test_states_of_other_runs_are_refused_by_what_differs(tmp_path):
         before = weights(other)
         with pytest.raises(error, match=match):
             other.load_state(path)
-        assert same(other, before) and not other.engine.memories
+        assert same(other, before) and not other.solver_state.memories
 
     refused("different method: alphaedit there, encore here", editor_of("encore"))
     refused(r"different L2: 2\.0 there, 3\.0 here", editor_of("alphaedit", L2=3.0))
@@ -392,7 +392,10 @@ def test_rollback_takes_the_memory_back_too(method):
         one.edit(REQUESTS[2:])
     assert same(editor, weights(fresh))
     editor.restore()
-    assert all(memory.count == 0 for memory in editor.engine.memories.values()) and not editor.engine.normalisers
+    assert (
+        all(memory.count == 0 for memory in editor.solver_state.memories.values())
+        and not editor.solver_state.normalisers
+    )
     editor.edit(REQUESTS[:1])
 
 
@@ -423,8 +426,8 @@ def test_a_failure_leaves_model_ledger_and_memory_as_they_were(monkeypatch, meth
 def test_a_failure_while_the_memory_is_kept_takes_everything_back(monkeypatch):
     editor = editor_of("alphaedit")
     editor.edit(REQUESTS[:1])
-    before, count = weights(editor), editor.engine.memories[0].count
-    second = editor.engine.memories[1]
+    before, count = weights(editor), editor.solver_state.memories[0].count
+    second = editor.solver_state.memories[1]
 
     def failing(appended):
         raise MemoryError
@@ -432,29 +435,29 @@ def test_a_failure_while_the_memory_is_kept_takes_everything_back(monkeypatch):
     monkeypatch.setattr(second, "commit", failing)
     with pytest.raises(MemoryError):
         editor.edit(REQUESTS[1:2])
-    assert same(editor, before) and editor.engine.memories[0].count == count and len(editor.ledger.batches) == 1
+    assert same(editor, before) and editor.solver_state.memories[0].count == count and len(editor.ledger.batches) == 1
 
 
 @pytest.mark.parametrize("method", ("alphaedit", "ultraedit"))
 def test_an_interrupt_around_the_commit_leaves_ledger_and_engine_in_step(monkeypatch, method):
     editor, other = editor_of(method), editor_of(method)
     editor.edit(REQUESTS[:1])
-    before, real = weights(editor), editor.engine.commit
+    before, real = weights(editor), editor.solver_state.commit
 
     def interrupted():
         real()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(editor.engine, "commit", interrupted)
+    monkeypatch.setattr(editor.solver_state, "commit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         editor.edit(REQUESTS[1:2])
-    monkeypatch.setattr(editor.engine, "commit", real)
-    assert same(editor, before) and editor.engine.batches == len(editor.ledger.batches) == 1
+    monkeypatch.setattr(editor.solver_state, "commit", real)
+    assert same(editor, before) and editor.solver_state.batches == len(editor.ledger.batches) == 1
     monkeypatch.setattr(editor.ledger, "rollback", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         editor.rollback()
     monkeypatch.undo()
-    assert same(editor, before) and editor.engine.batches == len(editor.ledger.batches) == 1
+    assert same(editor, before) and editor.solver_state.batches == len(editor.ledger.batches) == 1
     for batch in (REQUESTS[:1], REQUESTS[2:]):
         other.edit(batch)
     editor.edit(REQUESTS[2:])
@@ -476,7 +479,7 @@ def test_a_state_can_be_loaded_after_a_failed_or_restored_edit(tmp_path, monkeyp
             editor.restore()
         editor.view.model.load_state_dict(first.view.model.state_dict())
         editor.load_state(tmp_path / "state.safetensors")
-        assert editor.engine.memories[1].count == 1
+        assert editor.solver_state.memories[1].count == 1
 
 
 def test_a_state_belongs_to_its_prompts_and_tokens(tmp_path):
@@ -531,7 +534,7 @@ def test_a_damaged_normaliser_is_refused(tmp_path, change, message):
     other.view.model.load_state_dict(editor.view.model.state_dict())
     with pytest.raises(StatisticsError, match=message):
         other.load_state(path)
-    assert not other.engine.normalisers
+    assert not other.solver_state.normalisers
 
 
 def test_numbers_that_a_method_does_not_read_are_named(caplog):
@@ -606,7 +609,7 @@ def test_nan_in_keys_or_residuals_stops_before_any_write(monkeypatch, method, wh
     with pytest.raises(SolveError, match="not finite"):
         editor.edit(REQUESTS[:1])
     assert same(editor, before) and not editor.ledger.batches
-    assert all(memory.count == 0 for memory in editor.engine.memories.values())
+    assert all(memory.count == 0 for memory in editor.solver_state.memories.values())
 
 
 WHOLE = [{"prompt": request.text, "target_new": request.target_new} for request in REQUESTS]
@@ -671,7 +674,7 @@ def test_ultraedit_skips_or_names_requests_whose_gradients_are_not_finite():
     before = weights(editor)
     with pytest.raises(KeditError, match="Danielle Darrieux"):
         editor.edit(REQUESTS)
-    assert not editor.ledger.batches and not editor.engine.normalisers
+    assert not editor.ledger.batches and not editor.solver_state.normalisers
     result = editor.edit(REQUESTS, "skip")
     assert list(result.skipped) == [1] and len(result.losses) == 2 and result.batch == 1
     editor.restore()

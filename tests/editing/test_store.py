@@ -33,13 +33,13 @@ def editor(demo_model):
 def optimised(monkeypatch):
     """How many values were optimised, call by call."""
     counts = []
-    original = shared.optimise_values
+    original = shared.find_values
 
     def counting(view, prepared, *args, **kwargs):
         counts.append(len(prepared))
         return original(view, prepared, *args, **kwargs)
 
-    monkeypatch.setattr(shared, "optimise_values", counting)
+    monkeypatch.setattr(shared, "find_values", counting)
     return counts
 
 

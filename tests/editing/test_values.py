@@ -13,7 +13,7 @@ from tiny_models import KINDS, POST_NORM, make_model, make_tokenizer
 from benchmarks.published import serial_value
 from kedit_fast.editing.values import batch_size
 from kedit_fast.editing.values import loop as values_module
-from kedit_fast.editing.values.loop import BAD_LOSS, PREDICTED, STOPPED, USED_UP, optimise_values
+from kedit_fast.editing.values.loop import BAD_LOSS, PREDICTED, STOPPED, USED_UP, find_values
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.methods.recipes import find_recipe
@@ -49,9 +49,9 @@ def test_values_equal_the_published_serial_loop(kind, what, layer, bos):
     prepared, hparams = prepared_and_hparams(model, tokenizer, what, layer)
     if what == "block" and kind in POST_NORM:
         with pytest.raises(EditError, match='use the site "mlp"'):
-            optimise_values(view, prepared, layer, what, hparams)
+            find_values(view, prepared, layer, what, hparams)
         return
-    values = optimise_values(view, prepared, layer, what, hparams)
+    values = find_values(view, prepared, layer, what, hparams)
     module = view.block(layer) if what == "block" else view.mlp(layer)
     errors = []
     for i, request in enumerate(prepared):
@@ -69,7 +69,7 @@ def test_requests_that_stop_early_stop_where_the_serial_loop_does(demo_model, de
     view = ModelView(model)
     hparams, _ = make_hparams("memit", model.config, {"v_num_grad_steps": 12, "v_stop_loss": 0.4})
     prepared = prepare(tokenizer, demo.requests(4), ("The old man. ",), 256)
-    values = optimise_values(view, prepared, 1, "block", hparams)
+    values = find_values(view, prepared, 1, "block", hparams)
     stops = []
     for i, request in enumerate(prepared):
         alone = serial_value(model, [view.block(1)], request, hparams)
@@ -98,7 +98,7 @@ def test_pmets_two_deltas_equal_the_serial_loop(kind):
     tokenizer, model = make_tokenizer(), make_model(kind)
     view = ModelView(model)
     prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1)
-    values = optimise_values(view, prepared, 1, "attention and mlp", hparams)
+    values = find_values(view, prepared, 1, "attention and mlp", hparams)
     assert values.sites == ("attention", "mlp") and values.all_deltas.shape[0] == 2
     check(values, prepared, model, [view.attention(1), view.mlp(1)], hparams, pmet=True)
     start = values.all_targets - values.all_deltas
@@ -116,7 +116,7 @@ def demo_case(demo_model, count=6, **numbers):
 
 def test_pmet_eases_and_stops_where_the_serial_loop_does(demo_model):
     model, view, prepared, hparams = demo_case(demo_model, kl_factor=0.001, clamp_norm_factor=3.0, v_stop_loss=1e-3)
-    values = optimise_values(view, prepared, 1, "attention and mlp", hparams)
+    values = find_values(view, prepared, 1, "attention and mlp", hparams)
     steps = check(values, prepared, model, [view.attention(1), view.mlp(1)], hparams, pmet=True)
     assert len(set(steps)) > 1, "some should stop by the rule"
     assert STOPPED in values.status.tolist()
@@ -124,9 +124,9 @@ def test_pmet_eases_and_stops_where_the_serial_loop_does(demo_model):
 
 def test_most_probable_early_stopping_is_the_serial_loops(demo_model):
     model, view, prepared, hparams = demo_case(demo_model, most_probable_steps=2, v_stop_loss=1e-3)
-    values = optimise_values(view, prepared, 1, "block", hparams)
+    values = find_values(view, prepared, 1, "block", hparams)
     early = check(values, prepared, model, [view.block(1)], hparams, most_probable_steps=2)
-    full = optimise_values(view, prepared, 1, "block", replace(hparams, most_probable_steps=0))
+    full = find_values(view, prepared, 1, "block", replace(hparams, most_probable_steps=0))
     assert sum(early) < int(full.steps.sum())
 
 
@@ -140,7 +140,7 @@ def test_romes_twenty_one_contexts(demo_model):
     prepared = prepare(tokenizer, demo.requests(2), prefixes, 256)
     assert len(prepared[0].rewriting) == 21 == 1 + sum(count for _, count in contexts)
     hparams, _ = make_hparams("rome", model.config, {"v_num_grad_steps": 6})
-    values = optimise_values(ModelView(model), prepared, 0, "mlp", hparams)
+    values = find_values(ModelView(model), prepared, 0, "mlp", hparams)
     check(values, prepared, model, [ModelView(model).mlp(0)], hparams)
 
 
@@ -150,7 +150,7 @@ def test_the_tokenizers_padding_side_does_not_matter(kind, side):
     tokenizer, model = make_tokenizer(side=side), make_model(kind)
     view = ModelView(model)
     prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1)
-    values = optimise_values(view, prepared, 1, "mlp", hparams)
+    values = find_values(view, prepared, 1, "mlp", hparams)
     if kind == "mistral":  # a window counts slots, and those of the left padding too: alone is the oracle
         check(values, prepared, model, [view.mlp(1)], hparams)
         return
@@ -165,8 +165,8 @@ def test_the_tokenizers_padding_side_does_not_matter(kind, side):
 def test_neither_the_batch_nor_the_looks_change_a_value(demo_model, numbers):
     """Requests enter as others leave, at every size; who has stopped is frozen until the next look."""
     _, view, prepared, hparams = demo_case(demo_model, v_stop_loss=0.4)
-    alone = [optimise_values(view, [request], 1, "block", hparams) for request in prepared]
-    together = optimise_values(view, prepared, 1, "block", replace(hparams, **numbers))
+    alone = [find_values(view, [request], 1, "block", hparams) for request in prepared]
+    together = find_values(view, prepared, 1, "block", replace(hparams, **numbers))
     assert together.steps.tolist() == [int(one.steps) for one in alone]
     assert len(set(together.steps.tolist())) > 1
     for i, one in enumerate(alone):
@@ -179,10 +179,10 @@ def test_the_attention_over_kept_prefixes_is_the_models_own(kind, monkeypatch):
     view = ModelView(model)
     prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1)
     before = model.config._attn_implementation
-    fast = optimise_values(view, prepared, 1, "mlp", hparams)
+    fast = find_values(view, prepared, 1, "mlp", hparams)
     assert model.config._attn_implementation == before
     monkeypatch.setattr(tail_attention, "usable", lambda view: False)
-    plain = optimise_values(view, prepared, 1, "mlp", hparams)
+    plain = find_values(view, prepared, 1, "mlp", hparams)
     torch.testing.assert_close(fast.targets, plain.targets, rtol=1e-4, atol=1e-5)
 
 
@@ -219,7 +219,7 @@ def test_nothing_is_read_back_between_looks(demo_model, monkeypatch):
         pytest.skip("this transformers' own mask of the padded rows reads back")
     watched, waited = watch_waits(monkeypatch)
     _, view, prepared, hparams = demo_case(demo_model, 3, most_probable_steps=3, check_every=4)
-    optimise_values(view, prepared, 1, "block", hparams)
+    find_values(view, prepared, 1, "block", hparams)
     assert watched.count("measure") > 4 and not waited
 
 
@@ -232,7 +232,7 @@ def test_a_gpt2_that_has_a_padding_token_is_not_read_back(monkeypatch):
         pytest.skip("this transformers' own mask of the padded rows reads back")
     watched, waited = watch_waits(monkeypatch)
     prepared, hparams = prepared_and_hparams(model, tokenizer, "block", 1, check_every=4)
-    optimise_values(view, prepared, 1, "block", hparams)
+    find_values(view, prepared, 1, "block", hparams)
     assert watched.count("measure") > 4 and not waited
     assert "warn_if_padding_and_no_attention_mask" not in vars(view.base)
 
@@ -253,7 +253,7 @@ def test_no_pass_is_run_for_requests_that_have_ended(demo_model, monkeypatch, ev
             return original(self, *args)
 
         monkeypatch.setattr(values_module._Descent, name, counted)
-    found = optimise_values(view, prepared, 1, "block", hparams)
+    found = find_values(view, prepared, 1, "block", hparams)
     rounds = 2 if size == 2 else 1
     assert passes.count("measure") == 9 * rounds and passes.count("move") == 8 * rounds
     assert found.steps.tolist() == [8] * 4 and set(found.status.tolist()) == {USED_UP}
@@ -262,7 +262,7 @@ def test_no_pass_is_run_for_requests_that_have_ended(demo_model, monkeypatch, ev
 def test_a_step_that_can_be_replayed_is_the_step(demo_model, monkeypatch):
     """What a CUDA graph records: it reads and writes the same tensors, and gives what the loop gives."""
     _, view, prepared, hparams = demo_case(demo_model, 4, v_stop_loss=0.4, check_every=3)
-    plain = optimise_values(view, prepared, 1, "block", hparams)
+    plain = find_values(view, prepared, 1, "block", hparams)
     moved = []
 
     def replay(self):
@@ -278,7 +278,7 @@ def test_a_step_that_can_be_replayed_is_the_step(demo_model, monkeypatch):
 
     monkeypatch.setattr(values_module._Descent, "__init__", capturing)
     monkeypatch.setattr(values_module._Descent, "replay", replay)
-    replayed = optimise_values(view, prepared, 1, "block", hparams)
+    replayed = find_values(view, prepared, 1, "block", hparams)
     assert not moved
     assert torch.equal(replayed.steps, plain.steps)
     torch.testing.assert_close(replayed.deltas, plain.deltas, rtol=1e-4, atol=1e-5)
@@ -288,7 +288,7 @@ def test_a_graph_needs_a_gpu():
     tokenizer, model = make_tokenizer(), make_model("llama")
     prepared, hparams = prepared_and_hparams(model, tokenizer, "block", 1, values_graph=True)
     with pytest.raises(EditError, match="values_graph needs a CUDA device"):
-        optimise_values(ModelView(model), prepared, 1, "block", hparams)
+        find_values(ModelView(model), prepared, 1, "block", hparams)
 
 
 def test_a_graph_needs_a_model_that_stays_on_one_device():
@@ -296,7 +296,7 @@ def test_a_graph_needs_a_model_that_stays_on_one_device():
     prepared, hparams = prepared_and_hparams(model, tokenizer, "block", 1, values_graph=True)
     model.model.layers[2].mlp._hf_hook = object()
     with pytest.raises(EditError, match=r"dispatched by accelerate.*model\.layers\.2\.mlp"):
-        optimise_values(ModelView(model), prepared, 1, "block", hparams)
+        find_values(ModelView(model), prepared, 1, "block", hparams)
     model.model.embed_tokens.to("meta")
     with pytest.raises(EditError, match="values_graph needs the whole model on one CUDA device; it is on cpu, meta"):
         values_module._Descent(ModelView(model), prepared, [Site(1, "block")], hparams, 1, None, "raise", None)
@@ -328,7 +328,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(demo_model, monkeypatch):
 
     monkeypatch.setattr(values_module.Objective, "terms", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        optimise_values(view, prepared, 1, "block", hparams)
+        find_values(view, prepared, 1, "block", hparams)
     assert model.config._attn_implementation == implementation
     assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -338,16 +338,16 @@ def test_a_request_that_is_not_finite_does_not_touch_the_others():
     tokenizer, model = make_tokenizer(), make_model("llama")
     view = ModelView(model)
     prepared, hparams = prepared_and_hparams(model, tokenizer, "block", 1)
-    clean = optimise_values(view, prepared, 1, "block", hparams)
+    clean = find_values(view, prepared, 1, "block", hparams)
     used = [set(sum((p.ids for p in (*r.rewriting, r.kl)), ()) + r.target) for r in prepared]
     (token, *_) = used[0] - set.union(*used[1:])
     with torch.no_grad():
         view.model.get_input_embeddings().weight[token] = float("nan")
-    values = optimise_values(view, prepared, 1, "block", hparams, on_problem="keep")
+    values = find_values(view, prepared, 1, "block", hparams, on_problem="keep")
     assert values.status.tolist() == [BAD_LOSS, *clean.status.tolist()[1:]]
     torch.testing.assert_close(values.targets[:, 1:], clean.targets[:, 1:], rtol=1e-4, atol=1e-5)
     with pytest.raises(EditError, match=r"Miles Davis.*not finite"):
-        optimise_values(view, prepared, 1, "block", hparams)
+        find_values(view, prepared, 1, "block", hparams)
 
 
 def test_what_is_said_already_is_told(demo_model):
@@ -359,7 +359,7 @@ def test_what_is_said_already_is_told(demo_model):
     prepared = prepare(tokenizer, [*known, *demo.requests(3)[2:]], (), 256)
     assert all(isinstance(r.request, EditRequest) for r in prepared)
     hparams, _ = make_hparams("memit", model.config, {"v_stop_loss": 0.2, "v_num_grad_steps": 3})
-    values = optimise_values(ModelView(model), prepared, 1, "block", hparams)
+    values = find_values(ModelView(model), prepared, 1, "block", hparams)
     assert values.status.tolist() == [PREDICTED, PREDICTED, USED_UP] and not values.deltas[:, :2].any()
 
 
@@ -381,7 +381,7 @@ def test_the_batch_is_what_memory_takes(demo_model, monkeypatch):
 def test_the_norm_of_delta_is_clamped():
     tokenizer, model = make_tokenizer(), make_model("llama")
     prepared, hparams = prepared_and_hparams(model, tokenizer, "block", 1, v_weight_decay=0.0)
-    values = optimise_values(ModelView(model), prepared, 1, "block", hparams)
+    values = find_values(ModelView(model), prepared, 1, "block", hparams)
     start = values.targets - values.deltas
     assert bool((values.deltas.norm(dim=0) <= 0.5 * start.norm(dim=0) * (1 + 1e-5)).all())
 
@@ -390,7 +390,7 @@ def test_the_model_is_left_as_it_was():
     tokenizer, model = make_tokenizer(), make_model("gpt2").train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prepared, hparams = prepared_and_hparams(model, tokenizer, "block", 1)
-    optimise_values(ModelView(model), prepared, 1, "block", hparams)
+    find_values(ModelView(model), prepared, 1, "block", hparams)
     assert model.training and all(p.requires_grad for p in model.parameters())
     assert not any("forward" in vars(module) for module in model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -402,7 +402,7 @@ def test_a_model_that_says_nan_is_refused_by_request():
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(EditError, match="not finite"):
-        optimise_values(ModelView(model), prepared, 1, "block", hparams)
+        find_values(ModelView(model), prepared, 1, "block", hparams)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -412,5 +412,5 @@ def test_values_on_a_gpu_equal_the_serial_loop(kind, graph):
     tokenizer, model = make_tokenizer(), make_model(kind).cuda()
     view = ModelView(model)
     prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1, values_graph=graph, check_every=4)
-    values = optimise_values(view, prepared, 1, "mlp", hparams)
+    values = find_values(view, prepared, 1, "mlp", hparams)
     check(values, prepared, model, [view.mlp(1)], hparams, most=1e-3)

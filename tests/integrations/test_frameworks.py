@@ -124,7 +124,7 @@ def test_sequential_editing_goes_on_from_the_keys_of_earlier_batches(statistics)
     requests = [asked(request, number) for number, request in enumerate(REQUESTS)]
     BaseEditor(easyedit.ALGORITHMS, hparams, model, tok).edit(requests, sequential_edit=True, statistics=statistics)
     run = sessions.kept_by(model)
-    assert all(memory.count == 3 for memory in run.editor.engine.memories.values())
+    assert all(memory.count == 3 for memory in run.editor.solver_state.memories.values())
     other, (numbers, _) = make_model("llama"), sessions.numbers_of(hparams)
     editor = Editor(
         other, tok, "alphaedit", statistics=statistics, hparams={**numbers, "on_predicted": "allow"},
@@ -269,7 +269,7 @@ def test_a_run_of_the_memit_repository_goes_on(statistics, tmp_path, monkeypatch
     assert edited is model and len(list((tmp_path / "kvs").glob("*.npz"))) == 3
     assert all(torch.equal(value, before[name]) for name, value in copies.items()) and len(copies) == 2
     again = make_model("llama")
-    monkeypatch.setattr("kedit_fast.editing.values.shared.optimise_values", None)  # nothing is optimised again
+    monkeypatch.setattr("kedit_fast.editing.values.shared.find_values", None)  # nothing is optimised again
     call(again)
     monkeypatch.undo()
     for name in copies:
@@ -305,7 +305,7 @@ def test_alphaedits_state_is_the_callers(statistics, monkeypatch):
     assert first is model and returned is cache_c and bool((cache_c != 0).any())
     between, kept, prefixes = state(model), cache_c.clone(), sessions.kept_by(model).editor.prefixes
     alphaedit.apply_AlphaEdit_to_model(model, tok, records[2:], alpha_hparams(), cache_c=cache_c, P=P)
-    memories = sessions.kept_by(model).editor.engine.memories
+    memories = sessions.kept_by(model).editor.solver_state.memories
     assert all(memory.count == 3 for memory in memories.values())  # the exact memory went on
 
     # Another process: weights, cache_c and P are all there is.
@@ -337,7 +337,7 @@ def test_alphaedits_state_wins_over_what_the_model_carries(statistics, monkeypat
     alphaedit.apply_AlphaEdit_to_model(model, tok, records[:2], alpha_hparams(), cache_c=cache_c, P=P)
     model.load_state_dict(before)
     alphaedit.apply_AlphaEdit_to_model(model, tok, records[2:], alpha_hparams(), cache_c=cache_c, P=P)
-    assert sessions.kept_by(model).editor.engine.memories[0].sizes == (0, 1)  # from the sum, which still has two
+    assert sessions.kept_by(model).editor.solver_state.memories[0].sizes == (0, 1)  # from the sum, which still has two
     before, kept = state(model), cache_c.clone()
     with monkeypatch.context() as patched:
         patched.setattr(alphaedit, "_sums", lambda *args: 1 / 0)
@@ -346,7 +346,7 @@ def test_alphaedits_state_wins_over_what_the_model_carries(statistics, monkeypat
     assert same(state(model), before) and torch.equal(cache_c, kept)
     cache_c.numpy()[:] = 0  # torch sees nothing of it
     alphaedit.apply_AlphaEdit_to_model(model, tok, records[:1], alpha_hparams(), cache_c=cache_c, P=P)
-    assert sessions.kept_by(model).editor.engine.memories[0].sizes == (1,)
+    assert sessions.kept_by(model).editor.solver_state.memories[0].sizes == (1,)
     alphaedit.apply_AlphaEdit_to_model(model, tok, records[:1], alpha_hparams(v_lr=0.2), cache_c=cache_c, P=P)
     space = sessions.kept_by(model).editor.preconditioner(0)
     assert space.rule == "projection"

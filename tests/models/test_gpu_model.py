@@ -10,7 +10,7 @@ from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, collect_statistics
 from kedit_fast.editing.values import loop
-from kedit_fast.editing.values.loop import optimise_values
+from kedit_fast.editing.values.loop import find_values
 from kedit_fast.models.view import ModelView
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -59,7 +59,7 @@ def test_a_step_of_values_waits_for_nothing(monkeypatch):
     tokenizer, model = make_tokenizer(), make_model("llama").cuda()
     view = ModelView(model)
     prepared, hparams = prepared_and_hparams(model, tokenizer, "block", 1, check_every=4)
-    expected = optimise_values(view, prepared, 1, "block", hparams)  # libraries load
+    expected = find_values(view, prepared, 1, "block", hparams)  # libraries load
     calls = []
 
     def strict(real):
@@ -75,7 +75,7 @@ def test_a_step_of_values_waits_for_nothing(monkeypatch):
 
     for owner, name in ((loop._Descent, "measure"), (loop._Descent, "move"), (torch.autograd, "grad")):
         monkeypatch.setattr(owner, name, strict(getattr(owner, name)))
-    found = optimise_values(view, prepared, 1, "block", hparams)
+    found = find_values(view, prepared, 1, "block", hparams)
     assert len(calls) > 9 and relative_error(found.targets.cpu(), expected.targets.cpu()) < 1e-6
 
 

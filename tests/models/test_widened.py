@@ -16,7 +16,7 @@ from tiny_models import KINDS, POST_NORM, make_model, make_tokenizer
 from kedit_fast import Editor, EditRequest, collect_statistics, evaluate
 from kedit_fast.editing.gradients import answer_gradients
 from kedit_fast.editing.values import batch_size
-from kedit_fast.editing.values.loop import optimise_values
+from kedit_fast.editing.values.loop import find_values
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.evaluation.metrics import mean_nll
 from kedit_fast.methods.hparams import make_hparams
@@ -63,7 +63,7 @@ def test_values_keys_and_gradients_are_those_of_the_model_in_fp32(kind, budget, 
         prepared = prepare(tokenizer, REQUESTS, PREFIXES, 128)
         numbers = dict(layers=(1,), v_num_grad_steps=5, v_lr=0.1, clamp_norm_factor=0.5)
         hparams, _ = make_hparams("memit", model.config, numbers)
-        values = optimise_values(view, prepared, 1, what, hparams)
+        values = find_values(view, prepared, 1, what, hparams)
         gradients = answer_gradients(view, prepared, [view.module_name(2)]).modules[view.module_name(2)]
         found.append((values.targets, values.deltas, values.losses, gradients.keys, gradients.gradients))
         for name, tensor in model.state_dict().items():
@@ -209,7 +209,7 @@ def test_no_activation_outlives_its_pass(widening, share, monkeypatch):
 
     counts = []
     for _ in range(4):
-        optimise_values(ModelView(model), prepared, 1, "block", hparams)
+        find_values(ModelView(model), prepared, 1, "block", hparams)
         batch_size.request_bytes(ModelView(model), prepared, [Site(1, "block")])
         counts.append(alive())
     assert counts[-1] == counts[-2]

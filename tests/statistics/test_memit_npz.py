@@ -210,7 +210,7 @@ def test_alphaedit_from_a_projector_is_alphaedit_from_statistics(tmp_path, demo_
     numbers = {"v_num_grad_steps": 3, "nullspace_rule": "energy", "nullspace_threshold": 0.1, "L2": 7}
     own = Editor(*demo_model, "alphaedit", statistics=demo_statistics, hparams=numbers, prefixes=())
     expected = own.edit(demo.requests(4)).updates
-    save_projector(tmp_path / "p.pt", {layer: own.engine.preconditioner(layer) for layer in own.hparams.layers})
+    save_projector(tmp_path / "p.pt", {layer: own.solver_state.preconditioner(layer) for layer in own.hparams.layers})
     own.restore()
     spaces = load_projector(tmp_path / "p.pt", own.hparams.layers, trust=True)
     editor = Editor(*demo_model, "alphaedit", null_spaces=spaces, hparams=numbers, prefixes=())

@@ -20,7 +20,7 @@ import kedit_fast
 from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.gradients import answer_gradients
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.values.loop import optimise_values
+from kedit_fast.editing.values.loop import find_values
 from kedit_fast.editing.values.store import open_values
 from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.evaluation.metrics import evaluate_each, mean_nll
@@ -174,7 +174,7 @@ def passes():
     hparams, _ = make_hparams("pmet", model.config, dict(NUMBERS))
     found = []
     for what in ("block", "mlp", "attention and mlp"):
-        values = optimise_values(view, prepared, 1, what, replace(hparams, most_probable_steps=2))
+        values = find_values(view, prepared, 1, what, replace(hparams, most_probable_steps=2))
         found += [values.all_targets, values.all_deltas, values.losses, values.steps]
     for weights in ("mean", "bare_half"):
         keys = KeyPass(view, prepared, Site(1, "mlp"), weights)
@@ -231,7 +231,7 @@ def files(folder):
             editor.patch().save(folder / "patch.safetensors")
             again = Editor(model, tokenizer, "memit-sequential", statistics=statistics, hparams=numbers)
             again.load_state(folder / "state.safetensors")
-            found = [t for memory in again.engine.memories.values() for t in memory.tensors().values()]
+            found = [t for memory in again.solver_state.memories.values() for t in memory.tensors().values()]
             patch = Patch.load(folder / "patch.safetensors")
         finally:
             editor.restore()

@@ -94,7 +94,7 @@ class Values:
 
 
 @plain_torch()
-def optimise_values(
+def find_values(
     view: ModelView,
     prepared: Sequence[PreparedRequest],
     layer: int,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.values.loop import SITES, Values, by_length, in_teams, optimise_values
+from kedit_fast.editing.values.loop import SITES, Values, by_length, find_values, in_teams
 from kedit_fast.editing.values.store import ValueRun, ValueStore, edited_hash
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
@@ -24,7 +24,7 @@ _log = logging.getLogger("kedit_fast")
 
 
 @plain_torch()
-def optimise_shared(
+def find_shared_values(
     view: ModelView,
     tokenizer: Any,
     prepared: Sequence[PreparedRequest],
@@ -36,7 +36,7 @@ def optimise_shared(
     store: ValueStore | None = None,
     progress: bool = False,
 ) -> Values:
-    """`optimise_values` of what `store` does not have, each process of a process group taking its share.
+    """`find_values` of what `store` does not have, each process of a process group taking its share.
 
     The store takes values as they are done (in a process group when all are); the caller flushes it. In a group the
     first process alone reads and writes it; values that several requests share are not stored. A request whose loss is
@@ -64,7 +64,7 @@ def optimise_shared(
     def optimised(which: Sequence[int], finished: Callable[[Sequence[int], Values], None] | None) -> Values:
         chosen = [prepared[i] for i in which]
         names = None if all(alone) else [teams[i] for i in which]
-        return optimise_values(view, chosen, layer, what, hparams, teams=names, on_problem="keep", finished=finished,
+        return find_values(view, chosen, layer, what, hparams, teams=names, on_problem="keep", finished=finished,
                                progress=progress and rank == 0)  # fmt: skip
 
     if size == 1:
