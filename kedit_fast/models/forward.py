@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,6 +17,8 @@ from kedit_fast.models import fused
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import Widening, computing
 from kedit_fast.support.torch_state import plain_torch
+
+SiteKind = Literal["key", "attention", "mlp", "block"]
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,11 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Site:
-    """A place in the model: `what` is "key" (input of the edited linear layer), or "attention", "mlp" or "block" (the
-    output of that module)."""
+    """A place in the model where states are read or deltas are added."""
 
     layer: int
-    what: str
+    kind: SiteKind
+    """"key" is the input of the edited linear layer; "attention", "mlp" and "block" are the output of that module."""
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0) -> TokenBatch:
@@ -84,9 +86,9 @@ class _Enough(Exception):
 
 def module_at(view: ModelView, site: Site) -> torch.nn.Module:
     """The module whose hook sees `site`."""
-    if site.what == "key":
+    if site.kind == "key":
         return view.edited_module(site.layer)
-    return {"attention": view.attention, "mlp": view.mlp, "block": view.block}[site.what](site.layer)
+    return {"attention": view.attention, "mlp": view.mlp, "block": view.block}[site.kind](site.layer)
 
 
 @contextlib.contextmanager
@@ -204,7 +206,7 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
 
     with contextlib.ExitStack() as stack:
         for site in set(sites):
-            if site.what == "key":
+            if site.kind == "key":
                 hook = module_at(view, site).register_forward_pre_hook(
                     lambda module, args, kwargs, site=site: pass_on(site, next(iter((*args, *kwargs.values())), None)),
                     with_kwargs=True,
@@ -217,7 +219,7 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
         with contextlib.suppress(_Enough):
             _run_base(view, batch)
     if missing:
-        raise did_not_run(view, min(missing, key=lambda site: (site.layer, site.what)))
+        raise did_not_run(view, min(missing, key=lambda site: (site.layer, site.kind)))
 
 
 def require_passes(view: ModelView, sites: Sequence[Site]) -> None:
@@ -229,7 +231,7 @@ def require_passes(view: ModelView, sites: Sequence[Site]) -> None:
     """
 
     def see(site: Site, states: torch.Tensor) -> None:
-        if site.what == "key" and states.shape[-1] != (size := view.weight(site.layer).shape[1]):
+        if site.kind == "key" and states.shape[-1] != (size := view.weight(site.layer).shape[1]):
             raise UnsupportedModelError(f"{name_of(view, site)} takes {states.shape[-1]} inputs, its weight {size}")
 
     with evaluating(view):
@@ -240,7 +242,7 @@ def require_passes(view: ModelView, sites: Sequence[Site]) -> None:
 def name_of(view: ModelView, site: Site) -> str:
     """The path of the module whose hook sees `site`."""
     parts = {"key": view.spec.edit, "attention": view.spec.attention, "mlp": view.spec.mlp, "block": ""}
-    return f"{view.spec.blocks}.{site.layer}.{parts[site.what]}".rstrip(".")
+    return f"{view.spec.blocks}.{site.layer}.{parts[site.kind]}".rstrip(".")
 
 
 def did_not_run(view: ModelView, site: Site) -> UnsupportedModelError:

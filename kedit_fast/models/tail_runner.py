@@ -61,7 +61,7 @@ class TailRunner:
     ):
         self.view, self.sites = view, tuple(sites)
         site = self.sites[0]
-        self.first_live = site.layer + 1 if site.what == "block" else site.layer
+        self.first_live = site.layer + 1 if site.kind == "block" else site.layer
         self.as_tuple = False
         batch = pad(rows, view.device)
         lookup = torch.tensor(list(lookups), device=view.device)
@@ -246,7 +246,7 @@ class TailRunner:
         states = self.entering
         if self.own_attention:
             states = states.flatten(0, 1)[self.tokens.to(states.device)][None]
-        if self.sites[0].what == "block":
+        if self.sites[0].kind == "block":
             states = _added(states, delta[:, 0], first)
         return stubs(self.view, self.first_live, states, self.as_tuple)
 
@@ -257,7 +257,7 @@ class TailRunner:
 
         with contextlib.ExitStack() as stack:
             for index, site in enumerate(self.sites):
-                if site.what != "block":
+                if site.kind != "block":
                     stack.callback(module_at(self.view, site).register_forward_hook(add(index)).remove)
             yield
 

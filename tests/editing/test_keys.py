@@ -26,7 +26,7 @@ def whole(model, view, prepared, layer, site):
     """Keys [u, contexts, d] and bare outputs [u, h] by full passes of the model as it is now."""
     every = [p.cut() for r in prepared for p in r.rewriting]
     keys = keys_at(model, view.edited_module(layer), every, output=False).double().unflatten(0, (len(prepared), -1))
-    module = view.block(site.layer) if site.what == "block" else view.mlp(site.layer)
+    module = view.block(site.layer) if site.kind == "block" else view.mlp(site.layer)
     return keys, keys_at(model, module, [r.rewriting[0].cut() for r in prepared], output=True).double()
 
 

@@ -436,7 +436,7 @@ class _Descent:
         flat = (self.results[name][index].cpu() for name in ("losses", "steps", "status"))
         targets = h0.double() + delta.double()
         return Values(
-            tuple(site.what for site in self.sites),
+            tuple(site.kind for site in self.sites),
             targets.permute(1, 2, 0).contiguous(),
             delta.permute(1, 2, 0).contiguous(),
             *flat,
