@@ -32,6 +32,7 @@ from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_e
 from kedit_fast.requests.record_fields import Notes
 from kedit_fast.requests.request import FIELDS, EditRequest, RequestList, as_requests, require_none, rows_of
 from kedit_fast.requests.spacing import AUTO, check_separator
+from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.least_squares import collisions
 from kedit_fast.solver.low_rank import LowRankUpdate, Update
 from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
@@ -433,6 +434,14 @@ class Editor:
         if self._given_prefixes is not None:
             belongs["prefixes"] = list(self._given_prefixes)
         return {**belongs, "edited matrices": edit_fingerprint(list(self.modules.values()))}
+
+    def set_key_memories(self, memories: Mapping[int, KeyMemory]) -> None:
+        """Replace what a method with a memory knows of earlier edits, where somebody else has made these.
+
+        Args:
+            memories: layer -> the keys of earlier edits, over this editor's `preconditioner` of that layer.
+        """
+        self.solver_state.set_key_memories(memories)
 
     @plain_torch()
     def preconditioner(self, layer: int) -> Preconditioner:

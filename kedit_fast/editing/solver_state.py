@@ -202,6 +202,10 @@ class SolverState:
         """Batches that were committed and not taken back."""
         return len(self._history)
 
+    def set_key_memories(self, memories: Mapping[int, KeyMemory]) -> None:
+        """Replace the keys of earlier batches, by layer: those of edits that somebody else has made."""
+        self.memories = dict(memories)
+
     def commit(self) -> None:
         """Keep what the open batch found. It must be written by now."""
         found, self._open = self._open, _Found()
