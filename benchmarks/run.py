@@ -35,7 +35,7 @@ import kedit_fast
 from benchmarks.cases import GPU_OPS, OPS, SMALL, Case
 from benchmarks.problems import Problem, build
 from kedit_fast.backends import probe
-from kedit_fast.kernels import native
+from kedit_fast.kernels.native import cpu
 from kedit_fast.models.widened import has_units
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -142,7 +142,7 @@ def isa(backend: str, op: str, dtype: str, device: str) -> str:
     if device != "cpu":
         return f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
     if backend == "cpu":
-        active = native.cpu().isa()
+        active = cpu.module().isa()
         matrix = op == "symmetric_rank_k_update_" and dtype == "bfloat16"
         return "avx512" if active == "amx" and not matrix else active
     return torch.backends.cpu.get_cpu_capability().lower()

@@ -1,9 +1,9 @@
 """Which implementation of an op runs, and why the others do not.
 
-An op has one implementation for each backend it supports: `torch` (the reference, always there), `cpu` (C++),
-`triton` and `cuda`. The choice, first match wins: the call's `backend=` argument, `with use_backend(...)`, the
-environment variable KEDIT_FAST_BACKEND, then the first implementation that accepts the arguments. An explicit choice
-never falls back: it raises with the reason.
+An op has one implementation for each backend it supports: `torch` (the reference, always available), `cpu` (C++),
+`triton` and `cuda`. The first of these that is set decides: the call's `backend=` argument, `with use_backend(...)`,
+the environment variable KEDIT_FAST_BACKEND; where none is set, the first implementation that accepts the arguments
+runs. An explicit choice never falls back: it raises with the reason.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal, get_args
+
+import torch
 
 from kedit_fast.errors import BackendUnavailableError
 
-BACKENDS = ("cuda", "triton", "cpu", "torch")  # the order of automatic choice
+BackendName = Literal["cuda", "triton", "cpu", "torch"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+"""In the order of automatic choice."""
 GPU_BACKENDS = ("cuda", "triton")
 AUTO = "auto"
-_NOT_ASKED = "could run; only when asked for"
+_EXPLICIT_ONLY = "could run; only when asked for"
 
 _log = logging.getLogger("kedit_fast")
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("kedit_fast_backend", default=None)
@@ -33,11 +37,14 @@ _declined: set[tuple[str, str, str]] = set()
 
 @dataclass(frozen=True)
 class Probe:
-    """Whether a backend can run here: `reason` is empty when it can."""
+    """Whether a backend can run here."""
 
     reason: str = ""
-    misconfigured: bool = False  # an explicit setting cannot be honoured: automatic choice raises too
-    explicit_only: bool = False  # runs when asked for, never by automatic choice
+    """Why it cannot; empty when it can."""
+    misconfigured: bool = False
+    """A setting of the user cannot be honored: automatic choice raises instead of passing over the backend."""
+    explicit_only: bool = False
+    """It runs when asked for, never by automatic choice."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,11 @@ class BackendStatus:
     """One row of `backends()`."""
 
     name: str
+    """"cuda", "triton", "cpu" or "torch"."""
     available: bool
-    detail: str  # instruction set, threads, versions; or why it is not available
+    """Whether it can run here."""
+    detail: str
+    """Instruction set, threads and versions; or why it is not available."""
 
     def __str__(self) -> str:
         return f"{self.name:7} {'yes' if self.available else 'no':4} {self.detail}"
@@ -54,21 +64,28 @@ class BackendStatus:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One backend's implementation of an op. `declines(*args)` returns why it does not take these arguments, or ''."""
+    """One backend's implementation of an op."""
 
     op: str
+    """Name of the op, for example "rank_k_update_"."""
     backend: str
+    """Name of the backend."""
     run: Callable[..., Any]
+    """Computes the op; called only with arguments that the op has checked."""
     declines: Callable[..., str] = field(default=lambda *args: "")
+    """Given the tensors of a call, returns why this implementation does not take them, or ''."""
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the backend that runs, and for each other one the reason why not."""
+    """The answer of `explain`."""
 
     op: str
+    """Name of the op."""
     runs: str
+    """The backend that runs, with its details."""
     reasons: dict[str, str]
+    """For each other backend, why it does not run."""
 
     def __str__(self) -> str:
         lines = [f"{self.op}: {self.runs}"]
@@ -77,9 +94,9 @@ class Explanation:
 
 
 def register_probe(backend: str, probe: Callable[[], Probe], detail: Callable[[], str]) -> None:
-    """Tell how to find out whether `backend` can run here, and how it describes itself when it can.
+    """Register how to find out whether `backend` can run here, and how it describes itself when it can.
 
-    `probe` is asked at every call of an op, so it should remember its answer.
+    `probe` is called at every call of an op, so it should remember its answer.
     """
     _probes[backend] = probe, detail
 
@@ -91,7 +108,7 @@ def register(implementation: Implementation) -> None:
 
 
 def check_name(backend: str) -> str:
-    """Return `backend`, or raise BackendUnavailableError when there is none of that name."""
+    """Return `backend`; raise BackendUnavailableError when no backend has that name."""
     if backend not in (*BACKENDS, AUTO):
         raise BackendUnavailableError(f"unknown backend {backend!r}: choose from {', '.join((*BACKENDS, AUTO))}")
     return backend
@@ -103,6 +120,11 @@ def use_backend(backend: str) -> Iterator[None]:
 
     Raises:
         BackendUnavailableError: the backend is unknown or cannot run here.
+
+    Example:
+        >>> with use_backend("torch"):
+        ...     explain("rms_norm", torch.ones(2, 4), torch.ones(4)).runs.split()[0]
+        'torch'
     """
     check_name(backend)
     if backend != AUTO and (reason := probe(backend).reason):
@@ -115,7 +137,7 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def requested(backend: str | None) -> str:
-    """The backend asked for by argument, context or environment; 'auto' when nothing was asked."""
+    """The backend requested by argument, context or environment; 'auto' where none is."""
     if backend is not None:
         return check_name(backend)
     chosen = _chosen.get()
@@ -125,12 +147,12 @@ def requested(backend: str | None) -> str:
 
 
 def probe(backend: str) -> Probe:
-    """Ask one backend whether it can run here."""
+    """Whether one backend can run here."""
     return _probes[backend][0]()
 
 
 def detail(backend: str) -> str:
-    """Instruction set, threads or versions of a backend that can run here; otherwise why it cannot."""
+    """Instruction set, threads or versions of a backend that can run here; of any other, why it cannot."""
     return probe(backend).reason or _probes[backend][1]()
 
 
@@ -149,7 +171,7 @@ def select(op: str, backend: str, *args: Any) -> Implementation:
         reason = implementation.declines(*args)
         if not reason:
             if implementation.backend == "torch":
-                _say_slow(op, *args)
+                _warn_of_reference(op, *args)
             return implementation
         _note(op, implementation.backend, reason)
     raise BackendUnavailableError(f"{op} has no implementation for these arguments")
@@ -157,30 +179,32 @@ def select(op: str, backend: str, *args: Any) -> Implementation:
 
 @cache
 def _automatic(op: str) -> tuple[Implementation, ...]:
-    """The implementations that can run here without being asked for, in order."""
-    found = []
+    """The implementations that automatic choice considers here, in order."""
+    candidates = []
     for name in BACKENDS:
         if name in _implementations[op]:
-            asked = probe(name)
-            if asked.misconfigured:
-                raise BackendUnavailableError(f"{op}: {asked.reason}")
-            if asked.reason or asked.explicit_only:
-                _note(op, name, asked.reason or _NOT_ASKED)
+            status = probe(name)
+            if status.misconfigured:
+                raise BackendUnavailableError(f"{op}: {status.reason}")
+            if status.reason or status.explicit_only:
+                _note(op, name, status.reason or _EXPLICIT_ONLY)
             else:
-                found.append(_implementations[op][name])
-    return tuple(found)
+                candidates.append(_implementations[op][name])
+    return tuple(candidates)
 
 
-def _say_slow(op: str, *args: Any) -> None:
-    """Log once for each reason that tensors on a GPU are left to the reference by an op that has a kernel for GPUs."""
+def _warn_of_reference(op: str, *args: Any) -> None:
+    """Log, once per reason, that the reference computes an op on a GPU although the op has a kernel for GPUs."""
     device = next((arg.device for arg in args if hasattr(arg, "device")), None)
     if device is None or device.type in ("cpu", "meta"):
         return
-    reasons = {name: _refusal(op, name, *args) or _NOT_ASKED for name in GPU_BACKENDS if name in _implementations[op]}
+    reasons = {
+        name: _refusal(op, name, *args) or _EXPLICIT_ONLY for name in GPU_BACKENDS if name in _implementations[op]
+    }
     text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     if text and (op, "torch", text) not in _declined:
         _declined.add((op, "torch", text))
-        # No kernel takes float64, and torch's own product is the fast one there: nothing that a user could change.
+        # No kernel takes float64, and torch's own product is the fast one there: the user can change nothing.
         level = logging.INFO if any("float64" in reason for reason in reasons.values()) else logging.WARNING
         _log.log(level, "%s runs on the torch reference, not on a GPU kernel, for tensors on %s (%s)", op, device, text)
 
@@ -192,9 +216,26 @@ def _note(op: str, backend: str, reason: str) -> None:
 
 
 def explain(op: str, *args: Any, backend: str | None = None) -> Explanation:
-    """Say which backend runs `op` on `args`, and why the others do not.
+    """Which backend runs `op` on `args`, and why the others do not.
 
-    `op` is the name of a public op, for example "rank_k_update_"; `args` are its tensors in order.
+    Args:
+        op: name of a public op, for example "rank_k_update_".
+        args: its tensors, in the order of its signature.
+        backend: as the op's argument of that name.
+
+    Returns:
+        Explanation; `print` shows it as a table.
+
+    Raises:
+        BackendUnavailableError: an unknown op, or a requested backend that cannot run.
+
+    Example:
+        >>> weight, left, right = torch.zeros(2, 3), torch.ones(2, 1), torch.ones(3, 1)
+        >>> print(explain("rank_k_update_", weight, left, right, backend="torch"))
+        rank_k_update_: torch (reference, torch ...)
+          cuda    ...
+          triton  ...
+          cpu     ...
     """
     if op not in _implementations:
         raise BackendUnavailableError(f"unknown op {op!r}: choose from {', '.join(sorted(_implementations))}")
@@ -202,13 +243,20 @@ def explain(op: str, *args: Any, backend: str | None = None) -> Explanation:
     reasons = {}
     for name in BACKENDS:
         if name != runs:
-            other = _NOT_ASKED if probe(name).explicit_only else "could run; another comes first"
+            other = _EXPLICIT_ONLY if probe(name).explicit_only else "could run; another comes first"
             reasons[name] = _refusal(op, name, *args) or other
     return Explanation(op, f"{runs} ({detail(runs)})", reasons)
 
 
 def backends() -> list[BackendStatus]:
-    """Every backend, whether it can run here, and its details or the reason why not."""
+    """Every backend, whether it can run here, and its details or the reason why not.
+
+    Example:
+        >>> [row.name for row in backends()]
+        ['cuda', 'triton', 'cpu', 'torch']
+        >>> backends()[-1].available
+        True
+    """
     return [BackendStatus(name, not probe(name).reason, detail(name)) for name in BACKENDS]
 
 
@@ -217,3 +265,7 @@ def _refusal(op: str, backend: str, *args: Any) -> str:
     if implementation is None:
         return f"{op} has no {backend} implementation"
     return probe(backend).reason or implementation.declines(*args)
+
+
+_REFERENCE = Probe()
+register_probe("torch", lambda: _REFERENCE, lambda: f"reference, torch {torch.__version__}")

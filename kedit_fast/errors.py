@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose: each message names the thing, what was found and what is accepted."""
+"""Every error that this package raises on purpose: a message names the thing, what it is and what is accepted."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ class InvalidArgumentError(KeditError, ValueError):
 
 
 class BackendUnavailableError(KeditError, RuntimeError):
-    """An explicitly chosen backend cannot run here or not on these arguments."""
+    """An explicitly chosen backend cannot run here, or not on these arguments."""
 
 
 class GradientError(KeditError, RuntimeError):
-    """An operation without the derivative that was asked for: raised instead of returning a wrong gradient."""
+    """An op lacks the derivative that was requested: raised instead of returning a wrong gradient."""
 
 
 class SolveError(KeditError, ArithmeticError):
@@ -24,7 +24,7 @@ class SolveError(KeditError, ArithmeticError):
 
 
 class UnsupportedModelError(KeditError, NotImplementedError):
-    """A model whose architecture has no ArchSpec, or one that closed-form editing does not cover."""
+    """A model that closed-form editing does not cover; the message says what to supply."""
 
 
 class RequestError(KeditError, ValueError):

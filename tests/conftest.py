@@ -14,7 +14,7 @@ if not torch.cuda.is_available():  # before anything imports triton
 sys.path.extend(str(p) for p in (Path(__file__).parent, *Path(__file__).parent.iterdir()) if p.is_dir())
 sys.path.append(str(Path(__file__).parent.parent))  # benchmarks; the installed package comes first
 
-from kedit_fast.kernels import native
+from kedit_fast.kernels.native import cpu as native_cpu
 
 ISAS = ("generic", "avx2", "avx512", "amx")
 
@@ -35,9 +35,9 @@ def logger_as_imported():
 @pytest.fixture
 def cpu_module():
     """The C++ module; a pure-Python install has none, which is a supported one (.ci/run requires it)."""
-    if reason := native.probe_cpu().reason:
+    if reason := native_cpu.probe().reason:
         pytest.skip(f"no C++ module: {reason}")
-    return native.cpu()
+    return native_cpu.module()
 
 
 @pytest.fixture(params=ISAS)

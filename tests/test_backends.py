@@ -25,7 +25,7 @@ def test_backends_are_listed_with_a_detail_or_a_reason():
 
 def test_an_explicit_backend_never_falls_back():
     weight, left, right = torch.zeros(2, 3), torch.ones(2, 1), torch.ones(3, 1)
-    if native.probe_cuda().reason:
+    if native.cuda.probe().reason:
         with pytest.raises(BackendUnavailableError, match="cuda"):
             kedit_fast.rank_k_update_(weight, left, right, backend="cuda")
         with pytest.raises(BackendUnavailableError), kedit_fast.use_backend("cuda"):
@@ -41,7 +41,7 @@ def test_argument_beats_context_beats_environment(monkeypatch):
     weight, left, right = torch.zeros(2, 3), torch.ones(2, 1), torch.ones(3, 1)
     monkeypatch.setenv("KEDIT_FAST_BACKEND", "torch")
     assert kedit_fast.explain("rank_k_update_", weight, left, right).runs.startswith("torch")
-    if not native.probe_cpu().reason:
+    if not native.cpu.probe().reason:
         with kedit_fast.use_backend("cpu"):
             assert kedit_fast.explain("rank_k_update_", weight, left, right).runs.startswith("cpu")
             with kedit_fast.use_backend("torch"):
@@ -178,12 +178,12 @@ def test_float64_on_a_gpu_is_noted_without_a_warning(forgetful, monkeypatch, cap
      ("90;120f", (13, 0), False), ("121", (12, 0), False)),
 )  # fmt: skip
 def test_architectures_with_a_letter_run_where_such_code_runs(built, capability, runs, monkeypatch):
-    monkeypatch.setattr(native, "cuda", lambda: SimpleNamespace(architectures=lambda: built))
+    monkeypatch.setattr(native.cuda, "module", lambda: SimpleNamespace(architectures=lambda: built))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    native.cuda_declines.cache_clear()
+    native.cuda.lacks_code_for.cache_clear()
     try:
-        reason = native.cuda_declines(torch.device("cuda", 0))
+        reason = native.cuda.lacks_code_for(torch.device("cuda", 0))
     finally:
-        native.cuda_declines.cache_clear()
+        native.cuda.lacks_code_for.cache_clear()
     assert (reason == "") == runs
     assert runs or (f"sm_{capability[0]}{capability[1]}" in reason and built.split(";")[-1] in reason)

@@ -403,7 +403,8 @@ def print_environment() -> None:
     """Backends, processor features, versions and build information: what a bug report needs."""
     import importlib.metadata
 
-    from kedit_fast.kernels import native
+    from kedit_fast.kernels.native import cpu as native_cpu
+    from kedit_fast.kernels.native.loader import build_reason
 
     print(f"kedit_fast {kedit_fast.__version__}, Python {platform.python_version()}, {platform.platform()}")
     print("\nBackends")
@@ -411,9 +412,9 @@ def print_environment() -> None:
         print(f"  {row}")
     print("\nNative modules")
     for module in ("_cpu", "_cuda"):
-        print(f"  {module}: {native.build_reason(module) or 'built'}")
-    if not native.probe_cpu().reason:
-        cpu = native.cpu()
+        print(f"  {module}: {build_reason(module) or 'built'}")
+    if not native_cpu.probe().reason:
+        cpu = native_cpu.module()
         print(f"  compiler {cpu.compiler()}, threads of {cpu.thread_source()}")
         print(f"  processor features: {' '.join(cpu.cpu_features()) or 'none of those used'}")
         for name, reason in cpu.isas().items():

@@ -1,1 +1,1 @@
-"""Kernels below the ops: `native` loads the C++ and CUDA modules, `triton` holds Triton kernels."""
+"""Kernels below the ops: `native` calls the C++ and CUDA modules, `triton` holds the Triton kernels."""

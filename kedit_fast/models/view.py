@@ -10,7 +10,7 @@ from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
 from kedit_fast.models import fused
 from kedit_fast.models.architectures import ArchSpec, find_architecture
 from kedit_fast.models.editable import is_adapter, plain_model
-from kedit_fast.ops.arguments import FLOATS
+from kedit_fast.support.dtypes import FLOATS
 
 
 def device_of(module: torch.nn.Module) -> torch.device:

@@ -1,25 +1,15 @@
-"""Checks that the ops share: each raises with the argument's name, what it got and what it takes."""
+"""Checks that the ops share: each names the argument, what it got and what it accepts."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
-from kedit_fast.backends import Implementation
 from kedit_fast.errors import GradientError, InvalidArgumentError
-from kedit_fast.support.torch_state import plain_torch
-
-LIBRARY = torch.library.Library("kedit_fast", "DEF")
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def run_stated(chosen: Implementation, *args: Any) -> Any:
-    """Run an implementation on its arguments, in the dtypes and on the devices that its code names."""
-    with plain_torch(leave_inference_mode=False):
-        return chosen.run(*args)
+from kedit_fast.support.dtypes import describe_tensor as describe
+from kedit_fast.support.dtypes import dtype_name
 
 
 def require(ok: bool, message: Callable[[], str]) -> None:
@@ -28,28 +18,23 @@ def require(ok: bool, message: Callable[[], str]) -> None:
         raise InvalidArgumentError(message())
 
 
-def require_finite(name: str, number: float) -> None:
-    """Raise unless the number is finite."""
+def require_finite_number(name: str, number: float) -> None:
+    """Raise InvalidArgumentError unless a number, such as alpha or eps, is finite."""
     if not math.isfinite(number):
         raise InvalidArgumentError(f"{name} must be finite; got {number}")
 
 
-def describe(tensor: torch.Tensor) -> str:
-    """Shape, dtype and device in a few characters."""
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-
-
 def require_dtype(name: str, tensor: torch.Tensor, accepted: Sequence[torch.dtype]) -> None:
-    """Raise unless the tensor is dense and its dtype one of `accepted`."""
+    """Raise InvalidArgumentError unless the tensor is dense and its dtype is one of `accepted`."""
     if tensor.layout is not torch.strided:
         raise InvalidArgumentError(f"{name} must be a dense tensor; got {tensor.layout}")
     if tensor.dtype not in accepted:
-        names = ", ".join(str(d).removeprefix("torch.") for d in accepted)
+        names = ", ".join(map(dtype_name, accepted))
         raise InvalidArgumentError(f"{name} must be {names}; got {describe(tensor)}")
 
 
 def require_same_device(**tensors: torch.Tensor | None) -> None:
-    """Raise unless all given tensors are on one device; meta and fake tensors count as where they claim to be."""
+    """Raise InvalidArgumentError unless the tensors are on one device; a fake tensor is where it claims to be."""
     device = None
     for tensor in tensors.values():
         if tensor is None:
@@ -73,7 +58,7 @@ def require_no_grad(op: str, **tensors: torch.Tensor | None) -> None:
 
 
 def require_not_overlapping(name: str, tensor: torch.Tensor) -> None:
-    """Raise when two indices of a written tensor share memory (an expanded tensor, for example)."""
+    """Raise when two entries of a written tensor share memory, as those of an expanded tensor do."""
     if tensor.is_contiguous():
         return
     reach = 1
@@ -86,7 +71,7 @@ def require_not_overlapping(name: str, tensor: torch.Tensor) -> None:
 
 
 def require_apart(name: str, written: torch.Tensor, **read: torch.Tensor | None) -> None:
-    """Raise when a written tensor's memory range intersects that of another argument."""
+    """Raise when the memory range of a written tensor intersects that of another argument."""
     begin, end = _range(written)
     for other_name, other in read.items():
         if other is None or other.device != written.device:

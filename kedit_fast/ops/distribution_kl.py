@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from kedit_fast.backends import Implementation, register, requested, select
+from kedit_fast.backends import Implementation, register
 from kedit_fast.kernels import triton
-from kedit_fast.ops.arguments import (
-    LIBRARY,
-    describe,
-    require,
-    require_dtype,
-    require_no_grad,
-    require_same_device,
-    run_stated,
-)
-from kedit_fast.ops.target_log_probs import chain, check_head, fake_gradient, triton_declines
+from kedit_fast.ops._checks import describe, require, require_dtype, require_no_grad, require_same_device
+from kedit_fast.ops._library import LIBRARY, dispatch
+from kedit_fast.ops._lm_head import chain, check_head, fake_gradient, triton_declines
 from kedit_fast.reference import distribution_kl as reference
 from kedit_fast.support.dtypes import accumulation_dtype
 
@@ -35,7 +30,7 @@ def distribution_kl(
     *,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """`KL(softmax(cap(hidden head^T + b)) || softmax(cap(hidden_ref head^T + b)))` a row; differentiable in `hidden`.
+    """`KL(softmax(cap(hidden head^T + b)) || softmax(cap(hidden_ref head^T + b)))` per row, differentiable in `hidden`.
 
     Equivalent to `torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)` with log_p from
     `hidden` and log_q from `hidden_ref`.
@@ -43,21 +38,28 @@ def distribution_kl(
     Args:
         hidden: [rows, h] of a floating dtype.
         hidden_ref: [rows, h] of the same dtype; its distribution is recomputed, not stored. No gradient flows to it.
-        head: [V, h] of the same dtype, or of 16 bits with fp32 states (backend "torch"). No gradient flows to it.
+        head: [V, h] of the same dtype, or of 16 bits beside fp32 states (backend "torch"). No gradient flows to it.
         bias: [V] or None.
         softcap: Gemma 2's logit cap; 0 for none.
-        backend: "torch", "triton" or "auto"; None asks the context and the environment.
+        backend: "torch", "triton" or "auto"; None takes the choice of `use_backend` or KEDIT_FAST_BACKEND.
 
     Returns:
         [rows] fp32 (fp64 for fp64 input).
 
     Raises:
         InvalidArgumentError: a wrong shape, dtype or device.
-        GradientError: hidden_ref, head or bias require grad.
+        GradientError: hidden_ref, head or bias requires grad.
 
-    Cost: 4 rows V h flops, and 4 (triton: 6) more where a gradient is wanted, which is computed at once and kept,
-    [rows, h]. At a time there are 8,192 logits a row and distribution on a CPU and 16,384 on a GPU (torch), or none for
-    the value and 64 MiB of them for the gradient (triton).
+    Cost: 4 rows V h flops. Where a gradient is wanted it is computed with the value and stored, [rows, h]: 4 rows V h
+    flops more (triton: 6 rows V h). Logits in memory at a time: 8,192 per row and distribution on a CPU and 16,384 on a
+    GPU (torch); none for the value and 64 MiB for the gradient (triton).
+
+    Example:
+        >>> hidden, hidden_ref, head = torch.randn(3, 8), torch.randn(3, 8), torch.randn(50, 8)
+        >>> kl = distribution_kl(hidden, hidden_ref, head)
+        >>> log_p, log_q = (torch.log_softmax(states @ head.T, -1) for states in (hidden, hidden_ref))
+        >>> torch.allclose(kl, (log_p.exp() * (log_p - log_q)).sum(-1), atol=1e-4)
+        True
     """
     require_no_grad(OP, hidden_ref=hidden_ref, head=head, bias=bias)
     gradient = hidden.requires_grad and torch.is_grad_enabled()
@@ -66,7 +68,9 @@ def distribution_kl(
     )[0]
 
 
-def _check(hidden, hidden_ref, head, bias, softcap) -> None:
+def _check(
+    hidden: torch.Tensor, hidden_ref: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, softcap: float
+) -> None:
     check_head(hidden, head, bias, softcap)
     require(
         hidden_ref.shape == hidden.shape, lambda: f"hidden_ref must be {list(hidden.shape)}; got {describe(hidden_ref)}"
@@ -76,26 +80,41 @@ def _check(hidden, hidden_ref, head, bias, softcap) -> None:
 
 
 @torch.library.impl(LIBRARY, OP, "CompositeExplicitAutograd")
-def _run(hidden, hidden_ref, head, bias, softcap, gradient, backend):
+def _run(
+    hidden: torch.Tensor,
+    hidden_ref: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float,
+    gradient: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check(hidden, hidden_ref, head, bias, softcap)
-    chosen = select(OP, requested(backend or None), hidden, hidden_ref, head)
-    return run_stated(chosen, hidden, hidden_ref, head, bias, softcap, gradient)
+    return dispatch(OP, backend, (hidden, hidden_ref, head), hidden, hidden_ref, head, bias, softcap, gradient)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
-def _fake(hidden, hidden_ref, head, bias, softcap, gradient, backend):
+def _fake(
+    hidden: torch.Tensor,
+    hidden_ref: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float,
+    gradient: bool,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check(hidden, hidden_ref, head, bias, softcap)
     return hidden.new_empty(hidden.shape[0], dtype=accumulation_dtype(hidden)), fake_gradient(hidden, gradient)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     _, slope = output
     ctx.mark_non_differentiable(slope)
     ctx.gradient, ctx.dtype = inputs[5], inputs[0].dtype
     ctx.save_for_backward(slope)
 
 
-def _backward(ctx, grad, *_):
+def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     return chain(OP, ctx, grad), None, None, None, None, None, None
 
 

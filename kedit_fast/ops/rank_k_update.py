@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from kedit_fast.backends import Implementation, register, requested, select
+from kedit_fast.backends import Implementation, register
 from kedit_fast.kernels import native, triton
-from kedit_fast.ops.arguments import (
-    FLOATS,
-    LIBRARY,
+from kedit_fast.ops._checks import (
     describe,
     require,
     require_apart,
     require_dtype,
-    require_finite,
+    require_finite_number,
     require_no_grad,
     require_not_overlapping,
     require_same_device,
-    run_stated,
 )
+from kedit_fast.ops._library import LIBRARY, dispatch
 from kedit_fast.reference import rank_k_update as reference
+from kedit_fast.support.dtypes import FLOATS
 
 OP = "rank_k_update_"
 LIBRARY.define(f"{OP}(Tensor(a!) weight, Tensor left, Tensor right, float alpha, Tensor(b!)? copy, str backend) -> ()")
@@ -41,18 +40,19 @@ def rank_k_update_(
     `copy.copy_(weight)` after it.
 
     Args:
-        weight: [out, in] float32, float64, bfloat16 or float16, any strides (a transposed Conv1D weight as it is);
-            written.
+        weight: [out, in] float32, float64, bfloat16 or float16, any strides (pass the transposed view of a Conv1D
+            weight); written.
         left: [out, k] of a floating dtype, any strides.
         right: [in, k] likewise.
         alpha: factor of the update.
-        copy: [out, in] bfloat16 or float16, or None. Only beside a float32 `weight`, the master: receives the
+        copy: [out, in] bfloat16 or float16, or None. Only with a float32 `weight`, the master: `copy` receives the
             rounded result in the same pass. Written.
-        backend: "torch", "cpu", "triton", "cuda" or "auto"; None asks the context and the environment.
+        backend: "torch", "cpu", "triton", "cuda" or "auto"; None takes the choice of `use_backend` or
+            KEDIT_FAST_BACKEND.
 
     Returns:
         `weight`. The C++ kernels give the same bits for any number of threads. Backends differ by the rounding of the
-        fp32 sums, at most k 2^-23 (|alpha| |left| |right|^T + |weight|) an entry, and 1 ulp of the weight's dtype.
+        fp32 sums, at most k 2^-23 (|alpha| |left| |right|^T + |weight|) per entry, and 1 ulp of the weight's dtype.
 
     Raises:
         InvalidArgumentError: a wrong shape, dtype, device, overlapping memory, or an alpha that is not finite.
@@ -61,8 +61,14 @@ def rank_k_update_(
 
     Cost: 2 out in k flops; reads and writes `weight` once.
     Source: the insertion of ROME (arXiv 2202.05262, eq. 2) and MEMIT (arXiv 2210.07229, eq. 14).
+
+    Example:
+        >>> weight, left, right = torch.zeros(2, 3), torch.tensor([[1.0], [2.0]]), torch.ones(3, 1)
+        >>> rank_k_update_(weight, left, right, alpha=0.5)
+        tensor([[0.5000, 0.5000, 0.5000],
+                [1.0000, 1.0000, 1.0000]])
     """
-    require_finite("alpha", alpha)
+    require_finite_number("alpha", alpha)
     require_no_grad(OP, weight=weight, left=left, right=right, copy=copy)
     _op(weight, left, right, float(alpha), copy, backend or "")
     return weight
@@ -81,12 +87,17 @@ def rank_one_update_(
 
     Equivalent to `weight.copy_(torch.addr(weight.float(), left, right, alpha=alpha))`. Errors and cost are those of
     `rank_k_update_` with k = 1.
+
+    Example:
+        >>> rank_one_update_(torch.zeros(2, 3), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0, 3.0]))
+        tensor([[1., 0., 3.],
+                [2., 0., 6.]])
     """
     require(left.ndim == 1 and right.ndim == 1, lambda: "left and right must be vectors, [out] and [in]")
     return rank_k_update_(weight, left[:, None], right[:, None], alpha, copy, backend=backend)
 
 
-def _check(weight, left, right, copy) -> None:
+def _check(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, copy: torch.Tensor | None) -> None:
     require(weight.ndim == 2, lambda: f"weight must be [out, in]; got {describe(weight)}")
     require_dtype("weight", weight, FLOATS)
     out, inner = weight.shape
@@ -103,7 +114,14 @@ def _check(weight, left, right, copy) -> None:
 
 
 @torch.library.impl(LIBRARY, OP, "CompositeExplicitAutograd")
-def _run(weight, left, right, alpha, copy, backend):
+def _run(
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    alpha: float,
+    copy: torch.Tensor | None,
+    backend: str,
+) -> None:
     _check(weight, left, right, copy)
     require_not_overlapping("weight", weight)
     require_apart("weight", weight, left=left, right=right, copy=copy)
@@ -112,37 +130,47 @@ def _run(weight, left, right, alpha, copy, backend):
         require_apart("copy", copy, left=left, right=right)
     if left.shape[1] == 0 and copy is None:
         return
-    chosen = select(OP, requested(backend or None), weight, left, right, copy)
-    run_stated(chosen, weight, left, right, alpha, copy)
+    dispatch(OP, backend, (weight, left, right, copy), weight, left, right, alpha, copy)
     torch.autograd.graph.increment_version(weight)
     if copy is not None:
         torch.autograd.graph.increment_version(copy)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
-def _fake(weight, left, right, alpha, copy, backend):
+def _fake(
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    alpha: float,
+    copy: torch.Tensor | None,
+    backend: str,
+) -> None:
     _check(weight, left, right, copy)
 
 
-def _cpu_declines(weight, *_) -> str:
-    return "" if weight.device.type == "cpu" else f"tensors on {weight.device}"
+def _cpu_declines(weight: torch.Tensor, *_: object) -> str:
+    return native.cpu.declines_device(weight)
 
 
-def _cuda_declines(weight, left=None, right=None, *_) -> str:
-    return native.cuda_declines(weight.device) or _wide(weight, left, right)
+def _cuda_declines(
+    weight: torch.Tensor, left: torch.Tensor | None = None, right: torch.Tensor | None = None, *_: object
+) -> str:
+    return native.cuda.declines_device(weight) or _declines_float64(weight, left, right)
 
 
-def _triton_declines(weight, left=None, right=None, *_) -> str:
-    return triton.declines_device(weight) or _wide(weight, left, right)
+def _triton_declines(
+    weight: torch.Tensor, left: torch.Tensor | None = None, right: torch.Tensor | None = None, *_: object
+) -> str:
+    return triton.declines_device(weight) or _declines_float64(weight, left, right)
 
 
-def _wide(*tensors) -> str:
-    """Why kernels that compute in fp32 do not take these, or ''."""
-    found = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return "float64 weights or factors" if found else ""
+def _declines_float64(*tensors: torch.Tensor | None) -> str:
+    """Why the kernels for GPUs, which compute in fp32, do not take these tensors, or ''."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return "float64 weights or factors" if wide else ""
 
 
 register(Implementation(OP, "torch", reference.rank_k_update_))
-register(Implementation(OP, "cpu", native.rank_k_update_cpu, _cpu_declines))
-register(Implementation(OP, "cuda", native.rank_k_update_cuda, _cuda_declines))
+register(Implementation(OP, "cpu", native.cpu.rank_k_update_, _cpu_declines))
+register(Implementation(OP, "cuda", native.cuda.rank_k_update_, _cuda_declines))
 register(Implementation(OP, "triton", triton.lazy("rank_k_update", OP), _triton_declines))

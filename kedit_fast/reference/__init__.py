@@ -1,1 +1,1 @@
-"""Plain torch, one file an op: the oracle (in float64) and the `torch` backend. Imports torch alone."""
+"""Plain torch, one file per op: the oracle of the tests (in float64) and the `torch` backend."""

@@ -2,14 +2,15 @@
 
 With z, r the (capped) logits of `hidden` and `hidden_ref` and D = z - r: KL = E_p[D] - lse(z) + lse(r), and its
 gradient with respect to a row of H is sum_v p_v (D_v - E_p[D]) cap'(z_v) E_v. The sums run over chunks of logits that
-are computed once; D is counted from its level in the first chunk, so that what the two have in common does not cancel.
+are computed once; D is taken relative to its level in the first chunk, so that a large common offset does
+not cancel digits.
 """
 
 from __future__ import annotations
 
 import torch
 
-from kedit_fast.reference.target_log_probs import OnlineSum, cap_slope, capped, default_chunk
+from kedit_fast.reference._lm_head import OnlineSum, cap_slope, capped, default_chunk
 from kedit_fast.support.dtypes import accumulation_dtype
 
 
@@ -24,7 +25,7 @@ def distribution_kl(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return KL(p || p_ref) [rows] and d KL / d hidden from hidden, hidden_ref [rows, h] and head [V, h].
 
-    The gradient is [rows, h], or [0, h] when it is not asked for.
+    The gradient is [rows, h], or [0, h] where `gradient` is false.
     """
     rows, width = hidden.shape
     states, step = torch.cat([hidden, hidden_ref]).to(accumulation_dtype(hidden)), chunk or default_chunk(hidden)

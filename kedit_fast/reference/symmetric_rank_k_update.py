@@ -17,13 +17,13 @@ def symmetric_rank_k_update_(
 ) -> None:
     """Add alpha x^T diag(row_weights * mask) x, [d, d], to the lower triangle of `acc`.
 
-    Rows that the mask or a zero weight leaves out do not count, whatever they hold. Products and the sums over a chunk
-    of rows are in fp32 (fp64 for fp64 rows); chunks are added up in the dtype of `acc`. On CUDA 16-bit rows without
-    weights go to the matrix unit as they are, where torch has a product of them that is fp32.
+    Rows that the mask or a zero weight leaves out do not count, even if they hold NaN. Products and the sums over a
+    chunk of rows are in fp32 (fp64 for fp64 rows); chunks are added in the dtype of `acc`. On CUDA, where torch can
+    multiply 16-bit matrices into an fp32 one, 16-bit rows without weights are not widened first.
     """
     if row_weights is not None:
-        kept = row_weights != 0
-        mask = kept if mask is None else mask & kept
+        counting = row_weights != 0
+        mask = counting if mask is None else mask & counting
     if mask is not None:
         x = x[mask]
         row_weights = None if row_weights is None else row_weights[mask]
@@ -58,7 +58,7 @@ def _has_wide_product(x: torch.Tensor) -> bool:
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, depth: int = 256) -> torch.Tensor:
-    """left^T right in fp32 (fp64 for fp64 rows). The matrix unit cuts what it adds up: its sums are `depth` long."""
+    """left^T right in fp32 (fp64 for fp64 rows). The matrix unit truncates its sums, so they are only `depth` long."""
     if left.dtype not in (torch.bfloat16, torch.float16):
         return left.T @ right
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
@@ -68,7 +68,7 @@ def _product(left: torch.Tensor, right: torch.Tensor, depth: int = 256) -> torch
 
 
 def mirror_(acc: torch.Tensor, block: int = 512) -> None:
-    """Copy the lower triangle of `acc` [d, d] to its upper one, by blocks: no second matrix is made."""
+    """Copy the lower triangle of `acc` [d, d] to the upper one, by blocks, without a second matrix."""
     for i in range(0, acc.shape[0], block):
         end = min(i + block, acc.shape[0])
         acc[:i, i:end] = acc[i:end, :i].T

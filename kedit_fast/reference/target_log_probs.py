@@ -1,55 +1,16 @@
 """Reference of `target_log_probs`: log-softmax of a language-model head at target tokens, in vocabulary chunks.
 
 With z = cap tanh((H E^T + b) / cap) (no cap: z = H E^T + b), log p(t) = z_t - logsumexp(z), and its gradient with
-respect to a row of H is cap'(z_t) E_t - sum_v p_v cap'(z_v) E_v. Both sums over v run together, rescaled whenever a
-higher logit turns up, so that each chunk of logits is computed once: two matrix products in all, as autograd needs.
+respect to a row of H is cap'(z_t) E_t - sum_v p_v cap'(z_v) E_v. Both sums over v run together and are rescaled
+whenever a higher logit turns up, so that each chunk of logits is computed once: two matrix products, as in autograd.
 """
 
 from __future__ import annotations
 
 import torch
 
+from kedit_fast.reference._lm_head import OnlineSum, cap_slope, capped, default_chunk
 from kedit_fast.support.dtypes import accumulation_dtype
-
-
-def default_chunk(tensor: torch.Tensor) -> int:
-    """Vocabulary entries whose logits exist at once: few enough for a CPU's cache, enough to fill a GPU."""
-    return 8192 if tensor.device.type == "cpu" else 16384
-
-
-def capped(logits: torch.Tensor, bias: torch.Tensor | None, softcap: float) -> torch.Tensor:
-    """Logits with the part of the bias that is theirs and the soft-cap; `logits` is overwritten."""
-    if bias is not None:
-        logits += bias.to(logits.dtype)
-    if softcap > 0:
-        logits.div_(softcap).tanh_().mul_(softcap)
-    return logits
-
-
-def cap_slope(logits: torch.Tensor, softcap: float) -> torch.Tensor | float:
-    """d capped / d raw logit, from the capped logits."""
-    return 1 - (logits / softcap) ** 2 if softcap > 0 else 1.0
-
-
-class OnlineSum:
-    """logsumexp of chunks of logits [rows, c] that come one after another."""
-
-    def __init__(self, rows: int, like: torch.Tensor):
-        self.peak = torch.full((rows,), -torch.inf, dtype=accumulation_dtype(like), device=like.device)
-        self.sum = torch.zeros_like(self.peak)
-
-    def add(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """exp(logits - peak) [rows, c], and what earlier sums are to be multiplied by [rows]."""
-        peak = torch.maximum(self.peak, logits.amax(dim=1))
-        floor = torch.where(peak == -torch.inf, 0.0, peak)  # nothing but -inf so far: exp(-inf - 0), not NaN
-        fade, weights = torch.exp(self.peak - floor), torch.exp(logits - floor[:, None])
-        self.sum = self.sum * fade + weights.sum(dim=1)
-        self.peak = peak
-        return weights, fade
-
-    def log(self) -> torch.Tensor:
-        """The logsumexp [rows] of what was added."""
-        return self.peak + self.sum.log()
 
 
 def target_log_probs(
@@ -63,7 +24,7 @@ def target_log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return log p(targets), the top-1 id and its log p, each [rows], and d log p / d hidden from hidden [rows, h].
 
-    The gradient is [rows, h], or [0, h] when it is not asked for.
+    The gradient is [rows, h], or [0, h] where `gradient` is false.
     """
     rows, width = hidden.shape
     states, step = hidden.to(accumulation_dtype(hidden)), chunk or default_chunk(hidden)
@@ -77,8 +38,8 @@ def target_log_probs(
         inside = (targets >= begin) & (targets < begin + part.shape[0])
         index = torch.where(inside, targets - begin, 0)[:, None]
         at_target = torch.where(inside, logits.gather(1, index)[:, 0], at_target)
-        value, where = logits.max(dim=1)
-        best_id = torch.where(value > total.peak, where + begin, best_id)
+        value, place = logits.max(dim=1)
+        best_id = torch.where(value > total.peak, place + begin, best_id)
         weights, fade = total.add(logits)
         if gradient:
             expected = torch.addmm(expected * fade[:, None], weights * cap_slope(logits, softcap), part)

@@ -9,9 +9,8 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.ops import mirror_, symmetric_rank_k_update_
-from kedit_fast.ops.arguments import describe, require
 from kedit_fast.support import process_group
-from kedit_fast.support.dtypes import accumulation_dtype
+from kedit_fast.support.dtypes import accumulation_dtype, describe_tensor
 from kedit_fast.support.torch_state import plain_torch
 
 
@@ -131,7 +130,8 @@ def second_moment(
         raise InvalidArgumentError("weights and mask are of a single matrix of rows")
     total: SecondMomentAccumulator | None = None
     for part in rows if several else (rows,):
-        require(part.ndim == 2, lambda part=part: f"rows must be [n, d]; got {describe(part)}")
+        if part.ndim != 2:
+            raise InvalidArgumentError(f"rows must be [n, d]; got {describe_tensor(part)}")
         if total is None:
             total = SecondMomentAccumulator("rows", part.shape[1], part.device)
         total.update(part, mask, weights)

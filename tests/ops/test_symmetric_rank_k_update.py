@@ -5,7 +5,7 @@ import torch
 from floors import SYMMETRIC, relative_error
 
 from kedit_fast import mirror_, symmetric_rank_k_update_
-from kedit_fast.kernels import native
+from kedit_fast.kernels.native import cpu as native_cpu
 from kedit_fast.reference import symmetric_rank_k_update as reference
 
 DTYPES = tuple(SYMMETRIC)
@@ -117,7 +117,7 @@ def test_mirror_fills_the_upper_triangle():
 
 
 def test_a_forced_isa_is_used(isa):
-    assert native.cpu().isa() == isa
+    assert native_cpu.module().isa() == isa
 
 
 def test_scratch_memory_can_be_released(cpu_module):

@@ -24,7 +24,7 @@ from kedit_fast.editing.values.loop import find_values
 from kedit_fast.editing.values.store import open_values
 from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.evaluation.metrics import evaluate_each, mean_nll
-from kedit_fast.kernels import native
+from kedit_fast.kernels.native import cpu as native_cpu
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.models.forward import Site
 from kedit_fast.models.loading import load_model, save_model
@@ -304,7 +304,7 @@ def framework():
         vars(model).pop("_kedit_fast_run", None)
 
 
-BACKENDS = ("torch", *(("cpu",) if not native.probe_cpu().reason else ()), "triton")
+BACKENDS = ("torch", *(("cpu",) if not native_cpu.probe().reason else ()), "triton")
 PATHS = {
     **{f"ops on {backend}": ops(backend) for backend in BACKENDS}, "solves": solves, "optimize_values": descent,
     **{method: edit(method) for method in METHODS}, "passes": passes, "measures": measures,
