@@ -49,6 +49,7 @@ from kedit_fast import Editor, NullSpace, collect_statistics, demo
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.loop import find_values
 from kedit_fast.integrations import alphaedit
+from kedit_fast.integrations.sessions import detach_session
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.models.forward import Site
 from kedit_fast.models.view import ModelView
@@ -455,7 +456,7 @@ def alphaedit_rows(on: Subject, root: Path, runs: int) -> tuple[list[Row], str]:
         return caches[-1]
 
     def ours() -> None:
-        vars(on.model).pop("_kedit_fast_run", None)  # a first batch each time
+        detach_session(on.model)  # a first batch each time
         with fixed_prefixes(on.prefixes):
             alphaedit.apply_AlphaEdit_to_model(
                 on.model, on.tokenizer, records, {"on_predicted": "allow"}, cache_c=fresh(), P=P

@@ -466,10 +466,10 @@ def _overrides(hparams: Path | None, set_: list[str] | None, layers: str | None,
 
 def _sample(hparams: Path | None) -> dict[str, Any]:
     """Which of several npz files of a layer a framework's file asks for."""
-    from kedit_fast.integrations.framework_statistics import asked_of
+    from kedit_fast.integrations.framework_statistics import requested_sample
     from kedit_fast.methods.hparams import read_raw
 
-    samples, precision = asked_of(read_raw(hparams)) if hparams is not None else (None, None)
+    samples, precision = requested_sample(read_raw(hparams)) if hparams is not None else (None, None)
     return {"samples": samples, "precision": precision}
 
 

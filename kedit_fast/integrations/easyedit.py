@@ -4,16 +4,24 @@
     easyedit.install()                      # before BaseEditor.from_hparams
     editor = BaseEditor.from_hparams(MEMITHyperParams.from_hparams("hparams/MEMIT/llama-7b"))
 
-What is other than in EasyEdit: ROME and R-ROME write every request of a batch, one after another; UltraEdit takes the
-whole batch, whatever `batch_size`, and other rows and labels (`ultraedit_rows="easyedit"` takes EasyEdit's, see
-`easyedit_rows`); a space stands before targets where the text asks for one, also for PMET (`target_separator=" "` puts
-one before all, as EasyEdit does, but for its PMET on most models); PMET finds its positions whatever the padding;
-AlphaEdit's keys belong to the model (and go with it) instead of the process, and are forgotten when weights are
-restored; a failed batch leaves the model as it was; a model is edited in the dtype it has, and `half: true` is named
-where it is another. Statistics are read from `stats_dir` and AlphaEdit's projector from `P_loc`; statistics that are
-not there are computed where a text is configured (`framework_statistics`), once. Five methods that EasyEdit does not
-have come with it: MEMIT-Seq, MEMIT-Merge, ENCORE, RECT, and PRUNE, which restrains the total after every call.
-`install()` also lets its BatchEditor and its `HyperParams.from_hparams` (and that of MEMITHyperParams) take those five.
+How these differ from EasyEdit's own:
+
+- ROME and R-ROME write every request of a batch, one after another.
+- UltraEdit takes the whole batch, whatever `batch_size`, with rows and labels of its own; `ultraedit_rows="easyedit"`
+  takes EasyEdit's (see `easyedit_rows`).
+- A space stands before targets where the text asks for one, also for PMET. `target_separator=" "` puts one before all,
+  as EasyEdit does (except in its PMET on most models).
+- PMET finds its positions whatever the padding.
+- AlphaEdit's keys belong to the model instead of the process, and are forgotten when weights are restored.
+- A failed batch leaves the model as it was.
+- A model is edited in the dtype it has; a warning says so where the file has `half: true` and the model is not.
+
+Statistics are read from `stats_dir` and AlphaEdit's projector from `P_loc`. Missing statistics are computed once, where
+a text is configured (`framework_statistics`).
+
+Five methods that EasyEdit does not have are added: MEMIT-Seq, MEMIT-Merge, ENCORE, RECT, and PRUNE, which restrains the
+total after every call. `install()` makes EasyEdit's BatchEditor, `HyperParams.from_hparams` and
+`MEMITHyperParams.from_hparams` accept them.
 """
 
 from __future__ import annotations
@@ -21,80 +29,52 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kedit_fast.errors import MethodError
-from kedit_fast.integrations import sessions
 from kedit_fast.integrations.framework_statistics import Text
+from kedit_fast.integrations.options import OUR_HPARAMS, Options, UltraEditRows
+from kedit_fast.integrations.signatures import Applied, easyedit_function
 from kedit_fast.methods.hparams import parse_values, read_raw
 
-Applied = tuple[torch.nn.Module, dict[str, torch.Tensor]]
+ADDED = {
+    "MEMIT-Seq": "memit-sequential",
+    "MEMIT-Merge": "memit-merge",
+    "ENCORE": "encore",
+    "RECT": "rect",
+    "PRUNE": "prune",
+}
+"""Methods that EasyEdit does not have, by their names in its table; with our names."""
+_METHODS = {
+    "ROME": "rome",
+    "R-ROME": "r-rome",
+    "MEMIT": "memit",
+    "PMET": "pmet",
+    "EMMET": "emmet",
+    "AlphaEdit": "alphaedit",
+    "ULTRAEDIT": "ultraedit",
+    **ADDED,
+}
+SUFFIXES = (".yaml", ".yml", ".json")
 
+apply_rome_to_model = easyedit_function("rome", "apply_rome_to_model")
+apply_r_rome_to_model = easyedit_function("r-rome", "apply_r_rome_to_model")
+apply_memit_to_model = easyedit_function("memit", "apply_memit_to_model")
+apply_pmet_to_model = easyedit_function("pmet", "apply_pmet_to_model")
+apply_emmet_to_model = easyedit_function("emmet", "apply_emmet_to_model")
+apply_AlphaEdit_to_model = easyedit_function("alphaedit", "apply_AlphaEdit_to_model")
+apply_ultraedit_to_model = easyedit_function("ultraedit", "apply_ultraedit_to_model")
+apply_memit_seq_to_model = easyedit_function("memit-sequential", "apply_memit_seq_to_model")
+apply_memit_merge_to_model = easyedit_function("memit-merge", "apply_memit_merge_to_model")
+apply_encore_to_model = easyedit_function("encore", "apply_encore_to_model")
+apply_rect_to_model = easyedit_function("rect", "apply_rect_to_model")
+apply_prune_to_model = easyedit_function("prune", "apply_prune_to_model")
 
-def _function(method: str, name: str, defaults: sessions.Options | None = None) -> Callable[..., Applied]:
-    def apply(
-        model: torch.nn.Module,
-        tok: Any,
-        requests: Sequence[Mapping[str, Any]],
-        hparams: Any,
-        copy: bool = False,
-        return_orig_weights: bool = False,
-        cache_template: str | None = None,
-        keep_original_weight: bool = False,
-        **kwargs: Any,
-    ) -> Applied:
-        options = sessions.Options(**{name: kwargs.get(name) for name in sessions.OURS}, defaults=defaults)
-        model, before, _ = sessions.apply(
-            method, model, tok, requests, hparams, copy=copy, return_orig_weights=return_orig_weights,
-            cache_template=cache_template, statistics=kwargs.get("statistics"), reset=bool(kwargs.get("reset_cache")),
-            options=options,
-        )  # fmt: skip
-        return model, before
-
-    apply.__name__ = apply.__qualname__ = name
-    apply.__doc__ = f"""Write a batch with {method}; as EasyEdit's function of this name.
-
-    Args:
-        model: edited in place, unless `copy`.
-        tok: its tokenizer.
-        requests: with prompt (with {{}} or the subject in it), subject, target_new (a text or {{"str": text}}).
-        hparams: an object of EasyEdit's class, a mapping, or the path of one of its yaml files.
-        copy: edit a deep copy.
-        return_orig_weights: return what the parameters were.
-        cache_template: of memit's npz files of values, with three {{}}; requests then need a case_id.
-        keep_original_weight: has no meaning here; copies come back where `return_orig_weights` asks for them.
-        **kwargs: `statistics` of kedit_fast, instead of those in `stats_dir`; `statistics_text`, `ultraedit_rows` and
-            `target_separator`, see `install`; `reset_cache`, to forget earlier batches; anything else that EasyEdit
-            passes is not looked at.
-
-    Returns:
-        the model, and parameter name -> what it was before this call, as it is stored.
-
-    Raises:
-        KeditError: the model is as it was before the call.
-    """
-    return apply
-
-
-apply_rome_to_model = _function("rome", "apply_rome_to_model")
-apply_r_rome_to_model = _function("r-rome", "apply_r_rome_to_model")
-apply_memit_to_model = _function("memit", "apply_memit_to_model")
-apply_pmet_to_model = _function("pmet", "apply_pmet_to_model")
-apply_emmet_to_model = _function("emmet", "apply_emmet_to_model")
-apply_AlphaEdit_to_model = _function("alphaedit", "apply_AlphaEdit_to_model")
-apply_ultraedit_to_model = _function("ultraedit", "apply_ultraedit_to_model")
-# Methods that EasyEdit does not have.
-apply_memit_seq_to_model = _function("memit-sequential", "apply_memit_seq_to_model")
-apply_memit_merge_to_model = _function("memit-merge", "apply_memit_merge_to_model")
-apply_encore_to_model = _function("encore", "apply_encore_to_model")
-apply_rect_to_model = _function("rect", "apply_rect_to_model")
-apply_prune_to_model = _function("prune", "apply_prune_to_model")
-
-ALGORITHMS: dict[str, Callable[..., Applied]] = {  # by the names of EasyEdit's table
+ALGORITHMS: dict[str, Callable[..., Applied]] = {
     "ROME": apply_rome_to_model,
     "R-ROME": apply_r_rome_to_model,
     "MEMIT": apply_memit_to_model,
@@ -108,94 +88,95 @@ ALGORITHMS: dict[str, Callable[..., Applied]] = {  # by the names of EasyEdit's 
     "RECT": apply_rect_to_model,
     "PRUNE": apply_prune_to_model,
 }
-ADDED = {  # what EasyEdit does not have -> our name of it
-    "MEMIT-Seq": "memit-sequential", "MEMIT-Merge": "memit-merge", "ENCORE": "encore", "RECT": "rect", "PRUNE": "prune",
-}  # fmt: skip
-SUFFIXES = (".yaml", ".yml", ".json")
-_METHODS = {
-    "ROME": "rome", "R-ROME": "r-rome", "MEMIT": "memit", "PMET": "pmet", "EMMET": "emmet", "AlphaEdit": "alphaedit",
-    "ULTRAEDIT": "ultraedit", **ADDED,
-}  # fmt: skip
+"""By the names of EasyEdit's table."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Installed:
-    """A table that ours were put into, how it is put back, and what was asked for."""
+class _Installation:
+    """A table that our functions were put into."""
 
     table: MutableMapping[str, Any]
     undo: list[Callable[[], None]]
-    defaults: sessions.Options
+    """Steps that restore the table, to be run from the last to the first."""
+    defaults: Options
+    """What it was installed with."""
 
 
-_installed: list[_Installed] = []
+_installations: list[_Installation] = []
 
 
 def install(
     table: MutableMapping[str, Any] | None = None,
     *,
     statistics_text: Text | None = None,
-    ultraedit_rows: str | None = None,
+    ultraedit_rows: UltraEditRows | None = None,
     target_separator: str | None = None,
 ) -> None:
-    """Put our functions into EasyEdit's table; editors made from then on use them. Again with the same is nothing.
+    """Put our functions into EasyEdit's table; editors that are made afterwards use them.
 
-    With EasyEdit's own table the five added methods are made known beside it: BatchEditor takes them, and
-    `HyperParams.from_hparams` and `MEMITHyperParams.from_hparams` read a yaml whose alg_name is one of them.
+    With EasyEdit's own table, BatchEditor accepts the five added methods, too, and `HyperParams.from_hparams` and
+    `MEMITHyperParams.from_hparams` read a yaml whose alg_name is one of them. A second call with the same options does
+    nothing.
 
     Args:
         table: None for `easyeditor.util.alg_dict.ALG_DICT`.
-        statistics_text: a file, a `datasets:` name or documents, from which statistics are computed that `stats_dir`
-            does not have; they are kept there.
+        statistics_text: a file, a `datasets:` name or documents. Statistics that `stats_dir` does not have are computed
+            from it and stored there.
         ultraedit_rows: "easyedit" for the labels and tokens of EasyEdit's own UltraEdit (see `easyedit_rows`), "own"
             for ours.
-        target_separator: between prompts and targets: " " as EasyEdit's code and metrics have it, "" or "auto" (None):
-            decided from the text. Hyper-parameters of these three names, and arguments of a call, come before.
+        target_separator: between prompts and targets: " " as EasyEdit's code and metrics have it, "" for nothing, or
+            "auto" (None): decided from the text.
+
+    An argument of a call, or a hyper-parameter of the same name, overrides each of the last three.
 
     Raises:
-        MethodError: an unknown `ultraedit_rows` or `target_separator`, an EasyEdit whose parts have other names, or
-            other options than those that are installed; nothing is changed.
+        MethodError: an unknown `ultraedit_rows` or `target_separator`, an EasyEdit whose parts have other names, or an
+            earlier call with other options; nothing is changed.
     """
-    defaults = sessions.Options(statistics_text, ultraedit_rows, target_separator).with_hparams({})
-    table = _part("util.alg_dict", "ALG_DICT") if table is None else table
-    whole = table is getattr(sys.modules.get("easyeditor.util.alg_dict"), "ALG_DICT", None)
-    for place in _installed:
-        if place.table is table:
-            if place.defaults.key() != defaults.key() and place.defaults != defaults:
-                now, then = _said(place.defaults), _said(defaults)
-                raise MethodError(f"installed already with {now}: uninstall() first, to install with {then}")
+    defaults = Options(statistics_text, ultraedit_rows, target_separator).with_hparams({})
+    algorithms: MutableMapping[str, Any] = _part("util.alg_dict", "ALG_DICT") if table is None else table
+    is_easyedits = algorithms is getattr(sys.modules.get("easyeditor.util.alg_dict"), "ALG_DICT", None)
+    for installation in _installations:
+        if installation.table is algorithms:
+            current = installation.defaults
+            if current.key() != defaults.key() and current != defaults:
+                raise MethodError(
+                    f"installed already with {_describe(current)}: uninstall() first, to install with "
+                    f"{_describe(defaults)}"
+                )
             return
     undo: list[Callable[[], None]] = []
     try:
-        _replace_items(table, _functions(defaults), undo)
-        if whole:
-            _let_batch(_part("editors.batch_editor", "BatchEditor"), undo)
+        _replace_items(algorithms, _functions(defaults), undo)
+        if is_easyedits:
+            _accept_batches(_part("editors.batch_editor", "BatchEditor"), undo)
             for module, name in (("util.hparams", "HyperParams"), ("models.memit", "MEMITHyperParams")):
-                _let_load(_part(module, name), undo)
+                _accept_files(_part(module, name), undo)
     except BaseException:
-        _put_back(undo)
+        _run_backwards(undo)
         raise
-    _installed.append(_Installed(table, undo, defaults))
+    _installations.append(_Installation(algorithms, undo, defaults))
 
 
 def uninstall(table: MutableMapping[str, Any] | None = None) -> None:
-    """Put back what `install` replaced. Again is nothing."""
+    """Restore what `install` replaced; does nothing where nothing is installed."""
     table = _part("util.alg_dict", "ALG_DICT") if table is None else table
-    for number, place in enumerate(_installed):
-        if place.table is table:
-            del _installed[number]
-            _put_back(place.undo)
+    for index, installation in enumerate(_installations):
+        if installation.table is table:
+            del _installations[index]
+            _run_backwards(installation.undo)
             return
 
 
 def load_hparams(path: str | Path) -> Any:
-    """The hyper-parameters of one of the added methods from a yaml in EasyEdit's layout, as its editors take them.
+    """Read the hyper-parameters of one of the added methods from a yaml in EasyEdit's layout.
 
     Args:
-        path: with or without ".yaml"; its alg_name is one of ADDED.
+        path: with or without ".yaml"; its alg_name is one of `ADDED`.
 
     Returns:
-        an object of a class made for the file, below EasyEdit's HyperParams; max_length, batch_size, model_parallel and
-        device are filled in where the file has none, as EasyEdit's classes do.
+        an object that EasyEdit's editors take: of a class derived from its HyperParams and made for the file. Where the
+        file has no max_length, batch_size, model_parallel or device, they have the defaults of EasyEdit's classes.
 
     Raises:
         MethodError: a file that cannot be read, an unknown or unusable name or value, another alg_name, no model_name.
@@ -207,41 +188,42 @@ def load_hparams(path: str | Path) -> Any:
         raise MethodError(f"{path}: alg_name = {name!r} is not one of {', '.join(ADDED)}")
     if not raw.get("model_name"):
         raise MethodError(f"{path} has no model_name, which EasyEdit's editors load")
-    theirs = {key: value for key, value in raw.items() if key not in sessions.OURS}
-    filled = {"max_length": 40, "batch_size": 1, "model_parallel": False,
-              "device": 0 if torch.cuda.is_available() else "cpu"}  # fmt: skip
-    values = {**filled, **raw, **parse_values(theirs, str(path), foreign=True)}
+    theirs = {key: value for key, value in raw.items() if key not in OUR_HPARAMS}
+    device = 0 if torch.cuda.is_available() else "cpu"
+    defaults = {"max_length": 40, "batch_size": 1, "model_parallel": False, "device": device}
+    values = {**defaults, **raw, **parse_values(theirs, str(path), foreign=True)}
     base = _part("util.hparams", "HyperParams")
-    kind = dataclasses.make_dataclass(f"{name.replace('-', '')}HyperParams", list(values), bases=(base,))
-    return kind(**values)
+    hparams_class = dataclasses.make_dataclass(f"{name.replace('-', '')}HyperParams", list(values), bases=(base,))
+    return hparams_class(**values)
 
 
-def _said(options: sessions.Options) -> str:
+def _describe(options: Options) -> str:
     """The options that were given, for messages."""
-    given = {name: getattr(options, name) for name in sessions.OURS if getattr(options, name) is not None}
-    return ", ".join(f"{name} = {str(value)[:60]!r}" for name, value in given.items()) or "no options"
+    return ", ".join(f"{name} = {str(value)[:60]!r}" for name, value in options.given().items()) or "no options"
 
 
-def _functions(defaults: sessions.Options) -> dict[str, Callable[..., Applied]]:
-    if defaults == sessions.Options():
+def _functions(defaults: Options) -> dict[str, Callable[..., Applied]]:
+    if defaults == Options():
         return ALGORITHMS
-    return {name: _function(_METHODS[name], apply.__name__, defaults) for name, apply in ALGORITHMS.items()}
+    return {
+        name: easyedit_function(_METHODS[name], function.__name__, defaults) for name, function in ALGORITHMS.items()
+    }
 
 
 def _replace_items(table: MutableMapping[str, Any], items: Mapping[str, Any], undo: list[Callable[[], None]]) -> None:
-    held = {name: table[name] for name in items if name in table}
+    replaced = {name: table[name] for name in items if name in table}
 
-    def back() -> None:
+    def restore() -> None:
         for name in items:
             table.pop(name, None)
-        table.update(held)
+        table.update(replaced)
 
-    undo.append(back)
+    undo.append(restore)
     table.update(items)
 
 
-def _let_batch(editor: Any, undo: list[Callable[[], None]]) -> None:
-    """BatchEditor says of the added methods, too, that they can be batch-edited."""
+def _accept_batches(editor: Any, undo: list[Callable[[], None]]) -> None:
+    """Make BatchEditor take the added methods for methods that edit in batches."""
     known = editor.is_batchable_method
 
     def is_batchable_method(alg_name: str) -> bool:
@@ -250,9 +232,9 @@ def _let_batch(editor: Any, undo: list[Callable[[], None]]) -> None:
     _replace_attribute(editor, "is_batchable_method", staticmethod(is_batchable_method), undo)
 
 
-def _let_load(kind: Any, undo: list[Callable[[], None]]) -> None:
-    """`from_hparams` of a class reads the yaml of an added method; other files as before, where it could."""
-    before = vars(kind).get("from_hparams")
+def _accept_files(hparams_class: Any, undo: list[Callable[[], None]]) -> None:
+    """Make `from_hparams` of a class read the yaml of an added method; other files are read as before."""
+    before = vars(hparams_class).get("from_hparams")
 
     def from_hparams(cls: Any, hparams_name_or_path: str) -> Any:
         path = str(hparams_name_or_path)
@@ -261,23 +243,23 @@ def _let_load(kind: Any, undo: list[Callable[[], None]]) -> None:
             return load_hparams(path)
         return before.__get__(None, cls)(hparams_name_or_path)
 
-    _replace_attribute(kind, "from_hparams", classmethod(from_hparams), undo)
+    _replace_attribute(hparams_class, "from_hparams", classmethod(from_hparams), undo)
 
 
 def _replace_attribute(owner: Any, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
     missing = object()
-    held = vars(owner).get(name, missing)
-    undo.append(lambda: delattr(owner, name) if held is missing else setattr(owner, name, held))
+    replaced = vars(owner).get(name, missing)
+    undo.append(lambda: delattr(owner, name) if replaced is missing else setattr(owner, name, replaced))
     setattr(owner, name, value)
 
 
-def _put_back(undo: list[Callable[[], None]]) -> None:
+def _run_backwards(undo: list[Callable[[], None]]) -> None:
     for step in reversed(undo):
         step()
 
 
 def _part(module: str, name: str) -> Any:
-    """A part of EasyEdit; raises MethodError where this EasyEdit has it not."""
+    """An object of EasyEdit; raises MethodError where this EasyEdit does not have it."""
     try:
         return getattr(importlib.import_module(f"easyeditor.{module}"), name)
     except (ModuleNotFoundError, AttributeError) as error:

@@ -1,9 +1,11 @@
-"""What the three integrations share: an editor that lives on the model between calls, and where files are found.
+"""What the three integrations share: an editor that lives on the model between calls.
 
-Frameworks call one function a batch, restore weights themselves or do not, and expect methods with a memory to go on.
-So the editor of the last call stays with the model (and goes with it; a deep copy starts anew) together with hashes of
-the edited matrices after each batch. A call that finds the matrices as the last one left them goes on; one that finds
-them as they were some batches ago has those batches forgotten; anything else starts a new editor.
+A framework calls one function per batch, may or may not restore weights itself, and expects a method with a memory to
+continue. So the editor of the last call stays attached to the model, together with hashes of the edited matrices after
+each batch. It goes when the model goes; a deep copy of the model starts without one.
+
+The next call compares hashes. If the matrices are as the last batch left them, it continues. If they are as some
+earlier batch left them, the batches after that one are forgotten first. Anything else starts a new editor.
 """
 
 from __future__ import annotations
@@ -11,22 +13,22 @@ from __future__ import annotations
 import copy as copying
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kedit_fast.editing.editor import Editor, EditResult
-from kedit_fast.errors import MethodError, RequestError
+from kedit_fast.errors import MethodError
 from kedit_fast.integrations import easyedit_rows
-from kedit_fast.integrations.framework_statistics import Text, framework_statistics
+from kedit_fast.integrations.framework_statistics import framework_statistics
+from kedit_fast.integrations.options import OUR_HPARAMS, Options
 from kedit_fast.methods.hparams import Hparams, make_hparams, parse_values, read_raw, unused
-from kedit_fast.methods.recipes import find_recipe
+from kedit_fast.methods.recipes import Recipe, find_recipe
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.spacing import AUTO, check_separator
+from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.alphaedit_projector import load_projector
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
@@ -34,301 +36,276 @@ from kedit_fast.support.matrix_bits import edit_fingerprint
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
-_PLACE = "_kedit_fast_run"  # attribute of a model
-OURS = ("statistics_text", "ultraedit_rows", "target_separator")  # hyper-parameters that no framework has
-_THEIRS = ("mom2_update_weight",)  # of the frameworks' files, also for methods that do not use it
+_ATTRIBUTE = "_kedit_fast_run"  # of a model
+_ACCEPTED_UNUSED = ("mom2_update_weight",)  # the frameworks' files have it for methods that do not read it, too
 _HALF = (torch.float16, torch.bfloat16)
+NullSpaces = Mapping[int, NullSpace]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the frameworks' files have no name for: of a call; below it hyper-parameters; below them `defaults`."""
+class Call:
+    """The arguments that every framework's function has; what only some have is passed beside it."""
 
-    statistics_text: Text | None = None  # computed from where no statistics are found; see framework_statistics
-    ultraedit_rows: str | None = None  # "easyedit": the labels and tokens of EasyEdit's UltraEdit; None or "own": ours
-    target_separator: str | None = None  # as of Editor; None or "auto": decided from the text
-    whole_name: bool = False  # how the framework names a folder of statistics
-    defaults: Options | None = None
-
-    def key(self) -> tuple:
-        """By which the same options are known again; texts that are no path by their object."""
-        text = self.statistics_text
-        named = text is None or isinstance(text, str | os.PathLike)
-        separator = AUTO if self.target_separator is None else self.target_separator
-        return str(text) if named else id(text), self.ultraedit_rows or "own", separator, self.whole_name
-
-    def with_hparams(self, raw: Mapping[str, Any]) -> Options:
-        """What holds, with what hyper-parameters say.
-
-        Raises:
-            MethodError: an unknown `ultraedit_rows` or `target_separator`.
-        """
-        found: dict[str, Any] = {}
-        for name in OURS:
-            choices = (getattr(self, name), raw.get(name), getattr(self.defaults, name, None))
-            found[name] = next((choice for choice in choices if choice is not None), None)
-        if found["ultraedit_rows"] not in (None, "own", "easyedit"):
-            raise MethodError(f"ultraedit_rows = {found['ultraedit_rows']!r}: choose own or easyedit")
-        try:
-            check_separator(AUTO if found["target_separator"] is None else found["target_separator"])
-        except RequestError as error:
-            raise MethodError(str(error)) from None
-        return Options(**found, whole_name=self.whole_name)
+    method: str
+    model: torch.nn.Module
+    tokenizer: Any
+    requests: Sequence[Mapping[str, Any]]
+    hparams: Any
+    """An object of the framework's class, a mapping, or the path of a file."""
+    cache_template: str | None = None
+    """Of npz files of values, with three {}: layer, clamp_norm_factor, case_id."""
+    statistics: Statistics | None = None
+    stats_dir: str | None = None
+    options: Options = field(default_factory=Options)
 
 
-class _Kept:
-    """What hangs on a model: not copied with it, and not pickled."""
+class _SessionHolder:
+    """What is attached to a model: neither copied nor pickled with it."""
 
-    def __init__(self, run: Run | None = None):
-        self.run = run
+    def __init__(self, session: Session | None = None):
+        self.session = session
 
-    def __deepcopy__(self, memo: Any) -> _Kept:
-        return _Kept()
+    def __deepcopy__(self, memo: Any) -> _SessionHolder:
+        return _SessionHolder()
 
     def __reduce__(self) -> tuple:
-        return _Kept, ()
+        return _SessionHolder, ()
+
+
+@dataclass(frozen=True)
+class _KnownState:
+    """The edited matrices at one time: as they were first, or after a batch."""
+
+    fingerprint: str
+    batches: int
+    """Batches in the editor's ledger then."""
 
 
 @dataclass
-class Run:
-    """An editor and the hashes of its matrices: before its first batch, and after each."""
+class Session:
+    """An editor, and the states its matrices have had."""
 
     key: tuple
+    """Equal for calls that can share an editor: same method, hyper-parameters, tokenizer, statistics and options."""
     editor: Editor
-    states: list[tuple[str, int]]  # with the number of batches in the ledger
-    state: tuple | None = None  # ids and versions of the tensors that the caller passes as state (AlphaEdit)
-    held: tuple = ()  # those tensors
+    states: list[_KnownState]
+    caller_state: tuple | None = None
+    """Identities and versions of the tensors that the caller passes as state (AlphaEdit's P and cache_c)."""
+    caller_tensors: tuple = ()
+    """Those tensors, referenced so that no other tensor gets their identity."""
 
-    def settled(self) -> bool:
-        """Whether the matrices are in a state this run knows; what was put back by somebody else is forgotten."""
+    def reconcile(self) -> bool:
+        """Forget batches that somebody else has undone; False when the matrices are in no state known here."""
         if not self.editor.in_place():
             return False
-        now = edit_fingerprint(list(self.editor.modules.values()))
-        known = [place for place, (state, _) in enumerate(self.states) if state == now]
-        if not known:
+        current = self._fingerprint()
+        matching = [place for place, state in enumerate(self.states) if state.fingerprint == current]
+        if not matching:
             return False
-        if known[-1] < len(self.states) - 1:
-            self.editor.rollback(len(self.editor.ledger.batches) - self.states[known[-1]][1], restored=True)
-            del self.states[known[-1] + 1 :]
-            self.state = None
+        last = matching[-1]
+        if last < len(self.states) - 1:
+            self.editor.rollback(len(self.editor.ledger.batches) - self.states[last].batches, restored=True)
+            del self.states[last + 1 :]
+            self.caller_state = None
         return True
 
-    def mark(self) -> None:
+    def record_state(self) -> None:
         """Remember the matrices as they are."""
-        self.states.append((edit_fingerprint(list(self.editor.modules.values())), len(self.editor.ledger.batches)))
+        self.states.append(_KnownState(self._fingerprint(), len(self.editor.ledger.batches)))
+
+    def undo_batch(self) -> None:
+        """Undo the last batch, and forget the state that it left."""
+        self.editor.rollback()
+        self.states.pop()
+
+    @plain_torch(leave_inference_mode=False)
+    def edit(self, requests: Sequence[Mapping[str, Any]]) -> EditResult:
+        """Write a batch, and remember the state it leaves."""
+        result = self.editor.edit([_record(request) for request in requests])
+        try:
+            self.editor.finish()  # PRUNE: after every call, since no call is known to be the last
+        except BaseException:
+            if result.batch:
+                self.editor.rollback()
+            raise
+        if result.batch:
+            self.record_state()
+        return result
+
+    def _fingerprint(self) -> str:
+        return edit_fingerprint(list(self.editor.modules.values()))
 
 
-def numbers_of(hparams: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def parse_hparams(hparams: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """A framework's hyper-parameters: the path of a file, a mapping, or an object of its class.
 
     Returns:
-        those of `Hparams`, and all of them as they stand, those that are ours alone (`OURS`) included.
+        those that `Hparams` has, checked; and all as they are given, ours alone (`OUR_HPARAMS`) included.
 
     Raises:
-        MethodError: by name, for what is unknown, of a wrong type or not implemented.
+        MethodError: a name that is unknown, or a value of a wrong type or not implemented; the message names it.
     """
     if isinstance(hparams, str | Path):
         raw = dict(read_raw(hparams))
     elif isinstance(hparams, Mapping):
         raw = dict(hparams)
-    elif is_dataclass(hparams):  # what scripts hang on such an object beside its fields is theirs, except our names
+    elif is_dataclass(hparams):  # attributes that scripts add beside its fields are ignored, except our names
         raw = {f.name: getattr(hparams, f.name) for f in fields(hparams)}
-        raw |= {name: getattr(hparams, name) for name in OURS if hasattr(hparams, name)}
+        raw |= {name: getattr(hparams, name) for name in OUR_HPARAMS if hasattr(hparams, name)}
     else:
         raw = dict(vars(hparams))
     origin = str(hparams) if isinstance(hparams, str | Path) else type(hparams).__name__
-    theirs = {name: value for name, value in raw.items() if name not in OURS}
-    return parse_values(theirs, origin, foreign=True), raw
+    return parse_values(_without_ours(raw), origin, foreign=True), raw
 
 
-def kept_by(model: torch.nn.Module) -> Run | None:
-    """The run that a model carries."""
-    kept = vars(model).get(_PLACE)
-    return kept.run if isinstance(kept, _Kept) else None
+def session_of(model: torch.nn.Module) -> Session | None:
+    """The session that is attached to a model."""
+    holder = vars(model).get(_ATTRIBUTE)
+    return holder.session if isinstance(holder, _SessionHolder) else None
+
+
+def detach_session(model: torch.nn.Module) -> None:
+    """Forget a model's session; its weights stay as they are."""
+    vars(model).pop(_ATTRIBUTE, None)
 
 
 @plain_torch(leave_inference_mode=False)
-def apply(
-    method: str,
-    model: torch.nn.Module,
-    tok: Any,
-    requests: Sequence[Mapping[str, Any]],
-    hparams: Any,
-    *,
-    copy: bool = False,
-    return_orig_weights: bool = False,
-    cache_template: str | None = None,
-    statistics: Statistics | None = None,
-    stats_dir: str | None = None,
-    reset: bool = False,
-    options: Options | None = None,
-) -> tuple[torch.nn.Module, dict[str, torch.Tensor], EditResult]:
-    """One batch, as the frameworks' functions write it; the edited model, the parameters it had, and the result."""
-    if copy:
-        model = copying.deepcopy(model)
-    run = run_of(method, model, tok, hparams, cache_template, statistics, stats_dir, reset=reset, options=options)
-    before = {}
-    if return_orig_weights:
-        before = {
-            f"{name}.weight": model.get_parameter(f"{name}.weight").detach().clone() for name in run.editor.modules
-        }
-    result = edit(run, requests)
-    return model, before, result
-
-
-def function(
-    method: str, name: str, whole_name: bool = False
-) -> Callable[..., tuple[torch.nn.Module, dict[str, torch.Tensor]]]:
-    """A function with the signature of the memit repository."""
-
-    def apply_to_model(
-        model: torch.nn.Module,
-        tok: Any,
-        requests: Sequence[Mapping[str, Any]],
-        hparams: Any,
-        copy: bool = False,
-        return_orig_weights: bool = False,
-        cache_template: str | None = None,
-        *,
-        statistics: Statistics | None = None,
-        stats_dir: str = "data/stats",
-        statistics_text: Text | None = None,
-        target_separator: str | None = None,
-    ) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-        return apply(
-            method, model, tok, requests, hparams, copy=copy, return_orig_weights=return_orig_weights,
-            cache_template=cache_template, statistics=statistics, stats_dir=stats_dir,
-            options=Options(statistics_text, target_separator=target_separator, whole_name=whole_name),
-        )[:2]  # fmt: skip
-
-    apply_to_model.__name__ = apply_to_model.__qualname__ = name
-    apply_to_model.__doc__ = f"""Write a batch with {method}.
-
-    Args:
-        model: edited in place, unless `copy`.
-        tok: its tokenizer.
-        requests: with prompt (one {{}}), subject, target_new {{"str": text}}, and case_id where `cache_template` is.
-        hparams: an object of the repository's class, a mapping, or the path of a json file.
-        copy: edit a deep copy.
-        return_orig_weights: return what the parameters were.
-        cache_template: of its npz files of values, with three {{}}. Not read and not written for ROME, whose files do
-            not say for which weights they hold.
-        statistics: instead of those in `stats_dir`.
-        stats_dir: its STATS_DIR.
-        statistics_text: a file, a `datasets:` name or documents, from which statistics that are not there are computed.
-        target_separator: between prompt and target: " " as there, "" or "auto" (None): decided from the text. Also a
-            hyper-parameter.
+def apply_batch(
+    call: Call, *, copy: bool = False, return_orig_weights: bool = False, reset: bool = False
+) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """Write one batch, as memit's and EasyEdit's functions do.
 
     Returns:
-        the model, and parameter name -> what it was before this call, as it is stored.
-
-    Raises:
-        KeditError: the model is as it was before the call.
+        the edited model, and parameter name -> what it was, where `return_orig_weights`.
     """
-    return apply_to_model
+    if copy:
+        call = replace(call, model=copying.deepcopy(call.model))
+    session = get_or_create_session(call, reset=reset)
+    originals = {}
+    if return_orig_weights:
+        names = [f"{module}.weight" for module in session.editor.modules]
+        originals = {name: call.model.get_parameter(name).detach().clone() for name in names}
+    session.edit(call.requests)
+    return call.model, originals
 
 
 @plain_torch(leave_inference_mode=False)
-def edit(run: Run, requests: Sequence[Mapping[str, Any]]) -> EditResult:
-    """Write a batch, and remember the state it leaves."""
-    result = run.editor.edit([_record(request) for request in requests])
-    try:
-        run.editor.finish()  # PRUNE: after every call, since no call is known to be the last
-    except BaseException:
-        if result.batch:
-            run.editor.rollback()
-        raise
-    if result.batch:
-        run.mark()
-    return result
-
-
-def _record(request: Mapping[str, Any]) -> dict[str, Any]:
-    """A framework's request as one of ours: its `case_id` names it."""
-    found = {n: request[n] for n in ("prompt", "subject", "target_new", "target_separator") if n in request}
-    return found | ({"id": request["case_id"]} if "case_id" in request else {})
-
-
-@plain_torch(leave_inference_mode=False)
-def run_of(
-    method: str,
-    model: torch.nn.Module,
-    tok: Any,
-    hparams: Any,
-    cache_template: str | None,
-    statistics: Statistics | None,
-    stats_dir: str | None,
-    null_spaces: Callable[[], Mapping[int, NullSpace]] | None = None,
+def get_or_create_session(
+    call: Call,
+    null_spaces: Callable[[], NullSpaces] | None = None,
+    *,
     reset: bool = False,
-    prefixes: Run | None = None,
-    options: Options | None = None,
-) -> Run:
-    """The run that a model carries, if it is of the same method and numbers and fits its matrices; else a new one.
+    prefixes_from: Session | None = None,
+) -> Session:
+    """The model's session, if it is of the same method and hyper-parameters and fits the matrices; else a new one.
 
-    A new one takes over the context prefixes of the one before (with `reset`, of `prefixes`): an edited model would
-    write other ones.
+    A new session takes over the context prefixes of the one before (with `reset`, of `prefixes_from`): an edited model
+    would generate different ones.
     """
-    numbers, raw = numbers_of(hparams)
-    recipe, options = find_recipe(method), (options or Options()).with_hparams(raw)
-    for name in unused(recipe, numbers):
-        if name in _THEIRS:
-            del numbers[name]
+    hparams, raw = parse_hparams(call.hparams)
+    recipe, options = find_recipe(call.method), call.options.with_hparams(raw)
+    for name in unused(recipe, hparams):
+        if name in _ACCEPTED_UNUSED:
+            del hparams[name]
     if not unused(recipe, ("on_predicted",)):
-        numbers.setdefault("on_predicted", "allow")  # as published
-    theirs = {name: value for name, value in raw.items() if name not in OURS}
-    key = (method, json.dumps(theirs, sort_keys=True, default=str), id(tok), str(cache_template), id(statistics),
-           str(stats_dir), null_spaces is None, options.key())  # fmt: skip
-    run = kept_by(model)
-    if run is not None and not reset and run.key == key:
-        if run.settled():
-            return run
-        _log.info("the matrices were changed by something else: %s starts anew", method)
-    chosen, _ = make_hparams(method, model.config, numbers)
-    check_modules(model, chosen, raw)
-    easyedit_rows_wanted = options.ultraedit_rows == "easyedit" and recipe.values == "gradients"
-    if easyedit_rows_wanted and options.target_separator == "":
+        hparams.setdefault("on_predicted", "allow")  # as published
+    key = _session_key(call, raw, null_spaces is None, options)
+    session = session_of(call.model)
+    if session is not None and not reset and session.key == key:
+        if session.reconcile():
+            return session
+        _log.info("the matrices were changed by something else: %s starts anew", call.method)
+    editor = _create_editor(call, recipe, hparams, raw, options, null_spaces, prefixes_from if reset else session)
+    session = Session(key, editor, [])
+    session.record_state()
+    object.__setattr__(call.model, _ATTRIBUTE, _SessionHolder(session))
+    return session
+
+
+def _session_key(call: Call, raw: Mapping[str, Any], from_statistics: bool, options: Options) -> tuple:
+    values = json.dumps(_without_ours(raw), sort_keys=True, default=str)
+    tokenizer, statistics = id(call.tokenizer), id(call.statistics)
+    template, folder = str(call.cache_template), str(call.stats_dir)
+    return call.method, values, tokenizer, template, statistics, folder, from_statistics, options.key()
+
+
+def _create_editor(
+    call: Call,
+    recipe: Recipe,
+    hparams: Mapping[str, Any],
+    raw: Mapping[str, Any],
+    options: Options,
+    null_spaces: Callable[[], NullSpaces] | None,
+    earlier: Session | None,
+) -> Editor:
+    """An editor with the statistics, null spaces and values that the hyper-parameters name."""
+    model, tokenizer = call.model, call.tokenizer
+    resolved, _ = make_hparams(call.method, model.config, hparams)
+    check_modules(model, resolved, raw)
+    with_easyedit_rows = options.ultraedit_rows == "easyedit" and recipe.values == "gradients"
+    if with_easyedit_rows and options.target_separator == "":
         raise MethodError(
             'ultraedit_rows = "easyedit" puts a space before every target: target_separator = "" needs "own"'
         )
-    one_value = recipe.schedule == "mass" and recipe.values == "block"
-    if cache_template is not None and "{}" in str(cache_template) and not one_value:
-        _log.warning("%s: the files of values that cache_template names are not used", recipe.name)
-        cache_template = None
-    _say_half(model, raw)
-    projector, spaces = raw.get("P_loc"), None if null_spaces is None else null_spaces()
-    if method == "alphaedit" and spaces is None and statistics is None and projector and Path(projector).exists():
-        spaces = load_projector(projector, chosen.layers, chosen.L2, trust=True)
-    if chosen.uses_statistics and spaces is None and statistics is None:
+    _warn_of_half(model, raw)
+    spaces, statistics = None if null_spaces is None else null_spaces(), call.statistics
+    reads_projector = recipe.preconditioner == "null_space" and spaces is None and statistics is None
+    if reads_projector and raw.get("P_loc") and Path(raw["P_loc"]).exists():
+        spaces = load_projector(raw["P_loc"], resolved.layers, resolved.L2, trust=True)
+    if resolved.uses_statistics and spaces is None and statistics is None:
         statistics = framework_statistics(
-            model, tok, chosen.layers, raw, stats_dir, options.statistics_text, options.whole_name
+            model, tokenizer, resolved.layers, raw, call.stats_dir, options.statistics_text, options.whole_name
         )
-    earlier = prefixes if reset else run
+    same_tokenizer = earlier is not None and earlier.editor.tokenizer is tokenizer
     editor = Editor(
-        model, tok, method, statistics=statistics, null_spaces=spaces, hparams=numbers, values=cache_template,
-        prefixes=None if earlier is None or earlier.key[2] != id(tok) else earlier.editor.prefixes,
+        model,
+        tokenizer,
+        call.method,
+        statistics=statistics,
+        null_spaces=spaces,
+        hparams=hparams,
+        values=_usable_template(call.cache_template, recipe),
+        prefixes=earlier.editor.prefixes if earlier is not None and same_tokenizer else None,
         target_separator=AUTO if options.target_separator is None else options.target_separator,
-    )  # fmt: skip
-    if easyedit_rows_wanted:
-        editor.gradients = easyedit_rows.gatherer(tok, raw)
-    run = Run(key, editor, [])
-    run.mark()
-    object.__setattr__(model, _PLACE, _Kept(run))
-    return run
+    )
+    if with_easyedit_rows:
+        editor.gradients = easyedit_rows.gatherer(tokenizer, raw)
+    return editor
 
 
-def _say_half(model: torch.nn.Module, raw: Mapping[str, Any]) -> None:
-    """Name a file's wish for a 16-bit model where the model is not one: a function edits what it is given."""
+def _usable_template(template: str | None, recipe: Recipe) -> str | None:
+    """`cache_template`, if the method's values are of the kind that memit's files hold."""
+    one_value = recipe.schedule == "mass" and recipe.values == "block"
+    if template is not None and "{}" in str(template) and not one_value:
+        _log.warning("%s: the files of values that cache_template names are not used", recipe.name)
+        return None
+    return template
+
+
+def _without_ours(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in raw.items() if name not in OUR_HPARAMS}
+
+
+def _record(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A framework's request as one of ours: its `case_id` is the id."""
+    names = ("prompt", "subject", "target_new", "target_separator")
+    record = {name: request[name] for name in names if name in request}
+    return record | ({"id": request["case_id"]} if "case_id" in request else {})
+
+
+def _warn_of_half(model: torch.nn.Module, raw: Mapping[str, Any]) -> None:
+    """Warn where a file asks for a 16-bit model and this one is not: a function edits the model that it is given."""
     dtype = next(model.parameters()).dtype
     for name in ("half", "fp16"):
         if raw.get(name) and dtype not in _HALF:
-            _log.warning("%s = true: the model is %s and is edited as it is; load it in float16 to follow", name,
-                         str(dtype).removeprefix("torch."))  # fmt: skip
+            shown = str(dtype).removeprefix("torch.")
+            _log.warning("%s = true: the model is %s and is edited as it is; load it in float16 to follow", name, shown)
 
 
-def check_modules(model: torch.nn.Module, chosen: Hparams, raw: Mapping[str, Any]) -> None:
-    """Raise MethodError when a file's `rewrite_module_tmp` is another module than the one edited here."""
+def check_modules(model: torch.nn.Module, hparams: Hparams, raw: Mapping[str, Any]) -> None:
+    """Raise MethodError when a file's `rewrite_module_tmp` is not the module that is edited here."""
     template, view = raw.get("rewrite_module_tmp"), ModelView(model)
-    for layer in chosen.layers:
+    for layer in hparams.layers:
         if template and template.format(layer) != view.module_name(layer):
             raise MethodError(
                 f"rewrite_module_tmp names {template.format(layer)}, of {view.spec.name} models "

@@ -100,8 +100,8 @@ def test_easyedits_editor_gets_each_edit_on_the_unedited_model(name, statistics)
     requests = [asked(request, number) for number, request in enumerate(REQUESTS)]
     seen = BaseEditor(table, hparams, model, tok).edit(requests, statistics=statistics)
     assert same(state(model), before)
-    prefixes = sessions.kept_by(model).editor.prefixes
-    numbers, _ = sessions.numbers_of(hparams)
+    prefixes = sessions.session_of(model).editor.prefixes
+    numbers, _ = sessions.parse_hparams(hparams)
     for request, found in zip(REQUESTS, seen, strict=True):
         other = make_model("llama")
         editor = Editor(
@@ -123,9 +123,9 @@ def test_sequential_editing_goes_on_from_the_keys_of_earlier_batches(statistics)
     model, tok, hparams = make_model("llama"), make_tokenizer(), hparams_of("AlphaEdit")
     requests = [asked(request, number) for number, request in enumerate(REQUESTS)]
     BaseEditor(easyedit.ALGORITHMS, hparams, model, tok).edit(requests, sequential_edit=True, statistics=statistics)
-    run = sessions.kept_by(model)
+    run = sessions.session_of(model)
     assert all(memory.count == 3 for memory in run.editor.solver_state.memories.values())
-    other, (numbers, _) = make_model("llama"), sessions.numbers_of(hparams)
+    other, (numbers, _) = make_model("llama"), sessions.parse_hparams(hparams)
     editor = Editor(
         other, tok, "alphaedit", statistics=statistics, hparams={**numbers, "on_predicted": "allow"},
         prefixes=run.editor.prefixes,
@@ -142,7 +142,7 @@ def test_a_change_by_somebody_else_starts_anew_and_reset_cache_too(statistics):
         easyedit.apply_AlphaEdit_to_model(
             model, tok, [asked(REQUESTS[number])], hparams, statistics=statistics, **kwargs
         )
-        return sessions.kept_by(model)
+        return sessions.session_of(model)
 
     first = call(0)
     assert call(1) is first and len(first.editor.ledger.batches) == 2
@@ -163,18 +163,18 @@ def test_a_copy_is_edited_and_neither_it_nor_a_file_carries_the_run(statistics):
         model, tok, [asked(REQUESTS[0])], hparams, copy=True, statistics=statistics
     )
     assert same(state(model), before) and not same(state(edited), before) and copies == {}
-    assert sessions.kept_by(model) is None and sessions.kept_by(edited) is not None
-    assert sessions.kept_by(copy.deepcopy(edited)) is None
+    assert sessions.session_of(model) is None and sessions.session_of(edited) is not None
+    assert sessions.session_of(copy.deepcopy(edited)) is None
     buffer = io.BytesIO()
     torch.save(edited, buffer)
     buffer.seek(0)
-    assert sessions.kept_by(torch.load(buffer, weights_only=False)) is None
+    assert sessions.session_of(torch.load(buffer, weights_only=False)) is None
 
 
 def test_a_model_that_is_gone_takes_its_run_along(statistics):
     model, tok = make_model("llama"), make_tokenizer()
     easyedit.apply_memit_to_model(model, tok, [asked(REQUESTS[0])], hparams_of("MEMIT"), statistics=statistics)
-    editor = weakref.ref(sessions.kept_by(model).editor)
+    editor = weakref.ref(sessions.session_of(model).editor)
     del model
     gc.collect()
     assert editor() is None
@@ -183,12 +183,12 @@ def test_a_model_that_is_gone_takes_its_run_along(statistics):
 def test_a_failed_batch_leaves_the_model_and_the_run(statistics, monkeypatch):
     model, tok, hparams = make_model("llama"), make_tokenizer(), hparams_of("MEMIT")
     easyedit.apply_memit_to_model(model, tok, [asked(REQUESTS[0])], hparams, statistics=statistics)
-    before, run = state(model), sessions.kept_by(model)
+    before, run = state(model), sessions.session_of(model)
     with pytest.raises(RequestError, match="stands 0 times"):
         easyedit.apply_memit_to_model(
             model, tok, [{**asked(REQUESTS[1]), "subject": "Nobody"}], hparams, statistics=statistics
         )
-    assert same(state(model), before) and sessions.kept_by(model) is run and run.settled()
+    assert same(state(model), before) and sessions.session_of(model) is run and run.reconcile()
 
 
 def test_what_cannot_be_done_is_named(statistics, tmp_path):
@@ -303,9 +303,9 @@ def test_alphaedits_state_is_the_callers(statistics, monkeypatch):
     cache_c = torch.zeros_like(P)
     first, returned = alphaedit.apply_AlphaEdit_to_model(model, tok, records[:2], alpha_hparams(), cache_c=cache_c, P=P)
     assert first is model and returned is cache_c and bool((cache_c != 0).any())
-    between, kept, prefixes = state(model), cache_c.clone(), sessions.kept_by(model).editor.prefixes
+    between, kept, prefixes = state(model), cache_c.clone(), sessions.session_of(model).editor.prefixes
     alphaedit.apply_AlphaEdit_to_model(model, tok, records[2:], alpha_hparams(), cache_c=cache_c, P=P)
-    memories = sessions.kept_by(model).editor.solver_state.memories
+    memories = sessions.session_of(model).editor.solver_state.memories
     assert all(memory.count == 3 for memory in memories.values())  # the exact memory went on
 
     # Another process: weights, cache_c and P are all there is.
@@ -318,7 +318,7 @@ def test_alphaedits_state_is_the_callers(statistics, monkeypatch):
         assert relative_error(moved, expected) < 2e-3  # cache_c is float32
     assert relative_error(kept, cache_c) < 1e-5
     view = ModelView(model)
-    numbers, _ = sessions.numbers_of(alpha_hparams())
+    numbers, _ = sessions.parse_hparams(alpha_hparams())
     plain = Editor(make_model("llama"), tok, "alphaedit", null_spaces=spaces, hparams=numbers, prefixes=prefixes)
     plain.edit([*REQUESTS[:2]])
     for layer in (0, 1):
@@ -337,7 +337,8 @@ def test_alphaedits_state_wins_over_what_the_model_carries(statistics, monkeypat
     alphaedit.apply_AlphaEdit_to_model(model, tok, records[:2], alpha_hparams(), cache_c=cache_c, P=P)
     model.load_state_dict(before)
     alphaedit.apply_AlphaEdit_to_model(model, tok, records[2:], alpha_hparams(), cache_c=cache_c, P=P)
-    assert sessions.kept_by(model).editor.solver_state.memories[0].sizes == (0, 1)  # from the sum, which still has two
+    memory = sessions.session_of(model).editor.solver_state.memories[0]
+    assert memory.sizes == (0, 1)  # from the sum, which still has two
     before, kept = state(model), cache_c.clone()
     with monkeypatch.context() as patched:
         patched.setattr(alphaedit, "_sums", lambda *args: 1 / 0)
@@ -346,9 +347,9 @@ def test_alphaedits_state_wins_over_what_the_model_carries(statistics, monkeypat
     assert same(state(model), before) and torch.equal(cache_c, kept)
     cache_c.numpy()[:] = 0  # torch sees nothing of it
     alphaedit.apply_AlphaEdit_to_model(model, tok, records[:1], alpha_hparams(), cache_c=cache_c, P=P)
-    assert sessions.kept_by(model).editor.solver_state.memories[0].sizes == (1,)
+    assert sessions.session_of(model).editor.solver_state.memories[0].sizes == (1,)
     alphaedit.apply_AlphaEdit_to_model(model, tok, records[:1], alpha_hparams(v_lr=0.2), cache_c=cache_c, P=P)
-    space = sessions.kept_by(model).editor.preconditioner(0)
+    space = sessions.session_of(model).editor.preconditioner(0)
     assert space.rule == "projection"
 
 
@@ -364,7 +365,7 @@ def test_scripts_may_hang_things_on_hyper_parameters_and_ultraedit_needs_no_subj
     model = make_model("llama")
     before = state(model)
     easyedit.apply_ultraedit_to_model(model, make_tokenizer(), records, hparams)
-    assert not same(state(model), before) and "secret" not in str(sessions.kept_by(model).key)
+    assert not same(state(model), before) and "secret" not in str(sessions.session_of(model).key)
     with pytest.raises(RequestError, match="no 'subject'"):
         easyedit.apply_memit_to_model(model, make_tokenizer(), records, hparams_of("MEMIT"), statistics=statistics)
 
@@ -380,7 +381,7 @@ def test_prompts_without_a_subject_are_edited_as_they_stand(statistics):
                {"prompt": code, "subject": "{}", "target_new": "violin"},
                {"prompt": "Davis and Davis play", "subject": "Davis", "target_new": "violin"}]  # fmt: skip
     easyedit.apply_ultraedit_to_model(model, tok, records, hparams_of("ULTRAEDIT"))
-    written = sessions.kept_by(model).editor._written[1]
+    written = sessions.session_of(model).editor._written[1]
     assert [request.text for request in written] == [record["prompt"] for record in records]
     assert [request.subject for request in written] == [None, "{}", None]
 
@@ -406,7 +407,7 @@ def test_what_stands_before_targets_is_chosen_by_hyper_parameter_attribute_or_ar
         wanted = {"argument": " ", "argument over file": ""}.get(way)
         more = {} if wanted is None else {"target_separator": wanted}
         call(model, tok, [CODE], hparams, statistics=statistics, **more)
-        editor = sessions.kept_by(model).editor
+        editor = sessions.session_of(model).editor
         written[way] = (editor.target_separator, editor.check([{k: CODE[k] for k in list(CODE)[:3]}])[0][0].separator)
     space = (" ", " ")
     assert written == {"auto": ("auto", ""), "file": space, "attribute": space, "argument": space,
@@ -417,10 +418,10 @@ def test_install_chooses_what_stands_before_targets_and_wrong_choices_are_named(
     table, model, tok, hparams = {}, make_model("llama"), make_tokenizer(), hparams_of("MEMIT", v_num_grad_steps=1)
     easyedit.install(table, target_separator=" ")
     table["MEMIT"](model, tok, [CODE], hparams, statistics=statistics)
-    assert sessions.kept_by(model).editor.target_separator == " "
+    assert sessions.session_of(model).editor.target_separator == " "
     table["MEMIT"](model, tok, [CODE], hparams, statistics=statistics, target_separator="auto")
     assert (
-        sessions.kept_by(model).editor.target_separator == "auto"
+        sessions.session_of(model).editor.target_separator == "auto"
     )  # another editor: what was asked for is part of a run
     easyedit.uninstall(table)
     with pytest.raises(MethodError, match='target_separator must be "auto", " " or ""; got'):

@@ -290,6 +290,7 @@ def searches():
 
 def framework():
     from kedit_fast.integrations.alphaedit import apply_AlphaEdit_to_model
+    from kedit_fast.integrations.sessions import detach_session
 
     model, tokenizer, statistics = parts()
     names = {p: w.clone() for p, w in model.state_dict().items()}
@@ -301,7 +302,7 @@ def framework():
     finally:
         with torch.no_grad():
             model.load_state_dict(names)
-        vars(model).pop("_kedit_fast_run", None)
+        detach_session(model)
 
 
 BACKENDS = ("torch", *(("cpu",) if not native_cpu.probe().reason else ()), "triton")
