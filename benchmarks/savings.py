@@ -8,7 +8,8 @@ import torch
 from transformers import DynamicCache
 
 from benchmarks.published import deltas_at, padded
-from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, replaced, stubs
+from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, stubs
+from kedit_fast.models.patching import replaced_forwards
 from kedit_fast.models.tail_runner import at_slots, keys_values
 from kedit_fast.models.view import ModelView
 from kedit_fast.ops import distribution_kl, target_log_probs
@@ -120,7 +121,7 @@ class _Group:
         if isinstance(self.states, Entering):
             states = self.states.states.clone()
             states[rows, self.lookup] = states[rows, self.lookup] + delta
-            with replaced(stubs(self.view, self.layer + 1, states, self.states.as_tuple)):
+            with replaced_forwards(stubs(self.view, self.layer + 1, states, self.states.as_tuple)):
                 hidden = self.view.base(**inputs).last_hidden_state
         else:
             with deltas_at([self.view.block(self.layer)], [delta], self.lookup):

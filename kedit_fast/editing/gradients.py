@@ -10,6 +10,7 @@ import torch
 
 from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.models.forward import evaluating, last_hidden, pad
+from kedit_fast.models.patching import output_hooks
 from kedit_fast.models.view import ModelView
 from kedit_fast.ops import target_log_probs
 from kedit_fast.requests.prompts import PreparedRequest
@@ -146,9 +147,7 @@ def _one_pass(
 
             return hook
 
-        with contextlib.ExitStack() as stack:
-            for name, module in modules.items():
-                stack.callback(module.register_forward_hook(hook_for(name)).remove)
+        with output_hooks([(module, hook_for(name)) for name, module in modules.items()]):
             yield
 
     with torch.enable_grad(), watched():

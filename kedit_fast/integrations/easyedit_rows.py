@@ -16,7 +16,6 @@ How it differs from ours (from its `ultraedit_main.py`, `cross_entropy` and `Tra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ import torch
 from kedit_fast.editing.gradients import AnswerGradients, ModuleGradients
 from kedit_fast.errors import EditError, MethodError
 from kedit_fast.models.forward import evaluating
+from kedit_fast.models.patching import output_hooks
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
 
@@ -128,9 +128,8 @@ def _one_batch(
 
         return hook
 
-    with ExitStack() as stack, torch.enable_grad():
-        for name in modules:
-            stack.callback(view.linear(name)[0].register_forward_hook(hook_for(name)).remove)
+    hooks = [(view.linear(name)[0], hook_for(name)) for name in modules]
+    with output_hooks(hooks), torch.enable_grad():
         hidden = view.base(input_ids=ids.to(view.device), attention_mask=mask.to(view.device), use_cache=False)[0]
         logits = view.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
         if view.softcap:

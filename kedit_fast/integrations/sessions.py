@@ -27,6 +27,7 @@ from kedit_fast.integrations.framework_statistics import framework_statistics
 from kedit_fast.integrations.options import OUR_HPARAMS, Options
 from kedit_fast.methods.hparams import Hparams, make_hparams, parse_values, read_raw, unused
 from kedit_fast.methods.recipes import Recipe, find_recipe
+from kedit_fast.models.patching import attach, attached, detach
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.alphaedit_projector import load_projector
@@ -57,19 +58,6 @@ class Call:
     statistics: Statistics | None = None
     stats_dir: str | None = None
     options: Options = field(default_factory=Options)
-
-
-class _SessionHolder:
-    """What is attached to a model: neither copied nor pickled with it."""
-
-    def __init__(self, session: Session | None = None):
-        self.session = session
-
-    def __deepcopy__(self, memo: Any) -> _SessionHolder:
-        return _SessionHolder()
-
-    def __reduce__(self) -> tuple:
-        return _SessionHolder, ()
 
 
 @dataclass(frozen=True)
@@ -160,13 +148,12 @@ def parse_hparams(hparams: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def session_of(model: torch.nn.Module) -> Session | None:
     """The session that is attached to a model."""
-    holder = vars(model).get(_ATTRIBUTE)
-    return holder.session if isinstance(holder, _SessionHolder) else None
+    return attached(model, _ATTRIBUTE)
 
 
 def detach_session(model: torch.nn.Module) -> None:
     """Forget a model's session; its weights stay as they are."""
-    vars(model).pop(_ATTRIBUTE, None)
+    detach(model, _ATTRIBUTE)
 
 
 @plain_torch(leave_inference_mode=False)
@@ -218,7 +205,7 @@ def get_or_create_session(
     editor = _create_editor(call, recipe, hparams, raw, options, null_spaces, prefixes_from if reset else session)
     session = Session(key, editor, [])
     session.record_state()
-    object.__setattr__(call.model, _ATTRIBUTE, _SessionHolder(session))
+    attach(call.model, _ATTRIBUTE, session)
     return session
 
 

@@ -6,7 +6,7 @@ Batches are padded on the right by this module, whatever the tokenizer's own sid
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,14 @@ import torch
 
 from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models import fused
+from kedit_fast.models.patching import (
+    Forward,
+    evaluation_mode,
+    has_replaced_forward,
+    input_hooks,
+    output_hooks,
+    replaced_forwards,
+)
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import Widening, computing
 from kedit_fast.support.torch_state import plain_torch
@@ -91,22 +99,6 @@ def module_at(view: ModelView, site: Site) -> torch.nn.Module:
     return {"attention": view.attention, "mlp": view.mlp, "block": view.block}[site.kind](site.layer)
 
 
-@contextlib.contextmanager
-def replaced(forwards: Mapping[torch.nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Modules with other forward functions, as long as the block lasts."""
-    own = {module: vars(module).get("forward") for module in forwards}  # dispatch hooks put one on the instance
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, forward in own.items():
-            if forward is not None:
-                module.forward = forward
-            else:
-                vars(module).pop("forward", None)  # the class's own shows again
-
-
 def stubs(
     view: ModelView, count: int, states: torch.Tensor | None, as_tuple: bool
 ) -> dict[torch.nn.Module, Callable[..., Any]]:
@@ -171,9 +163,9 @@ def capture(
 
     with contextlib.ExitStack() as stack:
         if keep_entering:
-            stack.callback(view.block(keep_entering - 1).register_forward_hook(keep_states).remove)
+            stack.enter_context(output_hooks([(view.block(keep_entering - 1), keep_states)]))
         if entering is not None:
-            stack.enter_context(replaced(stubs(view, entering.layer, entering.states, entering.as_tuple)))
+            stack.enter_context(replaced_forwards(stubs(view, entering.layer, entering.states, entering.as_tuple)))
         visit(view, batch, sites, keep)
     if keep_entering and not kept:
         raise did_not_run(view, Site(keep_entering - 1, "block"))
@@ -204,20 +196,16 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
         if not missing:
             raise _Enough
 
-    with contextlib.ExitStack() as stack:
-        for site in set(sites):
-            if site.kind == "key":
-                hook = module_at(view, site).register_forward_pre_hook(
-                    lambda module, args, kwargs, site=site: pass_on(site, next(iter((*args, *kwargs.values())), None)),
-                    with_kwargs=True,
-                )
-            else:
-                hook = module_at(view, site).register_forward_hook(
-                    lambda module, args, output, site=site: pass_on(site, hidden_of(output))
-                )
-            stack.callback(hook.remove)
-        with contextlib.suppress(_Enough):
-            _run_base(view, batch)
+    def see_input(site: Site) -> Callable[..., None]:
+        return lambda module, args, kwargs: pass_on(site, next(iter((*args, *kwargs.values())), None))
+
+    def see_output(site: Site) -> Callable[..., None]:
+        return lambda module, args, output: pass_on(site, hidden_of(output))
+
+    on_inputs = [(module_at(view, site), see_input(site)) for site in missing if site.kind == "key"]
+    on_outputs = [(module_at(view, site), see_output(site)) for site in missing if site.kind != "key"]
+    with input_hooks(on_inputs), output_hooks(on_outputs), contextlib.suppress(_Enough):
+        _run_base(view, batch)
     if missing:
         raise did_not_run(view, min(missing, key=lambda site: (site.layer, site.kind)))
 
@@ -261,8 +249,9 @@ def last_hidden(view: ModelView, batch: TokenBatch) -> torch.Tensor:
 
 
 def _run_base(view: ModelView, batch: TokenBatch):
-    # The caller may have put functions of its own in some modules' place: those stay.
-    with replaced({m: f for m, f in view.fused.items() if "forward" not in vars(m)} if fused.wanted() else {}):
+    faster = view.once(fused_forwards) if fused.wanted() else {}
+    # The caller may have replaced some modules' forward functions itself: those stay.
+    with replaced_forwards({module: f for module, f in faster.items() if not has_replaced_forward(module)}):
         return view.base(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -271,19 +260,13 @@ def _run_base(view: ModelView, batch: TokenBatch):
         )
 
 
+def fused_forwards(view: ModelView) -> dict[torch.nn.Module, Forward]:
+    """Forward functions in one pass over memory for modules of the decoder; see models/fused.py."""
+    return fused.forwards(view.base)
+
+
 @contextlib.contextmanager
 def evaluating(view: ModelView) -> Iterator[Widening | None]:
-    """Evaluation mode, no gradients kept for parameters, and the dtype to compute in, as long as the block lasts."""
-    training = [module for module in view.model.modules() if module.training]
-    required = [p for p in view.model.parameters() if p.requires_grad and not p.is_inference()]
-    try:
-        view.model.eval()
-        for parameter in required:
-            parameter.requires_grad_(False)
-        with computing(view.base) as widening:
-            yield widening
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in required:
-            parameter.requires_grad_(True)
+    """Inside the block: evaluation mode, no gradients of parameters, and passes in their `computing_dtype`."""
+    with evaluation_mode(view.model), computing(view.base) as widening:
+        yield widening

@@ -17,12 +17,12 @@ import torch
 from torch.nn.functional import gelu, silu
 
 from kedit_fast.backends import AUTO, probe, requested
+from kedit_fast.models.patching import Forward, has_replaced_forward
 from kedit_fast.ops import gated_silu, rms_norm
 from kedit_fast.reference.rms_norm import rms_norm as plain_norm
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
-Forward = Callable[..., Any]
 _SAMPLE_ROWS = 4
 
 
@@ -45,7 +45,7 @@ def forwards(base: torch.nn.Module) -> dict[torch.nn.Module, Forward]:
         return known[key]
 
     for module in base.modules():
-        if "forward" in vars(module) or any(p.device.type != "cpu" for p in module.parameters(recurse=False)):
+        if has_replaced_forward(module) or any(p.device.type != "cpu" for p in module.parameters(recurse=False)):
             continue  # wrapped by somebody (accelerate's hooks), or not here
         name = type(module).__name__
         if "RMSNorm" in name:
@@ -140,7 +140,7 @@ def _watched(module: torch.nn.Module) -> bool:
     everywhere = torch.nn.modules.module  # hooks on all modules of the process
     hooks = (module._forward_hooks, module._forward_pre_hooks, everywhere._global_forward_hooks,
              everywhere._global_forward_pre_hooks)  # fmt: skip
-    return any(hooks) or "forward" in vars(module)
+    return any(hooks) or has_replaced_forward(module)
 
 
 def _is_silu(module: torch.nn.Module) -> bool:

@@ -4,7 +4,7 @@ transformers' own path pads rows to one length, puts prefix and tail together an
 keys and values for grouped heads, makes a mask, and computes gradients for the prefix. Here the blocks see the tail
 tokens of all rows as one row without padding; only the attention between them is laid out by rows, in a place where
 the prefix already lies, and gradients go to the tail alone. It takes the place of the model's attention function
-through transformers' AttentionInterface; models or versions without one keep theirs, see `usable`.
+through transformers' registry of attention functions; models or versions without one keep theirs, see `usable`.
 """
 
 from __future__ import annotations
@@ -17,24 +17,14 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from kedit_fast.models.patching import replaced_attention, takes_attention_functions
 from kedit_fast.models.view import ModelView
-
-try:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-except ImportError:  # transformers before 4.53 has no registry of masks
-    AttentionInterface = AttentionMaskInterface = None
-
-NAME = "kedit_fast_tail"
-_LOOKS_FOR_PADDING = "warn_if_padding_and_no_attention_mask"
 
 
 def usable(view: ModelView) -> bool:
     """Whether the model takes its attention from transformers' registry, and states its scaling."""
     return (
-        AttentionMaskInterface is not None
-        and getattr(view.base, "_supports_attention_backend", False)
-        and getattr(view.config, "_attn_implementation", None) in ("eager", "sdpa")
+        takes_attention_functions(view.base, view.config)
         and not getattr(view.config, "use_bidirectional_attention", False)
         and all(hasattr(view.attention(layer), "scaling") for layer in range(view.num_layers))
     )
@@ -120,30 +110,9 @@ class TailCache(DynamicCache):
 
 @contextlib.contextmanager
 def installed(view: ModelView) -> Iterator[None]:
-    """The model's attention is the tail's, as long as the block lasts.
-
-    GPT-2 looks for padding where it gets no mask, which waits for the device in every pass; packed tokens have none.
-    """
-    looks = vars(view.base).get(_LOOKS_FOR_PADDING)
-    configs = {id(m.config): m.config for m in view.base.modules() if hasattr(m, "config")}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-    try:
-        for config in configs.values():
-            config._attn_implementation = NAME
-        setattr(view.base, _LOOKS_FOR_PADDING, _no_mask)
+    """Inside the block the model's attention is `_attention`."""
+    with replaced_attention(view.base, _attention):
         yield
-    finally:
-        vars(view.base).pop(_LOOKS_FOR_PADDING, None)  # the class's own shows again
-        if looks is not None:
-            setattr(view.base, _LOOKS_FOR_PADDING, looks)
-        for key, config in configs.items():
-            config._attn_implementation = before[key]
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The layout knows who may look at whom."""
 
 
 def _attention(

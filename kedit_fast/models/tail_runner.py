@@ -13,7 +13,7 @@ window, which is measured in slots, covers the tokens that it covers there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +28,10 @@ from kedit_fast.models.forward import (
     hidden_of,
     module_at,
     pad,
-    replaced,
     stubs,
     with_hidden,
 )
+from kedit_fast.models.patching import output_hooks, replaced_forwards
 from kedit_fast.models.view import ModelView
 from kedit_fast.support.torch_state import plain_torch
 
@@ -112,12 +112,11 @@ class TailRunner:
         if last > self.sites[0].layer:
             picks[last] = ends
 
-        with contextlib.ExitStack() as stack:
-            for site in self.sites:
-                stack.callback(module_at(view, site).register_forward_hook(keep_site(site)).remove)
-            if self.first_live > 0:
-                stack.callback(view.block(self.first_live - 1).register_forward_hook(keep_entering).remove)
-            stack.enter_context(replaced(_packed_mlps(view, picks)))
+        hooks: list[tuple[torch.nn.Module, Callable[..., None]]]
+        hooks = [(module_at(view, site), keep_site(site)) for site in self.sites]
+        if self.first_live > 0:
+            hooks.append((view.block(self.first_live - 1), keep_entering))
+        with output_hooks(hooks), replaced_forwards(_packed_mlps(view, picks)):
             output = view.base(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
@@ -208,7 +207,7 @@ class TailRunner:
             attention = contextlib.nullcontext()
             picks = {layer: wanted if layer == last else self.tokens for layer in self.caches}
         forwards = {**self._stubs(delta, first), **_packed_mlps(self.view, picks)}
-        with replaced(forwards), self._hooks(delta, first), attention:
+        with replaced_forwards(forwards), self._hooks(delta, first), attention:
             hidden = self.view.base(
                 input_ids=ids,
                 attention_mask=mask,
@@ -250,16 +249,12 @@ class TailRunner:
             states = _added(states, delta[:, 0], first)
         return stubs(self.view, self.first_live, states, self.as_tuple)
 
-    @contextlib.contextmanager
-    def _hooks(self, delta: torch.Tensor, first: torch.Tensor) -> Iterator[None]:
+    def _hooks(self, delta: torch.Tensor, first: torch.Tensor) -> contextlib.AbstractContextManager:
         def add(index: int) -> Callable[..., Any]:
             return lambda module, args, output: with_hidden(output, _added(hidden_of(output), delta[:, index], first))
 
-        with contextlib.ExitStack() as stack:
-            for index, site in enumerate(self.sites):
-                if site.kind != "block":
-                    stack.callback(module_at(self.view, site).register_forward_hook(add(index)).remove)
-            yield
+        sites = enumerate(self.sites)
+        return output_hooks([(module_at(self.view, site), add(i)) for i, site in sites if site.kind != "block"])
 
 
 def _added(states: torch.Tensor, delta: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
-from kedit_fast.models import fused
 from kedit_fast.models.architectures import ArchSpec, find_architecture
 from kedit_fast.models.editable import is_adapter, plain_model
 from kedit_fast.support.dtypes import FLOATS
+
+T = TypeVar("T")
 
 
 def device_of(module: torch.nn.Module) -> torch.device:
@@ -106,6 +108,7 @@ class ModelView:
             )
         self._head_module, self._head = head, head.weight.detach()  # [V, h]
         self.head_bias = None if getattr(head, "bias", None) is None else head.bias.detach()
+        self._computed: dict[Callable[[ModelView], Any], Any] = {}
         self.softcap = float(getattr(model.config, "final_logit_softcapping", None) or 0.0)
 
     @property
@@ -137,10 +140,11 @@ class ModelView:
         """Where the inputs of a layer's edited module are."""
         return device_of(self.edited_module(layer))
 
-    @cached_property
-    def fused(self) -> dict[torch.nn.Module, fused.Forward]:
-        """Forward functions in one pass over memory for modules of the decoder; see models/fused.py."""
-        return fused.forwards(self.base)
+    def once(self, compute: Callable[[ModelView], T]) -> T:
+        """What `compute` returns for this view, computed on the first call and stored with the view."""
+        if compute not in self._computed:
+            self._computed[compute] = compute(self)
+        return self._computed[compute]
 
     @property
     def vocabulary(self) -> int:

@@ -16,11 +16,12 @@ import threading
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from kedit_fast.errors import InvalidArgumentError
+from kedit_fast.models.patching import attribute_slot, surrounded_calls, tensor_slots
 from kedit_fast.support.free_memory import free_bytes
 
 _log = logging.getLogger("kedit_fast")
@@ -134,24 +135,20 @@ class Widening:
         self.modules = [module for module in base.modules() if _halves(module, recurse=False)]
         self.all_fit = sum(2 * t.nbytes for t in _halves(base)) <= budget
         self.left = budget
-        self._kept: dict[int, torch.Tensor] = {}  # id of a 16-bit tensor -> its copy
+        self._copies: dict[int, torch.Tensor] = {}  # id of a 16-bit tensor -> its copy
         self._streamed: dict[int, torch.Tensor] = {}  # address of a copy that is not kept -> the 16-bit tensor
         self._temporary: dict[int, list[int]] = {}  # id of a module that runs -> addresses of its copies in `_streamed`
-        self._own = {id(module): self._own_of(module) for module in self.modules}  # what is put back
+        self._slots = {id(module): tensor_slots(module, HALVES) for module in self.modules}
+        self._padding = {
+            id(module): attribute_slot(module, "padding_idx")
+            for module in self.modules
+            if isinstance(module, torch.nn.Embedding)
+        }
         self._thread = threading.get_ident()
-
-    @staticmethod
-    def _own_of(module: torch.nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
-        """Where a module keeps its 16-bit tensors, and under which names."""
-        own = [(place, name, tensor) for place in (module._parameters, module._buffers)
-               for name, tensor in place.items() if tensor is not None and tensor.dtype in HALVES]  # fmt: skip
-        if isinstance(module, torch.nn.Embedding):
-            own.append((vars(module), "padding_idx", module.padding_idx))
-        return own
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in a copy that is kept."""
-        return tensor.untyped_storage().data_ptr() in {c.untyped_storage().data_ptr() for c in self._kept.values()}
+        return tensor.untyped_storage().data_ptr() in {c.untyped_storage().data_ptr() for c in self._copies.values()}
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | Streamed:
         """What autograd keeps of a tensor; never the tensor itself, which would keep its own graph alive."""
@@ -169,59 +166,53 @@ class Widening:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[Widening]:
-        """The copies stand in as long as the block lasts."""
-        hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
-        with contextlib.ExitStack() as stack:
-            stack.callback(self._end)
-            for module in self.modules:
-                before = module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
-                behind = module.register_forward_hook(self._leave, always_call=True)
-                stack.callback(before.remove)
-                stack.callback(behind.remove)
-            stack.enter_context(contextlib.nullcontext() if self.all_fit else hooks)
-            yield self
+        """Inside the block the copies stand in while their modules run."""
+        saved = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+        streaming = contextlib.nullcontext() if self.all_fit else saved
+        try:
+            with surrounded_calls(self.modules, self._put_copies, self._restore), streaming:
+                yield self
+        finally:
+            self._copies.clear()
 
-    def _enter(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _put_copies(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if threading.get_ident() != self._thread:
             return None
         changed = None
-        for place, name, own in self._own[id(module)]:
-            if not isinstance(own, torch.Tensor) or place[name] is not own:
-                continue  # no tensor; or a pass around this one has put a copy there
-            if name == "weight" and args and _is_lookup(module):
-                ids, places = torch.unique(args[0], return_inverse=True)  # a vocabulary is large, a batch is not
-                copy, changed = own.detach()[ids].float(), ((places, *args[1:]), kwargs)
-                module.padding_idx = None  # of other ids, and it matters to gradients alone
+        for slot in self._slots[id(module)]:
+            if not slot.is_original:
+                continue  # a pass around this one has put a copy there
+            if slot.name == "weight" and args and _is_lookup(module):
+                ids, index = torch.unique(args[0], return_inverse=True)  # a vocabulary is large, a batch is not
+                copy, changed = slot.original.detach()[ids].float(), ((index, *args[1:]), kwargs)
+                self._padding[id(module)].put(None)  # of other ids, and it matters to gradients alone
             else:
-                copy = self._copy(module, own)
-            place[name] = torch.nn.Parameter(copy, requires_grad=False) if place is module._parameters else copy
+                copy = self._copy(module, slot.original)
+            slot.put(copy)
         return changed
 
-    def _copy(self, module: torch.nn.Module, own: torch.Tensor) -> torch.Tensor:
-        copy = self._kept.get(id(own))
+    def _copy(self, module: torch.nn.Module, original: torch.Tensor) -> torch.Tensor:
+        copy = self._copies.get(id(original))
         if copy is None:
-            copy = own.detach().float()
+            copy = original.detach().float()
             if self.all_fit or (torch.is_grad_enabled() and copy.nbytes <= self.left):
-                self._kept[id(own)] = copy
+                self._copies[id(original)] = copy
                 self.left -= copy.nbytes
             else:
                 address = copy.untyped_storage().data_ptr()
-                self._streamed[address] = own.detach()
+                self._streamed[address] = original.detach()
                 self._temporary.setdefault(id(module), []).append(address)
         return copy
 
-    def _leave(self, module: torch.nn.Module, args: Any = None, output: Any = None) -> None:
+    def _restore(self, module: torch.nn.Module) -> None:
         if threading.get_ident() != self._thread:
             return
-        for place, name, own in self._own[id(module)]:
-            place[name] = own
+        for slot in self._slots[id(module)]:
+            slot.restore()
+        if padding := self._padding.get(id(module)):
+            padding.restore()
         for address in self._temporary.pop(id(module), ()):
             self._streamed.pop(address, None)
-
-    def _end(self) -> None:
-        for module in self.modules:
-            self._leave(module)
-        self._kept.clear()
 
 
 def _is_lookup(module: torch.nn.Module) -> bool:

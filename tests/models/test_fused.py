@@ -9,7 +9,7 @@ from tiny_models import KINDS, make_model
 
 from kedit_fast.backends import use_backend
 from kedit_fast.models import fused
-from kedit_fast.models.forward import last_hidden, pad
+from kedit_fast.models.forward import fused_forwards, last_hidden, pad
 from kedit_fast.models.view import ModelView
 
 ROWS = [[5, 6, 7, 8, 9], [10, 11, 12], [20] * 7]
@@ -32,7 +32,7 @@ def states(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_architecture_gives_the_same_states(kind):
     model = make_model(kind)
-    assert len(ModelView(model).fused) == RECOGNISED[kind]
+    assert len(fused_forwards(ModelView(model))) == RECOGNISED[kind]
     before = {name: module.forward for name, module in model.named_modules()}
     found = states(model)
     with use_backend("torch"):
@@ -93,7 +93,7 @@ def test_a_subclass_is_asked_itself():
             return 2 * super().forward(x)
 
     norm.__class__ = Louder
-    found = ModelView(model).fused
+    found = fused_forwards(ModelView(model))
     assert norm not in found and model.model.layers[1].input_layernorm in found
 
 
@@ -110,7 +110,7 @@ def test_hooks_see_what_they_saw():
     mlp = model.model.layers[1].mlp
     for module in (mlp, mlp.act_fn, mlp.up_proj, model.model.layers[1].input_layernorm):
         module.register_forward_hook(lambda module, args, output: calls.append(type(module).__name__))
-    assert len(ModelView(model).fused) == RECOGNISED["llama"] and not calls
+    assert len(fused_forwards(ModelView(model))) == RECOGNISED["llama"] and not calls
     found = states(model)
     # transformers shares one activation among all blocks: a hook on it is called by each
     assert sorted(set(calls)) == ["Linear", "LlamaMLP", "LlamaRMSNorm", type(mlp.act_fn).__name__]
@@ -122,7 +122,7 @@ def test_an_instance_that_was_changed_runs_its_own_code():
     """An activation put in later, a hook on every module, and one norm of many with a parameter more."""
     model = make_model("llama")
     view = ModelView(model)
-    assert len(view.fused) == RECOGNISED["llama"]
+    assert len(fused_forwards(view)) == RECOGNISED["llama"]
     model.model.layers[1].mlp.act_fn = torch.nn.GELU()
     with torch.no_grad():
         found = last_hidden(view, pad(ROWS, torch.device("cpu")))
@@ -139,7 +139,10 @@ def test_an_instance_that_was_changed_runs_its_own_code():
     model = make_model("llama")
     norm = model.model.layers[2].input_layernorm
     norm.bias = torch.nn.Parameter(torch.ones(32))
-    assert norm not in ModelView(model).fused and len(ModelView(model).fused) == RECOGNISED["llama"] - 1
+    assert (
+        norm not in fused_forwards(ModelView(model))
+        and len(fused_forwards(ModelView(model))) == RECOGNISED["llama"] - 1
+    )
 
 
 def test_wrapped_modules_keep_their_wrapper():
@@ -147,6 +150,6 @@ def test_wrapped_modules_keep_their_wrapper():
     norm = model.model.norm
     own = norm.forward
     norm.forward = lambda x: seen.append(1) or own(x)
-    assert norm not in ModelView(model).fused
+    assert norm not in fused_forwards(ModelView(model))
     states(model)
     assert seen and vars(norm)["forward"] is not own

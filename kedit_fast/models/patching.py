@@ -1,0 +1,252 @@
+"""Everything that this package does to somebody's model for a pass, and undoes after it.
+
+No other file writes into modules, registers hooks, or touches attention functions; a test reads the source to hold it.
+Each context manager restores exactly what it changed, in the reverse order, also when the pass fails or is interrupted.
+What a caller, accelerate or another library has put there itself stays in place. There is no state outside the model:
+`patches_on` answers from the model alone what is in it right now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+Forward = Callable[..., Any]
+_CHECK_FOR_PADDING = "warn_if_padding_and_no_attention_mask"  # a method of transformers' models
+_ATTENTION_PREFIX = "kedit_fast_"  # of the names that attention functions are registered under
+
+
+@contextlib.contextmanager
+def replaced_forwards(forwards: Mapping[torch.nn.Module, Forward]) -> Iterator[None]:
+    """Modules run other forward functions inside the block."""
+    before = {module: vars(module).get("forward") for module in forwards}  # accelerate puts one on the instance
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is not None:
+                module.forward = forward
+            else:
+                vars(module).pop("forward", None)  # the class's own method shows again
+
+
+def has_replaced_forward(module: torch.nn.Module) -> bool:
+    """Whether somebody, this package included, gave this one module a forward function in place of its class's."""
+    return "forward" in vars(module)
+
+
+@contextlib.contextmanager
+def output_hooks(hooks: Iterable[tuple[torch.nn.Module, Callable[[torch.nn.Module, tuple, Any], Any]]]) -> Iterator:
+    """Inside the block, `hook(module, args, output)` is called after each call of its module.
+
+    What it returns takes the place of the output, unless it is None.
+    """
+    with contextlib.ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook).remove)
+        yield
+
+
+@contextlib.contextmanager
+def input_hooks(hooks: Iterable[tuple[torch.nn.Module, Callable[[torch.nn.Module, tuple, dict], Any]]]) -> Iterator:
+    """Inside the block, `hook(module, args, kwargs)` is called before each call of its module.
+
+    What it returns, (args, kwargs), takes their place, unless it is None.
+    """
+    with contextlib.ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextlib.contextmanager
+def surrounded_calls(
+    modules: Collection[torch.nn.Module],
+    before: Callable[[torch.nn.Module, tuple, dict], tuple[tuple, dict] | None],
+    after: Callable[[torch.nn.Module], None],
+) -> Iterator[None]:
+    """Inside the block, each call of the modules has `before` ahead of all other hooks and `after` behind it.
+
+    `before` may return other arguments, (args, kwargs). `after` is called for a call that fails as well, and once more
+    for every module when the block ends, since an interrupted call may have left it out.
+    """
+
+    def behind(module: torch.nn.Module, args: tuple = (), output: Any = None) -> None:
+        after(module)
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [after(module) for module in modules])
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(before, prepend=True, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(behind, always_call=True).remove)
+        yield
+
+
+class Slot(NamedTuple):
+    """A place of a module, with what the module itself has there; something else may stand in for a time."""
+
+    store: dict[str, Any]
+    name: str
+    original: Any
+    is_parameter: bool = False
+
+    @property
+    def is_original(self) -> bool:
+        """Whether nothing stands in at present."""
+        return self.store[self.name] is self.original
+
+    def put(self, value: Any) -> None:
+        """Let a value stand in; a tensor for a parameter becomes one that needs no gradient."""
+        self.store[self.name] = torch.nn.Parameter(value, requires_grad=False) if self.is_parameter else value
+
+    def restore(self) -> None:
+        """Undo `put`."""
+        self.store[self.name] = self.original
+
+
+def tensor_slots(module: torch.nn.Module, dtypes: Collection[torch.dtype]) -> list[Slot]:
+    """The places of a module's own parameters and buffers of some dtypes, those of modules inside it left out."""
+    return [
+        Slot(store, name, tensor, store is module._parameters)
+        for store in (module._parameters, module._buffers)
+        for name, tensor in store.items()
+        if tensor is not None and tensor.dtype in dtypes
+    ]
+
+
+def attribute_slot(module: torch.nn.Module, name: str) -> Slot:
+    """The place of a plain attribute of a module."""
+    return Slot(vars(module), name, vars(module)[name])
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Inside the block the model is in evaluation mode, and its parameters collect no gradients."""
+    training = [module for module in model.modules() if module.training]
+    required = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
+    try:
+        model.eval()
+        for parameter in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for parameter in required:
+            parameter.requires_grad_(True)
+
+
+def _attention_registries() -> tuple[Any, ...]:
+    """transformers' registries of attention functions and of masks; none of versions before 4.53."""
+    try:
+        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    except ImportError:
+        return ()
+    return ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
+
+
+def takes_attention_functions(base: torch.nn.Module, config: Any) -> bool:
+    """Whether a decoder takes its attention from transformers' registry, and plain attention is what it takes now."""
+    return (
+        bool(_attention_registries())
+        and getattr(base, "_supports_attention_backend", False)
+        and getattr(config, "_attn_implementation", None) in ("eager", "sdpa")
+    )
+
+
+@contextlib.contextmanager
+def replaced_attention(base: torch.nn.Module, attention: Callable[..., Any]) -> Iterator[None]:
+    """Inside the block a decoder that `takes_attention_functions` computes attention by `attention`, without masks.
+
+    The name that the function is registered under is unique to the block and is removed with it. GPT-2 checks its
+    input for padding where it gets no mask, which waits for the device in every pass; the check is left out.
+    """
+    configs = {id(module.config): module.config for module in base.modules() if hasattr(module, "config")}
+    name = f"{_ATTENTION_PREFIX}{id(configs)}"
+    with contextlib.ExitStack() as stack:
+        for registry, function in zip(_attention_registries(), (attention, _nothing), strict=True):
+            registry[name] = function
+            stack.callback(registry.pop, name)
+        for config in configs.values():
+            stack.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+            config._attn_implementation = name
+        stack.enter_context(_without_padding_check(base))
+        yield
+
+
+@contextlib.contextmanager
+def _without_padding_check(base: torch.nn.Module) -> Iterator[None]:
+    before = vars(base).get(_CHECK_FOR_PADDING)
+    try:
+        setattr(base, _CHECK_FOR_PADDING, _nothing)
+        yield
+    finally:
+        vars(base).pop(_CHECK_FOR_PADDING, None)  # the class's own method shows again
+        if before is not None:
+            setattr(base, _CHECK_FOR_PADDING, before)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """In place of functions whose result or effect is not wanted."""
+
+
+class _Attachment:
+    """An object that stays with one model: it is not copied with the model, and not pickled."""
+
+    def __init__(self, value: Any = None):
+        self.value = value
+
+    def __deepcopy__(self, memo: Any) -> _Attachment:
+        return _Attachment()
+
+    def __reduce__(self) -> tuple:
+        return _Attachment, ()
+
+
+def attach(model: torch.nn.Module, name: str, value: Any) -> None:
+    """Let an object stay with a model, until the model goes or another object is attached by the same name.
+
+    It is no submodule and no part of the state dict; copies of the model have none.
+    """
+    vars(model)[name] = _Attachment(value)
+
+
+def attached(model: torch.nn.Module, name: str) -> Any:
+    """The object that `attach` left with a model, or None."""
+    attachment = vars(model).get(name)
+    return attachment.value if isinstance(attachment, _Attachment) else None
+
+
+def detach(model: torch.nn.Module, name: str) -> None:
+    """Undo `attach`; nothing happens where nothing is attached."""
+    vars(model).pop(name, None)
+
+
+def patches_on(model: torch.nn.Module) -> list[str]:
+    """What this package has in a model right now, one line each: the module's path and what is there.
+
+    Empty outside of passes, but for objects that stay with a model (`attach`).
+    """
+    patches = []
+    for path, module in model.named_modules():
+        functions = [
+            *(("forward function", function) for function in (vars(module).get("forward"),)),
+            *(("hook on inputs", hook) for hook in module._forward_pre_hooks.values()),
+            *(("hook on outputs", hook) for hook in module._forward_hooks.values()),
+        ]
+        kinds = [kind for kind, function in functions if _is_ours(function)]
+        if str(getattr(getattr(module, "config", None), "_attn_implementation", "")).startswith(_ATTENTION_PREFIX):
+            kinds.append("attention function")
+        kinds += [name for name, value in vars(module).items() if isinstance(value, _Attachment) and value.value]
+        patches += [f"{path or type(module).__name__}: {kind}" for kind in kinds]
+    return patches
+
+
+def _is_ours(function: Any) -> bool:
+    return (getattr(function, "__module__", None) or "").startswith("kedit_fast.")
