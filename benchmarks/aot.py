@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, no GPU needed: `python -m benchmarks.aot [--json FILE] [--quick]`.
 
-Each variant comes from the plan that a call would launch, with the configuration of its architecture: all of them for
+Each variant is the launches that a call would make, with the configuration of its architecture: all of them for
 sm_80 and sm_90, where a spill is an error (exit status 1); those of bf16 and plain fp32 rows for sm_100 and sm_120,
 which run the tiles of sm_90 and may spill a few bytes, as the table says. Registers, shared memory and spills are those
 of the cubin. `--module FILE` reads the CUDA kernels of a built kedit_fast._cuda too. `--quick` compiles a few variants
@@ -44,7 +44,7 @@ ODD = "odd strides"  # no stride or size is a multiple of 16 elements: loads can
 
 @dataclass(frozen=True)
 class Variant:
-    """A named plan: `launches(architecture)` are what a call with these tensors would launch."""
+    """A named case: `launches(architecture)` are those that a call with these tensors would make."""
 
     op: str
     case: str
@@ -81,7 +81,7 @@ def variants() -> Iterator[Variant]:
                 kind = symmetric_rank_k_update.shape_class(acc, x, weights)
                 yield Variant(
                     SYMMETRIC, ", ".join(filter(None, (f"{name(dtype)} rows", f"{name(acc_dtype)} acc", options))),
-                    lambda arch, a=(acc, x, weights, mask, 0.5), kind=kind: symmetric_rank_k_update.plan(
+                    lambda arch, a=(acc, x, weights, mask, 0.5), kind=kind: symmetric_rank_k_update.launches(
                         *a, lookup(SYMMETRIC, kind, arch)
                     ),
                 )  # fmt: skip
@@ -102,7 +102,7 @@ def variants() -> Iterator[Variant]:
                 case = f"{name(dtype)} weight, k {k}" + ("" if copy is None else f", {name(copy_dtype)} copy")
                 yield Variant(
                     RANK_K, ", ".join(filter(None, (case, options))),
-                    lambda arch, a=(weight, left, right, 0.5, copy), kind=kind: rank_k_update.plan(
+                    lambda arch, a=(weight, left, right, 0.5, copy), kind=kind: rank_k_update.launches(
                         *a, lookup(RANK_K, kind, arch)
                     ),
                 )  # fmt: skip
@@ -119,28 +119,30 @@ def variants() -> Iterator[Variant]:
                 d_logits = empty(rows, tokens)
                 yield Variant(
                     "target_log_probs", case,
-                    lambda arch, a=one, kind=kind: target_log_probs.plan(*a, lookup(LOGITS, kind, arch))[0],
+                    lambda arch, a=one, kind=kind: target_log_probs.launches(*a, lookup(LOGITS, kind, arch))[0],
                 )  # fmt: skip
                 yield Variant(
                     "target_log_probs, gradient", case,
-                    lambda arch, a=one, kind=kind, row=row, d=d_logits: target_log_probs.d_logits_plan(
+                    lambda arch, a=one, kind=kind, row=row, d=d_logits: target_log_probs.d_logits_launches(
                         *a, row, 0, d, lookup(LOGITS, kind, arch)
                     ),
                 )  # fmt: skip
                 yield Variant(
                     "distribution_kl", case,
-                    lambda arch, a=both, kind=kind: distribution_kl.plan(*a, lookup(LOGITS, f"pair_{kind}", arch))[0],
+                    lambda arch, a=both, kind=kind: distribution_kl.launches(
+                        *a, lookup(LOGITS, f"pair_{kind}", arch)
+                    )[0],
                 )  # fmt: skip
                 yield Variant(
                     "distribution_kl, gradient", case,
-                    lambda arch, a=both, kind=kind, row=row, d=d_logits: distribution_kl.d_logits_plan(
+                    lambda arch, a=both, kind=kind, row=row, d=d_logits: distribution_kl.d_logits_launches(
                         *a, row, row, row, 0, d, lookup(LOGITS, f"pair_{kind}", arch)
                     ),
                 )  # fmt: skip
             kind = lm_head.gradient_class(d_logits, vocabulary)
             yield Variant(
                 "gradient of both", ", ".join(filter(None, (name(dtype), options))),
-                lambda arch, e=vocabulary, kind=kind, d=d_logits: lm_head.gradient_plan(
+                lambda arch, e=vocabulary, kind=kind, d=d_logits: lm_head.gradient_launches(
                     d, e, lookup(GRADIENT, kind, arch)
                 )[0],
             )  # fmt: skip

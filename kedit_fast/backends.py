@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import importlib.metadata
 import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal, get_args
-
-import torch
 
 from kedit_fast.errors import BackendUnavailableError
 
@@ -268,4 +267,4 @@ def _refusal(op: str, backend: str, *args: Any) -> str:
 
 
 _REFERENCE = Probe()
-register_probe("torch", lambda: _REFERENCE, lambda: f"reference, torch {torch.__version__}")
+register_probe("torch", lambda: _REFERENCE, lambda: f"reference, torch {importlib.metadata.version('torch')}")

@@ -1,7 +1,7 @@
 """Tile shapes by op, shape class and architecture.
 
-None of these rows was tuned on a GPU yet: they are the shapes that compile without spills for sm_80 and sm_90, odd
-sizes and strides included (benchmarks/results/kernel_resources.json), and keep the matrix unit's operands in shared
+None of these rows has been tuned on a GPU yet: they are the shapes that compile without spills for sm_80 and sm_90,
+odd sizes and strides included (benchmarks/results/kernel_resources.json), and keep the matrix unit's operands in shared
 memory. Newer devices run the rows of sm_90. KEDIT_FAST_AUTOTUNE=1 times CANDIDATES at the first call of every shape
 class and size and uses the fastest; another tile may round a sum of many terms in another way, so bits can differ
 between processes then.
@@ -14,14 +14,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Config:
-    """A tile of m x n results, k deep; `group` rows of tiles share their operands through the second-level cache."""
+    """The tile of a kernel's program and how it is compiled."""
 
     m: int
+    """Rows of the tile of results."""
     n: int
+    """Columns of the tile of results."""
     k: int
+    """Depth of one step of the product."""
     warps: int
+    """Warps per program, of 32 threads each."""
     stages: int
+    """Steps whose operands are loaded ahead."""
     group: int = 8
+    """Rows of tiles that share their operands through the second-level cache."""
 
 
 SYMMETRIC, RANK_K, LOGITS, GRADIENT = "symmetric_rank_k_update_", "rank_k_update_", "logits", "gradient"

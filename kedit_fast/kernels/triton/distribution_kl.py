@@ -1,10 +1,12 @@
 """KL(p || p_ref) by an online softmax over both distributions; d logits for the backward pass.
 
-With z, r the logits and D = z - r: KL = E_p[D] - lse(z) + lse(r), in one pass over the vocabulary. D is counted from
-its level in the first tile, so that what the two have in common does not cancel.
+With z, r the logits and D = z - r: KL = E_p[D] - lse(z) + lse(r), in one pass over the vocabulary. D is taken
+relative to its level in the first tile, so that a large common offset does not cancel digits.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -12,7 +14,7 @@ import triton.language as tl
 
 from kedit_fast.kernels.triton import lm_head as shared
 from kedit_fast.kernels.triton.configs import LOGITS, Config
-from kedit_fast.kernels.triton.launch import Launch, choose, run
+from kedit_fast.kernels.triton.launch import Launch, ceil_div, choose, run
 from kedit_fast.kernels.triton.lm_head import logits_tile
 
 
@@ -105,7 +107,14 @@ def _d_logits_kernel(
     tl.store(to, d_logits, mask=inside[:, None] & (token < vocabulary)[None, :])
 
 
-def _pair_arguments(hidden, hidden_ref, head, bias, softcap, config) -> tuple[dict, dict]:
+def _pair_arguments(
+    hidden: torch.Tensor,
+    hidden_ref: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float,
+    config: Config,
+) -> tuple[dict[str, Any], dict[str, Any]]:
     arguments, constants = shared.tile_arguments(hidden, head, bias, softcap, config)
     arguments |= {
         "hidden_ref": hidden_ref,
@@ -115,7 +124,7 @@ def _pair_arguments(hidden, hidden_ref, head, bias, softcap, config) -> tuple[di
     return arguments, constants
 
 
-def plan(
+def launches(
     hidden: torch.Tensor,
     hidden_ref: torch.Tensor,
     head: torch.Tensor,
@@ -130,11 +139,11 @@ def plan(
     parts = torch.empty(6, splits, rows, dtype=torch.float32, device=hidden.device)
     names = ("peaks", "sums", "differences", "peaks_ref", "sums_ref", "levels")
     arguments |= {"tokens_per_split": each, **dict(zip(names, parts, strict=True))}
-    launch = Launch(_distribution_kl_kernel, (triton.cdiv(rows, config.m), splits), arguments, constants, config)
+    launch = Launch(_distribution_kl_kernel, (ceil_div(rows, config.m), splits), arguments, constants, config)
     return [launch], parts
 
 
-def d_logits_plan(
+def d_logits_launches(
     hidden: torch.Tensor,
     hidden_ref: torch.Tensor,
     head: torch.Tensor,
@@ -152,7 +161,7 @@ def d_logits_plan(
     part = None if bias is None else bias[begin:end]
     arguments, constants = _pair_arguments(hidden, hidden_ref, head[begin:end], part, softcap, config)
     arguments |= {"kls": kl, "totals": total, "totals_ref": total_ref, "out": out, "out_stride": out.stride(0)}
-    grid = (triton.cdiv(hidden.shape[0], config.m), triton.cdiv(out.shape[1], config.n))
+    grid = (ceil_div(hidden.shape[0], config.m), ceil_div(out.shape[1], config.n))
     return [Launch(_d_logits_kernel, grid, arguments, constants, config)]
 
 
@@ -164,19 +173,19 @@ def distribution_kl(
     softcap: float,
     gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return KL(p || p_ref) [rows] and d KL / d hidden [rows, h] ([0, h] if not asked for)."""
+    """Return KL(p || p_ref) [rows] and d KL / d hidden [rows, h] ([0, h] without `gradient`)."""
     none = hidden.new_empty(0, hidden.shape[1], dtype=torch.float32)
     if hidden.shape[0] == 0:
         return none.new_empty(0), none
 
     def trial(config: Config) -> list[Launch]:
-        return plan(hidden, hidden_ref, head, bias, softcap, config)[0]
+        return launches(hidden, hidden_ref, head, bias, softcap, config)[0]
 
     kind = f"pair_{shared.shape_class(hidden, hidden_ref, head)}"
     config = choose(LOGITS, kind, hidden.device, trial, shared.size_of(hidden, head))
-    launches, parts = plan(hidden, hidden_ref, head, bias, softcap, config)
+    calls, parts = launches(hidden, hidden_ref, head, bias, softcap, config)
     peaks, sums, differences, peaks_ref, sums_ref, levels = parts
-    run(launches, hidden.device)
+    run(calls, hidden.device)
     total = torch.logsumexp(peaks + sums.log(), dim=0)
     total_ref = torch.logsumexp(peaks_ref + sums_ref.log(), dim=0)
     level = levels[0]
@@ -184,9 +193,7 @@ def distribution_kl(
     kl = mean - ((total - total_ref) - level)
 
     def fill(begin: int, out: torch.Tensor) -> None:
-        launches = d_logits_plan(
-            hidden, hidden_ref, head, bias, softcap, kl, total, total_ref, begin, out, config
-        )  # fmt: skip
-        run(launches, hidden.device)
+        calls = d_logits_launches(hidden, hidden_ref, head, bias, softcap, kl, total, total_ref, begin, out, config)
+        run(calls, hidden.device)
 
     return kl, shared.gradient(hidden, head, fill) if gradient else none

@@ -1,7 +1,7 @@
-"""From a plan to a launch: configurations, devices and the interpreter, the same for every kernel.
+"""What all kernels share: how a kernel is launched, and with which configuration.
 
-A plan is a list of `Launch`es made from tensors. What runs and what is compiled ahead of time (benchmarks/aot.py) come
-from the same plan, so that the committed table of registers is that of the kernels users get.
+The function `launches` of a kernel's file makes a list of `Launch`es from tensors. Calls run that list, and
+benchmarks/aot.py compiles it ahead of time, so the committed table of registers is that of the kernels users get.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from kedit_fast.kernels.triton.configs import INTERPRETED, Config, candidates, lookup
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-PROCESSORS = 132  # of the device that plans without one are made for
+PROCESSORS = 132  # assumed where launches are made without a GPU, to be compiled only
 
 _log = logging.getLogger("kedit_fast")
 _tuned: dict[tuple[str, str, str], Tuned] = {}
@@ -26,22 +26,35 @@ _tuned: dict[tuple[str, str, str], Tuned] = {}
 
 @dataclass(frozen=True)
 class Tuned:
-    """The fastest configuration that was found, its milliseconds, and those of the table's."""
+    """What autotuning chose for an op, a shape class and a size."""
 
     config: Config
+    """The fastest configuration."""
     milliseconds: float
+    """Its time per call, in ms."""
     table_milliseconds: float
+    """The time per call of the table's configuration, in ms."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One call of a kernel: `arguments` are tensors and numbers, `constants` the tl.constexpr parameters."""
+    """One call of a kernel."""
 
     kernel: Any
+    """A function decorated with `triton.jit`."""
     grid: tuple[int, ...]
+    """Number of programs along each axis."""
     arguments: dict[str, Any]
+    """Tensors and numbers, by parameter."""
     constants: dict[str, Any]
+    """The `tl.constexpr` parameters."""
     config: Config
+    """The tile, from which warps and stages are taken."""
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """The quotient rounded up."""
+    return -(-numerator // denominator)
 
 
 def architecture(device: torch.device) -> str:
@@ -54,7 +67,7 @@ def architecture(device: torch.device) -> str:
 
 @lru_cache(maxsize=16)
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of the device; a few under the interpreter, so that small inputs are split too."""
+    """Streaming multiprocessors of the device; 4 under the interpreter, so that small inputs are split too."""
     if INTERPRET:
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else PROCESSORS
@@ -83,7 +96,7 @@ def loads_wide(*matrices: torch.Tensor) -> bool:
 
 
 def size_class(number: int) -> str:
-    """A power of two at or above the number: what is tuned for one size serves its neighbours."""
+    """The smallest power of two not below the number: one tuned configuration serves all sizes of a class."""
     return str(1 << max(0, number - 1).bit_length())
 
 
@@ -92,8 +105,9 @@ def choose(
 ) -> Config:
     """The configuration for these shapes: from the table, or the fastest one when KEDIT_FAST_AUTOTUNE=1.
 
-    `trial(config)` is a plan that writes to scratch memory only; `size` names what a tuned choice holds for. Inside the
-    capture of a graph nothing can be timed: what was tuned before is used, else the table's, which the log says.
+    `trial(config)` makes launches that write only to scratch memory; `size` names the sizes that a tuned choice is for.
+    Nothing can be timed while a graph is captured: then a choice tuned earlier is used, else the table's, which is
+    logged.
     """
     if INTERPRET:
         return INTERPRETED[op]
@@ -111,7 +125,7 @@ def choose(
 
 
 def tuned() -> dict[tuple[str, str, str], Tuned]:
-    """What was tuned in this process, by op, shape class, and architecture with sizes."""
+    """The choices tuned in this process, by op, shape class, and architecture with sizes."""
     return dict(_tuned)
 
 
@@ -123,7 +137,7 @@ def _fastest(
     from triton.testing import do_bench
 
     def milliseconds(config: Config) -> float:
-        launches = trial(config)  # planned, and its scratch filled, before the clock runs
+        launches = trial(config)  # made, with its scratch memory, before the clock starts
         return do_bench(lambda: run(launches, device), return_mode="median")
 
     times = {row: milliseconds(row)}

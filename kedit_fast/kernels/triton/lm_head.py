@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import triton
@@ -10,10 +11,19 @@ import triton.language as tl
 
 from kedit_fast.kernels.triton.arithmetic import accumulate, tanh
 from kedit_fast.kernels.triton.configs import GRADIENT, Config
-from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, loads_wide, processors, run, size_class
+from kedit_fast.kernels.triton.launch import (
+    INTERPRET,
+    Launch,
+    ceil_div,
+    choose,
+    loads_wide,
+    processors,
+    run,
+    size_class,
+)
 
 WAVES = 4  # programs for each multiprocessor that splitting aims at
-D_LOGITS_BYTES = 64 << 20  # of the part of d logits that exists at a time
+D_LOGITS_BYTES = 64 << 20  # of d logits in memory at a time
 
 
 @triton.jit
@@ -79,7 +89,7 @@ def products_of(tensor: torch.Tensor) -> int:
 
 
 def size_of(hidden: torch.Tensor, head: torch.Tensor) -> str:
-    """What, beside the shape class, a tuned configuration depends on."""
+    """What a tuned configuration depends on besides the shape class."""
     return f"{hidden.dtype}, rows {size_class(hidden.shape[0])}, V {size_class(head.shape[0])}, h {head.shape[1]}"
 
 
@@ -98,7 +108,7 @@ def gradient_class(d_logits: torch.Tensor, head: torch.Tensor) -> str:
 
 def tile_arguments(
     hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, softcap: float, config: Config
-) -> tuple[dict, dict]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The arguments and constants that every kernel with a `logits_tile` takes."""
     arguments = {
         "hidden": hidden, "head": head, "bias": head if bias is None else bias.contiguous(), "rows": hidden.shape[0],
@@ -115,19 +125,19 @@ def tile_arguments(
 
 def vocabulary_splits(rows: int, vocabulary: int, device: torch.device, config: Config) -> tuple[int, int]:
     """How many programs share a row's vocabulary, and how many tokens each takes."""
-    tiles = triton.cdiv(vocabulary, config.n)
-    wanted = triton.cdiv(WAVES * processors(device), triton.cdiv(rows, config.m))
-    each = triton.cdiv(tiles, min(wanted, tiles)) * config.n
-    return triton.cdiv(vocabulary, each), each
+    tiles = ceil_div(vocabulary, config.n)
+    wanted = ceil_div(WAVES * processors(device), ceil_div(rows, config.m))
+    each = ceil_div(tiles, min(wanted, tiles)) * config.n
+    return ceil_div(vocabulary, each), each
 
 
-def gradient_plan(d_logits: torch.Tensor, head: torch.Tensor, config: Config) -> tuple[list[Launch], torch.Tensor]:
+def gradient_launches(d_logits: torch.Tensor, head: torch.Tensor, config: Config) -> tuple[list[Launch], torch.Tensor]:
     """The launch of d_logits [rows, c] times head [c, h], and its result in parts [splits, rows, h] to be added up."""
     rows, tokens, width = d_logits.shape[0], head.shape[0], head.shape[1]
-    grid = (triton.cdiv(rows, config.m), triton.cdiv(width, config.n))
-    wanted = max(1, triton.cdiv(processors(head.device), grid[0] * grid[1]))
-    each = triton.cdiv(triton.cdiv(tokens, wanted), config.k) * config.k
-    splits = triton.cdiv(tokens, each)
+    grid = (ceil_div(rows, config.m), ceil_div(width, config.n))
+    wanted = max(1, ceil_div(processors(head.device), grid[0] * grid[1]))
+    each = ceil_div(ceil_div(tokens, wanted), config.k) * config.k
+    splits = ceil_div(tokens, each)
     parts = d_logits.new_empty(splits, rows, width)
     arguments = {
         "d_logits": d_logits, "head": head, "out": parts, "rows": rows, "tokens": tokens, "width": width,
@@ -159,13 +169,13 @@ def gradient(
     scratch = torch.empty(hidden.shape[0], parts[0][1], dtype=torch.float32, device=hidden.device)
 
     def trial(config: Config) -> list[Launch]:
-        return gradient_plan(scratch, head[: parts[0][1]], config)[0]
+        return gradient_launches(scratch, head[: parts[0][1]], config)[0]
 
     config = choose(GRADIENT, gradient_class(scratch, head), hidden.device, trial, size_of(hidden, head))
     for begin, end in parts:
         d_logits = scratch[:, : end - begin]
         d_logits_of(begin, d_logits)
-        launches, sums = gradient_plan(d_logits, head[begin:end], config)
-        run(launches, hidden.device)
+        calls, sums = gradient_launches(d_logits, head[begin:end], config)
+        run(calls, hidden.device)
         result += sums.sum(0)
     return result

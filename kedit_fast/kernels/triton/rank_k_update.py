@@ -8,7 +8,7 @@ import triton.language as tl
 
 from kedit_fast.kernels.triton.arithmetic import accumulate, narrow
 from kedit_fast.kernels.triton.configs import RANK_K, Config
-from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, run, size_class
+from kedit_fast.kernels.triton.launch import INTERPRET, Launch, ceil_div, choose, run, size_class
 
 MOST_FMA = 16  # k up to which fused multiply-adds keep up with memory
 
@@ -58,7 +58,7 @@ def _rank_k_update_kernel(
         tl.store(to, narrow(value, copy.dtype.element_ty, INTERPRET), mask=inside)
 
 
-def plan(
+def launches(
     weight: torch.Tensor,
     left: torch.Tensor,
     right: torch.Tensor,
@@ -71,7 +71,7 @@ def plan(
         weight, left, right, copy = weight.T, right, left, None if copy is None else copy.T
     rows, columns = weight.shape
     k = left.shape[1]
-    column_tiles = triton.cdiv(columns, config.n)
+    column_tiles = ceil_div(columns, config.n)
     fma = k <= MOST_FMA
     target = weight if copy is None else copy
     arguments = {
@@ -85,7 +85,7 @@ def plan(
         "COPY": copy is not None, "PRODUCTS": 0 if fma else 3 if right.dtype == torch.bfloat16 else 6,
         "ROWS": config.m, "COLUMNS": config.n, "DEPTH": config.k, "INTERPRET": INTERPRET,
     }  # fmt: skip
-    grid = (triton.cdiv(rows, config.m) * column_tiles,)
+    grid = (ceil_div(rows, config.m) * column_tiles,)
     return [Launch(_rank_k_update_kernel, grid, arguments, constants, config)]
 
 
@@ -98,9 +98,9 @@ def rank_k_update_(
 
     def trial(config: Config) -> list[Launch]:
         scratch = torch.empty_like(weight)
-        return plan(scratch, left, right, alpha, None if copy is None else torch.empty_like(copy), config)
+        return launches(scratch, left, right, alpha, None if copy is None else torch.empty_like(copy), config)
 
     kind = "fma" if left.shape[1] <= MOST_FMA else "dot"
     size = f"{weight.dtype}, {size_class(weight.numel())}, k {size_class(left.shape[1])}"
     config = choose(RANK_K, kind, weight.device, trial, size)
-    run(plan(weight, left, right, alpha, copy, config), weight.device)
+    run(launches(weight, left, right, alpha, copy, config), weight.device)

@@ -12,7 +12,16 @@ import triton.language as tl
 
 from kedit_fast.kernels.triton.arithmetic import accumulate
 from kedit_fast.kernels.triton.configs import SYMMETRIC, Config
-from kedit_fast.kernels.triton.launch import INTERPRET, Launch, choose, loads_wide, processors, run, size_class
+from kedit_fast.kernels.triton.launch import (
+    INTERPRET,
+    Launch,
+    ceil_div,
+    choose,
+    loads_wide,
+    processors,
+    run,
+    size_class,
+)
 
 SUMMED_ROWS = 8192  # rows whose sum is kept in fp32 before it joins acc
 WAVES = 2  # programs for each multiprocessor that splitting aims at
@@ -62,17 +71,17 @@ def _symmetric_rank_k_update_kernel(
     part = tl.zeros((SIDE, SIDE), tl.float32)
     for first in range(begin, end, DEPTH):
         row = first + depth
-        kept = row < end
+        counts = row < end
         offset = row.to(tl.int64) * x_row_stride
         if MASKED:
-            kept = kept & (tl.load(mask + row.to(tl.int64) * mask_stride, mask=kept, other=0) != 0)
+            counts = counts & (tl.load(mask + row.to(tl.int64) * mask_stride, mask=counts, other=0) != 0)
         if WEIGHTED:
-            weight = tl.load(row_weights + row.to(tl.int64) * weight_stride, mask=kept, other=0.0).to(tl.float32)
-            kept = kept & (weight != 0)
-        left = tl.load(left_columns + offset[None, :], mask=(i < d)[:, None] & kept[None, :], other=0.0)
-        right = tl.load(right_columns + offset[:, None], mask=kept[:, None] & (j < d)[None, :], other=0.0)
+            weight = tl.load(row_weights + row.to(tl.int64) * weight_stride, mask=counts, other=0.0).to(tl.float32)
+            counts = counts & (weight != 0)
+        left = tl.load(left_columns + offset[None, :], mask=(i < d)[:, None] & counts[None, :], other=0.0)
+        right = tl.load(right_columns + offset[:, None], mask=counts[:, None] & (j < d)[None, :], other=0.0)
         if WEIGHTED:
-            left = left.to(tl.float32) * weight[None, :]  # left is 0 where a row is not kept, whatever its weight
+            left = left.to(tl.float32) * weight[None, :]  # left is 0 where a row does not count, whatever its weight
         step = (first - begin) // DEPTH
         part, total = accumulate(left, right, part, total, step, PRODUCTS, DEPTH, INTERPRET)
     total += part
@@ -121,7 +130,7 @@ def shape_class(acc: torch.Tensor, x: torch.Tensor, row_weights: torch.Tensor | 
     return "native" if acc.dtype == torch.float32 else "native64"
 
 
-def plan(
+def launches(
     acc: torch.Tensor,
     x: torch.Tensor,
     row_weights: torch.Tensor | None,
@@ -131,24 +140,23 @@ def plan(
 ) -> list[Launch]:
     """The launches that add alpha x^T diag(w) x to `acc`."""
     rows, d = x.shape
-    tiles = triton.cdiv(d, config.m)
+    tiles = ceil_div(d, config.m)
     lower_tiles = tiles * (tiles + 1) // 2
     split = x.dtype == torch.float32 or row_weights is not None
     products = 1 if not split else 3 if x.dtype == torch.bfloat16 else 6
-    wanted = triton.cdiv(WAVES * processors(acc.device), lower_tiles)
-    splits = max(1, min(wanted, triton.cdiv(min(rows, SUMMED_ROWS), 4 * config.k)))
-    high = float(
-        torch.tensor(alpha, dtype=torch.float32, device="cpu")
-    )  # numbers reach a kernel in fp32: two hold an fp64 one
+    wanted = ceil_div(WAVES * processors(acc.device), lower_tiles)
+    splits = max(1, min(wanted, ceil_div(min(rows, SUMMED_ROWS), 4 * config.k)))
+    # Numbers reach a kernel in fp32; two of them hold an fp64 one.
+    high = float(torch.tensor(alpha, dtype=torch.float32, device="cpu"))
     scale = {"alpha_high": high, "alpha_low": alpha - high}
     parts = x.new_empty(splits * lower_tiles * config.m**2 if splits > 1 else 0, dtype=torch.float32)
     tile = {"SIDE": config.m, "GROUP": config.group}
-    launches = []
+    sequence = []
     for begin in range(0, rows, splits * SUMMED_ROWS):
         slab = x[begin : begin + splits * SUMMED_ROWS]
         weights = None if row_weights is None else row_weights[begin : begin + slab.shape[0]]
         flags = None if mask is None else mask[begin : begin + slab.shape[0]].view(torch.uint8)
-        each = triton.cdiv(triton.cdiv(slab.shape[0], splits), config.k) * config.k
+        each = ceil_div(ceil_div(slab.shape[0], splits), config.k) * config.k
         arguments = {
             "acc": acc, "x": slab, "row_weights": slab if weights is None else weights,
             "mask": slab if flags is None else flags, "parts": parts, **scale, "rows": slab.shape[0], "d": d,
@@ -160,15 +168,15 @@ def plan(
             "WEIGHTED": weights is not None, "MASKED": flags is not None, "SPLIT": splits > 1, "PRODUCTS": products,
             "DEPTH": config.k, "INTERPRET": INTERPRET, **tile,
         }  # fmt: skip
-        launches.append(Launch(_symmetric_rank_k_update_kernel, (lower_tiles, splits), arguments, constants, config))
+        sequence.append(Launch(_symmetric_rank_k_update_kernel, (lower_tiles, splits), arguments, constants, config))
         if splits > 1:
             reduce = {
                 "acc": acc, "parts": parts, **scale, "d": d, "tiles": tiles, "splits": splits,
                 "acc_stride": acc.stride(0),
             }  # fmt: skip
             strips = config.m // STRIP
-            launches.append(Launch(_add_parts_kernel, (lower_tiles, strips), reduce, {"STRIP": STRIP, **tile}, config))
-    return launches
+            sequence.append(Launch(_add_parts_kernel, (lower_tiles, strips), reduce, {"STRIP": STRIP, **tile}, config))
+    return sequence
 
 
 def symmetric_rank_k_update_(
@@ -179,8 +187,8 @@ def symmetric_rank_k_update_(
         return
 
     def trial(config: Config) -> list[Launch]:
-        return plan(torch.zeros_like(acc), x, row_weights, mask, alpha, config)
+        return launches(torch.zeros_like(acc), x, row_weights, mask, alpha, config)
 
     size = f"{x.dtype}, d {size_class(x.shape[1])}, rows {size_class(x.shape[0])}"
     config = choose(SYMMETRIC, shape_class(acc, x, row_weights), acc.device, trial, size)
-    run(plan(acc, x, row_weights, mask, alpha, config), acc.device)
+    run(launches(acc, x, row_weights, mask, alpha, config), acc.device)

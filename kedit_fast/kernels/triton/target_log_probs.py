@@ -8,7 +8,7 @@ import triton.language as tl
 
 from kedit_fast.kernels.triton import lm_head as shared
 from kedit_fast.kernels.triton.configs import LOGITS, Config
-from kedit_fast.kernels.triton.launch import Launch, choose, run
+from kedit_fast.kernels.triton.launch import Launch, ceil_div, choose, run
 from kedit_fast.kernels.triton.lm_head import logits_tile
 
 
@@ -27,7 +27,7 @@ def _target_log_probs_kernel(
     target = tl.load(targets + row * target_stride, mask=row < rows, other=-1)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    found = tl.zeros((ROWS,), tl.float32)
+    target_logit = tl.zeros((ROWS,), tl.float32)
     best = tl.zeros((ROWS,), tl.int32) + begin
     for first in range(begin, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
@@ -38,16 +38,16 @@ def _target_log_probs_kernel(
         here = tl.max(logits, axis=1)
         best = tl.where(here > peak, first + tl.argmax(logits, axis=1), best)
         higher = tl.maximum(peak, here)
-        floor = tl.where(higher == float("-inf"), 0.0, higher)  # a row of -inf alone: exp(-inf - 0), not NaN
+        floor = tl.where(higher == float("-inf"), 0.0, higher)  # a row of only -inf: exp(-inf - 0) is 0, not NaN
         total = total * tl.exp(peak - floor) + tl.sum(tl.exp(logits - floor[:, None]), axis=1)
-        found += tl.sum(tl.where(token[None, :] == target[:, None], logits, 0.0), axis=1)
+        target_logit += tl.sum(tl.where(token[None, :] == target[:, None], logits, 0.0), axis=1)
         peak = higher
     out = split * rows + row
     inside = row < rows
     tl.store(peaks + out, peak, mask=inside)
     tl.store(sums + out, total, mask=inside)
     tl.store(best_ids + out, best.to(tl.int64), mask=inside)
-    tl.store(at_target + row, found, mask=inside & (target >= begin) & (target < end))
+    tl.store(at_target + row, target_logit, mask=inside & (target >= begin) & (target < end))
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _d_logits_kernel(
     tl.store(to, d_logits, mask=inside[:, None] & (token < vocabulary)[None, :])
 
 
-def plan(
+def launches(
     hidden: torch.Tensor,
     head: torch.Tensor,
     targets: torch.Tensor,
@@ -96,11 +96,11 @@ def plan(
         "targets": targets, "peaks": peaks, "sums": sums, "at_target": at_target, "best_ids": best,
         "tokens_per_split": each, "target_stride": targets.stride(0),
     }  # fmt: skip
-    launch = Launch(_target_log_probs_kernel, (triton.cdiv(rows, config.m), splits), arguments, constants, config)
+    launch = Launch(_target_log_probs_kernel, (ceil_div(rows, config.m), splits), arguments, constants, config)
     return [launch], (peaks, sums, best, at_target)
 
 
-def d_logits_plan(
+def d_logits_launches(
     hidden: torch.Tensor,
     head: torch.Tensor,
     targets: torch.Tensor,
@@ -119,7 +119,7 @@ def d_logits_plan(
         "targets": targets, "totals": total, "out": out, "first_token": begin, "target_stride": targets.stride(0),
         "out_stride": out.stride(0),
     }  # fmt: skip
-    grid = (triton.cdiv(hidden.shape[0], config.m), triton.cdiv(out.shape[1], config.n))
+    grid = (ceil_div(hidden.shape[0], config.m), ceil_div(out.shape[1], config.n))
     return [Launch(_d_logits_kernel, grid, arguments, constants, config)]
 
 
@@ -131,22 +131,25 @@ def target_log_probs(
     softcap: float,
     gradient: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log p(targets), the top-1 id and its log p, each [rows], and d log p / d hidden ([0, h] if not asked)."""
+    """Return log p(targets), the top-1 id and its log p, each [rows], and d log p / d hidden [rows, h].
+
+    The last one is [0, h] where `gradient` is false.
+    """
     none = hidden.new_empty(0, hidden.shape[1], dtype=torch.float32)
     if hidden.shape[0] == 0:
         return none.new_empty(0), torch.empty_like(targets), none.new_empty(0), none
 
     def trial(config: Config) -> list[Launch]:
-        return plan(hidden, head, targets, bias, softcap, config)[0]
+        return launches(hidden, head, targets, bias, softcap, config)[0]
 
     config = choose(LOGITS, shared.shape_class(hidden, head), hidden.device, trial, shared.size_of(hidden, head))
-    launches, (peaks, sums, best, at_target) = plan(hidden, head, targets, bias, softcap, config)
-    run(launches, hidden.device)
+    calls, (peaks, sums, best, at_target) = launches(hidden, head, targets, bias, softcap, config)
+    run(calls, hidden.device)
     total = torch.logsumexp(peaks + sums.log(), dim=0)
     peak, split = peaks.max(dim=0)  # the first of equal ones
 
     def fill(begin: int, out: torch.Tensor) -> None:
-        run(d_logits_plan(hidden, head, targets, bias, softcap, total, begin, out, config), hidden.device)
+        run(d_logits_launches(hidden, head, targets, bias, softcap, total, begin, out, config), hidden.device)
 
     slope = shared.gradient(hidden, head, fill) if gradient else none
     return at_target - total, best.gather(0, split[None])[0], peak - total, slope
