@@ -33,7 +33,7 @@ from kedit_fast import Editor, EditRequest, collect_statistics, demo
 from kedit_fast.demo import world
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.evaluation.metrics import Metrics, evaluate, mean_nll
-from kedit_fast.methods.recipes import RECIPES, find_recipe
+from kedit_fast.methods.registry import RECIPES, find_recipe
 from kedit_fast.statistics.collect import Statistics
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -108,10 +108,10 @@ def measure(on: Subject, method: str, scenario: str, **numbers: Any) -> Row:
     recipe = find_recipe(method)
     count, size = SCENARIOS[scenario]
     row: Row = {"method": method, "scenario": scenario}
-    if recipe.schedule == "single" and size != 1:
+    if not recipe.is_batched and size != 1:
         return {**row, "n/a": "one request at a time"}
-    if recipe.values == "gradients" and (scenario == "subjects" or size == 1):
-        return {**row, "n/a": "no keys of subjects" if size is None else "its normaliser needs more than one token"}
+    if not recipe.optimizes_values and (scenario == "subjects" or size == 1):
+        return {**row, "n/a": "no keys of subjects" if size is None else "its normalizer needs more than one token"}
     requests = shared_subjects(count) if scenario == "subjects" else on.requests[:count]
     editor = Editor(
         on.model, on.tokenizer, method, statistics=on.moments, hparams={"on_predicted": "allow", **numbers},
@@ -150,7 +150,7 @@ def together(on: Subject, editor: Editor, requests: Sequence[EditRequest], size:
     batches = [requests[i : i + size] for i in range(0, len(requests), size)]
     for batch in batches:
         spent, result = timed_edit(editor, batch)
-        if editor.values is not None and editor.recipe.values != "gradients":
+        if editor.values is not None and editor.recipe.optimizes_values:
             loop = [getattr(editor.hparams, name) for name in VALUES_DEPEND_ON]
             shared = editor.recipe.merge and len({r.subject for r in requests}) < len(requests)
             key = (editor.value_sites, editor.hparams.layers[-1], len(requests), requests[0].subject, shared, *loop)

@@ -67,13 +67,13 @@ def demo(
     """Change facts inside the bundled demo model and show what changed. Saves nothing without --out."""
     from kedit_fast import demo as bundled
     from kedit_fast.methods.hparams import make_hparams
-    from kedit_fast.methods.recipes import find_recipe
+    from kedit_fast.methods.registry import find_recipe
     from kedit_fast.models.loading import save_model
     from kedit_fast.statistics.collect import collect_statistics
     from kedit_fast.workflow import complete, run_edits
 
     recipe = find_recipe(method)
-    edits = edits or (100 if recipe.schedule == "mass" else 5)
+    edits = edits or (100 if recipe.is_batched else 5)
     if out is not None:
         check_new(out, overwrite, KeditError)
     requests = bundled.requests()
@@ -152,7 +152,7 @@ def edit(
 ) -> None:
     """Write facts into a model and save it."""
     from kedit_fast.methods.hparams import make_hparams
-    from kedit_fast.methods.recipes import find_recipe
+    from kedit_fast.methods.registry import find_recipe
     from kedit_fast.models.loading import DTYPES, load_config, load_model
     from kedit_fast.requests.chat import chat_format
     from kedit_fast.requests.request import load_requests
@@ -187,7 +187,7 @@ def edit(
     state = Path(model) / STATE_FILE
     if go_on and not state.exists():
         raise MethodError(f"--continue: {model} has no {STATE_FILE} of an earlier edit by a method that keeps one")
-    if not go_on and state.exists() and (recipe.memory or recipe.values == "gradients"):
+    if not go_on and state.exists() and recipe.keeps_state:
         notices.print(f"kedit-fast: {model} was edited before; without --continue {recipe.name} knows nothing of that",
                       markup=False)  # fmt: skip
     with processes(device) as (rank, where):
@@ -245,7 +245,7 @@ def plan(
     """Estimate the memory, the batch and the time of a run of edits before it is started."""
     from kedit_fast import demo as bundled
     from kedit_fast.methods.hparams import make_hparams
-    from kedit_fast.methods.recipes import find_recipe
+    from kedit_fast.methods.registry import find_recipe
     from kedit_fast.models.loading import DTYPES, empty_model, load_config, load_model
     from kedit_fast.reports.plan import plan as estimate
     from kedit_fast.requests.chat import chat_format
@@ -323,7 +323,7 @@ def suggest(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Try layers and lambda on a few requests, and print a configuration for --hparams."""
-    from kedit_fast.methods.recipes import find_recipe
+    from kedit_fast.methods.registry import find_recipe
     from kedit_fast.models.loading import DTYPES, load_config, load_model
     from kedit_fast.reports.suggest import suggest as sweep
     from kedit_fast.requests.chat import chat_format
@@ -373,15 +373,15 @@ def suggest(
 @command
 def methods(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
     """List the methods, where each is from, and what it keeps between batches."""
-    from kedit_fast.methods.recipes import RECIPES
+    from kedit_fast.methods.registry import RECIPES
 
     if as_json:
         print_json({name: recipe.as_dict() for name, recipe in RECIPES.items()})
         return
     table = Table.grid(padding=(0, 2))
     for recipe in RECIPES.values():
-        how = "One request at a time, one layer" if recipe.schedule == "single" else "A batch at once"
-        how = "A batch at once, several modules" if recipe.values == "gradients" else how
+        how = "One request at a time, one layer" if not recipe.is_batched else "A batch at once"
+        how = "A batch at once, several modules" if not recipe.optimizes_values else how
         text = f"{recipe.title}\n{recipe.source}\n{how}; keeps {recipe.keeps}\n"
         table.add_row(recipe.name, escape(text))
     output.print(table)
@@ -452,7 +452,7 @@ def _print_report(report: Any, title: str) -> None:
 def _overrides(hparams: Path | None, set_: list[str] | None, layers: str | None, method: str) -> dict[str, Any]:
     """Hyper-parameters that the command line gives: a file, then --set, then --layers."""
     from kedit_fast.methods.hparams import read_hparams, unused, worth_a_warning
-    from kedit_fast.methods.recipes import find_recipe
+    from kedit_fast.methods.registry import find_recipe
 
     found = read_hparams(hparams, method, warn_of_loading=False) if hparams is not None else {}
     recipe, by_hand = find_recipe(method), assignments(set_)

@@ -20,7 +20,8 @@ from kedit_fast.editing.values.shared import find_shared_values, flush_store
 from kedit_fast.editing.values.store import ValueStore, open_values
 from kedit_fast.errors import EditError, MethodError, StatisticsError
 from kedit_fast.methods.hparams import make_hparams, worth_a_warning
-from kedit_fast.methods.recipes import Recipe, find_recipe
+from kedit_fast.methods.recipe import Recipe
+from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.editable import require_editable
 from kedit_fast.models.fingerprint import difference, fingerprint
@@ -83,7 +84,7 @@ class Editor:
         model: a causal language model of a known architecture; its edited matrices are written in place. What cannot be
             edited (adapters, compiled or offloaded parts, shared weights: models.editable) is refused here, by name.
         tokenizer: its tokenizer.
-        method: its name, one of kedit_fast.methods.recipes.RECIPES (`kedit-fast methods` lists them).
+        method: its name, one of kedit_fast.methods.registry.RECIPES (`kedit-fast methods` lists them).
         statistics: second moments for the edited layers, from collect_statistics or load_statistics; needed unless
             the method uses none (UltraEdit) or runs with `mom2_adjustment=False`.
         null_spaces: by layer, for AlphaEdit, instead of statistics: see
@@ -163,7 +164,7 @@ class Editor:
         self.values = open_values(values) if isinstance(values, str | os.PathLike) else values
         self._statistics = statistics
         self._prefixes = self._given_prefixes = None if prefixes is None else tuple(prefixes)
-        if null_spaces is not None and self.recipe.preconditioner != "null_space":
+        if null_spaces is not None and not self.recipe.uses_null_space:
             raise MethodError(f"{self.recipe.name} has no null space: null_spaces are for AlphaEdit")
         given = set(null_spaces or ()) >= set(self.hparams.layers)
         if self.hparams.uses_statistics and not given:
@@ -243,7 +244,7 @@ class Editor:
         require_editable(self.view, self.modules)  # also what was compiled or got an adapter since
         prepared, problems = self.check(requests, on_error)
         numbers = [i for i in range(len(prepared) + len(problems)) if i not in problems]
-        exact = self.recipe.schedule == "single" or self.recipe.values == "gradients"
+        exact = not self.recipe.weighs_requests
         if exact and _weights(prepared) is not None:
             raise MethodError(
                 f"{self.recipe.name} gives requests no weights: its batches have no least squares over them"
@@ -400,11 +401,11 @@ class Editor:
     @property
     def keeps_state(self) -> bool:
         """Whether the method keeps something between batches."""
-        return self.recipe.memory or self.recipe.values == "gradients"
+        return self.recipe.keeps_state
 
     @plain_torch()
     def save_state(self, path: str | os.PathLike) -> None:
-        """Write what the method keeps between batches (keys of earlier edits, a normaliser) to a safetensors file,
+        """Write what the method keeps between batches (keys of earlier edits, a normalizer) to a safetensors file,
         and the context prefixes: an edited model would write other ones.
 
         Together with the edited model it lets another process go on: `load_state` in an Editor made the same way. The
@@ -468,7 +469,7 @@ class _Batch:
     def run(self) -> None:
         if not self.prepared:
             return
-        if self.recipe.values == "gradients":
+        if self.recipe.schedule == "gradients":
             self.run_gradients()
         elif self.recipe.schedule == "mass":
             self.run_mass()

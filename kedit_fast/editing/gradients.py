@@ -36,7 +36,7 @@ class AnswerGradients:
     modules: dict[str, ModuleGradients]  # by module path
     request: torch.Tensor  # [n] the request of each row
     losses: torch.Tensor  # [u] mean cross entropy of each request's target
-    turns: tuple[int, ...] = ()  # rows that the normaliser takes in one after another; empty for all at once
+    turns: tuple[int, ...] = ()  # rows that the normalizer takes in one after another; empty for all at once
 
     def without(self, requests: Sequence[int]) -> AnswerGradients:
         """The same without the rows of some requests; the numbers of the others stay."""
@@ -69,7 +69,7 @@ def answer_gradients(
 
     With L_i = -(1/T) sum_t log p(target_t) of request i at its bare prompt, a row holds the input of a module at one
     token and dL_i / d(its output there). The published code takes the mean over all answer tokens of its small batches
-    instead, so there a gradient's scale depends on who shares the batch; UltraEdit's normaliser divides scales out.
+    instead, so there a gradient's scale depends on who shares the batch; UltraEdit's normalizer divides scales out.
 
     Args:
         view: the model; nothing in it changes.

@@ -18,12 +18,12 @@ from kedit_fast._version import __version__
 from kedit_fast.editing.gradients import ModuleGradients
 from kedit_fast.errors import EditError, StatisticsError
 from kedit_fast.methods.hparams import Hparams
-from kedit_fast.methods.recipes import Recipe
+from kedit_fast.methods.recipe import Recipe
 from kedit_fast.models.view import ModelView
 from kedit_fast.solver.key_memory import Appended, KeyMemory
 from kedit_fast.solver.least_squares import merge_columns, rank_one_equality, solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
-from kedit_fast.solver.normalizer import Normaliser, gradient_update
+from kedit_fast.solver.normalizer import Normalizer, gradient_update
 from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace, Preconditioner
 from kedit_fast.solver.shaping import limit_norm, limit_spectrum, spectral_norm
 from kedit_fast.statistics.collect import Statistics
@@ -42,7 +42,7 @@ class _Found:
     """What the open batch adds to the state."""
 
     appended: dict[int, Appended] = field(default_factory=dict)  # by layer
-    normalisers: dict[str, Normaliser] = field(default_factory=dict)  # by shape of module
+    normalizers: dict[str, Normalizer] = field(default_factory=dict)  # by shape of module
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Before:
     """What the state was before a batch."""
 
     batches: dict[int, int]  # of the key memories, by layer
-    normalisers: dict[str, Normaliser]
+    normalizers: dict[str, Normalizer]
 
 
 class SolverState:
@@ -75,7 +75,7 @@ class SolverState:
         self.view, self.recipe, self.hparams, self.statistics = view, recipe, hparams, statistics
         self._given = dict(null_spaces or {})
         self.memories: dict[int, KeyMemory] = {}
-        self.normalisers: dict[str, Normaliser] = {}
+        self.normalizers: dict[str, Normalizer] = {}
         self._preconditioners: dict[int, Preconditioner] = {}
         self._history: list[_Before] = []  # one for each batch that was committed
         self._open = _Found()
@@ -97,7 +97,7 @@ class SolverState:
     def _made(self, layer: int) -> Preconditioner:
         weight, numbers = self.view.weight(layer), self.hparams
         size, device = weight.shape[1], weight.device
-        scale = numbers.mom2_update_weight if self.recipe.schedule == "mass" else 1.0
+        scale = numbers.mom2_update_weight if self.recipe.is_batched else 1.0
         if self.recipe.preconditioner == "identity":
             return Identity(size, device)
         if not numbers.mom2_adjustment:
@@ -114,7 +114,7 @@ class SolverState:
                 f"statistics are {list(moment.shape)}, {self.view.weight_name(layer)} takes {size} inputs"
             )
         moment = moment.to(device)
-        if self.recipe.preconditioner == "null_space":
+        if self.recipe.uses_null_space:
             return NullSpace.from_covariance(moment, numbers.nullspace_threshold, numbers.nullspace_rule, numbers.L2)
         return Covariance.from_moment(
             moment, numbers.mom2_ridge, weight=scale, norm_lambda=numbers.update_norm_lambda,
@@ -145,7 +145,7 @@ class SolverState:
             keys, residuals = merge_columns(keys, residuals, teams)
         preconditioner = self.preconditioner(layer)
         if not self.recipe.memory:
-            rho = self.hparams.emmet_lambda if self.recipe.rho == "emmet_lambda" else 1.0
+            rho = self.hparams.emmet_lambda if self.recipe.softens_equality else 1.0
             return solve_update(
                 keys, residuals, preconditioner, rho, weights=None if weights is None else weights.to(device)
             )
@@ -165,27 +165,27 @@ class SolverState:
         )  # fmt: skip
 
     def gradients(self, modules: dict[str, ModuleGradients], turns: Sequence[int] = ()) -> dict[str, LowRankUpdate]:
-        """UltraEdit's updates [out, d] of all modules: those of one shape share a normaliser, which sees all of them
+        """UltraEdit's updates [out, d] of all modules: those of one shape share a normalizer, which sees all of them
         before the first update is made; rows by `turns` if they are given."""
         shapes: dict[str, str] = {}
         for name, found in modules.items():
             rows = torch.cat([found.keys.double(), found.gradients.double()], 1)
             shape = shapes[name] = f"{found.keys.shape[1]}x{found.gradients.shape[1]}"
-            known = self._open.normalisers.get(shape, self.normalisers.get(shape))
+            known = self._open.normalizers.get(shape, self.normalizers.get(shape))
             if known is None:
-                known = Normaliser.empty(rows.shape[1], rows.device)
-            moved = Normaliser(known.count, known.mean.to(rows), known.squares.to(rows))
+                known = Normalizer.empty(rows.shape[1], rows.device)
+            moved = Normalizer(known.count, known.mean.to(rows), known.squares.to(rows))
             for part in rows.split(list(turns)) if turns else (rows,):
                 moved = moved.updated(part)
-            self._open.normalisers[shape] = moved
+            self._open.normalizers[shape] = moved
         return {
             name: gradient_update(found.keys, found.gradients, self._on(shapes[name], found), self.hparams.lr)
             for name, found in modules.items()
         }
 
-    def _on(self, shape: str, like: ModuleGradients) -> Normaliser:
-        whole, device = self._open.normalisers[shape], like.keys.device
-        return Normaliser(whole.count, whole.mean.to(device), whole.squares.to(device))
+    def _on(self, shape: str, like: ModuleGradients) -> Normalizer:
+        whole, device = self._open.normalizers[shape], like.keys.device
+        return Normalizer(whole.count, whole.mean.to(device), whole.squares.to(device))
 
     def limited(self, update: LowRankUpdate, weight: torch.Tensor) -> LowRankUpdate:
         """The update within `spectral_limit` and `frobenius_limit` of `weight` [out, in]."""
@@ -209,11 +209,11 @@ class SolverState:
     def commit(self) -> None:
         """Keep what the open batch found. It must be written by now."""
         found, self._open = self._open, _Found()
-        before = _Before({layer: len(memory.sizes) for layer, memory in self.memories.items()}, self.normalisers)
+        before = _Before({layer: len(memory.sizes) for layer, memory in self.memories.items()}, self.normalizers)
         self._history.append(before)
         for layer, appended in found.appended.items():
             self.memories[layer].commit(appended)
-        self.normalisers = {**self.normalisers, **found.normalisers}
+        self.normalizers = {**self.normalizers, **found.normalizers}
 
     def settle(self, batches: int) -> None:
         """Forget the open batch, and take back what was committed beyond `batches`, also in part."""
@@ -230,7 +230,7 @@ class SolverState:
             del self._history[batches:]
 
     def _restore(self, before: _Before) -> None:
-        self.normalisers = before.normalisers
+        self.normalizers = before.normalizers
         for layer, memory in self.memories.items():
             memory.rollback(max(0, len(memory.sizes) - before.batches.get(layer, 0)))
 
@@ -242,9 +242,9 @@ class SolverState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept between batches: preconditioners, key memories, normalisers."""
+        """Bytes kept between batches: preconditioners, key memories, normalizers."""
         kept = [p.nbytes for p in self._preconditioners.values()] + [m.nbytes for m in self.memories.values()]
-        return sum(kept) + sum(n.mean.nbytes + n.squares.nbytes for n in self.normalisers.values())
+        return sum(kept) + sum(n.mean.nbytes + n.squares.nbytes for n in self.normalizers.values())
 
     def save(self, path: str | os.PathLike, belongs: dict[str, Any]) -> None:
         """Write what is kept between batches to one safetensors file, at once or not at all.
@@ -259,8 +259,8 @@ class SolverState:
         tensors: dict[str, torch.Tensor] = {}
         for layer, memory in self.memories.items():
             tensors |= {f"memory.{layer}.{name}": tensor for name, tensor in memory.tensors().items()}
-        for shape, normaliser in self.normalisers.items():
-            tensors |= {f"normaliser.{shape}.{name}": tensor for name, tensor in normaliser.tensors().items()}
+        for shape, normalizer in self.normalizers.items():
+            tensors |= {f"normaliser.{shape}.{name}": tensor for name, tensor in normalizer.tensors().items()}
         memories = {str(layer): memory.about() for layer, memory in self.memories.items()}
         metadata = {
             "format_version": FORMAT_VERSION, "kedit_fast": __version__, "belongs": json.dumps(self._about(belongs)),
@@ -283,7 +283,7 @@ class SolverState:
                 model, edit history or statistics: the message says which.
             EditError: this engine has batches already.
         """
-        if self._history or self.normalisers or any(memory.count for memory in self.memories.values()):
+        if self._history or self.normalizers or any(memory.count for memory in self.memories.values()):
             raise EditError("a state is loaded before the first edit; this editor has made some")
         tensors, metadata = read_file(path, StatisticsError)
         fields = ("belongs", "memories")
@@ -294,7 +294,7 @@ class SolverState:
             if there.get(name) != value:
                 shown = f": {there.get(name)} there, {value} here" if len(str(value)) < 80 else ""
                 raise StatisticsError(f"{path} is the state of another run: different {name}{shown}")
-        memories, normalisers = {}, {}
+        memories, normalizers = {}, {}
         for layer, about in json.loads(metadata["memories"]).items():
             prefix = f"memory.{layer}."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -305,8 +305,8 @@ class SolverState:
             prefix = f"normaliser.{shape}."
             own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             features = sum(map(int, shape.split("x")))
-            normalisers[shape] = Normaliser.from_tensors(own, features, f"{path}, modules of {shape},")
-        self.memories, self.normalisers = memories, normalisers
+            normalizers[shape] = Normalizer.from_tensors(own, features, f"{path}, modules of {shape},")
+        self.memories, self.normalizers = memories, normalizers
         return there
 
     def _about(self, belongs: dict[str, Any]) -> dict[str, Any]:

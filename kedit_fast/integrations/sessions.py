@@ -26,7 +26,8 @@ from kedit_fast.integrations import easyedit_rows
 from kedit_fast.integrations.framework_statistics import framework_statistics
 from kedit_fast.integrations.options import OUR_HPARAMS, Options
 from kedit_fast.methods.hparams import Hparams, make_hparams, parse_values, read_raw, unused
-from kedit_fast.methods.recipes import Recipe, find_recipe
+from kedit_fast.methods.recipe import Recipe
+from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.patching import attach, attached, detach
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.spacing import AUTO
@@ -229,14 +230,14 @@ def _create_editor(
     model, tokenizer = call.model, call.tokenizer
     resolved, _ = make_hparams(call.method, model.config, hparams)
     check_modules(model, resolved, raw)
-    with_easyedit_rows = options.ultraedit_rows == "easyedit" and recipe.values == "gradients"
+    with_easyedit_rows = options.ultraedit_rows == "easyedit" and not recipe.optimizes_values
     if with_easyedit_rows and options.target_separator == "":
         raise MethodError(
             'ultraedit_rows = "easyedit" puts a space before every target: target_separator = "" needs "own"'
         )
     _warn_of_half(model, raw)
     spaces, statistics = None if null_spaces is None else null_spaces(), call.statistics
-    reads_projector = recipe.preconditioner == "null_space" and spaces is None and statistics is None
+    reads_projector = recipe.uses_null_space and spaces is None and statistics is None
     if reads_projector and raw.get("P_loc") and Path(raw["P_loc"]).exists():
         spaces = load_projector(raw["P_loc"], resolved.layers, resolved.L2, trust=True)
     if resolved.uses_statistics and spaces is None and statistics is None:
@@ -262,8 +263,7 @@ def _create_editor(
 
 def _usable_template(template: str | None, recipe: Recipe) -> str | None:
     """`cache_template`, if the method's values are of the kind that memit's files hold."""
-    one_value = recipe.schedule == "mass" and recipe.values == "block"
-    if template is not None and "{}" in str(template) and not one_value:
+    if template is not None and "{}" in str(template) and not recipe.fits_memit_values:
         _log.warning("%s: the files of values that cache_template names are not used", recipe.name)
         return None
     return template

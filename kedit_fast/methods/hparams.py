@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from kedit_fast.errors import MethodError
-from kedit_fast.methods.recipes import Recipe, find_recipe
+from kedit_fast.methods.recipe import Recipe
+from kedit_fast.methods.registry import find_recipe
 from kedit_fast.support.textfiles import Repeated, parse_json, read_text, suffix_of
 
 if sys.version_info >= (3, 11):
@@ -68,8 +69,8 @@ class Hparams:
 
     def __post_init__(self):
         recipe = find_recipe(self.method)
-        optimised = recipe.values != "gradients"
-        weighs = recipe.schedule == "mass" and recipe.preconditioner == "covariance"
+        optimised = recipe.optimizes_values
+        weighs = recipe.is_batched and recipe.uses_covariance
         check = {
             "layers": len(self.layers) > 0 or len(self.inner_params) > 0,
             "inner_params": optimised is False or not self.inner_params,
@@ -78,7 +79,7 @@ class Hparams:
             "v_weight_decay": self.v_weight_decay >= 0,
             "clamp_norm_factor": self.clamp_norm_factor > 0 or not optimised,
             "kl_factor": self.kl_factor >= 0,
-            "mom2_adjustment": self.mom2_adjustment or recipe.preconditioner != "null_space",
+            "mom2_adjustment": self.mom2_adjustment or not recipe.uses_null_space,
             "mom2_update_weight": self.mom2_update_weight > 0 or not weighs,
             "mom2_ridge": self.mom2_ridge >= 0,
             "update_norm_lambda": self.update_norm_lambda >= 0,
@@ -102,29 +103,29 @@ class Hparams:
         for name, ok in check.items():
             if not ok:
                 raise MethodError(f"hyper-parameter {name} = {getattr(self, name)!r} is out of range for {self.method}")
-        if recipe.schedule == "single" and len(self.layers) != 1:
+        if recipe.edits_one_layer and len(self.layers) != 1:
             raise MethodError(f"{self.method} edits one layer; got layers {', '.join(map(str, self.layers))}")
 
     @property
     def uses_statistics(self) -> bool:
         """Whether second moments of the edited layers are needed."""
-        return self.mom2_adjustment and find_recipe(self.method).preconditioner != "identity"
+        return self.mom2_adjustment and find_recipe(self.method).uses_statistics
 
 
 def unused(recipe: Recipe, names: Iterable[str]) -> list[str]:
     """Of hyper-parameters, those that a method does not read."""
-    optimised, mass = recipe.values != "gradients", recipe.schedule == "mass"
-    covariance = recipe.preconditioner == "covariance"
+    optimised, mass = recipe.optimizes_values, recipe.is_batched
+    covariance = recipe.uses_covariance
     reads = {
         "v_num_grad_steps": optimised, "v_lr": optimised, "v_weight_decay": optimised, "clamp_norm_factor": optimised,
         "kl_factor": optimised, "v_stop_loss": optimised, "most_probable_steps": optimised, "values_batch": optimised,
         "check_every": optimised, "values_graph": optimised, "on_predicted": optimised,
         "mom2_update_weight": covariance and mass, "mom2_ridge": covariance, "factor_dtype": covariance,
-        "update_norm_lambda": covariance, "mom2_adjustment": recipe.preconditioner != "identity",
-        "emmet_lambda": recipe.rho == "emmet_lambda", "L2": recipe.preconditioner == "null_space",
-        "nullspace_threshold": recipe.preconditioner == "null_space",
-        "nullspace_rule": recipe.preconditioner == "null_space", "memory_form": recipe.memory,
-        "rect_keep": recipe.shaping == "rect", "inner_params": not optimised, "lr": not optimised,
+        "update_norm_lambda": covariance, "mom2_adjustment": recipe.uses_statistics,
+        "emmet_lambda": recipe.softens_equality, "L2": recipe.uses_null_space,
+        "nullspace_threshold": recipe.uses_null_space,
+        "nullspace_rule": recipe.uses_null_space, "memory_form": recipe.memory,
+        "rect_keep": recipe.masks_updates, "inner_params": not optimised, "lr": not optimised,
         "token": not optimised, "on_bad_pivot": not mass,
     }  # fmt: skip
     return sorted(name for name in names if not reads.get(name, True))
@@ -365,7 +366,7 @@ def preset_hparams(recipe: Recipe, config: Any) -> tuple[dict[str, Any], str]:
 
 def _by_depth(recipe: Recipe, family: Mapping[str, Any], count: int) -> tuple[int, ...]:
     first, last = (min(count - 1, round(depth * (count - 1))) for depth in family["depth"])
-    return (last,) if recipe.schedule == "single" else tuple(range(first, last + 1))
+    return (last,) if recipe.edits_one_layer else tuple(range(first, last + 1))
 
 
 def load_presets(name: str) -> dict[str, list[dict[str, Any]]]:
@@ -405,7 +406,7 @@ def make_hparams(method: str, config: Any, *overrides: Mapping[str, Any]) -> tup
         if "layers" in override and "inner_params" not in override:
             values.pop("inner_params", None)  # a preset's modules are not of other layers
         values.update(override)
-    if recipe.values == "gradients" and "layers" not in values:
+    if not recipe.optimizes_values and "layers" not in values:
         values["layers"] = ()
     values["method"] = recipe.name
     return Hparams(**values), origin

@@ -17,7 +17,7 @@ from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import MethodError, StatisticsError
 from kedit_fast.methods.hparams import Hparams, make_hparams
-from kedit_fast.methods.recipes import find_recipe
+from kedit_fast.methods.registry import find_recipe
 from kedit_fast.requests.prompts import PromptFormat
 from kedit_fast.requests.request import EditRequest, require_none, rows_of
 from kedit_fast.requests.spacing import AUTO
@@ -104,7 +104,7 @@ def convergence(
     recipe = find_recipe(method)
     overrides = {**(hparams or {}), **({} if layers is None else {"layers": tuple(layers)})}
     numbers, _ = make_hparams(method, model.config, overrides)
-    if not numbers.uses_statistics or recipe.shaping == "rect" or recipe.schedule != "mass":
+    if not numbers.uses_statistics or recipe.masks_updates or not recipe.is_batched:
         raise MethodError(f"{recipe.name} has no update of low rank that depends on statistics")
     rule = _null_rule(model, overrides, numbers)
     if counts is not None and (not counts or sorted(set(counts)) != list(counts) or counts[0] < 1):

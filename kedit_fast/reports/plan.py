@@ -13,7 +13,8 @@ from kedit_fast.editing.values.batch_size import BatchSize, fitting_batch, reque
 from kedit_fast.editing.values.loop import SITES, find_values
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.hparams import Hparams, make_hparams
-from kedit_fast.methods.recipes import Recipe, find_recipe
+from kedit_fast.methods.recipe import Recipe
+from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype, copy_bytes
@@ -92,7 +93,7 @@ def plan(
         raise MethodError(f"cannot plan {edits} edits")
     view, recipe = ModelView(model), find_recipe(method)
     numbers, origin = make_hparams(method, model.config, hparams or {})
-    if recipe.values == "gradients":
+    if not recipe.optimizes_values:
         raise MethodError(
             f"plan knows methods whose values are optimised; {recipe.name} takes one backward pass a batch"
         )
@@ -149,7 +150,7 @@ def _batch(
 ) -> BatchSize:
     """How many requests will be optimised together."""
     each = request_bytes(view, prepared, sites)
-    if recipe.schedule == "single":  # one after another
+    if not recipe.is_batched:  # one after another
         return BatchSize(1, each)
     if numbers.values_batch:
         return BatchSize(min(edits, numbers.values_batch), each)
@@ -162,7 +163,7 @@ def _bytes(view: ModelView, recipe: Recipe, numbers: Hparams, edits: int, tokens
     out, d = view.weight(numbers.layers[0]).shape
     size = view.weight(numbers.layers[0]).element_size()
     count = len(numbers.layers)
-    at_once = edits if recipe.schedule == "mass" else 1
+    at_once = edits if recipe.is_batched else 1
     kept = min(edits, int(FOLD_ABOVE * d))  # keys until a fold
     memory = 8 * (d * edits + kept * kept) + (2 * 8 * d * d if edits > kept else 0)
     return {
@@ -190,7 +191,7 @@ def _seconds(
 ) -> dict[str, float]:
     """Seconds by phase, from a trial on `prepared`."""
     trial = len(prepared)
-    together = trial if recipe.schedule == "mass" else 1
+    together = trial if recipe.is_batched else 1
     last = numbers.layers[-1]
     # Nobody stops, and every iteration is looked at: the loop ends at a look.
     whole = dict(v_stop_loss=-1.0, most_probable_steps=0, values_batch=together, check_every=1, values_graph=False)
@@ -209,10 +210,10 @@ def _seconds(
 
     out, d = view.weight(numbers.layers[0]).shape
     rate = _fp64_rate(view.device)
-    u = edits if recipe.schedule == "mass" else 1
+    u = edits if recipe.is_batched else 1
     count = len(numbers.layers)
     # The factor is made once a layer, whatever the number of solves.
-    factor = 0.0 if not numbers.uses_statistics else 9.0 * d**3 if recipe.preconditioner == "null_space" else d**3 / 3
+    factor = 0.0 if not numbers.uses_statistics else 9.0 * d**3 if recipe.uses_null_space else d**3 / 3
     once = d * u * u + u**3 / 3 + 2 * u * u * d if u <= PRIMAL_ABOVE * d else d * d * u + d**3 / 3 + 2 * d * d * u
     flops = factor + (2 * d * d * u + once) * edits / u
     solve = count * 2 * flops / rate

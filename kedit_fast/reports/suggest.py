@@ -16,7 +16,8 @@ from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import KeditError, MethodError
 from kedit_fast.evaluation.metrics import evaluate, mean_nll, unusable
 from kedit_fast.methods.hparams import Hparams, make_hparams, unused
-from kedit_fast.methods.recipes import Recipe, find_recipe
+from kedit_fast.methods.recipe import Recipe
+from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PromptFormat
 from kedit_fast.requests.request import EditRequest, require_none, skipped_records
@@ -157,7 +158,7 @@ def suggest(
     found = {
         **_shown(chosen, recipe),
         "layers": best.layers,
-        **({} if recipe.values != "gradients" else {"inner_params": ()}),
+        **({} if recipe.optimizes_values else {"inner_params": ()}),
     }
     if best.value is not None:
         found[name] = best.value
@@ -222,17 +223,17 @@ def _places(count: int) -> list[int]:
 
 def _window(last: int, recipe: Recipe, count: int) -> tuple[int, ...]:
     """The edited layers that end at `last`."""
-    size = 1 if recipe.schedule == "single" else min(MOST_LAYERS, max(2, round(SPREAD_SHARE * count)))
+    size = 1 if recipe.edits_one_layer else min(MOST_LAYERS, max(2, round(SPREAD_SHARE * count)))
     return tuple(range(max(0, last - size + 1), last + 1))
 
 
 def _swept(recipe: Recipe, chosen: Hparams) -> tuple[str, tuple[float | None, ...]]:
     """The number that is swept beside the layers, and its values."""
-    if recipe.values == "gradients":
+    if not recipe.optimizes_values:
         return "lr", RATES
-    if recipe.schedule == "single":
+    if not recipe.is_batched:
         return "lambda", (None,)
-    if recipe.preconditioner == "null_space":
+    if recipe.uses_null_space:
         return "L2", RIDGES
     return "mom2_update_weight", LAMBDAS
 

@@ -1,4 +1,4 @@
-"""UltraEdit's running normaliser: the mean and spread of keys and gradients over all turns so far."""
+"""UltraEdit's running normalizer: the mean and spread of keys and gradients over all turns so far."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kedit_fast.support.torch_state import plain_torch
 
 
 @dataclass(frozen=True)
-class Normaliser:
+class Normalizer:
     """Mean and summed squares of features over rows; `updated` returns a new one, so an old one can be gone back to."""
 
     count: int
@@ -24,7 +24,7 @@ class Normaliser:
 
     @classmethod
     @plain_torch()
-    def empty(cls, features: int, device: torch.device | str = "cpu") -> Normaliser:
+    def empty(cls, features: int, device: torch.device | str = "cpu") -> Normalizer:
         """Before any row."""
         zero = torch.zeros(features, dtype=torch.float64, device=device)
         return cls(0, zero, zero)
@@ -40,11 +40,11 @@ class Normaliser:
 
     @classmethod
     @plain_torch()
-    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], features: int, where: str) -> Normaliser:
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], features: int, where: str) -> Normalizer:
         """From what `tensors` gave; raises StatisticsError, naming `where`, when they are damaged."""
         count, mean, squares = (tensors.get(name) for name in ("count", "mean", "squares"))
         if count is None or mean is None or squares is None or int(count) < 2:
-            raise StatisticsError(f"{where} is damaged: a part of the normaliser is missing")
+            raise StatisticsError(f"{where} is damaged: a part of the normalizer is missing")
         for tensor in (mean, squares):
             if tensor.dtype != torch.float64 or tuple(tensor.shape) != (features,):
                 raise StatisticsError(f"{where} is damaged: {tensor.dtype} {list(tensor.shape)}, not [{features}]")
@@ -53,7 +53,7 @@ class Normaliser:
         return cls(int(count), mean, squares)
 
     @plain_torch()
-    def updated(self, rows: torch.Tensor) -> Normaliser:
+    def updated(self, rows: torch.Tensor) -> Normalizer:
         """With rows [n, f] more, by the published rule: n times their own variance, and the shift of the mean."""
         n = rows.shape[0]
         if rows.ndim != 2 or rows.shape[1] != self.mean.shape[0]:
@@ -63,29 +63,29 @@ class Normaliser:
         require_finite("keys and gradients", rows)
         wide = rows.double()
         if n + self.count < 2:
-            raise SolveError("the normaliser needs more than one token in its first batch: give it more requests")
+            raise SolveError("the normalizer needs more than one token in its first batch: give it more requests")
         total, shift = self.count + n, wide.mean(0) - self.mean
         own = wide.var(0) if n > 1 else torch.zeros_like(shift)
         squares = self.squares + n * own + self.count * n * shift**2 / total
-        return Normaliser(total, self.mean + n * shift / total, squares)
+        return Normalizer(total, self.mean + n * shift / total, squares)
 
     @plain_torch()
-    def normalised(self, rows: torch.Tensor) -> torch.Tensor:
+    def normalized(self, rows: torch.Tensor) -> torch.Tensor:
         """(x - mean) / deviation [n, f], fp64; 0 for a feature that never changed."""
         deviation = (self.squares / max(1, self.count - 1)).sqrt()
         return torch.where(deviation > 0, (rows.double() - self.mean) / deviation, 0.0)
 
 
 @plain_torch()
-def gradient_update(keys: torch.Tensor, gradients: torch.Tensor, normaliser: Normaliser, lr: float) -> LowRankUpdate:
+def gradient_update(keys: torch.Tensor, gradients: torch.Tensor, normalizer: Normalizer, lr: float) -> LowRankUpdate:
     """UltraEdit's update of one linear layer: Delta^T = (H^T H + I)^-1 H^T V, by the n x n dual system.
 
-    V = -lr |h|^2 g row by row, with h and g the normalised key and gradient; H holds the keys as they are.
+    V = -lr |h|^2 g row by row, with h and g the normalized key and gradient; H holds the keys as they are.
 
     Args:
         keys: H [n, d], the layer's inputs, a row for each token.
         gradients: [n, out] of the loss by the layer's outputs there.
-        normaliser: over [keys, gradients], with these rows in it.
+        normalizer: over [keys, gradients], with these rows in it.
         lr: of the published files (1e-6).
 
     Returns:
@@ -94,7 +94,7 @@ def gradient_update(keys: torch.Tensor, gradients: torch.Tensor, normaliser: Nor
     Cost: n^2 d + n^3 / 3 + 2 n^2 d flops (d n^2 + d^3 / 3 + 2 d^2 out as published).
     Source: UltraEdit (arXiv 2505.14679), its released `editor/ultraedit.py`.
     """
-    both = normaliser.normalised(torch.cat([keys.double(), gradients.double()], 1))
+    both = normalizer.normalized(torch.cat([keys.double(), gradients.double()], 1))
     h, g = both[:, : keys.shape[1]], both[:, keys.shape[1] :]
     values = -lr * h.square().sum(1, keepdim=True) * g
     return solve_update(keys.T, values.T, Identity(keys.shape[1], keys.device))

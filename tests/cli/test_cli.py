@@ -292,7 +292,7 @@ def test_backends_and_the_bug_report():
 
 
 def test_methods_lists_every_recipe_with_its_source():
-    from kedit_fast.methods.recipes import RECIPES
+    from kedit_fast.methods.registry import RECIPES
 
     found = json.loads(run("methods", "--json").stdout)
     assert list(found) == list(RECIPES) and all("arXiv" in entry["source"] for entry in found.values())

@@ -19,7 +19,7 @@ from kedit_fast.editing.values.loop import find_values
 from kedit_fast.errors import EditError, KeditError, MethodError, SolveError, StatisticsError
 from kedit_fast.evaluation.metrics import mean_nll
 from kedit_fast.methods.hparams import load_presets, make_hparams, unused
-from kedit_fast.methods.recipes import RECIPES, find_recipe
+from kedit_fast.methods.registry import RECIPES, find_recipe
 from kedit_fast.models.forward import Site
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import prepare
@@ -32,13 +32,13 @@ NUMBERS = {
     "alphaedit": {"nullspace_rule": "energy", "nullspace_threshold": 0.3, "L2": 2.0}, "pmet": {},
     "r-rome": {}, "rome": {}, "ultraedit": {"lr": 1e-2, "token": "ans"},
 }  # fmt: skip
-MASS = tuple(name for name, recipe in RECIPES.items() if recipe.schedule == "mass" and recipe.values != "gradients")
+MASS = tuple(name for name, recipe in RECIPES.items() if recipe.schedule == "mass")
 
 
 def editor_of(method, kind="llama", dtype=torch.float32, **numbers):
     recipe = find_recipe(method)
-    numbers = {**({"mom2_update_weight": 10.0} if recipe.schedule == "mass" else {}), **NUMBERS[method], **numbers}
-    numbers = {"layers": (0, 1) if recipe.schedule == "mass" else (1,), **numbers}
+    numbers = {**({"mom2_update_weight": 10.0} if recipe.is_batched else {}), **NUMBERS[method], **numbers}
+    numbers = {"layers": (0, 1) if recipe.is_batched else (1,), **numbers}
     return make_editor(kind, method, dtype, **numbers)
 
 
@@ -47,12 +47,12 @@ def dense_system(recipe, numbers, moment, cache, keys):
     d = moment.shape[0]
     eye = torch.eye(d, dtype=torch.float64)
     moment = moment.double() + numbers.mom2_ridge * moment.diagonal().mean() * eye
-    if recipe.preconditioner == "null_space":
+    if recipe.uses_null_space:
         values, vectors = torch.linalg.eigh(moment - numbers.mom2_ridge * 0)
         count = int((values.cumsum(0) <= numbers.nullspace_threshold * values.sum()).sum())
         p = vectors[:, :count] @ vectors[:, :count].T
         return torch.linalg.solve(p @ (keys @ keys.T + cache) + numbers.L2 * eye, p @ keys)
-    if recipe.rho == "emmet_lambda":
+    if recipe.softens_equality:
         inverse = torch.linalg.inv(numbers.mom2_update_weight * moment)
         small = keys.T @ inverse @ keys + numbers.emmet_lambda * torch.eye(keys.shape[1], dtype=torch.float64)
         return (torch.linalg.inv(small) @ keys.T @ inverse).T
@@ -131,7 +131,7 @@ def test_r_rome_makes_the_mean_key_put_out_the_value():
 @pytest.mark.parametrize("token", ("ans", "mask"))
 @pytest.mark.parametrize("kind", ("llama", "gpt2"))
 def test_ultraedit_is_the_published_turn(kind, token):
-    """Two turns: gradients one request at a time, a normaliser for all modules of one shape, a dense d x d solve."""
+    """Two turns: gradients one request at a time, a normalizer for all modules of one shape, a dense d x d solve."""
     names = {"llama": ("model.layers.1.mlp.up_proj", "model.layers.2.mlp.up_proj", "model.layers.2.mlp.down_proj"),
              "gpt2": ("transformer.h.1.mlp.c_proj", "transformer.h.2.mlp.c_proj")}[kind]  # fmt: skip
     editor = editor_of("ultraedit", kind, inner_params=names, layers=(), token=token)
@@ -394,7 +394,7 @@ def test_rollback_takes_the_memory_back_too(method):
     editor.restore()
     assert (
         all(memory.count == 0 for memory in editor.solver_state.memories.values())
-        and not editor.solver_state.normalisers
+        and not editor.solver_state.normalizers
     )
     editor.edit(REQUESTS[:1])
 
@@ -512,12 +512,12 @@ def test_a_state_belongs_to_its_prompts_and_tokens(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("normaliser.64x32.mean"), "a part of the normaliser is missing"),
+        (lambda t: t.pop("normaliser.64x32.mean"), "a part of the normalizer is missing"),
         (lambda t: t.update({"normaliser.64x32.squares": torch.full((96,), float("nan")).double()}), "not finite"),
         (lambda t: t.update({"normaliser.64x32.squares": torch.ones(1).double()}), r"not \[96\]"),
     ],
 )
-def test_a_damaged_normaliser_is_refused(tmp_path, change, message):
+def test_a_damaged_normalizer_is_refused(tmp_path, change, message):
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
@@ -534,7 +534,7 @@ def test_a_damaged_normaliser_is_refused(tmp_path, change, message):
     other.view.model.load_state_dict(editor.view.model.state_dict())
     with pytest.raises(StatisticsError, match=message):
         other.load_state(path)
-    assert not other.solver_state.normalisers
+    assert not other.solver_state.normalizers
 
 
 def test_numbers_that_a_method_does_not_read_are_named(caplog):
@@ -674,7 +674,7 @@ def test_ultraedit_skips_or_names_requests_whose_gradients_are_not_finite():
     before = weights(editor)
     with pytest.raises(KeditError, match="Danielle Darrieux"):
         editor.edit(REQUESTS)
-    assert not editor.ledger.batches and not editor.solver_state.normalisers
+    assert not editor.ledger.batches and not editor.solver_state.normalizers
     result = editor.edit(REQUESTS, "skip")
     assert list(result.skipped) == [1] and len(result.losses) == 2 and result.batch == 1
     editor.restore()
@@ -752,7 +752,7 @@ def test_recipes_are_data_that_can_be_printed():
     for name, recipe in RECIPES.items():
         assert recipe.name == name and recipe.title and "arXiv" in recipe.source and recipe.keeps
         assert json.loads(json.dumps(recipe.as_dict()))["name"] == name
-        assert (recipe.keeps == "nothing") == (not recipe.memory and recipe.values != "gradients")
+        assert (recipe.keeps == "nothing") == (not recipe.keeps_state)
 
 
 def test_mean_nll_is_the_mean_over_tokens_of_each_text_alone():

@@ -16,7 +16,7 @@ from kedit_fast.editing.values import loop as values_module
 from kedit_fast.editing.values.loop import BAD_LOSS, PREDICTED, STOPPED, USED_UP, find_values
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import make_hparams
-from kedit_fast.methods.recipes import find_recipe
+from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models import tail_attention
 from kedit_fast.models.forward import Site
 from kedit_fast.models.view import ModelView

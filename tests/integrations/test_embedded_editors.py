@@ -425,7 +425,7 @@ def test_cache_c_is_summed_from_the_keys_of_the_batch_which_are_not_computed_aga
 
 
 def easyedits_ultraedit(model, tok, requests, hparams, shift):
-    """Transcribed from what EasyEdit's executor, cross entropy, tracer, normaliser and solve compute, in fp64."""
+    """Transcribed from what EasyEdit's executor, cross entropy, tracer, normalizer and solve compute, in fp64."""
     names, groups = hparams.inner_params, []
     for begin in range(0, len(requests), hparams.batch_size_once):
         chunk = requests[begin : begin + hparams.batch_size_once]

@@ -8,7 +8,7 @@ import pytest
 
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.hparams import Hparams, make_hparams, parse_layers, read_hparams, unused, worth_a_warning
-from kedit_fast.methods.recipes import RECIPES, find_recipe
+from kedit_fast.methods.registry import RECIPES, find_recipe
 
 LLAMA3 = SimpleNamespace(model_type="llama", num_hidden_layers=32, hidden_size=4096, intermediate_size=14336)
 MEMIT_GPTJ = {

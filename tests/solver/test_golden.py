@@ -15,7 +15,7 @@ from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.least_squares import collisions, merge_columns, rank_one_equality, solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
-from kedit_fast.solver.normalizer import Normaliser, gradient_update
+from kedit_fast.solver.normalizer import Normalizer, gradient_update
 from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace
 from kedit_fast.solver.shaping import prune, rect, spectral_norm
 
@@ -159,12 +159,12 @@ def test_a_weight_counts_an_edit_that_many_times(golden, form):
 
 
 def test_ultraedit_meets_its_golden_rows(golden):
-    normaliser, lr = Normaliser.empty(96 + 64), float(golden["ultraedit_lr"])
+    normalizer, lr = Normalizer.empty(96 + 64), float(golden["ultraedit_lr"])
     for keys, gradients, expected in zip(
         golden["ultraedit_H"], golden["ultraedit_G"], golden["ultraedit"], strict=True
     ):
-        normaliser = normaliser.updated(torch.cat([keys, gradients], 1))
-        assert relative_error(gradient_update(keys, gradients, normaliser, lr).dense(), expected) < LIMIT
+        normalizer = normalizer.updated(torch.cat([keys, gradients], 1))
+        assert relative_error(gradient_update(keys, gradients, normalizer, lr).dense(), expected) < LIMIT
 
 
 def test_rect_meets_its_golden_row(golden):
@@ -314,7 +314,7 @@ def test_bad_systems_are_named():
     with pytest.raises(InvalidArgumentError, match=r"keys must be \[4, u\]"):
         KeyMemory(Identity(4)).solve(torch.randn(5, 2), torch.randn(3, 2))
     with pytest.raises(SolveError, match="more than one token"):
-        Normaliser.empty(3).updated(torch.randn(1, 3))
+        Normalizer.empty(3).updated(torch.randn(1, 3))
 
 
 def test_the_norm_of_factors_is_that_of_their_product():

@@ -1,0 +1,178 @@
+"""Recipe: what makes a method, as a record of the strategies that the editor combines.
+
+A field names a strategy; the room that runs strategies of this kind looks the name up in a registry of its own. Other
+readers ask the capabilities of a recipe (`is_batched`, `keeps_state`, ...) and compare no names.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from kedit_fast.errors import MethodError
+
+ValueSites = Literal["block", "mlp", "attention and mlp", "gradients"]
+KeyWeights = Literal["bare_half", "mean"]
+Schedule = Literal["mass", "single", "gradients"]
+PreconditionerKind = Literal["covariance", "null_space", "identity"]
+Constraint = Literal["ridge", "soft_equality", "equality"]
+ValueKey = Literal["bare", "mean"]
+Spread = Literal["linear", "sqrt", "none"]
+Shaping = Literal["none", "rect", "prune"]
+StopRule = Literal["below_loss", "pmet"]
+
+# How the field `rho` of `kedit-fast methods --json` names a constraint.
+_RHO = {"ridge": "one", "soft_equality": "emmet_lambda", "equality": "equality"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An editing method with a closed form.
+
+    Raises:
+        MethodError: a field names no strategy, or two fields contradict each other.
+    """
+
+    name: str
+    """How users call the method."""
+    title: str
+    """The method in half a sentence."""
+    source: str
+    """The paper, with its arXiv number."""
+    preset: str
+    """Name of the preset file. Methods that differ in the solve alone share one."""
+    values: ValueSites = "block"
+    """Outputs whose values are optimized: of the block, of its MLP, or of attention and MLP together. With "gradients"
+    nothing is optimized: gradients of the loss stand in for values."""
+    key_weights: KeyWeights = "bare_half"
+    """How a key is averaged over contexts: half the bare prompt and half the mean of the others, or the plain mean."""
+    schedule: Schedule = "mass"
+    """Order of a batch: "mass", all requests at once and layer after layer; "single", one request at a time in one
+    layer; "gradients", all requests at once and all modules from one backward pass."""
+    preconditioner: PreconditionerKind = "covariance"
+    """S of the equation: lambda C + lambda_n I; P / L2 as S^-1, with P the projector on the null space of C; or I."""
+    constraint: Constraint = "ridge"
+    """How closely outputs match values: "ridge", rho = 1; "soft_equality", rho = emmet_lambda; "equality", exactly."""
+    memory: bool = False
+    """Whether the keys of earlier batches stay in the system."""
+    value_key: ValueKey = "bare"
+    """Of rank-one methods, the key at which the layer puts out the value: the bare prompt's, or the mean key."""
+    spread: Spread = "linear"
+    """Share of the residual that a layer takes when n layers are left: 1 / n, 1 / sqrt(n), or all of it."""
+    merge: bool = False
+    """Whether requests on one subject share one value and one key."""
+    shaping: Shaping = "none"
+    """What an update goes through: "rect" writes its largest relative changes alone; "prune" restrains the singular
+    values of the total update after the last batch."""
+    stop_rule: StopRule = "below_loss"
+    """When a value is done before its last iteration: once its loss is below v_stop_loss; or by PMET's rule, which
+    eases the likelihood after every target was right and ends at a small KL divergence."""
+    contexts: tuple[tuple[int, int], ...] = ((10, 5),)
+    """(tokens, count) of the generated context prefixes, as published."""
+    keeps: str = "nothing"
+    """What is kept between batches beside the ledger, in words."""
+
+    def __post_init__(self):
+        for field, accepted in _choices().items():
+            if getattr(self, field) not in accepted:
+                raise MethodError(
+                    f"recipe {self.name!r}: {field} = {getattr(self, field)!r}: choose from "
+                    + ", ".join(map(repr, accepted))
+                )
+        agreements = {
+            "schedule and values": (self.schedule == "gradients") == (self.values == "gradients"),
+            "schedule and constraint": (self.schedule == "single") == (self.constraint == "equality"),
+            "schedule and spread": self.schedule == "mass" or self.spread == "none",
+            "schedule and memory": self.schedule == "mass" or not self.memory,
+        }
+        for fields, agree in agreements.items():
+            if not agree:
+                first, _, second = fields.split()
+                raise MethodError(
+                    f"recipe {self.name!r}: {first} = {getattr(self, first)!r} does not go with "
+                    f"{second} = {getattr(self, second)!r}"
+                )
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether all requests of a batch are written at once, instead of one after another."""
+        return self.schedule != "single"
+
+    @property
+    def edits_one_layer(self) -> bool:
+        """Whether the method writes a single layer."""
+        return self.schedule == "single"
+
+    @property
+    def optimizes_values(self) -> bool:
+        """Whether values are found by gradient descent; otherwise gradients are taken for them."""
+        return self.values != "gradients"
+
+    @property
+    def fits_memit_values(self) -> bool:
+        """Whether its values are of the kind that memit's npz files hold: of a batch, at the block's output."""
+        return self.is_batched and self.values == "block"
+
+    @property
+    def needs_subject(self) -> bool:
+        """Whether a request must say where its subject stands. Gradients are of whole prompts."""
+        return self.optimizes_values
+
+    @property
+    def weighs_requests(self) -> bool:
+        """Whether a batch is a least-squares problem over its requests, in which each can have a weight."""
+        return self.schedule == "mass"
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether something beside the ledger is kept between batches: keys, or a running normalizer."""
+        return self.memory or self.schedule == "gradients"
+
+    @property
+    def uses_statistics(self) -> bool:
+        """Whether the preconditioner is made from second moments."""
+        return self.preconditioner != "identity"
+
+    @property
+    def uses_covariance(self) -> bool:
+        """Whether S is the weighted second moment."""
+        return self.preconditioner == "covariance"
+
+    @property
+    def uses_null_space(self) -> bool:
+        """Whether updates stay in the null space of the second moment."""
+        return self.preconditioner == "null_space"
+
+    @property
+    def softens_equality(self) -> bool:
+        """Whether a hyper-parameter says how closely outputs match values."""
+        return self.constraint == "soft_equality"
+
+    @property
+    def masks_updates(self) -> bool:
+        """Whether a part of an update's entries is written alone, so that its rank is not that of the solve."""
+        return self.shaping == "rect"
+
+    def values_on(self, post_norm: bool) -> ValueSites:
+        """Where values are optimized on a model with or without a norm between the MLP and the residual sum.
+
+        No write can produce a value that lies behind a norm. The output of the MLP, in front of the norm, can be
+        produced.
+        """
+        return "mlp" if self.values == "block" and post_norm else self.values
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field, as `kedit-fast methods --json` prints it.
+
+        `schedule` tells there whether a batch is written at once, and `rho` is the older name of the constraint.
+        """
+        schedule = "mass" if self.is_batched else "single"
+        return {**asdict(self), "schedule": schedule, "rho": _RHO[self.constraint]}
+
+
+@functools.cache
+def _choices() -> dict[str, tuple[str, ...]]:
+    """Field -> the values that its type accepts."""
+    hints = get_type_hints(Recipe)
+    return {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}

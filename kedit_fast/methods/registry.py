@@ -1,0 +1,123 @@
+"""The methods by name. To add one, add a Recipe here, a golden row to its test and a row to the page of this room."""
+
+from __future__ import annotations
+
+from kedit_fast.errors import MethodError
+from kedit_fast.methods.recipe import Recipe
+
+_KEYS = "keys of all earlier batches, with a factor: 8 (d n + n^2) bytes a layer after n edits"
+_ROME_CONTEXTS = ((5, 10), (10, 10))
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "rome",
+            "Rank-one model editing",
+            "Meng et al. 2022, arXiv 2202.05262",
+            "rome",
+            values="mlp",
+            key_weights="mean",
+            schedule="single",
+            constraint="equality",
+            spread="none",
+            contexts=_ROME_CONTEXTS,
+        ),
+        Recipe(
+            "r-rome",
+            "ROME with one key in both places",
+            "Gupta et al. 2024, arXiv 2403.07175",
+            "r-rome",
+            values="mlp",
+            key_weights="mean",
+            schedule="single",
+            constraint="equality",
+            value_key="mean",
+            spread="none",
+            contexts=_ROME_CONTEXTS,
+        ),
+        Recipe("memit", "Mass-editing memory in a transformer", "Meng et al. 2023, arXiv 2210.07229", "memit"),
+        Recipe(
+            "memit-sequential",
+            "MEMIT with the keys of earlier batches in its system",
+            "baseline of Fang et al. 2025 (AlphaEdit's repository, MEMIT_seq), arXiv 2410.02355",
+            "memit-sequential",
+            memory=True,
+            keeps=_KEYS,
+        ),
+        Recipe(
+            "memit-merge",
+            "MEMIT with one value for all requests on a subject",
+            "Dong et al. 2025, arXiv 2502.07322",
+            "memit",
+            merge=True,
+        ),
+        Recipe(
+            "pmet",
+            "Precise model editing: attention's and MLP's parts optimized together",
+            "Li et al. 2024, arXiv 2308.08742",
+            "pmet",
+            values="attention and mlp",
+            spread="sqrt",
+            stop_rule="pmet",
+        ),
+        Recipe(
+            "emmet",
+            "Equality-constrained mass editing",
+            "Gupta et al. 2024, arXiv 2403.14236",
+            "emmet",
+            constraint="soft_equality",
+        ),
+        Recipe(
+            "rect",
+            "MEMIT whose update keeps its largest relative changes alone",
+            "Gu et al. 2024, arXiv 2401.04700",
+            "memit",
+            shaping="rect",
+        ),
+        Recipe(
+            "prune",
+            "MEMIT whose total update has its largest singular values restrained at the end",
+            "Ma et al. 2025, arXiv 2405.16821",
+            "memit",
+            shaping="prune",
+        ),
+        Recipe(
+            "alphaedit",
+            "Null-space constrained editing",
+            "Fang et al. 2025, arXiv 2410.02355",
+            "alphaedit",
+            preconditioner="null_space",
+            memory=True,
+            keeps=f"a basis of the null space or of the rest, whichever is thinner; {_KEYS}",
+        ),
+        Recipe(
+            "encore",
+            "MEMIT with earlier keys, a ridge and most-probable early stopping",
+            "Gupta et al. 2025, arXiv 2502.01636",
+            "encore",
+            memory=True,
+            keeps=_KEYS,
+        ),
+        Recipe(
+            "ultraedit",
+            "Gradients as values under a running normalizer",
+            "Gu et al. 2025, arXiv 2505.14679",
+            "ultraedit",
+            values="gradients",
+            schedule="gradients",
+            preconditioner="identity",
+            spread="none",
+            contexts=(),
+            keeps="mean and variance of keys and gradients: 16 (d + out) bytes a shape of module",
+        ),
+    )
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of a method; raises MethodError with the known names."""
+    recipe = RECIPES.get(name.lower().replace("_", "-"))
+    if recipe is None:
+        raise MethodError(f"unknown method {name!r}: choose from {', '.join(sorted(RECIPES))}")
+    return recipe
