@@ -1,12 +1,12 @@
-"""Edits of a model in use: swapped in between requests, never half of them.
+"""A lock for a model in use: edits are swapped in between requests, so that no request sees half of them.
 
 gate = Gate()
-with gate.serving():            # in every thread that answers requests
+with gate.serving():             # in every thread that answers requests
     model.generate(...)
 
-prepared = patch.prepare(model)  # the work; requests go on
-with gate.swapping():            # waits for the requests that run, and keeps new ones waiting
-    applied = prepared.swap_()   # as long as copying the edited matrices takes
+prepared = patch.prepare(model)  # the work; requests continue
+with gate.swapping():            # waits for running requests, and makes new ones wait
+    applied = prepared.swap_()   # takes as long as copying the edited matrices
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 
 class Gate:
-    """Requests pass together, a swap alone; requests that come while one waits wait behind it."""
+    """Many requests may run at once; a swap runs alone. Requests that arrive while a swap waits, wait for it."""
 
     def __init__(self):
         self._changed = threading.Condition()
@@ -27,7 +27,7 @@ class Gate:
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Around one request; must not be nested in itself or in `swapping`."""
+        """Held around one request; must not be nested in itself or in `swapping`."""
         with self._changed:
             self._changed.wait_for(lambda: not self._swapping and not self._waiting)
             self._serving += 1
@@ -40,7 +40,7 @@ class Gate:
 
     @contextmanager
     def swapping(self) -> Iterator[None]:
-        """Around a change of weights."""
+        """Held around a change of weights."""
         with self._changed:
             self._waiting += 1
             try:

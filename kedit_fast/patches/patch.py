@@ -1,9 +1,10 @@
-"""Patches: the updates of a run of edits as one file, which any copy of the model can take up and give back.
+"""Patches: the updates of a run of edits as one file, to be applied to any copy of the model and reverted there.
 
-One safetensors file: `{module}.left` [out, k] and `{module}.right` [in, k], Delta = left right^T, for a masked update
-(RECT) also `{module}.mask` [out, ceil(in / 8)] uint8; metadata `format_version`, `kedit_fast`, `kind`, `method`,
-`configuration`, `requests` and, of every module, the SHA-256 of the matrix W_0 it applies to, of the one the editor
-left, their dtype, and whether it is stored transposed (transformers' Conv1D).
+It is a safetensors file. Tensors: `{module}.left` [out, k] and `{module}.right` [in, k] with Delta = left right^T, and
+for a masked update (RECT) `{module}.mask` [out, ceil(in / 8)] uint8. Metadata: `format_version`, `kedit_fast`, `kind`,
+`method`, `configuration`, `requests`, and `targets`: for each module the SHA-256 of the matrix W_0 that the update is
+for, the SHA-256 of the matrix that the editor left, their dtype, and whether it is stored transposed (transformers'
+Conv1D).
 """
 
 from __future__ import annotations
@@ -18,42 +19,63 @@ from typing import Any
 import torch
 
 from kedit_fast._version import __version__
-from kedit_fast.errors import InvalidArgumentError, PatchError, UnsupportedModelError
+from kedit_fast.errors import PatchError, UnsupportedModelError
 from kedit_fast.models.editable import require_own
-from kedit_fast.models.view import linear_weight
+from kedit_fast.patches.swap import Applied, Prepared, linear_weight_of
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
 from kedit_fast.solver.shaping import compact
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.files import read_file, write_file
 from kedit_fast.support.matrix_bits import sha256
-from kedit_fast.support.timing import synchronize
 from kedit_fast.support.torch_state import plain_torch
 
 FORMAT_VERSION = "1"
 KIND = "kedit_fast patch"
-_HASHED = 1 << 26  # bytes of a matrix that are hashed at once
 
 
-@plain_torch()
 @dataclass(frozen=True)
 class Target:
-    """The matrix an update belongs to."""
+    """The matrix that an update is for."""
 
-    original: str  # sha256 W_0 [out, in]
-    result: str  # sha256 what the editor left; "" where that is not known
+    original: str
+    """SHA-256 of W_0 [out, in], the matrix without the update."""
+    result: str
+    """SHA-256 of the matrix that the editor left; "" where that is not known."""
     dtype: str
-    transposed: bool  # stored [in, out]
+    """For example "bfloat16"."""
+    transposed: bool
+    """Whether the model stores it as [in, out]."""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """Updates by module path, with what they belong to."""
+    """The updates of a run of edits, by module path, with the matrices they are for.
+
+    `Editor.patch()` makes one.
+
+    Example:
+        >>> editor = Editor(model, tokenizer, "memit", layers=[0, 1], statistics=statistics,
+        ...                 hparams={"v_num_grad_steps": 3})
+        >>> result = editor.edit(requests)
+        >>> editor.patch().save("facts.safetensors")
+        >>> editor.restore()                                # the model is unedited again
+        >>> patch = Patch.load("facts.safetensors")
+        >>> applied = patch.apply_(model)
+        >>> len(patch.requests), sorted(patch.updates)[0]
+        (4, 'model.layers.0.mlp.down_proj')
+        >>> applied.revert_()                               # bit for bit
+    """
 
     updates: Mapping[str, Update]
+    """Module path -> Delta [out, in], as factors."""
     targets: Mapping[str, Target]
+    """Module path -> the matrix it is for."""
     method: str
+    """The method's name, for example "memit"."""
     configuration: Mapping[str, Any] = field(default_factory=dict)
-    requests: tuple[Mapping[str, Any], ...] = ()  # prompt, subject, target_new of each
+    """The hyper-parameters of the run."""
+    requests: tuple[Mapping[str, Any], ...] = ()
+    """prompt, subject and target_new of each edit."""
 
     def __post_init__(self):
         if set(self.updates) != set(self.targets) or not self.updates:
@@ -64,7 +86,7 @@ class Patch:
 
     @plain_torch()
     def save(self, path: str | os.PathLike) -> None:
-        """Write the file, at once or not at all; raises PatchError when it cannot be written."""
+        """Write the file, whole or not at all; raises PatchError when it cannot be written."""
         tensors = {}
         for name, update in self.updates.items():
             tensors[f"{name}.left"] = update.left.detach().cpu().contiguous()
@@ -72,11 +94,14 @@ class Patch:
             if isinstance(update, MaskedUpdate):
                 tensors[f"{name}.mask"] = update.bits.cpu().contiguous()
         metadata = {
-            "format_version": FORMAT_VERSION, "kind": KIND, "kedit_fast": __version__, "method": self.method,
+            "format_version": FORMAT_VERSION,
+            "kind": KIND,
+            "kedit_fast": __version__,
+            "method": self.method,
             "configuration": json.dumps(dict(self.configuration), default=str),
             "requests": json.dumps([dict(request) for request in self.requests], ensure_ascii=False),
             "targets": json.dumps({name: vars(target) for name, target in self.targets.items()}),
-        }  # fmt: skip
+        }
         write_file(path, tensors, metadata, PatchError)
 
     @classmethod
@@ -85,7 +110,7 @@ class Patch:
         """Read a file that `save` wrote.
 
         Raises:
-            PatchError: it cannot be read, is damaged, of another kind or of a later format; by its name.
+            PatchError: the file cannot be read, is damaged, is no patch, or has a later format; the message names it.
         """
         tensors, metadata = read_file(path, PatchError)
         if metadata.get("kind") != KIND:
@@ -95,7 +120,7 @@ class Patch:
                 f"{path} has patch format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}"
             )
         try:
-            targets = {name: Target(**about) for name, about in json.loads(metadata["targets"]).items()}
+            targets = {name: Target(**fields) for name, fields in json.loads(metadata["targets"]).items()}
             updates: dict[str, Update] = {}
             for name in targets:
                 left, right = tensors.pop(f"{name}.left"), tensors.pop(f"{name}.right")
@@ -111,7 +136,7 @@ class Patch:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the modules, factors and masks: what the patch adds."""
+        """SHA-256 of everything that the patch adds: module paths, factors and masks."""
         digest = hashlib.sha256()
         for name, update in sorted(self.updates.items()):
             digest.update(f"{name} {sha256(update.left)} {sha256(update.right)}".encode())
@@ -120,18 +145,25 @@ class Patch:
         return digest.hexdigest()
 
     def about(self) -> dict[str, Any]:
-        """What `kedit-fast patch show --json` prints."""
+        """A summary as plain data: what `kedit-fast patch show --json` prints."""
         modules = {}
         for name, update in self.updates.items():
             target = self.targets[name]
             modules[name] = {
-                "shape": [update.left.shape[0], update.right.shape[0]], "rank": update.rank,
-                "masked": isinstance(update, MaskedUpdate), "norm": update.norm(), **vars(target),
-            }  # fmt: skip
+                "shape": [update.left.shape[0], update.right.shape[0]],
+                "rank": update.rank,
+                "masked": isinstance(update, MaskedUpdate),
+                "norm": update.norm(),
+                **vars(target),
+            }
         return {
-            "method": self.method, "edits": len(self.requests), "modules": modules, "bytes": self.nbytes,
-            "configuration": dict(self.configuration), "requests": [dict(request) for request in self.requests],
-        }  # fmt: skip
+            "method": self.method,
+            "edits": len(self.requests),
+            "modules": modules,
+            "bytes": self.nbytes,
+            "configuration": dict(self.configuration),
+            "requests": [dict(request) for request in self.requests],
+        }
 
     @property
     def nbytes(self) -> int:
@@ -141,13 +173,16 @@ class Patch:
 
     @plain_torch()
     def compacted(self, tolerance: float = 0.0, rank: int | None = None) -> Patch:
-        """The same patch with the fewest factors that leave each Delta within a tolerance.
+        """This patch with as few factors as a tolerance allows.
 
         Args:
-            tolerance: of |Delta - Delta'| / |Delta| (Frobenius) of each module; 0 drops what is rounding alone.
-            rank: at most so many factors a module, however far that is from Delta; None for no limit.
+            tolerance: largest |Delta - Delta'| / |Delta| (Frobenius norms) per module; 0 drops only what is rounding.
+            rank: most factors per module, however far the result is from Delta; None for no limit.
 
-        Cost: a QR of both factors and an SVD of [k, k] a module; of a masked update an SVD of Delta.
+        Raises:
+            PatchError: a tolerance outside [0, 1), or a rank below 1.
+
+        Cost: per module a QR of both factors and an SVD of a [k, k] matrix; for a masked update an SVD of Delta.
         """
         if not 0 <= tolerance < 1:
             raise PatchError(f"tolerance must be at least 0 and below 1; got {tolerance}")
@@ -159,42 +194,54 @@ class Patch:
 
     @plain_torch()
     def prepare(self, model: torch.nn.Module, force: bool = False) -> Prepared:
-        """Compute the matrices that a model will have, beside those it has: nothing in it changes until `swap_`.
+        """Compute the edited matrices beside the model's own; the model does not change until `swap_`.
 
-        Each is computed in fp32 (fp64 for fp64) and rounded once.
+        Each is computed in fp32 (fp64 for fp64 weights) and rounded once.
 
         Args:
             model: has the modules, with weights in a float dtype, on any devices.
-            force: take other matrices than those it was made for: the edits may then say something else, or harm.
+            force: accept other matrices than those the patch was made for. The edits may then say something else, or
+                harm the model.
 
         Raises:
-            PatchError: a module that is not there, quantised, or has another shape, dtype or W_0; a weight that a hook
-                computes again, that another module shares or that cannot be written; or a result that is not finite.
+            PatchError: a module that is missing or quantised, or has another shape, dtype or W_0; a weight that a hook
+                recomputes, that another module shares or that cannot be written; or a result that is not finite.
         """
-        found = {}
+        weights = {}
         for name in self.updates:
-            weight, transposed = _weight(model, name)
+            weight, transposed = linear_weight_of(model, name)
             self.check(name, weight, transposed, force)
-            found[name] = weight
+            weights[name] = weight
         try:
-            require_own(model, found)
+            require_own(model, weights)
         except UnsupportedModelError as error:
             raise PatchError(str(error)) from None
         with torch.no_grad():
-            return Prepared(model, {name: (w.clone(), added(self.updates[name], w, name)) for name, w in found.items()})
+            matrices = {name: (w.clone(), patched(self.updates[name], w, name)) for name, w in weights.items()}
+        return Prepared(model, matrices)
 
     def apply_(self, model: torch.nn.Module, force: bool = False) -> Applied:
-        """Put the edits into a model in memory, all or none: `prepare`, then `swap_`."""
+        """Write the edits into a model in memory, all or none: `prepare`, then `swap_`.
+
+        Returns:
+            an object whose `revert_()` restores the model bit for bit.
+        """
         return self.prepare(model, force).swap_()
 
     def check(self, name: str, weight: torch.Tensor, transposed: bool, force: bool = False) -> None:
-        """Raise PatchError when a matrix [out, in] is not the one that a module's update is for."""
+        """Raise PatchError when a matrix [out, in] is not the one that a module's update is for.
+
+        Args:
+            name: the module's path.
+            weight: its matrix.
+            transposed: whether the model stores it as [in, out].
+            force: check shape and orientation only.
+        """
         update, target = self.updates[name], self.targets[name]
         shape = [update.left.shape[0], update.right.shape[0]]
         if list(weight.shape) != shape or transposed != target.transposed:
-            stored = " stored transposed" if transposed else ""
-            raise PatchError(f"{name} is {list(weight.shape)}{stored}, the patch is for {shape}"
-                             + (" stored transposed" if target.transposed else ""))  # fmt: skip
+            here, there = (" stored transposed" if flag else "" for flag in (transposed, target.transposed))
+            raise PatchError(f"{name} is {list(weight.shape)}{here}, the patch is for {shape}{there}")
         if force:
             return
         dtype = str(weight.dtype).removeprefix("torch.")
@@ -203,10 +250,10 @@ class Patch:
                 f"{name} is {dtype}, the patch was made for {target.dtype}: load the model in that, or force it "
                 "(its result then differs from the edited model's by rounding)"
             )
-        here = sha256(weight)
-        if here == target.original:
+        digest = sha256(weight)
+        if digest == target.original:
             return
-        if here == target.result:
+        if digest == target.result:
             raise PatchError(f"{name} has this patch's edits already")
         raise PatchError(
             f"{name} is not the matrix that the patch was made for: another model, or one with other edits in it (of "
@@ -214,114 +261,43 @@ class Patch:
         )
 
 
-def _weight(model: torch.nn.Module, name: str) -> tuple[torch.Tensor, bool]:
-    try:
-        return linear_weight(model, name)
-    except (InvalidArgumentError, UnsupportedModelError) as error:
-        raise PatchError(str(error)) from None
-
-
 @plain_torch()
-def added(update: Update, weight: torch.Tensor, name: str, alpha: float = 1.0) -> torch.Tensor:
-    """A matrix [out, in] plus alpha times an update; raises PatchError when that is not finite."""
+def patched(update: Update, weight: torch.Tensor, name: str, alpha: float = 1.0) -> torch.Tensor:
+    """A matrix [out, in] plus alpha times an update; raises PatchError when that is not finite.
+
+    Args:
+        update: Delta, in any dtype and on any device.
+        weight: W [out, in]; not changed.
+        name: of the module, for the message.
+        alpha: 1 applies the update, -1 subtracts it.
+    """
     result = weight.clone()
-    moved = update.to(accumulation_dtype(weight))
-    factors = [t.to(weight.device) for t in (moved.left, moved.right)]
-    if isinstance(moved, MaskedUpdate):
-        MaskedUpdate(*factors, moved.bits.to(weight.device)).apply_(result, alpha)
+    wide = update.to(accumulation_dtype(weight))
+    left, right = wide.left.to(weight.device), wide.right.to(weight.device)
+    if isinstance(wide, MaskedUpdate):
+        MaskedUpdate(left, right, wide.bits.to(weight.device)).apply_(result, alpha)
     else:
-        LowRankUpdate(*factors).apply_(result, alpha)
+        LowRankUpdate(left, right).apply_(result, alpha)
     if not bool(torch.isfinite(result).all()):
         raise PatchError(f"{name} is not finite with the patch")
     return result
 
 
-class Prepared:
-    """Matrices [out, in] to be swapped into a model: what they are and what they will be."""
-
-    def __init__(self, model: torch.nn.Module, matrices: dict[str, tuple[torch.Tensor, torch.Tensor]]):
-        self._model, self._matrices = model, matrices
-
-    @plain_torch(leave_inference_mode=False)
-    def swap_(self) -> Applied:
-        """Copy them into the model, all or none; comparing and copying is all that a model in use has to wait for.
-
-        Returns:
-            what takes it back, to the bit.
-
-        Raises:
-            PatchError: a matrix has changed since `prepare`, or the model was moved or cast; nothing is written.
-        """
-        weights = {name: _same(self._model, name, original, "prepared") for name, (original, _) in
-                   self._matrices.items()}  # fmt: skip
-        applied = Applied(self._model, self._matrices)
-        try:
-            _copy({name: (weight, self._matrices[name][1]) for name, weight in weights.items()})
-        except BaseException:
-            applied.revert_(force=True)
-            raise
-        return applied
-
-
-class Applied:
-    """Edits that a model has taken up, with the matrices it had."""
-
-    def __init__(self, model: torch.nn.Module, matrices: dict[str, tuple[torch.Tensor, torch.Tensor]]):
-        self._model, self._matrices = model, matrices
-
-    @plain_torch(leave_inference_mode=False)
-    def revert_(self, force: bool = False) -> None:
-        """Put the matrices back, to the bit; a second call does nothing.
-
-        Args:
-            force: also where something else has changed a matrix since; that is lost.
-
-        Raises:
-            PatchError: something else has changed a matrix since, or the model was cast; nothing is written.
-        """
-        weights = {}
-        for name, (original, result) in self._matrices.items():
-            weights[name] = _weight(self._model, name)[0] if force else _same(self._model, name, result, "applied")
-            if weights[name].dtype != original.dtype:
-                raise PatchError(f"{name} is {weights[name].dtype} now, the patch was applied to {original.dtype}")
-        _copy({name: (weight, self._matrices[name][0]) for name, weight in weights.items()})
-        self._matrices = {}
-
-
-def _same(model: torch.nn.Module, name: str, expected: torch.Tensor, when: str) -> torch.Tensor:
-    """The model's matrix, if it is what is expected."""
-    weight = _weight(model, name)[0]
-    if weight.dtype != expected.dtype or not torch.equal(weight, expected.to(weight.device)):
-        raise PatchError(f"{name} has changed since the patch was {when}: do that again, or take the change back first")
-    return weight
-
-
-@torch.no_grad()
-def _copy(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy matrices; on GPUs nothing that runs elsewhere overlaps with it."""
-    devices = {weight.device for weight, _ in pairs.values()}
-    for device in devices:
-        synchronize(device)
-    for weight, value in pairs.values():
-        weight.copy_(value)
-    for device in devices:
-        synchronize(device)
-
-
 @plain_torch()
 def merge(patches: Sequence[Patch], force: bool = False) -> Patch:
-    """One patch that does what the patches do one after another, to rounding.
+    """One patch that does what several do one after another, up to rounding.
 
-    They may follow each other (each was made on what the one before left) or be made on the same model side by side:
-    then their updates add up.
+    Each may have been made on the model that the ones before it left, or all of them on the same model; then their
+    updates add up.
 
     Args:
-        patches: at least one.
-        force: merge patches of which neither is known to hold, or one of which holds another.
+        patches: at least one, in the order they would be applied.
+        force: merge also patches that neither follow each other nor are for the same matrices, and patches of which
+            one contains another.
 
     Raises:
-        PatchError: patches of different matrices; or a patch that begins with another one's updates, as later patches
-            of one editor do: merged, those would count twice.
+        PatchError: patches of different matrices, or a patch that begins with another one's updates, as later patches
+            of one editor do: those would count twice.
     """
     if not patches:
         raise PatchError("no patches to merge")
@@ -329,54 +305,72 @@ def merge(patches: Sequence[Patch], force: bool = False) -> Patch:
     targets: dict[str, Target] = {}
     for number, patch in enumerate(patches, 1):
         for name, update in patch.updates.items():
-            target, before = patch.targets[name], targets.get(name)
-            if before is None:
-                updates[name], targets[name] = [update], target
+            if name not in targets:
+                updates[name], targets[name] = [update], patch.targets[name]
                 continue
-            shapes = {(len(u.left), len(u.right)) for u in (update, updates[name][0])}
-            if len(shapes) > 1 or target.transposed != before.transposed:
-                raise PatchError(f"patch {number} is for another shape of {name}")
-            follows, beside = (
-                before.result != "" and target.original == before.result,
-                target.original == before.original,
-            )
-            if not (follows or beside or force):
-                raise PatchError(
-                    f"patch {number} is for another {name} than the ones before it: neither the same matrix nor what "
-                    "they leave. Forced, the merged edits may say something else, or harm"
-                )
-            if not force and not follows and any(_begins(update, other) for other in updates[name]):
-                raise PatchError(
-                    f"patch {number} and one before it begin with the same updates of {name}: patches of one editor "
-                    "hold all it wrote, so the last one is enough"
-                )
+            follows = _check_mergeable(number, name, patch, updates[name], targets[name], force)
             updates[name].append(update)
-            targets[name] = replace(before, result=target.result if follows else "")
+            targets[name] = replace(targets[name], result=patch.targets[name].result if follows else "")
     methods = list(dict.fromkeys(patch.method for patch in patches))
     configurations = [dict(patch.configuration) for patch in patches]
+    same = all(configuration == configurations[0] for configuration in configurations)
     return Patch(
-        {name: _sum(parts) for name, parts in updates.items()}, targets, ", ".join(methods),
-        configurations[0] if all(c == configurations[0] for c in configurations) else {"merged": configurations},
+        {name: _sum(parts) for name, parts in updates.items()},
+        targets,
+        ", ".join(methods),
+        configurations[0] if same else {"merged": configurations},
         tuple(request for patch in patches for request in patch.requests),
-    )  # fmt: skip
+    )
 
 
-def _begins(one: Update, other: Update) -> bool:
-    """Whether the shorter of two updates' factors are the first ones of the longer."""
+def _check_mergeable(
+    number: int, name: str, patch: Patch, earlier: Sequence[Update], merged: Target, force: bool
+) -> bool:
+    """Whether a patch was made on what the ones before it left; raises PatchError where it cannot be merged."""
+    update, target = patch.updates[name], patch.targets[name]
+    shapes = {(len(u.left), len(u.right)) for u in (update, earlier[0])}
+    if len(shapes) > 1 or target.transposed != merged.transposed:
+        raise PatchError(f"patch {number} is for another shape of {name}")
+    follows = merged.result != "" and target.original == merged.result
+    same_original = target.original == merged.original
+    if not (follows or same_original or force):
+        raise PatchError(
+            f"patch {number} is for another {name} than the ones before it: neither the same matrix nor what "
+            "they leave. Forced, the merged edits may say something else, or harm"
+        )
+    if not force and not follows and any(_begins_alike(update, other) for other in earlier):
+        raise PatchError(
+            f"patch {number} and one before it begin with the same updates of {name}: patches of one editor "
+            "hold all it wrote, so the last one is enough"
+        )
+    return follows
+
+
+def _begins_alike(one: Update, other: Update) -> bool:
+    """Whether the factors of one of two updates are the first ones of the other."""
     k = min(one.rank, other.rank)
-    return k > 0 and all(
-        torch.equal(getattr(one, side)[:, :k].cpu(), getattr(other, side)[:, :k].cpu()) for side in ("left", "right")
+    return (
+        k > 0
+        and torch.equal(one.left[:, :k].cpu(), other.left[:, :k].cpu())
+        and torch.equal(one.right[:, :k].cpu(), other.right[:, :k].cpu())
     )
 
 
 def _sum(parts: Sequence[Update]) -> Update:
-    """One update that is the sum; factors side by side, or the matrix itself where a mask is among several."""
+    """The sum of updates: their factors side by side; the matrix itself where one of several has a mask."""
     if len(parts) == 1:
         return parts[0]
     parts = [part.cpu() for part in parts]
     if any(isinstance(part, MaskedUpdate) for part in parts):
-        dense = sum(part.dense() for part in parts)
+        matrices = [part.dense() for part in parts]
+        dense = torch.zeros_like(matrices[0])
+        for matrix in matrices:
+            dense = dense + matrix
         return LowRankUpdate(dense, torch.eye(dense.shape[1], dtype=dense.dtype)).compacted()
-    left, right = (torch.cat([getattr(part, side).float() if part.left.dtype != torch.float64 else getattr(part, side)
-                              for part in parts], 1) for side in ("left", "right"))  # fmt: skip
+    left = torch.cat([_at_least_float32(part.left) for part in parts], 1)
+    right = torch.cat([_at_least_float32(part.right) for part in parts], 1)
     return LowRankUpdate(left, right).compacted()
+
+
+def _at_least_float32(factor: torch.Tensor) -> torch.Tensor:
+    return factor if factor.dtype == torch.float64 else factor.float()

@@ -19,7 +19,7 @@ from kedit_fast.errors import StatisticsError
 from kedit_fast.statistics.corpus import Position
 from kedit_fast.statistics.moments import SecondMomentAccumulator
 from kedit_fast.support import process_group
-from kedit_fast.support.files import held, write_file
+from kedit_fast.support.files import locked, write_file
 from kedit_fast.support.matrix_bits import row_checksum
 
 FORMAT_VERSION = "1"
@@ -53,7 +53,7 @@ def claimed(folder: Path, hold: bool = True) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StatisticsError(f"cannot write statistics to {folder}: {error.strerror or error}") from error
-    with held(folder / LOCK, StatisticsError, f"another process is collecting statistics into {folder}"):
+    with locked(folder / LOCK, StatisticsError, f"another process is collecting statistics into {folder}"):
         try:
             for left in folder.glob(".*.safetensors.*"):  # what a killed process was writing
                 left.unlink(missing_ok=True)

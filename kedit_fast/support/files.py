@@ -144,7 +144,7 @@ def tensor_files(folder: Path, error: type[Exception]) -> dict[str, Path]:
 
 
 @contextlib.contextmanager
-def held(path: str | os.PathLike, error: type[Exception], busy: str) -> Iterator[None]:
+def locked(path: str | os.PathLike, error: type[Exception], busy: str) -> Iterator[None]:
     """A lock file, made if absent, that no other process holds as long as the block lasts.
 
     Raises:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from kedit_fast.errors import EditError, PatchError, UnsupportedModelError
 from kedit_fast.models.view import ModelView
-from kedit_fast.patches.checkpoint import KEPT, TWIN, Checkpoint
+from kedit_fast.patches.checkpoint import RECORDS, TWIN, Checkpoint
 from kedit_fast.patches.lora import export_lora
 from kedit_fast.patches.patch import Patch, Target, merge
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate
@@ -364,7 +364,7 @@ def test_a_checkpoint_on_disk_is_what_the_model_in_memory_is(kind, dtype, size, 
     loaded = AutoModelForCausalLM.from_pretrained(folder).to(dtype)
     assert same(loaded, state(model))
     assert Checkpoint(folder).revert() == "2.safetensors" and Checkpoint(folder).revert() == "1.safetensors"
-    assert files_of(folder) == before and not (folder / KEPT).exists()
+    assert files_of(folder) == before and not (folder / RECORDS).exists()
     with pytest.raises(PatchError, match="no patch was applied here"):
         Checkpoint(folder).revert()
 
@@ -375,14 +375,14 @@ def test_what_was_not_kept_is_subtracted_to_rounding(tmp_path):
     patch, other = random_patch(model), random_patch(model, seed=9)
     with pytest.raises(PatchError, match="no patch was applied here, not this one"):
         Checkpoint(folder).subtract(patch)
-    assert Checkpoint(folder).apply(patch, "a", keep=False) == 1
+    assert Checkpoint(folder).apply(patch, "a", store_originals=False) == 1
     assert files_of(folder) != before
     with pytest.raises(PatchError, match="was not kept: --subtract"):
         Checkpoint(folder).revert()
     with pytest.raises(PatchError, match="the newest patch is a, not this one"):
         Checkpoint(folder).subtract(other)
     Checkpoint(folder).subtract(patch)
-    assert not (folder / KEPT).exists()
+    assert not (folder / RECORDS).exists()
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     for name in patch.updates:
         assert relative_error(loaded.get_submodule(name).weight, model.get_submodule(name).weight) < 1e-6
@@ -404,7 +404,7 @@ def test_refusals_leave_a_checkpoint_as_it_was(tmp_path):
         checkpoint.apply(random_patch(make_model("llama"), scale=1e25), "a")
     with pytest.raises(PatchError, match="neither"):
         Checkpoint(tmp_path)
-    assert files_of(folder) == before and not (folder / KEPT).exists()
+    assert files_of(folder) == before and not (folder / RECORDS).exists()
     checkpoint.apply(random_patch(make_model("llama")), "a")
     assert any(name.endswith(TWIN) for name in files_of(folder))
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
@@ -502,7 +502,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_checkpoint(tmp_path, siz
     patch.apply_(model)
     patched = state(model)
     if how != "apply":
-        Checkpoint(source).apply(patch, "a", keep=how == "revert")
+        Checkpoint(source).apply(patch, "a", store_originals=how == "revert")
     with killing(how, tmp_path / "a.safetensors") as status:
         kill_at_every_moment(tmp_path, source, how, patch, plain, patched, status)
 
@@ -528,7 +528,7 @@ def kill_at_every_moment(tmp_path, source, how, patch, plain, patched, status):
         else:
             with pytest.raises(PatchError, match="no patch was applied here"):
                 Checkpoint(folder).revert()
-        assert same_files(folder, ".safetensors") and not (folder / KEPT).exists()
+        assert same_files(folder, ".safetensors") and not (folder / RECORDS).exists()
         shutil.rmtree(folder)
     assert outcomes == {False, True} and at > 6
 
