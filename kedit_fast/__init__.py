@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from kedit_fast.editing.editor import Editor
     from kedit_fast.evaluation.metrics import evaluate
     from kedit_fast.patches.patch import Patch
-    from kedit_fast.requests.request import EditRequest, load_requests
+    from kedit_fast.requests.reading import load_requests
+    from kedit_fast.requests.request import EditRequest
     from kedit_fast.solver.key_memory import KeyMemory
     from kedit_fast.solver.least_squares import solve_update
     from kedit_fast.solver.low_rank import LowRankUpdate
@@ -54,7 +55,7 @@ _LAZY = {
     "collect_into": "kedit_fast.statistics.resumable",
     "collect_statistics": "kedit_fast.statistics.collect",
     "evaluate": "kedit_fast.evaluation.metrics",
-    "load_requests": "kedit_fast.requests.request",
+    "load_requests": "kedit_fast.requests.reading",
     "load_statistics": "kedit_fast.statistics.store",
     "optimize_values": "kedit_fast.solver.value_descent",
     "save_statistics": "kedit_fast.statistics.store",

@@ -20,8 +20,9 @@ from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summ
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
 from kedit_fast.models.loading import save_model
 from kedit_fast.models.view import ModelView
+from kedit_fast.requests.problems import first_problems, require_no_problems, skipped_records
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, continuation
-from kedit_fast.requests.request import EditRequest, require_none, shortened, skipped_records
+from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
@@ -123,13 +124,13 @@ def run_edits(
         if (what := unusable(editor.view, tokenizer, p.request, prompt_format, target_separator))
     }  # fmt: skip
     if on_error == "raise":
-        require_none(unmeasured)
+        require_no_problems(unmeasured)
     skipped |= unmeasured
     prepared = [p for i, p in zip(number, prepared, strict=True) if i not in unmeasured]
     number = [i for i in number if i not in unmeasured]
     if isinstance(editor.values, MemitCache):  # a later batch would take an earlier one's value
         ids = Counter(p.request.id for p in prepared if p.request.id is not None)
-        require_none({
+        require_no_problems({
             i: f"{p.name}: memit's value files are named by case id, and {ids[p.request.id]} requests have this one"
             for i, p in zip(number, prepared, strict=True) if ids[p.request.id] > 1
         })  # fmt: skip
@@ -147,7 +148,7 @@ def run_edits(
                 seconds[phase] += spent
         kept = [p.request for i, p in zip(number, prepared, strict=True) if i not in skipped]
         if not kept:
-            raise EditError("\n".join(["every request was skipped:", *shortened(skipped)]))
+            raise EditError("\n".join(["every request was skipped:", *first_problems(skipped)]))
         finishing = time.perf_counter()
         editor.finish()
         seconds["solve"] += time.perf_counter() - finishing

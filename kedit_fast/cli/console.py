@@ -138,9 +138,9 @@ def _set_up_logging() -> None:
 
 def say_skipped(skipped: Mapping[int, str], records: int) -> None:
     """One notice for each of the first records that were left out, and how many they are."""
-    from kedit_fast.requests.request import shortened
+    from kedit_fast.requests.problems import first_problems
 
-    for reason in shortened(skipped):
+    for reason in first_problems(skipped):
         notices.print(f"kedit-fast: skipped {reason}", markup=False)
     if skipped:
         notices.print(f"kedit-fast: {len(skipped)} of {records} records skipped", markup=False)

@@ -155,7 +155,7 @@ def edit(
     from kedit_fast.methods.registry import find_recipe
     from kedit_fast.models.loading import DTYPES, load_config, load_model
     from kedit_fast.requests.chat import chat_format
-    from kedit_fast.requests.request import load_requests
+    from kedit_fast.requests.reading import load_requests
     from kedit_fast.solver.alphaedit_projector import load_projector
     from kedit_fast.statistics.store import load_statistics
     from kedit_fast.workflow import STATE_FILE, run_edits, save_edited
@@ -249,7 +249,7 @@ def plan(
     from kedit_fast.models.loading import DTYPES, empty_model, load_config, load_model
     from kedit_fast.reports.plan import plan as estimate
     from kedit_fast.requests.chat import chat_format
-    from kedit_fast.requests.request import as_requests, load_requests
+    from kedit_fast.requests.reading import as_requests, load_requests
 
     chatting = chat_options(chat, system, template, template_arg)
     overrides = _overrides(hparams, set_, layers, method)
@@ -327,7 +327,7 @@ def suggest(
     from kedit_fast.models.loading import DTYPES, load_config, load_model
     from kedit_fast.reports.suggest import suggest as sweep
     from kedit_fast.requests.chat import chat_format
-    from kedit_fast.requests.request import load_requests
+    from kedit_fast.requests.reading import load_requests
     from kedit_fast.statistics.sources import open_texts
     from kedit_fast.statistics.store import load_statistics
 

@@ -232,7 +232,8 @@ def converge(
     from kedit_fast.models.loading import DTYPES, load_model
     from kedit_fast.reports import convergence
     from kedit_fast.requests.chat import chat_format
-    from kedit_fast.requests.request import load_requests, skipped_records
+    from kedit_fast.requests.problems import skipped_records
+    from kedit_fast.requests.reading import load_requests
     from kedit_fast.statistics.corpus import Corpus
     from kedit_fast.statistics.sources import open_texts
 

@@ -27,7 +27,7 @@ def load() -> tuple[Any, Any]:
 
 def requests(count: int | None = None) -> list[Any]:
     """The first `count` of the 600 bundled counterfactual requests (all for None)."""
-    from kedit_fast.requests.request import load_requests
+    from kedit_fast.requests.reading import load_requests
 
     return load_requests(DATA / "requests.jsonl")[:count]
 

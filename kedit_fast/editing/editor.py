@@ -29,9 +29,11 @@ from kedit_fast.models.forward import Site, require_passes
 from kedit_fast.models.view import ModelView, linear_weight
 from kedit_fast.patches.patch import Patch, Target
 from kedit_fast.requests.prefixes import generate_prefixes
+from kedit_fast.requests.problems import require_no_problems
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_each
+from kedit_fast.requests.reading import RequestList, as_requests, rows_of
 from kedit_fast.requests.record_fields import Notes
-from kedit_fast.requests.request import FIELDS, EditRequest, RequestList, as_requests, require_none, rows_of
+from kedit_fast.requests.request import FIELDS, EditRequest
 from kedit_fast.requests.spacing import AUTO, check_separator
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.least_squares import collisions
@@ -337,7 +339,7 @@ class Editor:
         )  # fmt: skip
         problems = read.skipped | unusable
         if on_error == "raise":
-            require_none({place: reason for place, reason in problems.items() if place not in known})
+            require_no_problems({place: reason for place, reason in problems.items() if place not in known})
         return prepared, dict(sorted(problems.items()))
 
     @plain_torch()
@@ -555,7 +557,7 @@ class _Batch:
             found = self.editor.gradients(self.view, self.prepared, list(modules), rows, on_problem="keep")
         bad = {i: f"{self.prepared[i].name}: {NOT_FINITE}" for i in found.not_finite()}
         if self.on_error == "raise":
-            require_none(bad)
+            require_no_problems(bad)
         self.skipped |= bad
         if len(bad) == len(self.prepared):
             return
@@ -597,7 +599,7 @@ class _Batch:
             if code in PROBLEMS and not (code == PREDICTED and self.hparams.on_predicted == "allow"):
                 problems[place] = f"{prepared[place].name}: {PROBLEMS[code]}"
         if self.on_error == "raise":
-            require_none(problems)
+            require_no_problems(problems)
         self.skipped |= {which[place]: reason for place, reason in problems.items()}
         usable = [place for place in range(len(prepared)) if place not in problems]
         values = values.select(usable)

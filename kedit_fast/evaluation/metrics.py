@@ -18,8 +18,10 @@ from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
 from kedit_fast.models.view import ModelView
 from kedit_fast.ops import target_log_probs
-from kedit_fast.requests.prompts import PromptFormat, asked_separator, continuation, require_none
-from kedit_fast.requests.request import EditRequest, as_requests
+from kedit_fast.requests.problems import require_no_problems
+from kedit_fast.requests.prompts import PromptFormat, continuation, requested_separator
+from kedit_fast.requests.reading import as_requests
+from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO, check_separator
 from kedit_fast.support.torch_state import plain_torch
 
@@ -103,14 +105,14 @@ def evaluate_each(
     for index, request in enumerate(requests):
         asked = _asked(request, prompt_format)
         pairs = [pair for part in asked for pair in part]
-        own = [asked_separator(request, target_separator)] * len(pairs)
+        own = [requested_separator(request, target_separator)] * len(pairs)
         try:
             rows += _rows(view, tokenizer, pairs, prompt_format, own)
         except RequestError as error:
             name = f"request {request.id!r}" if request.id is not None else f"request {index + 1}"
             problems[index] = f"{name}: {error}"
         counts.append([len(part) for part in asked])
-    require_none(problems)
+    require_no_problems(problems)
     scored = iter(_scored(view, rows))
     found = []
     for _, old, paraphrases, neighbors in counts:
@@ -171,7 +173,7 @@ def unusable(
     target_separator: str = AUTO,
 ) -> str:
     """Why a request cannot be measured, or "" when it can."""
-    asked = asked_separator(request, target_separator)
+    asked = requested_separator(request, target_separator)
     try:
         for part in _asked(request, prompt_format):
             _rows(view, tokenizer, part, prompt_format, [asked] * len(part))

@@ -18,8 +18,10 @@ from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import MethodError, StatisticsError
 from kedit_fast.methods.hparams import Hparams, make_hparams
 from kedit_fast.methods.registry import find_recipe
+from kedit_fast.requests.problems import require_no_problems
 from kedit_fast.requests.prompts import PromptFormat
-from kedit_fast.requests.request import EditRequest, require_none, rows_of
+from kedit_fast.requests.reading import rows_of
+from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import condition_number, null_dimension
@@ -127,7 +129,7 @@ def convergence(
             made = editor.edit(requests, on_error)
             skipped = made.skipped
             if not made.batch:
-                require_none(skipped, "every request was skipped:")
+                require_no_problems(skipped, "every request was skipped:")
             found = {layer: _total(made.updates[editor.view.weight_name(layer)]) for layer in numbers.layers}
         except StatisticsError as error:
             note = first_line(error)

@@ -19,8 +19,10 @@ from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype, copy_bytes
 from kedit_fast.ops import rank_k_update_
+from kedit_fast.requests.problems import require_no_problems, skipped_records
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_each
-from kedit_fast.requests.request import EditRequest, as_requests, require_none, rows_of, skipped_records
+from kedit_fast.requests.reading import as_requests, rows_of
+from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.key_memory import FOLD_ABOVE
 from kedit_fast.solver.least_squares import PRIMAL_ABOVE
@@ -118,7 +120,7 @@ def plan(
         )  # fmt: skip
         skipped = usable.skipped | unusable
         if on_error == "raise" or not prepared:
-            require_none(unusable if prepared else skipped)
+            require_no_problems(unusable if prepared else skipped)
     tokens = ASSUMED_TOKENS * contexts
     if prepared:
         tokens = max(len(p.cut().ids) for r in prepared for p in r.rewriting) * contexts

@@ -19,8 +19,9 @@ from kedit_fast.methods.hparams import Hparams, make_hparams, unused
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.view import ModelView
+from kedit_fast.requests.problems import require_no_problems, skipped_records
 from kedit_fast.requests.prompts import PromptFormat
-from kedit_fast.requests.request import EditRequest, require_none, skipped_records
+from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.statistics.collect import Statistics, collect_statistics
 from kedit_fast.support.messages import first_line
@@ -178,7 +179,7 @@ def _usable(
         if (what := unusable(editor.view, editor.tokenizer, p.request, editor.prompt_format, editor.target_separator))
     }  # fmt: skip
     if on_error == "raise" or len(bad) == len(found):
-        require_none(skipped | bad if len(bad) == len(found) else bad)
+        require_no_problems(skipped | bad if len(bad) == len(found) else bad)
     return [p.request for place, p in found.items() if place not in bad], skipped | bad
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from kedit_fast.errors import RequestError
 
 _log = logging.getLogger("kedit_fast")
-_THINKING = ("enable_thinking", "thinking")  # what chat templates call their thinking switch
+_THINKING = ("enable_thinking", "thinking")  # names that chat templates have for their thinking switch
 _PROBE, _ANSWER = "Where is it?", "Here."  # a question and an answer that show what a chat template does
 
 
@@ -22,9 +22,13 @@ class ChatFormat:
 
     tokenizer: Any = field(repr=False)
     system: str | None = None
-    template: str | None = None  # its name, where there are several
+    """A system message that goes first, or none."""
+    template: str | None = None
+    """The template's name, where the tokenizer has several."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    separator: str | None = None  # white space that the template puts before an answer; None where it does not tell
+    """What the template reads beside the messages."""
+    separator: str | None = None
+    """White space that the template puts before an answer; None where that cannot be determined."""
 
     def __call__(self, prompt: str) -> str:
         """The text that the model reads; raises RequestError where the template does."""
@@ -38,10 +42,13 @@ class ChatFormat:
             messages.append({"role": "assistant", "content": answer})
         try:
             return self.tokenizer.apply_chat_template(
-                messages, chat_template=self.template, tokenize=False, add_generation_prompt=answer is None,
+                messages,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=answer is None,
                 **self.arguments,
-            )  # fmt: skip
-        except Exception as error:  # a template raises what it likes
+            )
+        except Exception as error:  # templates raise exceptions of any type
             roles = " and ".join(message["role"] for message in messages)
             text = str(error) or type(error).__name__
             advice = ""
@@ -53,12 +60,13 @@ class ChatFormat:
 def chat_format(tokenizer: Any, system: str | None = None, template: str | None = None, **arguments: Any) -> ChatFormat:
     """The prompt as a user's message in the tokenizer's chat template, up to where the answer begins.
 
-    What stands before a target is what the template itself puts before an answer (Llama 2: a space), where it tells.
+    What the template itself puts before an answer (Llama 2: a space) stands before targets, if it can be determined.
 
     Args:
         tokenizer: with a chat template.
         system: a system message that goes first.
-        template: the template's name, where the tokenizer has several and none called "default", or another is meant.
+        template: the template's name, where the tokenizer has several and the one called "default" is not meant, or
+            there is none.
         **arguments: what the template reads beside messages, for example enable_thinking=False.
 
     Raises:
@@ -73,29 +81,30 @@ def chat_format(tokenizer: Any, system: str | None = None, template: str | None 
         if not re.search(rf"\b{re.escape(name)}\b", source):
             raise RequestError(f"the chat template reads no {name!r}, so giving it would change nothing")
     several = isinstance(tokenizer.chat_template, Mapping)
-    made = ChatFormat(tokenizer, system, template if several else None, arguments)
-    prompt = made.rendered(_PROBE)
+    plain = ChatFormat(tokenizer, system, template if several else None, arguments)
+    prompt = plain.rendered(_PROBE)
     if system is not None and system.strip() not in prompt:
         raise RequestError("the chat template leaves the system message out: put its text into the prompts")
     for name in _THINKING:
-        if name not in arguments and re.search(rf"\b{name}\b", source) and _changes(made, prompt, name):
+        if name not in arguments and re.search(rf"\b{name}\b", source) and _changes(plain, prompt, name):
             _log.warning(
                 "the chat template has a thinking switch: as it stands, targets are written where thoughts may begin; "
-                "%s=false (--template-arg) puts them after", name,
-            )  # fmt: skip
+                "%s=false (--template-arg) puts them after",
+                name,
+            )
     try:
-        answered = made.rendered(_PROBE, _ANSWER)
+        answered = plain.rendered(_PROBE, _ANSWER)
     except RequestError:
-        return made
+        return plain
     between = answered[len(prompt) :].partition(_ANSWER)[0]
-    tells = answered.startswith(prompt) and _ANSWER in answered[len(prompt) :] and not between.strip()
-    return replace(made, separator=between) if tells else made
+    is_separator = answered.startswith(prompt) and _ANSWER in answered[len(prompt) :] and not between.strip()
+    return replace(plain, separator=between) if is_separator else plain
 
 
-def _changes(made: ChatFormat, prompt: str, name: str) -> bool:
-    """Whether a format writes the probe's `prompt` in another way where the argument `name` is false."""
+def _changes(plain: ChatFormat, prompt: str, name: str) -> bool:
+    """Whether a format renders the probe as something else than `prompt` when the argument `name` is false."""
     try:
-        return replace(made, arguments={**made.arguments, name: False}).rendered(_PROBE) != prompt
+        return replace(plain, arguments={**plain.arguments, name: False}).rendered(_PROBE) != prompt
     except RequestError:
         return False
 

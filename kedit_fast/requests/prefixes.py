@@ -11,23 +11,23 @@ import torch
 from kedit_fast.errors import EditError
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.prompts import open_ended
+from kedit_fast.requests.prompts import without_closing
 from kedit_fast.requests.tokens import chat_markers, special_tokens
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
-_STARTS = ("The", "Therefore", "Because", "I", "You")  # what prefixes are grown from, as published
+_STARTS = ("The", "Therefore", "Because", "I", "You")  # first words of prefixes, as published
 
 
 @plain_torch()
 def generate_prefixes(
     view: ModelView, tokenizer: Any, lengths: Sequence[tuple[int, int]], seed: int, top_k: int = 5
 ) -> tuple[str, ...]:
-    """Context prefixes the model itself writes, each ending in ". ": `count` of them for each (tokens, count).
+    """Context prefixes that the model itself writes, each ending in ". ": `count` of them per (tokens, count).
 
-    `tokens` counts the start, as the published max_out_len does. Sampled from the `top_k` most probable tokens with a
-    generator of `seed`; special tokens and chat markers are never drawn, so none is in a prefix. The five published
-    starts take turns.
+    `tokens` includes the start, as the published max_out_len does. Tokens are sampled from the `top_k` most probable
+    ones with a generator seeded by `seed`; special tokens and chat markers are never drawn. The five published starts
+    take turns.
 
     Raises:
         EditError: the model's output is not finite, or it has no embedding for a token of a start.
@@ -39,10 +39,10 @@ def generate_prefixes(
     prefixes: list[str] = []
     for tokens, count in lengths:
         starts = [_STARTS[i % len(_STARTS)] for i in range(count)]
-        rows = [open_ended(tokenizer, tokenizer(start)["input_ids"], 1) for start in starts]
-        if why := unknown_token(tokenizer, [token for row in rows for token in row], view.vocabulary):
-            raise EditError(f"context prefixes cannot be generated: {why}")
-        begins = [len(row) for row in rows]
+        rows = [without_closing(tokenizer, tokenizer(start)["input_ids"], 1) for start in starts]
+        if problem := unknown_token(tokenizer, [token for row in rows for token in row], view.vocabulary):
+            raise EditError(f"context prefixes cannot be generated: {problem}")
+        start_lengths = [len(row) for row in rows]
         with evaluating(view), torch.no_grad():
             for _ in range(max(1, tokens - 1)):
                 hidden = last_hidden(view, pad(rows, view.device))
@@ -56,8 +56,8 @@ def generate_prefixes(
                 drawn = torch.multinomial(values.softmax(-1), 1, generator=generator)
                 for row, token in zip(rows, ids.gather(1, drawn)[:, 0].tolist(), strict=True):
                     row.append(token)
-        for start, row, begin in zip(starts, rows, begins, strict=True):
-            text = start + tokenizer.decode(row[begin:], skip_special_tokens=True)
+        for start, row, length in zip(starts, rows, start_lengths, strict=True):
+            text = start + tokenizer.decode(row[length:], skip_special_tokens=True)
             prefixes.append(" ".join(text.split()).rstrip(". ") + ". ")
     _log.debug("context prefixes: %s", prefixes)
     return tuple(prefixes)

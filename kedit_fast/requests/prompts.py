@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AnySet
@@ -12,50 +11,60 @@ from typing import Any
 from kedit_fast.errors import RequestError
 from kedit_fast.models.forward import unknown_token
 from kedit_fast.requests.chat import ChatFormat
-from kedit_fast.requests.request import EditRequest, require_none
+from kedit_fast.requests.problems import require_no_problems
+from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO, check_separator, separator
-from kedit_fast.requests.tokens import ends_with, known_tokens, unknown_id
+from kedit_fast.requests.tokens import ends_with_one_of, non_words, unknown_id
 
-_log = logging.getLogger("kedit_fast")
 KL_PROMPT = "{} is a"
-PromptFormat = Callable[[str], str]  # from a prompt, which may hold a place for its subject, to what the model reads
-_ANCHORS = ("\n", ":", "。")  # texts that rarely join the tokens of what follows
-_PLACE = "\ue000\ue001\ue000"  # private characters that stand for a prompt's {} in a format, which may hold {} itself
+PromptFormat = Callable[[str], str]
+"""From a prompt, which may still have {} in place of its subject, to the text that the model reads."""
+_ANCHORS = ("\n", ":", "。")  # texts that rarely merge into one token with what follows
+_PLACE = "\ue000\ue001\ue000"  # stands for a prompt's {} in formats that contain {} themselves
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of a filled prompt, and the index of the subject's last token in them."""
+    """Token ids of a prompt with its subject."""
 
     ids: tuple[int, ...]
     lookup: int
+    """Index of the lookup token, the subject's last token, in `ids`."""
 
     def cut(self) -> Prompt:
-        """The prompt up to and including the lookup token: nothing after it can matter to it."""
+        """The prompt up to and including the lookup token, whose states do not depend on what follows it."""
         return Prompt(self.ids[: self.lookup + 1], self.lookup)
+
+    def open_ended(self, tokenizer: Any, closing: AnySet[int]) -> Prompt:
+        """The prompt without special tokens after it, where a target is to follow; see `without_closing`."""
+        return Prompt(tuple(without_closing(tokenizer, self.ids, self.lookup + 1, closing)), self.lookup)
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """All token ids an edit needs. `rewriting[0]` is the bare prompt, the others have a context prefix."""
+    """All token ids that an edit needs."""
 
     request: EditRequest
     rewriting: tuple[Prompt, ...]
+    """The bare prompt first, then the prompt after each context prefix."""
     kl: Prompt
+    """The prompt ("{} is a") whose next-token distribution the value should preserve."""
     target: tuple[int, ...]
-    separator: str  # what was put between the bare prompt and the target
+    """Token ids of `target_new` as the continuation of the bare prompt."""
+    separator: str
+    """What was put between the bare prompt and the target."""
 
     @property
     def name(self) -> str:
         """How messages call the request."""
         request = self.request
-        return f"request {request.id!r}" if request.id is not None else f"the request on {request.about!r}"
+        return f"request {request.id!r}" if request.id is not None else f"the request on {request.label!r}"
 
 
 def fill(
     tokenizer: Any, template: str, subject: str, prefix: str = "", prompt_format: PromptFormat | None = None
 ) -> Prompt:
-    """Tokenise `prefix + template` with `subject` at the template's {}; raises RequestError when it has no tokens."""
+    """Tokenize `prefix + template` with `subject` at the template's {}; raises RequestError when it has no tokens."""
     frame = prefix.replace("{}", "") + template
     text, begin = in_format(frame, subject, prompt_format)
     end = begin + len(subject.rstrip())
@@ -73,86 +82,95 @@ def fill(
 
 
 def in_format(template: str, subject: str, prompt_format: PromptFormat | None) -> tuple[str, int]:
-    """A template in the caller's format with its subject, and where the subject begins."""
+    """A template with its subject, in the caller's format, and the index at which the subject begins."""
     if prompt_format is None:
         prompt_format, places = str, ("{}",)
     else:
-        subject = subject.strip()  # as templates do with the whole message
+        subject = subject.strip()  # chat templates strip the whole message
         places = (_PLACE, "{}") if isinstance(prompt_format, ChatFormat) else ("{}", _PLACE)
     for place in places:
         framed = prompt_format(template.replace("{}", place))
         if framed.count(place) == 1:
             before, _, after = framed.partition(place)
             return before + subject + after, len(before)
-    shown = prompt_format(template)
-    raise RequestError(f"the prompt format must keep the {{}} of {template!r} once; it made {shown!r}")
+    result = prompt_format(template)
+    raise RequestError(f"the prompt format must keep the {{}} of {template!r} once; it made {result!r}")
 
 
 def _adds_special(tokenizer: Any, text: str, prompt_format: PromptFormat | None) -> bool:
-    """Whether the tokenizer should add its special tokens: not where the format has written the first already."""
+    """Whether the tokenizer should add its special tokens; not if the format has written the first one already."""
     return prompt_format is None or not (tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token))
 
 
 def _covering_without_offsets(
     tokenizer: Any, text: str, begin: int, end: int, ids: Sequence[int], special: bool
 ) -> list[int]:
-    """The last token of text[begin:end], for tokenizers without offsets, whatever they normalise.
+    """The index of the last token of text[begin:end], for tokenizers without offsets, whatever they normalize; or none.
 
-    The tokens of text[:end] begin those of the whole text, unless one of these goes on past `end`: then it is the last
-    of the shortest run that decodes to all that those of text[:end] do, up to white space, case and composition.
+    The tokens of the whole text usually begin with those of text[:end]. They do not if one token extends past `end`.
+    Then the result is the last token of the shortest run, from the first token on, that decodes to everything that the
+    tokens of text[:end] decode to, apart from white space, case and Unicode composition.
     """
 
     def encoded(part: str) -> list[int]:
-        return open_ended(tokenizer, tokenizer(part, add_special_tokens=special)["input_ids"])
+        return without_closing(tokenizer, tokenizer(part, add_special_tokens=special)["input_ids"])
 
     def decoded(tokens: Sequence[int]) -> str:
-        shown = tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
-        return "".join(unicodedata.normalize("NFKD", shown).casefold().split())
+        result = tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+        return "".join(unicodedata.normalize("NFKD", result).casefold().split())
 
-    upto = encoded(text[:end])
-    wanted = decoded(upto)
+    up_to_end = encoded(text[:end])
+    wanted = decoded(up_to_end)
     if wanted == decoded(encoded(text[:begin])):
         return []
-    if list(ids[: len(upto)]) == upto:
-        return [len(upto) - 1]
+    if list(ids[: len(up_to_end)]) == up_to_end:
+        return [len(up_to_end) - 1]
     runs = (count for count in range(1, len(ids) + 1) if decoded(ids[:count]).startswith(wanted))
     return [count - 1 for count in (next(runs, 0),) if count]
 
 
 def separator_before(
-    tokenizer: Any, prompt: str, target: str, asked: str = AUTO, prompt_format: PromptFormat | None = None
+    tokenizer: Any, prompt: str, target: str, requested: str = AUTO, prompt_format: PromptFormat | None = None
 ) -> str:
-    """What stands between a prompt as the model reads it and a target.
+    """What stands between a prompt, as the model reads it, and a target.
 
-    "auto" is what a chat's template puts before an answer, where it tells; nothing after a chat's marker; else what
-    kedit_fast.requests.spacing decides. White space that is there already is never added to.
+    For "auto" it is what the chat template puts before an answer, if that is known; nothing after a chat marker;
+    otherwise what kedit_fast.requests.spacing decides. Where there is white space already, none is added.
     """
-    if asked == AUTO and not prompt[-1:].isspace() and not target[:1].isspace():
+    if requested == AUTO and not prompt[-1:].isspace() and not target[:1].isspace():
         if isinstance(prompt_format, ChatFormat) and prompt_format.separator is not None:
             return prompt_format.separator
-        if ends_with(prompt, known_tokens(tokenizer).marker_ends):
+        if ends_with_one_of(prompt, non_words(tokenizer).markers_by_last):
             return ""
-    return separator(prompt, target, asked)
+    return separator(prompt, target, requested)
 
 
 def target_tokens(
     tokenizer: Any, prompt: str, target: str, special: bool = True, between: str | None = None
 ) -> tuple[int, ...]:
-    """The tokens of `target` as the continuation of `prompt`, with `between` them; None: see `separator_before`.
+    """The tokens of `target` as the continuation of `prompt`.
 
-    They are what prompt and target together have beyond the prompt, so neither a special token nor a lone space that
-    the tokenizer would put before a separate text can enter. With `special` the tokenizer adds its special tokens, as
-    it does to the prompt.
+    They are the tokens that prompt and target together have beyond the prompt's. So there is neither a special token
+    nor a lone space, which the tokenizer might put before a text of its own.
+
+    Args:
+        tokenizer: of the model.
+        prompt: as the model reads it.
+        target: the text that continues it.
+        special: whether the tokenizer adds its special tokens, as it does to the prompt.
+        between: what stands between the two; None for what `separator_before` says.
+
+    Raises:
+        RequestError: the target has no tokens, contains a special one or has a part that the vocabulary lacks.
     """
-    tokens = known_tokens(tokenizer)
-    known = tokens.special
+    tokens = non_words(tokenizer)
     unknown = unknown_id(tokenizer)
     joined = prompt + (separator_before(tokenizer, prompt, target) if between is None else between) + target
     base = list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
-    if not ends_with(prompt, tokens.special_ends):
-        base = open_ended(tokenizer, base, special=tokens.closing)
+    if not ends_with_one_of(prompt, tokens.special_by_last):
+        base = without_closing(tokenizer, base, closing=tokens.closing)
     full = list(tokenizer(joined, add_special_tokens=special)["input_ids"])
-    while full and full[-1] in known and not joined.rstrip().endswith(tokenizer.decode(full[-1:]).strip()):
+    while full and full[-1] in tokens.special and not joined.rstrip().endswith(tokenizer.decode(full[-1:]).strip()):
         if full[-1] == unknown:
             break
         full.pop()
@@ -162,7 +180,7 @@ def target_tokens(
         ids = _tokens_apart(tokenizer, joined[len(prompt) :])
     if unknown is not None and unknown in ids:
         raise RequestError(f"the tokenizer has no tokens for a part of the target {target!r}")
-    if any(token in known for token in ids):
+    if any(token in tokens.special for token in ids):
         raise RequestError(f"the target {target!r} holds a special token")
     if not ids or not tokenizer.decode(ids).strip():
         raise RequestError(f"the target {target!r} has no tokens")
@@ -170,10 +188,10 @@ def target_tokens(
 
 
 def _tokens_apart(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text that goes on from tokens it does not join, without what is put before a text's beginning."""
+    """The tokens of a text in the middle of another: without what the tokenizer puts before the beginning of a text."""
     for anchor in _ANCHORS:
         base, full = (
-            open_ended(tokenizer, tokenizer(part, add_special_tokens=False)["input_ids"])
+            without_closing(tokenizer, tokenizer(part, add_special_tokens=False)["input_ids"])
             for part in (anchor, anchor + text)
         )
         if base and full[: len(base)] == base and len(full) > len(base):
@@ -182,9 +200,9 @@ def _tokens_apart(tokenizer: Any, text: str) -> list[int]:
 
 
 def continuation(
-    tokenizer: Any, prompt: str, target: str, prompt_format: PromptFormat | None = None, asked: str = AUTO
+    tokenizer: Any, prompt: str, target: str, prompt_format: PromptFormat | None = None, requested: str = AUTO
 ) -> tuple[list[int], tuple[int, ...]]:
-    """Token ids of a text prompt, open for what follows, and of a target that continues it.
+    """Token ids of a text prompt, without closing special tokens, and of a target that continues it.
 
     Raises:
         RequestError: the target has no tokens or holds a special one.
@@ -193,10 +211,10 @@ def continuation(
     special = _adds_special(tokenizer, text, prompt_format)
     ids = tokenizer(text, add_special_tokens=special)["input_ids"]
     if prompt_format is None:
-        ids = open_ended(tokenizer, ids, 1)
+        ids = without_closing(tokenizer, ids, 1)
     if not target:
         return list(ids), ()
-    between = separator_before(tokenizer, text, target, asked, prompt_format)
+    between = separator_before(tokenizer, text, target, requested, prompt_format)
     return list(ids), target_tokens(tokenizer, text, target, special, between)
 
 
@@ -210,16 +228,21 @@ def prepare(
     vocabulary: int | None = None,
     target_separator: str = AUTO,
 ) -> list[PreparedRequest]:
-    """Tokenise requests once, for keys and values alike.
+    """Tokenize requests, once for keys and values.
 
     Raises:
         RequestError: naming every request that cannot be used, see `prepare_each`.
     """
     prepared, problems = prepare_each(
-        tokenizer, dict(enumerate(requests)), prefixes, max_length, prompt_format, vocabulary=vocabulary,
+        tokenizer,
+        dict(enumerate(requests)),
+        prefixes,
+        max_length,
+        prompt_format,
+        vocabulary=vocabulary,
         target_separator=target_separator,
-    )  # fmt: skip
-    require_none(problems)
+    )
+    require_no_problems(problems)
     return prepared
 
 
@@ -233,28 +256,38 @@ def prepare_each(
     vocabulary: int | None = None,
     target_separator: str = AUTO,
 ) -> tuple[list[PreparedRequest], dict[int, str]]:
-    """Tokenise requests, by index, once; those that cannot be used come back as index -> what is wrong, with a name.
+    """Tokenize requests, given by index.
 
-    What can be wrong: a subject or target without tokens, a special token in the target, more tokens than the model
-    takes, a token past its `vocabulary`, a chat template that fails. `target_separator` is for requests that say
-    "auto".
+    Args:
+        tokenizer: of the model.
+        requests: index -> request.
+        prefixes: context prefixes.
+        max_length: tokens that the model takes.
+        prompt_format: what makes prompts into the text that the model reads, or None.
+        vocabulary: number of tokens that the model knows; None to allow any.
+        target_separator: for requests that say "auto".
+
+    Returns:
+        the requests that can be used, in order; and for each other one index -> what is wrong, with its name: a subject
+        or target without tokens, a special token in the target, more tokens than the model takes, a token past its
+        vocabulary, a chat template that fails.
     """
     check_separator(target_separator)
     prepared, problems = [], {}
     for index, request in requests.items():
         name = f"request {request.id!r}" if request.id is not None else f"request {index + 1}"
         try:
-            made = _prepared(tokenizer, request, prefixes, max_length, prompt_format, target_separator)
-            ids = [i for prompt in (*made.rewriting, made.kl) for i in prompt.ids] + list(made.target)
-            if why := unknown_token(tokenizer, ids, vocabulary):
-                raise RequestError(why)
-            prepared.append(made)
+            one = _prepare_one(tokenizer, request, prefixes, max_length, prompt_format, target_separator)
+            ids = [i for prompt in (*one.rewriting, one.kl) for i in prompt.ids] + list(one.target)
+            if problem := unknown_token(tokenizer, ids, vocabulary):
+                raise RequestError(problem)
+            prepared.append(one)
         except RequestError as error:
             problems[index] = f"{name}: {error}"
     return prepared, problems
 
 
-def _prepared(
+def _prepare_one(
     tokenizer: Any,
     request: EditRequest,
     prefixes: Sequence[str],
@@ -263,21 +296,22 @@ def _prepared(
     target_separator: str,
 ) -> PreparedRequest:
     if request.subject is None:
-        return _without_subject(tokenizer, request, prefixes, max_length, prompt_format, target_separator)
+        return _prepare_whole_prompt(tokenizer, request, prefixes, max_length, prompt_format, target_separator)
     text, _ = in_format(request.prompt, request.subject, prompt_format)
-    asked = asked_separator(request, target_separator)
-    between = separator_before(tokenizer, text, request.target_new, asked, prompt_format)
+    requested = requested_separator(request, target_separator)
+    between = separator_before(tokenizer, text, request.target_new, requested, prompt_format)
     special = _adds_special(tokenizer, text, prompt_format)
     target = target_tokens(tokenizer, text, request.target_new, special, between)
     filled = [fill(tokenizer, request.prompt, request.subject, prefix, prompt_format) for prefix in ("", *prefixes)]
     kl = fill(tokenizer, KL_PROMPT, request.subject, "", prompt_format)
     if prompt_format is None:  # a format ends where the answer begins, its special tokens belong there
-        ends = _closing(tokenizer)
-        filled, kl = [_without_end(tokenizer, prompt, ends) for prompt in filled], _without_end(tokenizer, kl, ends)
-    return _fitting(PreparedRequest(request, tuple(filled), kl, target, between), max_length)
+        closing = non_words(tokenizer).closing
+        filled = [prompt.open_ended(tokenizer, closing) for prompt in filled]
+        kl = kl.open_ended(tokenizer, closing)
+    return _require_fits(PreparedRequest(request, tuple(filled), kl, target, between), max_length)
 
 
-def _without_subject(
+def _prepare_whole_prompt(
     tokenizer: Any,
     request: EditRequest,
     prefixes: Sequence[str],
@@ -285,45 +319,39 @@ def _without_subject(
     prompt_format: PromptFormat | None,
     target_separator: str,
 ) -> PreparedRequest:
-    """A prompt as it stands, for methods that look at whole prompts: the lookup is its last token."""
+    """A request without a subject, for methods that edit by whole prompts: the lookup token is the last one."""
     texts = [prefix.replace("{}", "") + request.prompt for prefix in ("", *prefixes)]
-    asked = asked_separator(request, target_separator)
-    rows = [continuation(tokenizer, text, request.target_new, prompt_format, asked) for text in texts]
+    requested = requested_separator(request, target_separator)
+    rows = [continuation(tokenizer, text, request.target_new, prompt_format, requested) for text in texts]
     if not all(ids for ids, _ in rows):
         raise RequestError(f"the prompt {request.prompt!r} has no tokens")
     filled = tuple(Prompt(tuple(ids), len(ids) - 1) for ids, _ in rows)
-    shown = request.prompt if prompt_format is None else prompt_format(request.prompt)
-    between = separator_before(tokenizer, shown, request.target_new, asked, prompt_format)
-    return _fitting(PreparedRequest(request, filled, filled[0], rows[0][1], between), max_length)
+    text = request.prompt if prompt_format is None else prompt_format(request.prompt)
+    between = separator_before(tokenizer, text, request.target_new, requested, prompt_format)
+    return _require_fits(PreparedRequest(request, filled, filled[0], rows[0][1], between), max_length)
 
 
-def _fitting(prepared: PreparedRequest, max_length: int) -> PreparedRequest:
+def _require_fits(prepared: PreparedRequest, max_length: int) -> PreparedRequest:
+    """The prepared request; raises RequestError if it has more tokens than the model takes."""
     longest = max(len(prompt.ids) for prompt in prepared.rewriting) + len(prepared.target) - 1
     if longest > max_length:
         raise RequestError(f"{longest} tokens with context and target, the model takes {max_length}")
     return prepared
 
 
-def asked_separator(request: EditRequest, default: str) -> str:
-    """What a request asks for between prompt and target, or the run's default where it says nothing."""
+def requested_separator(request: EditRequest, default: str) -> str:
+    """The separator that a request asks for between prompt and target, or the run's default if it says "auto"."""
     return default if request.target_separator == AUTO else request.target_separator
 
 
-def open_ended(tokenizer: Any, ids: Sequence[int], keep: int = 0, special: AnySet[int] | None = None) -> list[int]:
-    """Token ids without the special tokens a tokenizer adds after a text, where something is to follow.
+def without_closing(
+    tokenizer: Any, ids: Sequence[int], first: int = 0, closing: AnySet[int] | None = None
+) -> list[int]:
+    """Token ids without the special tokens that a tokenizer adds after a text; the `first` ids stay in any case.
 
-    The first `keep` ids stay whatever they are. `special` is what `_closing` gives, where it is at hand.
+    `closing` is `non_words(tokenizer).closing`, where the caller has it.
     """
-    special, end = _closing(tokenizer) if special is None else special, len(ids)
-    while end > keep and ids[end - 1] in special:
+    closing, end = non_words(tokenizer).closing if closing is None else closing, len(ids)
+    while end > first and ids[end - 1] in closing:
         end -= 1
     return list(ids[:end])
-
-
-def _closing(tokenizer: Any) -> AnySet[int]:
-    """The special tokens that a tokenizer may put after a text; what it does not know is text."""
-    return known_tokens(tokenizer).closing
-
-
-def _without_end(tokenizer: Any, prompt: Prompt, special: AnySet[int]) -> Prompt:
-    return Prompt(tuple(open_ended(tokenizer, prompt.ids, prompt.lookup + 1, special)), prompt.lookup)

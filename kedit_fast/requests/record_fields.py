@@ -1,7 +1,7 @@
-"""The fields of other repositories' records, and what they are called here.
+"""The fields of other repositories' records, and the fields of `EditRequest` that they mean.
 
 Sources: CounterFact and zsRE of memit, EasyEdit's own records, KnowEdit, MQuAKE, QAEdit, UnKE. A name is mapped only
-where it means what our field means; what is not used is named, so that nobody takes it for measured.
+where it means the same as our field. The log names fields that are not used, so that nobody believes them measured.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from kedit_fast.errors import RequestError
 from kedit_fast.support.textfiles import Repeated
 
 _log = logging.getLogger("kedit_fast")
-SHOWN = 20  # names or problems in one message
+MOST_LISTED = 20  # names or problems in one message
 NESTED = "requested_rewrite"  # CounterFact and MQuAKE
 _FOREIGN = {
     "case_id": "id",
     "src": "prompt",  # zsRE
-    "alt": "target_new",  # zsRE as EasyEdit reads it; memit writes the first of `answers`, what is true already
+    "alt": "target_new",  # zsRE as EasyEdit reads it; memit writes the first of `answers`, which is true already
     "target": "target_new",  # QAEdit
-    "ground_truth": "target_true",  # of several the first
+    "ground_truth": "target_true",  # the first of several
     "rephrase_prompt": "paraphrase_prompts",
     "rephrase_prompts": "paraphrase_prompts",
     "rephrase": "paraphrase_prompts",
 }
-# Names that mean this only where others stand beside them.
+# (names, mapping): a mapping that holds only for records which have all of these names.
 _TOGETHER = (
     ({"src", "alt"}, {"answers": "target_true"}),  # zsRE
     ({"text", "labels", "concept"}, {"text": "prompt", "labels": "target_new", "concept": "subject"}),  # WikiBio
@@ -36,7 +36,7 @@ _TOGETHER = (
         {"question": "prompt", "para_question": "paraphrase_prompts", "answer": "target_new"},
     ),
 )
-# A prompt whose answer must not change, and that answer: a neighborhood prompt where the answer is target_true.
+# (a prompt whose answer must not change, that answer): a neighborhood prompt where the answer is target_true.
 _BESIDE = (("locality_prompt", "locality_ground_truth"), ("loc", "loc_ans"))
 _UNMEASURED = {name for pair in _BESIDE for name in pair} | {"locality", "portability", "loc_prompt"}
 _UNUSED = {
@@ -46,24 +46,30 @@ _UNUSED = {
     "verify_unsfact_GPT", "unsfact_triplets_GPT", "sub_question", "sub_answer",
 }  # fmt: skip
 _PLACEHOLDERS = ("<|endoftext|>", "</s>")  # EasyEdit's `ground_truth` of requests that have none
-_NEEDED = ("prompt", "subject", "target_new")  # their empty values are shown where they are found wanting
+_NEEDED = ("prompt", "subject", "target_new")  # messages show their empty values
 LISTS = ("paraphrase_prompts", "neighborhood_prompts", "rephrase_prompts", "answers", "ground_truth")
 
 
 class Notes:
-    """What is to be said about all records of a file, or of an editor's calls: each thing once."""
+    """What the log has to say about the fields of all records of a file, or of an editor's calls: each thing once."""
 
     def __init__(self, known: Sequence[str]):
-        self.known = tuple(known)  # names of our own fields
+        self.known = tuple(known)
+        """Names of our own fields."""
         self.mapped: dict[str, str] = {}
-        self.unmeasured: dict[str, int] = {}  # name -> records
+        """Another repository's name -> ours."""
+        self.unmeasured: dict[str, int] = {}
+        """Name of what would be measured elsewhere -> number of records that have it."""
         self.unused: set[str] = set()
+        """Names that are known and not needed here."""
         self.unknown: dict[str, int] = {}
-        self.mixed: list[str] = []  # of each record whose texts are in several Unicode normal forms, which
-        self._said: set[tuple[str, str]] = set()
+        """Name -> number of records that have it."""
+        self.mixed: list[str] = []
+        """Records whose texts are in several Unicode normal forms, with these."""
+        self._logged: set[tuple[str, str]] = set()
 
-    def say(self, where: str) -> None:
-        """Log what was gathered and not said before: what may have an unexpected effect as a warning."""
+    def log(self, where: str) -> None:
+        """Log what was gathered and not logged before; what may have an unexpected effect is a warning."""
         if mapped := self._new("mapped", self.mapped):
             _log.info("%s: read %s", where, ", ".join(f"{theirs} as {self.mapped[theirs]}" for theirs in mapped))
         if "alt" in mapped:
@@ -77,8 +83,8 @@ class Notes:
             )  # fmt: skip
         if unknown := self._new("unknown", self.unknown):
             names = [f"{name!r} in {self.unknown[name]} records{self.hint(name)}" for name in unknown]
-            more = f", and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            _log.warning("%s: unknown fields are not used: %s%s", where, ", ".join(names[:SHOWN]), more)
+            more = f", and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+            _log.warning("%s: unknown fields are not used: %s%s", where, ", ".join(names[:MOST_LISTED]), more)
         if self.mixed and self._new("mixed", [""]):
             _log.warning(
                 "%s: texts of one record are in different Unicode normal forms, so that the same word is different "
@@ -89,13 +95,13 @@ class Notes:
             gathered.clear()
 
     def _new(self, kind: str, names: Iterable[str]) -> list[str]:
-        """Those names that were not said before; they count as said from now on."""
-        new = [name for name in names if (kind, name) not in self._said]
-        self._said.update((kind, name) for name in new)
+        """The names that were not logged before; from now on they count as logged."""
+        new = [name for name in names if (kind, name) not in self._logged]
+        self._logged.update((kind, name) for name in new)
         return new
 
     def hint(self, name: Any) -> str:
-        """`(did you mean ...?)`, where a known name is near an unknown one."""
+        """` (did you mean ...?)` for an unknown name that is similar to a known one, else ""."""
         if name in (*self.known, *_FOREIGN, *_UNUSED, *_UNMEASURED, NESTED):
             return ""
         near = difflib.get_close_matches(str(name).lower().strip(), [*self.known, *_FOREIGN], 1, 0.8)
@@ -108,18 +114,18 @@ def is_record(record: Mapping[str, Any], known: Sequence[str]) -> bool:
 
 
 def _names(record: Mapping[str, Any]) -> dict[str, str]:
-    """Foreign name -> ours, for this record."""
-    found = dict(_FOREIGN)
+    """Another repository's name -> ours, as it holds for this record."""
+    mapping = dict(_FOREIGN)
     for needed, names in _TOGETHER:
         if needed <= set(record):
-            found |= names
-    return found
+            mapping |= names
+    return mapping
 
 
-def ours(record: Mapping[str, Any], where: str, notes: Notes) -> tuple[dict[str, Any], dict[str, str]]:
-    """The record's values by our fields' names, and our name -> the record's name of it.
+def values_by_field(record: Mapping[str, Any], where: str, notes: Notes) -> tuple[dict[str, Any], dict[str, str]]:
+    """A record's values by the names of our fields, and the record's own name of each.
 
-    None is no value, nor is another repository's field that is empty or holds EasyEdit's placeholder.
+    None counts as no value, and so does another repository's field that is empty or holds EasyEdit's placeholder.
 
     Raises:
         RequestError: a field that is given twice with different values, or several rewrites in one record.
@@ -137,41 +143,42 @@ def ours(record: Mapping[str, Any], where: str, notes: Notes) -> tuple[dict[str,
         doubled = part.names if isinstance(part, Repeated) else ()
         if read := [name for name in doubled if name in notes.known or name in foreign]:
             raise RequestError(f"{where} gives {read[0]!r} twice: keep one")
-    found: dict[str, tuple[str, list[Any]]] = {}  # our name -> the name it came by, its value or alternatives
+    choices: dict[str, tuple[str, list[Any]]] = {}  # our field -> the record's name, its value or alternatives
     empty: dict[str, tuple[str, Any]] = {}
     for fields in (inner or {}, outer):
         for name, value in fields.items():
-            mine = name if name in notes.known else foreign.get(name)
-            if mine is None:
+            field = name if name in notes.known else foreign.get(name)
+            if field is None:
                 _note(name, value, notes)
                 continue
-            choices = [value] if mine == name else _foreign_values(value, mine)
-            if not choices or value is None:
-                empty.setdefault(mine, (name, value if mine in _NEEDED else None))
+            candidates = [value] if field == name else _foreign_values(value, field)
+            if not candidates or value is None:
+                empty.setdefault(field, (name, value if field in _NEEDED else None))
                 continue
-            if mine != name:
-                notes.mapped[name] = mine
-            if mine not in found:
-                found[mine] = (name, choices)
+            if field != name:
+                notes.mapped[name] = field
+            if field not in choices:
+                choices[field] = (name, candidates)
                 continue
-            earlier, kept = found[mine]
-            same = [one for one in kept if any(_comparable(one) == _comparable(other) for other in choices)]
+            earlier, before = choices[field]
+            same = [one for one in before if any(_comparable(one) == _comparable(other) for other in candidates)]
             if not same:
-                first = kept[0] if len(kept) == 1 else kept
+                first = before[0] if len(before) == 1 else before
                 raise RequestError(
-                    f"{where}: {mine} is given twice, {earlier} = {first!r} and {name} = {value!r}: keep one"
+                    f"{where}: {field} is given twice, {earlier} = {first!r} and {name} = {value!r}: keep one"
                 )
-            found[mine] = (earlier, same)
-    values = {mine: value for mine, (_, value) in empty.items()} | {mine: v[0] for mine, (_, v) in found.items()}
-    _neighbors(outer, values, notes)
-    return values, {mine: name for mine, (name, _) in (empty | found).items()}
+            choices[field] = (earlier, same)
+    values = {field: value for field, (_, value) in empty.items()}
+    values |= {field: candidates[0] for field, (_, candidates) in choices.items()}
+    _take_neighborhood(outer, values, notes)
+    return values, {field: name for field, (name, _) in (empty | choices).items()}
 
 
-def _foreign_values(value: Any, mine: str) -> list[Any]:
-    """What another repository's field gives: nothing where it is empty, of `target_true` all alternatives."""
+def _foreign_values(value: Any, field: str) -> list[Any]:
+    """The value of another repository's field: none where it is empty, for `target_true` all alternatives."""
     if hasattr(value, "tolist"):  # of numpy
         value = value.tolist()
-    if mine == "target_true":
+    if field == "target_true":
         return _alternatives(value)
     if isinstance(value, list | tuple):
         value = [item for item in value if not _is_empty(item)]
@@ -186,6 +193,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _note(name: Any, value: Any, notes: Notes) -> None:
+    """Gather a field that is not used."""
     if name in _UNMEASURED:
         if _is_empty(value):
             return
@@ -196,14 +204,14 @@ def _note(name: Any, value: Any, notes: Notes) -> None:
         notes.unknown[str(name)] = notes.unknown.get(str(name), 0) + 1
 
 
-def _neighbors(record: Mapping[str, Any], values: dict[str, Any], notes: Notes) -> None:
-    """Take a prompt that must keep its answer for a neighborhood prompt, where that answer is target_true."""
+def _take_neighborhood(record: Mapping[str, Any], values: dict[str, Any], notes: Notes) -> None:
+    """Use a prompt whose answer must not change as a neighborhood prompt, if that answer is target_true."""
     true = _comparable(values.get("target_true"))
     if values.get("neighborhood_prompts") is not None:
         return
     for prompt, answer in _BESIDE:
-        text, said = record.get(prompt), _first(record.get(answer))
-        if isinstance(text, str) and text.strip() and isinstance(said, str) and _comparable(said) == true:
+        text, answered = record.get(prompt), _first(record.get(answer))
+        if isinstance(text, str) and text.strip() and isinstance(answered, str) and _comparable(answered) == true:
             values["neighborhood_prompts"] = [text]
             notes.mapped[prompt] = "neighborhood_prompts"
             for name in (prompt, answer):
@@ -225,7 +233,7 @@ def _alternatives(value: Any) -> list[Any]:
 
 
 def _comparable(value: Any) -> Any:
-    """Two spellings of one value are equal: a text and CounterFact's object, a text and a list of it."""
+    """A form in which spellings of one value are equal: a text, CounterFact's object of it, a list with it alone."""
     if isinstance(value, Mapping):
         value = value.get("str", value)
     if isinstance(value, list | tuple):

@@ -1,21 +1,22 @@
 """What stands between a prompt and its target: one rule for values, gradients, keys, metrics and completions.
 
-"auto" decides from the two texts. A space stands between them where the prompt's script separates words by spaces and
-the target begins a word; nothing does
+"auto" decides from the two texts: a space if the prompt's script separates words by spaces and the target begins a
+word. There is no space
 
-- where the prompt is empty or ends with white space, or the target begins with it;
+- where the prompt is empty or ends with white space, or the target begins with white space;
 - after scripts that do not separate words (Chinese, Japanese, Thai, Lao, Khmer, Burmese, Tibetan and others; Korean
-  does), whatever the target's script: the prompt's last letter decides, past digits, punctuation, marks, and what a
-  bracket or a quotation encloses; and before such a script where the last word holds letters of one ("我喜欢Python").
-  A name in such a script at the end of words that spaces separate ("Who wrote 红楼梦?") does not decide for a target
-  of another script;
+  does), whatever the target's script. The prompt's last letter decides; digits, punctuation, marks, and what a bracket
+  or a quotation encloses are skipped. Nor is there one before such a script if the prompt's last word has letters of
+  one ("我喜欢Python"). A name in such a script at the end of words that spaces separate ("Who wrote 红楼梦?") does not
+  decide for a target of another script;
 - where the prompt ends in the middle of a word or expression: an opening bracket or quotation mark, wide punctuation,
   a slash, a hyphen or operator of any length that touches what is before it ("a->", but not "cheese ->"), stars that
   open emphasis, an elided word's apostrophe ("l'"), a currency sign;
 - before a target that begins with anything but a letter or digit: `.path`, `(y)`, `, too`, an emoji, a combining mark.
-  A quotation mark that opens, an inverted question mark and a currency sign before a digit begin a word as what they
-  stand before does, and so does a sign before a digit ("-5 degrees") after a word of prose, a label or an operator
-  that stands free; a bracket does not: `(y)` after code, and prose with a bracket says " " itself.
+  There are exceptions. An opening quotation mark, an inverted question mark, and a currency sign before a digit count
+  as part of the word after them. So does a sign before a digit ("-5 degrees") after a word of prose, after a label, or
+  after an operator that stands free. A bracket does not: `(y)` may follow code, and whoever continues prose with a
+  bracket asks for " ".
 """
 
 # ruff: noqa: RUF001 - marks that look alike are what this module tells apart
@@ -29,7 +30,7 @@ from kedit_fast.errors import RequestError
 
 AUTO = "auto"
 SEPARATORS = (AUTO, " ", "")
-# Names of letters, as Unicode has them, in scripts that are written without spaces between words.
+# Beginnings of Unicode's names of letters in scripts that are written without spaces between words.
 _UNSPACED = (
     "CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH", "IDEOGRAPHIC", "HIRAGANA", "HENTAIGANA", "KATAKANA",
     "HALFWIDTH KATAKANA", "FULLWIDTH LATIN", "BOPOMOFO", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ", "TAI ",
@@ -40,35 +41,35 @@ _OPENERS = {
     ")": "(", "]": "[", "}": "{", "”": "“", "’": "‘", "»": "«", "›": "‹", '"': '"', "`": "`", "）": "（", "］": "［",
     "」": "「", "』": "『", "》": "《", "〉": "〈", "】": "【", "〕": "〔",
 }  # fmt: skip
-_LOW_OPENERS = {"“": "„", "‘": "‚", "«": "»", "‹": "›"}  # what these marks close where they do not open
+_LOW_OPENERS = {"“": "„", "‘": "‚", "«": "»", "‹": "›"}  # mark -> the mark that it closes, where it does not open
 _OPERATORS = "=<>|^&!+*/%~?:"  # what operators are made of, beside dashes
 _SIGNS = "-−+~±∓≈"  # what may stand before a number
 _CONTRACTION = re.compile(r"['’](?:s|t|re|ve|ll|d|m)\b", re.IGNORECASE)
 
 
-def check_separator(asked: object) -> str:
+def check_separator(requested: object) -> str:
     """One of SEPARATORS, or RequestError."""
-    if not isinstance(asked, str) or asked not in SEPARATORS:
-        raise RequestError(f'target_separator must be "auto", " " or ""; got {asked!r}')
-    return asked
+    if not isinstance(requested, str) or requested not in SEPARATORS:
+        raise RequestError(f'target_separator must be "auto", " " or ""; got {requested!r}')
+    return requested
 
 
-def separator(prompt: str, target: str, asked: str = AUTO) -> str:
+def separator(prompt: str, target: str, requested: str = AUTO) -> str:
     """What stands between `prompt` and `target`: " " or "".
 
     Args:
         prompt: the text before the target, as the model reads it.
         target: the text that continues it.
-        asked: "auto" for the rule above; " " for a space unless white space is there already; "" for nothing.
+        requested: "auto" for the rule above; " " for a space unless there is white space already; "" for nothing.
 
     Raises:
-        RequestError: `asked` is something else.
+        RequestError: `requested` is something else.
     """
-    check_separator(asked)
+    check_separator(requested)
     if prompt[-1:].isspace() or target[:1].isspace():
         return ""
-    if asked != AUTO:
-        return asked
+    if requested != AUTO:
+        return requested
     prompt, target = _without_marks(prompt), target.lstrip("\u200b\u200c\u200d\u200e\u200f\u2060\ufeff")
     if not prompt or not _begins_word(prompt, target) or _inside_word(prompt, target) or _unspaced(prompt, target):
         return ""
@@ -83,7 +84,7 @@ def _without_marks(text: str) -> str:
 
 
 def _begins_word(prompt: str, target: str) -> bool:
-    """Whether a target begins with a letter or digit, or with what belongs to the word behind it."""
+    """Whether a target begins with a letter or digit, or with a mark that belongs to the word after it."""
     first, rest = target[:1], target[1:]
     if not first:
         return False
@@ -107,8 +108,8 @@ def _begins_word(prompt: str, target: str) -> bool:
 def _takes_sign(prompt: str, sign: str) -> bool:
     """Whether a signed number after a prompt is a word of its own.
 
-    It is after a word of prose, a label ("Answer:") and an operator that stands free; not after a number, a variable or
-    other code, and "-" not after a name, which it may go on ("COVID-19").
+    It is after a word of prose, a label ("Answer:") and an operator that stands free. It is not after a number, a
+    variable or other code; nor is "-" after a name, which it may continue ("COVID-19").
     """
     word = prompt.split()[-1] if prompt else ""
     core = word.strip("*:,;.!?…")
@@ -122,7 +123,7 @@ def _takes_sign(prompt: str, sign: str) -> bool:
 
 
 def _inside_word(prompt: str, target: str) -> bool:
-    """Whether the end of a prompt, which is not white space, holds the next word to it."""
+    """Whether the end of a prompt, which is not white space, attaches the next word to itself."""
     last, before = prompt[-1], prompt[-2:-1]
     kind = unicodedata.category(last)
     left = _before_operator(prompt)
@@ -159,7 +160,7 @@ def _inside_word(prompt: str, target: str) -> bool:
 
 
 def _before_operator(prompt: str) -> str:
-    """A prompt without all of the operators and dashes at its end."""
+    """A prompt without the operators and dashes at its end."""
     end = len(prompt)
     while end and (prompt[end - 1] in _OPERATORS or unicodedata.category(prompt[end - 1]) == "Pd"):
         end -= 1
@@ -172,10 +173,11 @@ def _ends_in_operand(text: str) -> bool:
 
 
 def _opens_emphasis(prompt: str, target: str) -> bool:
-    """Of a prompt that ends with stars: whether they hold what follows, as "**" before "bold" and "f(*" before "args".
+    """Of a prompt that ends with stars: whether they belong to what follows, as in "**bold" and "f(*args".
 
-    Stars at a word's beginning do, unless they multiply: without stars in the target that close them, "**" between
-    numbers or variables, and "*" after a number, a variable, a closing bracket or what is no sentence (SELECT *).
+    Stars at the beginning of a word do, unless they multiply. They are taken to multiply, if the target has no stars
+    that close them: "**" between numbers or variables, and "*" after a number, a variable, a closing bracket, or what
+    is not a sentence (SELECT *).
     """
     left = prompt.rstrip("*")
     text = left.rstrip()
@@ -220,7 +222,7 @@ def _opens_quotation(prompt: str) -> bool:
 
 
 def _unspaced(prompt: str, target: str) -> bool:
-    """Whether the prompt goes on without a space because of its script, or of the target's inside a mixed word."""
+    """Whether no space follows because of the prompt's script, or of the target's where the last word mixes scripts."""
     first = next((c for c in target if _is_letter(c) or c.isdigit()), "")
     if _is_unspaced(_last_letter(prompt)):
         return _is_unspaced(first) or not _ends_in_foreign_name(prompt)
@@ -229,10 +231,11 @@ def _unspaced(prompt: str, target: str) -> bool:
 
 
 def _ends_in_foreign_name(prompt: str) -> bool:
-    """Of a prompt whose last letter is of an unspaced script: whether its sentence is of words that spaces separate.
+    """Of a prompt whose last letter is of an unspaced script: whether its last sentence is in a spaced script.
 
-    It, the last sentence, has at least two of these outside of brackets and quotations, more of them than words with
-    unspaced letters, and the last unspaced letters do not go on from a spaced one, as in "Harry Potter的作者是".
+    It is if, outside of brackets and quotations, it has at least two words in spaced scripts and more of them than
+    words with unspaced letters, and if its last unspaced letters do not continue a spaced word, as they do in
+    "Harry Potter的作者是".
     """
     for closer, opener in _OPENERS.items():
         prompt = re.sub(f"{re.escape(opener)}[^{re.escape(closer)}]*{re.escape(closer)}", " ", prompt)
@@ -250,7 +253,7 @@ def _ends_in_foreign_name(prompt: str) -> bool:
 
 
 def _last_letter(text: str) -> str:
-    """The last letter of a text outside of brackets and quotations, or inside where there is none before; or ""."""
+    """The last letter of a text outside of brackets and quotations; inside if there is none before them; else ""."""
     while text:
         opener = _OPENERS.get(text[-1])
         begin = -1 if opener is None else text.rfind(opener, 0, len(text) - 1)

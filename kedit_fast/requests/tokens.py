@@ -1,4 +1,4 @@
-"""What a tokenizer's tokens are: special ones, chat markers, the unknown one."""
+"""Which of a tokenizer's tokens are no words: special ones, chat markers, the unknown one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 
 def added_tokens(tokenizer: Any) -> dict[int, Any]:
-    """Tokens that were added to a vocabulary, by id; none of a tokenizer that does not tell (mistral-common's)."""
+    """Tokens that were added to a vocabulary, by id; none for a tokenizer that does not say (mistral-common's)."""
     try:
         added = tokenizer.added_tokens_decoder
     except (AttributeError, NotImplementedError):
@@ -21,39 +21,44 @@ def added_tokens(tokenizer: Any) -> dict[int, Any]:
 
 
 @dataclass(frozen=True)
-class _Known:
-    """What a vocabulary says of its tokens that are no words; without a reference to the tokenizer."""
+class NonWords:
+    """The tokens of a vocabulary that are no words; holds no reference to the tokenizer."""
 
     special: Mapping[int, str]
+    """Special tokens: id -> text."""
     markers: Mapping[int, str]
-    closing: AnySet[int]  # the special tokens that may be put after a text
-    special_ends: Mapping[str, tuple[str, ...]]  # texts of special tokens, by their last character
-    marker_ends: Mapping[str, tuple[str, ...]]
+    """Special tokens and others that look like chat markers: id -> text."""
+    closing: AnySet[int]
+    """Ids of the special tokens that a tokenizer may add after a text."""
+    special_by_last: Mapping[str, tuple[str, ...]]
+    """Last character -> texts of the special tokens that end with it; see `ends_with_one_of`."""
+    markers_by_last: Mapping[str, tuple[str, ...]]
+    """The same of markers."""
 
 
-# What was read of tokenizers, with the state it was read in; an entry goes with its tokenizer.
-_READ: WeakKeyDictionary[Any, tuple[Any, _Known]] = WeakKeyDictionary()
+# Tokenizer -> (its state when it was read, the result); an entry goes with its tokenizer. No result depends on it.
+_CACHE: WeakKeyDictionary[Any, tuple[Any, NonWords]] = WeakKeyDictionary()
 
 
-def known_tokens(tokenizer: Any) -> _Known:
-    """What a tokenizer says of its tokens, read again only after tokens were added or special tokens changed.
+def non_words(tokenizer: Any) -> NonWords:
+    """A tokenizer's tokens that are no words, read again only after tokens were added or special tokens changed.
 
-    Reading takes milliseconds where thousands of tokens are added. A token of the vocabulary itself that is declared
-    an added one later, without being special, does not change what is looked at here: the vocabulary's size, the
-    special tokens and the unknown one.
+    Reading takes milliseconds where thousands of tokens were added. What counts as a change is the vocabulary's size,
+    the special tokens and the unknown one. So a token that was in the vocabulary and is declared an added one later,
+    without being special, is not noticed.
     """
     try:
         state = (len(tokenizer), tuple(tokenizer.all_special_tokens), unknown_id(tokenizer))
-        read = _READ.get(tokenizer)
+        cached = _CACHE.get(tokenizer)
     except (TypeError, AttributeError, NotImplementedError):  # no length, no list, no hash or no weak references
-        return _read_known(tokenizer)
-    if read is None or read[0] != state:
-        read = (state, _read_known(tokenizer))
-        _READ[tokenizer] = read
-    return read[1]
+        return _read(tokenizer)
+    if cached is None or cached[0] != state:
+        cached = (state, _read(tokenizer))
+        _CACHE[tokenizer] = cached
+    return cached[1]
 
 
-def _read_known(tokenizer: Any) -> _Known:
+def _read(tokenizer: Any) -> NonWords:
     added = added_tokens(tokenizer)
     if hasattr(tokenizer, "all_special_ids"):
         special = {i: token.content for i, token in added.items() if token.special}
@@ -64,33 +69,36 @@ def _read_known(tokenizer: Any) -> _Known:
         special = {i: token for i, token in named.items() if i is not None and token is not None}
     marking = {i: token.content for i, token in added.items() if _looks_like_marker(token.content)}
     markers = {i: token for i, token in {**marking, **special}.items() if token}
-    return _Known(
-        MappingProxyType(special), MappingProxyType(markers), frozenset(special) - {unknown_id(tokenizer)},
-        _by_last_character(special.values()), _by_last_character(markers.values()),
-    )  # fmt: skip
+    return NonWords(
+        special=MappingProxyType(special),
+        markers=MappingProxyType(markers),
+        closing=frozenset(special) - {unknown_id(tokenizer)},
+        special_by_last=_by_last_character(special.values()),
+        markers_by_last=_by_last_character(markers.values()),
+    )
 
 
 def _by_last_character(tokens: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    found: dict[str, list[str]] = {}
+    grouped: dict[str, list[str]] = {}
     for token in tokens:
         if token:
-            found.setdefault(token[-1], []).append(token)
-    return {character: tuple(ending) for character, ending in found.items()}
+            grouped.setdefault(token[-1], []).append(token)
+    return {character: tuple(group) for character, group in grouped.items()}
 
 
-def ends_with(text: str, tokens: Mapping[str, tuple[str, ...]]) -> bool:
-    """Whether a text ends with one of the tokens that are given by their last character."""
+def ends_with_one_of(text: str, tokens: Mapping[str, tuple[str, ...]]) -> bool:
+    """Whether a text ends with one of the tokens, which are grouped by their last character."""
     return text.endswith(tokens.get(text[-1:], ()))
 
 
 def special_tokens(tokenizer: Any) -> Mapping[int, str]:
     """Every special token by id: the named ones and those added as special."""
-    return known_tokens(tokenizer).special
+    return non_words(tokenizer).special
 
 
 def chat_markers(tokenizer: Any) -> Mapping[int, str]:
-    """Special tokens and, flagged or not, added ones between brackets or signs, as `<|user|>`: no word of a text."""
-    return known_tokens(tokenizer).markers
+    """Special tokens and, flagged as special or not, added ones between brackets or signs (`<|user|>`), by id."""
+    return non_words(tokenizer).markers
 
 
 def _looks_like_marker(token: str) -> bool:
@@ -100,7 +108,7 @@ def _looks_like_marker(token: str) -> bool:
 
 
 def unknown_id(tokenizer: Any) -> int | None:
-    """The token of what a vocabulary lacks, where it is not also one that a tokenizer puts around a text (GPT-2)."""
+    """The token for what a vocabulary lacks; None if the tokenizer also puts that token around texts (GPT-2)."""
     unknown = getattr(tokenizer, "unk_token_id", None)
     around = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep")]
     return None if unknown in around else unknown

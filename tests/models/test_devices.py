@@ -11,7 +11,7 @@ from tiny_models import TEXT, make_model, make_tokenizer
 from kedit_fast import Editor, collect_statistics
 from kedit_fast.evaluation.metrics import evaluate_each, mean_nll
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.request import parse_request
+from kedit_fast.requests.records import parse_request
 from kedit_fast.support.sums import add_by_owner_
 
 REQUESTS = [

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from kedit_fast.errors import RequestError
-from kedit_fast.requests.request import EditRequest, as_requests, load_requests, parse_request
+from kedit_fast.requests.reading import as_requests, load_requests
+from kedit_fast.requests.records import parse_request
+from kedit_fast.requests.request import EditRequest
 
 GOOD = {"prompt": "{} is in", "subject": "Ebro", "target_new": "Sweden"}
 
