@@ -404,7 +404,7 @@ def test_the_messages_of_the_troubleshooting_table_are_real():
 
 
 def test_the_methods_table_names_every_method():
-    from kedit_fast.methods.recipes import RECIPES
+    from kedit_fast.methods.registry import RECIPES
 
     section = text_of(Path("README.md")).split("## Methods\n")[1].split("\n## ")[0]
     rows = dict(re.findall(r"^\| `([\w-]+)` \|(.*)$", section, flags=re.MULTILINE))
