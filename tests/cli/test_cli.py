@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kedit_fast
 from kedit_fast import demo, workflow
-from kedit_fast.cli.main import main
+from kedit_fast.cli import main
 from kedit_fast.errors import KeditError, UnsupportedModelError
 from kedit_fast.methods.hparams import read_hparams
 from kedit_fast.models import loading

@@ -433,7 +433,8 @@ def everything(folder):
 
 
 def test_the_same_run_writes_the_same_bytes_whatever_the_hash_seed(tmp_path):
-    paths = [str(Path(__file__).parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    here = Path(__file__)
+    paths = [str(here.parent), str(here.parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     runs = []
     for seed in ("1", "2"):
         place = tmp_path / seed / "out"

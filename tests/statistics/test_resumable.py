@@ -29,7 +29,7 @@ from kedit_fast.statistics.moments import SecondMomentAccumulator
 from kedit_fast.statistics.resumable import collect_into
 
 DOCUMENTS = [f"{text} Number {i}." for i, text in enumerate(TEXT * 20)]
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 D2 = 8 * 64 * 64  # bytes of one layer's sum in these models
 
 

@@ -21,9 +21,10 @@ NUMBERS = {"v_num_grad_steps": 6, "mom2_adjustment": False}
 PROGRAM = """
 import dataclasses
 import sys
-from kedit_fast import Editor, demo, distributed
-distributed.start()
-rank, _ = distributed.world()
+from kedit_fast import Editor, demo
+from kedit_fast.support import process_group
+process_group.start()
+rank, _ = process_group.world()
 numbers = dict(v_num_grad_steps=2, mom2_adjustment=False)
 editor = Editor(*demo.load(), "memit", prefixes=(), values="values", hparams=numbers)
 first = editor.edit(demo.requests(4)).updates
@@ -41,7 +42,7 @@ try:
 except Exception as error:
     said = f"{type(error).__name__}: {error}"
 open(f"done{rank}", "w").write(f"{bool(same)} {len(editor.ledger.batches)} {said}")
-distributed.stop()
+process_group.stop()
 """
 
 
@@ -97,14 +98,15 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from tiny_models import TEXT, make_model, make_tokenizer
-from kedit_fast import collect_statistics, distributed
+from kedit_fast import collect_statistics
+from kedit_fast.support import process_group
 from kedit_fast.statistics import checkpoint, corpus
 from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.resumable import collect_into
 corpus.LEAST_WINDOW, corpus.BATCHES_A_WINDOW = 1000, 2
 documents = [f"{{text}} Number {{i}}." for i, text in enumerate(TEXT * 20)]
-distributed.start()
-rank, _ = distributed.world()
+process_group.start()
+rank, _ = process_group.world()
 model, tokenizer = make_model("gpt2"), make_tokenizer()
 if "die" in sys.argv and rank == 1:
     before, count = checkpoint.save, []
@@ -123,7 +125,7 @@ print(f"{{rank}} {{found.tokens}} {{found.resumed}} {{same}}\\n", end="", flush=
 if int(os.environ.get("WORLD_SIZE", "1")) == 1:
     torch.save(whole.moment(2).moment, "moment.pt")
 else:
-    distributed.stop()
+    process_group.stop()
 """
 
 
@@ -133,7 +135,7 @@ def moments(folder: Path) -> dict[str, torch.Tensor]:
 
 def written(tmp_path: Path) -> Path:
     program = tmp_path / "program.py"
-    program.write_text(STATISTICS.format(tests=str(Path(__file__).parent)), encoding="utf-8")
+    program.write_text(STATISTICS.format(tests=str(Path(__file__).parents[1])), encoding="utf-8")
     return program
 
 
@@ -175,15 +177,15 @@ def test_a_process_that_dies_ends_the_job_and_its_checkpoints_serve_the_next(tmp
 
 LOST = """
 import os
-from kedit_fast import distributed
+from kedit_fast.support import process_group
 from kedit_fast.errors import KeditError
 import torch
-distributed.start()
-rank, _ = distributed.world()
+process_group.start()
+rank, _ = process_group.world()
 if rank == 1:
     os._exit(0)
 try:
-    distributed.sum_(torch.zeros(3))
+    process_group.sum_(torch.zeros(3))
 except KeditError as error:
     open("said", "w").write(str(error))
 os._exit(0)
