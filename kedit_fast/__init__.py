@@ -1,48 +1,49 @@
 """Closed-form knowledge editing of language models: fast kernels, exact solves, small reversible updates.
 
-The ops and the backends are loaded here; everything that needs transformers is loaded on first use.
+Backends and ops are loaded with the package; everything that needs transformers is loaded on first use.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kedit_fast import ops
-from kedit_fast._version import __version__
-from kedit_fast.backends import backends, explain, use_backend
-from kedit_fast.kernels import native as _native  # noqa: F401  registers what it can run
-from kedit_fast.kernels import triton as _triton  # noqa: F401
-from kedit_fast.ops import (
-    distribution_kl,
-    gated_silu,
-    mirror_,
-    rank_k_update_,
-    rank_one_update_,
-    rms_norm,
-    spd_solve,
-    symmetric_rank_k_update_,
-    target_log_probs,
-)
 
-if TYPE_CHECKING:
-    from kedit_fast.editing.editor import Editor
-    from kedit_fast.evaluation.metrics import evaluate
-    from kedit_fast.patches.patch import Patch
-    from kedit_fast.requests.reading import load_requests
-    from kedit_fast.requests.request import EditRequest
-    from kedit_fast.solver.key_memory import KeyMemory
-    from kedit_fast.solver.least_squares import solve_update
-    from kedit_fast.solver.low_rank import LowRankUpdate
-    from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace
-    from kedit_fast.solver.value_descent import optimize_values
-    from kedit_fast.statistics.collect import collect_statistics
-    from kedit_fast.statistics.corpus import Corpus
-    from kedit_fast.statistics.moments import second_moment
-    from kedit_fast.statistics.resumable import collect_into
-    from kedit_fast.statistics.store import load_statistics, save_statistics
+if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.py compares them with the table
+    from kedit_fast._version import __version__ as __version__
+    from kedit_fast.backends import backends as backends
+    from kedit_fast.backends import explain as explain
+    from kedit_fast.backends import use_backend as use_backend
+    from kedit_fast.editing.editor import Editor as Editor
+    from kedit_fast.evaluation.metrics import evaluate as evaluate
+    from kedit_fast.ops import distribution_kl as distribution_kl
+    from kedit_fast.ops import gated_silu as gated_silu
+    from kedit_fast.ops import mirror_ as mirror_
+    from kedit_fast.ops import rank_k_update_ as rank_k_update_
+    from kedit_fast.ops import rank_one_update_ as rank_one_update_
+    from kedit_fast.ops import rms_norm as rms_norm
+    from kedit_fast.ops import spd_solve as spd_solve
+    from kedit_fast.ops import symmetric_rank_k_update_ as symmetric_rank_k_update_
+    from kedit_fast.ops import target_log_probs as target_log_probs
+    from kedit_fast.patches.patch import Patch as Patch
+    from kedit_fast.requests.reading import load_requests as load_requests
+    from kedit_fast.requests.request import EditRequest as EditRequest
+    from kedit_fast.solver.key_memory import KeyMemory as KeyMemory
+    from kedit_fast.solver.least_squares import solve_update as solve_update
+    from kedit_fast.solver.low_rank import LowRankUpdate as LowRankUpdate
+    from kedit_fast.solver.preconditioner import Covariance as Covariance
+    from kedit_fast.solver.preconditioner import Identity as Identity
+    from kedit_fast.solver.preconditioner import NullSpace as NullSpace
+    from kedit_fast.solver.value_descent import optimize_values as optimize_values
+    from kedit_fast.statistics.collect import collect_statistics as collect_statistics
+    from kedit_fast.statistics.corpus import Corpus as Corpus
+    from kedit_fast.statistics.moments import second_moment as second_moment
+    from kedit_fast.statistics.resumable import collect_into as collect_into
+    from kedit_fast.statistics.store import load_statistics as load_statistics
+    from kedit_fast.statistics.store import save_statistics as save_statistics
 
-_LAZY = {
+PUBLIC_NAMES = {
     "Corpus": "kedit_fast.statistics.corpus",
     "Covariance": "kedit_fast.solver.preconditioner",
     "EditRequest": "kedit_fast.requests.request",
@@ -52,58 +53,45 @@ _LAZY = {
     "LowRankUpdate": "kedit_fast.solver.low_rank",
     "NullSpace": "kedit_fast.solver.preconditioner",
     "Patch": "kedit_fast.patches.patch",
+    "__version__": "kedit_fast._version",
+    "backends": "kedit_fast.backends",
     "collect_into": "kedit_fast.statistics.resumable",
     "collect_statistics": "kedit_fast.statistics.collect",
+    "distribution_kl": "kedit_fast.ops",
     "evaluate": "kedit_fast.evaluation.metrics",
+    "explain": "kedit_fast.backends",
+    "gated_silu": "kedit_fast.ops",
     "load_requests": "kedit_fast.requests.reading",
     "load_statistics": "kedit_fast.statistics.store",
+    "mirror_": "kedit_fast.ops",
     "optimize_values": "kedit_fast.solver.value_descent",
+    "rank_k_update_": "kedit_fast.ops",
+    "rank_one_update_": "kedit_fast.ops",
+    "rms_norm": "kedit_fast.ops",
     "save_statistics": "kedit_fast.statistics.store",
     "second_moment": "kedit_fast.statistics.moments",
     "solve_update": "kedit_fast.solver.least_squares",
+    "spd_solve": "kedit_fast.ops",
+    "symmetric_rank_k_update_": "kedit_fast.ops",
+    "target_log_probs": "kedit_fast.ops",
+    "use_backend": "kedit_fast.backends",
 }
+"""Public name -> the module that it is loaded from. `__all__`, `dir()` and loading on first use follow from it."""
+_LOADED_WITH_THE_PACKAGE = ("kedit_fast._version", "kedit_fast.backends", "kedit_fast.ops")
 
-__all__ = [
-    "Corpus",
-    "Covariance",
-    "EditRequest",
-    "Editor",
-    "Identity",
-    "KeyMemory",
-    "LowRankUpdate",
-    "NullSpace",
-    "Patch",
-    "__version__",
-    "backends",
-    "collect_into",
-    "collect_statistics",
-    "distribution_kl",
-    "evaluate",
-    "explain",
-    "gated_silu",
-    "load_requests",
-    "load_statistics",
-    "mirror_",
-    "ops",
-    "optimize_values",
-    "rank_k_update_",
-    "rank_one_update_",
-    "rms_norm",
-    "save_statistics",
-    "second_moment",
-    "solve_update",
-    "spd_solve",
-    "symmetric_rank_k_update_",
-    "target_log_probs",
-    "use_backend",
-]
+__all__ = ["ops", *PUBLIC_NAMES]  # pyright: ignore[reportUnsupportedDunderAll] - from the table
+__all__.sort()
 
 
-def __getattr__(name: str):
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+def __getattr__(name: str) -> Any:
+    if name in PUBLIC_NAMES:
+        return getattr(importlib.import_module(PUBLIC_NAMES[name]), name)
     raise AttributeError(f"module 'kedit_fast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return list(__all__)
+
+
+# `backends` must be set here: importing the module of that name put the module in its place.
+globals().update({name: __getattr__(name) for name, home in PUBLIC_NAMES.items() if home in _LOADED_WITH_THE_PACKAGE})
