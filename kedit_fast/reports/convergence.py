@@ -222,7 +222,7 @@ def figure_of(rows: Sequence[Row]) -> Any:
     counts, layers = sorted({row.tokens for row in rows}), sorted({row.layer for row in rows})
     for axes, (name, label, logarithmic) in zip(panels, shown, strict=True):
         axes.set_xscale("log")
-        for layer, colour in zip(layers, figures.colours(len(layers)), strict=True):
+        for layer, colour in zip(layers, figures.colors(len(layers)), strict=True):
             own = [(row.tokens, getattr(row, name)) for row in rows if row.layer == layer]
             # What was not computed has no point; nor, on a log scale, has the last count's own change, which is 0.
             own = [(x, y) for x, y in own if y is not None and math.isfinite(y) and (y > 0 or not logarithmic)]

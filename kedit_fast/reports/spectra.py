@@ -77,7 +77,7 @@ def _spectrum(folder: Path, module: str) -> Spectrum:
 def figure_of(found: list[Spectrum]) -> Any:
     """Eigenvalues in descending order, a line a layer, with the published threshold; needs matplotlib."""
     made, (axes,) = figures.figure()
-    for spectrum, colour in zip(found, figures.colours(len(found)), strict=True):
+    for spectrum, colour in zip(found, figures.colors(len(found)), strict=True):
         values = spectrum.eigenvalues.flip(0)
         floor = float(values[0]) * 1e-16
         lost = int((values < floor).sum())  # 0 or below, which a log scale has no place for

@@ -1,1 +1,1 @@
-"""What every room uses and knows no model: files, texts, processes, torch's settings, free memory, figures."""
+"""Helpers that know no model: files, text files, bits, dtypes, processes, torch's settings, clocks, figures."""

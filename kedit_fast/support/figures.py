@@ -1,4 +1,4 @@
-"""Pictures of results, by matplotlib where it is installed."""
+"""Figures, drawn by matplotlib where it is installed."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ def figure(columns: int = 1, width: float = 6.0, height: float = 4.0) -> tuple[A
         from matplotlib.figure import Figure
     except ImportError:
         raise KeditError("pictures need matplotlib: pip install 'kedit-fast[plot]'") from None
-    made = Figure(figsize=(width * columns, height), layout="constrained")
-    FigureCanvasAgg(made)
-    axes = made.subplots(1, columns, squeeze=False)
-    return made, list(axes[0])
+    result = Figure(figsize=(width * columns, height), layout="constrained")
+    FigureCanvasAgg(result)
+    axes = result.subplots(1, columns, squeeze=False)
+    return result, list(axes[0])
 
 
-def colours(count: int) -> list[Any]:
-    """As many colours, each another one: matplotlib's ten, past them a scale from dark to light in the given order."""
+def colors(count: int) -> list[Any]:
+    """That many distinct colors: matplotlib's ten, or beyond ten a scale from dark to light."""
     from matplotlib import colormaps
 
     if count <= 10:
-        return list(colormaps["tab10"].colors[:count])
+        return [colormaps["tab10"](i) for i in range(count)]
     return [colormaps["viridis"](0.95 * i / (count - 1)) for i in range(count)]
 
 
-def legend_beside(made: Any, axes: Any) -> None:
-    """The legend of `axes` right of everything, where it covers no curve; in columns when it is long."""
+def legend_beside(whole_figure: Any, axes: Any) -> None:
+    """Put the legend of `axes` right of all axes, where it covers no curve; in columns when it is long."""
     handles, labels = axes.get_legend_handles_labels()
     columns = -(-len(labels) // 18)
-    width, height = made.get_size_inches()
-    made.set_size_inches(width + columns * (0.6 + 0.06 * max(map(len, labels))), height)  # 7 points a character
-    made.legend(handles, labels, fontsize=7, loc="outside right upper", ncols=columns)
+    width, height = whole_figure.get_size_inches()
+    whole_figure.set_size_inches(width + columns * (0.6 + 0.06 * max(map(len, labels))), height)  # 7 points a character
+    whole_figure.legend(handles, labels, fontsize=7, loc="outside right upper", ncols=columns)
 
 
 def log_ticks(axis: Any) -> None:
@@ -55,12 +55,12 @@ def log_ticks(axis: Any) -> None:
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.9g}"))
 
 
-def ticks_at(axis: Any, numbers: Sequence[float]) -> None:
-    """Ticks of a log axis at the largest of `numbers`, and at those whose labels have room beside it."""
+def ticks_at(axis: Any, positions: Sequence[float]) -> None:
+    """Ticks of a log axis at the largest of `positions`, and at those others whose labels have room."""
     from matplotlib.ticker import NullLocator
 
     low, high = (math.log(limit) for limit in axis.get_view_interval())
-    labels = {number: f"{number:,.9g}" for number in sorted(set(numbers), reverse=True)}
+    labels = {number: f"{number:,.9g}" for number in sorted(set(positions), reverse=True)}
     apart = 0.032 * max(map(len, labels.values())) * (high - low)  # a character takes about 1/32 of a panel
     chosen: list[float] = []
     for number in labels:
@@ -70,7 +70,7 @@ def ticks_at(axis: Any, numbers: Sequence[float]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def save(made: Any, path: str | os.PathLike) -> None:
-    """Write a figure, in the format of the file's suffix; whole or not at all."""
+def save(whole_figure: Any, path: str | os.PathLike) -> None:
+    """Write a figure in the format of the file's suffix; see `files.replacing`."""
     with replacing(path, KeditError) as part:
-        made.savefig(part, dpi=130)
+        whole_figure.savefig(part, dpi=130)

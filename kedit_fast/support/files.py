@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, hold what they were given, and are the same bytes each time."""
+"""Files that appear complete or not at all, are read back after writing, and have the same bytes every time."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ALIGNMENT = 64  # bytes; of torch's own allocations on a CPU
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike, error: type[Exception]) -> Iterator[Path]:
-    """A name beside `path` to write to; what is there when the block ends takes the place of `path`.
+    """A temporary name beside `path` to write to; when the block ends, that file replaces `path`.
 
-    An older file stays until then, and for good when the block raises.
+    An older file stays until then; when the block raises, it stays.
 
     Raises:
         error: the file cannot be written, naming it.
@@ -56,10 +56,10 @@ def write_file(
     metadata: Mapping[str, str],
     error: type[Exception],
 ) -> None:
-    """Write a safetensors file that is the same bytes each time, and read it back; see `replacing`.
+    """Write a safetensors file with the same bytes every time, and read it back; see `replacing`.
 
     Raises:
-        error: also when what is read back is not what was written: the file does not appear.
+        error: also when what is read back differs from what was written; then the file does not appear.
     """
     with replacing(path, error) as part:
         save_file(dict(tensors), part, dict(metadata))
@@ -68,12 +68,12 @@ def write_file(
             names = set(file.keys())
             wrong = [n for n, tensor in tensors.items() if n not in names or not same_bits(file.get_tensor(n), tensor)]
             if wrong or names != tensors.keys() or (file.metadata() or {}) != dict(metadata):
-                what = wrong[0] if wrong else "its header"
-                raise error(f"cannot write {path}: {what} is read back as something else")
+                part_name = wrong[0] if wrong else "its header"
+                raise error(f"cannot write {path}: {part_name} is read back as something else")
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a safetensors file in the order of its names: safetensors writes them in any."""
+    """Sort the metadata of a safetensors file by name: safetensors writes it in any order."""
     with path.open("r+b") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
@@ -92,13 +92,16 @@ def write_npz(path: str | os.PathLike, entries: Mapping[str, Any], error: type[E
     with replacing(path, error) as part:
         with part.open("wb") as file:  # savez would put .npz behind another name
             numpy.savez(file, **entries)
-        with numpy.load(part, allow_pickle=False) as found:
+        with numpy.load(part, allow_pickle=False) as stored:
             for name, value in entries.items():
-                there = found.get(name)
-                if there is None or (there.dtype, there.shape) != (value.dtype, value.shape) or not numpy.array_equal(
-                    there.reshape(-1).view(numpy.uint8), value.reshape(-1).view(numpy.uint8)
-                ):  # fmt: skip
+                if not _same_array(stored.get(name), value):
                     raise error(f"cannot write {path}: {name} is read back as something else")
+
+
+def _same_array(one: numpy.ndarray | None, other: numpy.ndarray) -> bool:
+    if one is None or (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return numpy.array_equal(one.reshape(-1).view(numpy.uint8), other.reshape(-1).view(numpy.uint8))
 
 
 def write_text(path: str | os.PathLike, text: str, error: type[Exception]) -> None:
@@ -145,7 +148,7 @@ def tensor_files(folder: Path, error: type[Exception]) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def locked(path: str | os.PathLike, error: type[Exception], busy: str) -> Iterator[None]:
-    """A lock file, made if absent, that no other process holds as long as the block lasts.
+    """Hold a lock file, created if absent, for as long as the block lasts.
 
     Raises:
         error: it cannot be written; or, with the text of `busy`, another process holds it.
@@ -161,12 +164,12 @@ def locked(path: str | os.PathLike, error: type[Exception], busy: str) -> Iterat
             raise error(busy) from cause
         yield
     finally:
-        os.close(handle)  # the lock goes with it, also when the process dies
+        os.close(handle)  # this releases the lock; so does the death of the process
 
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike, overwrite: bool, error: type[Exception]) -> Iterator[Path]:
-    """A folder to fill that appears at `path` only when the block ends without an error.
+    """A temporary folder to fill; it becomes `path` when the block ends without an error.
 
     Raises:
         error: `path` exists and `overwrite` is not set, or cannot be written.
@@ -189,7 +192,7 @@ def new_folder(path: str | os.PathLike, overwrite: bool, error: type[Exception])
 
 
 def check_new(path: str | os.PathLike, overwrite: bool, error: type[Exception]) -> None:
-    """Raise `error` when `path` exists and may not be overwritten, or cannot be made."""
+    """Raise `error` when `path` exists and may not be overwritten, or cannot be created."""
     path = Path(path)
     if path.exists() and not overwrite:
         raise error(f"{path} exists: choose another --out or pass --overwrite")
@@ -205,7 +208,7 @@ def check_new(path: str | os.PathLike, overwrite: bool, error: type[Exception]) 
 
 
 def _replace(work: Path, path: Path) -> None:
-    """Put `work` where `path` is; the old folder is gone only after the new one is there."""
+    """Move `work` to `path`; an old folder is removed only after the new one is in place."""
     if not path.exists():
         os.rename(work, path)
         return

@@ -1,4 +1,4 @@
-"""How much memory is free, on a device or on the host."""
+"""How much memory is free, on a GPU or on the host."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 
 ROOT = Path("/sys/fs/cgroup")
 _UNKNOWN = 2 << 30  # where the system does not say
-_CGROUPS = (  # limit, usage, statistics, and there what can be given back: pages of files that nobody uses
+# Files with the limit, the usage and the statistics; and in the last one, the line of reclaimable file pages.
+_CGROUPS = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
     ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: of a GPU's memory with what torch holds in reserve, or of the host's."""
+    """Bytes that can still be allocated: on a GPU including torch's unused reserve, or on the host."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -36,15 +37,15 @@ def _available() -> int:
 
 
 def _group_limits() -> list[int]:
-    """What is left of a container's limit, where there is one."""
-    found = []
+    """Bytes left below the limit of a container, where there is one."""
+    limits = []
     for names in _CGROUPS:
         try:
             limit, usage, statistics = ((ROOT / name).read_text(encoding="ascii") for name in names[:3])
             if limit.strip() == "max":
                 continue
             values = dict(line.split() for line in statistics.splitlines())
-            found.append(max(0, int(limit) - int(usage) + int(values.get(names[3], 0))))
+            limits.append(max(0, int(limit) - int(usage) + int(values.get(names[3], 0))))
         except (OSError, ValueError):
             continue
-    return found
+    return limits

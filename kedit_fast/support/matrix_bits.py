@@ -1,12 +1,12 @@
-"""The bits of tensors: compared, hashed and summed. Each function says what it detects and what it costs.
+"""The bits of tensors, compared, hashed and summed.
 
 | function | detects | cost |
 |---|---|---|
 | `same_bits` | every difference | one pass over both, on the host |
-| `sha256` | every change, of dtype and shape too | SHA-256 on the host: about two seconds a GiB |
-| `row_checksum` | any change within one number; not two that change places in a row | a pass, on the host |
-| `edit_fingerprint` | the same, and numbers that change places | a pass, on its device |
-| `quick_sum` | a change that moves the sum of all bits | a pass, on its device |
+| `sha256` | every change, also of dtype and shape | SHA-256 on the host: about two seconds per GiB |
+| `row_checksum` | any change of one number; not two numbers of a row that change places | one pass, on the host |
+| `edit_fingerprint` | the same, and numbers that change places | one pass, on the tensor's device |
+| `quick_sum` | a change that changes the sum of all bits | one pass, on the tensor's device |
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-ALIGNMENT = 64  # bytes: what torch's own allocations begin at
+ALIGNMENT = 64  # bytes; torch's own allocations begin at multiples of it
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _HASHED_AT_ONCE = 64 << 20  # bytes
 
@@ -27,9 +27,10 @@ def integer_view(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that begins where one that torch allocates may begin; a copy where it does not.
+    """The tensor, or a copy where it does not begin at a multiple of ALIGNMENT.
 
-    A tensor of a file begins anywhere, and on some processors torch's products round by where their operands lie.
+    A tensor read from a file may begin anywhere, and on some processors the rounding of torch's products depends on the
+    alignment of their operands.
     """
     return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
@@ -43,16 +44,16 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def row_checksum(tensor: torch.Tensor) -> str:
-    """Of the bits of a matrix: SHA-256 of the sums of its rows, read as integers.
+    """SHA-256 of the sums of a matrix's rows, whose bits are read as integers.
 
-    Runs at the speed of memory. Any change within one number shows.
+    Runs at the speed of memory. Detects any change of one number.
     """
     rows = integer_view(tensor.detach().cpu().contiguous()).sum(-1, dtype=torch.int64)
     return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 
 def edit_fingerprint(matrices: Sequence[torch.Tensor]) -> str:
-    """A hash of matrices: of sums over each row's bits, weighted by their places.
+    """A hash of matrices, from sums of each row's bits weighted by their places.
 
     Cost: one pass over the matrices, 1,024 rows at a time.
     """

@@ -1,4 +1,4 @@
-"""Processes that share work under torchrun: each takes a part, all get the whole."""
+"""Processes that share work under torchrun: each computes a part, and all get the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def world() -> tuple[int, int]:
 
 
 def start() -> bool:
-    """Join the process group that torchrun describes, unless there is one; True when this call made it.
+    """Join the process group that torchrun describes, unless one exists; True when this call created it.
 
     nccl and gloo where there is a GPU, gloo alone otherwise.
     """
@@ -31,7 +31,7 @@ def start() -> bool:
         return False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    # Processes end their shares at different times. One that died is noticed by its connection, not by waiting.
+    # Processes finish their shares at different times, so the timeout is long; a dead one is noticed by its connection.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
     return True
 
@@ -42,18 +42,18 @@ def stop() -> None:
 
 
 def gather(mine: Any) -> list[Any]:
-    """Every rank's object, in the order of ranks; they are pickled, so tensors belong on the CPU."""
+    """The objects of all ranks, in order of rank; they are pickled, so pass tensors on the CPU."""
     _, size = world()
     if size < 2:
         return [mine]
-    found: list[Any] = [None] * size
+    gathered: list[Any] = [None] * size
     with _connected():
-        dist.all_gather_object(found, mine)
-    return found
+        dist.all_gather_object(gathered, mine)
+    return gathered
 
 
 def sum_(tensor: torch.Tensor) -> None:
-    """Replace a tensor by its sum over all processes; a single process keeps its own.
+    """Replace a tensor by its sum over all processes; without a process group it stays as it is.
 
     Raises:
         KeditError: another process has ended, or the network failed.
@@ -65,7 +65,7 @@ def sum_(tensor: torch.Tensor) -> None:
 
 
 def wait_for_all() -> None:
-    """Return when every process has come here; see `sum_` for errors."""
+    """Return when every process has called this; see `sum_` for errors."""
     if world()[1] < 2:
         return
     with _connected():
@@ -74,14 +74,13 @@ def wait_for_all() -> None:
 
 @contextlib.contextmanager
 def _connected() -> Iterator[None]:
-    """A lost connection as an error that says so."""
+    """Turn a lost connection into an error that says so."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # what gloo and nccl raise, without a type of their own in older versions
         rank, size = world()
-        what = first_line(error)
         raise KeditError(
-            f"process {rank} of {size} lost the others: one has ended, or the network failed ({what})"
+            f"process {rank} of {size} lost the others: one has ended, or the network failed ({first_line(error)})"
         ) from error

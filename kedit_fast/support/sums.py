@@ -1,4 +1,4 @@
-"""Sums over rows that belong together, with the same bits at every run on every device."""
+"""Sums of rows that share an owner, with the same bits at every run on every device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 def add_by_owner_(into: torch.Tensor, owner: torch.Tensor, rows: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
     """into[owner[i]] += alpha rows[i] for every i, in their order; returns `into`.
 
-    `index_add_` does that on a CPU; on a GPU it adds by atomics in any order, so runs, and the processes of a group,
-    would drift apart. There the rows are sorted by owner first.
+    On a CPU `index_add_` does that. On a GPU it adds by atomics in any order, so repeated runs, and the processes of a
+    group, would drift apart; there the rows are sorted by owner first.
 
     Args:
         into: [n, ..]; written.

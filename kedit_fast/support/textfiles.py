@@ -1,4 +1,4 @@
-"""Text files as people save them: byte order marks, gzip, JSON, JSON lines, csv. Knows nothing of what they hold."""
+"""Text files as people save them: byte order marks, gzip, JSON, JSON lines, csv; whatever they contain."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from typing import Any
 
 LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}
-DELIMITERS = (*TABLES.values(), ";", "|")  # that tables are found with
+DELIMITERS = (*TABLES.values(), ";", "|")  # seen in tables
 RECORDS = (".json", *LINES, *TABLES)
 STDIN = "-"
-GZIP = b"\x1f\x8b"  # how such a file begins
+GZIP = b"\x1f\x8b"  # the first bytes of such a file
 _BINARY = {
     **dict.fromkeys((".parquet", ".feather", ".arrow"), "a table in binary form"),
     **dict.fromkeys((".xlsx", ".xls", ".ods"), "a spreadsheet"),
@@ -35,19 +35,23 @@ _MARKS = (
 class Row:
     """One record of a file."""
 
-    where: str  # how messages call it; records count from 1
+    where: str
+    """File and record, as messages name it; records count from 1."""
     value: Any = None
-    problem: str = ""  # why it cannot be read, with where
+    """What the record holds; None where it cannot be read."""
+    problem: str = ""
+    """Why it cannot be read, with `where`; empty where it can."""
 
 
 class Repeated(dict):
-    """An object of a JSON text that gives a name twice; the last value stands."""
+    """A JSON object that gives a name twice; the last value counts."""
 
     names: tuple[str, ...] = ()
+    """The repeated names."""
 
 
 def suffix_of(path: str | os.PathLike) -> str:
-    """The last suffix in lower case, `.gz` taken off."""
+    """The last suffix in lower case, not counting `.gz`."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -55,24 +59,24 @@ def suffix_of(path: str | os.PathLike) -> str:
 
 
 def refuse_binary(path: str | os.PathLike, error: type[Exception], remedy: str) -> None:
-    """Raise `error` for a file whose name says that it is no text."""
+    """Raise `error` for a file whose name says that it is not text."""
     if kind := _BINARY.get(suffix_of(path)):
         raise error(f"{path} is {kind}, not a text: {remedy}")
 
 
 def refuse_wide(data: bytes, path: str | os.PathLike, error: type[Exception]) -> None:
-    """Raise `error` where the first bytes of a file say that it is not UTF-8."""
+    """Raise `error` where the first bytes of a file show that it is not UTF-8."""
     coding = next((name for mark, name in _MARKS if data.startswith(mark)), "")
     if coding or data.count(0) > len(data) / 4:
-        what = f"is {coding} text" if coding else "is mostly NUL bytes, so it is UTF-16 or no text at all"
-        raise error(f"{path} {what}: save it as UTF-8, for example `iconv -f {coding or 'UTF-16LE'} -t UTF-8`")
+        finding = f"is {coding} text" if coding else "is mostly NUL bytes, so it is UTF-16 or no text at all"
+        raise error(f"{path} {finding}: save it as UTF-8, for example `iconv -f {coding or 'UTF-16LE'} -t UTF-8`")
 
 
 def read_text(path: str | os.PathLike, error: type[Exception]) -> str:
-    """A whole UTF-8 file, packed by gzip or not, without its byte order mark; `-` is the standard input.
+    """The text of a UTF-8 file, compressed by gzip or not, without its byte order mark; `-` is the standard input.
 
     Raises:
-        error: it cannot be read, is a folder, damaged, or of another coding; by its name.
+        error: it cannot be read, is a folder, damaged, or not UTF-8; the message names it.
     """
     try:
         data = sys.stdin.buffer.read() if str(path) == STDIN else Path(path).read_bytes()
@@ -90,7 +94,7 @@ def read_text(path: str | os.PathLike, error: type[Exception]) -> str:
 
 
 def parse_json(text: str, where: str, error: type[Exception]) -> Any:
-    """A JSON value; objects that give a name twice are `Repeated`. Raises `error` with where for what is no JSON."""
+    """A JSON value; objects that give a name twice are `Repeated`. Raises `error`, with `where`, for malformed JSON."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as cause:
@@ -98,25 +102,25 @@ def parse_json(text: str, where: str, error: type[Exception]) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) == len(pairs):
-        return found
+    result = dict(pairs)
+    if len(result) == len(pairs):
+        return result
     names = [name for name, _ in pairs]
-    doubled = Repeated(found)
-    doubled.names = tuple(name for name in found if names.count(name) > 1)
+    doubled = Repeated(result)
+    doubled.names = tuple(name for name in result if names.count(name) > 1)
     return doubled
 
 
 def read_records(
     path: str | os.PathLike, error: type[Exception], is_record: Callable[[Mapping[str, Any]], bool]
 ) -> list[Row]:
-    """The records of a file: a JSON list, JSON lines (each under either name), or csv or tsv with a header.
+    """The records of a file: a JSON list, JSON lines (each under either suffix), or csv or tsv with a header.
 
-    Packed by gzip or not. A line that is no JSON is a row with a problem. A JSON file that is one object is one record
-    where `is_record` says so. Standard input and pipes hold JSON of either kind.
+    The file may be compressed by gzip. A line with malformed JSON gives a row with a problem. A JSON file that is one
+    object is one record if `is_record` accepts it. Standard input and pipes hold JSON of either kind.
 
     Raises:
-        error: the file as a whole cannot be read; by its name.
+        error: the file as a whole cannot be read; the message names it.
     """
     suffix = suffix_of(path)
     refuse_binary(path, error, f"save it as one of {', '.join(RECORDS)}")
@@ -171,7 +175,7 @@ def _table(
     error: type[Exception],
     is_record: Callable[[Mapping[str, Any]], bool],
 ) -> Iterator[Row]:
-    """Rows of cells under a header; an empty cell is no value, and past the header none is looked at."""
+    """Rows of cells under a header; empty cells have no value, and empty cells past the header are ignored."""
     if not is_record(_header(text, delimiter)):
         other = next((mark for mark in DELIMITERS if is_record(_header(text, mark))), None)
         if other is not None:
@@ -201,7 +205,7 @@ def _table(
 
 
 def _header(text: str, delimiter: str) -> dict[str, None]:
-    """The names of a table's header, read with a delimiter; none where it cannot be."""
+    """The names in a table's header, split at a delimiter; empty where it cannot be read."""
     reader = csv.reader(io.StringIO(text[:65536], newline=""), delimiter=delimiter, strict=True)
     try:
         return {name.strip(): None for name in next(reader)}

@@ -1,4 +1,4 @@
-"""Clocks that wait for a device."""
+"""Clocks that wait for a device to finish."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was given; nothing on a CPU."""
+    """Wait until a GPU has finished its queued work; does nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def synchronized_clock(device: torch.device) -> float:
-    """Seconds of a clock that never goes back, read once `device` has done what it was given."""
+    """Seconds of a monotonic clock, read once `device` has finished its queued work."""
     synchronize(device)
     return time.perf_counter()

@@ -329,4 +329,4 @@ def test_the_readme_shows_every_committed_picture_and_no_other():
 
 def test_more_layers_than_colours_still_have_one_each():
     for count in (0, 1, 10, 11, 126):
-        assert len(set(map(tuple, figures.colours(count)))) == count
+        assert len(set(map(tuple, figures.colors(count)))) == count
