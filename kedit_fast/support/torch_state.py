@@ -1,10 +1,10 @@
 """torch's own defaults during a call: settings that other code made for the process do not change our results.
 
 `plain_torch()` wraps every entry point, because a model's own forward function may read any of these settings.
-Autocast, the default device and inference mode belong to the calling thread. The default dtype and the precision of products
-belong to the process: while they have torch's defaults here, other threads see these too, and the first thread to leave
-restores the settings for those still inside. Our own code names its dtypes, so it is not affected; a model that reads
-the default dtype in its forward function must be run by one thread at a time.
+Autocast, the default device and inference mode belong to the calling thread. The default dtype and the precision of
+products belong to the process: while they have torch's defaults here, other threads see these too, and the first thread
+to leave restores the settings for those still inside. Our own code names its dtypes, so it is not affected; a model
+that reads the default dtype in its forward function must be run by one thread at a time.
 """
 
 from __future__ import annotations
