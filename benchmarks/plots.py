@@ -168,7 +168,7 @@ def saving_figure(document: Document) -> Any:
     rows = _some(every, "rows of --suite savings")
     figure, (axes,) = figures.figure(1, 8, 1.2 + 0.3 * len(rows))
     models = list(dict.fromkeys(row["case"].split(",")[0] for row in rows))
-    colour = dict(zip(models, figures.colours(len(models)), strict=True))
+    colour = dict(zip(models, figures.colors(len(models)), strict=True))
     axes.axvline(1, color="black", linewidth=0.8, zorder=0)
     axes.barh(
         range(len(rows)), [row["ratio"] for row in rows], color=[colour[row["case"].split(",")[0]] for row in rows]

@@ -9,18 +9,18 @@
 #include "../cpu/rank_k_update.h"
 #include "../cpu/rms_norm.h"
 #include "../cpu/symmetric_rank_k_update.h"
-#include "tensor_caster.h"
+#include "dlpack_tensor.h"
 
 namespace py = pybind11;
 using kf::Isa;
-using kf::bind::hold_on;
+using kf::bind::borrow;
 
 namespace {
 
-constexpr Isa all_isas[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::amx};
+constexpr Isa ALL_ISAS[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::amx};
 
 Isa isa_from_name(const std::string& name) {
-  for (Isa isa : all_isas) {
+  for (Isa isa : ALL_ISAS) {
     if (name == kf::isa_name(isa)) return isa;
   }
   throw kf::InvalidArgument("isa must be generic, avx2, avx512 or amx, got '" + name + "'");
@@ -36,7 +36,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("select_isa", [](const std::string& name) { kf::cpu::select_isa(isa_from_name(name)); }, py::arg("name"));
   m.def("isas", [] {
     py::dict reasons;  // name -> why it cannot be used here, or None
-    for (Isa isa : all_isas) {
+    for (Isa isa : ALL_ISAS) {
       const std::string refusal = kf::cpu::refusal(isa);
       reasons[kf::isa_name(isa)] = refusal.empty() ? py::object(py::none()) : py::object(py::str(refusal));
     }
@@ -51,8 +51,8 @@ PYBIND11_MODULE(_cpu, m) {
       "symmetric_rank_k_update_",
       [](const py::object& acc, const py::object& x, const py::object& row_weights, const py::object& mask,
          double alpha, int threads) {
-        auto a = hold_on(kDLCPU, acc, "acc"), b = hold_on(kDLCPU, x, "x");
-        auto w = hold_on(kDLCPU, row_weights, "row_weights"), k = hold_on(kDLCPU, mask, "mask");
+        auto a = borrow(kDLCPU, acc, "acc"), b = borrow(kDLCPU, x, "x");
+        auto w = borrow(kDLCPU, row_weights, "row_weights"), k = borrow(kDLCPU, mask, "mask");
         py::gil_scoped_release release;
         kf::cpu::symmetric_rank_k_update(a.view, b.view, w.view, k.view, alpha, threads);
       },
@@ -62,8 +62,8 @@ PYBIND11_MODULE(_cpu, m) {
       "rank_k_update_",
       [](const py::object& weight, const py::object& left, const py::object& right, double alpha,
          const py::object& copy, int threads) {
-        auto w = hold_on(kDLCPU, weight, "weight"), l = hold_on(kDLCPU, left, "left");
-        auto r = hold_on(kDLCPU, right, "right"), c = hold_on(kDLCPU, copy, "copy");
+        auto w = borrow(kDLCPU, weight, "weight"), l = borrow(kDLCPU, left, "left");
+        auto r = borrow(kDLCPU, right, "right"), c = borrow(kDLCPU, copy, "copy");
         py::gil_scoped_release release;
         kf::cpu::rank_k_update(w.view, l.view, r.view, alpha, c.view, threads);
       },
@@ -73,7 +73,7 @@ PYBIND11_MODULE(_cpu, m) {
       "rms_norm",
       [](const py::object& out, const py::object& x, const py::object& weight, double eps, bool round_first,
          int threads) {
-        auto o = hold_on(kDLCPU, out, "out"), a = hold_on(kDLCPU, x, "x"), w = hold_on(kDLCPU, weight, "weight");
+        auto o = borrow(kDLCPU, out, "out"), a = borrow(kDLCPU, x, "x"), w = borrow(kDLCPU, weight, "weight");
         py::gil_scoped_release release;
         kf::cpu::rms_norm(o.view, a.view, w.view, eps, round_first, threads);
       },
@@ -82,7 +82,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "gated_silu",
       [](const py::object& out, const py::object& gate, const py::object& up, int threads) {
-        auto o = hold_on(kDLCPU, out, "out"), g = hold_on(kDLCPU, gate, "gate"), u = hold_on(kDLCPU, up, "up");
+        auto o = borrow(kDLCPU, out, "out"), g = borrow(kDLCPU, gate, "gate"), u = borrow(kDLCPU, up, "up");
         py::gil_scoped_release release;
         kf::cpu::gated_silu(o.view, g.view, u.view, threads);
       },

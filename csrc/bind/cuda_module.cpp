@@ -3,10 +3,10 @@
 #include <pybind11/stl.h>
 
 #include "../cuda/rank_k_update.cuh"
-#include "tensor_caster.h"
+#include "dlpack_tensor.h"
 
 namespace py = pybind11;
-using kf::bind::hold_on;
+using kf::bind::borrow;
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "kedit_fast kernels in CUDA C++: plain functions over DLPack capsules.";
@@ -21,8 +21,8 @@ PYBIND11_MODULE(_cuda, m) {
       "rank_k_update_",
       [](const py::object& weight, const py::object& left, const py::object& right, double alpha,
          const py::object& copy, uintptr_t stream) {
-        auto w = hold_on(kDLCUDA, weight, "weight"), l = hold_on(kDLCUDA, left, "left");
-        auto r = hold_on(kDLCUDA, right, "right"), c = hold_on(kDLCUDA, copy, "copy");
+        auto w = borrow(kDLCUDA, weight, "weight"), l = borrow(kDLCUDA, left, "left");
+        auto r = borrow(kDLCUDA, right, "right"), c = borrow(kDLCUDA, copy, "copy");
         for (const auto* other : {&l, &r, &c}) {
           kf::require(!other->view.defined() || other->device_id == w.device_id, "all tensors must be on one device");
         }

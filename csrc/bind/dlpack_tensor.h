@@ -12,8 +12,8 @@ namespace kf::bind {
 
 namespace py = pybind11;
 
-// Keeps the capsule alive for as long as the view is used.
-struct HeldTensor {
+// A view of a tensor of the caller; keeps its capsule alive.
+struct BorrowedTensor {
   py::object owner;
   TensorView view;
   int32_t device_type = kDLCPU;
@@ -32,9 +32,9 @@ inline DType dtype_of(const DLDataType& t, const std::string& name) {
                         std::to_string(t.bits) + " bits)");
 }
 
-inline HeldTensor hold(const py::object& object, const std::string& name) {
-  HeldTensor held;
-  if (object.is_none()) return held;
+inline BorrowedTensor borrow_anywhere(const py::object& object, const std::string& name) {
+  BorrowedTensor tensor;
+  if (object.is_none()) return tensor;
   py::object capsule = object;
   if (!PyCapsule_CheckExact(object.ptr())) {
     require(py::hasattr(object, "__dlpack__"), name + " must be a DLPack capsule or have __dlpack__");
@@ -43,28 +43,28 @@ inline HeldTensor hold(const py::object& object, const std::string& name) {
   auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
   if (!managed) throw py::error_already_set();
   const DLTensor& t = managed->dl_tensor;
-  require(t.ndim >= 1 && t.ndim <= max_dims, name + " has " + std::to_string(t.ndim) + " dimensions");
-  held.owner = py::reinterpret_steal<py::object>(py::make_tuple(object, capsule).release());
-  held.device_type = t.device.device_type;
-  held.device_id = t.device.device_id;
-  held.view.dtype = dtype_of(t.dtype, name);
-  held.view.ndim = t.ndim;
-  held.view.data = static_cast<char*>(t.data) + t.byte_offset;
+  require(t.ndim >= 1 && t.ndim <= MAX_DIMS, name + " has " + std::to_string(t.ndim) + " dimensions");
+  tensor.owner = py::reinterpret_steal<py::object>(py::make_tuple(object, capsule).release());
+  tensor.device_type = t.device.device_type;
+  tensor.device_id = t.device.device_id;
+  tensor.view.dtype = dtype_of(t.dtype, name);
+  tensor.view.ndim = t.ndim;
+  tensor.view.data = static_cast<char*>(t.data) + t.byte_offset;
   int64_t packed = 1;
   for (int i = t.ndim - 1; i >= 0; --i) {
-    held.view.shape[i] = t.shape[i];
-    held.view.stride[i] = t.strides ? t.strides[i] : packed;
+    tensor.view.shape[i] = t.shape[i];
+    tensor.view.stride[i] = t.strides ? t.strides[i] : packed;
     packed *= t.shape[i];
   }
-  return held;
+  return tensor;
 }
 
-inline HeldTensor hold_on(int32_t device_type, const py::object& object, const std::string& name) {
-  HeldTensor held = hold(object, name);
-  require(!held.view.defined() || held.device_type == device_type, name + " is on DLPack device type " +
-                                                                       std::to_string(held.device_type) +
-                                                                       ", expected " + std::to_string(device_type));
-  return held;
+inline BorrowedTensor borrow(int32_t device_type, const py::object& object, const std::string& name) {
+  BorrowedTensor tensor = borrow_anywhere(object, name);
+  require(!tensor.view.defined() || tensor.device_type == device_type, name + " is on DLPack device type " +
+                                                                           std::to_string(tensor.device_type) +
+                                                                           ", expected " + std::to_string(device_type));
+  return tensor;
 }
 
 }  // namespace kf::bind

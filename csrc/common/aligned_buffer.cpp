@@ -12,12 +12,12 @@
 namespace kf {
 namespace {
 
-constexpr size_t page = 4096, huge_page = 2 << 20;
+constexpr size_t PAGE_BYTES = 4096, HUGE_PAGE_BYTES = 2 << 20;
 
 // Large buffers ask for large pages: panels are read from more places at once than there are entries for small ones.
 void* allocate(size_t bytes) {
-  if (bytes < huge_page) return std::aligned_alloc(page, bytes);
-  void* data = std::aligned_alloc(huge_page, bytes);
+  if (bytes < HUGE_PAGE_BYTES) return std::aligned_alloc(PAGE_BYTES, bytes);
+  void* data = std::aligned_alloc(HUGE_PAGE_BYTES, bytes);
 #if defined(__linux__)
   if (data) madvise(data, bytes, MADV_HUGEPAGE);
 #endif
@@ -44,8 +44,8 @@ Pool& pool() {
 }  // namespace
 
 AlignedBuffer::AlignedBuffer(size_t bytes) {
-  const size_t unit = bytes < huge_page ? page : huge_page;
-  bytes_ = bytes == 0 ? page : (bytes + unit - 1) / unit * unit;
+  const size_t unit = bytes < HUGE_PAGE_BYTES ? PAGE_BYTES : HUGE_PAGE_BYTES;
+  bytes_ = bytes == 0 ? PAGE_BYTES : (bytes + unit - 1) / unit * unit;
   {
     Pool& p = pool();
     std::lock_guard<std::mutex> lock(p.mutex);
@@ -70,8 +70,8 @@ AlignedBuffer::~AlignedBuffer() {
   Pool& p = pool();
   {
     std::lock_guard<std::mutex> lock(p.mutex);
-    if (bytes_ <= kept_bytes) {
-      while (!p.blocks.empty() && p.bytes + bytes_ > kept_bytes) {  // the oldest goes first
+    if (bytes_ <= KEPT_BYTES) {
+      while (!p.blocks.empty() && p.bytes + bytes_ > KEPT_BYTES) {  // the oldest goes first
         std::free(p.blocks.front().data);
         p.bytes -= p.blocks.front().bytes;
         p.blocks.erase(p.blocks.begin());

@@ -1,11 +1,11 @@
-// Scratch memory for one call, aligned to a page. Freed blocks are kept for the next call, up to kept_bytes in all:
+// Scratch memory for one call, aligned to a page. Freed blocks are kept for the next call, up to KEPT_BYTES in all:
 // fresh pages cost more to fault in than the kernels take to fill them. Throws std::bad_alloc when there is none.
 #pragma once
 #include <cstddef>
 
 namespace kf {
 
-constexpr size_t kept_bytes = size_t(128) << 20;
+constexpr size_t KEPT_BYTES = size_t(128) << 20;
 
 class AlignedBuffer {
  public:

@@ -8,14 +8,14 @@ enum class DType : int { f32, f64, bf16, f16, u8 };
 
 constexpr int64_t item_size(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::u8 ? 1 : 2; }
 
-constexpr int max_dims = 3;
+constexpr int MAX_DIMS = 3;
 
 struct TensorView {
   void* data = nullptr;
   DType dtype = DType::f32;
   int ndim = 0;
-  int64_t shape[max_dims] = {};
-  int64_t stride[max_dims] = {};  // in elements
+  int64_t shape[MAX_DIMS] = {};
+  int64_t stride[MAX_DIMS] = {};  // in elements
 
   bool defined() const { return ndim > 0; }
   int64_t size() const {

@@ -18,7 +18,7 @@ inline Vec<float> exp_vector(Vec<float> x) {
 }
 
 struct GatedSiluBody {
-  static constexpr int W = lanes<float>;
+  static constexpr int W = LANES<float>;
 
   // NaN stays NaN: it is divided by a number.
   static Vec<float> silu(Vec<float> x) {
@@ -30,7 +30,7 @@ struct GatedSiluBody {
   }
 
   template <class S>
-  static void rows_as(const GatedCall& call, int64_t first, int64_t last) {
+  static void rows_as(const GatedSiluCall& call, int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const S* gate = static_cast<const S*>(call.gate) + row * call.gate_stride;
       const S* up = static_cast<const S*>(call.up) + row * call.up_stride;
@@ -46,7 +46,7 @@ struct GatedSiluBody {
     }
   }
 
-  static void rows(const GatedCall& call, int64_t first, int64_t last) {
+  static void rows(const GatedSiluCall& call, int64_t first, int64_t last) {
     switch (call.dtype) {
       case DType::f32: return rows_as<float>(call, first, last);
       case DType::bf16: return rows_as<Bf16>(call, first, last);

@@ -55,7 +55,7 @@ size_t left_bytes(int64_t depth, bool weighted) { return size_t(steps_of(depth))
 size_t right_bytes(int64_t depth) { return size_t(steps_of(depth)) * 2 * TILE; }
 
 // 32 columns of row `row` as bf16 bits, zeros past the matrix, the mask and the chunk.
-inline __m512i load_row(const PackSource& s, int64_t row, int64_t end, int64_t c0) {
+inline __m512i load_row(const SymmetricSource& s, int64_t row, int64_t end, int64_t c0) {
   if (row >= end || (s.mask && !s.mask[row])) return _mm512_setzero_si512();
   const uint16_t* x = static_cast<const uint16_t*>(s.x) + row * s.row_stride + c0 * s.column_stride;
   const int64_t columns = s.d - c0;
@@ -123,7 +123,8 @@ inline __m512i take_bf16(__m512& v) {
 }
 
 // The left tiles of one half panel: weight times x, in PARTS bf16 terms that add up to the fp32 product.
-void pack_weighted(const PackSource& s, int64_t row, int64_t end, int64_t c0, int half, int64_t part_bytes, char* to) {
+void pack_weighted(const SymmetricSource& s, int64_t row, int64_t end, int64_t c0, int half, int64_t part_bytes,
+                   char* to) {
   __m512i tile[PARTS][16];
   for (int r = 0; r < 16; ++r) {
     __m512i part[2][PARTS];
@@ -143,7 +144,7 @@ void pack_weighted(const PackSource& s, int64_t row, int64_t end, int64_t c0, in
 }
 
 // Asks for a coming part of 32 rows: so many streams are more than the hardware prefetcher follows.
-inline void prefetch_rows(const PackSource& s, int64_t row, int64_t end, int64_t column) {
+inline void prefetch_rows(const SymmetricSource& s, int64_t row, int64_t end, int64_t column) {
   if (column >= s.d || s.column_stride != 1) return;
   const uint16_t* x = static_cast<const uint16_t*>(s.x) + column;
   for (int64_t r = row; r < row + STEP && r < end; ++r) {
@@ -168,7 +169,7 @@ struct Turn {
   int64_t panel(int64_t column, int64_t part) const { return base + part * part_bytes + column / PANEL * panel_bytes; }
 };
 
-void pack(const PackSource& s, int64_t k0, int64_t depth, int64_t k, int64_t rows, void* left, void* right) {
+void pack(const SymmetricSource& s, int64_t k0, int64_t depth, int64_t k, int64_t rows, void* left, void* right) {
   const int64_t end = k0 + depth;
   for (int64_t at = k; at < k + rows; at += STEP) {
     const int64_t row = k0 + at;
@@ -241,20 +242,21 @@ inline void multiply_step(const char* a, const char* b) {
   _tile_dpbf16ps(3, 5, 7);
 }
 
-void block(const void* left, const void* right, int64_t depth, bool weighted, int64_t d, int64_t i0, int64_t i1,
-           int64_t j0, int64_t j1, double alpha, void* acc, DType acc_dtype, int64_t acc_stride, void* scratch) {
-  const int64_t steps = steps_of(depth), parts = weighted ? PARTS : 1;
+void block(const PackedChunk& chunk, const BlockRange& range, double alpha, const Accumulator& acc, void* scratch) {
+  const auto [i0, i1, j0, j1] = range;
+  const int64_t depth = chunk.depth, d = chunk.d;
+  const int64_t steps = steps_of(depth), parts = chunk.weighted ? PARTS : 1;
   for (int64_t k0 = 0; k0 < steps; k0 += DEPTH_STEPS) {
     const Turn of_left(depth, k0, d, parts), of_right(depth, k0, d, 1);
     for (int64_t part = 0; part < parts; ++part) {
       const bool first = k0 == 0 && part == 0, last = k0 + DEPTH_STEPS >= steps && part == parts - 1;
       for (int64_t j = j0; j < j1; j += PANEL) {
-        const char* b = static_cast<const char*>(right) + of_right.panel(j, 0);
+        const char* b = static_cast<const char*>(chunk.right) + of_right.panel(j, 0);
         for (int64_t i = i0 > j ? i0 : j; i < i1; i += PANEL) {
-          const char* a = static_cast<const char*>(left) + of_left.panel(i, part);
+          const char* a = static_cast<const char*>(chunk.left) + of_left.panel(i, part);
           float* sums = static_cast<float*>(scratch) + (i - i0) * SIDE + (j - j0) * PANEL;
           const int64_t rows = i1 - i < PANEL ? i1 - i : PANEL, columns = j1 - j < PANEL ? j1 - j : PANEL;
-          if (last) prefetch_tile(rows, columns, i, j, acc, acc_dtype, acc_stride);
+          if (last) prefetch_tile(rows, columns, i, j, acc);
           if (first) {
             zero_sums();
           } else {
@@ -262,7 +264,7 @@ void block(const void* left, const void* right, int64_t depth, bool weighted, in
           }
           for (int64_t k = 0; k < of_left.steps; ++k) multiply_step(a + k * 2 * TILE, b + k * 2 * TILE);
           store_sums(sums);
-          if (last) add_lower_tile(sums, PANEL, rows, columns, i, j, alpha, acc, acc_dtype, acc_stride);
+          if (last) add_lower_tile(sums, PANEL, rows, columns, i, j, alpha, acc);
         }
       }
     }

@@ -11,7 +11,7 @@
 namespace kf::cpu {
 
 // Rows of x [n, d] as symmetric_rank_k_update packs them: `weight` and `mask` may be null.
-struct PackSource {
+struct SymmetricSource {
   const void* x;
   DType dtype;
   int64_t d;
@@ -21,9 +21,29 @@ struct PackSource {
 };
 
 // Rows of x packed by one task.
-constexpr int64_t pack_step = 32;
+constexpr int64_t PACK_STEP = 32;
 
-// The symmetric update: operands are packed by panels of mr resp. nr columns of x, `depth` rows at a time.
+// Rows [i0, i1) and columns [j0, j1) of a matrix.
+struct BlockRange {
+  int64_t i0, i1, j0, j1;
+};
+
+// The matrix [d, d] that symmetric_rank_k_update adds to, with contiguous rows.
+struct Accumulator {
+  void* data;
+  DType dtype;
+  int64_t stride;  // from row to row
+};
+
+// `depth` packed rows of x: left and right point at the panel of column 0.
+struct PackedChunk {
+  const void *left, *right;
+  int64_t depth;
+  bool weighted;
+  int64_t d;
+};
+
+// symmetric_rank_k_update: operands are packed by panels of mr resp. nr columns of x, `depth` rows at a time.
 struct SymmetricKernel {
   int mr, nr;            // tile shape
   int side;              // columns of a macro block: a multiple of mr and of nr
@@ -31,18 +51,17 @@ struct SymmetricKernel {
   size_t (*left_panel_bytes)(int64_t depth, bool weighted);
   size_t (*right_panel_bytes)(int64_t depth);
   // Packs rows [k, k + rows) of the chunk of `depth` rows that starts at k0, for all columns; zeros where d ends and
-  // in masked rows. k is a multiple of pack_step, and so is rows unless the chunk ends there.
-  void (*pack)(const PackSource&, int64_t k0, int64_t depth, int64_t k, int64_t rows, void* left, void* right);
-  // Adds alpha times the tiles of rows [i0, i1) x columns [j0, j1) to the lower triangle of acc. i0 is a multiple of
-  // mr, j0 of nr; both ranges are at most `side` long; left and right point at the first panel of all.
-  void (*block)(const void* left, const void* right, int64_t depth, bool weighted, int64_t d, int64_t i0, int64_t i1,
-                int64_t j0, int64_t j1, double alpha, void* acc, DType acc_dtype, int64_t acc_stride, void* scratch);
+  // in masked rows. k is a multiple of PACK_STEP, and so is rows unless the chunk ends there.
+  void (*pack)(const SymmetricSource&, int64_t k0, int64_t depth, int64_t k, int64_t rows, void* left, void* right);
+  // Adds alpha times the tiles of a block to the lower triangle of acc. i0 is a multiple of mr, j0 of nr; both ranges
+  // are at most `side` long.
+  void (*block)(const PackedChunk&, const BlockRange&, double alpha, const Accumulator& acc, void* scratch);
   void (*enter)();  // once per thread before and after `block`; may be null
   void (*leave)();
 };
 
 // Factor [rows, k] with any strides, packed into panels of `width` rows: out[k][width], times scale.
-struct FactorSource {
+struct RankKFactor {
   const void* data;
   DType dtype;
   int64_t rows, k;
@@ -50,6 +69,7 @@ struct FactorSource {
   double scale;
 };
 
+// What rank_k_update writes: the weight, and its copy in 16 bits where there is one.
 struct RankKTarget {
   void* weight;
   DType dtype;
@@ -62,10 +82,9 @@ struct RankKTarget {
 struct RankKKernel {
   int mr, nr;
   size_t element;  // bytes of a packed number
-  void (*pack)(const FactorSource&, int64_t first_row, int width, void* out);
-  // weight[i0:i1, j0:j1] += left right^T, rounded once; panels point at the one that holds i0 resp. j0.
-  void (*block)(const void* left, const void* right, int64_t k, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                const RankKTarget&);
+  void (*pack)(const RankKFactor&, int64_t first_row, int width, void* out);
+  // weight[i0:i1, j0:j1] += left right^T, rounded once; left points at the panel of row i0, right at that of column j0.
+  void (*block)(const void* left, const void* right, int64_t k, const BlockRange&, const RankKTarget&);
 };
 
 // Rows of x [rows, d] into those of out, which is contiguous. `weight` is fp32 or of the dtype of x.
@@ -81,7 +100,8 @@ struct RmsNormCall {
   bool round_first;  // to the dtype of x, before the product with the weight
 };
 
-struct GatedCall {
+// Rows of silu(gate) * up, both [rows, d], into those of out, which is contiguous.
+struct GatedSiluCall {
   const void* gate;
   int64_t gate_stride;
   const void* up;
@@ -97,7 +117,7 @@ struct KernelTable {
   SymmetricKernel symmetric_bf16;  // x bf16 on matrix units; mr == 0 where there are none
   RankKKernel rank_k_f32, rank_k_f64;
   void (*rms_norm)(const RmsNormCall&, int64_t first, int64_t last);  // rows [first, last)
-  void (*gated_silu)(const GatedCall&, int64_t first, int64_t last);
+  void (*gated_silu)(const GatedSiluCall&, int64_t first, int64_t last);
 };
 
 // setup.py defines KF_ISA_* for those whose flags the compiler knows.

@@ -15,20 +15,19 @@ inline void add_lower_rows(const T* tile, int tile_stride, int64_t rows, int64_t
 
 template <class T>
 inline void add_lower_tile(const T* tile, int tile_stride, int64_t rows, int64_t columns, int64_t i0, int64_t j0,
-                           double alpha, void* acc, DType acc_dtype, int64_t acc_stride) {
-  if (acc_dtype == DType::f64) {
-    add_lower_rows(tile, tile_stride, rows, columns, i0, j0, alpha, static_cast<double*>(acc), acc_stride);
+                           double alpha, const Accumulator& acc) {
+  if (acc.dtype == DType::f64) {
+    add_lower_rows(tile, tile_stride, rows, columns, i0, j0, alpha, static_cast<double*>(acc.data), acc.stride);
   } else {
-    add_lower_rows(tile, tile_stride, rows, columns, i0, j0, alpha, static_cast<float*>(acc), acc_stride);
+    add_lower_rows(tile, tile_stride, rows, columns, i0, j0, alpha, static_cast<float*>(acc.data), acc.stride);
   }
 }
 
 // Asks for the part of acc that a tile will be added to, while the tile is still being computed.
-inline void prefetch_tile(int64_t rows, int64_t columns, int64_t i0, int64_t j0, const void* acc, DType acc_dtype,
-                          int64_t acc_stride) {
-  const int64_t item = acc_dtype == DType::f64 ? 8 : 4;
+inline void prefetch_tile(int64_t rows, int64_t columns, int64_t i0, int64_t j0, const Accumulator& acc) {
+  const int64_t item = acc.dtype == DType::f64 ? 8 : 4;
   for (int64_t i = 0; i < rows; ++i) {
-    const char* row = static_cast<const char*>(acc) + ((i0 + i) * acc_stride + j0) * item;
+    const char* row = static_cast<const char*>(acc.data) + ((i0 + i) * acc.stride + j0) * item;
     for (int64_t byte = 0; byte < columns * item; byte += 64) __builtin_prefetch(row + byte, 0, 2);
   }
 }

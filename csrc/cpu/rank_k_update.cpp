@@ -11,7 +11,7 @@
 namespace kf::cpu {
 namespace {
 
-constexpr int64_t strip_bytes = 1 << 20;  // of packed right panels: they stay in a core's second-level cache
+constexpr int64_t STRIP_BYTES = 1 << 20;  // of packed right panels: they stay in a core's second-level cache
 
 bool is_float(DType t) { return t != DType::u8; }
 
@@ -50,8 +50,8 @@ void rank_k_update(const TensorView& weight, const TensorView& left, const Tenso
 
   RankKTarget target = {weight.data, weight.dtype, weight.stride[0], weight.stride[1],
                         copy.data,   copy.dtype,   copy.stride[0],   copy.stride[1]};
-  FactorSource a = {left.data, left.dtype, rows, k, left.stride[0], left.stride[1], alpha};
-  FactorSource b = {right.data, right.dtype, columns, k, right.stride[0], right.stride[1], 1.0};
+  RankKFactor a = {left.data, left.dtype, rows, k, left.stride[0], left.stride[1], alpha};
+  RankKFactor b = {right.data, right.dtype, columns, k, right.stride[0], right.stride[1], 1.0};
   if (weight.stride[1] != 1 && weight.stride[0] == 1) {  // a transposed weight: update its transpose
     std::swap(rows, columns);
     std::swap(target.row_stride, target.column_stride);
@@ -62,7 +62,7 @@ void rank_k_update(const TensorView& weight, const TensorView& left, const Tenso
   const int64_t packed_k = std::max<int64_t>(k, 1);
   const int64_t panel = kernel.nr * packed_k * static_cast<int64_t>(kernel.element);
   const int64_t left_panels = (rows + kernel.mr - 1) / kernel.mr, right_panels = (columns + kernel.nr - 1) / kernel.nr;
-  const int64_t strip = std::min(right_panels, std::max<int64_t>(1, strip_bytes / panel));
+  const int64_t strip = std::min(right_panels, std::max<int64_t>(1, STRIP_BYTES / panel));
   const int64_t left_panel = kernel.mr * packed_k * static_cast<int64_t>(kernel.element);
   AlignedBuffer packed_left(left_panels * left_panel), packed_right(strip * panel);
 
@@ -86,7 +86,8 @@ void rank_k_update(const TensorView& weight, const TensorView& left, const Tenso
       const int64_t j0 = s0 * kernel.nr, j1 = std::min(columns, (s0 + panels) * kernel.nr);
       for (int64_t g; (g = block_next.take()) < groups;) {
         const int64_t i0 = g * group * kernel.mr, i1 = std::min(rows, (g + 1) * group * kernel.mr);
-        kernel.block(packed_left.get<char>() + g * group * left_panel, packed_right.get(), k, i0, i1, j0, j1, target);
+        const BlockRange range = {i0, i1, j0, j1};
+        kernel.block(packed_left.get<char>() + g * group * left_panel, packed_right.get(), k, range, target);
       }
       team.barrier();
       if (member == 0) block_next.reset();

@@ -2,11 +2,11 @@
 
 template <class T>
 struct RankKBody {
-  static constexpr int MR = tile_rows, NR = tile_columns<T>;
+  static constexpr int MR = TILE_ROWS, NR = TILE_COLUMNS<T>;
   static constexpr int64_t DEPTH = 256;
 
   template <class S>
-  static void pack_as(const FactorSource& f, int64_t first, int width, T* out) {
+  static void pack_as(const RankKFactor& f, int64_t first, int width, T* out) {
     const S* data = static_cast<const S*>(f.data);
     const int64_t rows = f.rows - first < width ? f.rows - first : width;
     const T scale = T(f.scale);
@@ -16,7 +16,7 @@ struct RankKBody {
       for (int64_t r = rows; r < width; ++r) out[r] = 0;
     }
   }
-  static void pack(const FactorSource& f, int64_t first, int width, void* out) {
+  static void pack(const RankKFactor& f, int64_t first, int width, void* out) {
     T* to = static_cast<T*>(out);
     switch (f.dtype) {
       case DType::f64:
@@ -28,7 +28,7 @@ struct RankKBody {
       default: return pack_as<F16>(f, first, width, to);
     }
   }
-  static void pack_rounded(const FactorSource& f, int64_t first, int width, T* out) {
+  static void pack_rounded(const RankKFactor& f, int64_t first, int width, T* out) {
     const double* data = static_cast<const double*>(f.data);
     const int64_t rows = f.rows - first < width ? f.rows - first : width;
     for (int64_t p = 0; p < f.k; ++p, out += width) {
@@ -43,7 +43,7 @@ struct RankKBody {
   static void add_row(const T* tile, int64_t n, W* weight, int64_t stride, C* copy, int64_t copy_stride) {
     int64_t j = 0;
     if (stride == 1 && (!copy || copy_stride == 1)) {
-      for (; j + lanes<T> <= n; j += lanes<T>) {
+      for (; j + LANES<T> <= n; j += LANES<T>) {
         const Vec<T> sum = load_vector(weight + j) + load_vector(tile + j);
         store_vector(weight + j, sum);
         if constexpr (sizeof(T) == 4) {
@@ -71,8 +71,8 @@ struct RankKBody {
   }
 
   template <class W, class C>
-  static void block_as(const T* left, const T* right, int64_t k, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                       const RankKTarget& t) {
+  static void block_as(const T* left, const T* right, int64_t k, const BlockRange& range, const RankKTarget& t) {
+    const auto [i0, i1, j0, j1] = range;
     alignas(64) T tile[MR * NR];
     W* weight = static_cast<W*>(t.weight);
     C* copy = static_cast<C*>(t.copy);
@@ -89,20 +89,18 @@ struct RankKBody {
     }
   }
 
-  static void block(const void* left, const void* right, int64_t k, int64_t i0, int64_t i1, int64_t j0, int64_t j1,
-                    const RankKTarget& t) {
+  static void block(const void* left, const void* right, int64_t k, const BlockRange& range, const RankKTarget& t) {
     const T* a = static_cast<const T*>(left);
     const T* b = static_cast<const T*>(right);
     if constexpr (sizeof(T) == 8) {
-      block_as<double, Bf16>(a, b, k, i0, i1, j0, j1, t);
+      block_as<double, Bf16>(a, b, k, range, t);
     } else {
       const bool half = t.copy && t.copy_dtype == DType::f16;
       switch (t.dtype) {
         case DType::f32:
-          return half ? block_as<float, F16>(a, b, k, i0, i1, j0, j1, t)
-                      : block_as<float, Bf16>(a, b, k, i0, i1, j0, j1, t);
-        case DType::bf16: return block_as<Bf16, Bf16>(a, b, k, i0, i1, j0, j1, t);
-        default: return block_as<F16, F16>(a, b, k, i0, i1, j0, j1, t);
+          return half ? block_as<float, F16>(a, b, k, range, t) : block_as<float, Bf16>(a, b, k, range, t);
+        case DType::bf16: return block_as<Bf16, Bf16>(a, b, k, range, t);
+        default: return block_as<F16, F16>(a, b, k, range, t);
       }
     }
   }

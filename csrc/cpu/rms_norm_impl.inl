@@ -1,29 +1,7 @@
 // rms_norm for the vectors of one instruction set: arithmetic in fp32, storage in fp32, bf16 or fp16.
 
-inline Vec<float> rounded(const float*, Vec<float> v) { return v; }
-inline Vec<float> rounded(const Bf16*, Vec<float> v) { return (Vec<float>)(nearest_bf16(v) & 0xffff0000); }
-inline Vec<float> rounded(const F16*, Vec<float> v) {
-  F16 stored[lanes<float>];
-  store_vector(stored, v);
-  return load_vector(stored);
-}
-
-// The first `count` numbers of a vector; the others are zeros.
-template <class S>
-inline Vec<float> load_part(const S* p, int64_t count) {
-  S part[lanes<float>] = {};
-  __builtin_memcpy(part, p, count * sizeof(S));
-  return load_vector(part);
-}
-template <class S>
-inline void store_part(S* p, Vec<float> v, int64_t count) {
-  S part[lanes<float>];
-  store_vector(part, v);
-  __builtin_memcpy(p, part, count * sizeof(S));
-}
-
 struct RmsNormBody {
-  static constexpr int W = lanes<float>;
+  static constexpr int W = LANES<float>;
 
   template <class S>
   static double sum_of_squares(const S* x, int64_t d) {

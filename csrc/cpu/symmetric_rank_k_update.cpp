@@ -11,9 +11,9 @@
 namespace kf::cpu {
 namespace {
 
-constexpr int64_t depth_step = 512;         // rows of x: chunks are multiples of this
-constexpr int64_t packed_bytes = 64 << 20;  // of packed operands in one chunk, where one step fits
-constexpr int64_t most_rows = 4096;         // of one chunk: its sums are in fp32 before they join acc
+constexpr int64_t DEPTH_STEP = 512;         // rows of x: chunks are multiples of this
+constexpr int64_t PACKED_BYTES = 64 << 20;  // of packed operands in one chunk, where one step fits
+constexpr int64_t MOST_ROWS = 4096;         // of one chunk: its sums are in fp32 before they join acc
 
 void check(const TensorView& acc, const TensorView& x, const TensorView& w, const TensorView& mask) {
   require(acc.ndim == 2 && acc.shape[0] == acc.shape[1], "acc must be square, [d, d]");
@@ -50,35 +50,36 @@ void symmetric_rank_k_update(const TensorView& acc, const TensorView& x, const T
 
   // Rows that the mask or a zero weight leaves out are packed as zeros; weights of 0 and 1 need no products.
   std::vector<double> weight(row_weights.defined() ? n : 0);
-  std::vector<uint8_t> keep;
-  if (mask.defined() || row_weights.defined()) keep.assign(n, 1);
+  std::vector<uint8_t> counts;
+  if (mask.defined() || row_weights.defined()) counts.assign(n, 1);
   if (mask.defined()) {
     const uint8_t* m = static_cast<const uint8_t*>(mask.data);
-    for (int64_t i = 0; i < n; ++i) keep[i] = m[i * mask.stride[0]] != 0;
+    for (int64_t i = 0; i < n; ++i) counts[i] = m[i * mask.stride[0]] != 0;
   }
   bool weighted = false;
   for (int64_t i = 0; i < static_cast<int64_t>(weight.size()); ++i) {
     const int64_t at = i * row_weights.stride[0];
     weight[i] = row_weights.dtype == DType::f64 ? static_cast<const double*>(row_weights.data)[at]
                                                 : static_cast<const float*>(row_weights.data)[at];
-    if (weight[i] == 0) keep[i] = 0;
-    if (!keep[i]) weight[i] = 0;  // whatever it was: NaN times a zero would count
-    weighted = weighted || (keep[i] && weight[i] != 1);
+    if (weight[i] == 0) counts[i] = 0;
+    if (!counts[i]) weight[i] = 0;  // whatever it was: NaN times a zero would count
+    weighted = weighted || (counts[i] && weight[i] != 1);
   }
 
   const SymmetricKernel& kernel = choose(x.dtype);
-  const PackSource source = {x.data,
-                             x.dtype,
-                             d,
-                             x.stride[0],
-                             x.stride[1],
-                             weighted ? weight.data() : nullptr,
-                             keep.empty() ? nullptr : keep.data()};
+  const Accumulator target = {acc.data, acc.dtype, acc.stride[0]};
+  const SymmetricSource source = {x.data,
+                                  x.dtype,
+                                  d,
+                                  x.stride[0],
+                                  x.stride[1],
+                                  weighted ? weight.data() : nullptr,
+                                  counts.empty() ? nullptr : counts.data()};
   const int64_t left_panels = (d + kernel.mr - 1) / kernel.mr, right_panels = (d + kernel.nr - 1) / kernel.nr;
   const int64_t step_bytes =
-      left_panels * kernel.left_panel_bytes(depth_step, weighted) + right_panels * kernel.right_panel_bytes(depth_step);
-  const int64_t steps_that_fit = std::max<int64_t>(1, packed_bytes / step_bytes);
-  const int64_t depth = std::min({n, steps_that_fit * depth_step, most_rows});
+      left_panels * kernel.left_panel_bytes(DEPTH_STEP, weighted) + right_panels * kernel.right_panel_bytes(DEPTH_STEP);
+  const int64_t steps_that_fit = std::max<int64_t>(1, PACKED_BYTES / step_bytes);
+  const int64_t depth = std::min({n, steps_that_fit * DEPTH_STEP, MOST_ROWS});
   AlignedBuffer left(left_panels * kernel.left_panel_bytes(depth, weighted));
   AlignedBuffer right(right_panels * kernel.right_panel_bytes(depth));
 
@@ -94,19 +95,19 @@ void symmetric_rank_k_update(const TensorView& acc, const TensorView& x, const T
     if (kernel.enter) kernel.enter();
     for (int64_t k0 = 0; k0 < n; k0 += depth) {
       const int64_t rows = std::min(depth, n - k0);
-      const int64_t steps = (rows + pack_step - 1) / pack_step;
+      const int64_t steps = (rows + PACK_STEP - 1) / PACK_STEP;
       for (int64_t p; (p = pack_next.take()) < steps;) {
-        const int64_t k = p * pack_step;
-        kernel.pack(source, k0, rows, k, std::min(pack_step, rows - k), left.get(), right.get());
+        const int64_t k = p * PACK_STEP;
+        kernel.pack(source, k0, rows, k, std::min(PACK_STEP, rows - k), left.get(), right.get());
       }
       team.barrier();
       if (member == 0) pack_next.reset();
       for (int64_t t; (t = block_next.take()) < tasks;) {
         int64_t bi = 0, bj = t;  // rows of blocks, each one longer than the last
         while (bj > bi) bj -= ++bi;
-        kernel.block(left.get(), right.get(), rows, weighted, d, bi * side, std::min(d, (bi + 1) * side), bj * side,
-                     std::min(d, (bj + 1) * side), alpha, acc.data, acc.dtype, acc.stride[0],
-                     scratch.get<char>() + member * kernel.scratch_bytes);
+        const PackedChunk chunk = {left.get(), right.get(), rows, weighted, d};
+        const BlockRange range = {bi * side, std::min(d, (bi + 1) * side), bj * side, std::min(d, (bj + 1) * side)};
+        kernel.block(chunk, range, alpha, target, scratch.get<char>() + member * kernel.scratch_bytes);
       }
       team.barrier();
       if (member == 0) block_next.reset();

@@ -4,10 +4,10 @@ template <class T>
 struct SymmetricBody {
 #if KF_VECTOR_BYTES == 64
   // 27 sums in 32 registers, 12 loads for 27 products: 14 x 2 vectors take 16 for 28, and loads are the scarcer.
-  static constexpr int MR = 9, NR = 3 * lanes<T>;
+  static constexpr int MR = 9, NR = 3 * LANES<T>;
   static constexpr int64_t DEPTH = 192;  // rows of x whose right panel stays in the first-level cache
 #else
-  static constexpr int MR = tile_rows, NR = tile_columns<T>;
+  static constexpr int MR = TILE_ROWS, NR = TILE_COLUMNS<T>;
   static constexpr int64_t DEPTH = 256;
 #endif
   static constexpr int SIDE = 256 / (MR * NR / gcd(MR, NR)) * (MR * NR / gcd(MR, NR));
@@ -18,7 +18,8 @@ struct SymmetricBody {
 
   // Rows [k, k + rows) of one panel of WIDTH columns from c0; `out` is the panel.
   template <class S, int WIDTH>
-  static void pack_panel(const PackSource& s, int64_t k0, int64_t k, int64_t rows, int64_t c0, bool weighted, T* out) {
+  static void pack_panel(const SymmetricSource& s, int64_t k0, int64_t k, int64_t rows, int64_t c0, bool weighted,
+                         T* out) {
     const int64_t width = s.d - c0 < WIDTH ? s.d - c0 : WIDTH;
     out += k * WIDTH;
     for (int64_t r = k0 + k; r < k0 + k + rows; ++r, out += WIDTH) {
@@ -29,8 +30,8 @@ struct SymmetricBody {
       const S* x = static_cast<const S*>(s.x) + r * s.row_stride + c0 * s.column_stride;
       if (s.column_stride == 1 && c0 + 8 * WIDTH < s.d) __builtin_prefetch(x + 7 * WIDTH);
       if (s.column_stride == 1 && width == WIDTH) {
-        if constexpr (WIDTH % lanes<T> == 0) {
-          for (int c = 0; c < WIDTH; c += lanes<T>) store_vector(out + c, load_vector(x + c));
+        if constexpr (WIDTH % LANES<T> == 0) {
+          for (int c = 0; c < WIDTH; c += LANES<T>) store_vector(out + c, load_vector(x + c));
         } else {
           for (int c = 0; c < WIDTH; ++c) out[c] = widen<T>(x[c]);
         }
@@ -46,14 +47,15 @@ struct SymmetricBody {
   }
 
   template <class S>
-  static void pack_as(const PackSource& s, int64_t k0, int64_t depth, int64_t k, int64_t rows, T* left, T* right) {
+  static void pack_as(const SymmetricSource& s, int64_t k0, int64_t depth, int64_t k, int64_t rows, T* left, T* right) {
     for (int64_t c = 0; c < s.d; c += MR) {
       pack_panel<S, MR>(s, k0, k, rows, c, s.weight != nullptr, left + c * depth);
     }
     for (int64_t c = 0; c < s.d; c += NR) pack_panel<S, NR>(s, k0, k, rows, c, false, right + c * depth);
   }
 
-  static void pack(const PackSource& s, int64_t k0, int64_t depth, int64_t k, int64_t rows, void* left, void* right) {
+  static void pack(const SymmetricSource& s, int64_t k0, int64_t depth, int64_t k, int64_t rows, void* left,
+                   void* right) {
     T *l = static_cast<T*>(left), *r = static_cast<T*>(right);
     if constexpr (sizeof(T) == 8) {
       pack_as<double>(s, k0, depth, k, rows, l, r);
@@ -65,19 +67,21 @@ struct SymmetricBody {
   }
 
   // Depth is outside: the block of acc and the panels of one step stay in the second-level cache.
-  static void block(const void* left, const void* right, int64_t depth, bool, int64_t, int64_t i0, int64_t i1,
-                    int64_t j0, int64_t j1, double alpha, void* acc, DType acc_dtype, int64_t acc_stride, void*) {
+  static void block(const PackedChunk& chunk, const BlockRange& range, double alpha, const Accumulator& acc, void*) {
     alignas(64) T tile[MR * NR];
+    const T *left = static_cast<const T*>(chunk.left), *right = static_cast<const T*>(chunk.right);
+    const int64_t depth = chunk.depth;
     for (int64_t k0 = 0; k0 < depth; k0 += DEPTH) {
       const int64_t k = depth - k0 < DEPTH ? depth - k0 : DEPTH;
-      for (int64_t j = j0; j < j1; j += NR) {
-        const T* b = static_cast<const T*>(right) + j / NR * (depth * NR) + k0 * NR;
+      for (int64_t j = range.j0; j < range.j1; j += NR) {
+        const T* b = right + j / NR * (depth * NR) + k0 * NR;
         const int64_t reaching = j / MR * MR;  // the first tile whose last row is on or below row j
-        for (int64_t i = reaching > i0 ? reaching : i0; i < i1; i += MR) {
-          const int64_t rows = i1 - i < MR ? i1 - i : MR, columns = j1 - j < NR ? j1 - j : NR;
-          prefetch_tile(rows, columns, i, j, acc, acc_dtype, acc_stride);
-          multiply_panels<T, MR, NR>(static_cast<const T*>(left) + i / MR * (depth * MR) + k0 * MR, b, k, tile);
-          add_lower_tile(tile, NR, rows, columns, i, j, alpha, acc, acc_dtype, acc_stride);
+        for (int64_t i = reaching > range.i0 ? reaching : range.i0; i < range.i1; i += MR) {
+          const int64_t rows = range.i1 - i < MR ? range.i1 - i : MR;
+          const int64_t columns = range.j1 - j < NR ? range.j1 - j : NR;
+          prefetch_tile(rows, columns, i, j, acc);
+          multiply_panels<T, MR, NR>(left + i / MR * (depth * MR) + k0 * MR, b, k, tile);
+          add_lower_tile(tile, NR, rows, columns, i, j, alpha, acc);
         }
       }
     }

@@ -8,7 +8,7 @@ struct VectorOf {
 template <class T>
 using Vec = typename VectorOf<T>::type;
 template <class T>
-constexpr int lanes = KF_VECTOR_BYTES / sizeof(T);
+constexpr int LANES = KF_VECTOR_BYTES / sizeof(T);
 
 typedef uint32_t VecU32 __attribute__((vector_size(KF_VECTOR_BYTES)));
 typedef uint16_t VecU16 __attribute__((vector_size(KF_VECTOR_BYTES / 2)));
@@ -115,7 +115,7 @@ inline Vec<float> load_vector(const F16* p) {
   return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
   Vec<float> v;
-  for (int i = 0; i < lanes<float>; ++i) v[i] = to_float(p[i]);
+  for (int i = 0; i < LANES<float>; ++i) v[i] = to_float(p[i]);
   return v;
 #endif
 }
@@ -137,19 +137,42 @@ inline void store_vector(F16* p, Vec<float> v) {
 #elif KF_VECTOR_BYTES == 32
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
-  for (int i = 0; i < lanes<float>; ++i) from_float(v[i], p + i);
+  for (int i = 0; i < LANES<float>; ++i) from_float(v[i], p + i);
 #endif
 }
 
-// tile [MR, NR] (row-major) = (or +=, when ADD) left panel [k, MR] times right panel [k, NR].
+// fp32 numbers rounded to the dtype of the pointer.
+inline Vec<float> rounded(const float*, Vec<float> v) { return v; }
+inline Vec<float> rounded(const Bf16*, Vec<float> v) { return (Vec<float>)(nearest_bf16(v) & 0xffff0000); }
+inline Vec<float> rounded(const F16*, Vec<float> v) {
+  F16 stored[LANES<float>];
+  store_vector(stored, v);
+  return load_vector(stored);
+}
+
+// The first `count` numbers of a vector; the others are zeros.
+template <class S>
+inline Vec<float> load_part(const S* p, int64_t count) {
+  S part[LANES<float>] = {};
+  __builtin_memcpy(part, p, count * sizeof(S));
+  return load_vector(part);
+}
+template <class S>
+inline void store_part(S* p, Vec<float> v, int64_t count) {
+  S part[LANES<float>];
+  store_vector(part, v);
+  __builtin_memcpy(p, part, count * sizeof(S));
+}
+
+// tile [MR, NR] (row-major) = left panel [k, MR] times right panel [k, NR].
 template <class T, int MR, int NR>
 inline void multiply_panels(const T* __restrict left, const T* __restrict right, int64_t k, T* __restrict tile) {
-  constexpr int columns = NR / lanes<T>;
+  constexpr int columns = NR / LANES<T>;
   Vec<T> sum[MR][columns] = {};
   for (int64_t p = 0; p < k; ++p) {
     Vec<T> b[columns];
 #pragma GCC unroll 4
-    for (int v = 0; v < columns; ++v) b[v] = load_vector(right + p * NR + v * lanes<T>);
+    for (int v = 0; v < columns; ++v) b[v] = load_vector(right + p * NR + v * LANES<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < MR; ++i) {
       const T a = left[p * MR + i];
@@ -160,18 +183,18 @@ inline void multiply_panels(const T* __restrict left, const T* __restrict right,
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < columns; ++v) store_vector(tile + i * NR + v * lanes<T>, sum[i][v]);
+    for (int v = 0; v < columns; ++v) store_vector(tile + i * NR + v * LANES<T>, sum[i][v]);
   }
 }
 
 #if KF_VECTOR_BYTES == 64
-constexpr int tile_rows = 14;
+constexpr int TILE_ROWS = 14;
 #elif KF_VECTOR_BYTES == 32
-constexpr int tile_rows = 6;
+constexpr int TILE_ROWS = 6;
 #else
-constexpr int tile_rows = 4;
+constexpr int TILE_ROWS = 4;
 #endif
 template <class T>
-constexpr int tile_columns = 2 * lanes<T>;
+constexpr int TILE_COLUMNS = 2 * LANES<T>;
 
 constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
