@@ -236,4 +236,29 @@ def extensions() -> list[Extension]:
     return found
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "build_py": BuildPython})
+def long_description() -> str:
+    """README.md as a package index shows it: pictures and pages by absolute links into the released version.
+
+    They point into the repository that `[project.urls]` of pyproject.toml names; while it names none, links stay as
+    they are.
+    """
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    repository = re.search(r'^Repository = "(.+?)/?"$', project, re.MULTILINE)
+    if repository is None:
+        return text
+    version = re.search(r'"(.+)"', (ROOT / "kedit_fast" / "_version.py").read_text(encoding="utf-8"))[1]
+
+    def absolute(match: re.Match) -> str:
+        kind = "raw" if match[1] else "blob"
+        return f"{match[1]}[{match[2]}]({repository[1]}/{kind}/v{version}/{match[3]})"
+
+    return re.sub(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)]+)\)", absolute, text)
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -77,7 +78,7 @@ def test_the_source_distribution_holds_all_sources(source, tmp_path):
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
     wanted = {str(p.relative_to(source)) for folder in ("csrc", "kedit_fast") for p in (source / folder).rglob("*")
-              if p.is_file() and "__pycache__" not in p.parts}  # fmt: skip
+              if p.is_file() and "__pycache__" not in p.parts and p.suffix != ".md"}  # fmt: skip
     assert not wanted - names
 
 
@@ -149,3 +150,19 @@ def test_a_cuda_module_for_architectures_with_letters_is_built_and_says_them(sou
     )
     shown = subprocess.run([sys.executable, "-c", code, str(built)], capture_output=True, text=True)
     assert shown.stdout.strip() == "90a", shown.stderr
+
+
+def test_a_package_index_gets_pictures_and_pages_by_absolute_links(configured, tmp_path, monkeypatch):
+    make = configured()["long_description"]
+    for name in ("README.md", "pyproject.toml", "kedit_fast/_version.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.setitem(make.__globals__, "ROOT", tmp_path)
+    assert make() == (ROOT / "README.md").read_text(encoding="utf-8")  # no repository is named yet
+    with (tmp_path / "pyproject.toml").open("a", encoding="utf-8") as file:
+        file.write('\n[project.urls]\nRepository = "https://example.org/one/two/"\n')
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", make())
+    assert all(link.startswith(("https://", "#")) for _, link in links)
+    pictures = [link for sign, link in links if sign]
+    assert pictures and all(link.startswith("https://example.org/one/two/raw/v") for link in pictures)
+    assert any(link.startswith("https://example.org/one/two/blob/v") for _, link in links)
