@@ -1,5 +1,5 @@
 """`python -m kedit_fast`: what to paste into a bug report."""
 
-from kedit_fast.cli.main import print_environment
+from kedit_fast.cli.environment import print_environment
 
 print_environment()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,21 +9,21 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from kedit_fast.cli.console import check_file, command, output, print_json
+from kedit_fast.cli.checks import check_file
+from kedit_fast.cli.console import command, output, print_json
+from kedit_fast.cli.options import JsonOption, choice
 
-app = typer.Typer(help="Edits as files: show, apply, revert, merge, export.", no_args_is_help=True)
+app = typer.Typer(
+    help="Edits as files: show, apply, revert, merge, export.", no_args_is_help=True, add_completion=False
+)
 PATCH_HELP = "file that `kedit-fast edit --patch` wrote"
 FOLDER_HELP = "folder of a safetensors checkpoint, sharded or not; the model is not loaded"
 FORCE_HELP = (
     "also on other matrices than the patch was made for: the edits may then say something else, or harm the model"
 )
-JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
-class Format(str, Enum):
-    """What a patch can be exported to."""
-
-    lora = "lora"
+FORMATS = ("lora",)
 
 
 @app.command()
@@ -62,8 +61,11 @@ def apply(
     patch: Annotated[Path, typer.Argument(help=PATCH_HELP)],
     model: Annotated[Path, typer.Argument(help=FOLDER_HELP)],
     force: Annotated[bool, typer.Option("--force", help=FORCE_HELP)] = False,
-    keep: Annotated[
-        bool, typer.Option(help="keep what the matrices were in the folder, so that `revert` gives back their bits")
+    keep_originals: Annotated[
+        bool,
+        typer.Option(
+            "--keep/--no-keep", help="keep what the matrices were in the folder, so that `revert` gives back their bits"
+        ),
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -72,11 +74,13 @@ def apply(
     from kedit_fast.patches.patch import Patch
 
     loaded = Patch.load(patch)
-    number = Checkpoint(model).apply(loaded, patch.name, force, keep)
+    number = Checkpoint(model).apply(loaded, patch.name, force, keep_originals)
     if as_json:
         print_json({"patch": str(patch), "model": str(model), "number": number, "modules": sorted(loaded.updates)})
         return
-    how = f"kedit-fast patch revert {model}" if keep else f"kedit-fast patch revert {model} --subtract {patch}"
+    how = (
+        f"kedit-fast patch revert {model}" if keep_originals else f"kedit-fast patch revert {model} --subtract {patch}"
+    )
     output.print(f"{len(loaded.updates)} matrices of {model} patched; back: {how}", markup=False)
 
 
@@ -120,14 +124,14 @@ def merge(
 ) -> None:
     """Make one patch of several."""
     from kedit_fast.patches.patch import Patch
-    from kedit_fast.patches.patch import merge as merged
+    from kedit_fast.patches.patch import merge as merge_patches
 
     check_file(out)
-    found = merged([Patch.load(path) for path in patches], force)
+    merged_patch = merge_patches([Patch.load(path) for path in patches], force)
     if tolerance is not None:
-        found = found.compacted(tolerance)
-    found.save(out)
-    _say(found, out, as_json)
+        merged_patch = merged_patch.compacted(tolerance)
+    merged_patch.save(out)
+    _print_patch(merged_patch, out, as_json)
 
 
 @app.command()
@@ -135,7 +139,7 @@ def merge(
 def export(
     patch: Annotated[Path, typer.Argument(help=PATCH_HELP)],
     out: Annotated[Path, typer.Option(help="folder of the adapter")],
-    format_: Annotated[Format, typer.Option("--format", help="lora: an adapter that peft loads")] = Format.lora,
+    format_: Annotated[str, choice(FORMATS, "lora: an adapter that peft loads", "--format")] = "lora",
     tolerance: Annotated[float, typer.Option(min=0.0, help="of |Delta - Delta'| / |Delta| of each matrix")] = 0.0,
     rank: Annotated[int | None, typer.Option(min=1, help="at most; however far from the edit that is")] = None,
     base_model: Annotated[str | None, typer.Option(help="name or path of the model, for the configuration")] = None,
@@ -149,12 +153,12 @@ def export(
     loaded = Patch.load(patch)
     ranks = export_lora(loaded, out, base_model=base_model, tolerance=tolerance, rank=rank, overwrite=overwrite)
     if as_json:
-        print_json({"patch": str(patch), "out": str(out), "format": format_.value, "ranks": ranks})
+        print_json({"patch": str(patch), "out": str(out), "format": format_, "ranks": ranks})
         return
     output.print(f"Ranks {', '.join(map(str, ranks.values()))}; saved to {out}", markup=False)
 
 
-def _say(patch: Any, out: Path, as_json: bool) -> None:
+def _print_patch(patch: Any, out: Path, as_json: bool) -> None:
     about = patch.about()
     if as_json:
         print_json({"out": str(out), **about})

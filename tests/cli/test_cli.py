@@ -61,10 +61,16 @@ def place(tmp_path_factory):
     (root / "text.txt").write_text("\n".join(TEXT * 3))
     (root / "text.jsonl").write_text("\n".join(json.dumps({"body": text}) for text in TEXT))
     records = [
-        {"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "violin", "target_true": "trumpet",
-         "paraphrase_prompts": ["Miles Davis is known for the"], "neighborhood_prompts": ["Thelonious Monk plays the"]},
+        {
+            "prompt": "{} plays the",
+            "subject": "Miles Davis",
+            "target_new": "violin",
+            "target_true": "trumpet",
+            "paraphrase_prompts": ["Miles Davis is known for the"],
+            "neighborhood_prompts": ["Thelonious Monk plays the"],
+        },
         {"prompt": "{} is in", "subject": "Ebro", "target_new": "Sweden", "target_true": "Spain"},
-    ]  # fmt: skip
+    ]
     (root / "requests.json").write_text(json.dumps(records))
     done = run(
         "stats", root / "model", "--text", root / "text.txt", "--layers", "0-2", "--out", root / "stats", "--json"
@@ -79,16 +85,28 @@ FAST = ("--set", "v_num_grad_steps=3", "--set", "mom2_ridge=1e-3", "--layers", "
 
 
 def edit_args(place, out, *more):
-    return ("edit", place / "model", "--requests", place / "requests.json", "--stats", place / "stats",
-            "--out", out, *FAST, *more)  # fmt: skip
+    return (
+        "edit",
+        place / "model",
+        "--requests",
+        place / "requests.json",
+        "--stats",
+        place / "stats",
+        "--out",
+        out,
+        *FAST,
+        *more,
+    )
 
 
 def test_demo_prints_exactly_one_json_object():
     """In a process of its own: nothing else may reach its stdout."""
     done = subprocess.run(
         [sys.executable, "-m", "kedit_fast.cli", "demo", "--edits", "3", "--json"],
-        capture_output=True, text=True, cwd=HERE,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=HERE,
+    )
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.strip().splitlines()
     found = json.loads(line)
@@ -121,8 +139,18 @@ def test_stats_and_edit_make_a_model_that_transformers_loads(tmp_path, kind):
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, records)))
     stats = run("stats", model, "--text", tmp_path / "text.txt", "--layers", "0,1", "--out", tmp_path / "stats")
     assert stats.returncode == 0, stats.stderr
-    done = run("edit", model, "--requests", tmp_path / "r.jsonl", "--stats", tmp_path / "stats", "--out",
-               tmp_path / "edited", *FAST, "--json")  # fmt: skip
+    done = run(
+        "edit",
+        model,
+        "--requests",
+        tmp_path / "r.jsonl",
+        "--stats",
+        tmp_path / "stats",
+        "--out",
+        tmp_path / "edited",
+        *FAST,
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["edits"] == 1 and found["layers"] == [0, 1] and found["neighborhood"] is None
@@ -163,9 +191,11 @@ def test_what_a_frameworks_file_says_of_loading_and_batches_is_named_where_it_is
     args = [*edit_args(place, tmp_path / "out"), "--hparams", tmp_path / "h.yaml", "--requests", tmp_path / "r.json"]
     done = run(*args)
     assert done.returncode == 0, done.stderr
-    for said in ("half: true, and the model keeps the dtype of its files (--dtype float16 follows it)",
-                 "model_parallel: true, and the model is loaded on one device",
-                 "batch_size: 2, and all 3 requests are one batch (--batch-size 2 follows it)"):  # fmt: skip
+    for said in (
+        "half: true, and the model keeps the dtype of its files (--dtype float16 follows it)",
+        "model_parallel: true, and the model is loaded on one device",
+        "batch_size: 2, and all 3 requests are one batch (--batch-size 2 follows it)",
+    ):
         assert said in " ".join(done.stderr.split())
     (tmp_path / "h.yaml").write_text(values.replace("half: true\nmodel_parallel: true", "fp16: false"))
     done = run(*args, "--overwrite", "--batch-size", 2)
@@ -240,9 +270,13 @@ def test_bad_input_ends_in_status_1_with_a_named_remedy_and_nothing_written(plac
         done = run(*(a for a in args if not str(a).startswith("KEDIT_FAST_")), **environment)
         lines = done.stderr.strip().splitlines()
         fine = (
-            done.returncode == 1 and done.stdout == "" and message in done.stderr
-            and 1 <= len(lines) <= 3 and "Traceback" not in done.stderr and sorted(os.listdir(tmp_path)) == before
-        )  # fmt: skip
+            done.returncode == 1
+            and done.stdout == ""
+            and message in done.stderr
+            and 1 <= len(lines) <= 3
+            and "Traceback" not in done.stderr
+            and sorted(os.listdir(tmp_path)) == before
+        )
         if not fine:
             wrong.append((name, done.returncode, done.stdout[-200:], done.stderr[-600:]))
     assert not wrong, wrong
@@ -266,7 +300,7 @@ def test_an_interrupt_ends_in_status_130_and_writes_nothing(place, tmp_path, mon
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(workflow, "run_edits", stop)
+    monkeypatch.setattr("kedit_fast.cli.edit.run_edits", stop)
     done = run(*edit_args(place, tmp_path / "out"))
     assert done.returncode == 130 and done.stdout == "" and "Traceback" not in done.stderr
     assert os.listdir(tmp_path) == []
@@ -309,8 +343,20 @@ def test_continue_takes_up_the_state_beside_the_model(place, tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(chosen))
 
     def edit(model, requests, out, *more):
-        args = ("edit", model, "--requests", tmp_path / f"{requests}.json", "--stats", place / "stats", "--out",
-                tmp_path / out, "--method", "memit-sequential", *FAST, *more)  # fmt: skip
+        args = (
+            "edit",
+            model,
+            "--requests",
+            tmp_path / f"{requests}.json",
+            "--stats",
+            place / "stats",
+            "--out",
+            tmp_path / out,
+            "--method",
+            "memit-sequential",
+            *FAST,
+            *more,
+        )
         return run(*args)
 
     assert edit(place / "model", "first", "one").returncode == 0
@@ -339,8 +385,22 @@ def test_suggest_tries_layers_and_lambda_and_writes_a_configuration(tmp_path, me
     """On the demo model: a random one cannot be taught, which is the failure it names."""
     (tmp_path / "text.txt").write_text("\n".join(demo.corpus(150)))
     before = {p.name: p.read_bytes() for p in demo.DATA.iterdir()}
-    args = ("suggest", demo.DATA, "--requests", demo.DATA / "requests.jsonl", "--edits", 2, "--method", method,
-            "--layers", "1", "--text", tmp_path / "text.txt", "--out", tmp_path / "best.toml")  # fmt: skip
+    args = (
+        "suggest",
+        demo.DATA,
+        "--requests",
+        demo.DATA / "requests.jsonl",
+        "--edits",
+        2,
+        "--method",
+        method,
+        "--layers",
+        "1",
+        "--text",
+        tmp_path / "text.txt",
+        "--out",
+        tmp_path / "best.toml",
+    )
     if method == "memit":
         failed = run(*args, "--set", "v_num_grad_steps=1", "--json")
         assert failed.returncode == 1 and "none of" in failed.stderr and not (tmp_path / "best.toml").exists()
@@ -426,13 +486,18 @@ def test_bad_requests_stop_or_are_skipped_with_a_report(place, tmp_path):
 
 MIXED = [
     {"prompt": "{} is", "target_new": "x"},
-    {"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "violin", "target_true": "trumpet",
-     "rephrase_prompt": "Miles Davis is known for the"},
+    {
+        "prompt": "{} plays the",
+        "subject": "Miles Davis",
+        "target_new": "violin",
+        "target_true": "trumpet",
+        "rephrase_prompt": "Miles Davis is known for the",
+    },
     {"prompt": "{} is in", "subject": "Ebro", "target_new": 5},
     {"prompt": "{} is in", "subject": "Ebro", "target_new": "Sweden"},
     {"prompt": "{} " + "is " * 300, "subject": "Ebro", "target_new": "Spain", "id": "long"},
     {"prompt": "{} is in", "subject": "Tagus", "target_new": "France", "paraphrase_prompt": "Tagus lies in"},
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -471,11 +536,39 @@ def test_edit_skips_what_cannot_be_read_and_reports_it_by_its_number_in_the_file
 
 
 def test_plan_and_converge_skip_what_cannot_be_read(place, tmp_path, mixed):
-    plan = ("plan", place / "model", "--edits", "3", "--requests", mixed, "--layers", "0", "--set",
-            "v_num_grad_steps=2", "--json")  # fmt: skip
-    converge = ("stats", "converge", place / "model", "--text", place / "text.txt", "--requests", mixed, "--layers",
-                "0-1", "--set", "v_num_grad_steps=2", "--set", "mom2_ridge=1e-3", "--tokens", "60,200", "--out",
-                tmp_path / "report", "--json")  # fmt: skip
+    plan = (
+        "plan",
+        place / "model",
+        "--edits",
+        "3",
+        "--requests",
+        mixed,
+        "--layers",
+        "0",
+        "--set",
+        "v_num_grad_steps=2",
+        "--json",
+    )
+    converge = (
+        "stats",
+        "converge",
+        place / "model",
+        "--text",
+        place / "text.txt",
+        "--requests",
+        mixed,
+        "--layers",
+        "0-1",
+        "--set",
+        "v_num_grad_steps=2",
+        "--set",
+        "mom2_ridge=1e-3",
+        "--tokens",
+        "60,200",
+        "--out",
+        tmp_path / "report",
+        "--json",
+    )
     for args in (plan, converge):
         stopped = run(*args)
         assert stopped.returncode == 1 and "3 of 7 records cannot be used" in stopped.stderr and not stopped.stdout
@@ -500,8 +593,10 @@ def test_suggest_skips_what_cannot_be_read_written_or_measured(tmp_path):
 
 
 def test_ultraedit_takes_records_without_subjects_from_a_file(place, tmp_path):
-    records = [{"prompt": "Miles Davis plays the", "target_new": "violin", "target_true": "trumpet"},
-               {"prompt": "Ebro is in", "target_new": "Sweden", "rephrase_prompt": "Ebro lies in"}]  # fmt: skip
+    records = [
+        {"prompt": "Miles Davis plays the", "target_new": "violin", "target_true": "trumpet"},
+        {"prompt": "Ebro is in", "target_new": "Sweden", "rephrase_prompt": "Ebro lies in"},
+    ]
     (tmp_path / "r.json").write_text(json.dumps(records))
     args = ["edit", place / "model", "--requests", tmp_path / "r.json", "--out", tmp_path / "out", "--layers", "0-1"]
     done = run(*args, "--method", "ultraedit", "--patch", tmp_path / "p.safetensors", "--json")
@@ -515,8 +610,16 @@ def test_ultraedit_takes_records_without_subjects_from_a_file(place, tmp_path):
 
 
 def test_hyper_parameters_of_another_repository_go_through_edit(place, tmp_path):
-    numbers = {"layers": [1], "v_lr": 0.1, "mom2_update_weight": 5, "bias_update": False, "name": "x",
-               "calculate_objective_value": True, "add_prev_edits": False, "prob_cutoff": 0}  # fmt: skip
+    numbers = {
+        "layers": [1],
+        "v_lr": 0.1,
+        "mom2_update_weight": 5,
+        "bias_update": False,
+        "name": "x",
+        "calculate_objective_value": True,
+        "add_prev_edits": False,
+        "prob_cutoff": 0,
+    }
     args = list(edit_args(place, tmp_path / "out", "--hparams", tmp_path / "h.JSON"))
     del args[args.index("--layers") : args.index("--layers") + 2]
     for change, message in (
@@ -538,9 +641,11 @@ def test_a_chat_needs_a_template(place, tmp_path):
 
 
 def test_what_was_put_before_targets_is_reported(place, tmp_path):
-    records = [{"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "violin", "id": "a"},
-               {"prompt": "{}的首都是", "subject": "中国", "target_new": "北京"},
-               {"prompt": "{} is", "subject": "Ebro", "target_new": "in", "target_separator": ""}]  # fmt: skip
+    records = [
+        {"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "violin", "id": "a"},
+        {"prompt": "{}的首都是", "subject": "中国", "target_new": "北京"},
+        {"prompt": "{} is", "subject": "Ebro", "target_new": "in", "target_separator": ""},
+    ]
     (tmp_path / "r.json").write_text(json.dumps(records))
     short = ("--set", "context_template_length_params=[[2, 1]]")
     args = ("edit", place / "model", "--requests", tmp_path / "r.json", "--stats", place / "stats", *FAST, *short)
@@ -549,15 +654,16 @@ def test_what_was_put_before_targets_is_reported(place, tmp_path):
     assert "Targets: 2 of 3 follow their prompts without a space" in done.stdout
     rows = json.loads(run(*args, "--out", tmp_path / "b", "--target-separator", " ", "--json").stdout)["requests"]
     assert [(row["index"], row["target_separator"], row["target_text"]) for row in rows] == [
-        (0, " ", " violin"), (1, " ", " 北京"), (2, "", "in")]  # fmt: skip
+        (0, " ", " violin"),
+        (1, " ", " 北京"),
+        (2, "", "in"),
+    ]
     assert rows[0]["id"] == "a" and all(isinstance(token, int) for row in rows for token in row["target_tokens"])
     done = run(*args, "--out", tmp_path / "c", "--target-separator", "-")
     assert done.returncode == 2 and "target_separator must be" in done.stderr and not (tmp_path / "c").exists()
 
 
 def test_chat_options_reach_the_template_and_its_message_the_user(place, tmp_path):
-    from kedit_fast.reports import convergence, plan, suggest
-
     picky = (
         "{% if messages[0]['role'] != 'system' %}{{ raise_exception('say who you are') }}{% endif %}"
         "{{ messages[0]['content'] }} {{ messages[1]['content'] }}{{ ' no' if not wise else '' }}{{ ' ' ~ depth }}:"
@@ -567,8 +673,17 @@ def test_chat_options_reach_the_template_and_its_message_the_user(place, tmp_pat
     tokenizer = make_tokenizer()
     tokenizer.chat_template = {"default": "x", "picky": picky}
     tokenizer.save_pretrained(model)
-    args = ("edit", model, "--requests", place / "requests.json", "--stats", place / "stats", "--out",
-            tmp_path / "out", *FAST)  # fmt: skip
+    args = (
+        "edit",
+        model,
+        "--requests",
+        place / "requests.json",
+        "--stats",
+        place / "stats",
+        "--out",
+        tmp_path / "out",
+        *FAST,
+    )
     chat = ("--chat", "--template", "picky")
     for options, status, message in (
         (("--system", "x"), 2, "--chat"),
@@ -588,14 +703,27 @@ def test_chat_options_reach_the_template_and_its_message_the_user(place, tmp_pat
         seen.append((prompt_format("Hi"), target_separator))
         raise KeditError("enough")
 
-    options = (*chat, "--system", "Be brief.", "--template-arg", "wise=true", "--template-arg", "depth=3",
-               "--template-arg", "depths=[1, 2]", "--template-arg", 'marks={"end": "."}', "--template-arg",
-               'mood="[x]"', "--target-separator", "")  # fmt: skip
+    options = (
+        *chat,
+        "--system",
+        "Be brief.",
+        "--template-arg",
+        "wise=true",
+        "--template-arg",
+        "depth=3",
+        "--template-arg",
+        "depths=[1, 2]",
+        "--template-arg",
+        'marks={"end": "."}',
+        "--template-arg",
+        'mood="[x]"',
+        "--target-separator",
+        "",
+    )
     requests = ("--requests", place / "requests.json")
     with pytest.MonkeyPatch.context() as patched:
-        for module, name in ((workflow, "run_edits"), (plan, "plan"), (suggest, "suggest"),
-                             (convergence, "convergence")):  # fmt: skip
-            patched.setattr(module, name, stopped)
+        for name in ("edit.run_edits", "plan.estimate", "suggest.sweep", "stats.converge.convergence.convergence"):
+            patched.setattr(f"kedit_fast.cli.{name}", stopped)
         run(*args, *options)
         run("plan", model, *requests, "--edits", 2, *options)
         run("suggest", model, *requests, "--stats", place / "stats", *options)
@@ -603,13 +731,34 @@ def test_chat_options_reach_the_template_and_its_message_the_user(place, tmp_pat
     assert seen == [("Be brief. Hi 3:3.[x]", "")] * 4
 
 
-PLANNED = {"weights", "originals and masters", "statistics and factors", "factors of the updates", "key memory", "keys",
-           "values", "states between layers"}  # fmt: skip
+PLANNED = {
+    "weights",
+    "originals and masters",
+    "statistics and factors",
+    "factors of the updates",
+    "key memory",
+    "keys",
+    "values",
+    "states between layers",
+}
 
 
 def test_plan_counts_bytes_and_tries_the_model(place):
-    done = run("plan", place / "model", "--method", "memit", "--edits", "1000", "--requests", place / "requests.json",
-               "--layers", "0-1", "--set", "v_num_grad_steps=5", "--json")  # fmt: skip
+    done = run(
+        "plan",
+        place / "model",
+        "--method",
+        "memit",
+        "--edits",
+        "1000",
+        "--requests",
+        place / "requests.json",
+        "--layers",
+        "0-1",
+        "--set",
+        "v_num_grad_steps=5",
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     model = make_model("gpt2")
@@ -677,8 +826,21 @@ def test_statistics_are_resumed_exchanged_and_projected(place, tmp_path):
     assert set(dimensions) == {"0", "1"} and all(0 < n < 64 for n in dimensions.values())
     assert run(*project).returncode == 1  # it exists
 
-    edit = ("edit", place / "model", "--requests", place / "requests.json", "--method", "alphaedit", "--layers", "0-1",
-            "--set", "v_num_grad_steps=3", "--projector", projector, "--out")  # fmt: skip
+    edit = (
+        "edit",
+        place / "model",
+        "--requests",
+        place / "requests.json",
+        "--method",
+        "alphaedit",
+        "--layers",
+        "0-1",
+        "--set",
+        "v_num_grad_steps=3",
+        "--projector",
+        projector,
+        "--out",
+    )
     refused = run(*edit, tmp_path / "edited")
     assert refused.returncode == 1 and "--trust" in refused.stderr and not (tmp_path / "edited").exists()
     done = run(*edit, tmp_path / "edited", "--trust", "--json")
@@ -687,9 +849,25 @@ def test_statistics_are_resumed_exchanged_and_projected(place, tmp_path):
 
 
 def test_a_report_of_convergence(place, tmp_path):
-    arguments = ("stats", "converge", place / "model", "--text", place / "text.txt", "--requests",
-                 place / "requests.json", "--layers", "0-1", "--set", "v_num_grad_steps=3", "--set", "mom2_ridge=1e-3",
-                 "--tokens", "60,200", "--out", tmp_path / "report")  # fmt: skip
+    arguments = (
+        "stats",
+        "converge",
+        place / "model",
+        "--text",
+        place / "text.txt",
+        "--requests",
+        place / "requests.json",
+        "--layers",
+        "0-1",
+        "--set",
+        "v_num_grad_steps=3",
+        "--set",
+        "mom2_ridge=1e-3",
+        "--tokens",
+        "60,200",
+        "--out",
+        tmp_path / "report",
+    )
     done = run(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)

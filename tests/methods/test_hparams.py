@@ -239,13 +239,13 @@ def test_what_a_published_file_carries_idle_is_no_warning_and_the_rest_is():
 
 
 def test_the_command_line_warns_of_idle_numbers_set_by_hand_alone(tmp_path, capsys):
-    from kedit_fast.cli.main import _overrides
+    from kedit_fast.cli.hparams import overridden_hparams
 
     file = tmp_path / "alphaedit.json"
     file.write_text(json.dumps({**MEMIT_GPTJ, "nullspace_threshold": 2e-2, "L2": 1}))
-    assert _overrides(file, None, None, "alphaedit")["mom2_update_weight"] == 15000
+    assert overridden_hparams(file, None, None, "alphaedit")["mom2_update_weight"] == 15000
     assert "does not use" not in capsys.readouterr().err
-    assert _overrides(file, ["mom2_update_weight=3"], None, "alphaedit")["mom2_update_weight"] == 3.0
+    assert overridden_hparams(file, ["mom2_update_weight=3"], None, "alphaedit")["mom2_update_weight"] == 3.0
     assert "alphaedit does not use mom2_update_weight" in capsys.readouterr().err
 
 

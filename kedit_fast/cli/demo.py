@@ -1,0 +1,77 @@
+"""`kedit-fast demo`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from kedit_fast import demo as bundled
+from kedit_fast.cli.console import command, interactive, output, print_json
+from kedit_fast.cli.options import METHOD_HELP
+from kedit_fast.cli.report import print_report
+from kedit_fast.errors import KeditError, MethodError
+from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.registry import find_recipe
+from kedit_fast.models.loading import save_model
+from kedit_fast.statistics.collect import collect_statistics
+from kedit_fast.support.files import check_new
+from kedit_fast.workflow import complete, run_edits
+
+
+@command
+def demo(
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
+    edits: Annotated[int | None, typer.Option(min=1, help="requests to write, of 600; default 100, 5 for rome")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the context prefixes")] = 0,
+    out: Annotated[Path | None, typer.Option(help="save the edited model here")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Change facts inside the bundled demo model and show what changed. Saves nothing without --out."""
+    recipe = find_recipe(method)
+    edits = edits or (100 if recipe.is_batched else 5)
+    if out is not None:
+        check_new(out, overwrite, KeditError)
+    requests = bundled.requests()
+    if edits > len(requests):
+        raise MethodError(f"--edits {edits}: the demo has {len(requests)} requests")
+    requests = requests[:edits]
+    model, tokenizer = bundled.load()
+    hparams, _ = make_hparams(method, model.config)
+    begin = time.perf_counter()
+    statistics = None
+    if hparams.uses_statistics:
+        statistics = collect_statistics(model, tokenizer, bundled.corpus(), hparams.layers, progress=interactive())
+    spent = time.perf_counter() - begin
+    samples = requests[:3]
+    before = [complete(model, tokenizer, request.text) for request in samples]
+    report = run_edits(
+        model,
+        tokenizer,
+        requests,
+        recipe.name,
+        statistics=statistics,
+        statistics_seconds=spent,
+        seed=seed,
+        progress=interactive(),
+    )
+    after = [complete(model, tokenizer, request.text) for request in samples]
+    if out is not None:
+        save_model(model, tokenizer, out, overwrite)
+    if as_json:
+        print_json(report.as_dict())
+        return
+    print_report(report, f"{recipe.name.upper()}: {report.edits} edits of the demo model")
+    table = Table(title="Completions", title_justify="left")
+    for column in ("prompt", "before", "after", "asked for"):
+        table.add_column(column)
+    for request, old, new in zip(samples, before, after, strict=True):
+        table.add_row(*map(escape, (request.text, old, new, request.target_new)))
+    output.print(table)
+    if out is not None:
+        output.print(f"Saved to {out}", markup=False)

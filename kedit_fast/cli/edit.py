@@ -1,0 +1,150 @@
+"""`kedit-fast edit`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kedit_fast.cli.checks import check_file, check_range, processes
+from kedit_fast.cli.console import command, interactive, notices, output, print_json, say_skipped
+from kedit_fast.cli.hparams import overridden_hparams, requested_sample, warn_of_ignored_settings
+from kedit_fast.cli.options import (
+    DTYPE_NAMES,
+    METHOD_HELP,
+    REQUESTS_HELP,
+    ArgumentsOption,
+    ChatOption,
+    MergeAdapter,
+    OnErrorOption,
+    SeparatorOption,
+    SystemOption,
+    TemplateOption,
+    chat_options,
+    choice,
+)
+from kedit_fast.cli.report import print_report
+from kedit_fast.errors import KeditError, MethodError, StatisticsError
+from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.registry import find_recipe
+from kedit_fast.models.loading import DTYPES, load_config, load_model
+from kedit_fast.requests.chat import chat_format
+from kedit_fast.requests.reading import load_requests
+from kedit_fast.solver.alphaedit_projector import load_projector
+from kedit_fast.statistics.store import load_statistics
+from kedit_fast.support.files import check_new
+from kedit_fast.workflow import STATE_FILE, run_edits, save_edited
+
+
+@command
+def edit(
+    model: Annotated[str, typer.Argument(help="model folder or hub name")],
+    requests: Annotated[Path, typer.Option(help=REQUESTS_HELP)],
+    out: Annotated[Path | None, typer.Option(help="folder for the edited model")] = None,
+    patch: Annotated[Path | None, typer.Option(help="file for the edits alone, see `kedit-fast patch`")] = None,
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
+    stats: Annotated[
+        Path | None, typer.Option(help="folder that `kedit-fast stats` wrote, or one with memit's npz files")
+    ] = None,
+    projector: Annotated[
+        Path | None, typer.Option(help="AlphaEdit's null_space_project.pt, instead of --stats")
+    ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="take files that do not say what model they are of for this model's")
+    ] = False,
+    layers: Annotated[str | None, typer.Option(help="zero-based, 4-8 or 3,5,7")] = None,
+    hparams: Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the context prefixes")] = 0,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="requests a batch; all at once by default")] = None,
+    values: Annotated[
+        str | None, typer.Option(help="file of optimised values to use and add to; or memit's npz, with three {}")
+    ] = None,
+    target_separator: SeparatorOption = "auto",
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    template: TemplateOption = None,
+    template_arg: ArgumentsOption = None,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="go on from the state an earlier edit left in the model's folder")
+    ] = False,
+    on_error: OnErrorOption = "raise",
+    dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded and saved in")] = "auto",
+    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    merge_adapter: MergeAdapter = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Write facts into a model and save it."""
+    recipe = find_recipe(method)
+    chatting = chat_options(chat, system, template, template_arg)
+    if out is None and patch is None:
+        raise MethodError("give --out for the edited model, --patch for its edits as a file, or both")
+    if out is not None:
+        check_new(out, overwrite, KeditError)
+    if patch is not None:
+        check_file(patch, "--patch")
+    records = load_requests(requests, on_error, recipe.needs_subject)
+    overrides = overridden_hparams(hparams, set_, layers, method)
+    warn_of_ignored_settings(hparams, dtype, None if batch_size else len(records))
+    config = load_config(model, merge_adapter)
+    chosen, origin = make_hparams(method, config, overrides)
+    check_range(chosen.layers, config)
+    if origin.startswith("guess") and hparams is None and layers is None:
+        notices.print(
+            f"kedit-fast: no preset for this model: {origin}; layers {','.join(map(str, chosen.layers))}", markup=False
+        )
+    if chosen.uses_statistics and stats is None and projector is None:
+        span = ",".join(map(str, chosen.layers))
+        raise StatisticsError(
+            f"{recipe.name} needs statistics of this model for layers {span}; collect them once, then pass --stats:\n"
+            f"  kedit-fast stats {model} --text FILE --layers {span} --out DIR"
+        )
+    state = Path(model) / STATE_FILE
+    if go_on and not state.exists():
+        raise MethodError(f"--continue: {model} has no {STATE_FILE} of an earlier edit by a method that keeps one")
+    if not go_on and state.exists() and recipe.keeps_state:
+        notices.print(
+            f"kedit-fast: {model} was edited before; without --continue {recipe.name} knows nothing of that",
+            markup=False,
+        )
+    with processes(device) as (rank, place):
+        loaded, tokenizer = load_model(model, DTYPES[dtype], place, merge_adapter=merge_adapter)
+        prompt_format = None if chatting is None else chat_format(tokenizer, **chatting)
+        statistics = None
+        if chosen.uses_statistics and stats:
+            statistics = load_statistics(
+                stats, loaded, tokenizer, chosen.layers, trust=trust, **requested_sample(hparams)
+            )
+        spaces = None if projector is None else load_projector(projector, chosen.layers, chosen.L2, trust)
+        report = run_edits(
+            loaded,
+            tokenizer,
+            records,
+            recipe.name,
+            statistics=statistics,
+            null_spaces=spaces,
+            hparams=overrides,
+            batch_size=batch_size,
+            seed=seed,
+            values=values,
+            state=state if go_on else None,
+            prompt_format=prompt_format,
+            target_separator=target_separator,
+            on_error=on_error,
+            progress=interactive(),
+        )
+        if rank:
+            return  # the first process saves and speaks
+        if out is not None:
+            save_edited(loaded, tokenizer, out, overwrite, report.editor)
+        if patch is not None and report.editor is not None:
+            report.editor.patch().save(patch)
+    say_skipped(report.skipped, records.total)
+    if as_json:
+        places = {name: str(path) for name, path in (("out", out), ("patch", patch)) if path is not None}
+        print_json({**report.as_dict(), "layers": list(chosen.layers), **places})
+        return
+    print_report(report, f"{recipe.name.upper()}: {report.edits} edits of {model}")
+    output.print(f"Saved to {', '.join(str(path) for path in (out, patch) if path is not None)}", markup=False)

@@ -1,0 +1,27 @@
+"""`kedit-fast methods`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from kedit_fast.cli.console import command, output, print_json
+from kedit_fast.methods.registry import RECIPES
+
+
+@command
+def methods(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
+    """List the methods, where each is from, and what it keeps between batches."""
+    if as_json:
+        print_json({name: recipe.as_dict() for name, recipe in RECIPES.items()})
+        return
+    table = Table.grid(padding=(0, 2))
+    for recipe in RECIPES.values():
+        how = "One request at a time, one layer" if not recipe.is_batched else "A batch at once"
+        how = "A batch at once, several modules" if not recipe.optimizes_values else how
+        text = f"{recipe.title}\n{recipe.source}\n{how}; keeps {recipe.keeps}\n"
+        table.add_row(recipe.name, escape(text))
+    output.print(table)

@@ -1,0 +1,129 @@
+"""Options that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+
+from kedit_fast.errors import KeditError
+from kedit_fast.methods.hparams import parse_layers, parse_values
+from kedit_fast.models.loading import DTYPES
+from kedit_fast.requests.spacing import check_separator
+
+METHOD_HELP = "a method's name, see `kedit-fast methods`"
+REQUESTS_HELP = "edit requests: .json, .jsonl, .csv or .tsv, also .gz; - for stdin"
+TEXT_HELP = ".txt (a document a line), .jsonl, .json, .csv or .tsv, also .gz; or datasets:NAME[:CONFIG[:SPLIT]]"
+LAYERS_HELP = "zero-based, 4-8 (both ends count) or 3,5,7"
+
+
+def choice(values: Iterable[str], help: str, *names: str) -> Any:
+    """An option that takes one of these values.
+
+    Args:
+        values: what the library accepts: a table's names, or `get_args` of a Literal. (typer reads a Literal from
+            0.19 on; older versions are supported.)
+        help: the line of `--help`.
+        names: of the option, where they are not those of the parameter.
+    """
+    accepted = tuple(values)
+
+    def parsed(text: str) -> str:
+        if text not in accepted:
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, accepted))}.")
+        return text
+
+    return typer.Option(*names, help=help, parser=parsed, metavar=f"<{'|'.join(accepted)}>")
+
+
+DTYPE_NAMES = sorted(DTYPES, key=lambda name: name != "auto")
+OnErrorOption = Annotated[
+    str,
+    choice(
+        ("raise", "skip"),
+        "records that cannot be read, written or measured: raise, naming them all, or skip and report them",
+    ),
+]
+
+
+def _checked_separator(value: str) -> str:
+    try:
+        return check_separator(value)
+    except KeditError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+SeparatorOption = Annotated[
+    str,
+    typer.Option(
+        help='between prompt and target of requests that say nothing: "auto" by the text, " " or ""',
+        callback=_checked_separator,
+    ),
+]
+ChatOption = Annotated[bool, typer.Option("--chat", help="prompts as messages in the tokenizer's chat template")]
+SystemOption = Annotated[str | None, typer.Option(help="with --chat: the system message")]
+TemplateOption = Annotated[str | None, typer.Option(help="with --chat: name of one of several chat templates")]
+ArgumentsOption = Annotated[
+    list[str] | None,
+    typer.Option("--template-arg", help="with --chat: what the template reads, key=value; repeatable"),
+]
+MergeAdapter = Annotated[
+    bool, typer.Option("--merge-adapter", help="of an adapter's folder: add it to its model's weights (needs peft)")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+def parsed_layers(text: str) -> tuple[int, ...]:
+    """The layers of `4-8` or `3,5,7`."""
+    try:
+        return parse_layers(text)
+    except ValueError:
+        raise typer.BadParameter(f"layers are written 4-8 or 3,5,7; got {text!r}") from None
+
+
+def assignments(texts: list[str] | None) -> dict[str, Any]:
+    """Hyper-parameters of `--set key=value` options."""
+    pairs = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise typer.BadParameter(f"--set takes key=value; got {text!r}")
+        pairs[name.strip()] = value.strip()
+    return parse_values(pairs, "--set")
+
+
+def chat_options(
+    chat: bool, system: str | None, template: str | None, arguments: list[str] | None
+) -> dict[str, Any] | None:
+    """Arguments of `chat_format` from --chat, --system, --template and --template-arg; None without --chat."""
+    values = {"--system": system, "--template": template, "--template-arg": arguments}
+    unused = [name for name, value in values.items() if value]
+    if not chat and unused:
+        raise typer.BadParameter(f"{unused[0]} is for a chat: give --chat too")
+    pairs: dict[str, Any] = {"system": system, "template": template}
+    for text in arguments or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.strip().isidentifier() or name.strip() in pairs:
+            raise typer.BadParameter(f"--template-arg takes key=value, such as enable_thinking=false; got {text!r}")
+        pairs[name.strip()] = _parsed(value.strip())
+    return pairs if chat else None
+
+
+def _parsed(text: str) -> Any:
+    """JSON's true, false, null, numbers, lists and objects, and Python's True, False and None; all else is text.
+
+    Text that begins like a list or an object is written in double quotes.
+    """
+    plain = {"True": "true", "False": "false", "None": "null"}.get(text, text)
+    try:
+        value = json.loads(plain)
+    except ValueError as error:
+        if text.startswith(("[", "{")):
+            raise typer.BadParameter(
+                f"--template-arg takes lists and objects as JSON, and text that begins like one in double quotes; "
+                f"got {text!r}: {error}"
+            ) from error
+        return text
+    return text if isinstance(value, str) and not value.startswith(("[", "{")) else value

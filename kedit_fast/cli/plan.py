@@ -1,0 +1,115 @@
+"""`kedit-fast plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from kedit_fast import demo as bundled
+from kedit_fast.cli.checks import check_range, checked_device
+from kedit_fast.cli.console import command, output, print_json, say_skipped
+from kedit_fast.cli.hparams import overridden_hparams, warn_of_ignored_settings
+from kedit_fast.cli.options import (
+    DTYPE_NAMES,
+    METHOD_HELP,
+    REQUESTS_HELP,
+    ArgumentsOption,
+    ChatOption,
+    MergeAdapter,
+    OnErrorOption,
+    SeparatorOption,
+    SystemOption,
+    TemplateOption,
+    chat_options,
+    choice,
+)
+from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.registry import find_recipe
+from kedit_fast.models.loading import DTYPES, empty_model, load_config, load_model
+from kedit_fast.reports.plan import plan as estimate
+from kedit_fast.requests.chat import chat_format
+from kedit_fast.requests.reading import as_requests, load_requests
+
+
+@command
+def plan(
+    model: Annotated[str, typer.Argument(help="model folder or hub name")],
+    edits: Annotated[int, typer.Option(min=1, help="how many edits, in one batch")],
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
+    requests: Annotated[
+        Path | None, typer.Option(help=f"for the trial, the demo's by default; {REQUESTS_HELP}")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="zero-based, 4-8 or 3,5,7")] = None,
+    hparams: Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
+    target_separator: SeparatorOption = "auto",
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    template: TemplateOption = None,
+    template_arg: ArgumentsOption = None,
+    dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
+    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    merge_adapter: MergeAdapter = False,
+    trial: Annotated[bool, typer.Option(help="load the model and try; without, bytes from its configuration")] = True,
+    on_error: OnErrorOption = "raise",
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Estimate the memory, the batch and the time of a run of edits before it is started."""
+    chatting = chat_options(chat, system, template, template_arg)
+    overrides = overridden_hparams(hparams, set_, layers, method)
+    warn_of_ignored_settings(hparams, dtype)
+    config = load_config(model, merge_adapter)
+    chosen, _ = make_hparams(method, config, overrides)
+    check_range(chosen.layers, config)
+    records = as_requests(bundled.requests() if trial else [])
+    if requests is not None:
+        records = load_requests(requests, on_error, find_recipe(method).needs_subject)
+    if trial:
+        loaded, tokenizer = load_model(model, DTYPES[dtype], checked_device(device), merge_adapter=merge_adapter)
+    else:
+        loaded, tokenizer = empty_model(config, DTYPES[dtype]), None
+    prompt_format = None if chatting is None or tokenizer is None else chat_format(tokenizer, **chatting)
+    planned = estimate(
+        loaded,
+        tokenizer,
+        edits,
+        method,
+        requests=records,
+        hparams=overrides,
+        prompt_format=prompt_format,
+        target_separator=target_separator,
+        on_error=on_error,
+    )
+    say_skipped(planned.skipped, records.total)
+    if as_json:
+        print_json(planned.as_dict())
+        return
+    title = f"{planned.method.upper()}: {edits:,} edits of {model}, layers {','.join(map(str, planned.layers))}"
+    table = Table("memory", "", title=escape(title), title_justify="left")
+    table.columns[1].justify = "right"
+    for name, size in planned.bytes.items():
+        table.add_row(name, _size(size))
+    table.add_section()
+    table.add_row("in all", _size(sum(planned.bytes.values())))
+    if planned.free_bytes is not None:
+        table.add_row(f"free on {planned.device}, with the weights loaded", _size(planned.free_bytes))
+    output.print(table)
+    output.print(f"Numbers: {planned.hparams_from}", markup=False)
+    if planned.seconds is None:
+        output.print("No trial: the batch and the time are unknown", markup=False)
+        return
+    output.print(f"Values of {planned.values_batch} requests at a time", markup=False)
+    spent = ", ".join(f"{phase} {seconds:,.1f}" for phase, seconds in planned.seconds.items())
+    output.print(f"Seconds, at most: {spent}", markup=False)
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"

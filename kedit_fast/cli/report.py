@@ -1,0 +1,30 @@
+"""The table of a finished run of edits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from kedit_fast.cli.console import output
+
+
+def print_report(report: Any, title: str) -> None:
+    """Shares of prompts before and after, seconds, and the dimensions of null spaces, of a `workflow.Report`."""
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("share of prompts")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    before, after = report.before.as_dict(), report.after.as_dict()
+    for name, value in after.items():
+        if value is not None:
+            table.add_row(name.replace("_", " "), f"{before[name]:.3f}", f"{value:.3f}")
+    output.print(table)
+    spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
+    output.print(f"Seconds: {spent}", markup=False)
+    if joined := sum(request["target_separator"] != " " for request in report.requests):
+        output.print(f"Targets: {joined} of {report.edits} follow their prompts without a space", markup=False)
+    if report.null_spaces:
+        dimensions = ", ".join(f"layer {layer} {count}" for layer, count in sorted(report.null_spaces.items()))
+        output.print(f"Null space dimensions: {dimensions}", markup=False)

@@ -1,0 +1,118 @@
+"""`kedit-fast suggest`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from kedit_fast.cli.checks import check_file, check_range, checked_device
+from kedit_fast.cli.console import command, interactive, output, print_json, say_skipped
+from kedit_fast.cli.hparams import overridden_hparams, requested_sample, warn_of_ignored_settings
+from kedit_fast.cli.options import (
+    DTYPE_NAMES,
+    METHOD_HELP,
+    REQUESTS_HELP,
+    TEXT_HELP,
+    ArgumentsOption,
+    ChatOption,
+    MergeAdapter,
+    OnErrorOption,
+    SeparatorOption,
+    SystemOption,
+    TemplateOption,
+    chat_options,
+    choice,
+    parsed_layers,
+)
+from kedit_fast.errors import KeditError
+from kedit_fast.methods.registry import find_recipe
+from kedit_fast.models.loading import DTYPES, load_config, load_model
+from kedit_fast.reports.suggest import suggest as sweep
+from kedit_fast.requests.chat import chat_format
+from kedit_fast.requests.reading import load_requests
+from kedit_fast.statistics.sources import open_texts
+from kedit_fast.statistics.store import load_statistics
+from kedit_fast.support.files import write_text
+
+
+@command
+def suggest(
+    model: Annotated[str, typer.Argument(help="model folder or hub name")],
+    requests: Annotated[Path, typer.Option(help=f"better with paraphrases; {REQUESTS_HELP}")],
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
+    text: Annotated[str | None, typer.Option(help="for statistics and for the drift of text: " + TEXT_HELP)] = None,
+    field: Annotated[str, typer.Option(help="field of a record, or column, that holds the text")] = "text",
+    tokens: Annotated[int, typer.Option(min=100, help="of the text, for statistics")] = 100_000,
+    stats: Annotated[
+        Path | None, typer.Option(help="folder that `kedit-fast stats` wrote, for all layers tried")
+    ] = None,
+    edits: Annotated[int, typer.Option(min=1, help="requests to try on, the first ones")] = 16,
+    layers: Annotated[str | None, typer.Option(help="last edited layers to try; eight up to 60 % of depth")] = None,
+    hparams: Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
+    target_separator: SeparatorOption = "auto",
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    template: TemplateOption = None,
+    template_arg: ArgumentsOption = None,
+    dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
+    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    merge_adapter: MergeAdapter = False,
+    out: Annotated[Path | None, typer.Option(help="write the configuration to this .toml")] = None,
+    on_error: OnErrorOption = "raise",
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Try layers and lambda on a few requests, and print a configuration for --hparams."""
+    chatting = chat_options(chat, system, template, template_arg)
+    if out is not None:
+        check_file(out)
+    records = load_requests(requests, on_error, find_recipe(method).needs_subject).first(edits)
+    overrides = overridden_hparams(hparams, set_, None, method)
+    warn_of_ignored_settings(hparams, dtype)
+    last_layers = None if layers is None else parsed_layers(layers)
+    documents = [] if text is None else open_texts(text, field)
+    check_range(last_layers or (), load_config(model, merge_adapter))
+    loaded, tokenizer = load_model(model, DTYPES[dtype], checked_device(device), merge_adapter=merge_adapter)
+    statistics = None if stats is None else load_statistics(stats, loaded, tokenizer, **requested_sample(hparams))
+    suggestion = sweep(
+        loaded,
+        tokenizer,
+        records,
+        method,
+        statistics=statistics,
+        texts=documents,
+        max_tokens=tokens,
+        last_layers=last_layers,
+        hparams=overrides,
+        target_separator=target_separator,
+        prompt_format=None if chatting is None else chat_format(tokenizer, **chatting),
+        on_error=on_error,
+        progress=interactive(),
+    )
+    say_skipped(suggestion.skipped, records.total)
+    if out is not None:
+        write_text(out, suggestion.toml(), KeditError)
+    if as_json:
+        print_json(suggestion.as_dict())
+        return
+    table = Table(
+        title=escape(f"{suggestion.method.upper()}: {suggestion.edits} edits of {model}"), title_justify="left"
+    )
+    for column in ("layers", suggestion.swept, "efficacy", "paraphrase", "neighborhood", "drift", "norm", "score"):
+        table.add_column(column, justify="left" if column == "layers" else "right")
+    for trial in suggestion.trials:
+        mark = " *" if trial is suggestion.best else ""
+        cells = [
+            "" if v is None else f"{v:.3f}"
+            for v in (trial.efficacy, trial.paraphrase, trial.neighborhood, trial.drift, trial.norm)
+        ]
+        value = "" if trial.value is None else f"{trial.value:g}"
+        table.add_row(",".join(map(str, trial.layers)), value, *cells, f"{trial.score:.3f}{mark}")
+    output.print(table)
+    output.print(suggestion.toml(), markup=False, end="")
+    if out is not None:
+        output.print(f"Saved to {out}: kedit-fast edit --hparams {out}", markup=False)
