@@ -2,55 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import gzip
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import run, saved
 from tiny_models import TEXT, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kedit_fast
 from kedit_fast import demo, workflow
-from kedit_fast.cli import main
 from kedit_fast.errors import KeditError, UnsupportedModelError
 from kedit_fast.methods.hparams import read_hparams
 from kedit_fast.models import loading
 from kedit_fast.support.files import new_folder
-
-
-def run(*args, cwd=None, **environment):
-    """The command in this process: (returncode, stdout, stderr), as a shell would see them."""
-    out, err, before, here = io.StringIO(), io.StringIO(), dict(os.environ), os.getcwd()
-    os.environ.update({"HF_HUB_OFFLINE": "1", "COLUMNS": "200", **environment})
-    os.chdir(cwd or here)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main.app([str(a) for a in args], prog_name="kedit-fast")
-                code = 0
-            except SystemExit as stop:
-                code = stop.code or 0
-    finally:
-        os.chdir(here)
-        os.environ.clear()
-        os.environ.update(before)
-    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
-
-
-def saved(folder, kind, **options):
-    make_model(kind, **options).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

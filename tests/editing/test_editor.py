@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 from floors import relative_error
-from tiny_models import KINDS, POST_NORM, TEXT, make_model, make_tokenizer
+from support import PREFIXES, REQUESTS, make_editor, same, weights
+from tiny_models import KINDS, POST_NORM, make_model, make_tokenizer
 
-from kedit_fast import Editor, EditRequest, collect_statistics, demo, evaluate, load_requests
+from kedit_fast import Editor, EditRequest, demo, evaluate, load_requests
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.loop import find_values
 from kedit_fast.errors import EditError, KeditError, MethodError, RequestError, StatisticsError
@@ -18,34 +19,6 @@ from kedit_fast.models.view import ModelView
 from kedit_fast.reports.plan import plan
 from kedit_fast.reports.suggest import suggest
 from kedit_fast.requests.prompts import prepare
-
-PREFIXES = ("The old tower. ", "Because I saw. ")
-REQUESTS = [
-    EditRequest("{} plays the", "Miles Davis", "violin"),
-    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English"),
-    EditRequest("{} is located in", "Autonomous University of Madrid", "Sweden"),
-]
-NUMBERS = dict(v_num_grad_steps=6, v_lr=0.1, clamp_norm_factor=0.5, mom2_ridge=1e-3)
-
-
-def make_editor(kind="llama", method="memit", dtype=torch.float32, **hparams):
-    tokenizer, model = make_tokenizer(), make_model(kind, dtype)
-    layers = hparams.pop("layers", (0, 1) if method == "memit" else (1,))
-    statistics = collect_statistics(model, tokenizer, TEXT * 2, (0, 1), progress=False)
-    numbers = {
-        **NUMBERS,
-        **({"mom2_update_weight": 10.0} if method == "memit" else {"mom2_adjustment": True}),
-        **hparams,
-    }
-    return Editor(model, tokenizer, method, statistics=statistics, layers=layers, hparams=numbers, prefixes=PREFIXES)
-
-
-def weights(editor):
-    return {name: tensor.clone() for name, tensor in editor.view.model.state_dict().items()}
-
-
-def same(editor, before):
-    return all(torch.equal(tensor, before[name]) for name, tensor in editor.view.model.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from floors import relative_error
-from test_editor import PREFIXES, REQUESTS, make_editor, same, weights
+from support import PREFIXES, REQUESTS, make_editor, same, weights
 from tiny_models import POST_NORM, TEXT, make_model, make_tokenizer
 
 from benchmarks.published import serial_gradients

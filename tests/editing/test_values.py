@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import prepared_and_hparams
 from tiny_models import KINDS, POST_NORM, make_model, make_tokenizer
 
 from benchmarks.published import serial_value
@@ -22,21 +23,6 @@ from kedit_fast.models.forward import Site
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import prepare
 from kedit_fast.requests.request import EditRequest
-
-PREFIXES = ("The old tower. ", "Because I saw. ")
-REQUESTS = [
-    EditRequest("{} plays the", "Miles Davis", "violin and cello"),  # first, several target tokens
-    EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English"),  # in the middle
-    EditRequest("Because you saw {}", "Ebro", "Spain"),  # last, one or two tokens
-    EditRequest("Ebro, and {} is located in", "Ebro", "Sweden, nobody"),  # occurs twice
-    EditRequest("{}", "Autonomous University of Madrid", "French"),  # nothing but the subject
-]
-
-
-def prepared_and_hparams(model, tokenizer, what, layer, **values):
-    numbers = dict(layers=(layer,), v_num_grad_steps=7, v_lr=0.1, clamp_norm_factor=0.5, **values)
-    hparams, _ = make_hparams("memit" if what == "block" else "rome", model.config, numbers)
-    return prepare(tokenizer, REQUESTS, PREFIXES, 128), hparams
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -352,7 +338,6 @@ def test_a_request_that_is_not_finite_does_not_touch_the_others():
 
 def test_what_is_said_already_is_told(demo_model):
     from kedit_fast import demo
-    from kedit_fast.requests.request import EditRequest
 
     model, tokenizer = demo_model
     known = [replace(r, target_new=r.target_true) for r in demo.requests(2)]

@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 from floors import relative_error
-from test_editor import REQUESTS
-from test_frameworks import OWN, alpha_hparams, asked, hparams_of, null_spaces, same, state
+from framework_stand_ins import OWN, alpha_hparams, asked, hparams_of, null_spaces, same, state
+from support import REQUESTS
 from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, collect_statistics

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from places import DEVICES, Places, place, put, spread
-from test_torch_state import STATES
 from tiny_models import TEXT, make_model, make_tokenizer
+from torch_states import STATES
 
 from kedit_fast import Editor, collect_statistics
 from kedit_fast.evaluation.metrics import evaluate_each, mean_nll

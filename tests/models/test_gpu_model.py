@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from floors import relative_error
-from test_values import prepared_and_hparams
+from support import prepared_and_hparams
 from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, collect_statistics

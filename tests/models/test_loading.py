@@ -264,7 +264,7 @@ def test_an_adapter_that_names_no_model_or_is_damaged_is_refused_with_what_to_do
 
 
 def test_the_command_line_refuses_an_adapter_before_anything_and_merges_it_when_asked(tmp_path):
-    from test_cli import run
+    from support import run
 
     place, _ = adapter(tmp_path)
     (tmp_path / "requests.json").write_text(

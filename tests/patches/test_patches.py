@@ -14,8 +14,7 @@ import pytest
 import torch
 from floors import relative_error
 from safetensors.torch import load_file, save_file
-from test_cli import run, saved
-from test_editor import REQUESTS, make_editor
+from support import REQUESTS, make_editor, random_patch, run, saved
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +25,6 @@ from kedit_fast.patches.lora import export_lora
 from kedit_fast.patches.patch import Patch, Target, merge
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate
 from kedit_fast.solver.shaping import compact
-from kedit_fast.support.matrix_bits import sha256
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,19 +35,6 @@ def state(model):
 
 def same(model, before):
     return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def random_patch(model, rank=3, scale=0.05, seed=1, layers=(0, 1)):
-    """Of all edited modules of a model, without an edit."""
-    view, generator = ModelView(model), torch.Generator().manual_seed(seed)
-    updates, targets = {}, {}
-    for layer in layers:
-        weight, name = view.weight(layer), view.module_name(layer)
-        left, right = (scale * torch.randn(n, rank, generator=generator) for n in weight.shape)
-        updates[name] = LowRankUpdate(left, right)
-        dtype = str(weight.dtype).removeprefix("torch.")
-        targets[name] = Target(sha256(weight), "", dtype, view.spec.transposed)
-    return Patch(updates, targets, "test")
 
 
 def step(patch, name, weight, terms):

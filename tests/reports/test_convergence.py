@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from test_cli import run
+from support import run
 
 from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.errors import KeditError, MethodError, StatisticsError

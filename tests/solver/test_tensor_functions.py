@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from floors import relative_error
-from test_patches import random_patch
+from support import random_patch
 from tiny_models import make_model
 
 import kedit_fast

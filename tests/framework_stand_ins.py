@@ -1,0 +1,88 @@
+"""Stand-ins of the code of EasyEdit, memit and AlphaEdit that calls us, written from its documented behavior."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from support import NUMBERS
+
+from kedit_fast import NullSpace
+
+COMMON = dict(
+    NUMBERS, layers=[0, 1], v_loss_layer=3, v_weight_decay=0.5, kl_factor=0.0625, mom2_adjustment=True,
+    mom2_update_weight=10, layer_selection="all", fact_token="subject_last",
+    rewrite_module_tmp="model.layers.{}.mlp.down_proj", layer_module_tmp="model.layers.{}",
+    mlp_module_tmp="model.layers.{}.mlp", attn_module_tmp="model.layers.{}.self_attn", ln_f_module="model.norm",
+    lm_head_module="lm_head", mom2_dataset="wikipedia", mom2_n_samples=100, mom2_dtype="float32", stats_dir="nowhere",
+    model_name="./hugging_cache/tiny", device=0, model_parallel=False, context_template_length_params=[[3, 2]],
+)  # fmt: skip
+OWN = {  # of the methods
+    "ROME": dict(layers=[1], mom2_adjustment=False),
+    "R-ROME": dict(layers=[1], mom2_adjustment=False),
+    "MEMIT": {},
+    "PMET": dict(nll_loss_factor=1, rewrite_module_tmps=["model.layers.{}.mlp.down_proj"]),
+    "EMMET": dict(update_norm_lambda=0, emmet_lambda=0.1),
+    "AlphaEdit": dict(P_loc="./nowhere.pt", L2=1, nullspace_threshold="2e-1", nullspace_rule="energy", batch_size=1),
+    "ULTRAEDIT": dict(inner_params=["model.layers.1.mlp.down_proj"], lr=1e-3, token="mask", batch_size=2,
+                      batch_size_once=1, dropout=0.0, no_grad_layers=None, editor_batch_size=10, silent=False,
+                      half=False, results_dir="./results", model_class="AutoModelForCausalLM"),
+    "MEMIT-Seq": {}, "MEMIT-Merge": {}, "ENCORE": dict(update_norm_lambda=10), "RECT": {}, "PRUNE": {},
+}  # fmt: skip
+
+
+def hparams_of(name, **more):
+    """An object like those of EasyEdit's classes: the names of its yaml as attributes."""
+    values = {**({} if name == "ULTRAEDIT" else COMMON), **OWN[name], "alg_name": name, **more}
+    return SimpleNamespace(**values)
+
+
+def asked(request, number=0):
+    """As EasyEdit's _prepare_requests makes them: the subject stands in the prompt, the target is a text."""
+    return {"prompt": request.text, "subject": request.subject, "target_new": request.target_new,
+            "ground_truth": None, "portability": {}, "locality": {}, "case_id": number}  # fmt: skip
+
+
+def state(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def null_spaces(statistics):
+    return {
+        layer: NullSpace.from_covariance(second.moment, 0.2, "energy", 1.0)
+        for layer, second in statistics.layers.items()
+    }
+
+
+def alpha_hparams(**more):
+    values = {k: v for k, v in vars(hparams_of("AlphaEdit")).items() if k not in ("device", "stats_dir", "P_loc")}
+    return {**values, **more}
+
+
+def easyedit_name(name):
+    return {"MEMIT-Seq": "memit-sequential"}.get(name, name.lower())
+
+
+class BaseEditor:
+    """What EasyEdit's editor does around an algorithm: edit one request, look, restore from the copies, or do not."""
+
+    def __init__(self, table, hparams, model, tok):
+        self.apply_algo, self.hparams, self.model, self.tok = table[hparams.alg_name], hparams, model, tok
+
+    def edit(self, requests, sequential_edit=False, **kwargs):
+        seen = []
+        for request in requests:
+            edited, weights_copy = self.apply_algo(
+                self.model, self.tok, [request], self.hparams, copy=False, return_orig_weights=True,
+                keep_original_weight=False, train_ds=None, **kwargs,
+            )  # fmt: skip
+            seen.append({name: edited.get_parameter(name).detach().clone() for name in weights_copy})
+            if not sequential_edit:
+                with torch.no_grad():
+                    for name, value in weights_copy.items():
+                        self.model.get_parameter(name)[...] = value
+        return seen
