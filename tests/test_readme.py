@@ -35,7 +35,7 @@ from kedit_fast.statistics import memit_npz
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)
-FENCES = {"python", "console", "bash", "json", "toml", "bibtex", "text", "cpp"}
+FENCES = {"", "python", "console", "bash", "json", "toml", "bibtex", "text", "cpp"}
 MARKS = {"continued", "no-download", "demo"}
 PUBLISHED = ("meta-llama/", "Qwen/")
 PROGRAMS = ("kedit-fast", "python", "pytest", "pip", "torchrun", "TRITON_INTERPRET=1", "ruff", "pyright", ".ci/run")
@@ -215,7 +215,11 @@ def group_of(app):
 def sub_commands(group, context) -> dict:
     if not hasattr(group, "list_commands"):
         return {}
-    return {name: group.get_command(context, name) for name in group.list_commands(context)}
+    lazy = getattr(group, "lazy_commands", ())
+    return {
+        name: group.load(name) if name in lazy else group.get_command(context, name)
+        for name in group.list_commands(context)
+    }
 
 
 def options_of(command) -> set[str]:
