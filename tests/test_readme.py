@@ -417,6 +417,17 @@ def test_the_methods_table_names_every_method():
         assert f"https://arxiv.org/abs/{re.search(r'arXiv ([0-9.]+)', RECIPES[name].source)[1]}" in row
 
 
+ROOMS = [page for page in PAGES if page.name == "README.md" and page.parts[0] == "kedit_fast" and len(page.parts) > 2]
+
+
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.as_posix()) for page in (*ROOMS, Path("tests/README.md"))])
+def test_a_page_names_the_files_of_its_room(page):
+    room, text = ROOT / page.parent, text_of(page)
+    files = room.glob("*.py") if page.parts[0] == "tests" else room.rglob("*.py")
+    unnamed = [path.relative_to(room).as_posix() for path in files if not path.name.startswith("__")]
+    assert not [name for name in unnamed if name not in text and Path(name).stem not in re.findall(r"[\w-]+", text)]
+
+
 def test_the_table_of_public_names_is_complete():
     section = text_of(Path("kedit_fast/README.md")).split("## Public names\n")[1].split("\n## ")[0]
     named = set(re.findall(r"`(\w+)`", "\n".join(line.split("|")[1] for line in section.splitlines() if "|" in line)))
