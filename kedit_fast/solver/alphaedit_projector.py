@@ -1,4 +1,4 @@
-"""AlphaEdit's projector file: one float32 tensor P [layers, d, d], saved by torch, layers in their order."""
+"""AlphaEdit's projector file: one float32 tensor P [layers, d, d] saved by torch, in the order of the layers."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ def load_projector(
     """Null spaces of `layers` from a projector file of AlphaEdit or EasyEdit.
 
     Args:
-        path: the file; it is read with `weights_only=True`, so that nothing in it is run.
-        layers: zero-based, those it was made for, in their order there.
+        path: the file; it is read with `weights_only=True`, so that no code in it is run.
+        layers: the layers in the file, in its order, counted from 0.
         l2: ridge of the solve, the published `L2`.
-        trust: the file does not say what model it is of; True says that it is the one to be edited.
+        trust: the file does not record its model; True asserts that it is the one to be edited.
 
     Raises:
-        StatisticsError: not trusted, damaged, another number of layers, or a matrix that is no projection.
+        StatisticsError: `trust` is not set; or the file is damaged, has another number of layers, or holds a matrix
+            that is not a projection.
 
-    Cost: a symmetric eigendecomposition a layer, about 9 d^3 flops in fp64.
+    Cost: one symmetric eigendecomposition per layer, about 9 d^3 flops in fp64.
     Source: the file that AlphaEdit's `evaluate.py` and EasyEdit's `AlphaEdit_main.py` write.
     """
     if not trust:
@@ -44,31 +45,30 @@ def load_projector(
     except FileNotFoundError:
         raise StatisticsError(f"there is no projector file {path}") from None
     except Exception as error:  # whatever a damaged or foreign pickle makes the reader raise
-        what = first_line(error)
-        raise StatisticsError(f"{path} is damaged or holds more than tensors: {what}") from error
+        raise StatisticsError(f"{path} is damaged or holds more than tensors: {first_line(error)}") from error
     layers = list(layers)
     if not isinstance(stack, torch.Tensor) or stack.ndim != 3 or stack.dtype not in (torch.float32, torch.float64):
-        shown = type(stack).__name__
+        content = type(stack).__name__
         if isinstance(stack, torch.Tensor):
-            shown = f"{list(stack.shape)} {stack.dtype}"
-        raise StatisticsError(f"{path} must hold one float32 tensor [layers, d, d]; it holds {shown}")
+            content = f"{list(stack.shape)} {stack.dtype}"
+        raise StatisticsError(f"{path} must hold one float32 tensor [layers, d, d]; it holds {content}")
     if len(stack) != len(layers):
         raise StatisticsError(f"{path} has {len(stack)} layers, the edit has {len(layers)}: {layers}")
-    found = {}
+    spaces = {}
     for layer, matrix in zip(layers, stack, strict=True):
         try:
-            found[layer] = NullSpace.from_projection(matrix, l2)
+            spaces[layer] = NullSpace.from_projection(matrix, l2)
         except (StatisticsError, InvalidArgumentError) as error:
             raise StatisticsError(f"{path}, layer {layer}: {error}") from None
-    return found
+    return spaces
 
 
 @plain_torch()
 def save_projector(path: str | os.PathLike, spaces: Mapping[int, NullSpace]) -> None:
-    """Write null spaces, in the order of their layers, as AlphaEdit reads them; all of one size.
+    """Write null spaces of one size in the order of their layers, as AlphaEdit reads them.
 
     Raises:
-        StatisticsError: it cannot be written; an older file stays.
+        StatisticsError: the file cannot be written; an older file stays.
     """
     sizes = {space.size for space in spaces.values()}
     if len(sizes) != 1:
@@ -79,7 +79,7 @@ def save_projector(path: str | os.PathLike, spaces: Mapping[int, NullSpace]) -> 
         space = spaces[layer]
         matrix.copy_(space.project(torch.eye(size, dtype=torch.float64, device=space.device)))
     with replacing(path, StatisticsError) as part:
-        with part.open("wb") as file:  # of a name torch puts the name, another one each time, into the file
+        with part.open("wb") as file:  # given a path, torch would store its (temporary) name in the file
             torch.save(stack, file)
         if not same_bits(torch.load(part, weights_only=True), stack):
             raise StatisticsError(f"cannot write {path}: it is read back as something else")

@@ -1,13 +1,13 @@
-"""Keys of earlier batches in the system of every later one, exactly: what MEMIT-sequential, ENCORE and AlphaEdit keep.
+"""The keys of earlier batches in the system of every later one, exactly: MEMIT-sequential, ENCORE and AlphaEdit.
 
-With S_0^-1 = T^T T, H = T [K_1 ... K_t] of all n keys so far, and E_t the last u columns of the identity,
+With S_0^-1 = T^T T, H = T [K_1 ... K_t] (all n keys so far), and E_t the last u columns of the identity,
 
     Delta_t = R_t E_t^T (I_n + H^T H)^-1 H^T T
             = R_t K_t^T (S_0 + sum_s K_s K_s^T)^-1
 
-The *dual* form keeps H and the Cholesky factor of I_n + H^T H and appends to them. The *primal* form is a fold: the sum
-I_d + H H^T over the coordinates is factored and takes the place of S_0, and the dual form starts again from no columns.
-Both give the same update; the memory folds where that costs fewer flops.
+The *dual* form stores H and the Cholesky factor of I_n + H^T H, and appends to both. The *primal* form is a fold: the
+sum I_d + H H^T is factored and replaces S_0, and the dual form starts again without columns. Both give the same update;
+the memory folds where that costs fewer flops.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
 from kedit_fast.ops import symmetric_rank_k_update_
-from kedit_fast.solver.least_squares import PRIMAL_ABOVE, checked
+from kedit_fast.solver.least_squares import PRIMAL_ABOVE, SystemForm, check_form, checked
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import Preconditioner, require_finite
 from kedit_fast.support.files import read_file, write_file
@@ -31,36 +31,45 @@ from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 FORMAT_VERSION = "1"
-# Keys, as a share of d, above which the memory folds. By flops a fold would pay from a third on; but it runs at half
-# the rate of the products that appending is, and at n = d both forms take about the same memory. Measured with d = 4096
-# and 100 keys a batch: a fold takes as long as five batches at n = d, and later batches take half as long.
+# Number of keys, as a share of d, above which the memory folds. By flops a fold would pay from a third on; but it runs
+# at half the rate of the products that appending consists of, and at n = d both forms take about the same memory.
+# Measured with d = 4096 and 100 keys per batch: a fold takes as long as five batches at n = d, and later batches take
+# half as long.
 FOLD_ABOVE = 1.0
 CHECK_EVERY = 16  # batches between checks of the factor
-DRIFT_LIMIT = 1e-10  # relative residual of the factor above which it is made anew
-PROBE_TOLERANCE = 1e-6  # of a preconditioner made from the same statistics on another machine
+DRIFT_LIMIT = 1e-10  # relative residual of the factor above which it is computed anew
+PROBE_TOLERANCE = 1e-6  # relative, between preconditioners made from the same statistics on different machines
 
 
 @dataclass(frozen=True)
 class _State:
-    """All of a memory, replaced at once. Buffers may hold more than counts; a later state writes behind them."""
+    """The complete state of a memory. Buffers may be longer than their content; a later state appends to them."""
 
-    sizes: tuple[int, ...]  # keys of each batch
-    raw: torch.Tensor  # [capacity, d] rows: T k of every batch
-    mapped: torch.Tensor | None  # [capacity, d] after a fold: of the batches since, in the new coordinates
-    gram: torch.Tensor  # [capacity, capacity] lower factor of I + H^T H of the batches since the last fold
-    total: torch.Tensor | None  # [d, d] I + sum over folded batches, lower triangle
-    fold: torch.Tensor | None  # [d, d] its Cholesky factor
-    folded: int  # batches up to the last fold
-    whole: int  # batches up to which the state is no longer a list of appended parts: the last fold or repair
+    sizes: tuple[int, ...]
+    """Number of keys of each batch."""
+    raw: torch.Tensor
+    """[capacity, d] rows: T k of every key."""
+    mapped: torch.Tensor | None
+    """[capacity, d] after a fold: the keys since, in the new coordinates."""
+    gram: torch.Tensor
+    """[capacity, capacity] lower factor of I + H^T H of the batches since the last fold."""
+    total: torch.Tensor | None
+    """[d, d] I + sum over folded batches, lower triangle."""
+    fold: torch.Tensor | None
+    """[d, d] Cholesky factor of `total`."""
+    folded: int
+    """Number of batches up to the last fold."""
+    fixed: int
+    """Number of batches up to the last fold or repair: the state without one of these must be replayed."""
 
     @property
     def count(self) -> int:
-        """Keys."""
+        """Number of keys."""
         return sum(self.sizes)
 
     @property
     def columns(self) -> int:
-        """Keys since the last fold."""
+        """Number of keys since the last fold."""
         return sum(self.sizes[self.folded :])
 
     def rows(self) -> torch.Tensor:
@@ -70,21 +79,28 @@ class _State:
         return self.raw[: self.count]
 
     def factor(self) -> torch.Tensor:
-        """L [n, n] of I + H^T H; always laid out alike, so that it takes one way through LAPACK."""
+        """L [n, n] of I + H^T H, always in one layout, so that LAPACK always takes the same path."""
         return self.gram[: self.columns, : self.columns].contiguous()
 
 
 @dataclass(frozen=True)
 class Appended:
-    """What a batch adds to a memory; `KeyMemory.commit` takes it."""
+    """What one batch adds to a memory, for `KeyMemory.commit`."""
 
-    of: _State  # the state it was made for
-    raw: torch.Tensor  # [u, d] rows: the whitened keys
-    rows: torch.Tensor | None  # [u, d] the same in the coordinates after the last fold; None when this one folds
-    off: torch.Tensor | None  # [u, n] of the factor's new rows, left of the corner
-    corner: torch.Tensor | None  # [u, u] lower
-    total: torch.Tensor | None  # [d, d] after a fold: I + sum of all keys, lower triangle
-    factor: torch.Tensor | None  # [d, d] its Cholesky factor
+    base: _State
+    """The state that it was solved for."""
+    raw: torch.Tensor
+    """[u, d] rows: the whitened keys."""
+    rows: torch.Tensor | None
+    """[u, d] the same in the coordinates after the last fold; None when this batch folds."""
+    off: torch.Tensor | None
+    """[u, n] the factor's new rows, left of the corner."""
+    corner: torch.Tensor | None
+    """[u, u] the factor's new corner, lower triangle."""
+    total: torch.Tensor | None
+    """[d, d] after a fold: I + sum of k k^T over all keys, lower triangle."""
+    factor: torch.Tensor | None
+    """[d, d] Cholesky factor of `total`."""
 
 
 class KeyMemory:
@@ -94,31 +110,42 @@ class KeyMemory:
         preconditioner: S_0^-1.
         form: "auto" (fold by cost), "dual" (never fold) or "primal" (fold at every batch).
 
-    Cost of a batch of u keys after n since the last fold: whitening there and back, 4 d n u + 2 n^2 u flops; a fold
-        d^2 (n + u) + d^3 / 3 + 2 d^2 u. Keeps 8 (d n + n^2) bytes, after a fold 16 d^2 more and, so that batches can be
-        taken back, 8 d n_all.
+    Cost: a batch of u keys after n keys since the last fold takes the whitening of u keys and back, and
+        4 d n u + 2 n^2 u flops; a fold takes d^2 (n + u) + d^3 / 3 + 2 d^2 u. Memory: 8 (d n + n^2) bytes; after a fold
+        16 d^2 more and, so that batches can be rolled back, 8 d n_all.
     Source: the update is AlphaEdit's (arXiv 2410.02355, eq. 11-12), MEMIT's with earlier keys and ENCORE's
         (arXiv 2502.01636); the dual form is Woodbury's identity.
+
+    Example:
+        >>> memory = KeyMemory(Identity(16))
+        >>> for _ in range(2):
+        ...     update, appended = memory.solve(torch.randn(16, 3), torch.randn(8, 3))
+        ...     memory.commit(appended)
+        >>> memory.sizes
+        (3, 3)
+        >>> memory.rollback()
+        >>> memory.count
+        3
     """
 
     @plain_torch()
-    def __init__(self, preconditioner: Preconditioner, form: str = "auto"):
-        if form not in ("auto", "dual", "primal"):
-            raise InvalidArgumentError(f"form must be auto, dual or primal; got {form!r}")
-        self.preconditioner, self.form = preconditioner, form
+    def __init__(self, preconditioner: Preconditioner, form: SystemForm = "auto") -> None:
+        check_form(form)
+        self.preconditioner: Preconditioner = preconditioner
+        self.form: SystemForm = form
         like = torch.empty(0, dtype=torch.float64, device=preconditioner.device)
         self._state = _State((), like.new_empty(0, preconditioner.size), None, like.new_empty(0, 0), None, None, 0, 0)
-        self._base = self._state  # what rollback replays from
+        self._base = self._state  # rollback replays from here
 
     @classmethod
     @plain_torch()
-    def from_sum(cls, preconditioner: Preconditioner, total: torch.Tensor, form: str = "auto") -> KeyMemory:
-        """A memory of earlier keys of which the sum of k k^T [d, d] alone is left: AlphaEdit's `cache_c` of a layer.
+    def from_sum(cls, preconditioner: Preconditioner, total: torch.Tensor, form: SystemForm = "auto") -> KeyMemory:
+        """A memory of earlier keys of which only the sum of k k^T [d, d] is left: AlphaEdit's `cache_c` of a layer.
 
-        It counts as one batch of no keys; that batch cannot be taken back.
+        It counts as one batch without keys; that batch cannot be rolled back.
 
         Raises:
-            InvalidArgumentError, SolveError: another size, not finite, or no sum of k k^T.
+            InvalidArgumentError, SolveError: another size, not finite, or not a sum of k k^T.
 
         Cost: whitening of d columns twice and d^3 / 3 flops.
         """
@@ -137,12 +164,12 @@ class KeyMemory:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Keys of each batch."""
+        """Number of keys of each batch."""
         return self._state.sizes
 
     @property
     def count(self) -> int:
-        """Keys it holds."""
+        """Number of keys in the memory."""
         return self._state.count
 
     @property
@@ -163,7 +190,7 @@ class KeyMemory:
             weights: w [u] of the squared errors, positive; None for 1.
 
         Returns:
-            LowRankUpdate with left = R and right [d, u], fp64; and what `commit` takes.
+            LowRankUpdate with left = R and right [d, u], fp64; and the batch for `commit`.
 
         Raises:
             SolveError: values that are not finite, or a system that is not positive definite.
@@ -190,8 +217,8 @@ class KeyMemory:
 
     @plain_torch()
     def commit(self, appended: Appended) -> None:
-        """Keep what `solve` returned, as the next batch; all of it or, after an error, nothing."""
-        if appended.of is not self._state:
+        """Append what `solve` returned as the next batch; after an error nothing has changed."""
+        if appended.base is not self._state:
             raise InvalidArgumentError("this batch was solved for another state of the memory: solve it again")
         state = self._with(appended)
         if len(state.sizes) % CHECK_EVERY == 0 and _drift(state) > DRIFT_LIMIT:
@@ -200,54 +227,63 @@ class KeyMemory:
 
     @plain_torch()
     def rollback(self, batches: int = 1) -> None:
-        """Forget the last batches; the state is to the bit what it was before them."""
+        """Forget the last batches; the state becomes, bit for bit, what it was before them."""
         state = self._state
-        held = len(self._base.sizes)
-        if not 0 <= batches <= len(state.sizes) - held:
-            raise InvalidArgumentError(f"cannot take back {batches} batches of {len(state.sizes) - held}")
-        kept = state.sizes[: len(state.sizes) - batches]
-        if len(kept) >= state.whole:
-            self._state = replace(state, sizes=kept)
+        permanent = len(self._base.sizes)
+        if not 0 <= batches <= len(state.sizes) - permanent:
+            raise InvalidArgumentError(f"cannot take back {batches} batches of {len(state.sizes) - permanent}")
+        remaining = state.sizes[: len(state.sizes) - batches]
+        if len(remaining) >= state.fixed:
+            self._state = replace(state, sizes=remaining)
             return
         fresh = KeyMemory(self.preconditioner, self.form)
         fresh._state = self._base
-        for rows in state.raw[: sum(kept)].split(kept[held:]) if kept[held:] else ():
-            fresh.commit(fresh._extended(rows.clone()))  # the same steps again give the same bits
+        for rows in state.raw[: sum(remaining)].split(remaining[permanent:]) if remaining[permanent:] else ():
+            fresh.commit(fresh._extended(rows.clone()))  # the same steps give the same bits
         self._state = fresh._state
 
     @plain_torch()
     def drift(self) -> float:
-        """|(I + H^T H - L L^T) x| / |(I + H^T H) x| for a fixed x: what rounding has done to the factor."""
+        """|(I + H^T H - L L^T) x| / |(I + H^T H) x| for a fixed x: the rounding error of the factor."""
         return _drift(self._state)
 
     @plain_torch()
     def repair(self) -> None:
-        """Make the factor anew from the keys: n^2 d + n^3 / 3 flops."""
+        """Compute the factor anew from the keys: n^2 d + n^3 / 3 flops."""
         self._state = _repaired(self._state)
 
     @plain_torch()
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state as tensors, copies on the CPU."""
         state = self._state
-        kept = {"raw": state.raw[: state.count], "gram": state.factor(), "total": state.total, "fold": state.fold,
-                "mapped": None if state.mapped is None else state.rows(),
-                "sizes": torch.tensor(state.sizes, dtype=torch.int64),
-                "marks": torch.tensor([state.folded, state.whole])}  # fmt: skip
-        return {name: t.detach().cpu().clone().contiguous() for name, t in kept.items() if t is not None}
+        parts = {
+            "raw": state.raw[: state.count],
+            "gram": state.factor(),
+            "total": state.total,
+            "fold": state.fold,
+            "mapped": None if state.mapped is None else state.rows(),
+            "sizes": torch.tensor(state.sizes, dtype=torch.int64),
+            "marks": torch.tensor([state.folded, state.fixed]),
+        }
+        return {name: t.detach().cpu().clone().contiguous() for name, t in parts.items() if t is not None}
 
     @plain_torch()
     def about(self) -> dict[str, Any]:
-        """What the state belongs to: the preconditioner's numbers and probe, and the form."""
+        """What identifies the state: the preconditioner's parameters and probe, and the form."""
         probe = self.preconditioner.probe().tolist()
         return {"preconditioner": self.preconditioner.describe(), "form": self.form, "probe": probe}
 
     @classmethod
     @plain_torch()
     def from_tensors(
-        cls, preconditioner: Preconditioner, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any], where: str,
-        form: str = "auto",
-    ) -> KeyMemory:  # fmt: skip
-        """A memory from what `tensors` and `about` gave.
+        cls,
+        preconditioner: Preconditioner,
+        tensors: Mapping[str, torch.Tensor],
+        about: Mapping[str, Any],
+        where: str,
+        form: SystemForm = "auto",
+    ) -> KeyMemory:
+        """A memory from the results of `tensors` and `about`.
 
         Raises:
             StatisticsError: it belongs to another preconditioner or form, or is damaged; `where` names it.
@@ -257,13 +293,13 @@ class KeyMemory:
         for name in ("preconditioner", "form"):
             if about.get(name) != mine[name]:
                 raise StatisticsError(f"{where} was kept with {about.get(name)}, here it is {mine[name]}")
-        there, here = torch.tensor(about.get("probe", []), dtype=torch.float64), preconditioner.probe()
-        gap = (there - here).abs().max() if there.shape == here.shape else torch.tensor(torch.inf)
-        if not float(gap) <= PROBE_TOLERANCE * float(here.abs().max()):
+        stored, expected = torch.tensor(about.get("probe", []), dtype=torch.float64), preconditioner.probe()
+        gap = (stored - expected).abs().max() if stored.shape == expected.shape else torch.tensor(torch.inf)
+        if not float(gap) <= PROBE_TOLERANCE * float(expected.abs().max()):
             raise StatisticsError(f"{where} was kept with other statistics than those given here")
         try:
             sizes = tuple(tensors["sizes"].tolist())
-            folded, whole = tensors["marks"].tolist()
+            folded, fixed = tensors["marks"].tolist()
             raw, gram, d, device = tensors["raw"], tensors["gram"], preconditioner.size, preconditioner.device
             columns = sum(sizes[folded:])
             shapes = {"raw": (sum(sizes), d), "gram": (columns, columns)}
@@ -275,12 +311,12 @@ class KeyMemory:
                     raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not float64 {list(shape)}")
                 if not bool(torch.isfinite(tensor).all()):
                     raise ValueError(f"{name} has values that are not finite")
-            if not 0 <= folded <= whole <= len(sizes):
+            if not 0 <= folded <= fixed <= len(sizes):
                 raise ValueError("marks that do not fit")
             mapped, total, fold = (tensors[n].to(device) if folded else None for n in ("mapped", "total", "fold"))
             if fold is not None:
-                fold = fold.mT.contiguous().mT  # by columns, as LAPACK left it
-            memory._state = _State(sizes, raw.to(device), mapped, gram.to(device), total, fold, folded, whole)
+                fold = fold.mT.contiguous().mT  # by columns, as LAPACK returned it
+            memory._state = _State(sizes, raw.to(device), mapped, gram.to(device), total, fold, folded, fixed)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise StatisticsError(f"{where} is damaged: {error}") from error
         return memory
@@ -293,8 +329,8 @@ class KeyMemory:
 
     @classmethod
     @plain_torch()
-    def load(cls, path: str | os.PathLike, preconditioner: Preconditioner, form: str = "auto") -> KeyMemory:
-        """Read what `save` wrote; raises StatisticsError for another preconditioner's, a damaged or foreign file."""
+    def load(cls, path: str | os.PathLike, preconditioner: Preconditioner, form: SystemForm = "auto") -> KeyMemory:
+        """Read what `save` wrote; raises StatisticsError for another preconditioner, or a damaged or foreign file."""
         tensors, metadata = read_file(path, StatisticsError)
         if metadata.get("format_version") != FORMAT_VERSION or "about" not in metadata:
             raise StatisticsError(f"{path} is not a key memory (format {FORMAT_VERSION})")
@@ -331,7 +367,7 @@ class KeyMemory:
         return Appended(state, raw, rows, off, _cholesky(gram), None, None)
 
     def _with(self, appended: Appended) -> _State:
-        """The state with a batch more; the present one stays what it is."""
+        """The state with one more batch; the present state does not change."""
         state = self._state
         sizes = (*state.sizes, appended.raw.shape[0])
         raw = _grown(state.raw, state.count, appended.raw)
@@ -354,7 +390,7 @@ class KeyMemory:
 
 
 def _grown(buffer: torch.Tensor, count: int, rows: torch.Tensor) -> torch.Tensor:
-    """A buffer with `rows` behind its first `count`; a larger one where they do not fit."""
+    """A buffer with `rows` after its first `count` rows; a larger one where they do not fit."""
     needed = count + rows.shape[0]
     if needed > buffer.shape[0]:
         larger = buffer.new_empty(max(needed, 3 * buffer.shape[0] // 2), buffer.shape[1])
@@ -379,8 +415,8 @@ def _repaired(state: _State) -> _State:
     rows = state.rows()
     gram = rows @ rows.T
     gram.diagonal().add_(1.0)
-    _log.info("the factor of %d keys was made anew", state.columns)
-    return replace(state, gram=_cholesky(gram).contiguous(), whole=len(state.sizes))
+    _log.info("the factor of %d keys was computed anew", state.columns)
+    return replace(state, gram=_cholesky(gram).contiguous(), fixed=len(state.sizes))
 
 
 def _cholesky(gram: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import Literal, get_args
 
 import torch
 
@@ -12,9 +13,13 @@ from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import Preconditioner, require_finite
 from kedit_fast.support.torch_state import plain_torch
 
+SystemForm = Literal["auto", "dual", "primal"]
+"""Which system is solved: u x u (dual), d x d (primal), or the cheaper one."""
+OnBadPivot = Literal["raise", "skip", "allow"]
+"""What a rank-one edit does whose pivot is not positive enough."""
 PRIMAL_ABOVE = 0.67  # u / d above which a d x d system costs fewer flops than one of the edits
-ALIKE = 1e-9  # share of a key, squared, outside the span of others below which exact constraints on it are refused
-SAME_KEY = 0.99  # cosine above which two keys are taken for one
+ALIKE = 1e-9  # exact constraints are refused for a key whose squared share outside the span of the others is below this
+SAME_KEY = 0.99  # cosine above which two keys count as the same
 
 
 @plain_torch()
@@ -25,17 +30,17 @@ def solve_update(
     rho: float = 1.0,
     *,
     weights: torch.Tensor | None = None,
-    form: str = "auto",
+    form: SystemForm = "auto",
 ) -> LowRankUpdate:
-    """The update that minimises sum_i w_i |Delta k_i - r_i|^2 + rho tr(Delta S Delta^T); for rho = 0, Delta K = R.
+    """The update that minimizes sum_i w_i |Delta k_i - r_i|^2 + rho tr(Delta S Delta^T); for rho = 0, Delta K = R.
 
     Args:
         keys: K [d, u].
         residuals: R [out, u].
         preconditioner: S^-1; for MEMIT S = lambda C and rho = 1, for EMMET S = lambda C and rho = lambda_E.
-        rho: weight of what should not change. 0 makes every edit an equality constraint, of all such updates the one
-            with the least tr(Delta S Delta^T): the limit of EMMET as lambda_E -> 0.
-        weights: w [u], one for each edit, positive; None for 1. They have no meaning with rho = 0.
+        rho: weight of what should not change. 0 makes every edit an equality constraint and gives, of all updates that
+            satisfy them, the one with the least tr(Delta S Delta^T): the limit of EMMET as lambda_E -> 0.
+        weights: w [u], one per edit, positive; None for 1. They have no meaning with rho = 0.
         form: "dual" (u x u system), "primal" (d x d, of whitened keys) or "auto" (primal when u > 0.67 d).
 
     Returns:
@@ -45,14 +50,19 @@ def solve_update(
         SolveError: input or solution not finite, or a system that is not positive definite: keys that are alike, or
             more constraints than dimensions, with rho = 0.
 
-    Cost: the whitening of u keys, there and back; dual d u^2 + u^3 / 3 + 2 u^2 d flops; primal d^2 u + d^3 / 3 +
+    Cost: the whitening of u keys and back; dual d u^2 + u^3 / 3 + 2 u^2 d flops; primal d^2 u + d^3 / 3 +
         2 d^2 u.
     Source: MEMIT (arXiv 2210.07229, eq. 14), EMMET (arXiv 2403.14236, eq. 12); the dual form is Woodbury's identity.
+
+    Example:
+        >>> keys, residuals = torch.randn(16, 3), torch.randn(8, 3)
+        >>> update = solve_update(keys, residuals, Identity(16), rho=0.0)  # exact: Delta K = R
+        >>> torch.allclose(update.dense() @ keys.double(), residuals.double())
+        True
     """
     keys, residuals = checked(keys, residuals, weights)
     d, u = keys.shape
-    if form not in ("auto", "dual", "primal"):
-        raise InvalidArgumentError(f"form must be auto, dual or primal; got {form!r}")
+    check_form(form)
     if not rho >= 0 or rho == float("inf"):
         raise InvalidArgumentError(f"rho must be finite and not negative; got {rho}")
     if rho == 0 and weights is not None:
@@ -80,21 +90,21 @@ def rank_one_equality(
     key_value: torch.Tensor,
     residual: torch.Tensor,
     *,
-    on_bad_pivot: str = "raise",
+    on_bad_pivot: OnBadPivot = "raise",
     least_pivot: float = 1e-6,
 ) -> tuple[LowRankUpdate | None, float]:
     """The rank-one update with (W + Delta) k_v = v*: Delta = (v* - W k_v) g^T / (k_v^T g), g = S^-1 k_u.
 
     Args:
         preconditioner: S^-1.
-        key_update: k_u [d], the key the direction is made from (ROME: the mean over contexts).
+        key_update: k_u [d], the key that gives the direction (ROME: the mean over contexts).
         key_value: k_v [d], the key whose output is set (ROME: the bare prompt; R-ROME: k_u).
         residual: v* - W k_v, [out].
-        on_bad_pivot: "raise", "skip" (no update) or "allow" when the pivot is not above `least_pivot`.
-        least_pivot: of the pivot divided by |k_v| |g|, the cosine of the two.
+        on_bad_pivot: what to do when the pivot is not above `least_pivot`: "raise", "skip" (no update) or "allow".
+        least_pivot: bound of the relative pivot k_v^T g / (|k_v| |g|), a cosine.
 
     Returns:
-        the update (None when skipped) and the relative pivot.
+        The update (None when skipped) and the relative pivot.
 
     Raises:
         SolveError: input not finite, or a bad pivot with "raise".
@@ -102,7 +112,7 @@ def rank_one_equality(
     Source: ROME (arXiv 2202.05262, eq. 2), its released `compute_u.py` and `compute_v.py`; R-ROME (arXiv 2403.07175).
     """
     keys, residuals = checked(torch.stack([key_update, key_value], 1), torch.stack([residual, residual], 1))
-    if on_bad_pivot not in ("raise", "skip", "allow"):
+    if on_bad_pivot not in get_args(OnBadPivot):
         raise InvalidArgumentError(f"on_bad_pivot must be raise, skip or allow; got {on_bad_pivot!r}")
     g = preconditioner.apply(keys[:, :1])  # [d, 1]
     g = g / g.norm()
@@ -124,7 +134,7 @@ def rank_one_equality(
 
 @plain_torch()
 def collisions(keys: torch.Tensor, above: float = SAME_KEY) -> list[tuple[int, int]]:
-    """Pairs of columns of `keys` [d, u] whose cosine is above a bound: requests that pull on the same key."""
+    """Pairs of columns of `keys` [d, u] whose cosine is above a bound: requests that compete for one key."""
     unit = torch.nn.functional.normalize(keys, dim=0)
     pairs = torch.nonzero(torch.triu(unit.T @ unit, 1) > above).tolist()
     return [(i, j) for i, j in pairs]
@@ -156,13 +166,19 @@ def merge_columns(
     return keys @ share, residuals @ share.to(residuals)
 
 
+def check_form(form: str) -> None:
+    """Raise InvalidArgumentError unless `form` is a SystemForm."""
+    if form not in get_args(SystemForm):
+        raise InvalidArgumentError(f"form must be auto, dual or primal; got {form!r}")
+
+
 def _require_apart(gram: torch.Tensor) -> None:
     """Raise SolveError when a key lies in the span of others: equality constraints would contradict each other."""
     scale = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
     factor, info = torch.linalg.cholesky_ex(gram / scale[:, None] / scale)
-    left = factor.diagonal().square()  # of each key, the share that is not in the span of those before it
-    bad = int(info) - 1 if int(info) else int(left.argmin())
-    if int(info) or float(left[bad]) < ALIKE:
+    outside = factor.diagonal().square()  # of each key, the share outside the span of those before it
+    bad = int(info) - 1 if int(info) else int(outside.argmin())
+    if int(info) or float(outside[bad]) < ALIKE:
         raise SolveError(
             f"key {bad + 1} of {len(gram)} lies in the span of those before it, as keys of one subject do: their edits "
             "cannot all be exact; merge them, or let rho (EMMET's lambda) be positive"
@@ -172,10 +188,11 @@ def _require_apart(gram: torch.Tensor) -> None:
 def checked(
     keys: torch.Tensor, residuals: torch.Tensor, weights: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and residuals in fp64, each column times the root of its weight.
+    """Keys and residuals in fp64, each column times the square root of its weight.
 
     Raises:
-        InvalidArgumentError, SolveError: shapes that do not fit, weights that are not positive, values not finite.
+        InvalidArgumentError, SolveError: shapes that do not match, weights that are not positive, or values that are
+            not finite.
     """
     if keys.ndim != 2 or residuals.ndim != 2 or keys.shape[1] != residuals.shape[1]:
         raise InvalidArgumentError(

@@ -1,4 +1,4 @@
-"""Updates kept as factors: Delta = left right^T, or some entries of it."""
+"""Updates as factors: Delta = left right^T, or a masked part of it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from kedit_fast.support.torch_state import plain_torch
 
 @dataclass(frozen=True)
 class _Factors:
-    left: torch.Tensor  # [out, k]
-    right: torch.Tensor  # [in, k]
+    left: torch.Tensor
+    """[out, k]."""
+    right: torch.Tensor
+    """[in, k]."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.left.ndim != 2 or self.right.ndim != 2 or self.left.shape[1] != self.right.shape[1]:
             raise InvalidArgumentError(
                 f"left must be [out, k] and right [in, k]; got {list(self.left.shape)} and {list(self.right.shape)}"
@@ -25,17 +27,29 @@ class _Factors:
 
     @property
     def rank(self) -> int:
-        """k: an upper bound of the rank of left right^T; a mask may raise that of what it leaves."""
+        """k, an upper bound of the rank of left right^T; a masked product may have a higher rank."""
         return self.left.shape[1]
 
     def is_finite(self) -> bool:
-        """Whether every number in the factors is finite."""
+        """Whether all entries of the factors are finite."""
         return bool(torch.isfinite(self.left).all() and torch.isfinite(self.right).all())
 
 
 @dataclass(frozen=True)
 class LowRankUpdate(_Factors):
-    """Delta [out, in] = left [out, k] right [in, k]^T."""
+    """Delta [out, in] = left [out, k] right [in, k]^T.
+
+    Example:
+        >>> update = LowRankUpdate(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [0.0], [4.0]]))
+        >>> update.dense()
+        tensor([[3., 0., 4.],
+                [6., 0., 8.]])
+        >>> round(update.norm() ** 2)
+        125
+        >>> update.apply_(torch.zeros(2, 3), alpha=-1.0)
+        tensor([[-3.,  0., -4.],
+                [-6.,  0., -8.]])
+    """
 
     @plain_torch()
     def dense(self) -> torch.Tensor:
@@ -57,7 +71,7 @@ class LowRankUpdate(_Factors):
         return LowRankUpdate(self.left.cpu(), self.right.cpu())
 
     def compacted(self) -> LowRankUpdate:
-        """Factors no larger than Delta: where k > out in / (out + in) one factor becomes Delta, the other I."""
+        """Factors no larger than Delta: where k > out in / (out + in), one factor becomes Delta and the other I."""
         out, inner = self.left.shape[0], self.right.shape[0]
         if self.rank * (out + inner) <= out * inner:
             return self
@@ -83,12 +97,13 @@ class LowRankUpdate(_Factors):
 class MaskedUpdate(_Factors):
     """Delta = mask * (left right^T): an update of which only some entries are written (RECT)."""
 
-    bits: torch.Tensor  # [out, ceil(in / 8)] uint8: the mask, eight entries of a row a byte, the first one lowest
+    bits: torch.Tensor
+    """[out, ceil(in / 8)] uint8: the mask, eight entries of a row per byte, the first one in the lowest bit."""
 
     @classmethod
     @plain_torch()
     def from_mask(cls, update: LowRankUpdate, mask: torch.Tensor) -> MaskedUpdate:
-        """Keep the entries where `mask` [out, in] is true."""
+        """The update whose entries are written where `mask` [out, in] is true."""
         shape = (update.left.shape[0], update.right.shape[0])
         if mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise InvalidArgumentError(f"mask must be bool {list(shape)}; got {mask.dtype} {list(mask.shape)}")
@@ -121,7 +136,7 @@ class MaskedUpdate(_Factors):
         return MaskedUpdate(self.left.cpu(), self.right.cpu(), self.bits.cpu())
 
     def compacted(self) -> MaskedUpdate:
-        """Itself: a mask belongs to these factors."""
+        """Itself: the mask belongs to these factors."""
         return self
 
     @plain_torch(leave_inference_mode=False)
@@ -133,7 +148,7 @@ class MaskedUpdate(_Factors):
         copy: torch.Tensor | None = None,
         backend: str | None = None,
     ) -> torch.Tensor:
-        """Add alpha Delta to `weight` [out, in] in place; with `copy`, that receives the rounded result."""
+        """Add alpha Delta to `weight` [out, in] in place; `copy` receives the rounded result."""
         wide = accumulation_dtype(weight)
         delta = torch.zeros(weight.shape, dtype=wide, device=weight.device)
         rank_k_update_(delta, self.left, self.right, alpha, backend=backend).mul_(self.mask)

@@ -16,16 +16,19 @@ from kedit_fast.support.torch_state import plain_torch
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Mean and summed squares of features over rows; `updated` returns a new one, so an old one can be gone back to."""
+    """Mean and sum of squared deviations of features over rows; `updated` returns a new one."""
 
     count: int
-    mean: torch.Tensor  # [f] fp64
-    squares: torch.Tensor  # [f] fp64, the published `var`: over count - 1 it is the variance
+    """Number of rows."""
+    mean: torch.Tensor
+    """[f] fp64."""
+    squares: torch.Tensor
+    """[f] fp64, the published `var`: divided by count - 1 it is the variance."""
 
     @classmethod
     @plain_torch()
     def empty(cls, features: int, device: torch.device | str = "cpu") -> Normalizer:
-        """Before any row."""
+        """The state before any row."""
         zero = torch.zeros(features, dtype=torch.float64, device=device)
         return cls(0, zero, zero)
 
@@ -41,7 +44,7 @@ class Normalizer:
     @classmethod
     @plain_torch()
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], features: int, where: str) -> Normalizer:
-        """From what `tensors` gave; raises StatisticsError, naming `where`, when they are damaged."""
+        """From the result of `tensors`; raises StatisticsError, naming `where`, when it is damaged."""
         count, mean, squares = (tensors.get(name) for name in ("count", "mean", "squares"))
         if count is None or mean is None or squares is None or int(count) < 2:
             raise StatisticsError(f"{where} is damaged: a part of the normalizer is missing")
@@ -54,7 +57,7 @@ class Normalizer:
 
     @plain_torch()
     def updated(self, rows: torch.Tensor) -> Normalizer:
-        """With rows [n, f] more, by the published rule: n times their own variance, and the shift of the mean."""
+        """With rows [n, f] added by the published rule: n times their own variance, and the shift of the mean."""
         n = rows.shape[0]
         if rows.ndim != 2 or rows.shape[1] != self.mean.shape[0]:
             raise InvalidArgumentError(f"rows must be [n, {self.mean.shape[0]}]; got {list(rows.shape)}")
@@ -65,8 +68,8 @@ class Normalizer:
         if n + self.count < 2:
             raise SolveError("the normalizer needs more than one token in its first batch: give it more requests")
         total, shift = self.count + n, wide.mean(0) - self.mean
-        own = wide.var(0) if n > 1 else torch.zeros_like(shift)
-        squares = self.squares + n * own + self.count * n * shift**2 / total
+        variance = wide.var(0) if n > 1 else torch.zeros_like(shift)
+        squares = self.squares + n * variance + self.count * n * shift**2 / total
         return Normalizer(total, self.mean + n * shift / total, squares)
 
     @plain_torch()
@@ -80,11 +83,11 @@ class Normalizer:
 def gradient_update(keys: torch.Tensor, gradients: torch.Tensor, normalizer: Normalizer, lr: float) -> LowRankUpdate:
     """UltraEdit's update of one linear layer: Delta^T = (H^T H + I)^-1 H^T V, by the n x n dual system.
 
-    V = -lr |h|^2 g row by row, with h and g the normalized key and gradient; H holds the keys as they are.
+    V = -lr |h|^2 g row by row, with h and g the normalized key and gradient; H holds the keys without normalization.
 
     Args:
-        keys: H [n, d], the layer's inputs, a row for each token.
-        gradients: [n, out] of the loss by the layer's outputs there.
+        keys: H [n, d], the layer's inputs, one row per token.
+        gradients: [n, out] of the loss with respect to the layer's outputs there.
         normalizer: over [keys, gradients], with these rows in it.
         lr: of the published files (1e-6).
 

@@ -1,7 +1,7 @@
-"""S^-1 of the one equation: what an update should leave alone.
+"""S^-1 of the equation: which directions of the keys an update should not change.
 
-Every preconditioner is kept as T with S^-1 = T^T T: `whiten(K)` = T K puts keys into coordinates where S is the
-identity, `unwhiten(H)` = T^T H brings a solution back.
+Every preconditioner is stored as T with S^-1 = T^T T: `whiten(K)` = T K maps keys to coordinates where S is the
+identity, and `unwhiten(H)` = T^T H maps a solution back.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -17,19 +17,23 @@ from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
-RULES = ("absolute", "relative", "energy")
-NEGATIVE = -1e-6  # of the largest eigenvalue: below this a matrix is no second moment, above it is rounding
-RANK_DEFICIENT = 2.0**-48  # of the largest pivot: what rounding leaves of a zero one
-USELESS_BOUND = 0.1  # error bound of an fp32 factor from which on it is refused
+NullSpaceRule = Literal["absolute", "relative", "energy"]
+"""What the threshold of a null space is compared with; see `NullSpace.from_covariance`."""
+RULES: tuple[NullSpaceRule, ...] = get_args(NullSpaceRule)
+NEGATIVE = -1e-6  # share of the largest eigenvalue; a lower eigenvalue is not rounding: the matrix is no second moment
+RANK_DEFICIENT = 2.0**-48  # share of the largest pivot that rounding leaves of a zero pivot
+USELESS_BOUND = 0.1  # error bound above which an fp32 factor is refused
 POWER_STEPS = 30
-PROJECTION = 1e-3  # by which a float32 projection's eigenvalues may differ from 0 and 1
+PROJECTION = 1e-3  # tolerance of the eigenvalues of a float32 projection, which are 0 or 1
 
 
 class Preconditioner(ABC):
     """S^-1 = T^T T, all [d, d]."""
 
-    size: int  # d
+    size: int
+    """d."""
     device: torch.device
+    """Where T is."""
 
     @abstractmethod
     def whiten(self, keys: torch.Tensor) -> torch.Tensor:
@@ -45,19 +49,19 @@ class Preconditioner(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Its kind and numbers, by which saved states are told apart."""
+        """Its kind and parameters; a saved state records them, to be compared when it is loaded."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes it keeps."""
+        """Bytes of T."""
         return 0
 
     @plain_torch()
     def probe(self) -> torch.Tensor:
-        """x^T S^-1 x and y^T S^-1 x of fixed vectors, [16]: preconditioners with other contents have another probe.
+        """x^T S^-1 y of four fixed vectors, [16]: preconditioners with different content have different probes.
 
-        T is a function of S^-1 in every kind here, so what was whitened by one of two with the same probe belongs to
-        the other too.
+        In every kind here T is a function of S^-1. So where two have the same probe, keys whitened by one are right for
+        the other.
         """
         place = torch.arange(1, self.size + 1, dtype=torch.float64, device=self.device)
         vectors = torch.stack([torch.sin(place * (0.7 + i)) for i in range(4)], 1)
@@ -66,11 +70,19 @@ class Preconditioner(ABC):
 
 @dataclass(frozen=True)
 class Identity(Preconditioner):
-    """S = weight I: every direction of the keys costs the same (UltraEdit; `mom2_adjustment: false`)."""
+    """S = weight I: every direction of the keys costs the same (UltraEdit; `mom2_adjustment: false`).
+
+    Example:
+        >>> Identity(3, weight=4.0).apply(torch.ones(3, 1)).T
+        tensor([[0.2500, 0.2500, 0.2500]], dtype=torch.float64)
+    """
 
     size: int
+    """d."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where keys are whitened."""
     weight: float = 1.0
+    """Cost of a change, the same in every direction."""
 
     @plain_torch()
     def whiten(self, keys: torch.Tensor) -> torch.Tensor:
@@ -83,22 +95,34 @@ class Identity(Preconditioner):
         return coordinates * self.weight**-0.5
 
     def describe(self) -> dict[str, Any]:
-        """Its kind and numbers."""
+        """Its kind and parameters."""
         return {"kind": "identity", "size": self.size, "weight": self.weight}
 
 
 @dataclass(frozen=True)
 class Covariance(Preconditioner):
-    """S = weight C + lambda_n I with C = E[k k^T], kept as its Cholesky factor: one factorisation serves every batch.
+    """S = weight C + lambda_n I with C = E[k k^T], stored as a Cholesky factor: one factorization serves every batch.
 
     MEMIT, PMET and EMMET have weight = `mom2_update_weight`; ENCORE adds lambda_n = `update_norm_lambda`.
+
+    Example:
+        >>> inputs = torch.randn(200, 8, dtype=torch.float64)
+        >>> moment = inputs.T @ inputs / len(inputs)  # [d, d]
+        >>> space, keys = Covariance.from_moment(moment, weight=15.0), torch.randn(8, 2)
+        >>> torch.allclose(15.0 * moment @ space.apply(keys), keys.double())
+        True
     """
 
-    factor: torch.Tensor  # [d, d] L of S = L L^T, lower, fp64 or fp32
+    factor: torch.Tensor
+    """[d, d] L of S = L L^T, lower triangle, fp64 or fp32."""
     weight: float = 1.0
+    """lambda, `mom2_update_weight`."""
     norm_lambda: float = 0.0
+    """lambda_n, `update_norm_lambda`."""
     ridge: float = 0.0
-    error_bound: float = 0.0  # of an fp32 factor: condition(S) 2^-24, to first order the relative error of S^-1 K
+    """What was added to the diagonal of C, as a share of its mean."""
+    error_bound: float = 0.0
+    """Of an fp32 factor: condition(S) 2^-24, to first order the relative error of S^-1 K."""
 
     @classmethod
     @plain_torch()
@@ -118,8 +142,9 @@ class Covariance(Preconditioner):
             ridge: relative to the mean diagonal; 0 leaves C as it is.
             weight: lambda, `mom2_update_weight`.
             norm_lambda: ENCORE's lambda_n, `update_norm_lambda`; absolute.
-            dtype: in which the factor is kept and used. float32 halves its bytes and its time; the factorisation itself
-                is in float64. Its error is bounded by `error_bound`; what follows the two triangular solves is float64.
+            dtype: of the stored factor and of the triangular solves. float32 halves its bytes and its time; the
+                factorization itself, and all that follows the two triangular solves, is in float64. `error_bound`
+                bounds the error.
 
         Raises:
             StatisticsError: C is not finite or not positive definite, or too badly conditioned for an fp32 factor.
@@ -184,7 +209,7 @@ class Covariance(Preconditioner):
         return torch.linalg.solve_triangular(self.factor.mT, coordinates.to(self.factor), upper=True).double()
 
     def describe(self) -> dict[str, Any]:
-        """Its kind and numbers."""
+        """Its kind and parameters."""
         return {
             "kind": "covariance", "size": self.size, "weight": self.weight, "norm_lambda": self.norm_lambda,
             "ridge": self.ridge, "dtype": str(self.factor.dtype).removeprefix("torch."),
@@ -200,30 +225,43 @@ class Covariance(Preconditioner):
 class NullSpace(Preconditioner):
     """S^-1 = P / L2 with P the projection on the null space of C: directions that the corpus hardly uses (AlphaEdit).
 
-    Kept as the thinner of two orthonormal bases: of the null space N, P = N N^T, or of the rest V, P = I - V V^T. Keys
-    are whitened as P k / sqrt(L2), in the layer's own coordinates: a basis is one of many, and a saved state must not
-    depend on which.
+    Stored as the thinner of two orthonormal bases: N of the null space, P = N N^T, or V of its complement,
+    P = I - V V^T. Keys are whitened as P k / sqrt(L2), in the layer's own coordinates: a null space has many bases, and
+    a saved state must not depend on which one was computed.
+
+    Example:
+        >>> scales = torch.tensor([1.0] * 5 + [1e-3] * 3)
+        >>> inputs = torch.randn(200, 8) * scales
+        >>> space = NullSpace.from_covariance(inputs.T @ inputs / len(inputs), threshold=1e-2)
+        >>> space.dimension
+        3
+        >>> float(space.project(inputs.T).abs().max()) < 0.1  # the inputs hardly reach into it
+        True
     """
 
-    basis: torch.Tensor  # [d, r] fp64, r <= d / 2
-    complement: bool  # whether `basis` spans what is not the null space
+    basis: torch.Tensor
+    """[d, r] fp64, r <= d / 2."""
+    complement: bool
+    """Whether `basis` spans the complement of the null space, not the null space."""
     l2: float
+    """Ridge of the solve, the published `L2`."""
     threshold: float
+    """Of the eigenvalues, by `rule`; 0 for a projection that was read."""
     rule: str
+    """A NullSpaceRule, or "projection" for a projection that was read."""
 
     @classmethod
     @plain_torch()
     def from_covariance(
-        cls, moment: torch.Tensor, threshold: float = 2e-2, rule: str = "absolute", l2: float = 10.0
+        cls, moment: torch.Tensor, threshold: float = 2e-2, rule: NullSpaceRule = "absolute", l2: float = 10.0
     ) -> NullSpace:
         """The null space of C [d, d].
 
         Args:
             moment: C symmetric; it may be rank deficient.
-            threshold: of an eigenvalue: itself ("absolute", as published: 2e-2), over the largest eigenvalue
-                ("relative"), or the share of the trace that the null space may hold at most, counted from the smallest
-                eigenvalue up ("energy").
-            rule: "absolute", "relative" or "energy".
+            threshold: what an eigenvalue of the null space must be below; its meaning depends on `rule`.
+            rule: "absolute" compares the eigenvalue itself (as published, with 2e-2); "relative" its ratio to the
+                largest eigenvalue; "energy" the share of the trace held by it and all smaller eigenvalues.
             l2: ridge of the solve, the published `L2`.
 
         Raises:
@@ -265,10 +303,10 @@ class NullSpace(Preconditioner):
     @classmethod
     @plain_torch()
     def from_projection(cls, projection: torch.Tensor, l2: float = 10.0) -> NullSpace:
-        """The null space that P [d, d] projects on, as AlphaEdit's files hold it.
+        """The null space that P [d, d], as stored in AlphaEdit's files, projects on.
 
         Raises:
-            StatisticsError: P is not finite, not symmetric, no projection, or projects on nothing or everything.
+            StatisticsError: P is not finite, not symmetric, not a projection, or projects on nothing or everything.
 
         Cost: a symmetric eigendecomposition, about 9 d^3 flops in fp64.
         """
@@ -294,7 +332,7 @@ class NullSpace(Preconditioner):
 
     @property
     def dimension(self) -> int:
-        """Of the null space."""
+        """Dimension of the null space."""
         return self.size - self.basis.shape[1] if self.complement else self.basis.shape[1]
 
     @property
@@ -316,11 +354,11 @@ class NullSpace(Preconditioner):
 
     @plain_torch()
     def unwhiten(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """H / sqrt(L2): what is solved for whitened keys lies in the null space already, P H = H."""
+        """H / sqrt(L2): solutions for whitened keys already lie in the null space, P H = H."""
         return coordinates * self.l2**-0.5
 
     def describe(self) -> dict[str, Any]:
-        """Its kind and numbers."""
+        """Its kind and parameters."""
         return {
             "kind": "null space", "size": self.size, "dimension": self.dimension, "L2": self.l2,
             "threshold": self.threshold, "rule": self.rule,
@@ -333,7 +371,7 @@ class NullSpace(Preconditioner):
 
 
 def _condition(factor: torch.Tensor) -> float:
-    """The condition number of L L^T by power iteration from both ends; a little low."""
+    """The condition number of L L^T by power iteration from both ends, slightly underestimated."""
     place = torch.arange(1, factor.shape[0] + 1, dtype=factor.dtype, device=factor.device)
     ends = []
     for inverse in (False, True):
@@ -350,18 +388,18 @@ def _condition(factor: torch.Tensor) -> float:
     return ends[0] * ends[1]
 
 
-def null_dimension(values: torch.Tensor, threshold: float, rule: str) -> int:
-    """How many of the ascending eigenvalues [d] belong to the null space by a rule; see NullSpace.from_covariance."""
+def null_dimension(values: torch.Tensor, threshold: float, rule: NullSpaceRule) -> int:
+    """How many of the ascending eigenvalues [d] belong to the null space; see `NullSpace.from_covariance`."""
     if rule == "absolute":
         return int((values < threshold).sum())
     if rule == "relative":
         return int((values < threshold * values[-1]).sum())
-    positive = values.cpu().clamp(min=0)  # torch's sums of this kind on a GPU have no fixed order
+    positive = values.cpu().clamp(min=0)  # torch's cumulative sums on a GPU have no fixed order
     return int((positive.cumsum(0) <= threshold * positive.sum()).sum())
 
 
 def condition_number(values: torch.Tensor) -> float | None:
-    """Largest / smallest of the ascending eigenvalues [d] of a second moment; None where the smallest is rounding."""
+    """Largest over smallest of the ascending eigenvalues [d] of a second moment; None where the smallest is rounding."""
     smallest, largest = float(values[0]), float(values[-1])
     return None if smallest <= len(values) * 2.0**-52 * largest else largest / smallest
 

@@ -1,4 +1,4 @@
-"""What some methods do to an update before or after it is written: masks, restrained spectra, limits."""
+"""How some methods change an update before or after it is written: masks, restrained spectra, limits."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ RECT_EPSILON = 1e-8  # added to the weight, as published
 
 
 @plain_torch()
-def rect(update: LowRankUpdate, weight: torch.Tensor, keep: float = 0.4) -> MaskedUpdate:
-    """The entries with the largest relative change |Delta / (W + 1e-8)|: a share `keep` of them.
+def rect(update: LowRankUpdate, weight: torch.Tensor, share: float = 0.4) -> MaskedUpdate:
+    """The entries with the largest relative change |Delta / (W + 1e-8)|: a share of all entries.
 
     Args:
         update: Delta [out, in].
         weight: W [out, in] before the write.
-        keep: in (0, 1]; entries that tie with the last one kept are kept too.
+        share: in (0, 1]; entries that tie with the smallest one written are written too.
 
     Cost: the dense Delta and one selection over its entries.
     Source: RECT (arXiv 2401.04700), its released `memit_rect_main.py`.
     """
-    if not 0 < keep <= 1:
-        raise InvalidArgumentError(f"keep must be in (0, 1]; got {keep}")
+    if not 0 < share <= 1:
+        raise InvalidArgumentError(f"share must be in (0, 1]; got {share}")
     change = update.dense()
     change = change.div_(weight.to(change) + RECT_EPSILON).abs_()
-    rank = max(1, int(change.numel() * (1 - keep)))
+    rank = max(1, int(change.numel() * (1 - share)))
     bound = _smallest(change.flatten(), rank)
     return MaskedUpdate.from_mask(update, change >= bound)
 
 
 @plain_torch()
-def _smallest(numbers: torch.Tensor, rank: int) -> torch.Tensor:
-    """The number of that rank, from 1 for the smallest."""
-    if numbers.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
-        return numbers.sort().values[rank - 1]  # torch refuses kthvalue there, for the index that comes with it
-    return numbers.kthvalue(rank).values
+def _smallest(entries: torch.Tensor, rank: int) -> torch.Tensor:
+    """The entry of that rank, counted from 1 for the smallest."""
+    if entries.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
+        return entries.sort().values[rank - 1]  # torch refuses kthvalue there, because of the index that it returns too
+    return entries.kthvalue(rank).values
 
 
 def spectrum(update: LowRankUpdate) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,12 +54,12 @@ def spectrum(update: LowRankUpdate) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 @plain_torch()
 def compact(update: Update, tolerance: float = 0.0, rank: int | None = None) -> LowRankUpdate:
-    """The fewest factors that leave Delta within a tolerance, each direction's norm shared evenly by both sides.
+    """The fewest factors that give Delta within a tolerance; each direction's norm is split evenly between both sides.
 
     Args:
         update: Delta [out, in].
-        tolerance: of |Delta - Delta'| / |Delta| (Frobenius); 0 drops what is rounding alone.
-        rank: at most so many, however far that is from Delta; None for no limit.
+        tolerance: bound of |Delta - Delta'| / |Delta| (Frobenius); 0 drops only what is rounding.
+        rank: upper limit of the number of factors, whatever the error; None for no limit.
 
     Cost: that of `spectrum`; of a masked update an SVD of Delta.
     """
@@ -68,13 +68,13 @@ def compact(update: Update, tolerance: float = 0.0, rank: int | None = None) -> 
         v = vh.T
     else:
         u, s, v = spectrum(update.to(torch.float64))
-    sizes = s.cpu()  # torch's sums of this kind on a GPU have no fixed order
+    sizes = s.cpu()  # torch's cumulative sums on a GPU have no fixed order
     left_out = sizes.square().flip(0).cumsum(0).flip(0).sqrt()  # |Delta - Delta'| when the directions from here on go
     rounding = torch.finfo(torch.float64).eps * max(len(update.left), len(update.right))
-    kept = int((left_out > max(tolerance, rounding) * sizes.norm()).sum())
-    kept = kept if rank is None else min(kept, rank)
-    root = s[:kept].sqrt()
-    return LowRankUpdate((u[:, :kept] * root).to(update.left.dtype), (v[:, :kept] * root).to(update.left.dtype))
+    k = int((left_out > max(tolerance, rounding) * sizes.norm()).sum())
+    k = k if rank is None else min(k, rank)
+    root = s[:k].sqrt()
+    return LowRankUpdate((u[:, :k] * root).to(update.left.dtype), (v[:, :k] * root).to(update.left.dtype))
 
 
 @plain_torch()
@@ -89,11 +89,12 @@ def spectral_norm(matrix: torch.Tensor) -> float:
 def prune(total: LowRankUpdate, largest: float) -> LowRankUpdate:
     """What to add to W_0 + Delta so that Delta's singular values above `largest` are restrained.
 
-    s > s_0 becomes log s - log s_0 + s_0; the others stay. The result is the difference, of the rank of what changed:
-    W_0 + Delta + result is W_0 with the restrained total in Delta's place (the released code adds that on top of it).
+    s > s_0 becomes log s - log s_0 + s_0; the others do not change. The result is the difference, whose rank is the
+    number of values that changed. W_0 + Delta + result is W_0 plus the restrained Delta (the released code adds the restrained
+    Delta on top of W_0 + Delta).
 
     Args:
-        total: Delta [out, in], all that was added to W_0.
+        total: Delta [out, in], the sum of all updates of W_0.
         largest: s_0, the largest singular value of W_0.
 
     Source: PRUNE (arXiv 2405.16821), AlphaEdit's `experiments/evaluate.py`.
@@ -102,8 +103,8 @@ def prune(total: LowRankUpdate, largest: float) -> LowRankUpdate:
         raise InvalidArgumentError(f"the largest singular value of W_0 must be positive; got {largest}")
     u, s, v = spectrum(total)
     change = torch.where(s > largest, (s / largest).clamp(min=1).log() + largest - s, 0.0)
-    moved = change != 0
-    return LowRankUpdate((u * change)[:, moved], v[:, moved])
+    changed = change != 0
+    return LowRankUpdate((u * change)[:, changed], v[:, changed])
 
 
 @plain_torch()
