@@ -399,7 +399,7 @@ def null_dimension(values: torch.Tensor, threshold: float, rule: NullSpaceRule) 
 
 
 def condition_number(values: torch.Tensor) -> float | None:
-    """Largest over smallest of the ascending eigenvalues [d] of a second moment; None where the smallest is rounding."""
+    """Largest over smallest of the ascending eigenvalues [d] of a moment; None where the smallest is rounding."""
     smallest, largest = float(values[0]), float(values[-1])
     return None if smallest <= len(values) * 2.0**-52 * largest else largest / smallest
 

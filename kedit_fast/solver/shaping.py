@@ -90,8 +90,8 @@ def prune(total: LowRankUpdate, largest: float) -> LowRankUpdate:
     """What to add to W_0 + Delta so that Delta's singular values above `largest` are restrained.
 
     s > s_0 becomes log s - log s_0 + s_0; the others do not change. The result is the difference, whose rank is the
-    number of values that changed. W_0 + Delta + result is W_0 plus the restrained Delta (the released code adds the restrained
-    Delta on top of W_0 + Delta).
+    number of values that changed. W_0 + Delta + result is W_0 plus the restrained Delta; the released code adds the
+    restrained Delta to W_0 + Delta instead.
 
     Args:
         total: Delta [out, in], the sum of all updates of W_0.
