@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from kedit_fast.errors import KeditError
 from kedit_fast.methods.hparams import parse_layers, parse_values
 from kedit_fast.models.loading import DTYPES
+from kedit_fast.requests.problems import OnError
 from kedit_fast.requests.spacing import check_separator
 
 METHOD_HELP = "a method's name, see `kedit-fast methods`"
@@ -40,9 +41,9 @@ def choice(values: Iterable[str], help: str, *names: str) -> Any:
 
 DTYPE_NAMES = sorted(DTYPES, key=lambda name: name != "auto")
 OnErrorOption = Annotated[
-    str,
+    OnError,
     choice(
-        ("raise", "skip"),
+        get_args(OnError),
         "records that cannot be read, written or measured: raise, naming them all, or skip and report them",
     ),
 ]

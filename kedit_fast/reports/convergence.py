@@ -1,4 +1,4 @@
-"""Enough is enough: how an update, the null space and the condition change as statistics see more text."""
+"""How much text is enough: how an update, the null space and the condition change as statistics see more text."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import MethodError, StatisticsError
 from kedit_fast.methods.hparams import Hparams, make_hparams
-from kedit_fast.methods.registry import find_recipe
-from kedit_fast.requests.problems import require_no_problems
+from kedit_fast.methods.registry import RECIPES, find_recipe
+from kedit_fast.requests.problems import OnError, require_no_problems
 from kedit_fast.requests.prompts import PromptFormat
 from kedit_fast.requests.reading import rows_of
 from kedit_fast.requests.request import EditRequest
@@ -37,23 +37,33 @@ FIRST_COUNT = 1000
 
 @dataclass(frozen=True)
 class Row:
-    """One layer after one number of tokens. None where there is nothing to compare with, or no update: see `note`."""
+    """One layer after one count of tokens. None: there is nothing to compare with, or no update (see `note`)."""
 
     tokens: int
+    """Tokens that the statistics saw."""
     layer: int
-    update_norm: float | None  # |Delta| of the requests' update
-    change_to_last: float | None  # |Delta - Delta of the last count| / |Delta of the last count|
-    change_from_previous: float | None  # |Delta - Delta of the count before| / |Delta|
+    """The edited layer, zero-based."""
+    update_norm: float | None
+    """|Delta| of the requests' update."""
+    change_to_last: float | None
+    """|Delta - Delta of the last count| / |Delta of the last count|."""
+    change_from_previous: float | None
+    """|Delta - Delta of the count before| / |Delta|."""
     null_dimension: int
-    null_overlap: float | None  # |N^T N'|^2 / max(dim N, dim N') with the count before: 1 for the same space
-    condition: float | None  # of C, and of lambda C; None for a singular one
+    """Dimensions of the null space by AlphaEdit's rule."""
+    null_overlap: float | None
+    """|N^T N'|^2 / max(dim N, dim N') with the count before: 1 for the same space."""
+    condition: float | None
+    """Condition number of C, the same for lambda C; None for a singular one."""
     note: str = ""
+    """Why there is no update."""
 
 
 class Rows(list[Row]):
-    """A row for each count and layer; `skipped` is the index of a request -> why its update is not followed."""
+    """A row for each count and layer."""
 
     skipped: Mapping[int, str] = {}
+    """Index of a request -> why its update is not followed."""
 
 
 @plain_torch()
@@ -71,27 +81,28 @@ def convergence(
     seed: int = 0,
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
     progress: bool = False,
 ) -> Rows:
-    """Follow statistics of growing numbers of tokens; the text of each contains that of the one before.
+    """Compute an update from statistics of more and more tokens of one text, and compare.
 
-    The values of the requests do not depend on statistics and are optimised once; every count then solves and writes
-    the update, and takes it back.
+    The values of the requests do not depend on statistics and are optimized once. For every count the update is
+    solved, written and undone.
 
     Args:
-        model: it is the same to the bit afterwards.
+        model: its weights are the same afterwards, bit for bit.
         tokenizer: its tokenizer.
-        corpus: what counts; read again for every count.
-        requests: whose update is followed.
-        method: with statistics and without masks: MEMIT by default.
-        counts: of tokens, growing; None doubles from 1,000 to what the corpus holds.
+        corpus: the text, read again for every count.
+        requests: the edits whose update is followed.
+        method: a batch method that uses statistics and masks no updates.
+        counts: growing chosen of tokens; None doubles from 1,000 to the size of the corpus.
         layers: edited layers; None for the preset's.
-        hparams: values that override the preset's; `nullspace_threshold` and `nullspace_rule` are AlphaEdit's.
-        batch_tokens: tokens of a batch.
-        seed: of the context prefixes.
-        prompt_format, target_separator: as of Editor.
-        on_error: "raise" at requests that cannot be written, or "skip" them, as of `Editor.edit`.
+        hparams: values that override the preset's; `nullspace_threshold` and
+            `nullspace_rule`, by default AlphaEdit's, decide about the null space.
+        batch_tokens: tokens of a forward pass.
+        seed: seed of the context prefixes.
+        prompt_format, target_separator: as in `Editor`.
+        on_error: "raise" at requests that cannot be written, or "skip" them, as in `Editor.edit`.
         progress: show a bar on stderr.
 
     Returns:
@@ -105,10 +116,10 @@ def convergence(
     """
     recipe = find_recipe(method)
     overrides = {**(hparams or {}), **({} if layers is None else {"layers": tuple(layers)})}
-    numbers, _ = make_hparams(method, model.config, overrides)
-    if not numbers.uses_statistics or recipe.masks_updates or not recipe.is_batched:
+    chosen, _ = make_hparams(method, model.config, overrides)
+    if not chosen.uses_statistics or recipe.masks_updates or not recipe.is_batched:
         raise MethodError(f"{recipe.name} has no update of low rank that depends on statistics")
-    rule = _null_rule(model, overrides, numbers)
+    rule = _null_rule(model, overrides, chosen)
     if counts is not None and (not counts or sorted(set(counts)) != list(counts) or counts[0] < 1):
         raise StatisticsError(f"counts of tokens must grow; got {list(counts)}")
     store, prefixes = ValueFile(None), None
@@ -117,48 +128,57 @@ def convergence(
     rows: list[Row] = []
     updates: list[dict[int, LowRankUpdate | None]] = []
     spaces: dict[int, torch.Tensor] = {}
-    seen = growing_statistics(model, tokenizer, corpus, numbers.layers, counts or _doubling(), batch_tokens)
-    for statistics in tqdm(seen, desc="counts", disable=not progress, leave=False):
-        note, found = "", dict.fromkeys(numbers.layers)
+    growing = growing_statistics(model, tokenizer, corpus, chosen.layers, counts or _doubling(), batch_tokens)
+    for statistics in tqdm(growing, desc="counts", disable=not progress, leave=False):
+        note, layer_updates = "", dict.fromkeys(chosen.layers)
         editor = Editor(
-            model, tokenizer, method, statistics=statistics, hparams=overrides, seed=seed, prefixes=prefixes,
-            values=store, prompt_format=prompt_format, target_separator=target_separator,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            method,
+            statistics=statistics,
+            hparams=overrides,
+            seed=seed,
+            prefixes=prefixes,
+            values=store,
+            prompt_format=prompt_format,
+            target_separator=target_separator,
+        )
         prefixes = editor.prefixes
         try:
-            made = editor.edit(requests, on_error)
-            skipped = made.skipped
-            if not made.batch:
+            result = editor.edit(requests, on_error)
+            skipped = result.skipped
+            if not result.batch:
                 require_no_problems(skipped, "every request was skipped:")
-            found = {layer: _total(made.updates[editor.view.weight_name(layer)]) for layer in numbers.layers}
+            layer_updates = {layer: _total(result.updates[editor.view.weight_name(layer)]) for layer in chosen.layers}
         except StatisticsError as error:
             note = first_line(error)
         finally:
             editor.restore()
-        for layer in numbers.layers:
+        for layer in chosen.layers:
             moment = statistics.moment(layer)
             values, vectors = torch.linalg.eigh(moment.moment.double())
             space = vectors[:, : null_dimension(values, *rule)]
-            update, before = found[layer], updates[-1][layer] if updates else None
+            update, before = layer_updates[layer], updates[-1][layer] if updates else None
             norm, change = None if update is None else update.norm(), _change(before, update)
             overlap = _overlap(spaces.get(layer), space)
             rows.append(
                 Row(moment.count, layer, norm, None, change, space.shape[1], overlap, condition_number(values), note)
             )
             spaces[layer] = space
-        updates.append(found)
+        updates.append(layer_updates)
     if not rows:
         raise StatisticsError("the corpus has no text")
-    found = Rows(_against_last(rows, updates, numbers.layers))
-    found.skipped = skipped
-    return found
+    report = Rows(_against_last(rows, updates, chosen.layers))
+    report.skipped = skipped
+    return report
 
 
-def _null_rule(model: torch.nn.Module, overrides: Mapping[str, Any], numbers: Hparams) -> tuple[float, str]:
-    """AlphaEdit's threshold and rule for this model, unless they are given."""
-    alphaedit, _ = make_hparams("alphaedit", model.config, {"layers": numbers.layers})
+def _null_rule(model: torch.nn.Module, overrides: Mapping[str, Any], hparams: Hparams) -> tuple[float, str]:
+    """Threshold and rule of the null space: the caller's, or else AlphaEdit's for this model."""
+    alphaedit = next(recipe for recipe in RECIPES.values() if recipe.uses_null_space)
+    preset, _ = make_hparams(alphaedit.name, model.config, {"layers": hparams.layers})
     names = ("nullspace_threshold", "nullspace_rule")
-    threshold, rule = (overrides.get(name, getattr(alphaedit, name)) for name in names)
+    threshold, rule = (overrides.get(name, getattr(preset, name)) for name in names)
     return float(threshold), str(rule)
 
 
@@ -181,7 +201,7 @@ def _change(before: LowRankUpdate | None, after: LowRankUpdate | None) -> float 
     if before is None or after is None:
         return None
     if before is after:
-        return 0.0  # which the factors give to half their digits only
+        return 0.0  # from the factors it would come out as about sqrt(epsilon)
     gap = LowRankUpdate(torch.cat([after.left, -before.left], 1), torch.cat([after.right, before.right], 1))
     return gap.norm() / after.norm() if after.norm() else math.nan
 
@@ -196,12 +216,12 @@ def _against_last(
     rows: list[Row], updates: Sequence[Mapping[int, LowRankUpdate | None]], layers: Sequence[int]
 ) -> list[Row]:
     last = updates[-1]
-    changes = [_change(found[layer], last[layer]) for found in updates for layer in layers]
+    changes = [_change(update[layer], last[layer]) for update in updates for layer in layers]
     return [Row(**{**asdict(row), "change_to_last": change}) for row, change in zip(rows, changes, strict=True)]
 
 
 def write_csv(rows: Sequence[Row], path: str | os.PathLike) -> None:
-    """A header and a line a row; empty where a row has None."""
+    """Write the rows as a CSV file with a header; None is an empty cell."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Row)], lineterminator="\n")
     writer.writeheader()
@@ -211,35 +231,41 @@ def write_csv(rows: Sequence[Row], path: str | os.PathLike) -> None:
 
 
 def figure_of(rows: Sequence[Row]) -> Any:
-    """Four curves a layer against the number of tokens; needs matplotlib."""
-    made, panels = figures.figure(4, 3.8, 3.4)
-    shown = (
+    """Four panels against the number of tokens, with one curve per layer. Needs matplotlib."""
+    figure, panels = figures.figure(4, 3.8, 3.4)
+    quantities = (
         ("change_to_last", "change of the update to the last count", True),
         ("null_dimension", "null-space dimensions", False),
         ("null_overlap", "overlap of null spaces\nwith the count before", False),
         ("condition", "condition of lambda C", True),
     )
     counts, layers = sorted({row.tokens for row in rows}), sorted({row.layer for row in rows})
-    for axes, (name, label, logarithmic) in zip(panels, shown, strict=True):
+    for axes, (name, label, logarithmic) in zip(panels, quantities, strict=True):
         axes.set_xscale("log")
-        for layer, colour in zip(layers, figures.colors(len(layers)), strict=True):
-            own = [(row.tokens, getattr(row, name)) for row in rows if row.layer == layer]
-            # What was not computed has no point; nor, on a log scale, has the last count's own change, which is 0.
-            own = [(x, y) for x, y in own if y is not None and math.isfinite(y) and (y > 0 or not logarithmic)]
-            axes.plot([x for x, _ in own], [y for _, y in own], "o-", label=f"layer {layer}", color=colour)
+        for layer, color in zip(layers, figures.colors(len(layers)), strict=True):
+            points = [(row.tokens, getattr(row, name)) for row in rows if row.layer == layer]
+            # No point where nothing was computed, or on a log scale for a zero: the last count's change to itself.
+            points = [(x, y) for x, y in points if y is not None and math.isfinite(y) and (y > 0 or not logarithmic)]
+            axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=f"layer {layer}", color=color)
         axes.set_xlim(counts[0] / 1.2, counts[-1] * 1.2)
         axes.set_xlabel("tokens")
         axes.set_ylabel(label)
         figures.ticks_at(axes.xaxis, counts)
         if not any(len(line.get_xdata()) for line in axes.get_lines()):
-            axes.text(0.5, 0.5, "no two counts to compare" if len(counts) < 2 else "none could be computed",
-                      transform=axes.transAxes, ha="center", fontsize=8)  # fmt: skip
+            axes.text(
+                0.5,
+                0.5,
+                "no two counts to compare" if len(counts) < 2 else "none could be computed",
+                transform=axes.transAxes,
+                ha="center",
+                fontsize=8,
+            )
             axes.set_yticks([])
         elif logarithmic:
             axes.set_yscale("log")
             figures.log_ticks(axes.yaxis)
-    figures.legend_beside(made, panels[0])
-    return made
+    figures.legend_beside(figure, panels[0])
+    return figure
 
 
 def draw(rows: Sequence[Row], path: str | os.PathLike) -> None:

@@ -1,4 +1,4 @@
-"""What a run of edits would take, before it is started: bytes, the batch of values, and time from a short trial."""
+"""What a run of edits would need: bytes, how many values are optimized together, and time from a short trial."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype, copy_bytes
 from kedit_fast.ops import rank_k_update_
-from kedit_fast.requests.problems import require_no_problems, skipped_records
+from kedit_fast.requests.problems import OnError, require_no_problems, skipped_records
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_each
 from kedit_fast.requests.reading import as_requests, rows_of
 from kedit_fast.requests.request import EditRequest
@@ -30,28 +30,44 @@ from kedit_fast.support.free_memory import free_bytes
 from kedit_fast.support.timing import synchronized_clock
 from kedit_fast.support.torch_state import plain_torch
 
-PREFIX = "The old man went to the market in the morning. "  # about as long as the published ones
-TRIAL = 16  # requests of the trial
-ITERATIONS = (1, 4)  # of the two trial runs; their difference is the price of an iteration
-ASSUMED_TOKENS = 24  # of a prompt with its prefix, where there is no tokenizer to ask
+PREFIX = "The old man went to the market in the morning. "
+"""A context prefix about as long as the published ones."""
+TRIAL = 16
+"""Requests of the trial, at most."""
+ITERATIONS = (1, 4)
+"""Iterations of the two trial runs; their difference is the time of an iteration."""
+ASSUMED_TOKENS = 24
+"""Tokens of a prompt with its prefix, where there is no tokenizer."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An estimate: bytes by what they hold, and seconds as if no request stopped early."""
+    """An estimate of memory and time."""
 
     method: str
+    """The method's name."""
     edits: int
+    """Requests of the one batch."""
     layers: tuple[int, ...]
+    """Edited layers, zero-based."""
     hparams_from: str
+    """Where the hyper-parameters are from: the name of a preset, or how they were guessed."""
     device: str
+    """The device of the model; "meta" without a trial."""
     dtype: str
+    """The dtype of the edited matrices."""
     bytes: dict[str, int]
-    free_bytes: int | None  # on the device, with the model loaded; None when it was not
-    values_batch: int | None  # requests optimised together; None without a trial
-    request_bytes: int | None  # of each of them
-    seconds: dict[str, float] | None  # values, keys, solve, write, total; None without a trial
-    skipped: dict[int, str] = field(default_factory=dict)  # index of a request, or of a file's record -> why
+    """What is held in memory -> bytes."""
+    free_bytes: int | None
+    """Free bytes of the device with the model loaded; None when it was not loaded."""
+    values_batch: int | None
+    """Requests whose values are optimized together; None without a trial."""
+    request_bytes: int | None
+    """Bytes that the optimization needs per request; None without a trial."""
+    seconds: dict[str, float] | None
+    """Seconds of values, keys, solve, write, and total, if no request stopped early; None without a trial."""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Index of a request, or of a file's record -> why it could not be used."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -70,22 +86,22 @@ def plan(
     hparams: Mapping[str, Any] | None = None,
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
 ) -> Plan:
-    """What `edits` edits in one batch would take.
+    """Estimate the memory and the time of `edits` edits in one batch.
 
     Args:
         model: loaded, or on the "meta" device for bytes alone.
         tokenizer: its tokenizer; None with a model on "meta".
         edits: how many.
         method: a method's name.
-        requests: what the trial runs on, a few of them; needed unless the model is on "meta".
+        requests: the trial runs on the first 16 of them; needed unless the model is on "meta".
         hparams: values that override the preset's.
-        prompt_format, target_separator: as of Editor.
+        prompt_format, target_separator: as in `Editor`.
         on_error: "raise" at requests of the trial that cannot be written, or "skip" them and name them in the result.
 
     Raises:
-        MethodError: no edits, or a loaded model without requests.
+        MethodError: no edits, a method that optimizes no values, or a loaded model without requests.
         RequestError: requests that cannot be written, without "skip" or where nothing is left.
 
     Cost: the value loop of at most 16 requests for 5 iterations, one pass for their keys, and one write to a copy of an
@@ -94,15 +110,15 @@ def plan(
     if edits < 1:
         raise MethodError(f"cannot plan {edits} edits")
     view, recipe = ModelView(model), find_recipe(method)
-    numbers, origin = make_hparams(method, model.config, hparams or {})
+    chosen, origin = make_hparams(method, model.config, hparams or {})
     if not recipe.optimizes_values:
         raise MethodError(
-            f"plan knows methods whose values are optimised; {recipe.name} takes one backward pass a batch"
+            f"plan knows methods that optimize values; {recipe.name} takes one backward pass per batch instead"
         )
-    layers = view.check_layers(numbers.layers)
-    what = recipe.values_on(view.spec.post_norm)
-    sites = [Site(layers[-1], name) for name in SITES[what]]
-    contexts = 1 + sum(count for _, count in numbers.context_template_length_params)
+    layers = view.check_layers(chosen.layers)
+    value_sites = recipe.values_on(view.spec.post_norm)
+    sites = [Site(layers[-1], name) for name in SITES[value_sites]]
+    contexts = 1 + sum(count for _, count in chosen.context_template_length_params)
     empty = view.device.type == "meta"
     prepared: list[PreparedRequest] = []
     skipped: dict[int, str] = dict(getattr(requests, "skipped", {}))
@@ -111,25 +127,30 @@ def plan(
         if not rows or tokenizer is None:
             raise MethodError("a trial needs requests and a tokenizer")
         usable = as_requests(rows, on_error, recipe.needs_subject)
-        chosen = usable.first(min(edits, TRIAL))
+        trial = usable.first(min(edits, TRIAL))
         prefixes = (PREFIX,) * (contexts - 1)
-        tried = dict(zip(chosen.places, chosen, strict=True))
+        by_index = dict(zip(trial.places, trial, strict=True))
         prepared, unusable = prepare_each(
-            tokenizer, tried, prefixes, view.max_length, prompt_format, vocabulary=view.vocabulary,
+            tokenizer,
+            by_index,
+            prefixes,
+            view.max_length,
+            prompt_format,
+            vocabulary=view.vocabulary,
             target_separator=target_separator,
-        )  # fmt: skip
+        )
         skipped = usable.skipped | unusable
         if on_error == "raise" or not prepared:
             require_no_problems(unusable if prepared else skipped)
     tokens = ASSUMED_TOKENS * contexts
     if prepared:
         tokens = max(len(p.cut().ids) for r in prepared for p in r.rewriting) * contexts
-    sizes = _bytes(view, recipe, numbers, edits, tokens)
+    sizes = _bytes(view, recipe, chosen, edits, tokens)
     batch = seconds = None
     if prepared:
-        batch = _batch(view, recipe, numbers, sites, prepared, edits)
+        batch = _batch(view, recipe, chosen, sites, prepared, edits)
         sizes["values, while optimised"] = batch.requests * batch.request_bytes
-        seconds = _seconds(view, recipe, numbers, what, prepared, edits)
+        seconds = _seconds(view, recipe, chosen, value_sites, prepared, edits)
     weight = view.weight(layers[0])
     return Plan(
         method=recipe.name,
@@ -148,34 +169,34 @@ def plan(
 
 
 def _batch(
-    view: ModelView, recipe: Recipe, numbers: Hparams, sites: list[Site], prepared: list[PreparedRequest], edits: int
+    view: ModelView, recipe: Recipe, hparams: Hparams, sites: list[Site], prepared: list[PreparedRequest], edits: int
 ) -> BatchSize:
-    """How many requests will be optimised together."""
+    """How many requests will be optimized together, and the bytes of each."""
     each = request_bytes(view, prepared, sites)
     if not recipe.is_batched:  # one after another
         return BatchSize(1, each)
-    if numbers.values_batch:
-        return BatchSize(min(edits, numbers.values_batch), each)
-    found = fitting_batch(view, prepared * -(-edits // len(prepared)), sites)
-    return BatchSize(min(found.requests, edits), each)
+    if hparams.values_batch:
+        return BatchSize(min(edits, hparams.values_batch), each)
+    fitting = fitting_batch(view, prepared * -(-edits // len(prepared)), sites)
+    return BatchSize(min(fitting.requests, edits), each)
 
 
-def _bytes(view: ModelView, recipe: Recipe, numbers: Hparams, edits: int, tokens: int) -> dict[str, int]:
-    """Bytes by what they hold; `tokens` of one request's prompts, cut after the subject."""
-    out, d = view.weight(numbers.layers[0]).shape
-    size = view.weight(numbers.layers[0]).element_size()
-    count = len(numbers.layers)
+def _bytes(view: ModelView, recipe: Recipe, hparams: Hparams, edits: int, tokens: int) -> dict[str, int]:
+    """Bytes by value_sites they hold; `tokens` of one request's prompts, cut after the subject."""
+    out, d = view.weight(hparams.layers[0]).shape
+    size = view.weight(hparams.layers[0]).element_size()
+    count = len(hparams.layers)
     at_once = edits if recipe.is_batched else 1
-    kept = min(edits, int(FOLD_ABOVE * d))  # keys until a fold
-    memory = 8 * (d * edits + kept * kept) + (2 * 8 * d * d if edits > kept else 0)
+    unfolded = min(edits, int(FOLD_ABOVE * d))  # keys of the memory before they are folded into d x d
+    memory = 8 * (d * edits + unfolded * unfolded) + (2 * 8 * d * d if edits > unfolded else 0)
     return {
         "weights": sum(parameter.nbytes for parameter in view.model.parameters()),
         **({"their copies in float32, during a pass": copies} if (copies := copy_bytes(view.base)) else {}),
         "originals and masters": count * out * d * (size + (4 if size == 2 else 0)),
-        "statistics and factors": count * 2 * d * d * 8 if numbers.uses_statistics else 0,
+        "statistics and factors": count * 2 * d * d * 8 if hparams.uses_statistics else 0,
         "factors of the updates": count * edits * (out + d) * 4,
         "key memory": count * memory if recipe.memory else 0,
-        "keys": 4 * d * at_once * 8,  # of all contexts mixed and bare, and both transposed
+        "keys": 4 * d * at_once * 8,  # the mixed and the bare prompt's, each also transposed
         "values": out * edits * (8 + 4),
         "states between layers": tokens * at_once * out * computing_dtype(view.base, meta_is_cpu=True).itemsize
         if count > 1
@@ -186,45 +207,48 @@ def _bytes(view: ModelView, recipe: Recipe, numbers: Hparams, edits: int, tokens
 def _seconds(
     view: ModelView,
     recipe: Recipe,
-    numbers: Hparams,
-    what: str,
+    hparams: Hparams,
+    value_sites: str,
     prepared: Sequence[PreparedRequest],
     edits: int,
 ) -> dict[str, float]:
     """Seconds by phase, from a trial on `prepared`."""
     trial = len(prepared)
     together = trial if recipe.is_batched else 1
-    last = numbers.layers[-1]
-    # Nobody stops, and every iteration is looked at: the loop ends at a look.
-    whole = dict(v_stop_loss=-1.0, most_probable_steps=0, values_batch=together, check_every=1, values_graph=False)
-    short, long = (replace(numbers, v_num_grad_steps=count, **whole) for count in ITERATIONS)
-    find_values(view, prepared[:1], last, what, short, on_problem="keep")  # warm
+    last = hparams.layers[-1]
+    # No request stops early, and the loop checks after every iteration: it ends at a check.
+    full_length = dict(
+        v_stop_loss=-1.0, most_probable_steps=0, values_batch=together, check_every=1, values_graph=False
+    )
+    short, long = (replace(hparams, v_num_grad_steps=count, **full_length) for count in ITERATIONS)
+    find_values(view, prepared[:1], last, value_sites, short, on_problem="keep")  # warm-up
     begin, end = (
-        _timed(view, lambda n=n: find_values(view, prepared, last, what, n, on_problem="keep")) for n in (short, long)
+        _timed(view, lambda n=n: find_values(view, prepared, last, value_sites, n, on_problem="keep"))
+        for n in (short, long)
     )
     each = max(0.0, end - begin) / (ITERATIONS[1] - ITERATIONS[0])
-    values = (max(0.0, begin - each) + each * numbers.v_num_grad_steps) * edits / trial
+    values = (max(0.0, begin - each) + each * hparams.v_num_grad_steps) * edits / trial
 
     def keys() -> None:
-        passes = KeyPass(view, prepared, Site(last, SITES[what][-1]), recipe.key_weights)
-        for layer in numbers.layers:
+        passes = KeyPass(view, prepared, Site(last, SITES[value_sites][-1]), recipe.key_weights)
+        for layer in hparams.layers:
             passes.at(layer)
 
-    out, d = view.weight(numbers.layers[0]).shape
+    out, d = view.weight(hparams.layers[0]).shape
     rate = _fp64_rate(view.device)
     u = edits if recipe.is_batched else 1
-    count = len(numbers.layers)
-    # The factor is made once a layer, whatever the number of solves.
-    factor = 0.0 if not numbers.uses_statistics else 9.0 * d**3 if recipe.uses_null_space else d**3 / 3
+    count = len(hparams.layers)
+    # The factor is computed once per layer, whatever the number of solves.
+    factor = 0.0 if not hparams.uses_statistics else 9.0 * d**3 if recipe.uses_null_space else d**3 / 3
     once = d * u * u + u**3 / 3 + 2 * u * u * d if u <= PRIMAL_ABOVE * d else d * d * u + d**3 / 3 + 2 * d * d * u
     flops = factor + (2 * d * d * u + once) * edits / u
     solve = count * 2 * flops / rate
-    weight = view.weight(numbers.layers[0]).clone()
+    weight = view.weight(hparams.layers[0]).clone()
     rank = min(u, 256)
     left, right = (torch.zeros(rows, rank, dtype=torch.float32, device=weight.device) for rows in (out, d))
     write = _timed(view, lambda: rank_k_update_(weight, left, right)) * count * edits / rank
-    found = {"values": values, "keys": _timed(view, keys) * edits / trial, "solve": solve, "write": write}
-    return {name: round(spent, 3) for name, spent in {**found, "total": sum(found.values())}.items()}
+    phases = {"values": values, "keys": _timed(view, keys) * edits / trial, "solve": solve, "write": write}
+    return {name: round(spent, 3) for name, spent in {**phases, "total": sum(phases.values())}.items()}
 
 
 def _timed(view: ModelView, call: Callable[[], object]) -> float:
@@ -235,11 +259,11 @@ def _timed(view: ModelView, call: Callable[[], object]) -> float:
 
 
 def _fp64_rate(device: torch.device, side: int = 1024) -> float:
-    """fp64 operations a second of a matrix product."""
+    """fp64 operations per second of a matrix product, the best of three."""
     a = torch.ones(side, side, dtype=torch.float64, device=device)
     best = float("inf")
     for _ in range(3):
         begin = synchronized_clock(device)
-        a @ a
+        torch.mm(a, a)
         best = min(best, synchronized_clock(device) - begin)
     return 2 * side**3 / best

@@ -1,4 +1,4 @@
-"""What stored statistics are like: their size, condition, spectrum, and how large a null space they leave."""
+"""Spectra of stored statistics: condition numbers, effective ranks and null-space dimensions per layer."""
 
 from __future__ import annotations
 
@@ -14,48 +14,71 @@ from kedit_fast.statistics.store import layer_of, modules_in, read_layer
 from kedit_fast.support import figures
 from kedit_fast.support.torch_state import plain_torch
 
-# Rule and threshold of the null spaces that are shown: 2e-2 absolute is the published one.
 THRESHOLDS = (
-    ("absolute", 1e-3), ("absolute", 1e-2), ("absolute", 2e-2), ("absolute", 1e-1),
-    ("relative", 1e-5), ("relative", 1e-4), ("relative", 1e-3),
-    ("energy", 0.01), ("energy", 0.05), ("energy", 0.1),
-)  # fmt: skip
+    ("absolute", 1e-3),
+    ("absolute", 1e-2),
+    ("absolute", 2e-2),
+    ("absolute", 1e-1),
+    ("relative", 1e-5),
+    ("relative", 1e-4),
+    ("relative", 1e-3),
+    ("energy", 0.01),
+    ("energy", 0.05),
+    ("energy", 0.1),
+)
+"""Rules and thresholds of the null spaces in the report."""
 PUBLISHED = 2e-2
+"""AlphaEdit's published threshold, by the rule "absolute"."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """A layer's second moment C [d, d] in numbers."""
+    """Figures of one layer's second moment C [d, d]."""
 
     module: str
+    """The module's name in the model."""
     layer: int
-    size: int  # d
-    count: int  # tokens
-    trace: float  # mean |k|^2
-    condition: float | None  # largest eigenvalue / smallest, the same for lambda C; None for a singular C
-    effective_rank: float  # exp of the entropy of the eigenvalues' shares of the trace
-    null_dimensions: dict[str, int]  # "rule threshold" -> dimensions
-    eigenvalues: torch.Tensor  # [d] ascending, fp64
+    """Its layer, zero-based."""
+    size: int
+    """d, the length of a key."""
+    count: int
+    """Tokens that were counted."""
+    trace: float
+    """The mean of |k|^2."""
+    condition: float | None
+    """The largest eigenvalue over the smallest, the same for lambda C; None for a singular C."""
+    effective_rank: float
+    """exp of the entropy of the eigenvalues' shares of the trace."""
+    null_dimensions: dict[str, int]
+    """ "rule threshold" -> dimensions of that null space."""
+    eigenvalues: torch.Tensor
+    """[d] in ascending order, fp64."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `stats show --json` prints for a layer."""
         values = self.eigenvalues
         shown = {"largest": float(values[-1]), "median": float(values[self.size // 2]), "smallest": float(values[0])}
         return {
-            "module": self.module, "layer": self.layer, "size": self.size, "tokens": self.count, "trace": self.trace,
-            "condition": self.condition, "effective_rank": self.effective_rank, "eigenvalues": shown,
+            "module": self.module,
+            "layer": self.layer,
+            "size": self.size,
+            "tokens": self.count,
+            "trace": self.trace,
+            "condition": self.condition,
+            "effective_rank": self.effective_rank,
+            "eigenvalues": shown,
             "null_dimensions": self.null_dimensions,
-        }  # fmt: skip
+        }
 
 
 @plain_torch()
 def spectra(folder: str | os.PathLike) -> list[Spectrum]:
-    """Of every layer in a folder of statistics, ours or npz; no model is needed.
+    """The spectrum of every layer in a folder of statistics, kedit_fast's or memit's npz. No model is needed.
 
     Raises:
-        StatisticsError: no statistics there, or a damaged file, by its name.
+        StatisticsError: the folder has no statistics, or a file is damaged; the message names it.
 
-    Cost: a symmetric eigendecomposition a layer: about 4/3 d^3 flops in fp64 without vectors.
+    Cost: a symmetric eigendecomposition per layer: about 4/3 d^3 flops in fp64 without vectors.
     """
     return [_spectrum(Path(folder), module) for module in modules_in(folder)]
 
@@ -64,36 +87,47 @@ def _spectrum(folder: Path, module: str) -> Spectrum:
     second = read_layer(folder, module).second
     values = torch.linalg.eigvalsh(second.moment.double())
     positive = values.clamp(min=0)
-    shares = positive / positive.sum().clamp(min=torch.finfo(torch.float64).tiny)  # of no input at all: rank 1
+    shares = positive / positive.sum().clamp(min=torch.finfo(torch.float64).tiny)  # rank 1 when there was no input
     entropy = -torch.special.xlogy(shares, shares).sum()
     dimensions = {f"{rule} {threshold:g}": null_dimension(values, threshold, rule) for rule, threshold in THRESHOLDS}
     trace = float(second.moment.double().diagonal().sum())
     return Spectrum(
-        module, layer_of(module), len(values), second.count, trace, condition_number(values), float(entropy.exp()),
-        dimensions, values,
-    )  # fmt: skip
+        module,
+        layer_of(module),
+        len(values),
+        second.count,
+        trace,
+        condition_number(values),
+        float(entropy.exp()),
+        dimensions,
+        values,
+    )
 
 
-def figure_of(found: list[Spectrum]) -> Any:
-    """Eigenvalues in descending order, a line a layer, with the published threshold; needs matplotlib."""
-    made, (axes,) = figures.figure()
-    for spectrum, colour in zip(found, figures.colors(len(found)), strict=True):
+def figure_of(layer_spectra: list[Spectrum]) -> Any:
+    """Eigenvalues in descending order, one line per layer, and AlphaEdit's threshold. Needs matplotlib."""
+    figure, (axes,) = figures.figure()
+    for spectrum, color in zip(layer_spectra, figures.colors(len(layer_spectra)), strict=True):
         values = spectrum.eigenvalues.flip(0)
         floor = float(values[0]) * 1e-16
-        lost = int((values < floor).sum())  # 0 or below, which a log scale has no place for
+        lost = int((values < floor).sum())  # zero or negative: a log scale cannot show them
         note = f" ({lost} of {spectrum.size} are 0: at the bottom)" if lost else ""
         axes.plot(
-            range(1, spectrum.size + 1), values.clamp(min=floor).tolist(), label=f"layer {spectrum.layer}{note}",
-            color=colour, linewidth=1.2, marker="." if spectrum.size < 50 else None,
-        )  # fmt: skip
+            range(1, spectrum.size + 1),
+            values.clamp(min=floor).tolist(),
+            label=f"layer {spectrum.layer}{note}",
+            color=color,
+            linewidth=1.2,
+            marker="." if spectrum.size < 50 else None,
+        )
     axes.axhline(PUBLISHED, color="grey", linewidth=0.8, linestyle="--", label="AlphaEdit's threshold, 0.02")
     axes.set_yscale("log")
     axes.set_xlabel("number of the eigenvalue, the largest first")
     axes.set_ylabel("eigenvalue of E[k k^T]")
-    figures.legend_beside(made, axes)
-    return made
+    figures.legend_beside(figure, axes)
+    return figure
 
 
-def draw(found: list[Spectrum], path: str | os.PathLike) -> None:
+def draw(layer_spectra: list[Spectrum], path: str | os.PathLike) -> None:
     """Save `figure_of`, in the format of the path's suffix."""
-    figures.save(figure_of(found), path)
+    figures.save(figure_of(layer_spectra), path)

@@ -1,4 +1,4 @@
-"""A configuration for a model without a preset: try layers and lambda on a few requests, and keep the best."""
+"""Hyper-parameters for a model without a preset: try layers and lambda on a few requests, and choose the best."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kedit_fast.methods.hparams import Hparams, make_hparams, unused
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.problems import require_no_problems, skipped_records
+from kedit_fast.requests.problems import OnError, require_no_problems, skipped_records
 from kedit_fast.requests.prompts import PromptFormat
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
@@ -27,27 +27,41 @@ from kedit_fast.statistics.collect import Statistics, collect_statistics
 from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
 
-DEEPEST, PLACES = 0.6, 8  # last edited layers tried: this many, up to this share of the depth
-SPREAD_SHARE, MOST_LAYERS = 0.16, 5  # edited layers: this share of the depth, at least 2, as published models have
+DEEPEST, PLACES = 0.6, 8
+"""The last edited layer is tried at so many places, up to this share of the depth."""
+SPREAD_SHARE, MOST_LAYERS = 0.16, 5
+"""Edited layers: this share of the depth, at least 2 and at most 5, as for the published models."""
 LAMBDAS = (10.0, 100.0, 1000.0, 15000.0)
-RIDGES = (1.0, 10.0, 100.0)  # AlphaEdit's L2
-RATES = (1e-6, 1e-4, 1e-3, 3e-3, 1e-2)  # UltraEdit's lr
+RIDGES = (1.0, 10.0, 100.0)
+"""Values of AlphaEdit's L2."""
+RATES = (1e-6, 1e-4, 1e-3, 3e-3, 1e-2)
+"""Values of UltraEdit's lr."""
 DRIFT_TEXTS = 64
+"""Documents on which the drift is measured, at most."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One configuration, and what its edits did."""
+    """One configuration and the effect of its edits. Shares are those of `evaluate`; None where the trial failed."""
 
     layers: tuple[int, ...]
-    value: float | None  # of the number that was swept
-    efficacy: float | None  # shares as of evaluate; None where the trial failed
+    """Edited layers, zero-based."""
+    value: float | None
+    """Value of the hyper-parameter that is swept beside the layers; None where none is."""
+    efficacy: float | None
+    """Share of requests whose target is now the most probable continuation."""
     paraphrase: float | None
+    """The same of paraphrases; None without any."""
     neighborhood: float | None
-    drift: float | None  # nats a token of the text costs more than before
-    norm: float | None  # the largest |Delta| / |W|
-    score: float  # harmonic mean of the shares there are and of exp(-drift); 0 where the trial failed
+    """Share of neighborhood prompts that still give the true object; None without any."""
+    drift: float | None
+    """Increase of the loss on unrelated text, in nats per token; None without texts."""
+    norm: float | None
+    """The largest |Delta| / |W| of the edited matrices."""
+    score: float
+    """Harmonic mean of the shares there are and of exp(-drift); 0 where the trial failed."""
     failure: str = ""
+    """The message of the error that ended the trial."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +69,32 @@ class Suggestion:
     """All trials, and the best one as a configuration."""
 
     method: str
+    """The method's name."""
     edits: int
-    swept: str  # the number that was swept beside the layers
+    """Requests that were written in each trial."""
+    swept: str
+    """The hyper-parameter that is swept beside the layers; "lambda" where none is and the trials have no value."""
     trials: tuple[Trial, ...]
+    """All trials, in the order they ran."""
     best: Trial
-    numbers: dict[str, Any]  # of the best trial, by name
-    skipped: dict[int, str] = field(default_factory=dict)  # index of a request, or of a file's record -> why
+    """The trial with the highest score."""
+    hparams: dict[str, Any]
+    """Hyper-parameters of the best trial that differ from the defaults."""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Index of a request, or of a file's record -> why it could not be used."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The object that `--json` prints."""
-        return {**asdict(self), "skipped": skipped_records(self.skipped)}
+        """The object that `--json` prints, in which `numbers` are the hyper-parameters."""
+        names = {"hparams": "numbers"}
+        fields_ = {names.get(name, name): value for name, value in asdict(self).items()}
+        return {**fields_, "skipped": skipped_records(self.skipped)}
 
     def toml(self) -> str:
         """The best configuration as a file for --hparams."""
-        shown = {name: list(value) if isinstance(value, tuple) else value for name, value in self.numbers.items()}
-        lines = [f"{name} = {json.dumps(value)}" for name, value in shown.items()]  # of these kinds JSON is toml
-        about = f"# {self.method}: the best of {len(self.trials)} on {self.edits} requests, score {self.best.score:.3f}"
-        return "\n".join([about, *lines]) + "\n"
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.hparams.items()}
+        lines = [f"{name} = {json.dumps(value)}" for name, value in plain.items()]  # JSON of such values is also TOML
+        title = f"# {self.method}: the best of {len(self.trials)} on {self.edits} requests, score {self.best.score:.3f}"
+        return "\n".join([title, *lines]) + "\n"
 
 
 @plain_torch()
@@ -89,23 +112,23 @@ def suggest(
     seed: int = 0,
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
     progress: bool = False,
 ) -> Suggestion:
-    """Edit with every combination of layers and lambda (AlphaEdit: L2, UltraEdit: lr), measure, take back.
+    """Edit with every combination of layers and lambda (AlphaEdit: L2, UltraEdit: lr), measure, and undo.
 
     Args:
-        model: it is the same to the bit afterwards.
+        model: its weights are the same afterwards, bit for bit.
         tokenizer: its tokenizer.
-        requests: a few; with paraphrase and neighborhood prompts the choice is better informed.
+        requests: a few; paraphrase and neighborhood prompts make the choice better informed.
         method: a method's name.
-        statistics: of every layer that is tried; or
-        texts: documents to collect them from, of which the last ones also show how much unrelated text suffers.
-        max_tokens: of the texts.
+        statistics: second moments of every layer that is tried.
+        texts: documents to collect statistics from where none are given; the last ones also measure the drift.
+        max_tokens: tokens to collect statistics from.
         last_layers: the last edited layers to try; by default eight up to 60 % of the depth.
         hparams: values that override the preset's or the guess's.
-        seed: of the context prefixes.
-        prompt_format, target_separator: as of Editor.
+        seed: seed of the context prefixes.
+        prompt_format, target_separator: as in `Editor`.
         on_error: "raise" at requests that cannot be written or measured, or "skip" them and name them in the result.
         progress: show a bar on stderr.
 
@@ -113,7 +136,7 @@ def suggest(
         MethodError: no statistics and no text for a method that needs them, or every trial failed.
         RequestError: requests that cannot be written.
 
-    Cost: the values of all requests once for each last layer, one edit and one evaluation for each combination.
+    Cost: the values of all requests once per last layer; one edit and one evaluation per combination.
     """
     view, recipe = ModelView(model), find_recipe(method)
     chosen, _ = make_hparams(method, model.config, hparams or {})
@@ -131,7 +154,7 @@ def suggest(
     before = mean_nll(model, tokenizer, drift_texts) if drift_texts else None
     name, values = _swept(recipe, chosen)
     if name in (hparams or {}):
-        values = (getattr(chosen, name),)  # given: not swept
+        values = (getattr(chosen, name),)  # the caller's value is not swept
     prefixes: tuple[str, ...] | None = None
     usable: list[EditRequest] = []
     skipped: dict[int, str] = {}
@@ -140,50 +163,60 @@ def suggest(
         for window in windows:
             store = ValueFile(None)  # values do not depend on lambda
             for value in values:
-                numbers = {**(hparams or {}), "layers": window}
-                numbers |= {} if value is None else {name: value}
+                overrides = {**(hparams or {}), "layers": window}
+                overrides |= {} if value is None else {name: value}
                 editor = Editor(
-                    model, tokenizer, method, statistics=statistics, hparams=numbers, seed=seed, prefixes=prefixes,
-                    values=store, prompt_format=prompt_format, target_separator=target_separator,
-                )  # fmt: skip
+                    model,
+                    tokenizer,
+                    method,
+                    statistics=statistics,
+                    hparams=overrides,
+                    seed=seed,
+                    prefixes=prefixes,
+                    values=store,
+                    prompt_format=prompt_format,
+                    target_separator=target_separator,
+                )
                 prefixes = editor.prefixes
                 if not trials:
                     usable, skipped = _usable(editor, requests, on_error)
-                trials.append(_tried(editor, usable, window, value, drift_texts, before))
+                trials.append(_run_trial(editor, usable, window, value, drift_texts, before))
                 bar.update()
     best = max(trials, key=lambda trial: trial.score)
     if not best.score:
         failures = [trial.failure for trial in trials if trial.failure]
         why = f"; the last failure: {failures[-1]}" if failures else ": no target or paraphrase came through"
         raise MethodError(f"none of {len(trials)} configurations works on these requests{why}")
-    found = {
-        **_shown(chosen, recipe),
+    best_hparams = {
+        **_changed_hparams(chosen, recipe),
         "layers": best.layers,
         **({} if recipe.optimizes_values else {"inner_params": ()}),
     }
     if best.value is not None:
-        found[name] = best.value
-    return Suggestion(recipe.name, len(usable), name, tuple(trials), best, found, skipped)
+        best_hparams[name] = best.value
+    return Suggestion(recipe.name, len(usable), name, tuple(trials), best, best_hparams, skipped)
 
 
 def _usable(
-    editor: Editor, requests: Iterable[EditRequest | Mapping[str, Any]], on_error: str
+    editor: Editor, requests: Iterable[EditRequest | Mapping[str, Any]], on_error: OnError
 ) -> tuple[list[EditRequest], dict[int, str]]:
     """The requests that can be written and measured, and the others by index."""
     prepared, skipped = editor.check(requests, on_error)
     places = [place for place in range(len(prepared) + len(skipped)) if place not in skipped]
-    found = {place: p for place, p in zip(places, prepared, strict=True)}
+    by_place = dict(zip(places, prepared, strict=True))
     bad = {
-        place: f"{p.name}: {what}"
-        for place, p in found.items()
-        if (what := unusable(editor.view, editor.tokenizer, p.request, editor.prompt_format, editor.target_separator))
-    }  # fmt: skip
-    if on_error == "raise" or len(bad) == len(found):
-        require_no_problems(skipped | bad if len(bad) == len(found) else bad)
-    return [p.request for place, p in found.items() if place not in bad], skipped | bad
+        place: f"{p.name}: {problem}"
+        for place, p in by_place.items()
+        if (
+            problem := unusable(editor.view, editor.tokenizer, p.request, editor.prompt_format, editor.target_separator)
+        )
+    }
+    if on_error == "raise" or len(bad) == len(by_place):
+        require_no_problems(skipped | bad if len(bad) == len(by_place) else bad)
+    return [p.request for place, p in by_place.items() if place not in bad], skipped | bad
 
 
-def _tried(
+def _run_trial(
     editor: Editor,
     requests: Sequence[EditRequest],
     layers: tuple[int, ...],
@@ -205,10 +238,11 @@ def _tried(
         return Trial(layers, value, None, None, None, None, None, 0.0, first_line(error))
     finally:
         editor.restore()
-    parts = [metrics.efficacy, metrics.paraphrase, metrics.neighborhood]
-    parts.append(None if drift is None else math.exp(-max(0.0, drift)))
     norm = max(result.relative_norms.values())
-    return Trial(layers, value, *parts[:3], drift, norm, _harmonic([p for p in parts if p is not None]))
+    shares = (metrics.efficacy, metrics.paraphrase, metrics.neighborhood)
+    unharmed = None if drift is None else math.exp(-max(0.0, drift))
+    score = _harmonic([share for share in (*shares, unharmed) if share is not None])
+    return Trial(layers, value, *shares, drift=drift, norm=norm, score=score)
 
 
 def _harmonic(shares: Sequence[float]) -> float:
@@ -216,7 +250,7 @@ def _harmonic(shares: Sequence[float]) -> float:
 
 
 def _places(count: int) -> list[int]:
-    """Last layers to try: evenly spread over the lower part."""
+    """Last edited layers to try: evenly spread over the lower part of the model."""
     deepest = max(1, round(DEEPEST * (count - 1)))
     step = max(1.0, deepest / PLACES)
     return sorted({round(deepest - i * step) for i in range(PLACES) if deepest - i * step >= 0})
@@ -229,7 +263,7 @@ def _window(last: int, recipe: Recipe, count: int) -> tuple[int, ...]:
 
 
 def _swept(recipe: Recipe, chosen: Hparams) -> tuple[str, tuple[float | None, ...]]:
-    """The number that is swept beside the layers, and its values."""
+    """The hyper-parameter that is swept beside the layers, and its values."""
     if not recipe.optimizes_values:
         return "lr", RATES
     if not recipe.is_batched:
@@ -239,8 +273,8 @@ def _swept(recipe: Recipe, chosen: Hparams) -> tuple[str, tuple[float | None, ..
     return "mom2_update_weight", LAMBDAS
 
 
-def _shown(chosen: Hparams, recipe: Recipe) -> dict[str, Any]:
-    """All numbers that the method reads and that are not the defaults."""
+def _changed_hparams(chosen: Hparams, recipe: Recipe) -> dict[str, Any]:
+    """The hyper-parameters that the method reads and that differ from the defaults."""
     names = [field.name for field in fields(Hparams) if field.name not in ("method", "v_loss_layer")]
     defaults = {field.name: field.default for field in fields(Hparams)}
     idle = set(unused(recipe, names))
