@@ -1,6 +1,6 @@
-"""How far a collection has come, on disk: a file a process beside the statistics, replaced as a whole.
+"""Progress of a collection on disk: one file per process beside the statistics, replaced as a whole.
 
-It holds the sums of the layers of the running pass, fp64, and the place in the corpus they stand for.
+It holds the fp64 sums of the layers of the running pass, and the position in the corpus up to which they go.
 """
 
 from __future__ import annotations
@@ -24,48 +24,52 @@ from kedit_fast.support.matrix_bits import row_checksum
 
 FORMAT_VERSION = "1"
 LOCK = ".lock"
-OVERWRITING = ".overwriting"  # there while a job replaces files of an older one
+OVERWRITING = ".overwriting"
+"""Exists while a job replaces files of an older one."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a checkpoint says of itself."""
+    """What a checkpoint belongs to."""
 
     layers: tuple[int, ...]
     position: Position
-    plan: dict[str, str]  # what the pass was asked for; another one may not go on from here
+    identity: dict[str, str]
+    """Settings, model and number of processes of the job; only the same job may resume from the checkpoint."""
 
 
 @contextlib.contextmanager
 def claimed(folder: Path, hold: bool = True) -> Iterator[None]:
-    """A folder, made if absent, that no other job collects into as long as the block lasts.
+    """Lock a folder, made if absent, so that no other job collects into it while the block runs.
 
-    One process of a job holds it for all.
+    Args:
+        folder: of the statistics.
+        hold: False does nothing: one process locks for all of a job.
 
     Raises:
-        StatisticsError: it cannot be written, or another process holds it.
+        StatisticsError: the folder cannot be written, or another process has locked it.
     """
     if not hold:
         yield
         return
-    made = not folder.exists()
+    created = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StatisticsError(f"cannot write statistics to {folder}: {error.strerror or error}") from error
     with locked(folder / LOCK, StatisticsError, f"another process is collecting statistics into {folder}"):
         try:
-            for left in folder.glob(".*.safetensors.*"):  # what a killed process was writing
-                left.unlink(missing_ok=True)
+            for unfinished in folder.glob(".*.safetensors.*"):  # of a killed process
+                unfinished.unlink(missing_ok=True)
             yield
         finally:
-            if made and os.listdir(folder) == [LOCK]:  # nothing came of it
+            if created and os.listdir(folder) == [LOCK]:  # nothing was written
                 (folder / LOCK).unlink()
                 folder.rmdir()
 
 
 def path_of(folder: Path) -> Path:
-    """The checkpoint of this process."""
+    """The path of this process's checkpoint."""
     rank, world = process_group.world()
     return folder / f"checkpoint-{rank + 1}-of-{world}.safetensors"
 
@@ -74,19 +78,19 @@ def save(folder: Path, progress: Progress, sums: Mapping[int, SecondMomentAccumu
     """Replace this process's checkpoint.
 
     Raises:
-        StatisticsError: it cannot be written, by its name; the one before stays.
+        StatisticsError: a sum is not finite, or the file cannot be written; the previous checkpoint stays.
     """
-    tensors = {str(layer): found.sum.cpu() for layer, found in sums.items()}
-    for layer, found in sums.items():
+    tensors = {str(layer): total.sum.cpu() for layer, total in sums.items()}
+    for layer, total in sums.items():
         if not bool(torch.isfinite(tensors[str(layer)].sum())):
             raise StatisticsError(
-                f"{found.module}: the second moment is not finite after {found.count} tokens (NaN or overflow in the "
+                f"{total.module}: the second moment is not finite after {total.count} tokens (NaN or overflow in the "
                 "model); the checkpoint from before stays"
             )
-    counts = {str(layer): (found.count, found.weight) for layer, found in sums.items()}
+    counts = {str(layer): (total.count, total.weight) for layer, total in sums.items()}
     metadata = {
         "format_version": FORMAT_VERSION,
-        "plan": json.dumps(progress.plan),
+        "plan": json.dumps(progress.identity),
         "position": json.dumps(progress.position.as_dict()),
         "counts": json.dumps(counts),
         "checksums": json.dumps({name: row_checksum(tensor) for name, tensor in tensors.items()}),
@@ -95,19 +99,19 @@ def save(folder: Path, progress: Progress, sums: Mapping[int, SecondMomentAccumu
 
 
 def read(folder: Path) -> Progress | None:
-    """What this process's checkpoint says, None where there is none.
+    """Read what this process's checkpoint belongs to, without its sums; None where there is none.
 
     Raises:
-        StatisticsError: a damaged file, or the checkpoints of a job with another number of processes.
+        StatisticsError: a damaged file, or checkpoints of a job with another number of processes.
     """
     path = path_of(folder)
     others = sorted(p.name for p in folder.glob("checkpoint-*-of-*.safetensors"))
     _, world = process_group.world()
-    if wrong := [name for name in others if not name.endswith(f"-of-{world}.safetensors")]:
-        number = wrong[0].removesuffix(".safetensors").rpartition("-of-")[2]
+    if foreign := [name for name in others if not name.endswith(f"-of-{world}.safetensors")]:
+        processes = foreign[0].removesuffix(".safetensors").rpartition("-of-")[2]
         raise StatisticsError(
-            f"{folder / wrong[0]} is of a job of {number} processes, this one has {world}: go on with {number}, or "
-            "start anew with --overwrite"
+            f"{folder / foreign[0]} is of a job of {processes} processes, this one has {world}: go on with "
+            f"{processes}, or start anew with --overwrite"
         )
     if not path.exists():
         return None
@@ -116,37 +120,37 @@ def read(folder: Path) -> Progress | None:
         if metadata.get("format_version") != FORMAT_VERSION or "position" not in metadata:
             raise StatisticsError(f"{path} is no checkpoint of this version (format {FORMAT_VERSION})")
         layers = tuple(int(layer) for layer in json.loads(metadata["counts"]))
-        plan = {str(name): str(value) for name, value in json.loads(metadata["plan"]).items()}
-        return Progress(layers, Position(**json.loads(metadata["position"])), plan)
+        identity = {str(name): str(value) for name, value in json.loads(metadata["plan"]).items()}
+        return Progress(layers, Position(**json.loads(metadata["position"])), identity)
 
 
 def restore(folder: Path, sums: Mapping[int, SecondMomentAccumulator]) -> None:
-    """Put a checkpoint's sums into empty accumulators.
+    """Read a checkpoint's sums into empty accumulators.
 
     Raises:
-        StatisticsError: a damaged file, or one of other sizes, by its name.
+        StatisticsError: a damaged file, or sums of other sizes; the message names the file.
     """
     path = path_of(folder)
     with _opened(path) as file:
         counts = json.loads(file.metadata()["counts"])
         checksums = json.loads(file.metadata()["checksums"])
-        for layer, found in sums.items():
-            total = file.get_tensor(str(layer))
-            if total.shape != found.sum.shape or total.dtype != torch.float64:
-                raise StatisticsError(f"{path}: the sum of layer {layer} is {list(total.shape)} {total.dtype}")
-            if row_checksum(total) != checksums[str(layer)]:
+        for layer, total in sums.items():
+            stored = file.get_tensor(str(layer))
+            if stored.shape != total.sum.shape or stored.dtype != torch.float64:
+                raise StatisticsError(f"{path}: the sum of layer {layer} is {list(stored.shape)} {stored.dtype}")
+            if row_checksum(stored) != checksums[str(layer)]:
                 raise ValueError(f"the sum of layer {layer} is not what was written")
-            found.sum.copy_(total)
-            found.count, found.weight = int(counts[str(layer)][0]), float(counts[str(layer)][1])
+            total.sum.copy_(stored)
+            total.count, total.weight = int(counts[str(layer)][0]), float(counts[str(layer)][1])
 
 
 def remove(folder: Path) -> None:
-    """Forget this process's checkpoint."""
+    """Delete this process's checkpoint."""
     path_of(folder).unlink(missing_ok=True)
 
 
 def remove_all(folder: Path) -> None:
-    """Forget the checkpoints of every process, of any job."""
+    """Delete the checkpoints of all processes, of any job."""
     for path in folder.glob("checkpoint-*-of-*.safetensors"):
         path.unlink(missing_ok=True)
 

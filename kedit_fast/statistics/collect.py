@@ -1,10 +1,10 @@
-"""One forward pass over a corpus for the second moments of all layers asked for."""
+"""One forward pass over a corpus for the second moments of several layers."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -18,44 +18,52 @@ from kedit_fast.models.fingerprint import fingerprint
 from kedit_fast.models.forward import Site, TokenBatch, evaluating, pad, visit
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
-from kedit_fast.statistics.corpus import Corpus, Position, Reader, TokenWeights, Window, ahead, batches
-from kedit_fast.statistics.memory_plan import Group, plan_groups
+from kedit_fast.statistics.corpus import Corpus, Position, Reader, Window, ahead, batches
+from kedit_fast.statistics.memory_plan import Group, Masters, plan_groups
 from kedit_fast.statistics.moments import SecondMoment, SecondMomentAccumulator
+from kedit_fast.statistics.token_weights import TokenWeights, weights_of
 from kedit_fast.support import process_group
+from kedit_fast.support.messages import comma_list
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 
 
 class Saver(Protocol):
-    """Keeps the sums of a pass safe while it runs."""
+    """Writes checkpoints of a pass while it runs."""
 
     def due(self) -> bool:
-        """Whether it is time."""
+        """Whether it is time for a checkpoint."""
         ...
 
     def save(self, position: Position) -> None:
-        """Keep the sums, which stand for this place in the corpus."""
+        """Write the sums, which go up to this position in the corpus."""
         ...
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Second moments by layer, with what they belong to."""
+    """Second moments by layer, with the model and the text they were made from."""
 
     layers: dict[int, SecondMoment]
-    model: dict[str, str]  # fingerprint of model and tokenizer
-    corpus: str  # SHA-256 of the text of its documents, in order
-    max_length: int  # tokens a sequence is cut to
-    dtype: str  # that the model was computed in
-    documents: int = 0  # of the corpus; 0 where that is not known
-    asked: Mapping[str, str] = field(default_factory=dict)  # `Job.asked`
+    model: dict[str, str]
+    """Fingerprint of the model and its tokenizer."""
+    corpus: str
+    """Chained SHA-256 of the documents that were used, in order."""
+    max_length: int
+    """Tokens that sequences were cut to."""
+    dtype: str
+    """In which the model was computed."""
+    documents: int = 0
+    """How many were used; 0 where that is not known."""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    """`Job.settings`."""
 
     def moment(self, layer: int) -> SecondMoment:
         """The second moment of one layer; raises StatisticsError when it was not collected."""
         if layer not in self.layers:
-            have = ", ".join(map(str, sorted(self.layers)))
-            raise StatisticsError(f"no statistics for layer {layer}: they were collected for layers {have}")
+            collected = comma_list(sorted(self.layers))
+            raise StatisticsError(f"no statistics for layer {layer}: they were collected for layers {collected}")
         return self.layers[layer]
 
 
@@ -72,53 +80,58 @@ def collect_statistics(
     seed: int | None = None,
     token_weights: TokenWeights | None = None,
     batch_tokens: int = 4096,
-    masters: str = "auto",
+    masters: Masters = "auto",
     progress: bool = False,
     spec: ArchSpec | None = None,
 ) -> Statistics:
     """Second moments of the inputs of the edited linear layers over a corpus, in memory.
 
     `collect_into` does the same into a folder, with checkpoints. In a process group every process takes its share of
-    the batches and gets the whole.
+    the batches, and all of them get the result.
 
     Args:
-        model: a causal language model of a known architecture, on one device or several; runs in its own dtype,
-            nothing in it changes.
-        tokenizer: its tokenizer; special tokens it adds by itself count, padding does not.
-        texts: documents, each one sequence; see Corpus for these and the five numbers that follow.
-        layers: zero-based layers.
+        model: a causal language model of a known architecture, on one device or several. It runs in its own dtype and
+            is not changed.
+        tokenizer: its tokenizer; special tokens that it adds by itself count, padding does not.
+        texts: documents, each one sequence; see `Corpus` for this and the next five.
+        layers: zero-based.
         max_tokens, max_samples: stop after this many tokens or documents; None for all.
         max_length: sequences are cut to this many tokens (and to what the model takes).
         seed: of a random order; None for the documents' own.
-        token_weights: of the tokens of a document; None for ones.
-        batch_tokens: tokens of a batch, padding included; sequences of like length share one.
-        masters: where the fp64 sums are kept: "device", "cpu", or "auto", the device if they fit there.
+        token_weights: weights of a document's tokens; None for ones.
+        batch_tokens: tokens of a batch, padding included; sequences of similar length share a batch.
+        masters: where the fp64 sums are: "device", "cpu", or "auto" for the device if they fit there.
         progress: show a bar on stderr.
         spec: an ArchSpec for an architecture that is not known.
 
     Returns:
-        Statistics, fp64 moments where their sums were kept.
+        Statistics with fp64 moments, on the devices of the sums.
 
     Raises:
         StatisticsError: no text, moments that are not finite, or no room for a layer's sum.
 
-    Cost: a pass through the blocks up to the last layer, and tokens * d (d + 1) flops a layer. Memory: 8 d^2 bytes a
-        layer and one batch (on a GPU two, whose updates and forward passes overlap); further passes where the sums of
-        all layers do not fit. With several processes and `max_tokens` the text is tokenised twice.
+    Cost: a pass through the blocks up to the last layer, and tokens * d (d + 1) flops per layer. Memory: 8 d^2 bytes
+        per layer and one batch (two on a GPU, whose updates and forward passes overlap). Where the sums of all layers
+        do not fit, there are several passes. With several processes and `max_tokens` the text is tokenised twice.
+
+    Example:
+        >>> statistics = collect_statistics(model, tokenizer, texts, layers=[0, 1], max_tokens=2_000)
+        >>> statistics.moment(1).count
+        2000
     """
     corpus = Corpus(texts, max_tokens, max_samples, max_length, seed, token_weights)
     job = Job(model, tokenizer, corpus, layers, batch_tokens, spec)
-    found: dict[int, SecondMoment] = {}
-    groups = plan_groups(job.view, job.layers, batch_tokens, masters)
+    moments: dict[int, SecondMoment] = {}
+    groups, end = plan_groups(job.view, job.layers, batch_tokens, masters), Position()
     job.check_groups(groups)
     for group in groups:
         sums = job.accumulators(group)
         end = job.run(sums, progress=progress)
-        for layer, total in job.finished(sums, end):
-            found[layer] = total
-            if len(groups) > 1:  # the next group needs the room
-                found[layer] = replace(total, moment=total.moment.cpu())
-    return job.statistics(found, end)
+        for layer, second in job.finish(sums, end):
+            moments[layer] = second
+            if len(groups) > 1:  # the next group needs the memory
+                moments[layer] = replace(second, moment=second.moment.cpu())
+    return job.statistics(moments, end)
 
 
 def growing_statistics(
@@ -130,14 +143,14 @@ def growing_statistics(
     batch_tokens: int = 4096,
     spec: ArchSpec | None = None,
 ) -> Iterator[Statistics]:
-    """Statistics after growing numbers of tokens, the last one where the corpus ends.
+    """Statistics after growing numbers of tokens, up to the end of the corpus.
 
     Args:
-        model, tokenizer, layers, batch_tokens, spec: see collect_statistics.
-        corpus: read again, up to where it was, for every count; its own `max_tokens` ends the last.
-        counts: of tokens, growing. A document that a count ends in is not taken up again by the next.
+        model, tokenizer, layers, batch_tokens, spec: see `collect_statistics`.
+        corpus: read again for every count, up to the position of the last one. Its own `max_tokens` is the last count.
+        counts: numbers of tokens, growing. The rest of a document in which a count is reached is left out.
 
-    Cost: one pass over the text in all; each Statistics is a copy.
+    Cost: one forward pass over the text in all; each Statistics is a copy.
     """
     if process_group.world()[1] > 1:
         raise StatisticsError("growing counts are for a single process")
@@ -146,8 +159,8 @@ def growing_statistics(
     sums: dict[int, SecondMomentAccumulator] | None = None
     position = Position()
     for count in counts:
-        wanted = min(count, corpus.max_tokens or count)
-        job = Job(model, tokenizer, replace(corpus, max_tokens=wanted), layers, batch_tokens, spec)
+        limited = replace(corpus, max_tokens=min(count, corpus.max_tokens or count))
+        job = Job(model, tokenizer, limited, layers, batch_tokens, spec)
         if sums is None:
             sums = job.accumulators(Group(job.layers, False))
         before, position = position, job.run(sums, position)
@@ -158,20 +171,25 @@ def growing_statistics(
 
 
 class Job:
-    """A model, a corpus and layers: what passes over the corpus share.
+    """A model, a corpus and layers: what all passes of a collection share.
 
     Args:
-        model, tokenizer, spec: see collect_statistics.
-        corpus: what counts.
+        model, tokenizer, spec: see `collect_statistics`.
+        corpus: the text.
         layers: zero-based.
-        batch_tokens: of a batch.
+        batch_tokens: tokens of a batch, padding included.
     """
 
     @plain_torch()
     def __init__(
-        self, model: torch.nn.Module, tokenizer: Any, corpus: Corpus, layers: Sequence[int], batch_tokens: int = 4096,
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        corpus: Corpus,
+        layers: Sequence[int],
+        batch_tokens: int = 4096,
         spec: ArchSpec | None = None,
-    ):  # fmt: skip
+    ):
         self.view = ModelView(model, spec)
         self.layers = self.view.check_layers(tuple(layers))
         self.corpus, self.batch_tokens = corpus, batch_tokens
@@ -180,8 +198,8 @@ class Job:
         self.reader = Reader(tokenizer, corpus, batch_tokens, self.view.max_length, self.view.vocabulary)
 
     @property
-    def asked(self) -> dict[str, str]:
-        """What counts, as it stands in the files; `max_length` as far as the model goes."""
+    def settings(self) -> dict[str, str]:
+        """The settings that choose the text, as the files record them; `max_length` is at most the model's."""
         return {**self.corpus.about(), "max_length": str(self.reader.max_length)}
 
     def check_groups(self, groups: Sequence[Group]) -> None:
@@ -195,12 +213,12 @@ class Job:
     @plain_torch()
     def accumulators(self, group: Group) -> dict[int, SecondMomentAccumulator]:
         """Empty sums of a group's layers."""
-        found = {}
+        sums = {}
         for layer in group.layers:
             device, size = self.view.row_device(layer), self.view.weight(layer).shape[1]
             master = torch.device("cpu") if group.on_cpu else device
-            found[layer] = SecondMomentAccumulator(self.view.module_name(layer), size, device, master)
-        return found
+            sums[layer] = SecondMomentAccumulator(self.view.module_name(layer), size, device, master)
+        return sums
 
     @plain_torch()
     def run(
@@ -210,14 +228,28 @@ class Job:
         saver: Saver | None = None,
         progress: bool = False,
     ) -> Position:
-        """Add this process's share of the corpus from `start` on; returns where it ended."""
+        """Add this process's share of the corpus to sums.
+
+        Args:
+            sums: by layer; those of the text before `start`.
+            start: a position in the corpus; None for its beginning.
+            saver: is asked for a checkpoint after each batch.
+            progress: show a bar on stderr.
+
+        Returns:
+            the position where the corpus ended.
+        """
         self.reader.prepare()
         start = end = start or Position()
-        done = next(iter(sums.values())).count
         bar = tqdm(
-            total=self.corpus.max_tokens if process_group.world()[1] == 1 else None, initial=done, unit="tok",
-            unit_scale=True, desc="statistics", disable=not progress, leave=False,
-        )  # fmt: skip
+            total=self.corpus.max_tokens if process_group.world()[1] == 1 else None,
+            initial=next(iter(sums.values())).count,
+            unit="tok",
+            unit_scale=True,
+            desc="statistics",
+            disable=not progress,
+            leave=False,
+        )
         windows = ahead(self.reader.windows(start))
         with evaluating(self.view), bar, _closing(windows), _Updates() as updates:
             for window in windows:
@@ -234,42 +266,37 @@ class Job:
         return end
 
     def _add(self, rows: list[list[int]], sums: Mapping[int, SecondMomentAccumulator], updates: _Updates) -> None:
+        """Run one batch, and add its keys to the sums."""
         padded = pad(rows, self.view.device)
-        real = [len(row) for row in rows]
-        width = max(real)
-        mask = None if min(real) == width else padded.attention_mask.bool().flatten()
-        weights, totals = self._weights(rows, width)
-        here: dict[torch.device, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        lengths = [len(row) for row in rows]
+        mask = None  # [R T] bool
+        if padded.attention_mask is not None and min(lengths) < max(lengths):
+            mask = padded.attention_mask.bool().flatten()
+        weights, totals = self._weights(rows, max(lengths))
+        copies: dict[torch.device, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
 
-        def see(site: Site, states: torch.Tensor) -> None:
+        def add_keys(site: Site, states: torch.Tensor) -> None:
             device = states.device
-            if device not in here:
-                here[device] = tuple(None if t is None else t.to(device, non_blocking=True) for t in (mask, weights))
-            updates.add(sums[site.layer], states.flatten(0, 1), *here[device], totals)  # [R T, d]
+            if device not in copies:
+                copies[device] = _moved(mask, device), _moved(weights, device)
+            updates.add(sums[site.layer], states.flatten(0, 1), *copies[device], totals)  # [R T, d]
 
         batch = TokenBatch(padded.input_ids, None)
-        visit(self.view, batch, [Site(layer, "key") for layer in sums], see)
+        visit(self.view, batch, [Site(layer, "key") for layer in sums], add_keys)
         updates.next_batch()
 
     def _weights(self, rows: list[list[int]], width: int) -> tuple[torch.Tensor | None, tuple[int, float]]:
-        """Weights [R T] of a padded batch, how many of its tokens count and what they weigh together."""
+        """Weights [R T] of a padded batch (None for ones); how many of its tokens count, and the sum of weights."""
         if self.corpus.token_weights is None:
             count = sum(map(len, rows))
             return None, (count, float(count))
         weights = torch.zeros(len(rows), width, dtype=torch.float64)
         for i, row in enumerate(rows):
-            own = torch.as_tensor(self.corpus.token_weights(list(row)), dtype=torch.float64)
-            if own.shape != (len(row),) or not bool(torch.isfinite(own).all()) or bool((own < 0).any()):
-                raise StatisticsError(
-                    f"token_weights must give {len(row)} finite weights, not negative, for as many tokens; got {own}"
-                )
-            weights[i, : len(row)] = own
+            weights[i, : len(row)] = weights_of(self.corpus.token_weights, row)
         return weights.flatten(), (int((weights != 0).sum()), float(weights.sum()))
 
-    def finished(
-        self, sums: Mapping[int, SecondMomentAccumulator], end: Position
-    ) -> Iterator[tuple[int, SecondMoment]]:
-        """The moments of all processes together by layer, one after another, in the memory of the sums.
+    def finish(self, sums: Mapping[int, SecondMomentAccumulator], end: Position) -> Iterator[tuple[int, SecondMoment]]:
+        """Layer by layer, the moment of the sums of all processes, in the memory of the sum.
 
         Raises:
             StatisticsError: no tokens, moments that are not finite, or processes that were given different texts.
@@ -291,16 +318,22 @@ class Job:
             yield layer, total.finish()
 
     def statistics(self, layers: dict[int, SecondMoment], end: Position) -> Statistics:
-        """What was found, with what it belongs to."""
-        return Statistics(layers, self.model, end.digest, self.reader.max_length, self.dtype, end.documents, self.asked)
+        """Moments with the model and the text they were made from."""
+        return Statistics(
+            layers, self.model, end.digest, self.reader.max_length, self.dtype, end.documents, self.settings
+        )
+
+
+def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
 class _Updates:
-    """Updates of the sums: at once on a CPU; on a GPU on a stream of their own, beside the next forward pass."""
+    """Adds rows to sums: at once on a CPU; on a GPU on a stream of its own, beside the next forward pass."""
 
     def __init__(self):
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._batches: deque[list[torch.cuda.Event]] = deque()  # those of one batch may still be running
+        self._batches: deque[list[torch.Event]] = deque()  # ends of the updates, of at most two batches
 
     def __enter__(self) -> _Updates:
         return self
@@ -308,7 +341,15 @@ class _Updates:
     def __exit__(self, *_: object) -> None:
         self.wait()
 
-    def add(self, accumulator: SecondMomentAccumulator, rows: torch.Tensor, mask, weights, totals) -> None:
+    def add(
+        self,
+        accumulator: SecondMomentAccumulator,
+        rows: torch.Tensor,
+        mask: torch.Tensor | None,
+        weights: torch.Tensor | None,
+        totals: tuple[int, float],
+    ) -> None:
+        """`SecondMomentAccumulator.update`, perhaps later."""
         device = rows.device
         if device.type != "cuda":
             accumulator.update(rows, mask, weights, totals)
@@ -321,24 +362,25 @@ class _Updates:
             accumulator.update(rows, mask, weights, totals)
             for tensor in (rows, mask, weights):
                 if tensor is not None:
-                    tensor.record_stream(stream)  # not given to another batch before the update has read it
+                    tensor.record_stream(stream)  # its memory is not reused before the update has read it
 
     def next_batch(self) -> None:
-        """Let the updates of this batch run on, and wait for those of the one before."""
+        """Wait for the updates of the previous batch; those of this one may still run."""
         self._batches.append([stream.record_event() for stream in self._streams.values()])
         while len(self._batches) > 1:
             for event in self._batches.popleft():
                 event.synchronize()
 
     def wait(self) -> None:
-        """Return when all updates are done."""
+        """Wait for all updates."""
         for stream in self._streams.values():
             stream.synchronize()
 
 
 @contextmanager
-def _closing(windows: Iterator[Window]) -> Iterator[None]:
+def _closing(windows: Generator[Window, None, None]) -> Iterator[None]:
+    """End the thread behind a generator when the block ends."""
     try:
         yield
     finally:
-        windows.close()  # type: ignore[attr-defined] - a generator: its thread ends
+        windows.close()

@@ -1,8 +1,8 @@
-"""What text statistics are made of: documents in a fixed order, tokenised in windows ahead of their use.
+"""The text of statistics: documents in a fixed order, tokenised in windows ahead of their use.
 
-A window is a run of documents whose sequences are sorted by length and batched together. Windows follow from the
-documents alone, so a pass can go on from any batch, and the processes of a job take turns at them: their batches are
-those of a single process.
+A window is a run of documents whose sequences are sorted by length and batched together. Windows depend on the
+documents alone. So a pass can resume at any batch, and the processes of a job, which take turns at windows, have the
+same batches as a single process.
 """
 
 from __future__ import annotations
@@ -13,48 +13,62 @@ import os
 import queue
 import random
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from enum import Enum, auto
 from typing import Any, TypeVar
 
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.models.forward import unknown_token
+from kedit_fast.statistics.token_weights import TokenWeights, describe
 from kedit_fast.support import process_group
 
-TokenWeights = Callable[[list[int]], Sequence[float]]
 T = TypeVar("T")
 START = hashlib.sha256(b"kedit_fast corpus").hexdigest()
-BATCHES_A_WINDOW = 8  # about: more waste less on padding, fewer share better among processes
+"""The digest of no text."""
+BATCHES_A_WINDOW = 8
+"""About so many: more batches waste less on padding, fewer are shared more evenly by processes."""
 LEAST_WINDOW = 1 << 17  # characters
-CHARACTERS_A_TOKEN = 4  # about
-LONG = 16  # times the characters of a window that its documents may really have
-PADDING, ENOUGH = 0.1, 0.125  # shares of a batch: of padding, from which on a batch of so many tokens is closed
-PROBE = 64
-_END = object()
+CHARACTERS_A_TOKEN = 4  # an estimate
+LONG = 16
+"""Times the nominal characters of a window that its documents may have in all: long ones are cut after reading."""
+PADDING = 0.1
+"""Share of padding above which a large enough batch is closed."""
+ENOUGH = 0.125
+"""Share of `batch_tokens` from which on a batch is large enough for that."""
+
+
+class _End(Enum):
+    """What no document is: comes after the last one."""
+
+    OF_CORPUS = auto()
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Documents, and how much of them counts.
 
-    Args:
-        texts: documents, each one sequence. A list, a file of `open_texts` or another sequence; or an iterable, which
-            is read once and in its own order.
-        max_tokens: stop after this many tokens, inside a document if need be; None for all.
-        max_samples: stop after this many documents (memit's `sample_size`); None for all.
-        max_length: documents are cut to this many tokens.
-        seed: of a random order of the documents; None for their own. Needs a sequence.
-        token_weights: a function from a document's token ids to as many weights, finite and not negative: the moment is
-            then sum w k k^T / sum w. None counts every token once. Its name stands in the files, with a hash of what
-            it gives for the ids 0 to 63.
+    Example:
+        >>> corpus = Corpus(texts, max_tokens=2_000, seed=0)
+        >>> collected = collect_into("stats", model, tokenizer, corpus, layers=[0])
+        >>> collected.tokens
+        2000
     """
 
     texts: Iterable[str]
+    """Documents, each one sequence: a list, a file of `open_texts` or another sequence; or an iterable, which is read
+    once and in its own order."""
     max_tokens: int | None = None
+    """Stop after this many tokens, inside a document if necessary; None for all."""
     max_samples: int | None = None
+    """Stop after this many documents (memit's `sample_size`); None for all."""
     max_length: int = 1024
+    """Documents are cut to this many tokens."""
     seed: int | None = None
+    """Of a random order of the documents, which needs a sequence; None for their own order."""
     token_weights: TokenWeights | None = None
+    """From a document's token ids to as many weights, finite and not negative: the moment is sum w k k^T / sum w. None
+    counts every token once. The files record the function's name and a hash of its weights for the ids 0 to 63."""
 
     def __post_init__(self):
         for name in ("max_tokens", "max_samples", "max_length"):
@@ -71,21 +85,17 @@ class Corpus:
 
     @property
     def repeatable(self) -> bool:
-        """Whether the documents can be read more than once."""
+        """Whether the documents can be read again."""
         return iter(self.texts) is not self.texts
 
     def about(self) -> dict[str, str]:
-        """What was asked for, by name, as it stands in the files: "" for a number that was not given."""
-        name, weights = "", self.token_weights
-        if weights is not None:
-            probe = [float(weight) for weight in weights(list(range(PROBE)))]
-            name = getattr(weights, "__qualname__", type(weights).__qualname__)
-            name += f" {hashlib.sha256(repr(probe).encode()).hexdigest()[:16]}"
-        numbers = {n: getattr(self, n) for n in ("max_tokens", "max_samples", "max_length", "seed")}
-        return {**{n: "" if v is None else str(v) for n, v in numbers.items()}, "token_weights": name}
+        """The settings by name, as the files record them; "" for one that is None."""
+        values = {name: getattr(self, name) for name in ("max_tokens", "max_samples", "max_length", "seed")}
+        settings = {name: "" if value is None else str(value) for name, value in values.items()}
+        return {**settings, "token_weights": describe(self.token_weights)}
 
     def documents(self) -> Iterator[str]:
-        """All documents in order."""
+        """All documents, in the order of `seed`."""
         if self.seed is None:
             yield from self.texts
             return
@@ -100,12 +110,18 @@ class Corpus:
 class Position:
     """A place in a corpus between two batches."""
 
-    windows: int = 0  # before this one
-    documents: int = 0  # in them
-    tokens: int = 0  # in them, of a single process
-    digest: str = START  # of their text
-    batches: int = 0  # of the window that are done
-    until: str = ""  # digest of the text at the end of the window, if any are
+    windows: int = 0
+    """Complete windows before it."""
+    documents: int = 0
+    """Documents in these windows."""
+    tokens: int = 0
+    """Tokens in these windows that this process has counted."""
+    digest: str = START
+    """Chained SHA-256 of the text of these windows."""
+    batches: int = 0
+    """Batches of the next window that are done."""
+    until: str = ""
+    """The digest at the end of that window, if some of its batches are done."""
 
     def as_dict(self) -> dict[str, Any]:
         """Its fields."""
@@ -118,18 +134,19 @@ class Window:
 
     before: Position
     after: Position
-    sequences: list[list[int]]  # token ids of its documents, empty ones left out; none in another process's window
+    sequences: list[list[int]]
+    """Token ids of its documents, without empty ones; no sequences in a window of another process."""
 
 
 class Reader:
-    """Windows of a corpus, for one process of a job.
+    """Reads the windows of a corpus, for one process of a job.
 
     Args:
-        tokenizer: special tokens it adds by itself count.
+        tokenizer: special tokens that it adds by itself count.
         corpus: the documents.
-        batch_tokens: of a batch; a window holds several.
-        max_length: tokens that the model takes at most.
-        vocabulary: how many tokens the model knows; None asks nothing.
+        batch_tokens: tokens of a batch; a window has several batches.
+        max_length: longest sequence that the model takes.
+        vocabulary: number of the model's embeddings, for a check of tokens; None for no check.
     """
 
     def __init__(
@@ -139,29 +156,29 @@ class Reader:
         self.max_length = min(corpus.max_length, max_length)
         self._rank, self._world = process_group.world()
         self._characters = max(LEAST_WINDOW, BATCHES_A_WINDOW * CHARACTERS_A_TOKEN * batch_tokens)
-        self._documents = corpus.max_samples
-        self._last: int | None = None  # tokens of the last of so many documents; None for all
+        self._documents = corpus.max_samples  # how many to read; None for all
+        self._last_tokens: int | None = None  # of the last of them; None for all
 
     def prepare(self) -> None:
-        """Before the first window: with a budget of tokens, the processes of a job find out together where it ends.
+        """Find out, before the first window, in which document `max_tokens` is reached.
 
-        Every process tokenises its share of the text once more for that.
+        Needed with several processes alone. Each tokenises its share of the text once more for that.
         """
-        if self._world > 1 and self.corpus.max_tokens is not None and self._last is None:
+        if self._world > 1 and self.corpus.max_tokens is not None and self._last_tokens is None:
             self._find_end(self.corpus.max_tokens)
 
     def windows(self, start: Position | None = None) -> Iterator[Window]:
-        """Windows from a place on.
+        """Windows from a position on.
 
         Raises:
-            StatisticsError: the documents before `start` are not those it was made from, one is not text, or one has
-                a token that the model does not know.
+            StatisticsError: the text before `start` is not the text that the position was reached with, a document is
+                not text, or it has a token without an embedding.
         """
         start = start or Position()
         position = replace(start, batches=0, until="")
         documents = self.corpus.documents()
         if self.digest(position.documents, documents) != position.digest:
-            raise _other_text(position.documents)
+            raise _changed_text(position.documents)
         budget = self.corpus.max_tokens if self._world == 1 else None
         ended = False
         while not ended and (budget is None or position.tokens < budget):
@@ -171,87 +188,92 @@ class Reader:
                 sequences = self._tokenised(texts, position.documents)
                 if budget is not None:
                     used = _cut(sequences, budget - position.tokens)
-                elif used and self._last is not None and position.documents + used == self._documents:
-                    del sequences[-1][self._last :]
+                elif used and self._last_tokens is not None and position.documents + used == self._documents:
+                    del sequences[-1][self._last_tokens :]
             digest = position.digest
             for text in texts[:used]:
                 digest = _chained(digest, text)
             tokens = position.tokens + sum(map(len, sequences))
             after = Position(position.windows + 1, position.documents + used, tokens, digest)
             if start.until not in ("", digest) and position.windows == start.windows:
-                raise _other_text(after.documents)
+                raise _changed_text(after.documents)
             if used:
                 yield Window(position, after, [ids for ids in sequences if ids])
                 position = after
 
     def digest(self, count: int, documents: Iterator[str] | None = None) -> str:
-        """Of the text of the first `count` documents, "" when there are not so many."""
+        """The chained SHA-256 of the first `count` documents, "" when there are fewer.
+
+        Args:
+            count: documents to read.
+            documents: an iterator to read them from; None reads the corpus from its beginning.
+        """
         documents = self.corpus.documents() if documents is None else documents
         digest = START
         for number in range(count):
-            text = next(documents, _END)
-            if text is _END:
+            text = next(documents, _End.OF_CORPUS)
+            if text is _End.OF_CORPUS:
                 return ""
             digest = _chained(digest, _checked(text, number))
         return digest
 
     def ends_at(self, documents: int, tokens: int) -> bool:
-        """Whether what is asked for ends after so many documents and tokens."""
+        """Whether the part of the corpus that counts ends after this many documents and tokens."""
         corpus = self.corpus
         if documents == corpus.max_samples or tokens == corpus.max_tokens:
             return True
         if isinstance(corpus.texts, Sequence):
             return len(corpus.texts) == documents
-        return next(itertools.islice(corpus.documents(), documents, None), _END) is _END
+        return next(itertools.islice(corpus.documents(), documents, None), _End.OF_CORPUS) is _End.OF_CORPUS
 
     def _next(self, documents: Iterator[str], begin: int) -> tuple[list[str], bool]:
-        """The documents of the window that begins at number `begin`, and whether they are the last."""
+        """The documents of the window that begins with document `begin`, and whether they are the last."""
         texts: list[str] = []
-        counted = held = 0
+        counted = in_memory = 0  # characters: up to where documents are cut, and all
         longest = CHARACTERS_A_TOKEN * self.max_length
-        while counted < self._characters and held < LONG * self._characters:
+        while counted < self._characters and in_memory < LONG * self._characters:
             if self._documents is not None and begin + len(texts) >= self._documents:
                 return texts, True
-            text = next(documents, _END)
-            if text is _END:
+            text = next(documents, _End.OF_CORPUS)
+            if text is _End.OF_CORPUS:
                 return texts, True
             texts.append(_checked(text, begin + len(texts)))
             counted += min(len(text), longest) + 1
-            held += len(text)
+            in_memory += len(text)
         return texts, begin + len(texts) == self._documents
 
     def _tokenised(self, texts: list[str], begin: int) -> list[list[int]]:
-        """Token ids of the documents from number `begin` on."""
+        """Token ids of documents, of which the first has the number `begin`."""
         if not texts:
             return []
-        found = [list(ids) for ids in self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]]
-        for number, ids in enumerate(found, begin):
-            if why := unknown_token(self.tokenizer, ids, self.vocabulary):
-                raise StatisticsError(f"document {number}: {why}")
-        return found
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        sequences = [list(ids) for ids in encoded]
+        for number, ids in enumerate(sequences, begin):
+            if problem := unknown_token(self.tokenizer, ids, self.vocabulary):
+                raise StatisticsError(f"document {number}: {problem}")
+        return sequences
 
     def _find_end(self, budget: int) -> None:
-        """Which document the budget ends in, and where: the processes count a window each, and tell each other."""
+        """Find the document in which `budget` tokens are reached: each process counts the tokens of its windows."""
         if not self.corpus.repeatable:
             raise StatisticsError("max_tokens with several processes reads documents twice: give a list or a file")
         documents, begin, total, ended = self.corpus.documents(), 0, 0, False
         while not ended:
-            mine: list[int] = []
+            lengths: list[int] = []  # of the documents in this process's window
+            number = begin  # of documents before the windows of this round
             for turn in range(self._world):
                 texts, ended = self._next(documents, begin)
-                begin += len(texts)
                 if turn == self._rank:
-                    mine = [len(ids) for ids in self._tokenised(texts, begin - len(texts))]
-                if turn == 0:
-                    number = begin - len(texts)
+                    lengths = [len(ids) for ids in self._tokenised(texts, begin)]
+                begin += len(texts)
                 if ended:
                     break
-            for count in (count for counts in process_group.gather(mine) for count in counts):
+            for length in (length for lengths in process_group.gather(lengths) for length in lengths):
                 number += 1
-                if total + count >= budget:
-                    self._documents, self._last = number, budget - total
+                if total + length >= budget:
+                    self._documents, self._last_tokens = number, budget - total
                     return
-                total += count
+                total += length
 
 
 def _checked(text: Any, number: int) -> str:
@@ -260,12 +282,12 @@ def _checked(text: Any, number: int) -> str:
     return text
 
 
-def _other_text(documents: int) -> StatisticsError:
+def _changed_text(documents: int) -> StatisticsError:
     return StatisticsError(f"the text is not the one that was begun with: its first {documents:,} documents differ")
 
 
 def _cut(sequences: list[list[int]], budget: int) -> int:
-    """Shorten what goes beyond a budget of tokens; how many sequences are reached."""
+    """Cut sequences to a budget of tokens in all; returns how many of them have tokens left or come before such."""
     for i, ids in enumerate(sequences):
         if len(ids) >= budget:
             del ids[budget:]
@@ -281,9 +303,9 @@ def _chained(digest: str, text: str) -> str:
 
 
 def batches(sequences: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Sequences by length, longest first: as many together as `batch_tokens` holds once padded.
+    """Batches of sequences of similar length, longest first; padded, each has at most `batch_tokens` tokens.
 
-    A batch that is large enough is closed earlier where padding would become more than a tenth of it.
+    A large enough batch ends earlier if more than a tenth of it would become padding.
     """
     rows: list[list[int]] = []
     real = 0
@@ -299,15 +321,15 @@ def batches(sequences: list[list[int]], batch_tokens: int) -> Iterator[list[list
         yield rows
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each made by a thread while the one before is used; errors are raised here."""
-    made: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=1)
+def ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """The same items, each made by a thread while the one before is used; its errors are raised here."""
+    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(maxsize=1)
     unwanted = threading.Event()
 
     def put(item: tuple[bool, Any]) -> bool:
         while not unwanted.is_set():
             try:
-                made.put(item, timeout=0.1)
+                ready.put(item, timeout=0.1)
                 return True
             except queue.Full:
                 continue
@@ -326,7 +348,7 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
     thread.start()
     try:
         while True:
-            more, item = made.get()
+            more, item = ready.get()
             if more:
                 yield item
             elif item is None:

@@ -1,8 +1,8 @@
-"""The statistics files of memit, AlphaEdit and EasyEdit, so that none is computed twice.
+"""The statistics files of memit, AlphaEdit and EasyEdit, read and written, so that none is computed twice.
 
 `{stats_dir}/{model}/{data set}_stats/{module}_{precision}_mom2[_{samples}].npz` with `mom2.mom2` [d, d], the *sum* of
-k k^T, `mom2.count` (tokens), `mom2.constructor` and `sample_size`. Ours carry their metadata in one more entry, which
-those programs do not look at.
+k k^T, `mom2.count` (tokens), `mom2.constructor` and `sample_size`. Files that are written here have one more
+entry, with our metadata, which those programs ignore.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from kedit_fast.errors import StatisticsError
 from kedit_fast.statistics.moments import SecondMoment
 from kedit_fast.support.files import write_npz
+from kedit_fast.support.messages import comma_list
 from kedit_fast.support.torch_state import plain_torch
 
 CONSTRUCTOR = "util.runningstats.SecondMoment()"
@@ -27,61 +28,62 @@ METADATA = "kedit_fast"
 _NAME = re.compile(r"(?P<module>.+)_(?P<precision>float(?:16|32|64))_mom2(?P<size>(?:_t\{?\w+\}?)?(?:_\d+)?)\.npz")
 # How those programs write None.
 _NULL = numpy.array(struct.unpack(">d", struct.pack(">Q", 0xFFF8000000000002))[0])
-SYMMETRIC = 1e-4  # of the largest entry, by which a sum in float32 may differ from its transpose
+SYMMETRIC = 1e-4
+"""Share of the largest entry by which a sum in float32 may differ from its transpose."""
 
 
 def find(folder: Path, module: str, samples: int | None = None, precision: str | None = None) -> Path | None:
     """The npz file of a module in a folder, None where there is none.
 
     Args:
-        folder: the folder.
+        folder: to be searched.
         module: the module's path.
-        samples, precision: `mom2_n_samples` and `mom2_dtype`, which choose where there are several; None for any.
+        samples, precision: `mom2_n_samples` and `mom2_dtype`, which choose among several files; None for any.
 
     Raises:
-        StatisticsError: there are several, and these do not name one of them.
+        StatisticsError: there are several files, and not exactly one matches.
     """
-    found = {path: m for path in sorted(folder.glob("*.npz"))
-             if (m := _NAME.fullmatch(path.name)) and m["module"] == module}  # fmt: skip
-    if len(found) <= 1:
-        return next(iter(found), None)
-    asked = [path for path, m in found.items() if _is(m, samples, precision)]
-    if len(asked) == 1:
-        return asked[0]
-    names = ", ".join(path.name for path in found)
-    wanted = " ".join(f"{name} = {value}" for name, value in
-                      (("mom2_n_samples", samples), ("mom2_dtype", precision)) if value is not None)  # fmt: skip
-    why = f"{wanted} names {len(asked)} of them: " if wanted else ""
+    parsed = {path: _NAME.fullmatch(path.name) for path in sorted(folder.glob("*.npz"))}
+    files = {path: match for path, match in parsed.items() if match and match["module"] == module}
+    if len(files) <= 1:
+        return next(iter(files), None)
+    matching = [path for path, match in files.items() if _matches(match, samples, precision)]
+    if len(matching) == 1:
+        return matching[0]
+    names = comma_list(path.name for path in files)
+    criteria = {"mom2_n_samples": samples, "mom2_dtype": precision}
+    wanted = " ".join(f"{name} = {value}" for name, value in criteria.items() if value is not None)
+    why = f"{wanted} names {len(matching)} of them: " if wanted else ""
     raise StatisticsError(f"{folder} has several statistics files of {module} ({names}): {why}leave one there")
 
 
 def is_named(path: Path, samples: int | None, precision: str | None) -> bool:
-    """Whether a file's name says so many samples (None for any) in this precision (None for any)."""
+    """Whether a file's name has this number of samples and this precision (None for any)."""
     match = _NAME.fullmatch(path.name)
-    return match is not None and _is(match, samples, precision)
+    return match is not None and _matches(match, samples, precision)
 
 
 def module_of(path: Path) -> str | None:
-    """The module that a file's name says it is of; None for other files."""
+    """The module in a file's name; None for files of other kinds."""
     match = _NAME.fullmatch(path.name)
     return None if match is None else match["module"]
 
 
-def _is(match: re.Match[str], samples: int | None, precision: str | None) -> bool:
+def _matches(match: re.Match[str], samples: int | None, precision: str | None) -> bool:
     return (samples is None or match["size"] == f"_{samples}") and precision in (None, match["precision"])
 
 
 def modules_in(folder: Path) -> list[str]:
-    """The modules of which a folder has npz files."""
+    """The modules that a folder has npz files of."""
     return sorted({m["module"] for path in folder.glob("*.npz") if (m := _NAME.fullmatch(path.name))})
 
 
 @plain_torch()
 def read(path: str | os.PathLike, module: str) -> tuple[SecondMoment, dict[str, str]]:
-    """The mean, and the metadata: what we wrote there, or what is known of a foreign file.
+    """Read a file's moment (the mean) and its metadata: ours, or what can be known of another program's file.
 
     Raises:
-        StatisticsError: a damaged file, one of another layout, or one that holds pickled objects; by its name.
+        StatisticsError: a damaged file, one of another layout, or one that holds pickled objects; the message names it.
     """
     try:
         with numpy.load(path, allow_pickle=False) as file:
@@ -102,14 +104,18 @@ def read(path: str | os.PathLike, module: str) -> tuple[SecondMoment, dict[str, 
     gap = float((total - total.T).abs().max()) / max(float(total.abs().max()), 1e-300)
     if not gap <= SYMMETRIC:
         raise StatisticsError(f"{path}: mom2 is not symmetric (by {gap:.1e} of its largest entry) or not finite")
-    known = {"corpus": f"npz {Path(path).parent.name}", "dtype": str(total.dtype).removeprefix("torch."),
-             "max_length": "0", "count": str(count)}  # fmt: skip
+    known = {
+        "corpus": f"npz {Path(path).parent.name}",
+        "dtype": str(total.dtype).removeprefix("torch."),
+        "max_length": "0",
+        "count": str(count),
+    }
     metadata = {**known, **metadata} if isinstance(metadata, dict) else known
     return SecondMoment(module, total.double().div_(count), count), metadata
 
 
 def metadata_in(path: str | os.PathLike) -> dict[str, str]:
-    """What we wrote into a file beside its sum; empty for a file of another program. Does not read the sum.
+    """Our metadata in a file; empty for a file of another program. The sum is not read.
 
     Raises:
         StatisticsError: a damaged file.
@@ -127,13 +133,13 @@ def metadata_in(path: str | os.PathLike) -> dict[str, str]:
 def path_of(
     root: str | os.PathLike, model: str, data_set: str, module: str, samples: int | None, precision: str = "float32"
 ) -> Path:
-    """Where those programs look for a module's file: `model` is the last part of the model's path."""
+    """Where those programs look for a module's file; `model` is the last part of the model's path."""
     size = "" if samples is None else f"_{samples}"
     return Path(root) / model / f"{data_set}_stats" / f"{module}_{precision}_mom2{size}.npz"
 
 
 def sum_in(second: SecondMoment, precision: str) -> numpy.ndarray:
-    """The sum of k k^T [d, d] as a file holds it; raises StatisticsError where it does not fit the precision."""
+    """The sum of k k^T [d, d] as it is stored; raises StatisticsError where it overflows the precision."""
     with numpy.errstate(over="ignore"):
         total = (second.moment.double() * second.count).cpu().numpy().astype(precision)
     if not numpy.isfinite(total).all():
@@ -145,16 +151,18 @@ def sum_in(second: SecondMoment, precision: str) -> numpy.ndarray:
 def write(
     path: Path, second: SecondMoment, metadata: dict[str, str], samples: int | None, precision: str = "float32"
 ) -> None:
-    """Write a file that those programs take for their own, whole or not at all.
+    """Write a file that those programs read like their own, whole or not at all.
 
     Raises:
-        StatisticsError: it cannot be written, or a sum does not fit the precision.
+        StatisticsError: it cannot be written, or a sum overflows the precision.
     """
-    total = sum_in(second, precision)
     entries: dict[str, Any] = {
-        "mom2.constructor": CONSTRUCTOR, "mom2.count": second.count, "mom2.mom2": total,
-        "sample_size": _NULL if samples is None else samples, METADATA: json.dumps(metadata),
-    }  # fmt: skip
+        "mom2.constructor": CONSTRUCTOR,
+        "mom2.count": second.count,
+        "mom2.mom2": sum_in(second, precision),
+        "sample_size": _NULL if samples is None else samples,
+        METADATA: json.dumps(metadata),
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Where the fp64 sums of the layers are kept, and how many of them at a time."""
+"""On which device the fp64 sums of the layers are, and how many of them at a time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 
@@ -14,61 +15,72 @@ from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
 from kedit_fast.support import process_group
 from kedit_fast.support.free_memory import free_bytes
+from kedit_fast.support.messages import comma_list
 
 _log = logging.getLogger("kedit_fast")
-MASTERS = ("auto", "device", "cpu")
-SHARE = 0.9  # of the free memory that sums may take
-STATES = 16  # hidden states, and inputs of the edited layer, that a batch is taken to hold at once
+Masters = Literal["auto", "device", "cpu"]
+"""Where sums are: beside the layers' inputs, on the host, or wherever they fit in the fewest passes."""
+MASTERS: tuple[Masters, ...] = get_args(Masters)
+SHARE = 0.9
+"""Of the free memory, for sums."""
+STATES = 16
+"""Hidden states, and inputs of the edited layer, that a batch is assumed to hold at once."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that one pass over the corpus serves."""
+    """Layers whose moments are collected in the same pass over the corpus."""
 
     layers: tuple[int, ...]
-    on_cpu: bool  # whether their sums are kept on the host rather than where the rows are
+    on_cpu: bool
+    """Whether their sums are on the host instead of beside the layers' inputs."""
 
 
 def check_masters(masters: str) -> None:
     """Raise InvalidArgumentError for an unknown place."""
     if masters not in MASTERS:
-        raise InvalidArgumentError(f"masters must be {', '.join(MASTERS)}; got {masters!r}")
+        raise InvalidArgumentError(f"masters must be {comma_list(MASTERS)}; got {masters!r}")
 
 
 def plan_groups(
-    view: ModelView, layers: tuple[int, ...], batch_tokens: int, masters: str = "auto", budget: int | None = None
+    view: ModelView, layers: tuple[int, ...], batch_tokens: int, masters: Masters = "auto", budget: int | None = None
 ) -> list[Group]:
-    """Layers in as few passes as memory allows.
+    """Divide layers into as few passes as memory allows.
 
     Args:
         view: the model.
         layers: all that are wanted.
-        batch_tokens: of a batch, for which memory is left.
-        masters: "device" keeps sums where the rows are, "cpu" on the host, "auto" prefers one pass: on the device if
-            all fit there, else on the host if all fit there, else several passes.
-        budget: bytes that sums may take on each device; None for what is free.
+        batch_tokens: tokens of a batch, for which memory is left free.
+        masters: "device" places sums beside the layers' inputs, "cpu" on the host. "auto" prefers a single pass: on the
+            device if all sums fit there, else on the host if they fit there, else several passes.
+        budget: bytes for sums on each device; None for what is free.
 
     Raises:
         StatisticsError: there is no room for the sum of a single layer.
     """
     check_masters(masters)
     sizes = {layer: 8 * view.weight(layer).shape[1] ** 2 for layer in layers}
-    places = {layer: view.row_device(layer) for layer in layers}
-    host = dict.fromkeys(layers, torch.device("cpu"))
-    ways = {"device": [(places, False)], "cpu": [(host, True)], "auto": [(places, False), (host, True)]}[masters]
-    room = {d: _room(view, d, batch_tokens, layers[0], budget) for d in {p for way, _ in ways for p in way.values()}}
-    found = [[Group(g, on_cpu) for g in _grouped(sizes, where, room)] for where, on_cpu in ways]
-    possible = [groups for groups in found if groups]
+    beside_inputs = {layer: view.row_device(layer) for layer in layers}
+    on_host = dict.fromkeys(layers, torch.device("cpu"))
+    placements = {
+        "device": [(beside_inputs, False)],
+        "cpu": [(on_host, True)],
+        "auto": [(beside_inputs, False), (on_host, True)],
+    }[masters]
+    devices = {device for placement, _ in placements for device in placement.values()}
+    room = {device: _room(view, device, batch_tokens, layers[0], budget) for device in devices}
+    plans = [[Group(g, on_cpu) for g in _grouped(sizes, placement, room)] for placement, on_cpu in placements]
+    possible = [groups for groups in plans if groups]
     if not possible:
         largest = max(sizes.values())
         raise StatisticsError(
             f"the sum of one layer takes {largest:,} bytes, more than there is room for beside a batch of "
             f"{batch_tokens:,} tokens ({max(room.values()):,} bytes): use a smaller batch, or another device"
         )
-    chosen = min(possible, key=len)  # the first of the shortest
-    chosen = process_group.gather(chosen)[0]
+    chosen = min(possible, key=len)  # the first of those with the fewest passes
+    chosen = process_group.gather(chosen)[0]  # the same for all processes
     if len(chosen) > 1:
-        parts = "; ".join(", ".join(map(str, group.layers)) for group in chosen)
+        parts = "; ".join(comma_list(group.layers) for group in chosen)
         _log.warning(
             "the sums of all layers do not fit at once: %d passes over the text (layers %s)", len(chosen), parts
         )
@@ -79,7 +91,7 @@ def _room(view: ModelView, device: torch.device, batch_tokens: int, layer: int, 
     if budget is not None:
         return budget
     out, d = view.weight(layer).shape
-    batch = batch_tokens * STATES * (d + out) * computing_dtype(view.base).itemsize
+    batch = batch_tokens * STATES * (d + out) * computing_dtype(view.base).itemsize  # bytes
     share = SHARE
     if device.type == "cpu":
         share /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of a job on this host
@@ -87,13 +99,13 @@ def _room(view: ModelView, device: torch.device, batch_tokens: int, layer: int, 
 
 
 def _grouped(
-    sizes: Mapping[int, int], where: Mapping[int, torch.device], room: Mapping[torch.device, int]
+    sizes: Mapping[int, int], placement: Mapping[int, torch.device], room: Mapping[torch.device, int]
 ) -> list[tuple[int, ...]]:
-    """Layers in order, as many a group as fit on every device; [] when one does not fit alone."""
+    """Layers in order, as many per group as fit on every device; [] when one layer alone does not fit."""
     groups: list[list[int]] = []
     left: dict[torch.device, int] = {}
     for layer, size in sizes.items():
-        device = where[layer]
+        device = placement[layer]
         if size > room[device]:
             return []
         if not groups or left[device] < size:

@@ -1,9 +1,9 @@
-"""Statistics collected into a folder: checkpoints while it runs, a file a layer when it is done.
+"""Statistics collected into a folder: checkpoints during the job, one file per layer at its end.
 
 {module path}.safetensors        a finished layer
-checkpoint-R-of-N.safetensors    the sums of process R of a job that is not finished
-.lock                            held while a job runs
-.overwriting                     there until a job that replaces older files has ended
+checkpoint-R-of-N.safetensors    the sums of process R of an unfinished job
+.lock                            locked while a job runs
+.overwriting                     exists until a job that replaces older files has finished
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from kedit_fast.statistics import checkpoint
 from kedit_fast.statistics.checkpoint import Progress
 from kedit_fast.statistics.collect import Job
 from kedit_fast.statistics.corpus import Corpus, Position
-from kedit_fast.statistics.memory_plan import Group, check_masters, plan_groups
+from kedit_fast.statistics.memory_plan import Group, Masters, check_masters, plan_groups
 from kedit_fast.statistics.moments import SecondMomentAccumulator
 from kedit_fast.statistics.store import MODEL_FIELDS, metadata_in, path_of, save_statistics
 from kedit_fast.support import process_group
+from kedit_fast.support.messages import comma_list
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
-CHECKPOINT_EVERY = 60.0
+CHECKPOINT_EVERY = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,19 @@ class Collected:
 
     layers: tuple[int, ...]
     tokens: int
+    """Tokens that the moments are of."""
     documents: int
+    """Documents that these tokens are from."""
     files: tuple[Path, ...]
-    resumed: int  # tokens that were found done, by all processes
-    passes: int  # over the text, in this call; 0 when everything was found finished
+    """One per layer."""
+    resumed: int
+    """Tokens that earlier calls had counted, of all processes."""
+    passes: int
+    """Passes over the text in this call; 0 when all layers were finished before."""
     seconds: float
-    checkpoint_seconds: float  # of them, spent on writing checkpoints by this process
+    """Duration of this call."""
+    checkpoint_seconds: float
+    """The part of `seconds` that this process spent on checkpoints."""
 
 
 @plain_torch()
@@ -63,39 +71,46 @@ def collect_into(
     checkpoint_every: float = CHECKPOINT_EVERY,
     resume: bool = False,
     overwrite: bool = False,
-    masters: str = "auto",
+    masters: Masters = "auto",
     master_bytes: int | None = None,
     progress: bool = False,
     spec: ArchSpec | None = None,
 ) -> Collected:
-    """Second moments of the inputs of the edited linear layers over a corpus, into a folder, a file a layer.
+    """Second moments of the inputs of the edited linear layers over a corpus, into a folder, one file per layer.
 
-    A job that ended for any reason, a killed process included, goes on with `resume`: at most `checkpoint_every`
-    seconds are done again, and on a CPU the moments are those of an uninterrupted job to the bit. In a process group
-    (torchrun) every process takes its share of the batches and keeps its own checkpoint.
+    With `resume`, a job continues after any interruption, a killed process included. At most `checkpoint_every` seconds
+    of work are repeated, and on a CPU the moments equal those of an uninterrupted job bit for bit. In a process group
+    (torchrun) every process takes its share of the batches and writes its own checkpoint.
 
     Args:
-        folder: made if absent; must be empty or absent without `resume` or `overwrite`. Files of others in it stay.
-        model, tokenizer: see collect_statistics.
-        corpus: what counts.
+        folder: made if absent. Without `resume` or `overwrite` it must be empty or absent. Unrelated files in it stay.
+        model, tokenizer: see `collect_statistics`.
+        corpus: the text, and how much of it counts.
         layers: zero-based.
         batch_tokens: tokens of a batch, padding included.
         checkpoint_every: seconds between checkpoints.
-        resume: go on where an earlier call with the same arguments stopped, start one that never began, and leave one
-            that is finished as it is.
-        overwrite: start anew; files of layers stay until the new ones take their places.
-        masters: where sums are kept: "device", "cpu", or "auto".
-        master_bytes: what they may take on each device; None for what is free. Layers whose sums do not fit at once
-            are done in groups, a pass over the corpus each.
+        resume: continue an earlier call with the same arguments, start one that never began, or leave a finished one as
+            it is.
+        overwrite: start anew; files of layers stay until the new ones replace them.
+        masters: where the sums are: "device", "cpu", or "auto".
+        master_bytes: bytes for sums on each device; None for what is free. Layers whose sums do not fit at once are
+            collected in groups, with one pass over the corpus each.
         progress: show a bar on stderr.
         spec: an ArchSpec for an architecture that is not known.
 
     Raises:
-        StatisticsError: the folder holds something else, is in use by another job or cannot be written; a damaged
-            checkpoint; other text or numbers than the job was begun with; no text; moments that are not finite. What
-            was complete stays.
+        StatisticsError: the folder has other content, is in use by another job or cannot be written; a checkpoint is
+            damaged; the text or an argument is not the one that the job began with; there is no text; or moments are
+            not finite. Complete files stay.
 
-    Cost: as collect_statistics, and 8 d^2 bytes written a layer and checkpoint.
+    Cost: as `collect_statistics`, and 8 d^2 bytes written per layer and checkpoint.
+
+    Example:
+        >>> corpus = Corpus(texts, max_tokens=2_000)
+        >>> collect_into("stats", model, tokenizer, corpus, layers=[0, 1]).passes
+        1
+        >>> collect_into("stats", model, tokenizer, corpus, layers=[0, 1], resume=True).passes   # nothing is left to do
+        0
     """
     folder, begin = Path(folder), time.monotonic()
     if not checkpoint_every >= 0:
@@ -105,81 +120,82 @@ def collect_into(
     rank, _ = process_group.world()
     job = Job(model, tokenizer, corpus, layers, batch_tokens, spec)
     marker = folder / checkpoint.OVERWRITING
-    if resume and not marker.exists() and len(done := _done(folder, job, False)) == len(job.layers):
-        return _collected(folder, job, done, _total(done), 0, begin, 0.0)
+    if resume and not marker.exists() and len(done := _finished_layers(folder, job, False)) == len(job.layers):
+        return _collected(folder, job, done, _tokens(done), 0, begin, 0.0)
     with checkpoint.claimed(folder, hold=rank == 0):
         if overwrite and rank == 0:
             checkpoint.remove_all(folder)
             marker.touch()
         process_group.wait_for_all()
         overwriting = marker.exists()
-        plan, found = _plan(job), checkpoint.read(folder)
-        if found is not None:
-            _check_plan(folder, found, plan)
-        done = {} if overwrite else _done(folder, job, overwriting)
-        begun = [p.layers for p in process_group.gather(found) if p is not None]
+        identity, stored = _identity(job), checkpoint.read(folder)
+        if stored is not None:
+            _check_identity(folder, stored, identity)
+        done = {} if overwrite else _finished_layers(folder, job, overwriting)
+        begun = [progress.layers for progress in process_group.gather(stored) if progress is not None]
         groups = _groups(job, done, begun, masters, master_bytes)
         job.check_groups(groups)
         clock, resumed = _Clock(checkpoint_every), 0
         for group in groups:
             sums = job.accumulators(group)
             start = Position()
-            if found is not None and found.layers == group.layers:
+            if stored is not None and stored.layers == group.layers:
                 checkpoint.restore(folder, sums)
-                start = found.position
+                start = stored.position
                 resumed = next(iter(sums.values())).count
-            saver = _Saver(folder, group, plan, sums, clock)
+            saver = _Saver(folder, group, identity, sums, clock)
             end = job.run(sums, start, saver, progress and rank == 0)
             if any(other.corpus != end.digest for layer, other in done.items() if layer not in group.layers):
                 raise StatisticsError(f"the text is not that of the layers that {folder} has already")
             if process_group.world()[1] > 1:
-                saver.save(end)  # the others may still be at work, and one of them may die
-            for layer, moment in job.finished(sums, end):
+                saver.save(end)  # other processes may still be at work, and one of them may die
+            for layer, second in job.finish(sums, end):
                 if rank == 0:
-                    save_statistics(job.statistics({layer: moment}, end), folder)
-                done[layer] = _Done(moment.count, end.documents, end.digest)
+                    save_statistics(job.statistics({layer: second}, end), folder)
+                done[layer] = _FinishedLayer(second.count, end.documents, end.digest)
             process_group.wait_for_all()
             checkpoint.remove(folder)
         if rank == 0:
             checkpoint.remove_all(folder)
-            _tidy(folder, job, overwriting)
+            _check_other_layers(folder, job, overwriting)
             marker.unlink(missing_ok=True)
-    resumed = sum(process_group.gather(resumed)) if groups else _total(done)
+    resumed = sum(process_group.gather(resumed)) if groups else _tokens(done)
     return _collected(folder, job, done, resumed, len(groups), begin, clock.spent)
 
 
 @dataclass(frozen=True)
-class _Done:
+class _FinishedLayer:
     """What a layer's file was made from."""
 
     tokens: int
     documents: int
     corpus: str
+    """Chained SHA-256 of the documents."""
 
 
-def _total(done: Mapping[int, _Done]) -> int:
+def _tokens(done: Mapping[int, _FinishedLayer]) -> int:
     return next(iter(done.values())).tokens
 
 
 def _collected(
-    folder: Path, job: Job, done: Mapping[int, _Done], resumed: int, passes: int, begin: float, saving: float
+    folder: Path, job: Job, done: Mapping[int, _FinishedLayer], resumed: int, passes: int, begin: float, saving: float
 ) -> Collected:
     files = tuple(path_of(folder, job.view.module_name(layer)) for layer in job.layers)
     documents = next(iter(done.values())).documents
-    return Collected(job.layers, _total(done), documents, files, resumed, passes, time.monotonic() - begin, saving)
+    return Collected(job.layers, _tokens(done), documents, files, resumed, passes, time.monotonic() - begin, saving)
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """Raise StatisticsError when statistics may not or cannot be collected into a folder."""
     if resume and overwrite:
-        raise StatisticsError("--resume goes on, --overwrite starts anew: give one of them")
+        raise StatisticsError("--resume continues, --overwrite starts anew: give one of them")
     try:
         if folder.exists():
-            begun = any(not path.name.startswith(".") for path in folder.iterdir())
-            if begun and not resume and not overwrite:
-                raise StatisticsError(f"{folder} exists: --resume goes on with it, --overwrite starts anew")
+            has_files = any(not path.name.startswith(".") for path in folder.iterdir())
+            if has_files and not resume and not overwrite:
+                raise StatisticsError(f"{folder} exists: --resume continues it, --overwrite starts anew")
             if resume:
-                return  # what is finished may well be read-only
+                return  # a finished job may be in a folder that is read-only
         parent = folder.absolute()
         while not parent.exists():
             parent = parent.parent
@@ -188,87 +204,105 @@ def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         raise StatisticsError(f"cannot write statistics to {folder}: {error.strerror or error}") from error
 
 
-def _plan(job: Job) -> dict[str, str]:
-    """What a checkpoint depends on."""
+def _identity(job: Job) -> dict[str, str]:
+    """Everything that the sums in a checkpoint depend on, beside the text."""
     _, world = process_group.world()
-    return {
-        **job.asked, "dtype": job.dtype, "batch_tokens": str(job.batch_tokens), "processes": str(world), **job.model,
-    }  # fmt: skip
+    sizes = {"batch_tokens": str(job.batch_tokens), "processes": str(world)}
+    return {**job.settings, "dtype": job.dtype, **sizes, **job.model}
 
 
 def _dtype_hint(name: str) -> str:
-    """What may be behind another dtype than before: a processor with or without units for 16 bits."""
+    """The usual cause of another dtype than before is a processor with or without units for 16 bits."""
     return f"; {SWITCH}=native computes in the model's own dtype" if name == "dtype" else ""
 
 
-def _check_plan(folder: Path, progress: Progress, plan: Mapping[str, str]) -> None:
+def _check_identity(folder: Path, stored: Progress, identity: Mapping[str, str]) -> None:
+    """Raise StatisticsError when a checkpoint is of another job."""
     path = checkpoint.path_of(folder)
-    model = {name: progress.plan.get(name, "") for name in MODEL_FIELDS}
-    if what := difference(model, {name: plan[name] for name in MODEL_FIELDS}):
-        raise StatisticsError(f"{path} was begun with another model: different {what}")
-    for name, value in plan.items():
-        if name not in MODEL_FIELDS and progress.plan.get(name) != value:
+    model = {name: stored.identity.get(name, "") for name in MODEL_FIELDS}
+    if changed := difference(model, {name: identity[name] for name in MODEL_FIELDS}):
+        raise StatisticsError(f"{path} was begun with another model: different {changed}")
+    for name, value in identity.items():
+        before = stored.identity.get(name)
+        if name not in MODEL_FIELDS and before != value:
             raise StatisticsError(
-                f"{path} was begun with {name} {progress.plan.get(name) or 'not set'}, not {value or 'not set'}: give "
-                f"it again, or start anew with --overwrite{_dtype_hint(name)}"
+                f"{path} was begun with {name} {before or 'not set'}, not {value or 'not set'}: give it again, or "
+                f"start anew with --overwrite{_dtype_hint(name)}"
             )
 
 
-def _done(folder: Path, job: Job, tolerate: bool) -> dict[int, _Done]:
-    """Layers whose files are what this job would write.
+def _finished_layers(folder: Path, job: Job, tolerate: bool) -> dict[int, _FinishedLayer]:
+    """Layers whose files are those that this job would write.
+
+    Args:
+        folder: of the files.
+        job: to compare them with.
+        tolerate: ignore files that were made from something else, because this job replaces them.
 
     Raises:
-        StatisticsError: a file of something else, unless `tolerate` (a job that replaces it is under way).
+        StatisticsError: a file that was made from something else.
     """
-    found, digests = {}, {}
+    finished, digests = {}, {}
     for layer in job.layers:
         path = path_of(folder, job.view.module_name(layer))
         if not path.exists():
             continue
         metadata = metadata_in(path)
-        own = _Done(int(metadata["count"]), int(metadata.get("documents", 0)), metadata["corpus"])
-        what = difference({name: metadata.get(name, "") for name in MODEL_FIELDS}, job.model)
-        for name, value in {**job.asked, "dtype": job.dtype}.items():
-            if not what and metadata.get(name, "") != value:
-                what = f"{name} ({metadata.get(name) or 'not set'} there, {value or 'not set'} here{_dtype_hint(name)})"
-        if not what and job.corpus.repeatable:
-            if own.documents not in digests:
-                digests[own.documents] = job.reader.digest(own.documents)
-            if own.corpus != digests[own.documents] or not job.reader.ends_at(own.documents, own.tokens):
-                what = "text"
-        if not what:
-            found[layer] = own
+        file = _FinishedLayer(int(metadata["count"]), int(metadata.get("documents", 0)), metadata["corpus"])
+        changed = difference({name: metadata.get(name, "") for name in MODEL_FIELDS}, job.model)
+        for name, value in {**job.settings, "dtype": job.dtype}.items():
+            before = metadata.get(name, "")
+            if not changed and before != value:
+                changed = f"{name} ({before or 'not set'} there, {value or 'not set'} here{_dtype_hint(name)})"
+        if not changed and job.corpus.repeatable:
+            if file.documents not in digests:
+                digests[file.documents] = job.reader.digest(file.documents)
+            if file.corpus != digests[file.documents] or not job.reader.ends_at(file.documents, file.tokens):
+                changed = "text"
+        if not changed:
+            finished[layer] = file
         elif not tolerate:
             raise StatisticsError(
-                f"{path} was made from something else: different {what}. Choose another folder, or start anew with "
+                f"{path} was made from something else: different {changed}. Choose another folder, or start anew with "
                 "--overwrite"
             )
-    if len(found) == len(job.layers) and not job.corpus.repeatable:
-        own = next(iter(found.values()))  # no pass will need the text
-        if job.reader.digest(own.documents) != own.corpus:
+    if len(finished) == len(job.layers) and not job.corpus.repeatable:
+        file = next(iter(finished.values()))  # the text can be read now, since no pass will need it
+        if job.reader.digest(file.documents) != file.corpus:
             raise StatisticsError(f"{folder} was made from something else: different text")
-    return found
+    return finished
 
 
 def _groups(
-    job: Job, done: Mapping[int, _Done], begun: Sequence[tuple[int, ...]], masters: str, master_bytes: int | None
+    job: Job,
+    done: Mapping[int, _FinishedLayer],
+    begun: Sequence[tuple[int, ...]],
+    masters: Masters,
+    master_bytes: int | None,
 ) -> list[Group]:
-    """The group that was begun, as it was (some of its files may be written), then the rest that is not finished."""
+    """The group of the checkpoint, unchanged (some of its files may be written), then the layers that are left.
+
+    Args:
+        job: with all layers.
+        done: layers with files.
+        begun: layers of each process's checkpoint.
+        masters, master_bytes: see `collect_into`.
+    """
     first = next((layers for layers in begun if not set(layers) <= set(done)), ())
     if not set(first) <= set(job.layers):
         raise StatisticsError(
-            f"the checkpoint has layers {', '.join(map(str, first))}, this job wants "
-            f"{', '.join(map(str, job.layers))}: give them again, or start anew with --overwrite"
+            f"the checkpoint has layers {comma_list(first)}, this job wants {comma_list(job.layers)}: give them again, "
+            "or start anew with --overwrite"
         )
     groups = plan_groups(job.view, first, job.batch_tokens, masters, master_bytes) if first else []
     if len(groups) > 1:
-        raise StatisticsError(f"the sums of layers {', '.join(map(str, first))}, which were begun together, do not fit")
+        raise StatisticsError(f"the sums of layers {comma_list(first)}, which were begun together, do not fit")
     rest = tuple(layer for layer in job.layers if layer not in first and layer not in done)
     return groups + (plan_groups(job.view, rest, job.batch_tokens, masters, master_bytes) if rest else [])
 
 
-def _tidy(folder: Path, job: Job, overwriting: bool) -> None:
-    """Files of this model's other layers: gone where the folder is overwritten, else named if of another text."""
+def _check_other_layers(folder: Path, job: Job, overwriting: bool) -> None:
+    """Remove files of the model's other layers where the folder is overwritten; else warn if they are of other text."""
     corpus = metadata_in(path_of(folder, job.view.module_name(job.layers[0])))["corpus"]
     for layer in range(job.view.num_layers):
         path = path_of(folder, job.view.module_name(layer))
@@ -287,10 +321,10 @@ def _tidy(folder: Path, job: Job, overwriting: bool) -> None:
 
 
 class _Clock:
-    """Says when an interval is over."""
+    """When the next checkpoint is due, and how long they took in all."""
 
     def __init__(self, every: float):
-        self.every, self.spent, self.last = every, 0.0, time.monotonic()
+        self.every, self.spent, self.last = every, 0.0, time.monotonic()  # seconds
 
     def due(self) -> bool:
         return time.monotonic() - self.last >= self.every
@@ -300,11 +334,15 @@ class _Saver:
     """Writes this process's checkpoint at intervals."""
 
     def __init__(
-        self, folder: Path, group: Group, plan: dict[str, str], sums: Mapping[int, SecondMomentAccumulator],
+        self,
+        folder: Path,
+        group: Group,
+        identity: dict[str, str],
+        sums: Mapping[int, SecondMomentAccumulator],
         clock: _Clock,
-    ):  # fmt: skip
+    ):
         self._folder, self._sums, self._clock = folder, sums, clock
-        self._progress = Progress(group.layers, Position(), plan)
+        self._progress = Progress(group.layers, Position(), identity)
 
     def due(self) -> bool:
         return self._clock.due()

@@ -1,4 +1,4 @@
-"""Documents of files and of the datasets library, read as they are needed."""
+"""Documents from files and from the datasets library, read as they are needed."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ JSON = (".json", *LINES)
 
 
 def open_texts(source: str | os.PathLike, field: str = "text", local: bool = False) -> Sequence[str]:
-    """The documents of a source, in its own order; a sequence, of which only what is asked for is in memory.
+    """The documents of a source in their order, as a sequence that reads a document when it is accessed.
 
     Args:
-        source: a `.jsonl` or `.ndjson` file, or a `.json` of either kind, of records or texts; a `.csv` or `.tsv` with
-            a header; another text file, one document a line; each packed by gzip or not; or
+        source: a file, compressed with gzip or not: `.jsonl` or `.ndjson`, or `.json` of either kind, of records or
+            texts; `.csv` or `.tsv` with a header; or any other text file, with one document per line. Or
             `datasets:NAME[:CONFIG[:SPLIT]]`, a data set of the datasets library (a hub name or a folder), by default
-            its split "train". A JSON list and a table are read into memory, a packed file is unpacked to a temporary
-            one.
-        field: of a record, or column, that holds the text.
-        local: a data set of the library must be on this machine already: nothing is downloaded.
+            its split "train". A JSON list and a table are read into memory; a compressed file is unpacked to a
+            temporary one.
+        field: the field of a record, or the column, that has the text.
+        local: use a data set of the library only if it is on this machine; nothing is downloaded.
 
     Raises:
         StatisticsError: a source that cannot be read or holds no text.
@@ -86,7 +86,8 @@ def _no_text(field: str) -> str:
 class TextFile(Sequence[str]):
     """Lines of a text file, or the texts of a file of JSON lines; blank lines are no documents.
 
-    Keeps eight bytes a document. A line that cannot be read raises StatisticsError with its number when it is used.
+    Takes eight bytes of memory per document. A line that cannot be read raises StatisticsError, with its number, when
+    it is accessed.
     """
 
     def __init__(self, path: str | os.PathLike, field: str = "text"):
@@ -113,7 +114,7 @@ class TextFile(Sequence[str]):
             raise StatisticsError(f"cannot read {path}: its gzip data is damaged: {error}") from error
         if not self._offsets:
             raise StatisticsError(f"{path} holds no text")
-        self[0]  # a wrong field shows before anything is loaded
+        self[0]  # raises for a wrong field, before a model is loaded
 
     def __len__(self) -> int:
         return len(self._offsets)
@@ -124,38 +125,38 @@ class TextFile(Sequence[str]):
         offset = self._offsets[index]
         try:
             self._file.seek(offset)
-            return self._text(self._file.readline(), offset)
+            return self._document(self._file.readline(), offset)
         except OSError as error:
             raise StatisticsError(f"cannot read {self.path}: {error.strerror or error}") from error
 
-    def _text(self, line: bytes, offset: int) -> str:
+    def _document(self, line: bytes, offset: int) -> str:
         try:
             text = line.decode("utf-8" if offset else "utf-8-sig").rstrip("\r\n")
         except UnicodeDecodeError as error:
-            raise StatisticsError(f"{self._place(offset)} is not UTF-8 text: {error}") from error
+            raise StatisticsError(f"{self._line_at(offset)} is not UTF-8 text: {error}") from error
         if suffix_of(self.path) not in JSON:
             return text
         try:
-            found = _text_of(json.loads(text), self.field)
+            document = _text_of(json.loads(text), self.field)
         except (ValueError, RecursionError) as error:
-            raise StatisticsError(f"{self._place(offset)}: malformed JSON: {error}") from error
-        if found is None:
-            raise StatisticsError(f"{self._place(offset)}: {_no_text(self.field)}")
-        return found
+            raise StatisticsError(f"{self._line_at(offset)}: malformed JSON: {error}") from error
+        if document is None:
+            raise StatisticsError(f"{self._line_at(offset)}: {_no_text(self.field)}")
+        return document
 
-    def _place(self, offset: int) -> str:
+    def _line_at(self, offset: int) -> str:
         self._file.seek(0)
         number = self._file.read(offset).count(b"\n") + 1
         return f"{self.path}, line {number}"
 
 
 def _unpacked(file: BinaryIO) -> BinaryIO:
-    """A gzip file's bytes in a temporary file, which is gone when it is closed."""
-    whole = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as its documents are read
+    """The content of a gzip file in a temporary file, which is deleted when it is closed."""
+    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 - stays open while its documents are read
     with gzip.GzipFile(fileobj=file) as packed:
-        shutil.copyfileobj(packed, whole)
+        shutil.copyfileobj(packed, unpacked)
     file.close()
-    return whole
+    return unpacked
 
 
 def _blank(line: bytes) -> bool:
@@ -166,24 +167,24 @@ def _blank(line: bytes) -> bool:
 
 @contextlib.contextmanager
 def _offline(datasets: Any) -> Iterator[None]:
-    """The datasets library as HF_HUB_OFFLINE=1 sets it: what it has on this machine, no network; and no bars."""
+    """Make the datasets library use no network, as HF_HUB_OFFLINE=1 does, and show no bars."""
     from huggingface_hub import constants
 
-    switches = [(place, name) for place in (datasets.config, constants)
-                for name in ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE") if hasattr(place, name)]  # fmt: skip
-    before = [getattr(place, name) for place, name in switches]
+    names = ("HF_DATASETS_OFFLINE", "HF_HUB_OFFLINE")
+    switches = [(module, name) for module in (datasets.config, constants) for name in names if hasattr(module, name)]
+    before = [getattr(module, name) for module, name in switches]
     bars = hasattr(datasets, "are_progress_bars_disabled") and not datasets.are_progress_bars_disabled()
     try:
         if bars:
             datasets.disable_progress_bars()
-        for place, name in switches:
-            setattr(place, name, True)
+        for module, name in switches:
+            setattr(module, name, True)
         yield
     finally:
         if bars:
             datasets.enable_progress_bars()
-        for (place, name), value in zip(switches, before, strict=True):
-            setattr(place, name, value)
+        for (module, name), value in zip(switches, before, strict=True):
+            setattr(module, name, value)
 
 
 class _Dataset(Sequence[str]):
@@ -191,7 +192,7 @@ class _Dataset(Sequence[str]):
 
     def __init__(self, name: str, field: str, local: bool = False):
         try:
-            import datasets
+            import datasets  # pyright: ignore[reportMissingImports] - an extra
         except ImportError:
             raise StatisticsError(
                 "`datasets:` needs the datasets library: pip install 'kedit-fast[datasets]'"
@@ -202,8 +203,7 @@ class _Dataset(Sequence[str]):
             with _offline(datasets) if local else contextlib.nullcontext():
                 self._rows = datasets.load_dataset(path, config or None, split=split or "train")
         except Exception as error:  # whatever a missing set, split or network makes the library raise
-            what = first_line(error)
-            raise StatisticsError(f"cannot load the data set {name}: {what}") from error
+            raise StatisticsError(f"cannot load the data set {name}: {first_line(error)}") from error
         if field not in self._rows.column_names:
             raise StatisticsError(
                 f"the data set {name} has no field {field!r}, only {', '.join(self._rows.column_names)} (--field)"

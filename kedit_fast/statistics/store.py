@@ -1,8 +1,9 @@
-"""Statistics on disk: one safetensors file a layer, `{module path}.safetensors`.
+"""Statistics on disk: one safetensors file per layer, `{module path}.safetensors`.
 
-Tensor `second_moment` [d, d] is the mean of k k^T, full symmetric. Metadata: format_version, layer, count (tokens),
-corpus (SHA-256 of the text), documents, what was asked for (max_tokens, max_samples, max_length, seed, token_weights),
-model fingerprint, dtype, kedit_fast. Files are written beside their place and then renamed.
+Tensor `second_moment` [d, d] is the mean of k k^T, both triangles. Metadata: format_version, layer, count (tokens),
+corpus (SHA-256 of the text), documents, the settings that chose the text (max_tokens, max_samples, max_length, seed,
+token_weights), model fingerprint, dtype, checksum, kedit_fast (version). A file is written under another name and then
+renamed.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from kedit_fast.support.torch_state import plain_torch
 
 FORMAT_VERSION = "1"
 MODEL_FIELDS = ("model_config", "model_samples", "tokenizer")
-ASKED_FIELDS = ("max_tokens", "max_samples", "max_length", "seed", "token_weights")
+SETTINGS_FIELDS = ("max_tokens", "max_samples", "max_length", "seed", "token_weights")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class LayerFile:
 
     @property
     def model(self) -> dict[str, str]:
-        """The fingerprint of the model it was collected on; empty for a file that carries none."""
+        """The fingerprint of the model it was collected on; empty for a file without one."""
         return {field: self.metadata[field] for field in MODEL_FIELDS if field in self.metadata}
 
 
@@ -52,10 +53,22 @@ class LayerFile:
 def save_statistics(
     statistics: Statistics, folder: str | os.PathLike, dtype: torch.dtype = torch.float64
 ) -> list[Path]:
-    """Write one file a layer into `folder` (made if absent) and return their paths.
+    """Write one file per layer.
+
+    Args:
+        statistics: what to write.
+        folder: made if absent.
+        dtype: of the files' moments.
+
+    Returns:
+        the files' paths.
 
     Raises:
-        StatisticsError: the folder or a file cannot be written; files already complete stay.
+        StatisticsError: the folder or a file cannot be written; files that are complete stay.
+
+    Example:
+        >>> [path.name for path in save_statistics(statistics, "stats")]
+        ['model.layers.0.mlp.down_proj.safetensors', 'model.layers.1.mlp.down_proj.safetensors']
     """
     folder = Path(folder)
     paths = []
@@ -73,12 +86,12 @@ def save_statistics(
 
 
 def path_of(folder: Path, module: str) -> Path:
-    """The file of a layer."""
+    """The path of a layer's file."""
     return folder / f"{module}.safetensors"
 
 
 def metadata_of(statistics: Statistics, layer: int) -> dict[str, str]:
-    """What a layer's file says of it."""
+    """The metadata of a layer's file."""
     return {
         "format_version": FORMAT_VERSION,
         "layer": str(layer),
@@ -87,7 +100,7 @@ def metadata_of(statistics: Statistics, layer: int) -> dict[str, str]:
         "documents": str(statistics.documents),
         "dtype": statistics.dtype,
         "kedit_fast": __version__,
-        **statistics.asked,
+        **statistics.settings,
         "max_length": str(statistics.max_length),
         **statistics.model,
     }
@@ -104,20 +117,26 @@ def load_statistics(
     samples: int | None = None,
     precision: str | None = None,
 ) -> Statistics:
-    """Read statistics and check that they are of this model and tokenizer.
+    """Read statistics, and check that they are of this model and tokenizer.
 
     Args:
-        folder: where save_statistics wrote; or a `{data set}_stats` folder of memit, AlphaEdit or EasyEdit, with npz
-            files.
-        model: the model they are to be used with; edits made to it do not matter.
+        folder: that `collect_into` or `save_statistics` wrote; or a `{data set}_stats` folder of memit, AlphaEdit or
+            EasyEdit, with npz files.
+        model: the model they are to be used with; edits of it do not matter.
         tokenizer: its tokenizer.
-        layers: which layers to read; None for all that are there.
+        layers: layers to read; None for all in the folder.
         spec: an ArchSpec for an architecture that is not known.
-        trust: take files that carry no fingerprint (npz of other programs) for this model's; their sizes are checked.
-        samples, precision: which of several npz files of a layer to read, by its name; None for the only one.
+        trust: accept files without a model fingerprint (npz of other programs); only their sizes are checked.
+        samples, precision: choose among several npz files of a layer by their names; None where there is one.
 
     Raises:
-        StatisticsError: a missing layer, a damaged or foreign file, or statistics of another model, by file name.
+        StatisticsError: a missing layer, a damaged or foreign file, or statistics of another model; the message names
+            the file.
+
+    Example:
+        >>> paths = save_statistics(statistics, "stats")
+        >>> load_statistics("stats", model, tokenizer, layers=[1]).moment(1).moment.shape
+        torch.Size([768, 768])
     """
     folder = Path(folder)
     view = ModelView(model, spec)
@@ -125,8 +144,8 @@ def load_statistics(
         raise StatisticsError(f"no statistics folder {folder}: make one with `kedit-fast stats`")
     if layers is None:
         layers = _layers_in(folder, view)
-    here = fingerprint(view, tokenizer)
-    found: dict[int, SecondMoment] = {}
+    current = fingerprint(view, tokenizer)
+    moments: dict[int, SecondMoment] = {}
     first: LayerFile | None = None
     for layer in view.check_layers(tuple(layers)):
         file = read_layer(folder, view.module_name(layer), samples, precision)
@@ -134,32 +153,41 @@ def load_statistics(
             raise StatisticsError(
                 f"{file.path} does not say which model it was made from: pass --trust (trust=True) if it is this one"
             )
-        if file.model and (what := difference(file.model, here)):
-            raise StatisticsError(f"{file.path} holds statistics of another model: different {what}")
+        if file.model and (changed := difference(file.model, current)):
+            raise StatisticsError(f"{file.path} holds statistics of another model: different {changed}")
         size, moment = view.weight(layer).shape[1], file.second.moment
         if tuple(moment.shape) != (size, size):
             raise StatisticsError(
                 f"{file.path}: second_moment is {list(moment.shape)}, the layer takes [{size}, {size}]"
             )
-        found[layer] = file.second
+        moments[layer] = file.second
         first = first or file
         if file.metadata["corpus"] != first.metadata["corpus"]:
             raise StatisticsError(f"{file.path} was made from another corpus than the other layers in {folder}")
     assert first is not None
-    about = first.metadata
-    asked = {name: about[name] for name in ASKED_FIELDS if name in about}
+    metadata = first.metadata
     return Statistics(
-        found, here, about["corpus"], int(about["max_length"]), about["dtype"], int(about.get("documents", 0)), asked
+        moments,
+        current,
+        metadata["corpus"],
+        int(metadata["max_length"]),
+        metadata["dtype"],
+        int(metadata.get("documents", 0)),
+        {name: metadata[name] for name in SETTINGS_FIELDS if name in metadata},
     )
 
 
 @plain_torch()
 def read_layer(folder: Path, module: str, samples: int | None = None, precision: str | None = None) -> LayerFile:
-    """One layer's file, ours or an npz (of several that with so many `samples` in this `precision`); without a check of
-    what model it is of.
+    """Read one layer's file, ours or an npz, without checking the model that it is of.
+
+    Args:
+        folder: of the files.
+        module: the layer's path.
+        samples, precision: choose among several npz files by their names; None where there is one.
 
     Raises:
-        StatisticsError: there is none, or several npz, or it is damaged or holds numbers that are not finite.
+        StatisticsError: there is no file, several npz files match, or it is damaged or not finite.
     """
     path = path_of(folder, module)
     if path.exists():
@@ -175,10 +203,10 @@ def read_layer(folder: Path, module: str, samples: int | None = None, precision:
 
 
 def modules_in(folder: str | os.PathLike) -> list[str]:
-    """The modules of which a folder has statistics, in the order of their layers.
+    """The modules that a folder has statistics of, in the order of their layers.
 
     Raises:
-        StatisticsError: it is no folder, or has none.
+        StatisticsError: there is no such folder, or it has no statistics.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -205,7 +233,7 @@ def _layers_in(folder: Path, view: ModelView) -> list[int]:
 
 
 def metadata_in(path: Path) -> dict[str, str]:
-    """A file's metadata alone.
+    """Read a file's metadata alone.
 
     Raises:
         StatisticsError: it is damaged or no statistics file.
@@ -222,11 +250,12 @@ def metadata_in(path: Path) -> dict[str, str]:
         raise StatisticsError(f"{path} is damaged: {error}; remove it and collect it again") from error
     except OSError as error:
         raise StatisticsError(f"cannot read {path}: {error.strerror or error}") from error
-    wrong = [name for name in ("count", "max_length") if not metadata.get(name, "").isdigit()]
-    wrong += [name for name in ("corpus", "dtype") if name not in metadata]
-    if wrong:
-        found = metadata.get(wrong[0])
-        raise StatisticsError(f"{path} is damaged: its {wrong[0]} is {found!r}; remove it and collect it again")
+    invalid = [name for name in ("count", "max_length") if not metadata.get(name, "").isdigit()]
+    invalid += [name for name in ("corpus", "dtype") if name not in metadata]
+    for name in invalid[:1]:
+        raise StatisticsError(
+            f"{path} is damaged: its {name} is {metadata.get(name)!r}; remove it and collect it again"
+        )
     return metadata
 
 

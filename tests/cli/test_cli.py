@@ -778,7 +778,7 @@ def test_statistics_are_resumed_exchanged_and_projected(place, tmp_path):
     again = run(*base, "--samples", "9", "--seed", "2", "--resume", "--json")
     assert json.loads(again.stdout)["passes"] == 0 and json.loads(again.stdout)["tokens"] == first["tokens"]
     for extra, said in (
-        ((), "--resume goes on with it"),
+        ((), "--resume continues it"),
         (("--resume",), "different max_samples (9 there, not set here)"),
     ):
         refused = run(*base, *extra)

@@ -131,7 +131,7 @@ def test_processes_share_the_windows_of_one(monkeypatch, world, budget):
         monkeypatch.setattr(process_group, "world", lambda rank=rank: (rank, world))
         made = Reader.__new__(Reader)
         made.tokenizer, made.corpus, made.max_length, made.vocabulary = tokenizer, Corpus(DOCUMENTS, budget), 64, None
-        made._rank, made._world, made._characters, made._documents, made._last = rank, world, 2000, None, None
+        made._rank, made._world, made._characters, made._documents, made._last_tokens = rank, world, 2000, None, None
         if budget is not None:
             rounds = iter(counted)
             monkeypatch.setattr(process_group, "gather", lambda mine, rounds=rounds: next(rounds))

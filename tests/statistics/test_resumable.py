@@ -84,7 +84,7 @@ def test_a_folder_holds_what_memory_would(tmp_path, two):
     for layer in (0, 2):
         assert torch.equal(loaded.moment(layer).moment, whole.moment(layer).moment)
         assert loaded.moment(layer).count == whole.moment(layer).count == found.tokens
-    assert (loaded.corpus, loaded.documents, loaded.asked) == (whole.corpus, whole.documents, whole.asked)
+    assert (loaded.corpus, loaded.documents, loaded.settings) == (whole.corpus, whole.documents, whole.settings)
     assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [".lock", *(p.name for p in found.files)]
 
 
@@ -209,7 +209,7 @@ def test_other_arguments_are_refused_by_name(tmp_path, two, monkeypatch):
             into(tmp_path / "s", two, resume=True, **options)
     with pytest.raises(StatisticsError, match="another model: different weights"):
         into(tmp_path / "s", (make_model("llama", seed=1), two[1]), resume=True)
-    with pytest.raises(StatisticsError, match="--resume goes on with it, --overwrite starts anew"):
+    with pytest.raises(StatisticsError, match="--resume continues it, --overwrite starts anew"):
         into(tmp_path / "s", two)
     assert into(tmp_path / "s", two, resume=True).resumed > 0  # nothing was lost by all that
     with pytest.raises(StatisticsError, match=r"down_proj.safetensors was made from something else: different seed"):

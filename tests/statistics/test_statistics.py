@@ -128,7 +128,7 @@ def test_token_weights_are_those_of_a_weighted_mean():
     hook.remove()
     keys, w = torch.cat(rows).double(), torch.tensor(weights, dtype=torch.float64)
     assert relative_error(found.moment(2).moment, keys.T @ (w[:, None] * keys) / w.sum()) < 1e-6
-    assert found.moment(2).count == int((w != 0).sum()) and "weigh" in found.asked["token_weights"]
+    assert found.moment(2).count == int((w != 0).sum()) and "weigh" in found.settings["token_weights"]
     for bad in (lambda ids: [1.0], lambda ids: [-1.0] * len(ids), lambda ids: [float("nan")] * len(ids)):
         with pytest.raises(StatisticsError, match="finite weights, not negative"):
             collect(model, tokenizer, token_weights=bad)
@@ -160,7 +160,7 @@ def test_nothing_of_the_size_of_the_vocabulary_and_no_second_sum_is_made(monkeyp
     job = Job(model, tokenizer, Corpus(TEXTS), (0, 2), 60)  # its fingerprint reads the head's weights
     with torch.no_grad(), Made() as seen:
         sums = job.accumulators(Group((0, 2), False))
-        found = dict(job.finished(sums, job.run(sums)))
+        found = dict(job.finish(sums, job.run(sums)))
     assert len(found) == 2 and 640 in seen.sizes and 400 not in seen.sizes
     assert len(seen.sums) == 2
 
