@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from kedit_fast import ops
+from kedit_fast import ops as ops
 
 if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.py compares them with the table
     from kedit_fast._version import __version__ as __version__
@@ -79,8 +79,7 @@ PUBLIC_NAMES = {
 """Public name -> the module that it is loaded from. `__all__`, `dir()` and loading on first use follow from it."""
 _LOADED_WITH_THE_PACKAGE = ("kedit_fast._version", "kedit_fast.backends", "kedit_fast.ops")
 
-__all__ = ["ops", *PUBLIC_NAMES]  # pyright: ignore[reportUnsupportedDunderAll] - from the table
-__all__.sort()
+__all__ = sorted(["ops", *PUBLIC_NAMES])  # pyright: ignore[reportUnsupportedDunderAll] - it follows from the table
 
 
 def __getattr__(name: str) -> Any:

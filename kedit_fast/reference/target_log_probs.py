@@ -46,7 +46,7 @@ def target_log_probs(
     if gradient:
         known = targets.clamp(0, head.shape[0] - 1)
         slope = cap_slope(at_target, softcap)
-        chosen = head[known].to(states.dtype) * (slope[:, None] if softcap > 0 else 1.0)
+        chosen = head[known].to(states.dtype) * (slope[:, None] if isinstance(slope, torch.Tensor) else 1.0)
         expected = chosen - expected / total.sum[:, None]
     log_sum = total.log()
     return at_target - log_sum, best_id, total.peak - log_sum, expected

@@ -79,7 +79,9 @@ def _compute_in_fp32(stack: contextlib.ExitStack) -> None:
     """Set fp32 products to fp32 by both interfaces; the stack restores the settings."""
     before = {} if _precision_of is None else {level: _precision_of(*level) for level in _LEVELS}
     for level in before:
-        if (precision := _precision_of(*level)) in _REDUCED:  # set here: the levels above are in fp32 by now
+        # A level that is still reduced was set itself: those that it could inherit from are in fp32 by now.
+        precision = _precision_of(*level)  # pyright: ignore[reportOptionalCall] - without a getter there is no level
+        if precision in _REDUCED:
             stack.callback(_set_precision, *level, precision)
             _set_precision(*level, "ieee")
     older = torch.get_float32_matmul_precision()  # raises where the two interfaces disagree: no longer

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch  # before the native modules: they borrow the OpenMP runtime that torch brings
-from torch.utils.dlpack import to_dlpack
+from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage] - its documented home
 
 from kedit_fast.errors import InvalidArgumentError
 

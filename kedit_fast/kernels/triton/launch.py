@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -138,7 +138,7 @@ def _fastest(
 
     def milliseconds(config: Config) -> float:
         launches = trial(config)  # made, with its scratch memory, before the clock starts
-        return do_bench(lambda: run(launches, device), return_mode="median")
+        return cast(float, do_bench(lambda: run(launches, device), return_mode="median"))
 
     times = {row: milliseconds(row)}
     for config in dict.fromkeys(candidates(*key[:2])):

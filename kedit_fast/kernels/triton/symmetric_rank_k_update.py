@@ -58,7 +58,8 @@ def _symmetric_rank_k_update_kernel(
     WEIGHTED: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRODUCTS: tl.constexpr,
     SIDE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    tile_row, tile_column = _lower_tile(tl.program_id(0), tiles, GROUP)
+    # The type of a jit function is that of a call from Python, which never returns.
+    tile_row, tile_column = _lower_tile(tl.program_id(0), tiles, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     split = tl.program_id(1)
     begin = split * rows_per_split
     end = tl.minimum(begin + rows_per_split, rows)
@@ -102,7 +103,8 @@ def _add_parts_kernel(
     acc, parts, alpha_high, alpha_low, d, tiles, splits, acc_stride,
     SIDE: tl.constexpr, STRIP: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile_row, tile_column = _lower_tile(tl.program_id(0), tiles, GROUP)
+    # The type of a jit function is that of a call from Python, which never returns.
+    tile_row, tile_column = _lower_tile(tl.program_id(0), tiles, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     within = tl.program_id(1) * STRIP + tl.arange(0, STRIP)
     i = tile_row * SIDE + within
     j = tile_column * SIDE + tl.arange(0, SIDE)
