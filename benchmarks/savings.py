@@ -105,7 +105,7 @@ class _Group:
         batch = TokenBatch(self.inputs["input_ids"], self.inputs["attention_mask"])
         above = self.layer + 1
         site = Site(above, "key")
-        _, self.states = capture(self.view, batch, [site], keep_entering=above)
+        _, self.states = capture(self.view, batch, [site], capture_entering=above)
 
     def _forward(self, delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Last hidden states, and all logits unless target rows are saved, with delta [R, h] at the lookup tokens."""

@@ -18,7 +18,7 @@ from kedit_fast.editing.values.store import MemitCache
 from kedit_fast.errors import EditError, RequestError
 from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
-from kedit_fast.models.loading import save_model
+from kedit_fast.models.saving import save_model
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.problems import first_problems, require_no_problems, skipped_records
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, continuation

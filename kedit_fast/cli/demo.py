@@ -17,7 +17,7 @@ from kedit_fast.cli.report import print_report
 from kedit_fast.errors import KeditError, MethodError
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.methods.registry import find_recipe
-from kedit_fast.models.loading import save_model
+from kedit_fast.models.saving import save_model
 from kedit_fast.statistics.collect import collect_statistics
 from kedit_fast.support.files import check_new
 from kedit_fast.workflow import complete, run_edits

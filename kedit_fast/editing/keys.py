@@ -159,7 +159,7 @@ class KeyPass:
         sites = [key, self.site] if chunk.bare else [key]
         entering = self._moved(chunk)
         seen, kept = capture(
-            self.view, chunk.batch, sites, chunk.positions, entering=entering, keep_entering=layer
+            self.view, chunk.batch, sites, chunk.positions, entering=entering, capture_entering=layer
         )  # fmt: skip
         self._keep(chunk, kept)
         return seen[key], seen[self.site] if chunk.bare else None

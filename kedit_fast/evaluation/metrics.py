@@ -1,9 +1,4 @@
-"""Efficacy, paraphrase and neighborhood of edit requests, and the likelihood of text, on the model as it is now.
-
-efficacy, paraphrase: share of prompts with every token of `target_new` the argmax. efficacy_success: share of requests
-with a higher mean token log-probability of `target_new` than of `target_true`. neighborhood: share of neighborhood
-prompts with every token of `target_true` the argmax. All are fractions in [0, 1]; None where no request has the data.
-"""
+"""Efficacy, paraphrase and neighborhood of edit requests, and the likelihood of text, on the model as it is now."""
 
 from __future__ import annotations
 
@@ -30,12 +25,16 @@ BATCH_TOKENS = 4096
 
 @dataclass(frozen=True)
 class Metrics:
-    """Means over requests and prompts."""
+    """Means over requests and prompts, as fractions in [0, 1]; None where no request has the data."""
 
     efficacy: float
+    """Share of requests with every token of `target_new` the most probable one."""
     efficacy_success: float | None
+    """Share of requests in which `target_new` has a higher mean token log-probability than `target_true`."""
     paraphrase: float | None
+    """Share of paraphrase prompts with every token of `target_new` the most probable one."""
     neighborhood: float | None
+    """Share of neighborhood prompts with every token of `target_true` the most probable one."""
 
     def as_dict(self) -> dict[str, float | None]:
         """The metrics by name."""
@@ -44,10 +43,12 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Continuation:
-    """How the model sees a target after a prompt."""
+    """How probable a target is after a prompt."""
 
-    argmax: bool  # every target token is the most probable one
-    log_prob: float  # mean over the target's tokens
+    argmax: bool
+    """Whether every token of the target is the most probable one."""
+    log_prob: float
+    """Natural logarithm of a token's probability, mean over the target's tokens."""
 
 
 @plain_torch()
@@ -59,27 +60,45 @@ def evaluate(
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
 ) -> Metrics:
-    """Measure requests on `model`, every prompt in `prompt_format` if there is one; nothing in the model changes.
+    """Measure how far a model, as it is now, does what requests ask for.
 
-    What stands between a prompt and its target is decided for each prompt as it is when editing; `target_separator` is
-    for requests that say "auto".
+    Args:
+        model: a causal language model; nothing in it changes.
+        tokenizer: its tokenizer.
+        requests: as `Editor.edit` takes them. Their paraphrase and neighborhood prompts and `target_true` are used.
+        spec: module names of an architecture that is not known.
+        prompt_format: what makes each prompt into the text that the model reads, for example `chat_format(tokenizer)`.
+        target_separator: what stands between prompts and targets of requests that say "auto": "auto", which decides
+            for each prompt as editing does, " " or "".
+
+    Returns:
+        `Metrics`: the efficacy, paraphrase and neighborhood shares.
 
     Raises:
-        RequestError: not a collection of requests, or one that cannot be measured.
+        RequestError: `requests` is no collection of requests, or some cannot be measured.
 
-    Cost: one forward pass over every prompt with its target, in batches by length; the head on target rows alone.
+    Cost: one forward pass over every prompt with its target, in batches by length; the head on the targets' rows alone.
+
+    Example:
+        >>> metrics = evaluate(model, tokenizer, requests)
+        >>> metrics.efficacy, metrics.neighborhood  # before any edit: the new facts are not there, the old ones are
+        (0.0, 1.0)
     """
     return summary(evaluate_each(model, tokenizer, requests, spec, prompt_format, target_separator))
 
 
 @dataclass(frozen=True)
-class Seen:
-    """How the model sees one request."""
+class RequestScores:
+    """How probable the targets of one request are."""
 
     new: Continuation
+    """`target_new` after the prompt."""
     true: Continuation | None
-    paraphrases: tuple[Continuation, ...]  # of target_new
-    neighborhood: tuple[Continuation, ...]  # of target_true
+    """`target_true` after the prompt; None for a request without."""
+    paraphrases: tuple[Continuation, ...]
+    """`target_new` after each paraphrase prompt."""
+    neighborhood: tuple[Continuation, ...]
+    """`target_true` after each neighborhood prompt."""
 
 
 @plain_torch()
@@ -90,11 +109,12 @@ def evaluate_each(
     spec: ArchSpec | None = None,
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
-) -> list[Seen]:
+) -> list[RequestScores]:
     """What `evaluate` measures, request by request.
 
     Raises:
-        RequestError: not a collection of requests, or naming every one that cannot be measured; nothing has run.
+        RequestError: `requests` is no collection of requests, or some cannot be measured; it names all of these, and
+            nothing has run.
     """
     requests = as_requests(requests)
     check_separator(target_separator)
@@ -103,50 +123,50 @@ def evaluate_each(
     counts = []
     problems = {}
     for index, request in enumerate(requests):
-        asked = _asked(request, prompt_format)
-        pairs = [pair for part in asked for pair in part]
-        own = [requested_separator(request, target_separator)] * len(pairs)
+        pairs_by_kind = _pairs_by_kind(request, prompt_format)
+        pairs = [pair for part in pairs_by_kind for pair in part]
+        separators = [requested_separator(request, target_separator)] * len(pairs)
         try:
-            rows += _rows(view, tokenizer, pairs, prompt_format, own)
+            rows += _rows(view, tokenizer, pairs, prompt_format, separators)
         except RequestError as error:
             name = f"request {request.id!r}" if request.id is not None else f"request {index + 1}"
             problems[index] = f"{name}: {error}"
-        counts.append([len(part) for part in asked])
+        counts.append([len(part) for part in pairs_by_kind])
     require_no_problems(problems)
     scored = iter(_scored(view, rows))
-    found = []
+    scores = []
     for _, old, paraphrases, neighbors in counts:
         new = next(scored)
         true = next(scored) if old else None
         lists = (tuple(next(scored) for _ in range(count)) for count in (paraphrases, neighbors))
-        found.append(Seen(new, true, *lists))
-    return found
+        scores.append(RequestScores(new, true, *lists))
+    return scores
 
 
 @plain_torch()
 def mean_nll(
     model: torch.nn.Module, tokenizer: Any, texts: Sequence[str], max_length: int = 256, spec: ArchSpec | None = None
 ) -> float:
-    """Mean negative log-likelihood of a token of `texts`, in nats: what unrelated text costs the model.
+    """Mean negative log-likelihood per token of `texts`, in nats; edits should not raise it for unrelated text.
 
     Args:
         model: nothing in it changes.
         tokenizer: its tokenizer.
         texts: documents; the first token of each is not scored.
-        max_length: tokens a document is cut to.
-        spec: an ArchSpec for an architecture that is not known.
+        max_length: the number of tokens that documents are cut to.
+        spec: module names of an architecture that is not known.
 
     Raises:
-        RequestError: no document of two tokens or more, or a token that the model has no embedding for.
+        RequestError: no document has two tokens or more, or the model has no embedding for a token.
 
-    Cost: a forward pass over the texts, the head on all tokens in chunks of the vocabulary.
+    Cost: one forward pass over the texts; the head on all tokens, in chunks of the vocabulary.
     """
     view = ModelView(model, spec)
     length = min(max_length, view.max_length)
     rows = [tuple(tokenizer(text, truncation=True, max_length=length)["input_ids"]) for text in texts]
     for number, row in enumerate(rows, 1):
-        if why := unknown_token(tokenizer, row, view.vocabulary):
-            raise RequestError(f"text {number}: {why}")
+        if problem := unknown_token(tokenizer, row, view.vocabulary):
+            raise RequestError(f"text {number}: {problem}")
     rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
     if not rows:
         raise RequestError("no text of two tokens or more to measure")
@@ -159,8 +179,8 @@ def mean_nll(
             index = torch.tensor([(r, t) for r, row in enumerate(chunk) for t in range(len(row) - 1)])
             targets = torch.tensor([token for row in chunk for token in row[1:]], device=view.head.device)
             states = hidden[index[:, 0].to(hidden.device), index[:, 1].to(hidden.device)].to(view.head.device)
-            found = target_log_probs(states, view.head, targets, view.head_bias, view.softcap)
-            total -= float(found.log_prob.double().sum())
+            scored = target_log_probs(states, view.head, targets, view.head_bias, view.softcap)
+            total -= float(scored.log_prob.double().sum())
             count += targets.numel()
     return total / count
 
@@ -172,18 +192,18 @@ def unusable(
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
 ) -> str:
-    """Why a request cannot be measured, or "" when it can."""
-    asked = requested_separator(request, target_separator)
+    """Why a request cannot be measured; "" if it can."""
+    requested = requested_separator(request, target_separator)
     try:
-        for part in _asked(request, prompt_format):
-            _rows(view, tokenizer, part, prompt_format, [asked] * len(part))
+        for part in _pairs_by_kind(request, prompt_format):
+            _rows(view, tokenizer, part, prompt_format, [requested] * len(part))
     except RequestError as error:
         return str(error)
     return ""
 
 
-def _asked(request: EditRequest, prompt_format: PromptFormat | None) -> tuple[list[tuple[str, str]], ...]:
-    """Prompts and targets that are scored: the new one, the true one, paraphrases, the neighborhood."""
+def _pairs_by_kind(request: EditRequest, prompt_format: PromptFormat | None) -> tuple[list[tuple[str, str]], ...]:
+    """(prompt, target) pairs to score: of the new target, of the true one, of paraphrases, of the neighborhood."""
     new, true = request.target_new, request.target_true
     text = request.text
     if prompt_format is not None and request.subject is not None:
@@ -193,13 +213,13 @@ def _asked(request: EditRequest, prompt_format: PromptFormat | None) -> tuple[li
     return [(text, new)], old, [(other, new) for other in request.paraphrase_prompts], neighbors
 
 
-def summary(seen: Sequence[Seen]) -> Metrics:
-    """The metrics over requests."""
+def summary(scores: Sequence[RequestScores]) -> Metrics:
+    """The metrics of scored requests."""
     return Metrics(
-        efficacy=_share([s.new.argmax for s in seen]) or 0.0,
-        efficacy_success=_share([s.new.log_prob > s.true.log_prob for s in seen if s.true is not None]),
-        paraphrase=_share([c.argmax for s in seen for c in s.paraphrases]),
-        neighborhood=_share([c.argmax for s in seen for c in s.neighborhood]),
+        efficacy=_share([s.new.argmax for s in scores]) or 0.0,
+        efficacy_success=_share([s.new.log_prob > s.true.log_prob for s in scores if s.true is not None]),
+        paraphrase=_share([c.argmax for s in scores for c in s.paraphrases]),
+        neighborhood=_share([c.argmax for s in scores for c in s.neighborhood]),
     )
 
 
@@ -211,22 +231,23 @@ def score(
     prompt_format: PromptFormat | None = None,
     separators: Sequence[str] | None = None,
 ) -> list[Continuation]:
-    """How the model sees each (prompt, target), with what `separators` ask for between them; "auto" by default."""
+    """How probable the target of each (prompt, target) is, with `separators` between them; "auto" by default."""
     separators = [AUTO] * len(pairs) if separators is None else separators
     return _scored(view, _rows(view, tokenizer, pairs, prompt_format, separators))
 
 
 def _scored(view: ModelView, rows: Sequence[tuple[list[int], tuple[int, ...]]]) -> list[Continuation]:
-    found: list[Continuation | None] = [None] * len(rows)
+    """Continuations of (prompt ids, target ids), the longest first so that batches hold rows of similar lengths."""
+    scores: list[Continuation | None] = [None] * len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]), reverse=True)
     with evaluating(view), torch.no_grad():
         while order:
             longest = len(rows[order[0]][0]) + len(rows[order[0]][1])
             count = max(1, BATCH_TOKENS // longest)
             chunk, order = order[:count], order[count:]
-            for i, seen in zip(chunk, _score_batch(view, [rows[i] for i in chunk]), strict=True):
-                found[i] = seen
-    return [c for c in found if c is not None]
+            for i, score_of_row in zip(chunk, _score_batch(view, [rows[i] for i in chunk]), strict=True):
+                scores[i] = score_of_row
+    return [score for score in scores if score is not None]
 
 
 def _rows(
@@ -236,13 +257,14 @@ def _rows(
     prompt_format: PromptFormat | None,
     separators: Sequence[str],
 ) -> list[tuple[list[int], tuple[int, ...]]]:
+    """Token ids of prompts and targets; raises RequestError for a pair that the model cannot take."""
     rows = []
-    for (prompt, target), asked in zip(pairs, separators, strict=True):
-        ids, targets = continuation(tokenizer, prompt, target, prompt_format, asked)
+    for (prompt, target), requested in zip(pairs, separators, strict=True):
+        ids, targets = continuation(tokenizer, prompt, target, prompt_format, requested)
         if not ids:
             raise RequestError(f"the prompt {prompt!r} has no tokens")
-        if why := unknown_token(tokenizer, [*ids, *targets], view.vocabulary):
-            raise RequestError(f"the prompt {prompt!r} with its target: {why}")
+        if problem := unknown_token(tokenizer, [*ids, *targets], view.vocabulary):
+            raise RequestError(f"the prompt {prompt!r} with its target: {problem}")
         if len(ids) + len(targets) - 1 > view.max_length:
             raise RequestError(
                 f"{len(ids) + len(targets) - 1} tokens with target in a prompt that begins {prompt[:40]!r}, "

@@ -1,4 +1,4 @@
-"""What the editor must know of an architecture, as data, and the refusal of those it does not know.
+"""What editing must know about an architecture, as data; and the refusal of architectures that are not known.
 
 To add an architecture, add one ArchSpec to ARCHITECTURES.
 """
@@ -16,14 +16,23 @@ class ArchSpec:
     """Names of the modules of one family of decoders. Paths are relative to the causal language model."""
 
     name: str
-    model_types: tuple[str, ...]  # config.model_type
-    blocks: str  # path of the list of decoder blocks
-    attention: str  # path of the attention inside a block
-    mlp: str  # path of the MLP inside a block, a function of each position; its output joins the residual stream
-    edit: str  # path, inside a block, of the linear layer whose weight is edited
-    transposed: bool  # its weight is stored [in, out] (transformers' Conv1D)
-    norm: str  # path of the norm before the head
-    post_norm: bool = False  # a norm stands between the MLP and the residual sum: values live before it, at the MLP
+    """How tables and messages call the family."""
+    model_types: tuple[str, ...]
+    """The values of `config.model_type` that it covers."""
+    blocks: str
+    """Path of the list of decoder blocks."""
+    attention: str
+    """Path of the attention inside a block."""
+    mlp: str
+    """Path of the MLP inside a block: a function of each position, whose output is added to the residual stream."""
+    edit: str
+    """Path, inside a block, of the linear layer whose weight is edited."""
+    transposed: bool
+    """Whether that weight is stored [in, out] (transformers' Conv1D)."""
+    norm: str
+    """Path of the norm before the head."""
+    post_norm: bool = False
+    """Whether a norm stands between the MLP and the residual sum: values are then optimized before it, at the MLP."""
 
 
 def _llama_like(name: str, *model_types: str, post_norm: bool = False) -> ArchSpec:

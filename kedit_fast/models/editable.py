@@ -1,7 +1,7 @@
-"""What can be edited: a plain causal language model whose edited matrices have memory of their own and stay as written.
+"""What can be edited: a plain causal language model whose edited matrices have lasting memory of their own.
 
-Everything else is refused by name, with what to do, before anything is computed. What shows only in a pass (a module
-that does not run, or not on all tokens) is for `models.forward.require_passes`.
+Everything else is refused before anything is computed, by an error that names it and says what to do. What shows only
+in a forward pass (a module that does not run, or not on all tokens) is checked by `models.forward.require_passes`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from kedit_fast.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from kedit_fast.models.view import ModelView
 
-_MAPS = Path("/proc/self/maps")  # of Linux: this process's memory
-_ADAPTERS = ("peft.", "loralib.", "adapters.methods.")  # packages whose modules stand in the place of a model's own
+_MAPS = Path("/proc/self/maps")  # Linux: the memory of this process
+_ADAPTERS = ("peft.", "loralib.", "adapters.methods.")  # packages whose modules replace modules of a model
 _MERGE = (
     "merge it first: peft's merge_and_unload() gives the model with the adapter in its weights, and so does loading an "
     "adapter's folder with load_model(..., merge_adapter=True) or --merge-adapter"
@@ -28,7 +28,7 @@ _INFERENCE = (
     "was made in torch.inference_mode() and can never be written outside it: load the model outside "
     "torch.inference_mode()"
 )
-# What torch.nn.utils leaves beside a weight that it computes again in every pass, and what makes that weight permanent.
+# (attribute that torch.nn.utils leaves beside a weight which it recomputes in every pass, what makes it permanent).
 _RECOMPUTED = (
     ("parametrizations", "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight')"),
     ("weight_mask", "torch.nn.utils.prune.remove(module, 'weight')"),
@@ -38,11 +38,11 @@ _RECOMPUTED = (
 
 
 def plain_model(model: Any) -> torch.nn.Module:
-    """The causal language model itself: of what torch.compile made, the model inside, which has the same weights.
+    """The causal language model itself; of a model that torch.compile wrapped, the one inside, with the same weights.
 
     Raises:
-        UnsupportedModelError: anything else than a model of transformers, by what it is: a path, a pipeline, None, a
-            wrapper of torch, a PeftModel.
+        UnsupportedModelError: it is no model of transformers but, for example, a path, a pipeline, None, a wrapper of
+            torch or a PeftModel; the message says which.
     """
     model = _uncompiled(model)
     kind = type(model).__name__
@@ -75,10 +75,10 @@ def plain_model(model: Any) -> torch.nn.Module:
 
 
 def require_editable(view: ModelView, paths: Iterable[str]) -> None:
-    """Raise UnsupportedModelError unless what is written into the modules `paths` stays there and is what runs.
+    """Raise UnsupportedModelError unless what is written into the modules `paths` stays there and is used by passes.
 
-    Refused by name: adapters, compiled modules, weights made in inference mode, without values, offloaded or sharded
-    where they are needed, and edited weights that a hook computes again, that other modules share, that overlap
+    Refused by name: adapters; compiled modules; weights made in inference mode; weights without values, offloaded or
+    sharded where they are needed; edited weights that a hook recomputes, that other modules share, that overlap
     themselves or lie in read-only memory.
     """
     model = view.model
@@ -102,8 +102,10 @@ def require_editable(view: ModelView, paths: Iterable[str]) -> None:
 
 
 def require_own(model: torch.nn.Module, paths: Iterable[str]) -> None:
-    """Raise UnsupportedModelError unless the weights of modules are tensors of their own, in memory that can be written
-    and that nothing writes over."""
+    """Raise UnsupportedModelError unless each module's weight is a tensor in writable memory of its own.
+
+    Memory that another tensor shares, or that a hook overwrites, is not its own.
+    """
     model = _uncompiled(model)
     places = [(name, tensor.device, *_span(tensor)) for name, tensor in _tensors(model)]
     maps = _read_only()
@@ -135,8 +137,8 @@ def _require_own(
             f"{name} is offloaded, so what an edit writes would be lost: load the model with this layer and the head "
             "on a device (without device_map, or with more max_memory)"
         )
-    (short, step), (long, stride) = sorted(zip(weight.shape, weight.stride(), strict=True), key=lambda pair: pair[1])
-    if weight.numel() and ((short > 1 and step == 0) or (long > 1 and stride < short * max(step, 1))):
+    (inner, step), (outer, stride) = sorted(zip(weight.shape, weight.stride(), strict=True), key=lambda pair: pair[1])
+    if weight.numel() and ((inner > 1 and step == 0) or (outer > 1 and stride < inner * max(step, 1))):
         raise UnsupportedModelError(
             f"{name} has strides {tuple(weight.stride())}, so one number stands for several entries (expand?): give "
             "the module a weight of its own, torch.nn.Parameter(module.weight.clone())"
@@ -166,7 +168,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
-    """Addresses of a tensor's first byte and behind its last one; equal where it has none."""
+    """The address of a tensor's first byte and the one after its last; equal if it has no memory."""
     if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.numel() == 0:
         return 0, 0
     reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -174,19 +176,24 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _read_only() -> list[tuple[int, int]]:
-    """Ranges of this process's memory that cannot be written; none where the system does not say."""
+    """Ranges of this process's memory that cannot be written; none if the system does not say."""
     try:
         lines = _MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    ranges = [line.split()[:2] for line in lines]
-    return [tuple(int(end, 16) for end in span.split("-")) for span, rights in ranges if "w" not in rights]
+    ranges = []
+    for line in lines:
+        span, rights = line.split()[:2]
+        if "w" not in rights:
+            first, last = span.split("-")
+            ranges.append((int(first, 16), int(last, 16)))
+    return ranges
 
 
 def is_adapter(module: torch.nn.Module) -> bool:
-    """Whether a module is one that an adapter put in the place of a model's own."""
-    own = {*module._modules, *module._parameters}
-    return "lora_A" in own or any(cls.__module__.startswith(_ADAPTERS) for cls in type(module).__mro__)
+    """Whether a module is one that an adapter put in place of a model's own."""
+    children = {*module._modules, *module._parameters}
+    return "lora_A" in children or any(cls.__module__.startswith(_ADAPTERS) for cls in type(module).__mro__)
 
 
 def _is_compiled(module: torch.nn.Module) -> bool:
@@ -196,7 +203,7 @@ def _is_compiled(module: torch.nn.Module) -> bool:
 
 
 def _hooks(model: torch.nn.Module, name: str) -> Iterator[Any]:
-    """accelerate's hooks on the modules that a tensor is in, from the model down."""
+    """accelerate's hooks on the modules that contain a tensor, from the model down."""
     module: Any = model
     for part in ("", *name.split(".")[:-1]):
         module = getattr(module, part) if part else module
@@ -205,10 +212,10 @@ def _hooks(model: torch.nn.Module, name: str) -> Iterator[Any]:
 
 
 def _offloads(hook: Any) -> bool:
-    """Whether a hook fetches weights for a pass and drops them after it."""
+    """Whether a hook loads weights for a pass and drops them after it."""
     return getattr(hook, "weights_map", None) is not None
 
 
 def _moves(hook: Any) -> bool:
-    """Whether a hook moves a whole model to another device for a pass, so that its weights lie elsewhere after it."""
+    """Whether a hook moves a whole model to another device for a pass, so that its weights are elsewhere after it."""
     return type(hook).__name__ == "CpuOffload" and torch.device(hook.execution_device).type != "cpu"

@@ -1,6 +1,7 @@
-"""Which model statistics belong to: its shape, its tokenizer, and samples of all weights that editing does not touch.
+"""A fingerprint of the model that statistics belong to: its shape, its tokenizer, and samples of its weights.
 
-Independent of the dtype the model is loaded in (samples are compared with a tolerance) and of edits made to it.
+Weights that editing changes are not sampled, and samples are compared with a tolerance. So the fingerprint depends
+neither on edits nor on the dtype that the model is loaded in.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _FIELDS = (
     "num_key_value_heads",
     "vocab_size",
 )
-_SAMPLES = 8  # numbers a tensor
-_TOLERANCE = 2**-6  # of a sample, above bf16 rounding
+_SAMPLES = 8  # per tensor
+_TOLERANCE = 2**-6  # relative, of a sample: above the rounding of bf16
 
 
 @plain_torch()
 def fingerprint(view: ModelView, tokenizer: Any) -> dict[str, str]:
-    """The fingerprint as strings, as it stands in the metadata of a statistics file."""
+    """The fingerprint as strings, for the metadata of a statistics file."""
     config = {field: getattr(view.config, field, None) for field in _FIELDS}
     return {
         "model_config": json.dumps(config, sort_keys=True),
@@ -40,7 +41,7 @@ def fingerprint(view: ModelView, tokenizer: Any) -> dict[str, str]:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary and of one encoded sentence (which shows the special tokens added)."""
+    """SHA-256, 32 hex digits of it, of the vocabulary and of one encoded sentence, which shows added special tokens."""
     digest = hashlib.sha256()
     for token, index in sorted(tokenizer.get_vocab().items()):
         digest.update(f"{token}\0{index}\0".encode("utf-8", "surrogatepass"))
@@ -49,7 +50,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def difference(stored: dict[str, str], current: dict[str, str]) -> str:
-    """What differs between two fingerprints, or '' when they are of one model."""
+    """What differs between two fingerprints; '' if they are of one model."""
     for field in ("model_config", "tokenizer"):
         if stored.get(field) != current.get(field):
             if field == "model_config" and stored.get(field):
@@ -67,7 +68,7 @@ def difference(stored: dict[str, str], current: dict[str, str]) -> str:
 
 def _samples(view: ModelView) -> dict[str, list[float]]:
     edited = {view.weight_name(layer) for layer in range(view.num_layers)}
-    found = {}
+    samples = {}
     for name, tensor in view.model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):  # a module's "extra state" may be anything
             continue
@@ -76,25 +77,25 @@ def _samples(view: ModelView) -> dict[str, list[float]]:
         tensor = with_values(view, name, tensor)
         count = min(_SAMPLES, tensor.numel())
         index = torch.linspace(0, tensor.numel() - 1, count, dtype=torch.float64).round().long()
-        if tensor.ndim == 0:  # a single number, which has no index
+        if tensor.ndim == 0:  # a scalar, which has no index
             tensor = tensor[None]
         where = torch.unravel_index(index, tensor.shape)
         values = tensor[tuple(i.to(tensor.device) for i in where)]
-        found[name] = [float(f"{v:.6g}") for v in values.float().tolist()]
-    return found
+        samples[name] = [float(f"{v:.6g}") for v in values.float().tolist()]
+    return samples
 
 
 def with_values(view: ModelView, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the state dict; where accelerate offloads it, what it fetches from the host or from disk for a pass.
+    """A tensor of the state dict; if accelerate offloads it, its values on the host or on disk.
 
     Raises:
         UnsupportedModelError: it has no values anywhere.
     """
     if tensor.device.type != "meta":
         return tensor
-    path, _, own = name.rpartition(".")
+    path, _, attribute = name.rpartition(".")
     hook = getattr(view.model.get_submodule(path), "_hf_hook", None)
     weights = getattr(hook, "weights_map", None)
     if weights is None:
         raise UnsupportedModelError(f"{name} has no values: the model is not loaded")
-    return weights[own]
+    return weights[attribute]

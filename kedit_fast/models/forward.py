@@ -31,14 +31,16 @@ SiteKind = Literal["key", "attention", "mlp", "block"]
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token ids [rows, T], padded on the right, with the attention mask [rows, T].
-
-    Without a mask the states of padding are there and mean nothing; those of tokens are the same, since attention is
-    causal and padding comes after them. It is the faster way through scaled_dot_product_attention.
-    """
+    """Token ids of several rows, padded on the right."""
 
     input_ids: torch.Tensor
+    """[rows, T] int64."""
     attention_mask: torch.Tensor | None
+    """[rows, T] int64, 1 at tokens and 0 at padding; or None.
+
+    Without a mask the states of padding mean nothing. Those of tokens are the same, since attention is causal and
+    padding comes after them, and scaled_dot_product_attention is faster.
+    """
 
     @property
     def position_ids(self) -> torch.Tensor:
@@ -56,7 +58,7 @@ class Site:
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0) -> TokenBatch:
-    """A TokenBatch of rows of token ids; what `fill` is does not matter, it is masked."""
+    """A TokenBatch of rows of token ids; `fill` stands in the padding, which is masked."""
     length = max((len(row) for row in rows), default=0)
     ids = torch.full((len(rows), length), fill, dtype=torch.int64, device="cpu")
     mask = torch.zeros((len(rows), length), dtype=torch.int64, device="cpu")
@@ -67,7 +69,7 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0) -> T
 
 
 def unknown_token(tokenizer: Any, ids: Sequence[int], vocabulary: int | None) -> str:
-    """Why token ids cannot go into a model of `vocabulary` tokens, or "" when they can; None asks nothing."""
+    """Why a model of `vocabulary` tokens does not take token ids; "" if it does, or if `vocabulary` is None."""
     if vocabulary is None or not ids or max(ids) < vocabulary:
         return ""
     token = next(i for i in ids if i >= vocabulary)
@@ -79,17 +81,17 @@ def unknown_token(tokenizer: Any, ids: Sequence[int], vocabulary: int | None) ->
 
 
 def hidden_of(output: Any) -> torch.Tensor:
-    """The hidden states in what a block returns: the tensor itself, or the first of a tuple in older transformers."""
+    """The hidden states in a block's output: the output itself, or the first of a tuple in older transformers."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def with_hidden(output: Any, hidden: torch.Tensor) -> Any:
-    """What a block returned, with other hidden states."""
+    """A block's output with other hidden states."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
 class _Enough(Exception):
-    """Raised by a hook to leave the forward pass when all has been seen."""
+    """Raised by a hook to end the forward pass when all sites have been seen."""
 
 
 def module_at(view: ModelView, site: Site) -> torch.nn.Module:
@@ -102,7 +104,7 @@ def module_at(view: ModelView, site: Site) -> torch.nn.Module:
 def stubs(
     view: ModelView, count: int, states: torch.Tensor | None, as_tuple: bool
 ) -> dict[torch.nn.Module, Callable[..., Any]]:
-    """Forward functions for the first `count` blocks that return at once, the last of them with `states`."""
+    """Forward functions for the first `count` blocks that compute nothing; the last of them returns `states`."""
 
     def stub(result: torch.Tensor | None) -> Callable[..., Any]:
         def forward(hidden_states, *args, **kwargs):
@@ -116,11 +118,13 @@ def stubs(
 
 @dataclass(frozen=True)
 class Entering:
-    """What enters block `layer`: the states [R, T, h] of all positions, and how this version's blocks return them."""
+    """The hidden states that enter a block."""
 
     layer: int
     states: torch.Tensor
+    """[R, T, h] of all positions."""
     as_tuple: bool
+    """Whether blocks of this version of transformers return their states in a tuple."""
 
 
 @torch.no_grad()
@@ -132,52 +136,53 @@ def capture(
     positions: torch.Tensor | None = None,
     *,
     entering: Entering | None = None,
-    keep_entering: int = 0,
+    capture_entering: int = 0,
 ) -> tuple[dict[Site, torch.Tensor], Entering | None]:
-    """Run the model until all `sites` are seen and return them.
+    """Run the model up to the last of some sites and return the states there.
 
     Args:
         view: the model.
         batch: R rows of tokens.
-        sites: what to look at.
-        positions: [R] one position for each row, or None for all positions.
+        sites: where to read states.
+        positions: [R] one position per row, or None for all positions.
         entering: states from an earlier pass over the same batch, to start from instead of the embeddings.
-        keep_entering: a layer whose entering states to return too, not above the sites; 0 for none.
+        capture_entering: a layer, not above the sites, whose entering states are returned as well; 0 for none.
 
     Returns:
-        for each site [R, size] at the positions, or [R, T, size]; and the entering states asked for.
+        per site [R, size] at the positions, or [R, T, size]; and the entering states of `capture_entering`.
 
     Cost: the blocks from the first one needed to the last site; the head never runs.
     """
-    seen: dict[Site, torch.Tensor] = {}
-    kept: list[Entering] = []
+    captured: dict[Site, torch.Tensor] = {}
+    entered: list[Entering] = []
     rows = torch.arange(batch.input_ids.shape[0], device=batch.input_ids.device)
 
-    def keep_states(module, args, output):
-        kept.append(Entering(keep_entering, hidden_of(output), isinstance(output, tuple)))
+    def capture_states(module, args, output):
+        entered.append(Entering(capture_entering, hidden_of(output), isinstance(output, tuple)))
 
-    def keep(site: Site, states: torch.Tensor) -> None:
+    def capture_site(site: Site, states: torch.Tensor) -> None:
         if positions is not None:
             states = states[rows.to(states.device), positions.to(states.device)]
-        seen[site] = states
+        captured[site] = states
 
     with contextlib.ExitStack() as stack:
-        if keep_entering:
-            stack.enter_context(output_hooks([(view.block(keep_entering - 1), keep_states)]))
+        if capture_entering:
+            stack.enter_context(output_hooks([(view.block(capture_entering - 1), capture_states)]))
         if entering is not None:
             stack.enter_context(replaced_forwards(stubs(view, entering.layer, entering.states, entering.as_tuple)))
-        visit(view, batch, sites, keep)
-    if keep_entering and not kept:
-        raise did_not_run(view, Site(keep_entering - 1, "block"))
-    return seen, kept[0] if kept else None
+        visit(view, batch, sites, capture_site)
+    if capture_entering and not entered:
+        raise did_not_run(view, Site(capture_entering - 1, "block"))
+    return captured, entered[0] if entered else None
 
 
 @torch.no_grad()
 @plain_torch()
 def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callable[[Site, torch.Tensor], None]) -> None:
-    """Run the model until all `sites` are seen, giving the states [R, T, size] of each to `see` as they come.
+    """Run the model up to the last of some sites, and call `see` with each site and its states [R, T, size].
 
-    They are gone afterwards unless `see` keeps them. Cost: the blocks up to the last site; the head never runs.
+    States are freed as the pass continues, unless `see` stores them. Cost: the blocks up to the last site; the head
+    never runs.
 
     Raises:
         UnsupportedModelError: a site's module did not run, or not on all tokens.
@@ -186,9 +191,9 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
 
     def pass_on(site: Site, states: Any) -> None:
         if not isinstance(states, torch.Tensor) or states.shape[:2] != batch.input_ids.shape:
-            found = list(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
+            shape = list(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
             raise UnsupportedModelError(
-                f"{name_of(view, site)} was seen with {found}, not with all {list(batch.input_ids.shape)} tokens of a "
+                f"{name_of(view, site)} was seen with {shape}, not with all {list(batch.input_ids.shape)} tokens of a "
                 "batch: a model that cuts batches into parts or packs their tokens cannot be edited"
             )
         see(site, states)
@@ -211,11 +216,11 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
 
 
 def require_passes(view: ModelView, sites: Sequence[Site]) -> None:
-    """Run two tokens through all blocks, and see that every block and all `sites` are there.
+    """Run two tokens through all blocks, and check that hooks see every block and all `sites`.
 
     Raises:
-        UnsupportedModelError: a module that does not run, not on all tokens, or on rows of another size than its
-            weight; by its path.
+        UnsupportedModelError: a module, named by its path, that does not run, not on all tokens, or on rows of another
+            size than its weight.
     """
 
     def see(site: Site, states: torch.Tensor) -> None:
@@ -234,7 +239,7 @@ def name_of(view: ModelView, site: Site) -> str:
 
 
 def did_not_run(view: ModelView, site: Site) -> UnsupportedModelError:
-    """The error for a module that a forward pass went round: without it the states would be missing or unchanged."""
+    """The error for a module that a forward pass bypassed: its states cannot be read or changed."""
     return UnsupportedModelError(
         f"{name_of(view, site)} did not run in a forward pass of {type(view.model).__name__}: the model runs "
         "something else in its place (compiled code, a fused kernel) or leaves it out, so what an edit needs cannot be "
@@ -244,7 +249,7 @@ def did_not_run(view: ModelView, site: Site) -> UnsupportedModelError:
 
 @plain_torch()
 def last_hidden(view: ModelView, batch: TokenBatch) -> torch.Tensor:
-    """The states [R, T, h] that the head takes: all blocks and the final norm, without the head."""
+    """The states [R, T, h] after all blocks and the final norm, which the head takes."""
     return _run_base(view, batch).last_hidden_state
 
 

@@ -1,13 +1,14 @@
-"""Norms and activations of decoder blocks, each in one pass over memory, for passes that are not differentiated.
+"""Norms and activations of decoder blocks, each in one pass over memory, for passes without gradients.
 
-Plain torch makes a pass over memory for every operation in them. A module is taken over only when its class, run on a
-sample, gives the bits of the function that replaces it (or, for the composed GELU, agrees with it in fp64), so models
-with code of their own are safe: what is not recognised runs as it is.
+Plain torch makes a pass over memory for each operation in them. A module's forward function is replaced only if its
+class, run on a sample, gives the same bits as the replacement (or, for the composed GELU, agrees with it in fp64). So
+models with code of their own are safe: what is not recognized runs as it is.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -27,45 +28,46 @@ _SAMPLE_ROWS = 4
 
 
 def wanted() -> bool:
-    """Whether the C++ kernels may run here and nothing else was asked for; a derivative needs the modules' own code."""
+    """Whether the C++ kernels can run, no other backend was requested, and no gradients are needed."""
     return not torch.is_grad_enabled() and requested(None) in (AUTO, "cpu") and not probe("cpu").reason
 
 
 @torch.no_grad()
 @plain_torch()
 def forwards(base: torch.nn.Module) -> dict[torch.nn.Module, Forward]:
-    """Forward functions for the modules of a decoder that are recognised; those whose tensors are on a CPU."""
-    found: dict[torch.nn.Module, Forward] = {}
-    known: dict[Any, Any] = {}  # what a class turned out to be
+    """Forward functions for the modules of a decoder that are recognized and whose tensors are on a CPU."""
+    replacements: dict[torch.nn.Module, Forward] = {}
+    results: dict[Any, Any] = {}  # of recognizing a class
 
-    def once(recognise: Callable[[torch.nn.Module], Any], module: torch.nn.Module) -> Any:
-        key = recognise, type(module)
-        if key not in known:
-            known[key] = recognise(module)
-        return known[key]
+    def once(recognize: Callable[[torch.nn.Module], Any], module: torch.nn.Module) -> Any:
+        key = recognize, type(module)
+        if key not in results:
+            results[key] = recognize(module)
+        return results[key]
 
     for module in base.modules():
         if has_replaced_forward(module) or any(p.device.type != "cpu" for p in module.parameters(recurse=False)):
             continue  # wrapped by somebody (accelerate's hooks), or not here
         name = type(module).__name__
         if "RMSNorm" in name:
-            if [own for own, _ in module.named_parameters()] != ["weight"] or not isinstance(_eps(module), float):
+            parameters = [parameter for parameter, _ in module.named_parameters()]
+            if parameters != ["weight"] or not isinstance(_eps(module), float):
                 continue
             rule = once(_norm_rule, module)
             if rule is not None:
-                found[module] = _norm(module, *rule)
+                replacements[module] = _norm(module, *rule)
         elif name == "NewGELUActivation":
             if once(_is_tanh_gelu, module):
-                found[module] = _tanh_gelu(module)
+                replacements[module] = _tanh_gelu(module)
         elif _parts(module) in ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"}):
             act = _activation(module)
             if act is not None and once(_is_silu, act) and once(_is_gated_mlp, module):
-                found[module] = _gated_mlp(module, act)
-    return found
+                replacements[module] = _gated_mlp(module, act)
+    return replacements
 
 
-def _own(module: torch.nn.Module) -> Forward:
-    return type(module).forward.__get__(module)
+def _class_forward(module: torch.nn.Module) -> Forward:
+    return functools.partial(type(module).forward, module)
 
 
 def _sample(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -80,8 +82,8 @@ def _norm_weight(weight: torch.Tensor, plus_one: bool) -> torch.Tensor:
     return 1.0 + weight.float() if plus_one else weight
 
 
-def _norm_rule(module: torch.nn.Module) -> tuple[bool, bool] | None:
-    """(the weight is 1 + weight in fp32, the quotient is rounded before the product) of a norm's class, or None."""
+def _norm_rule(module: Any) -> tuple[bool, bool] | None:
+    """How a norm's class computes: (by 1 + weight, in fp32?; is the quotient rounded first?). None if otherwise."""
     size = module.weight.numel()
     x, weight = _sample(_SAMPLE_ROWS, size, dtype=torch.bfloat16), _sample(size, dtype=torch.bfloat16)
     stand_in = copy.copy(module)
@@ -96,19 +98,19 @@ def _norm_rule(module: torch.nn.Module) -> tuple[bool, bool] | None:
 
 
 def _run(module: torch.nn.Module, stand_in: Any, x: torch.Tensor) -> torch.Tensor | None:
-    """The forward function of a module's class on something like the module, past all hooks; None where it fails."""
+    """The result of a class's forward function on a stand-in for the module, without hooks; None if it fails."""
     try:
         return type(module).forward(stand_in, x)
-    except Exception as error:  # any code can be behind it; what fails on a sample is left alone
+    except Exception as error:  # it may be any code; what fails on a sample is not replaced
         _log.debug("%s is not replaced: %s", type(module).__name__, error)
         return None
 
 
-def _norm(module: torch.nn.Module, plus_one: bool, round_first: bool) -> Forward:
+def _norm(module: Any, plus_one: bool, round_first: bool) -> Forward:
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
         weight = module.weight
         if hidden_states.dtype != weight.dtype or not _takes(hidden_states):
-            return _own(module)(hidden_states)
+            return _class_forward(module)(hidden_states)
         return rms_norm(hidden_states, _norm_weight(weight, plus_one), _eps(module), round_first=round_first)
 
     return forward
@@ -126,7 +128,7 @@ def _is_tanh_gelu(module: torch.nn.Module) -> bool:
 
 def _tanh_gelu(module: torch.nn.Module) -> Forward:
     def forward(input: torch.Tensor) -> torch.Tensor:
-        return gelu(input, approximate="tanh") if _takes(input) else _own(module)(input)
+        return gelu(input, approximate="tanh") if _takes(input) else _class_forward(module)(input)
 
     return forward
 
@@ -137,9 +139,14 @@ def _activation(module: torch.nn.Module) -> torch.nn.Module | None:
 
 
 def _watched(module: torch.nn.Module) -> bool:
-    everywhere = torch.nn.modules.module  # hooks on all modules of the process
-    hooks = (module._forward_hooks, module._forward_pre_hooks, everywhere._global_forward_hooks,
-             everywhere._global_forward_pre_hooks)  # fmt: skip
+    """Whether somebody wants to see or change what this module computes, so that it must be called."""
+    of_all = torch.nn.modules.module  # hooks on all modules of the process
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        of_all._global_forward_hooks,
+        of_all._global_forward_pre_hooks,
+    )
     return any(hooks) or has_replaced_forward(module)
 
 
@@ -161,12 +168,13 @@ def _parts(module: torch.nn.Module) -> set[str]:
 
 
 def _is_gated_mlp(module: torch.nn.Module) -> bool:
-    """Whether the class computes down(silu(gate(x)) * up(x)): it is run with small matrices and nothing else."""
+    """Whether the class computes down(silu(gate(x)) * up(x)): its forward function is run with small matrices."""
     names = _parts(module)
     wide, down = _sample(16, 64, dtype=torch.float32), _sample(32, 16, dtype=torch.float32)
-    parts = dict(gate_up_proj=lambda x: x @ wide) if "gate_up_proj" in names else dict(
-        gate_proj=lambda x: x @ wide[:, :32], up_proj=lambda x: x @ wide[:, 32:]
-    )  # fmt: skip
+    if "gate_up_proj" in names:
+        parts = {"gate_up_proj": lambda x: x @ wide}
+    else:
+        parts = {"gate_proj": lambda x: x @ wide[:, :32], "up_proj": lambda x: x @ wide[:, 32:]}
     stand_in = SimpleNamespace(
         **parts, down_proj=lambda x: x @ down, act_fn=silu, activation_fn=silu, config=getattr(module, "config", None)
     )
@@ -175,10 +183,10 @@ def _is_gated_mlp(module: torch.nn.Module) -> bool:
     return result is not None and torch.equal(result, (silu(gate) * up) @ down)
 
 
-def _gated_mlp(module: torch.nn.Module, act: torch.nn.Module) -> Forward:
+def _gated_mlp(module: Any, act: torch.nn.Module) -> Forward:
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
         if not _takes(hidden_states) or _activation(module) is not act or _watched(act):
-            return _own(module)(hidden_states)
+            return _class_forward(module)(hidden_states)
         return module.down_proj(gated_silu(*_gate_and_up(module, hidden_states)))
 
     return forward

@@ -1,39 +1,34 @@
-"""Models from disk and to disk: load, an empty one of the same shape, save and read back."""
+"""Models from disk: a configuration, a model with its tokenizer, a model without memory."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import importlib.util
 import json
-import logging
 import os
-import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from kedit_fast.errors import KeditError, UnsupportedModelError
+from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.architectures import find_architecture
-from kedit_fast.models.editable import plain_model
-from kedit_fast.support.files import new_folder, tensor_files
-from kedit_fast.support.matrix_bits import same_bits
 from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
 
-_log = logging.getLogger("kedit_fast")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
-ADAPTER = "adapter_config.json"  # in a folder: of a peft adapter
+ADAPTER = "adapter_config.json"  # a folder with it holds a peft adapter
 
 
 def load_config(path: str | os.PathLike, merge_adapter: bool = False) -> Any:
-    """A model's configuration, refused by name when its architecture is not supported.
+    """A model's configuration.
 
-    With `merge_adapter`, of an adapter's folder that of the model which it is for.
+    With `merge_adapter`, the path may be an adapter's folder; the result is then the configuration of its model.
+
+    Raises:
+        UnsupportedModelError: no model there, an adapter without `merge_adapter`, or an architecture that is not
+            supported, by name.
     """
     from transformers import AutoConfig
 
@@ -59,15 +54,19 @@ def load_model(
 ) -> tuple[Any, Any]:
     """A causal language model and its tokenizer from a folder or a hub name.
 
-    `device_map` spreads a model over several devices, as from_pretrained does ("auto", or modules by device); it needs
-    the accelerate package, and `device` is not looked at.
-
-    With `merge_adapter`, the path may be a local folder of a peft adapter: its update is added to the weights of the
-    model that its configuration names (or that lies in the same folder), rounded to their dtype; it needs peft.
+    Args:
+        path: a local folder, or the name of a model on the hub.
+        dtype: of the weights, as from_pretrained takes it; "auto" for that of the files.
+        device: where the model goes.
+        device_map: spreads the model over several devices, as from_pretrained does ("auto", or modules by device).
+            `device` is then ignored. It needs the accelerate package.
+        merge_adapter: accept a local folder of a peft adapter as the path. Its update is added to the weights of the
+            model that its configuration names, or that is in the same folder, and rounded to their dtype. It needs
+            peft.
 
     Raises:
-        UnsupportedModelError: no model there, one that cannot be read, or an architecture that is not supported; or an
-            adapter that is not to be merged, or cannot be.
+        UnsupportedModelError: there is no model, it cannot be read, or its architecture is not supported; or there is
+            an adapter, and it may not or cannot be merged.
     """
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -80,9 +79,9 @@ def load_model(
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             str(path), trust_remote_code=False, output_loading_info=True, device_map=device_map, **{name: dtype}
-        )
+        )  # pyright: ignore[reportGeneralTypeIssues]  with output_loading_info it is a pair
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-    except Exception as error:  # whatever a damaged file makes the loaders raise
+    except Exception as error:  # damaged files make the loaders raise errors of many types
         raise UnsupportedModelError(f"cannot load a model from {path}: {first_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):
         raise UnsupportedModelError(f"{path} has no weights for {missing[0]} ({len(missing)} tensors are missing)")
@@ -92,7 +91,7 @@ def load_model(
 
 
 def _merged(path: Path, dtype: Any, device: str, device_map: Any) -> tuple[Any, Any]:
-    """The model of an adapter's folder with the adapter in its weights, and the folder's tokenizer or the model's."""
+    """The model of an adapter's folder, with the adapter merged into it, and the folder's tokenizer or the model's."""
     from transformers import AutoTokenizer
 
     try:
@@ -105,7 +104,7 @@ def _merged(path: Path, dtype: Any, device: str, device_map: Any) -> tuple[Any, 
         model, tokenizer = load_model(base, dtype, device, device_map)
         try:
             model = PeftModel.from_pretrained(model, str(path)).merge_and_unload(safe_merge=True)
-        except Exception as error:  # whatever a damaged adapter, or one of another model, makes peft raise
+        except Exception as error:  # a damaged adapter, or one of another model, makes peft raise errors of many types
             raise UnsupportedModelError(f"cannot merge the adapter {path}: {first_line(error)}") from error
         if (path / "tokenizer_config.json").exists():
             try:
@@ -123,7 +122,7 @@ def _merged(path: Path, dtype: Any, device: str, device_map: Any) -> tuple[Any, 
 
 @contextlib.contextmanager
 def _base_of(path: Path) -> Iterator[str]:
-    """Where the model of an adapter's folder is: what its configuration names, or the folder's own without adapter."""
+    """Where the model of an adapter's folder is: the one in the folder, without the adapter, or the one it names."""
     if (path / "config.json").exists():
         with tempfile.TemporaryDirectory() as plain:
             for file in path.iterdir():
@@ -156,7 +155,7 @@ def _is_an_adapter(path: str | os.PathLike) -> UnsupportedModelError:
 
 @plain_torch()
 def empty_model(config: Any, dtype: Any = "auto") -> torch.nn.Module:
-    """A model without memory, on torch's "meta" device: for what can be told from shapes alone."""
+    """A model without memory, on torch's "meta" device: for what follows from shapes alone."""
     from transformers import AutoModelForCausalLM
 
     if dtype == "auto":
@@ -165,114 +164,6 @@ def empty_model(config: Any, dtype: Any = "auto") -> torch.nn.Module:
         dtype = getattr(torch, dtype)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config).to(dtype)
-
-
-@plain_torch()
-def save_model(
-    model: Any,
-    tokenizer: Any,
-    path: str | os.PathLike,
-    overwrite: bool = False,
-    write_beside: Callable[[Path], None] | None = None,
-) -> None:
-    """Write a model and its tokenizer so that from_pretrained loads them; all or nothing.
-
-    Every tensor is read back and compared with the model's, bit for bit, before the folder appears.
-    `write_beside` is called with the folder before it appears, for files of others that belong to the model.
-
-    Raises:
-        KeditError: the folder exists, or cannot be written; or it would not load as this model (adapters, modules that
-            are not of the model's class, weights that save_pretrained drops or changes), by the tensor's name.
-    """
-    model = plain_model(model)
-    _require_loadable(model)
-    with new_folder(path, overwrite, KeditError) as work:
-        try:
-            model.save_pretrained(work)
-            tokenizer.save_pretrained(work)
-            _read_back(model, work)
-            if write_beside is not None:
-                write_beside(work)
-        except (OSError, KeditError):
-            raise
-        except Exception as error:  # safetensors reports a full disk with an error of its own
-            raise KeditError(f"cannot write {path}: {first_line(error)}") from error
-
-
-def _require_loadable(model: Any) -> None:
-    """Raise KeditError when from_pretrained would make a model that lacks tensors of this one's class."""
-    kind = type(model).__name__
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise KeditError(f"what is saved would be an adapter, not this {kind}: merge it first (merge_and_unload())")
-    if getattr(model, "hf_quantizer", None) is not None:
-        return  # its modules are made from the files
-    try:
-        with torch.device("meta"):
-            fresh = set(type(model)(copy.deepcopy(model.config)).state_dict())
-    except Exception:  # a class that cannot be made without memory: what was written is compared all the same
-        return
-    own = set(_stored(model))
-    if lost := fresh - own:
-        raise KeditError(
-            f"what is saved would not load as this {kind}: it has no {min(lost)}. Merge adapters, make pruned or "
-            "parametrized weights plain, take wrappers out, and save that"
-        )
-    if extra := own - fresh:
-        _log.warning("%s is saved, but from_pretrained will leave it out: a new %s has none", min(extra), kind)
-
-
-def _stored(model: Any) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, as they are in memory: hooks of state_dict do not reach them."""
-    persistent = {
-        f"{path}.{name}".lstrip(".")
-        for path, module in model.named_modules(remove_duplicate=False)
-        for name in module._buffers.keys() - module._non_persistent_buffers_set
-    }
-    buffers = {name: t for name, t in model.named_buffers(remove_duplicate=False) if name in persistent}
-    return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
-
-
-def _read_back(model: Any, folder: Path) -> None:
-    """Raise KeditError unless the files of a folder hold what the model has, tensor by tensor.
-
-    Cost: one pass over the model and one over the files, a tensor at a time.
-    """
-    places = tensor_files(folder, KeditError)
-    stored = {name: tensor.detach() for name, tensor in _stored(model).items() if tensor.device.type != "meta"}
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
-    renamed = places.keys() - _stored(model).keys()  # by transformers, for some architectures
-
-    def holds(place: str, tensor: torch.Tensor) -> bool:
-        with safe_open(places[place], framework="pt") as file:
-            return same_bits(file.get_tensor(place), tensor)
-
-    def fail(name: str, what: str) -> KeditError:
-        return KeditError(
-            f"{name} {what} in the files that {type(model).__name__}.save_pretrained wrote: the folder would load as "
-            "another model, so it was not kept"
-        )
-
-    tied: set[tuple[int, int]] = set()  # addresses of what is written: of weights that are one, one is
-    for name in stored.keys() & places.keys():
-        if not holds(name, stored[name]):
-            raise fail(name, "is not what the model has")
-        tied.add((stored[name].data_ptr(), stored[name].numel()))
-    found = False
-    for name in sorted(stored.keys() - places.keys()):
-        tensor = stored[name]
-        if (tensor.data_ptr(), tensor.numel()) in tied:
-            continue
-        if name in buffers and any(re.search(pattern, name) for pattern in ignored):
-            continue  # the model's class makes it anew
-        if not any(holds(place, tensor) for place in renamed):
-            raise fail(name, "is missing")
-        found = True
-    if found:  # transformers knows its own names
-        nowhere = {"": "meta"} if importlib.util.find_spec("accelerate") else None
-        _, loading = type(model).from_pretrained(folder, device_map=nowhere, output_loading_info=True)
-        if missing := sorted(loading["missing_keys"]):
-            raise fail(missing[0], "is missing")
 
 
 def _version(text: str) -> tuple[int, int]:

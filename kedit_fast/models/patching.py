@@ -167,7 +167,8 @@ def replaced_attention(base: torch.nn.Module, attention: Callable[..., Any]) -> 
     The name that the function is registered under is unique to the block and is removed with it. GPT-2 checks its
     input for padding where it gets no mask, which waits for the device in every pass; the check is left out.
     """
-    configs = {id(module.config): module.config for module in base.modules() if hasattr(module, "config")}
+    configured: list[Any] = [module for module in base.modules() if hasattr(module, "config")]
+    configs = {id(module.config): module.config for module in configured}
     name = f"{_ATTENTION_PREFIX}{id(configs)}"
     with contextlib.ExitStack() as stack:
         for registry, function in zip(_attention_registries(), (attention, _nothing), strict=True):

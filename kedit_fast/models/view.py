@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -15,30 +15,30 @@ from kedit_fast.support.dtypes import FLOATS
 T = TypeVar("T")
 
 
-def device_of(module: torch.nn.Module) -> torch.device:
-    """Where a module with a weight runs: the weight's device, or the one that accelerate brings an offloaded one to."""
+def device_of(module: Any) -> torch.device:
+    """The device that a module with a weight runs on: the weight's, or where accelerate brings an offloaded one."""
     if module.weight.device.type != "meta":
         return module.weight.device
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     if device is None:
-        return module.weight.device  # a model without numbers
+        return module.weight.device  # a model without values
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 def check_weight(name: str, module: torch.nn.Module) -> None:
     """Raise UnsupportedModelError unless a module's weight is a plain float matrix that can be written."""
     weight = getattr(module, "weight", None)
-    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
-    if not plain or weight.dtype not in FLOATS or weight.ndim != 2:
-        what = f"{type(weight).__name__}, {weight.dtype}" if isinstance(weight, torch.Tensor) else "no weight"
+    plain = weight if isinstance(weight, torch.Tensor) and type(weight) in (torch.Tensor, torch.nn.Parameter) else None
+    if plain is None or plain.dtype not in FLOATS or plain.ndim != 2:
+        kind = f"{type(weight).__name__}, {weight.dtype}" if isinstance(weight, torch.Tensor) else "no weight"
         raise UnsupportedModelError(
-            f"{name} is a {type(module).__name__} with a quantised or sharded weight ({what}): "
+            f"{name} is a {type(module).__name__} with a quantised or sharded weight ({kind}): "
             "load the model in float32, bfloat16 or float16 to edit it"
         )
 
 
-def linear_module(model: torch.nn.Module, path: str) -> torch.nn.Module:
-    """A linear module by its path.
+def linear_module(model: torch.nn.Module, path: str) -> Any:
+    """A linear module, torch's Linear or transformers' Conv1D, by its path.
 
     Raises:
         InvalidArgumentError: no such module, or not a linear one.
@@ -51,14 +51,14 @@ def linear_module(model: torch.nn.Module, path: str) -> torch.nn.Module:
     kind = type(module).__name__
     if is_adapter(module):
         raise UnsupportedModelError(f"{path!r} is an adapter's {kind}: merge it first (peft's merge_and_unload())")
-    if not isinstance(module, torch.nn.Linear) and kind != "Conv1D":  # transformers' name for [in, out]
+    if not isinstance(module, torch.nn.Linear) and kind != "Conv1D":  # whose weight is [in, out]
         raise InvalidArgumentError(f"{path!r} is a {kind}, not a linear module that can be edited")
     check_weight(path, module)
     return module
 
 
 def linear_weight(model: torch.nn.Module, path: str) -> tuple[torch.Tensor, bool]:
-    """The weight of a linear module as [out, in] on the model's own memory, and whether it is stored transposed.
+    """The weight of a linear module as [out, in], a view on the model's memory; and whether it is stored transposed.
 
     Raises:
         InvalidArgumentError, UnsupportedModelError: see `linear_module`; or the weight is offloaded.
@@ -71,20 +71,36 @@ def linear_weight(model: torch.nn.Module, path: str) -> tuple[torch.Tensor, bool
 
 
 class ModelView:
-    """A causal language model seen through its ArchSpec.
+    """A causal language model seen through its ArchSpec: its blocks, edited matrices and head by what they are.
+
+    Nothing in the model is changed.
 
     Raises:
-        UnsupportedModelError: not such a model, one of an architecture that is not supported, or a quantised or sharded
-            edited matrix; by name.
+        UnsupportedModelError: it is no causal language model of transformers, its architecture is not supported, or an
+            edited matrix is quantised or sharded; by name.
     """
 
-    def __init__(self, model: torch.nn.Module, spec: ArchSpec | None = None):
+    model: Any
+    """The model itself, without wrappers of torch.compile."""
+    config: Any
+    spec: ArchSpec
+    blocks: torch.nn.ModuleList
+    base: torch.nn.Module
+    """The decoder without its head."""
+    norm: torch.nn.Module
+    """The norm before the head."""
+    head_bias: torch.Tensor | None
+    """[V] of the head."""
+    softcap: float
+    """Logits z are replaced by softcap * tanh(z / softcap); 0 for none."""
+
+    def __init__(self, model: Any, spec: ArchSpec | None = None):
         self.model = model = plain_model(model)
-        self.config = model.config
-        self.spec = spec or find_architecture(model.config)
+        self.config = self.model.config
+        self.spec = spec or find_architecture(self.config)
         try:
-            self.blocks = model.get_submodule(self.spec.blocks)
-            self.base = model.get_submodule(self.spec.blocks.rpartition(".")[0])  # the decoder without its head
+            self.blocks = cast(torch.nn.ModuleList, model.get_submodule(self.spec.blocks))
+            self.base = model.get_submodule(self.spec.blocks.rpartition(".")[0])
             self.norm = model.get_submodule(self.spec.norm)
         except AttributeError as error:
             raise UnsupportedModelError(
@@ -93,15 +109,14 @@ class ModelView:
             ) from None
         for layer in range(len(self.blocks)):
             try:
-                self.attention(layer), self.mlp(layer)
-                module = self.edited_module(layer)
+                _, _, module = self.attention(layer), self.mlp(layer), self.edited_module(layer)
             except AttributeError as error:
                 raise UnsupportedModelError(
                     f"block {layer} is a {type(self.block(layer)).__name__} that does not have the modules of "
                     f"{self.spec.name} ({error}): is it wrapped? Pass the model without wrappers inside"
                 ) from None
             check_weight(self.weight_name(layer), module)
-        head = model.get_output_embeddings()
+        head = self.model.get_output_embeddings()
         if not isinstance(getattr(head, "weight", None), torch.Tensor):
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no head that gives logits of tokens: load it with AutoModelForCausalLM"
@@ -109,7 +124,7 @@ class ModelView:
         self._head_module, self._head = head, head.weight.detach()  # [V, h]
         self.head_bias = None if getattr(head, "bias", None) is None else head.bias.detach()
         self._computed: dict[Callable[[ModelView], Any], Any] = {}
-        self.softcap = float(getattr(model.config, "final_logit_softcapping", None) or 0.0)
+        self.softcap = float(getattr(self.config, "final_logit_softcapping", None) or 0.0)
 
     @property
     def head(self) -> torch.Tensor:
@@ -133,11 +148,11 @@ class ModelView:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the device of the embedding."""
+        """The device that token ids go to, that of the embedding."""
         return device_of(self.model.get_input_embeddings())
 
     def row_device(self, layer: int) -> torch.device:
-        """Where the inputs of a layer's edited module are."""
+        """The device that the inputs of a layer's edited module are on."""
         return device_of(self.edited_module(layer))
 
     def once(self, compute: Callable[[ModelView], T]) -> T:
@@ -148,14 +163,14 @@ class ModelView:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens the model knows: ids from here on have no embedding, or no row of the head."""
+        """Number of tokens that the model knows: larger ids have no embedding, or no row of the head."""
         return min(self.model.get_input_embeddings().weight.shape[0], self._head.shape[0])
 
     @property
     def max_length(self) -> int:
-        """The longest sequence the model takes; of longrope models the longest that its short factors are for.
+        """Tokens of the longest sequence that the model takes; for longrope models, that its short factors are for.
 
-        Past that, transformers turns every row of a batch by the long factors, so a row would depend on the others.
+        Past that, transformers rotates every row of a batch by the long factors, so a row would depend on the others.
         """
         config = self.config
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -165,11 +180,11 @@ class ModelView:
         return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """The head's outputs [n, V] for last hidden states [n, h], in their dtype, without a soft-cap."""
+        """The head's outputs [n, V] for last hidden states [n, h], in the states' dtype, before the softcap."""
         states = states.to(self.head.device)
         if states.dtype == self.head.dtype:
             logits = states @ self.head.T
-        else:  # a 16-bit head whose model is computed in fp32
+        else:  # a 16-bit head of a model that is computed in fp32
             logits = torch.cat([states @ part.to(states.dtype).T for part in self.head.split(8192)], 1)
         return logits if self.head_bias is None else logits + self.head_bias
 
@@ -185,25 +200,25 @@ class ModelView:
         """The MLP of block `layer`."""
         return self.block(layer).get_submodule(self.spec.mlp)
 
-    def edited_module(self, layer: int) -> torch.nn.Module:
+    def edited_module(self, layer: int) -> Any:
         """The linear layer of block `layer` whose weight is edited."""
         return self.block(layer).get_submodule(self.spec.edit)
 
     def module_name(self, layer: int) -> str:
-        """Its path in the model, for example `model.layers.4.mlp.down_proj`."""
+        """The path of the edited module in the model, for example `model.layers.4.mlp.down_proj`."""
         return f"{self.spec.blocks}.{layer}.{self.spec.edit}"
 
     def weight_name(self, layer: int) -> str:
-        """The path of its weight in the state dict."""
+        """The name of the edited weight in the state dict."""
         return f"{self.module_name(layer)}.weight"
 
     def weight(self, layer: int) -> torch.Tensor:
-        """Its weight as [out, in], a view on the model's own memory whatever the stored orientation."""
+        """The edited weight as [out, in], a view on the model's memory whatever the stored orientation."""
         weight = self.edited_module(layer).weight.detach()
         return weight.T if self.spec.transposed else weight
 
-    def linear(self, path: str) -> tuple[torch.nn.Module, torch.Tensor]:
-        """Any linear module by its path, and its weight as [out, in] on the model's own memory.
+    def linear(self, path: str) -> tuple[Any, torch.Tensor]:
+        """Any linear module by its path, and its weight as [out, in], a view on the model's memory.
 
         Raises:
             InvalidArgumentError: no such module, or not a linear one.

@@ -1,9 +1,9 @@
 """16-bit models on processors without 16-bit matrix units: passes over them compute in fp32.
 
 Where a processor has no instructions for products of bfloat16 or float16, torch takes from 5 to 130 times as long for
-them as for fp32. A pass then computes what the same model in fp32 would, `model.float()`, to the bit: while a module
-runs, fp32 copies stand in for its 16-bit parameters and buffers. Outside its forward function a module always shows its
-own tensors, so what is edited, hashed and saved keeps its dtype.
+them as for fp32. A pass then computes, bit for bit, what the same model in fp32 (`model.float()`) would. While a module
+runs, fp32 copies stand in for its 16-bit parameters and buffers. Outside of its forward function a module always has
+its own tensors, so what is edited, hashed and saved has its own dtype.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from kedit_fast.support.free_memory import free_bytes
 _log = logging.getLogger("kedit_fast")
 HALVES = (torch.bfloat16, torch.float16)
 SWITCH = "KEDIT_FAST_16BIT"
-KEPT_SHARE = 0.3  # of the memory that is free, for copies that are kept from pass to pass
-# Flags of the processor, and names of oneDNN's ISA limits, that stand for products in a dtype.
+COPIES_SHARE = 0.3  # of the free memory, for copies that stay from pass to pass
+# The processor's flags for products in a dtype, and the names of oneDNN's ISA limits that include them.
 _FLAGS = {
     torch.bfloat16: {"avx512_bf16", "amx_bf16", "avx10_2"},
     torch.float16: {"avx512_fp16", "amx_fp16", "avx10_2"},
@@ -41,10 +41,10 @@ _LIMITS = {
 
 @cache
 def has_units(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies matrices of a 16-bit dtype by instructions made for it, and torch uses them."""
+    """Whether this processor has instructions for products of a 16-bit dtype, and torch uses them."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    asked = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
-    if asked is None or not asked():
+    is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", None)
+    if is_supported is None or not is_supported():
         return False
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
@@ -58,8 +58,8 @@ def has_units(dtype: torch.dtype) -> bool:
 def is_widened(module: torch.nn.Module, meta_is_cpu: bool = False) -> bool:
     """Whether passes over a module compute in fp32 in place of a 16-bit dtype.
 
-    A module of which a part is elsewhere (on a GPU, or offloaded) computes in its own dtype. `meta_is_cpu` asks it of a
-    module without memory that will be loaded on the CPU.
+    A module with parts elsewhere (on a GPU, or offloaded) computes in its own dtype. `meta_is_cpu` treats a module
+    without memory as if it were loaded on the CPU.
 
     The environment variable KEDIT_FAST_16BIT decides: "auto" (modules on the CPU in a dtype that the processor has no
     matrix units for), "float32" (all 16-bit modules on the CPU) or "native" (none).
@@ -77,7 +77,7 @@ def is_widened(module: torch.nn.Module, meta_is_cpu: bool = False) -> bool:
         return False
     missing = sorted(str(dtype).removeprefix("torch.") for dtype in halves if not has_units(dtype))
     if choice == "auto" and missing:
-        _say(missing[0])
+        _warn_once(missing[0])
     return choice == "float32" or bool(missing)
 
 
@@ -87,15 +87,15 @@ def computing_dtype(module: torch.nn.Module, meta_is_cpu: bool = False) -> torch
 
 
 def copy_bytes(module: torch.nn.Module) -> int:
-    """Bytes that the fp32 copies of a module's 16-bit tensors take at most, while passes run over it on the CPU."""
+    """The most bytes that fp32 copies of a module's 16-bit tensors take while passes over it run on the CPU."""
     if not is_widened(module, meta_is_cpu=True):
         return 0
     return min(sum(2 * t.nbytes for t in _halves(module)), _budget())
 
 
 def _budget() -> int:
-    """Bytes for copies that are kept: a share of what is free, divided among the processes of a job on this host."""
-    share = KEPT_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """Bytes for copies that stay: a share of what is free, divided among the processes of a job on this host."""
+    share = COPIES_SHARE / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return int(share * free_bytes(torch.device("cpu")))
 
 
@@ -103,18 +103,23 @@ def _halves(module: torch.nn.Module, recurse: bool = True) -> list[torch.Tensor]
     return [t for t in (*module.parameters(recurse), *module.buffers(recurse)) if t.dtype in HALVES]
 
 
-@cache  # once
-def _say(name: str) -> None:
+@cache
+def _warn_once(name: str) -> None:
     _log.warning(
         "this processor has no matrix units for %s: models in it are computed in float32, and stay %s "
-        "(%s=native computes in %s, many times slower)", name, name, SWITCH, name,
-    )  # fmt: skip
+        "(%s=native computes in %s, many times slower)",
+        name,
+        name,
+        SWITCH,
+        name,
+    )
 
 
 class Streamed(NamedTuple):
-    """A view on a copy that autograd asked to keep: it is made again when it is needed."""
+    """A view on an fp32 copy that autograd saves for the backward pass, where it is computed again from the source."""
 
-    source: torch.Tensor  # 16-bit
+    source: torch.Tensor
+    """The 16-bit tensor."""
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -123,12 +128,12 @@ class Streamed(NamedTuple):
 class Widening:
     """fp32 copies in place of a decoder's 16-bit tensors, module by module.
 
-    Copies are kept for later passes while they fit into `budget` bytes: all of them, or else those of passes with
-    gradients, which are run again and again. The others are made anew for every call of their module, and once more
-    for the backward pass (`pack` and `unpack`), so that no pass holds more than one module's.
+    Copies stay for later passes while they fit into `budget` bytes: all of them, or else those of passes with
+    gradients, which are run again and again. The others are made for every call of their module, and once more for
+    the backward pass (`pack` and `unpack`), so that no pass holds more than one module's at a time.
 
     Copies stand in for passes of the thread that installed them. As with everything else that a pass puts into a
-    model, no other thread may run the model meanwhile; one that does may fail, and nothing is lost.
+    model, no other thread may run the model meanwhile. One that does may fail; nothing is lost.
     """
 
     def __init__(self, base: torch.nn.Module, budget: int):
@@ -136,8 +141,8 @@ class Widening:
         self.all_fit = sum(2 * t.nbytes for t in _halves(base)) <= budget
         self.left = budget
         self._copies: dict[int, torch.Tensor] = {}  # id of a 16-bit tensor -> its copy
-        self._streamed: dict[int, torch.Tensor] = {}  # address of a copy that is not kept -> the 16-bit tensor
-        self._temporary: dict[int, list[int]] = {}  # id of a module that runs -> addresses of its copies in `_streamed`
+        self._streamed: dict[int, torch.Tensor] = {}  # address of a copy that does not stay -> the 16-bit tensor
+        self._temporary: dict[int, list[int]] = {}  # id of a running module -> its addresses in `_streamed`
         self._slots = {id(module): tensor_slots(module, HALVES) for module in self.modules}
         self._padding = {
             id(module): attribute_slot(module, "padding_idx")
@@ -147,22 +152,22 @@ class Widening:
         self._thread = threading.get_ident()
 
     def owns(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor lies in a copy that is kept."""
+        """Whether a tensor lies in a copy that stays."""
         return tensor.untyped_storage().data_ptr() in {c.untyped_storage().data_ptr() for c in self._copies.values()}
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor | Streamed:
-        """What autograd keeps of a tensor; never the tensor itself, which would keep its own graph alive."""
+        """What autograd saves of a tensor; never the tensor itself, which would keep its own graph alive."""
         source = self._streamed.get(tensor.untyped_storage().data_ptr())
         if source is None:
             return tensor.detach()
-        return Streamed(source, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return Streamed(source, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     @staticmethod
-    def unpack(kept: torch.Tensor | Streamed) -> torch.Tensor:
-        """The tensor that autograd kept."""
-        if isinstance(kept, Streamed):
-            return kept.source.float().as_strided(kept.size, kept.stride, kept.offset)
-        return kept
+    def unpack(saved: torch.Tensor | Streamed) -> torch.Tensor:
+        """The tensor that autograd saved."""
+        if isinstance(saved, Streamed):
+            return saved.source.float().as_strided(saved.size, saved.stride, saved.offset)
+        return saved
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[Widening]:
@@ -216,7 +221,7 @@ class Widening:
 
 
 def _is_lookup(module: torch.nn.Module) -> bool:
-    """Whether a module looks its first argument up in its weight: an embedding, or Gemma 3's, which scales the rows."""
+    """Whether a module picks rows of its weight by its first argument: an embedding, or Gemma 3's that scales them."""
     kind = type(module)
     return isinstance(module, torch.nn.Embedding) and (
         kind.forward is torch.nn.Embedding.forward or kind.__name__.endswith("ScaledWordEmbedding")
@@ -225,7 +230,7 @@ def _is_lookup(module: torch.nn.Module) -> bool:
 
 @contextlib.contextmanager
 def computing(base: torch.nn.Module) -> Iterator[Widening | None]:
-    """Passes over a decoder compute in its `computing_dtype` as long as the block lasts; None where nothing changes."""
+    """Inside the block, passes over a decoder compute in its `computing_dtype`; yields None if that is its own."""
     if not is_widened(base):
         yield None
         return

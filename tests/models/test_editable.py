@@ -513,7 +513,7 @@ def test_every_pass_names_a_module_that_did_not_run():
         TailRunner(view, [[1, 2, 3]], [1], [Site(1, "mlp")])
     leaves_a_block_out(model)
     with pytest.raises(UnsupportedModelError, match=r"layers\.3 did not run"):
-        capture(view, batch, [Site(2, "block")], keep_entering=4)
+        capture(view, batch, [Site(2, "block")], capture_entering=4)
 
 
 def test_modules_that_see_parts_of_a_batch_are_named():

@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM
 from kedit_fast import Editor, EditRequest, collect_statistics, load_statistics, save_statistics
 from kedit_fast.editing.values.store import MemitCache, ValueFile
 from kedit_fast.errors import EditError, KeditError, PatchError, StatisticsError, UnsupportedModelError
-from kedit_fast.models.loading import load_config, load_model, save_model
+from kedit_fast.models.loading import load_config, load_model
+from kedit_fast.models.saving import save_model
 from kedit_fast.models.view import ModelView
 from kedit_fast.patches.checkpoint import Checkpoint
 from kedit_fast.solver.alphaedit_projector import load_projector, save_projector

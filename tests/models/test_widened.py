@@ -55,7 +55,7 @@ def near(found, expected):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("budget", (1 << 30, 0), ids=("kept", "streamed"))
 def test_values_keys_and_gradients_are_those_of_the_model_in_fp32(kind, budget, widening, monkeypatch):
-    monkeypatch.setattr(widened, "KEPT_SHARE", budget / widened.free_bytes(torch.device("cpu")))
+    monkeypatch.setattr(widened, "COPIES_SHARE", budget / widened.free_bytes(torch.device("cpu")))
     tokenizer, what = make_tokenizer(), "mlp" if kind in POST_NORM else "block"
     found = []
     for model in pair(kind):
@@ -121,7 +121,7 @@ def test_a_pass_that_fails_leaves_the_models_own_tensors(widening):
 
 
 def test_copies_that_are_not_kept_are_not_held_between_forward_and_backward(widening, monkeypatch):
-    monkeypatch.setattr(widened, "KEPT_SHARE", 0.0)
+    monkeypatch.setattr(widened, "COPIES_SHARE", 0.0)
     made, copied = [], widened.Widening._copy
 
     def watched(self, module, own):
@@ -143,7 +143,7 @@ def test_copies_that_are_not_kept_are_not_held_between_forward_and_backward(wide
 def test_weights_do_not_count_as_memory_of_a_request(widening, monkeypatch):
     sizes = []
     for share in (0.3, 0.0):
-        monkeypatch.setattr(widened, "KEPT_SHARE", share)
+        monkeypatch.setattr(widened, "COPIES_SHARE", share)
         for model in pair("llama"):
             prepared = prepare(make_tokenizer(), REQUESTS, PREFIXES, 128)
             sizes.append(batch_size.request_bytes(ModelView(model), prepared, [Site(1, "block")]))
@@ -198,7 +198,7 @@ def test_another_thread_that_runs_the_model_meanwhile_cannot_damage_it(widening)
 
 @pytest.mark.parametrize("share", (0.3, 0.0))
 def test_no_activation_outlives_its_pass(widening, share, monkeypatch):
-    monkeypatch.setattr(widened, "KEPT_SHARE", share)
+    monkeypatch.setattr(widened, "COPIES_SHARE", share)
     model = make_model("llama", torch.bfloat16)
     prepared = prepare(make_tokenizer(), REQUESTS, PREFIXES, 128)
     hparams, _ = make_hparams("memit", model.config, dict(layers=(1,), v_num_grad_steps=2))
@@ -230,7 +230,7 @@ def test_easyedits_rows_are_those_of_the_model_in_fp32(widening):
 def test_it_is_said_once_and_only_where_it_happens(monkeypatch, caplog):
     model = make_model("llama", torch.float16)
     monkeypatch.setattr(widened, "has_units", lambda dtype: dtype == torch.bfloat16)
-    widened._say.cache_clear()
+    widened._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, logger="kedit_fast"):
         mean_nll(make_model("llama", torch.bfloat16), make_tokenizer(), TEXTS)
         monkeypatch.setenv("KEDIT_FAST_16BIT", "native")

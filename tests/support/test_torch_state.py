@@ -28,7 +28,8 @@ from kedit_fast.evaluation.metrics import evaluate_each, mean_nll
 from kedit_fast.kernels.native import cpu as native_cpu
 from kedit_fast.methods.hparams import make_hparams
 from kedit_fast.models.forward import Site
-from kedit_fast.models.loading import load_model, save_model
+from kedit_fast.models.loading import load_model
+from kedit_fast.models.saving import save_model
 from kedit_fast.models.view import ModelView
 from kedit_fast.patches.checkpoint import Checkpoint
 from kedit_fast.patches.lora import export_lora

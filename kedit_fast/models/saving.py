@@ -1,0 +1,142 @@
+"""Models to disk: saved all or nothing, and read back before the folder appears."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import safe_open
+
+from kedit_fast.errors import KeditError
+from kedit_fast.models.editable import plain_model
+from kedit_fast.support.files import new_folder, tensor_files
+from kedit_fast.support.matrix_bits import same_bits
+from kedit_fast.support.messages import first_line
+from kedit_fast.support.torch_state import plain_torch
+
+_log = logging.getLogger("kedit_fast")
+
+
+@plain_torch()
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    path: str | os.PathLike,
+    overwrite: bool = False,
+    write_beside: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a model and its tokenizer so that from_pretrained loads them; all or nothing.
+
+    Every tensor is read back and compared with the model's, bit for bit, before the folder appears.
+
+    Args:
+        model: what is written, of any dtype.
+        tokenizer: its tokenizer.
+        path: the folder.
+        overwrite: replace a folder that exists.
+        write_beside: called with the folder before it appears, for other files that belong to the model.
+
+    Raises:
+        KeditError: the folder exists, or cannot be written; or it would not load as this model (adapters, modules that
+            the model's class does not have, weights that save_pretrained drops or changes), by the tensor's name.
+    """
+    model = plain_model(model)
+    _require_loadable(model)
+    with new_folder(path, overwrite, KeditError) as work:
+        try:
+            model.save_pretrained(work)
+            tokenizer.save_pretrained(work)
+            _read_back(model, work)
+            if write_beside is not None:
+                write_beside(work)
+        except (OSError, KeditError):
+            raise
+        except Exception as error:  # safetensors reports a full disk by an error type of its own
+            raise KeditError(f"cannot write {path}: {first_line(error)}") from error
+
+
+def _require_loadable(model: Any) -> None:
+    """Raise KeditError if a saved model would lack tensors that its class has."""
+    kind = type(model).__name__
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise KeditError(f"what is saved would be an adapter, not this {kind}: merge it first (merge_and_unload())")
+    if getattr(model, "hf_quantizer", None) is not None:
+        return  # its modules depend on the files
+    try:
+        with torch.device("meta"):
+            fresh = set(type(model)(copy.deepcopy(model.config)).state_dict())
+    except Exception:  # a class that cannot be created without memory; `_read_back` still compares what was written
+        return
+    stored = set(_stored(model))
+    if lost := fresh - stored:
+        raise KeditError(
+            f"what is saved would not load as this {kind}: it has no {min(lost)}. Merge adapters, make pruned or "
+            "parametrized weights plain, take wrappers out, and save that"
+        )
+    if extra := stored - fresh:
+        _log.warning("%s is saved, but from_pretrained will leave it out: a new %s has none", min(extra), kind)
+
+
+def _stored(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, as they are in memory, past hooks on state_dict."""
+    persistent = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name in module._buffers.keys() - module._non_persistent_buffers_set
+    }
+    buffers = {name: t for name, t in model.named_buffers(remove_duplicate=False) if name in persistent}
+    return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
+
+
+def _read_back(model: Any, folder: Path) -> None:
+    """Raise KeditError unless the files of a folder hold what the model has, tensor by tensor.
+
+    Cost: one pass over the model and one over the files, a tensor at a time.
+    """
+    files = tensor_files(folder, KeditError)
+    in_memory = _stored(model)
+    tensors = {name: tensor.detach() for name, tensor in in_memory.items() if tensor.device.type != "meta"}
+
+    def equals(name_in_file: str, tensor: torch.Tensor) -> bool:
+        with safe_open(files[name_in_file], framework="pt") as file:
+            return same_bits(file.get_tensor(name_in_file), tensor)
+
+    def fail(name: str, problem: str) -> NoReturn:
+        raise KeditError(
+            f"{name} {problem} in the files that {type(model).__name__}.save_pretrained wrote: the folder would load "
+            "as another model, so it was not kept"
+        )
+
+    written: set[tuple[int, int]] = set()  # addresses and sizes: of tied weights, save_pretrained writes one
+    for name in tensors.keys() & files.keys():
+        if not equals(name, tensors[name]):
+            fail(name, "is not what the model has")
+        written.add((tensors[name].data_ptr(), tensors[name].numel()))
+    renamed_names = files.keys() - in_memory.keys()  # transformers renames tensors of some architectures
+    has_renamed = False
+    for name in sorted(tensors.keys() - files.keys()):
+        tensor = tensors[name]
+        if (tensor.data_ptr(), tensor.numel()) in written or _made_on_loading(model, name):
+            continue
+        if not any(equals(other, tensor) for other in renamed_names):
+            fail(name, "is missing")
+        has_renamed = True
+    if has_renamed:  # whether loading finds them by those names, only transformers knows
+        nowhere = {"": "meta"} if importlib.util.find_spec("accelerate") else None
+        _, loading = type(model).from_pretrained(folder, device_map=nowhere, output_loading_info=True)
+        if missing := sorted(loading["missing_keys"]):
+            fail(missing[0], "is missing")
+
+
+def _made_on_loading(model: Any, name: str) -> bool:
+    """Whether a tensor is a buffer that the model's class does not save and computes itself."""
+    ignored = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    buffers = {buffer for buffer, _ in model.named_buffers(remove_duplicate=False)}
+    return name in buffers and any(re.search(pattern, name) for pattern in ignored)
