@@ -4,6 +4,7 @@ KEDIT_FAST_NATIVE      auto (default) | on | off    the C++ module kedit_fast._c
 KEDIT_FAST_CUDA        off (default) | auto | on    the CUDA module kedit_fast._cuda, with nvcc
 KEDIT_FAST_CUDA_ARCHS  default "80;90"              compute capabilities (90a, 120f too); the last one also as PTX
 KEDIT_FAST_SANITIZE    empty (default)              for example "address,undefined": a build for tests
+KEDIT_FAST_CXXFLAGS    empty (default)              further flags for the C++ compiler
 
 auto builds what it can and notes in kedit_fast/_build_info.py why it could not; on makes that an error.
 """
@@ -46,25 +47,25 @@ NATIVE, CUDA = switch("KEDIT_FAST_NATIVE", "auto"), switch("KEDIT_FAST_CUDA", "o
 
 
 def architectures(text: str) -> list[str]:
-    """The compute capabilities of KEDIT_FAST_CUDA_ARCHS; what nvcc could not mean ends the build."""
-    found = [name.lower() for name in re.split(r"[;,\s]+", text.strip()) if name]
-    for name in found:
+    """The compute capabilities in KEDIT_FAST_CUDA_ARCHS; anything else ends the build with a message."""
+    names = [name.lower() for name in re.split(r"[;,\s]+", text.strip()) if name]
+    for name in names:
         match = re.fullmatch(r"([1-9]\d{1,2})([af]?)", name)
         if not match or int(match[1]) < {"": 50, "a": 90, "f": 100}[match[2]]:
             sys.exit(
                 f"KEDIT_FAST_CUDA_ARCHS={text!r}: {name!r} is no compute capability. Write its digits, with ; between "
                 "them: 80;90. From 90 on an a may follow (90a, this one alone), from 100 on an f (120f, its family)"
             )
-    if not found:
+    if not names:
         sys.exit(f"KEDIT_FAST_CUDA_ARCHS={text!r} names no compute capability: write for example 80;90, or unset it")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(names))
 
 
 ARCHS = architectures(os.environ.get("KEDIT_FAST_CUDA_ARCHS", "80;90"))
 
 
 def compiler_command() -> list[str]:
-    """The C++ compiler that setuptools will call, empty when it is not there."""
+    """The command of the C++ compiler that setuptools will call; empty when there is none."""
     from distutils.ccompiler import new_compiler
     from distutils.sysconfig import customize_compiler
 
@@ -84,15 +85,15 @@ def supported_isas(command: list[str]) -> list[str]:
     """Stems of the isa_*.cpp files whose flags this compiler knows."""
     if not X86:
         return []
-    found = []
+    stems = []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("#include <immintrin.h>\nint main() { return 0; }\n", encoding="utf-8")
         for stem, flags in ISA_FLAGS.items():
             probe = [*command, *flags, "-std=c++17", "-c", str(source), "-o", str(Path(folder) / "probe.o")]
             if subprocess.run(probe, capture_output=True).returncode == 0:
-                found.append(stem)
-    return found
+                stems.append(stem)
+    return stems
 
 
 def nvcc_path() -> str | None:
@@ -116,7 +117,7 @@ def cuda_refusal() -> str:
 
 
 class BuildNative(build_ext):
-    """Gives each isa_*.cpp its own flags, sends .cu files to nvcc, and turns failures into reasons where allowed."""
+    """Gives each isa_*.cpp its own flags, compiles .cu files with nvcc, and notes failures as reasons in mode auto."""
 
     def build_extensions(self):
         plain = self.compiler._compile
@@ -216,24 +217,33 @@ def extensions() -> list[Extension]:
             cpu_sources.append(str(path.relative_to(ROOT)))
     flags = [*STANDARD, *extra, *shlex.split(os.environ.get("KEDIT_FAST_CXXFLAGS", ""))]
     link = [*extra, "-pthread", "-ldl"]
-    found = []
+    modules = []
     if packing or not built["_cpu"]:
-        found.append(
+        modules.append(
             Extension(
-                "kedit_fast._cpu", cpu_sources, depends=files, extra_compile_args=flags,
-                define_macros=[(f"KF_{stem.upper()}", "1") for stem in isas], extra_link_args=link,
+                "kedit_fast._cpu",
+                cpu_sources,
+                depends=files,
+                extra_compile_args=flags,
+                define_macros=[(f"KF_{stem.upper()}", "1") for stem in isas],
+                extra_link_args=link,
                 language="c++",
             )
-        )  # fmt: skip
+        )
     if not packing and not built["_cuda"]:
         define = [("KEDIT_FAST_CUDA_ARCHS", '"' + ";".join(ARCHS) + '"')]
-        found.append(
+        modules.append(
             Extension(
-                "kedit_fast._cuda", ["csrc/bind/cuda_module.cpp"], define_macros=define, depends=files,
-                extra_compile_args=flags, extra_link_args=link, language="c++",
+                "kedit_fast._cuda",
+                ["csrc/bind/cuda_module.cpp"],
+                define_macros=define,
+                depends=files,
+                extra_compile_args=flags,
+                extra_link_args=link,
+                language="c++",
             )
-        )  # fmt: skip
-    return found
+        )
+    return modules
 
 
 def long_description() -> str:

@@ -231,7 +231,7 @@ class KeyMemory:
         state = self._state
         permanent = len(self._base.sizes)
         if not 0 <= batches <= len(state.sizes) - permanent:
-            raise InvalidArgumentError(f"cannot take back {batches} batches of {len(state.sizes) - permanent}")
+            raise InvalidArgumentError(f"cannot roll back {batches} batches of {len(state.sizes) - permanent}")
         remaining = state.sizes[: len(state.sizes) - batches]
         if len(remaining) >= state.fixed:
             self._state = replace(state, sizes=remaining)

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
+from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
@@ -211,9 +212,13 @@ class Covariance(Preconditioner):
     def describe(self) -> dict[str, Any]:
         """Its kind and parameters."""
         return {
-            "kind": "covariance", "size": self.size, "weight": self.weight, "norm_lambda": self.norm_lambda,
-            "ridge": self.ridge, "dtype": str(self.factor.dtype).removeprefix("torch."),
-        }  # fmt: skip
+            "kind": "covariance",
+            "size": self.size,
+            "weight": self.weight,
+            "norm_lambda": self.norm_lambda,
+            "ridge": self.ridge,
+            "dtype": dtype_name(self.factor.dtype),
+        }
 
     @property
     def nbytes(self) -> int:
@@ -360,9 +365,13 @@ class NullSpace(Preconditioner):
     def describe(self) -> dict[str, Any]:
         """Its kind and parameters."""
         return {
-            "kind": "null space", "size": self.size, "dimension": self.dimension, "L2": self.l2,
-            "threshold": self.threshold, "rule": self.rule,
-        }  # fmt: skip
+            "kind": "null space",
+            "size": self.size,
+            "dimension": self.dimension,
+            "L2": self.l2,
+            "threshold": self.threshold,
+            "rule": self.rule,
+        }
 
     @property
     def nbytes(self) -> int:

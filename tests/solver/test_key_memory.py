@@ -176,7 +176,7 @@ def test_bad_calls_are_named_and_change_nothing():
     before = memory.tensors()
     with pytest.raises(InvalidArgumentError, match="solve it again"):
         memory.commit(appended)
-    with pytest.raises(InvalidArgumentError, match="cannot take back 2 batches of 1"):
+    with pytest.raises(InvalidArgumentError, match="cannot roll back 2 batches of 1"):
         memory.rollback(2)
     keys[0, 0] = float("nan")
     with pytest.raises(SolveError, match="keys has values"):

@@ -67,7 +67,7 @@ def test_a_memory_from_the_sum_of_its_keys_solves_as_one_of_the_keys():
             again.commit(other)
         again.rollback(2)
         assert again.sizes == (0,)
-        with pytest.raises(InvalidArgumentError, match="cannot take back 1 batches of 0"):
+        with pytest.raises(InvalidArgumentError, match="cannot roll back 1 batches of 0"):
             again.rollback(1)
         for form in ("primal", "dual"):  # a rollback that replays starts from the sum
             folded, steps = KeyMemory.from_sum(preconditioner, total, form), []
