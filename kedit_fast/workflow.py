@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kedit_fast.editing.editor import Editor, EditResult
-from kedit_fast.editing.values.store import MemitCache
+from kedit_fast.editing.values.memit_values import MemitCache
 from kedit_fast.errors import EditError, RequestError
 from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token

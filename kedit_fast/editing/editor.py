@@ -15,9 +15,11 @@ from kedit_fast.editing.gradients import NOT_FINITE, answer_gradients
 from kedit_fast.editing.keys import KeyPass, StateBudget
 from kedit_fast.editing.ledger import Ledger
 from kedit_fast.editing.solver_state import SolverState
-from kedit_fast.editing.values.loop import PREDICTED, PROBLEMS, SITES, Values
+from kedit_fast.editing.values.loop import SITES
+from kedit_fast.editing.values.protocol import ValueStore
+from kedit_fast.editing.values.result import PROBLEMS, Values
 from kedit_fast.editing.values.shared import find_shared_values, flush_store
-from kedit_fast.editing.values.store import ValueStore, open_values
+from kedit_fast.editing.values.store import open_values
 from kedit_fast.errors import EditError, MethodError, StatisticsError
 from kedit_fast.methods.hparams import make_hparams, worth_a_warning
 from kedit_fast.methods.recipe import Recipe
@@ -40,6 +42,7 @@ from kedit_fast.solver.least_squares import collisions
 from kedit_fast.solver.low_rank import LowRankUpdate, Update
 from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
 from kedit_fast.solver.shaping import prune, rect, spectral_norm
+from kedit_fast.solver.value_descent import Status
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.matrix_bits import edit_fingerprint, sha256
@@ -489,7 +492,7 @@ class _Batch:
         prepared, values = self.optimise(range(len(self.prepared)), layers[-1])
         if not prepared:
             return
-        weights, teams = _weights(prepared), self.teams(prepared)
+        weights, groups = _weights(prepared), self.groups(prepared)
         with self.timed("keys"):
             passes = KeyPass(self.view, prepared, site, self.recipe.key_weights, self.editor.state_budget)
         for i, layer in enumerate(layers):
@@ -503,11 +506,11 @@ class _Batch:
             left = len(layers) - i
             share = 1 / left if self.recipe.spread == "linear" else left**-0.5
             with self.timed("solve"):
-                update = self.editor.solver_state.mass(layer, seen.keys, residual * share, weights, teams)
+                update = self.editor.solver_state.mass(layer, seen.keys, residual * share, weights, groups)
             self.write(self.view.module_name(layer), update)
             if layer == layers[-1]:
                 self.collisions = collisions(seen.keys)
-                if self.collisions and teams is None:
+                if self.collisions and groups is None:
                     _log.warning(
                         "%d pairs of requests have nearly the same key, as those on one subject have: each gets a mean "
                         "of their values (the method memit-merge gives them one value)", len(self.collisions),
@@ -582,7 +585,7 @@ class _Batch:
                     self.editor.ledger.write(name, weight, update)
                     self.keep(name, update)
 
-    def teams(self, prepared: Sequence[PreparedRequest]) -> list[str] | None:
+    def groups(self, prepared: Sequence[PreparedRequest]) -> list[str] | None:
         """Subjects, where the method lets requests on one subject share a value."""
         return [p.request.subject.strip() for p in prepared] if self.recipe.merge else None
 
@@ -592,11 +595,12 @@ class _Batch:
         with self.timed("values"), torch.enable_grad():
             values = find_shared_values(
                 self.view, self.editor.tokenizer, prepared, layer, self.editor.value_sites, self.hparams,
-                teams=self.teams(prepared), store=self.editor.values, progress=self.editor.progress,
+                stop_rule=self.recipe.stop_rule,
+                groups=self.groups(prepared), store=self.editor.values, progress=self.editor.progress,
             )  # fmt: skip
         problems = {}
         for place, code in enumerate(values.status.tolist()):
-            if code in PROBLEMS and not (code == PREDICTED and self.hparams.on_predicted == "allow"):
+            if code in PROBLEMS and not (code == Status.PREDICTED and self.hparams.on_predicted == "allow"):
                 problems[place] = f"{prepared[place].name}: {PROBLEMS[code]}"
         if self.on_error == "raise":
             require_no_problems(problems)

@@ -127,7 +127,7 @@ class SolverState:
         keys: torch.Tensor,
         residuals: torch.Tensor,
         weights: torch.Tensor | None = None,
-        teams: Sequence[str] | None = None,
+        groups: Sequence[str] | None = None,
     ) -> LowRankUpdate:
         """The update of one layer for keys [d, u] and residuals [out, u].
 
@@ -135,14 +135,14 @@ class SolverState:
             layer: the layer.
             keys, residuals: K and R, the residual already spread.
             weights: of the edits [u], or None.
-            teams: requests with one name share one column, or None.
+            groups: requests with the same name share one column, or None.
         """
         device = self.view.weight(layer).device
         keys, residuals = keys.to(device), residuals.to(device)
-        if teams is not None:
+        if groups is not None:
             if weights is not None:
-                weights = merge_columns(keys, weights[None].to(keys), teams)[1][0]
-            keys, residuals = merge_columns(keys, residuals, teams)
+                weights = merge_columns(keys, weights[None].to(keys), groups)[1][0]
+            keys, residuals = merge_columns(keys, residuals, groups)
         preconditioner = self.preconditioner(layer)
         if not self.recipe.memory:
             rho = self.hparams.emmet_lambda if self.recipe.softens_equality else 1.0

@@ -1,20 +1,21 @@
-"""Forward passes over the tail of prompts: what a change at one token can reach, and nothing else.
+"""Forward passes over the tails of prompts: over what a change at one token can reach, and nothing else.
 
-When a delta is added at the lookup token of a block, causality keeps everything before that token as it was, and so
-does the order of blocks for everything below. One full pass remembers, for each row, the keys and values of the
-positions before the lookup token and the hidden states that enter the first live block; after that a pass runs the
-live blocks on the tail alone, and their MLPs on the tokens of it that matter. The function computed is the same.
+When a delta is added at the lookup token of a block, causality leaves everything before that token as it was, and the
+order of blocks everything below. One full pass records, for each row, the keys and values of the positions before the
+lookup token and the hidden states that enter the first live block. After that a pass runs the live blocks on the tail
+alone, and their MLPs on those of its tokens that matter. The function that it computes is the same.
 
 Rows are laid out as [gap, prefix, tail]: the gap is masked, and positions are given explicitly, so every token attends
-to the tokens it would attend to in its own unpadded prompt. The prefix ends where the tail begins, so that a sliding
-window, which is measured in slots, covers the tokens that it covers there.
+to the tokens that it would attend to in its own unpadded prompt. The prefix ends where the tail begins, so that a
+sliding window, which is measured in slots, covers the same tokens as there.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad as pad_with_zeros
@@ -38,150 +39,115 @@ from kedit_fast.support.torch_state import plain_torch
 PACK_BELOW = 0.9  # an MLP runs on picked tokens when they are fewer than this share of all
 
 
+@dataclass
 class TailRunner:
-    """R prompts with the states that do not change, ready to run their tails again and again.
+    """R prompts with the states that do not change, ready to run their tails of at most S tokens again and again.
 
-    Args:
-        view: the model, in evaluation mode for as long as the runner lives.
-        rows: token ids of each prompt.
-        lookups: index of the lookup token in each; the tail starts there.
-        sites: of one layer, where deltas will be added at the lookup token: the output of the block, or of its MLP,
-            or of its attention and its MLP.
-        references: rows whose last hidden state at the lookup token, without a delta, is kept in `reference`.
+    `record_tails` makes one. The model must stay in evaluation mode, with the same weights, as long as it is used.
     """
 
-    @plain_torch()
-    def __init__(
-        self,
-        view: ModelView,
-        rows: Sequence[Sequence[int]],
-        lookups: Sequence[int],
-        sites: Sequence[Site],
-        references: Sequence[int] = (),
-    ):
-        self.view, self.sites = view, tuple(sites)
-        site = self.sites[0]
-        self.first_live = site.layer + 1 if site.kind == "block" else site.layer
-        self.as_tuple = False
-        batch = pad(rows, view.device)
-        lookup = torch.tensor(list(lookups), device=view.device)
-        lengths = batch.attention_mask.sum(1)
-        tail = int((lengths - lookup).max())
-        self.lookup, self.prefix = lookup, int(lookup.max())
-        offsets = torch.arange(tail, device=view.device)
-        self.positions = lookup[:, None] + offsets  # [R, S], those past the end are masked
-        self.inside = self.positions < lengths[:, None]
-        at = self.positions.clamp(max=batch.input_ids.shape[1] - 1)
-        self.ids = batch.input_ids.gather(1, at)  # [R, S]
-        self.positions = torch.where(self.inside, self.positions, at)
-        slots = torch.arange(self.prefix, device=view.device) - (self.prefix - lookup)[:, None]  # [R, P] positions
-        self.mask = torch.cat([slots >= 0, self.inside], 1).long()  # [R, P + S]
-        which = torch.tensor(list(references), dtype=torch.int64, device=view.device)
-        self._remember(batch, at, slots.clamp(min=0), which)
-        self._place()
+    view: ModelView
+    """The model."""
+    sites: tuple[Site, ...]
+    """Where deltas are added at the lookup token, all in one layer: the output of the block, or of its MLP, or of its
+    attention and its MLP."""
+    packs_rows: bool
+    """Whether the tail tokens of all rows run as one row without padding, under `tail_attention`."""
+    returns_tuple: bool
+    """Whether blocks of this version of transformers return tuples."""
+    prefix: int
+    """P, places for the prefixes; those of a row end where its tail begins."""
+    lookup: torch.Tensor
+    """[R] int64, position of the lookup token in each prompt, where the tail begins."""
+    ids: torch.Tensor
+    """[R, S] int64, token ids of the tails."""
+    positions: torch.Tensor
+    """[R, S] int64, positions of these tokens in their prompts."""
+    inside: torch.Tensor
+    """[R, S] bool, which places of the tails hold a token."""
+    mask: torch.Tensor
+    """[R, P + S] int64, 1 where prefix and tail hold a token."""
+    entering: torch.Tensor | None
+    """[R, S, h] hidden states that enter the first live block; None where that is block 0."""
+    caches: dict[int, tail_attention.Joint]
+    """Keys and values of the prefixes by live layer, with room for the tails."""
+    tokens: torch.Tensor = field(init=False)
+    """[N] int64, the places of the flattened [R * S] that hold a token."""
+    packed_place: torch.Tensor | None = field(init=False, default=None)
+    """[R, S] int64, each place's index among these tokens; None where rows are not packed."""
+    layout: tail_attention.Layout | None = field(init=False, default=None)
+    """Which packed tokens attend to which; None where rows are not packed."""
 
-    @torch.no_grad()
-    def _remember(self, batch: TokenBatch, at: torch.Tensor, slots: torch.Tensor, references: torch.Tensor) -> None:
-        """One full pass: prefix keys and values, entering states, the sites' outputs, and the reference states."""
-        seen: dict[Any, torch.Tensor] = {}
-        windowed = getattr(self.view.config, "sliding_window", None)
-        cache = DynamicCache() if windowed else None  # the model's own would keep no more than the window
-        view, lookup, rows = self.view, self.lookup, torch.arange(at.shape[0], device=at.device)
+    def __post_init__(self):
+        self.tokens = torch.nonzero(self.inside.flatten())[:, 0]
+        if self.packs_rows:
+            self.packed_place = (self.inside.flatten().cumsum(0) - 1).view_as(self.inside)
+            self.layout = tail_attention.Layout(self.inside, self.positions, self.prefix, self.lookup)
 
-        def keep_site(site: Site) -> Callable[..., None]:
-            def hook(module, args, output):
-                hidden = hidden_of(output)
-                seen[site] = hidden[rows.to(hidden.device), lookup.to(hidden.device)]
+    @property
+    def first_live(self) -> int:
+        """The first block that runs again in each pass."""
+        return _first_live(self.sites)
 
-            return hook
-
-        def keep_entering(module, args, output):
-            hidden = hidden_of(output)
-            index = at.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])
-            seen["entering"] = hidden.gather(1, index)  # [R, S, h]
-            self.as_tuple = isinstance(output, tuple)  # what this version's blocks return
-
-        # From the first live block on, nothing that is kept looks at a token after the lookup token.
-        length, valid = batch.input_ids.shape[1], batch.attention_mask.bool()
-        before = torch.arange(length, device=lookup.device) < lookup[:, None]
-        before[rows, lookup] = True
-        ends = references * length + lookup[references]
-        below, above = (torch.nonzero(mask.flatten())[:, 0] for mask in (valid, before))
-        last = view.num_layers - 1
-        picks = dict.fromkeys(range(view.num_layers), above) | dict.fromkeys(range(self.first_live), below)
-        if last > self.sites[0].layer:
-            picks[last] = ends
-
-        hooks: list[tuple[torch.nn.Module, Callable[..., None]]]
-        hooks = [(module_at(view, site), keep_site(site)) for site in self.sites]
-        if self.first_live > 0:
-            hooks.append((view.block(self.first_live - 1), keep_entering))
-        with output_hooks(hooks), replaced_forwards(_packed_mlps(view, picks)):
-            output = view.base(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=batch.position_ids,
-                past_key_values=cache,
-                use_cache=True,
-            )
-        missing = [site for site in self.sites if site not in seen]
-        if self.first_live and "entering" not in seen:
-            missing.append(Site(self.first_live - 1, "block"))
-        if missing:
-            raise did_not_run(view, missing[0])
-        self.site_outputs = torch.stack([seen[site].to(view.device) for site in self.sites], 1)  # [R, sites, h]
-        self.entering = seen.get("entering")
-        hidden = output.last_hidden_state
-        self.reference = hidden.flatten(0, 1)[ends.to(hidden.device)]  # [references, h]
-        self.own_attention = tail_attention.usable(view)
-        self.caches = {}
-        for layer in range(self.first_live, view.num_layers):
-            keys, values = (at_slots(part, slots) for part in keys_values(output.past_key_values, layer))
-            self.caches[layer] = tail_attention.Joint(keys, values).padded(0, at.shape[1])
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the recorded states."""
+        tensors = [part for cache in self.caches.values() for part in (cache.keys, cache.values)]
+        return sum(part.nbytes for part in tensors) + (0 if self.entering is None else self.entering.nbytes)
 
     def select(self, rows: torch.Tensor) -> TailRunner:
-        """A runner with some of the rows, no longer than they need."""
-        chosen, rows = self._like(), rows.to(self.lookup.device)  # of a model on several devices, where its head is
+        """A runner with some of the rows [n] int64, no longer than they need."""
+        rows = rows.to(self.lookup.device)  # the head's device may be another one
         lookup, lengths = (part[rows] for part in (self.lookup, self.inside.sum(1)))
-        chosen.lookup, chosen.prefix = lookup, int(lookup.max())
-        gap, tail = self.prefix - chosen.prefix, int(lengths.max())
-        for name in ("positions", "ids", "inside", "entering"):
-            value = getattr(self, name)
-            setattr(chosen, name, None if value is None else value[rows.to(value.device), :tail])
-        chosen.mask = self.mask[rows, gap : self.prefix + tail]
-        chosen.site_outputs = self.site_outputs[rows]
-        chosen.caches = {layer: cache.select(rows, gap, self.prefix + tail) for layer, cache in self.caches.items()}
-        chosen._place()
-        return chosen
+        prefix, tail = int(lookup.max()), int(lengths.max())
+        gap = self.prefix - prefix
 
-    def joined(self, other: TailRunner) -> TailRunner:
-        """A runner with the rows of both, of one model and the same sites."""
-        whole = self._like()
-        whole.lookup = torch.cat([self.lookup, other.lookup])
-        whole.prefix = max(self.prefix, other.prefix)
-        tail = max(self.ids.shape[1], other.ids.shape[1])
-        pairs = [(runner, whole.prefix - runner.prefix, tail - runner.ids.shape[1]) for runner in (self, other)]
-        for name in ("positions", "ids", "inside"):
-            setattr(whole, name, torch.cat([pad_with_zeros(getattr(r, name), (0, more)) for r, _, more in pairs]))
-        whole.mask = torch.cat([pad_with_zeros(r.mask, (gap, more)) for r, gap, more in pairs])
-        whole.entering = None
+        def cut(part: torch.Tensor) -> torch.Tensor:
+            return part[rows.to(part.device), :tail]
+
+        return TailRunner(
+            view=self.view,
+            sites=self.sites,
+            packs_rows=self.packs_rows,
+            returns_tuple=self.returns_tuple,
+            prefix=prefix,
+            lookup=lookup,
+            ids=cut(self.ids),
+            positions=cut(self.positions),
+            inside=cut(self.inside),
+            mask=self.mask[rows, gap : self.prefix + tail],
+            entering=None if self.entering is None else cut(self.entering),
+            caches={layer: cache.select(rows, gap, self.prefix + tail) for layer, cache in self.caches.items()},
+        )
+
+    def append(self, other: TailRunner) -> TailRunner:
+        """A runner with the rows of both, which are of one model and have the same sites."""
+        prefix, tail = max(self.prefix, other.prefix), max(self.ids.shape[1], other.ids.shape[1])
+        # Places to add before the prefixes and behind the tails of each.
+        padded = [(runner, prefix - runner.prefix, tail - runner.ids.shape[1]) for runner in (self, other)]
+        entering = None
         if self.entering is not None and other.entering is not None:
-            whole.entering = torch.cat([
-                pad_with_zeros(r.entering, (0, 0, 0, more)) for r, _, more in pairs
-            ])  # fmt: skip
-        whole.site_outputs = torch.cat([self.site_outputs, other.site_outputs])
-        whole.caches = {
-            layer: tail_attention.Joint.cat([r.caches[layer].padded(gap, more) for r, gap, more in pairs])
-            for layer in self.caches
-        }
-        whole._place()
-        return whole
-
-    def _like(self) -> TailRunner:
-        chosen = object.__new__(TailRunner)
-        for name in ("view", "sites", "first_live", "as_tuple", "own_attention"):
-            setattr(chosen, name, getattr(self, name))
-        return chosen
+            behind = [(0, 0, 0, places) for _, _, places in padded]
+            entering = torch.cat([pad_with_zeros(self.entering, behind[0]), pad_with_zeros(other.entering, behind[1])])
+        return TailRunner(
+            view=self.view,
+            sites=self.sites,
+            packs_rows=self.packs_rows,
+            returns_tuple=self.returns_tuple,
+            prefix=prefix,
+            lookup=torch.cat([self.lookup, other.lookup]),
+            ids=torch.cat([pad_with_zeros(runner.ids, (0, behind)) for runner, _, behind in padded]),
+            positions=torch.cat([pad_with_zeros(runner.positions, (0, behind)) for runner, _, behind in padded]),
+            inside=torch.cat([pad_with_zeros(runner.inside, (0, behind)) for runner, _, behind in padded]),
+            mask=torch.cat([pad_with_zeros(runner.mask, (before, behind)) for runner, before, behind in padded]),
+            entering=entering,
+            caches={
+                layer: tail_attention.Joint.cat(
+                    [runner.caches[layer].padded(before, behind) for runner, before, behind in padded]
+                )
+                for layer in self.caches
+            },
+        )
 
     @plain_torch()
     def run(self, delta: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -195,8 +161,8 @@ class TailRunner:
             [n, h].
         """
         last = self.view.num_layers - 1
-        if self.own_attention:  # one row of all tail tokens, no padding
-            first, wanted = self.number[:, 0], self.number.flatten()[wanted.to(self.number.device)]
+        if self.layout is not None and self.packed_place is not None:
+            first, wanted = self.packed_place[:, 0], self.packed_place.flatten()[wanted.to(self.packed_place.device)]
             ids, positions = (part.flatten()[self.tokens][None] for part in (self.ids, self.positions))
             mask, cache = None, tail_attention.TailCache(self.caches, self.layout)
             attention = tail_attention.installed(self.view)
@@ -217,13 +183,6 @@ class TailRunner:
             ).last_hidden_state
         return _Gather.apply(hidden.flatten(0, 1), wanted.to(hidden.device))
 
-    def _place(self) -> None:
-        """Which of the [R * S] places hold tokens, and their numbers when packed."""
-        self.tokens = torch.nonzero(self.inside.flatten())[:, 0]
-        if self.own_attention:
-            self.number = (self.inside.flatten().cumsum(0) - 1).view_as(self.inside)
-            self.layout = tail_attention.Layout(self.inside, self.positions, self.prefix, self.lookup)
-
     def _fresh_cache(self) -> DynamicCache | None:
         """A new Cache object, each pass appends the tail to it; None without prefixes: older models want none."""
         if self.prefix == 0:
@@ -243,18 +202,176 @@ class TailRunner:
         if self.entering is None:
             return {}
         states = self.entering
-        if self.own_attention:
+        if self.packs_rows:
             states = states.flatten(0, 1)[self.tokens.to(states.device)][None]
         if self.sites[0].kind == "block":
             states = _added(states, delta[:, 0], first)
-        return stubs(self.view, self.first_live, states, self.as_tuple)
+        return stubs(self.view, self.first_live, states, self.returns_tuple)
 
     def _hooks(self, delta: torch.Tensor, first: torch.Tensor) -> contextlib.AbstractContextManager:
+        """The deltas of sites inside a block, added to their modules' outputs."""
+
         def add(index: int) -> Callable[..., Any]:
             return lambda module, args, output: with_hidden(output, _added(hidden_of(output), delta[:, index], first))
 
         sites = enumerate(self.sites)
         return output_hooks([(module_at(self.view, site), add(i)) for i, site in sites if site.kind != "block"])
+
+
+class RecordedTails(NamedTuple):
+    """What one full pass over R prompts gives."""
+
+    runner: TailRunner
+    """Ready to run their tails."""
+    site_outputs: torch.Tensor
+    """[R, sites, h] the sites' outputs at the lookup tokens, without deltas."""
+    reference: torch.Tensor
+    """[references, h] last hidden states of the reference rows at the lookup token, without deltas."""
+
+
+@plain_torch()
+@torch.no_grad()
+def record_tails(
+    view: ModelView,
+    rows: Sequence[Sequence[int]],
+    lookups: Sequence[int],
+    sites: Sequence[Site],
+    references: Sequence[int] = (),
+) -> RecordedTails:
+    """Run R prompts once and record the states that deltas at their lookup tokens do not change.
+
+    Args:
+        view: the model, in evaluation mode.
+        rows: token ids of each prompt.
+        lookups: index of the lookup token in each; the tail starts there.
+        sites: of one layer, where deltas will be added at the lookup token: the output of the block, or of its MLP,
+            or of its attention and its MLP.
+        references: rows whose last hidden state at the lookup token is returned.
+
+    Raises:
+        UnsupportedModelError: a site, or the block below the first live one, did not run.
+
+    Cost: one forward pass, without the head.
+    """
+    sites = tuple(sites)
+    batch = pad(rows, view.device)
+    assert batch.attention_mask is not None
+    lookup = torch.tensor(list(lookups), device=view.device)
+    lengths = batch.attention_mask.sum(1)
+    prefix, tail = int(lookup.max()), int((lengths - lookup).max())
+    offsets = torch.arange(tail, device=view.device)
+    positions = lookup[:, None] + offsets  # [R, S], those past the end are masked
+    inside = positions < lengths[:, None]
+    places = positions.clamp(max=batch.input_ids.shape[1] - 1)
+    slots = torch.arange(prefix, device=view.device) - (prefix - lookup)[:, None]  # [R, P] positions
+    rows_of_references = torch.tensor(list(references), dtype=torch.int64, device=view.device)
+    full_pass = _full_pass(view, batch, sites, lookup, places, rows_of_references)
+    packs_rows = tail_attention.usable(view)
+    caches = {}
+    for layer in range(_first_live(sites), view.num_layers):
+        keys, values = (at_slots(part, slots.clamp(min=0)) for part in keys_values(full_pass.cache, layer))
+        caches[layer] = tail_attention.Joint(keys, values).padded(0, tail)
+    runner = TailRunner(
+        view=view,
+        sites=sites,
+        packs_rows=packs_rows,
+        returns_tuple=full_pass.returns_tuple,
+        prefix=prefix,
+        lookup=lookup,
+        ids=batch.input_ids.gather(1, places),
+        positions=torch.where(inside, positions, places),
+        inside=inside,
+        mask=torch.cat([slots >= 0, inside], 1).long(),
+        entering=full_pass.entering,
+        caches=caches,
+    )
+    return RecordedTails(runner, full_pass.site_outputs, full_pass.reference)
+
+
+class _FullPass(NamedTuple):
+    site_outputs: torch.Tensor
+    """[R, sites, h]."""
+    reference: torch.Tensor
+    """[references, h]."""
+    entering: torch.Tensor | None
+    """[R, S, h]."""
+    returns_tuple: bool
+    """Whether the block below the first live one returned a tuple."""
+    cache: Any
+    """Keys and values of all positions, in the class of this version of transformers."""
+
+
+def _full_pass(
+    view: ModelView,
+    batch: TokenBatch,
+    sites: Sequence[Site],
+    lookup: torch.Tensor,
+    places: torch.Tensor,
+    references: torch.Tensor,
+) -> _FullPass:
+    """Run whole prompts; `places` [R, S] are the tails' positions, `references` rows."""
+    outputs: dict[Site, torch.Tensor] = {}
+    entering: list[torch.Tensor] = []
+    returns_tuple: list[bool] = []
+    first_live, last = _first_live(sites), view.num_layers - 1
+    windowed = getattr(view.config, "sliding_window", None)
+    cache = DynamicCache() if windowed else None  # the model's own would hold no more than the window
+    rows = torch.arange(places.shape[0], device=places.device)
+
+    def record_site(site: Site) -> Callable[..., None]:
+        def hook(module, args, output):
+            hidden = hidden_of(output)
+            outputs[site] = hidden[rows.to(hidden.device), lookup.to(hidden.device)]
+
+        return hook
+
+    def record_entering(module, args, output):
+        hidden = hidden_of(output)
+        index = places.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])
+        entering.append(hidden.gather(1, index))  # [R, S, h]
+        returns_tuple.append(isinstance(output, tuple))
+
+    # From the first live block on, nothing that is recorded depends on a token after the lookup token.
+    assert batch.attention_mask is not None
+    length, valid = batch.input_ids.shape[1], batch.attention_mask.bool()
+    before = torch.arange(length, device=lookup.device) < lookup[:, None]
+    before[rows, lookup] = True
+    ends = references * length + lookup[references]
+    below, above = (torch.nonzero(mask.flatten())[:, 0] for mask in (valid, before))
+    picks = dict.fromkeys(range(view.num_layers), above) | dict.fromkeys(range(first_live), below)
+    if last > sites[0].layer:
+        picks[last] = ends
+
+    hooks: list[tuple[torch.nn.Module, Callable[..., None]]]
+    hooks = [(module_at(view, site), record_site(site)) for site in sites]
+    if first_live > 0:
+        hooks.append((view.block(first_live - 1), record_entering))
+    with output_hooks(hooks), replaced_forwards(_packed_mlps(view, picks)):
+        output = view.base(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    missing = [site for site in sites if site not in outputs]
+    if first_live and not entering:
+        missing.append(Site(first_live - 1, "block"))
+    if missing:
+        raise did_not_run(view, missing[0])
+    hidden = output.last_hidden_state
+    return _FullPass(
+        site_outputs=torch.stack([outputs[site].to(view.device) for site in sites], 1),
+        reference=hidden.flatten(0, 1)[ends.to(hidden.device)],
+        entering=entering[-1] if entering else None,
+        returns_tuple=returns_tuple[-1] if returns_tuple else False,
+        cache=output.past_key_values,
+    )
+
+
+def _first_live(sites: Sequence[Site]) -> int:
+    """The first block that a delta at the sites changes, or that must run again to add it."""
+    return sites[0].layer + 1 if sites[0].kind == "block" else sites[0].layer
 
 
 def _added(states: torch.Tensor, delta: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

@@ -221,9 +221,10 @@ def _seconds(
         v_stop_loss=-1.0, most_probable_steps=0, values_batch=together, check_every=1, values_graph=False
     )
     short, long = (replace(hparams, v_num_grad_steps=count, **full_length) for count in ITERATIONS)
-    find_values(view, prepared[:1], last, value_sites, short, on_problem="keep")  # warm-up
+    options: dict[str, Any] = dict(stop_rule=recipe.stop_rule, on_problem="keep")
+    find_values(view, prepared[:1], last, value_sites, short, **options)  # warm-up
     begin, end = (
-        _timed(view, lambda n=n: find_values(view, prepared, last, value_sites, n, on_problem="keep"))
+        _timed(view, lambda n=n: find_values(view, prepared, last, value_sites, n, **options))
         for n in (short, long)
     )
     each = max(0.0, end - begin) / (ITERATIONS[1] - ITERATIONS[0])

@@ -142,26 +142,26 @@ def collisions(keys: torch.Tensor, above: float = SAME_KEY) -> list[tuple[int, i
 
 @plain_torch()
 def merge_columns(
-    keys: torch.Tensor, residuals: torch.Tensor, teams: Sequence[Hashable]
+    keys: torch.Tensor, residuals: torch.Tensor, groups: Sequence[Hashable]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One column for each team, the mean of its members', in the order of first members.
+    """One column for each group, the mean of its members' columns, in the order of first members.
 
     Args:
         keys: K [d, u].
         residuals: R [out, u].
-        teams: u names; columns with one name belong together.
+        groups: u names; columns with the same name belong together.
 
     Returns:
         K [d, t] and R [out, t].
 
     Source: MEMIT-Merge (arXiv 2502.07322): edits on one subject have one key, so they must share one value.
     """
-    if len(teams) != keys.shape[1]:
-        raise InvalidArgumentError(f"{len(teams)} team names for {keys.shape[1]} keys")
+    if len(groups) != keys.shape[1]:
+        raise InvalidArgumentError(f"{len(groups)} group names for {keys.shape[1]} keys")
     first: dict[Hashable, int] = {}
-    team = torch.tensor([first.setdefault(name, len(first)) for name in teams], device=keys.device)
+    group = torch.tensor([first.setdefault(name, len(first)) for name in groups], device=keys.device)
     share = torch.zeros(keys.shape[1], len(first), dtype=keys.dtype, device=keys.device)
-    share[torch.arange(len(teams), device=keys.device), team] = 1.0
+    share[torch.arange(len(groups), device=keys.device), group] = 1.0
     share /= share.sum(0, keepdim=True)
     return keys @ share, residuals @ share.to(residuals)
 

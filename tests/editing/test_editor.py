@@ -376,7 +376,7 @@ def test_an_interrupt_in_the_values_leaves_everything_as_it_was(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop._Descent, "move", interrupted)
+    monkeypatch.setattr(loop.ValueOptimizer, "_adam_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         editor.edit(REQUESTS)
     assert same(editor, before) and not editor.ledger.batches

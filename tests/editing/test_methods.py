@@ -275,9 +275,9 @@ def test_requests_on_one_subject_share_the_published_joint_value(size, every):
         "check_every": every, "kl_factor": 0.1,
     })  # fmt: skip
     prepared = prepare(tokenizer, SHARED, PREFIXES, 128)
-    teams = [request.subject for request in SHARED]
-    found = find_values(view, prepared, 1, "block", numbers, teams=teams)
-    members = [i for i, name in enumerate(teams) if name == "Miles Davis"]
+    groups = [request.subject for request in SHARED]
+    found = find_values(view, prepared, 1, "block", numbers, groups=groups)
+    members = [i for i, name in enumerate(groups) if name == "Miles Davis"]
     delta, loss = merged_value(model, view.block(1), [prepared[i] for i in members], numbers)
     for i in members:
         assert relative_error(found.deltas[:, i], delta) < 1e-4

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from kedit_fast import Editor, demo
-from kedit_fast.editing.values import loop as values_module
 from kedit_fast.editing.values import shared
-from kedit_fast.editing.values.store import MemitCache, ValueFile, edited_hash, open_values
+from kedit_fast.editing.values.loop import ValueOptimizer
+from kedit_fast.editing.values.memit_values import MemitCache
+from kedit_fast.editing.values.store import ValueFile, edited_hash, open_values
 from kedit_fast.errors import EditError, RequestError
 
 NUMBERS = {"v_num_grad_steps": 3, "mom2_adjustment": False}
@@ -91,20 +92,19 @@ def test_edited_weights_have_another_hash(demo_model):
 def test_an_interrupt_keeps_what_was_done(tmp_path, editor, optimised, monkeypatch):
     path = tmp_path / "values.safetensors"
     made = editor(path, 4, values_batch=1)
-    entered = []
-    original = values_module._Descent.enter
+    original = ValueOptimizer._admit
 
-    def stopping(self):
-        original(self)
-        entered.append(1)
+    def stopping(self, active):
+        active = original(self, active)
         if not self.queue:
             raise KeyboardInterrupt
+        return active
 
-    monkeypatch.setattr(values_module._Descent, "enter", stopping)
+    monkeypatch.setattr(ValueOptimizer, "_admit", stopping)
     with pytest.raises(KeyboardInterrupt):
         made.edit(made.requests)
     assert not made.ledger.batches and len(ValueFile(path).entries) == 3
-    monkeypatch.setattr(values_module._Descent, "enter", original)
+    monkeypatch.setattr(ValueOptimizer, "_admit", original)
     edit(editor(path, 4, values_batch=1))
     assert optimised == [4, 1]
 

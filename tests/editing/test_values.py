@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -13,32 +15,37 @@ from tiny_models import KINDS, POST_NORM, make_model, make_tokenizer
 
 from benchmarks.published import serial_value
 from kedit_fast.editing.values import batch_size
-from kedit_fast.editing.values import loop as values_module
-from kedit_fast.editing.values.loop import BAD_LOSS, PREDICTED, STOPPED, USED_UP, find_values
+from kedit_fast.editing.values.active_set import ActiveSet
+from kedit_fast.editing.values.cuda_graph import GraphedStep, graph_obstacle
+from kedit_fast.editing.values.loop import ValueOptimizer, find_values
+from kedit_fast.editing.values.objective import Objective
+from kedit_fast.editing.values.stop_rules import STOP_RULES
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.recipe import StopRule
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models import tail_attention
 from kedit_fast.models.forward import Site
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import prepare
 from kedit_fast.requests.request import EditRequest
+from kedit_fast.solver.value_descent import Status
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "what, layer, bos", (("block", 0, False), ("block", 2, True), ("mlp", 0, True), ("mlp", 1, False))
+    "site, layer, bos", (("block", 0, False), ("block", 2, True), ("mlp", 0, True), ("mlp", 1, False))
 )
-def test_values_equal_the_published_serial_loop(kind, what, layer, bos):
+def test_values_equal_the_published_serial_loop(kind, site, layer, bos):
     tokenizer, model = make_tokenizer(bos), make_model(kind)
     view = ModelView(model)
-    prepared, hparams = prepared_and_hparams(model, tokenizer, what, layer)
-    if what == "block" and kind in POST_NORM:
+    prepared, hparams = prepared_and_hparams(model, tokenizer, site, layer)
+    if site == "block" and kind in POST_NORM:
         with pytest.raises(EditError, match='use the site "mlp"'):
-            find_values(view, prepared, layer, what, hparams)
+            find_values(view, prepared, layer, site, hparams)
         return
-    values = find_values(view, prepared, layer, what, hparams)
-    module = view.block(layer) if what == "block" else view.mlp(layer)
+    values = find_values(view, prepared, layer, site, hparams)
+    module = view.block(layer) if site == "block" else view.mlp(layer)
     errors = []
     for i, request in enumerate(prepared):
         alone = serial_value(model, [module], request, hparams, side=None)
@@ -84,7 +91,7 @@ def test_pmets_two_deltas_equal_the_serial_loop(kind):
     tokenizer, model = make_tokenizer(), make_model(kind)
     view = ModelView(model)
     prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1)
-    values = find_values(view, prepared, 1, "attention and mlp", hparams)
+    values = find_values(view, prepared, 1, "attention and mlp", hparams, stop_rule="pmet")
     assert values.sites == ("attention", "mlp") and values.all_deltas.shape[0] == 2
     check(values, prepared, model, [view.attention(1), view.mlp(1)], hparams, pmet=True)
     start = values.all_targets - values.all_deltas
@@ -102,10 +109,10 @@ def demo_case(demo_model, count=6, **numbers):
 
 def test_pmet_eases_and_stops_where_the_serial_loop_does(demo_model):
     model, view, prepared, hparams = demo_case(demo_model, kl_factor=0.001, clamp_norm_factor=3.0, v_stop_loss=1e-3)
-    values = find_values(view, prepared, 1, "attention and mlp", hparams)
+    values = find_values(view, prepared, 1, "attention and mlp", hparams, stop_rule="pmet")
     steps = check(values, prepared, model, [view.attention(1), view.mlp(1)], hparams, pmet=True)
     assert len(set(steps)) > 1, "some should stop by the rule"
-    assert STOPPED in values.status.tolist()
+    assert Status.STOPPED in values.status.tolist()
 
 
 def test_most_probable_early_stopping_is_the_serial_loops(demo_model):
@@ -185,17 +192,17 @@ def watch_waits(monkeypatch) -> tuple[list, list]:
     waited, watched = [], []
 
     def watching(name):
-        original = getattr(values_module._Descent, name)
+        original = getattr(ValueOptimizer, name)
 
         def call(self, *args):
             with Waits():
                 watched.append(name)
                 return original(self, *args)
 
-        monkeypatch.setattr(values_module._Descent, name, call)
+        monkeypatch.setattr(ValueOptimizer, name, call)
 
-    watching("measure")
-    watching("move")
+    watching("_losses")
+    watching("_adam_step")
     return watched, waited
 
 
@@ -206,7 +213,7 @@ def test_nothing_is_read_back_between_looks(demo_model, monkeypatch):
     watched, waited = watch_waits(monkeypatch)
     _, view, prepared, hparams = demo_case(demo_model, 3, most_probable_steps=3, check_every=4)
     find_values(view, prepared, 1, "block", hparams)
-    assert watched.count("measure") > 4 and not waited
+    assert watched.count("_losses") > 4 and not waited
 
 
 def test_a_gpt2_that_has_a_padding_token_is_not_read_back(monkeypatch):
@@ -219,7 +226,7 @@ def test_a_gpt2_that_has_a_padding_token_is_not_read_back(monkeypatch):
     watched, waited = watch_waits(monkeypatch)
     prepared, hparams = prepared_and_hparams(model, tokenizer, "block", 1, check_every=4)
     find_values(view, prepared, 1, "block", hparams)
-    assert watched.count("measure") > 4 and not waited
+    assert watched.count("_losses") > 4 and not waited
     assert "warn_if_padding_and_no_attention_mask" not in vars(view.base)
 
 
@@ -231,41 +238,46 @@ def test_no_pass_is_run_for_requests_that_have_ended(demo_model, monkeypatch, ev
         demo_model, 4, v_num_grad_steps=9, v_stop_loss=-1.0, check_every=every, values_batch=size
     )
     passes = []
-    for name in ("measure", "move"):
-        original = getattr(values_module._Descent, name)
+    for name in ("_losses", "_adam_step"):
+        original = getattr(ValueOptimizer, name)
 
         def counted(self, *args, name=name, original=original):
             passes.append(name)
             return original(self, *args)
 
-        monkeypatch.setattr(values_module._Descent, name, counted)
+        monkeypatch.setattr(ValueOptimizer, name, counted)
     found = find_values(view, prepared, 1, "block", hparams)
     rounds = 2 if size == 2 else 1
-    assert passes.count("measure") == 9 * rounds and passes.count("move") == 8 * rounds
-    assert found.steps.tolist() == [8] * 4 and set(found.status.tolist()) == {USED_UP}
+    assert passes.count("_losses") == 9 * rounds and passes.count("_adam_step") == 8 * rounds
+    assert found.steps.tolist() == [8] * 4 and set(found.status.tolist()) == {Status.COMPLETED}
 
 
 def test_a_step_that_can_be_replayed_is_the_step(demo_model, monkeypatch):
     """What a CUDA graph records: it reads and writes the same tensors, and gives what the loop gives."""
     _, view, prepared, hparams = demo_case(demo_model, 4, v_stop_loss=0.4, check_every=3)
     plain = find_values(view, prepared, 1, "block", hparams)
-    moved = []
+    elsewhere = []
 
-    def replay(self):
-        before = {name: getattr(self, name).data_ptr() for name in self.RUNNING}
-        self.step()
-        moved.extend(name for name, place in before.items() if getattr(self, name).data_ptr() != place)
+    def run(graphed):
+        (active,) = graphed.step.args
+        before = addresses(active)
+        graphed.step()
+        elsewhere.extend(name for name, address in addresses(active).items() if address != before[name])
 
-    original = values_module._Descent.__init__
+    def addresses(active):
+        tensors = {field.name: getattr(active, field.name) for field in fields(ActiveSet)}
+        return {name: tensor.data_ptr() for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
-    def capturing(self, *args):
-        original(self, *args)
-        self.captures = True
+    original = ValueOptimizer.__init__
 
-    monkeypatch.setattr(values_module._Descent, "__init__", capturing)
-    monkeypatch.setattr(values_module._Descent, "replay", replay)
+    def with_graph(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.uses_graph = True
+
+    monkeypatch.setattr(ValueOptimizer, "__init__", with_graph)
+    monkeypatch.setattr(GraphedStep, "run", run)
     replayed = find_values(view, prepared, 1, "block", hparams)
-    assert not moved
+    assert not elsewhere
     assert torch.equal(replayed.steps, plain.steps)
     torch.testing.assert_close(replayed.deltas, plain.deltas, rtol=1e-4, atol=1e-5)
 
@@ -285,7 +297,9 @@ def test_a_graph_needs_a_model_that_stays_on_one_device():
         find_values(ModelView(model), prepared, 1, "block", hparams)
     model.model.embed_tokens.to("meta")
     with pytest.raises(EditError, match="values_graph needs the whole model on one CUDA device; it is on cpu, meta"):
-        values_module._Descent(ModelView(model), prepared, [Site(1, "block")], hparams, 1, None, "raise", None)
+        ValueOptimizer(
+            ModelView(model), prepared, [Site(1, "block")], hparams, size=1, stopping=STOP_RULES["below_loss"]
+        )
 
 
 def test_a_graph_needs_a_rotary_embedding_that_does_not_look_at_lengths(monkeypatch):
@@ -293,9 +307,9 @@ def test_a_graph_needs_a_rotary_embedding_that_does_not_look_at_lengths(monkeypa
     monkeypatch.setattr(ModelView, "head", SimpleNamespace(device=torch.device("cuda")), raising=False)
     view = ModelView.__new__(ModelView)
     view.model, view.config = model, SimpleNamespace(rope_scaling={"type": "dynamic"})
-    assert "dynamic" in values_module.no_graph(view)
+    assert "dynamic" in graph_obstacle(view)
     view.config = SimpleNamespace(rope_scaling=None)
-    assert values_module.no_graph(view) == ""
+    assert graph_obstacle(view) == ""
 
 
 def test_an_interrupt_leaves_the_model_as_it_was(demo_model, monkeypatch):
@@ -303,7 +317,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(demo_model, monkeypatch):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     implementation = model.config._attn_implementation
     calls = []
-    original = values_module.Objective.terms
+    original = Objective.terms
 
     def interrupted(self, *args):
         calls.append(1)
@@ -312,7 +326,7 @@ def test_an_interrupt_leaves_the_model_as_it_was(demo_model, monkeypatch):
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(values_module.Objective, "terms", interrupted)
+    monkeypatch.setattr(Objective, "terms", interrupted)
     with pytest.raises(KeyboardInterrupt):
         find_values(view, prepared, 1, "block", hparams)
     assert model.config._attn_implementation == implementation
@@ -330,7 +344,7 @@ def test_a_request_that_is_not_finite_does_not_touch_the_others():
     with torch.no_grad():
         view.model.get_input_embeddings().weight[token] = float("nan")
     values = find_values(view, prepared, 1, "block", hparams, on_problem="keep")
-    assert values.status.tolist() == [BAD_LOSS, *clean.status.tolist()[1:]]
+    assert values.status.tolist() == [Status.BAD_LOSS, *clean.status.tolist()[1:]]
     torch.testing.assert_close(values.targets[:, 1:], clean.targets[:, 1:], rtol=1e-4, atol=1e-5)
     with pytest.raises(EditError, match=r"Miles Davis.*not finite"):
         find_values(view, prepared, 1, "block", hparams)
@@ -345,7 +359,8 @@ def test_what_is_said_already_is_told(demo_model):
     assert all(isinstance(r.request, EditRequest) for r in prepared)
     hparams, _ = make_hparams("memit", model.config, {"v_stop_loss": 0.2, "v_num_grad_steps": 3})
     values = find_values(ModelView(model), prepared, 1, "block", hparams)
-    assert values.status.tolist() == [PREDICTED, PREDICTED, USED_UP] and not values.deltas[:, :2].any()
+    assert values.status.tolist() == [Status.PREDICTED, Status.PREDICTED, Status.COMPLETED]
+    assert not values.deltas[:, :2].any()
 
 
 def test_the_batch_is_what_memory_takes(demo_model, monkeypatch):
@@ -399,3 +414,35 @@ def test_values_on_a_gpu_equal_the_serial_loop(kind, graph):
     prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1, values_graph=graph, check_every=4)
     values = find_values(view, prepared, 1, "mlp", hparams)
     check(values, prepared, model, [view.mlp(1)], hparams, most=1e-3)
+
+
+def test_every_stopping_rule_of_a_recipe_is_there():
+    assert set(STOP_RULES) == set(get_args(StopRule))
+
+
+def test_an_active_set_selects_and_appends_every_field():
+    tokenizer, model = make_tokenizer(), make_model("llama")
+    prepared, _ = prepared_and_hparams(model, tokenizer, "block", 1)
+    sites = [Site(1, "block")]
+
+    def active(requests, leaders):
+        objective = Objective.build(ModelView(model), [prepared[i] for i in requests], sites)
+        return ActiveSet.start(objective, requests, leaders, 0.5)
+
+    first, second = active([0, 2], [0, 0]), active([4, 1, 3], [0, 1, 1])
+    both = first.append(second)
+    assert len(both) == 5 and both.group.tolist() == [0, 0, 2, 1, 1] and both.group_size.tolist() == [2, 2, 1, 1, 1]
+    mean = both.group_mean(torch.tensor([1.0, 3.0, 5.0, 2.0, 4.0]))
+    assert mean.tolist() == [2.0, 2.0, 5.0, 3.0, 3.0]
+    assert both.all_in_group(torch.tensor([True, False, True, True, True])).tolist() == [False, False, True, True, True]
+    back = both.select(torch.tensor([2, 3, 4]))
+    for name, part in vars(second).items():
+        if isinstance(part, torch.Tensor):
+            assert torch.equal(part, getattr(back, name)), name
+    delta = torch.randn(3, 1, model.config.hidden_size) * 0.1
+    for one, other in zip(back.objective.terms(delta), second.objective.terms(delta), strict=True):
+        assert one is other is None or torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    address, changed = back.delta.data_ptr(), copy.copy(back)
+    changed.delta = delta
+    back.copy_(changed)
+    assert torch.equal(back.delta, delta) and back.delta.data_ptr() == address

@@ -22,7 +22,8 @@ from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM
 
 from kedit_fast import Editor, EditRequest, collect_statistics, load_statistics, save_statistics
-from kedit_fast.editing.values.store import MemitCache, ValueFile
+from kedit_fast.editing.values.memit_values import MemitCache
+from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import EditError, KeditError, PatchError, StatisticsError, UnsupportedModelError
 from kedit_fast.models.loading import load_config, load_model
 from kedit_fast.models.saving import save_model

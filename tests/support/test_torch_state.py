@@ -175,8 +175,8 @@ def passes():
     prepared = prepare(tokenizer, REQUESTS, ("The old tower. ", "Because. "), 128)
     hparams, _ = make_hparams("pmet", model.config, dict(NUMBERS))
     found = []
-    for what in ("block", "mlp", "attention and mlp"):
-        values = find_values(view, prepared, 1, what, replace(hparams, most_probable_steps=2))
+    for site, rule in (("block", "below_loss"), ("mlp", "below_loss"), ("attention and mlp", "pmet")):
+        values = find_values(view, prepared, 1, site, replace(hparams, most_probable_steps=2), stop_rule=rule)
         found += [values.all_targets, values.all_deltas, values.losses, values.steps]
     for weights in ("mean", "bare_half"):
         keys = KeyPass(view, prepared, Site(1, "mlp"), weights)

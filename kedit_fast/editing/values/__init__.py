@@ -1,1 +1,1 @@
-"""What an edited layer should put out: found by gradient descent, looked up, shared between processes."""
+"""Values: what an edited layer should put out. They are optimized, looked up in files, shared between processes."""

@@ -1,4 +1,4 @@
-"""How many requests fit in memory together while their values are optimised."""
+"""How many requests fit in memory together while their values are optimized."""
 
 from __future__ import annotations
 
@@ -18,27 +18,35 @@ from kedit_fast.support.torch_state import plain_torch
 
 MOST = {"cpu": 64}  # on a CPU a larger batch is hardly faster (benchmarks/results)
 MOST_ELSEWHERE = 256
-SHARE = 0.6  # of the memory that is free
-FEW = 8  # so few are not worth asking for
-TRIED = 2  # requests in the trial
-TEMPORARY = 2.0  # what a backward pass takes at its peak, over what the forward pass has kept
+SHARE = 0.6  # of the free memory, for values
+FEW = 8  # so few requests always run together, without a trial
+TRIAL = 2  # requests in the trial
+TEMPORARY = 2.0  # peak of a backward pass, in units of what the forward pass has saved for it
 
 
 @dataclass(frozen=True)
 class BatchSize:
-    """A number of requests, and the bytes it comes from."""
+    """A number of requests, and the bytes that it follows from."""
 
     requests: int
-    request_bytes: int  # of one more request, the longest one; 0 when nobody asked
+    """How many are optimized together."""
+    request_bytes: int
+    """Bytes that one more request of the longest ones takes; 0 when there was no trial."""
 
 
 @plain_torch()
 def fitting_batch(
     view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site], most: int | None = None
 ) -> BatchSize:
-    """The number of requests to optimise together: what memory takes, at most what makes sense on the device.
+    """The number of requests to optimize together: as many as fit in memory, at most what is useful on the device.
 
-    Cost: a forward pass of the two longest requests, whose kept tensors are counted.
+    Args:
+        view: the model.
+        prepared: all requests.
+        sites: where their deltas are added.
+        most: upper bound; None for the device's.
+
+    Cost: a forward pass of the two longest requests, whose saved tensors are counted.
     """
     if most is None:
         most = MOST.get(view.head.device.type, MOST_ELSEWHERE)
@@ -52,27 +60,24 @@ def fitting_batch(
 
 @plain_torch()
 def request_bytes(view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site]) -> int:
-    """Bytes that one request takes while its value is optimised, by the two longest ones."""
-    longest = sorted(prepared, key=lambda r: sum(len(p.ids) for p in r.rewriting) + len(r.target))[-TRIED:]
+    """Bytes that one request takes while its value is optimized, measured on the two longest ones."""
+    longest = sorted(prepared, key=lambda r: sum(len(p.ids) for p in r.rewriting) + len(r.target))[-TRIAL:]
     with evaluating(view) as widening:
-        objective = Objective(view, longest, sites)
-        states = sum(
-            part.nbytes for cache in objective.runner.caches.values() for part in (cache.keys, cache.values)
-        ) + (0 if objective.runner.entering is None else objective.runner.entering.nbytes)
-        known = {p.untyped_storage().data_ptr() for p in view.model.parameters()}
-        kept: dict[int, int] = {}
+        objective = Objective.build(view, longest, sites)
+        parameters = {p.untyped_storage().data_ptr() for p in view.model.parameters()}
+        saved: dict[int, int] = {}  # bytes by address
 
         def count(tensor: torch.Tensor) -> Any:
             packed = tensor.detach() if widening is None else widening.pack(tensor)
             if isinstance(packed, Streamed) or (widening is not None and widening.owns(tensor)):
                 return packed  # a weight's copy, which all requests share
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known:
-                kept[storage.data_ptr()] = storage.nbytes()
+            if storage.data_ptr() not in parameters:
+                saved[storage.data_ptr()] = storage.nbytes()
             return packed
 
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, Widening.unpack):
             delta = torch.zeros_like(objective.h0).requires_grad_(True)
             terms = objective.terms(delta)
         del terms
-    return int((2 * states + TEMPORARY * sum(kept.values())) / len(longest)) + 1
+    return int((2 * objective.runner.state_bytes + TEMPORARY * sum(saved.values())) / len(longest)) + 1

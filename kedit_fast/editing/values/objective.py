@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
 
 from kedit_fast.models.forward import Site
-from kedit_fast.models.tail_runner import TailRunner
+from kedit_fast.models.tail_runner import TailRunner, record_tails
 from kedit_fast.models.view import ModelView
 from kedit_fast.ops import distribution_kl, target_log_probs
 from kedit_fast.requests.prompts import PreparedRequest
@@ -18,39 +19,90 @@ from kedit_fast.support.sums import add_by_owner_
 class Terms(NamedTuple):
     """The terms of the objective, of v requests."""
 
-    nll: torch.Tensor  # [v] mean over contexts of -(1/T) sum_t log p(target_t)
-    kl: torch.Tensor  # [v] KL(p_delta || p_0) at the subject's last token of "{subject} is a"
-    decay: torch.Tensor  # [v] sum over sites of |delta| / |h0|^2
-    predicted: torch.Tensor | None  # [v] whether every target token is the argmax in every context, when asked for
-    prefixed: torch.Tensor | None  # [v] the same in the contexts with a prefix alone, where there are any
+    nll: torch.Tensor
+    """[v] mean over contexts of -(1/T) sum_t log p(target_t)."""
+    kl: torch.Tensor
+    """[v] KL(p_delta || p_0) at the subject's last token of "{subject} is a"."""
+    decay: torch.Tensor
+    """[v] sum over sites of |delta| / |h0|^2."""
+    all_top1: torch.Tensor | None
+    """[v] bool, whether every target token is the most probable one in every context; None unless requested."""
+    prefixed_top1: torch.Tensor | None
+    """[v] bool, the same in the contexts with a prefix alone, where there are any; None unless requested."""
 
 
+@dataclass(frozen=True)
+class TargetTokens:
+    """The n target tokens of u requests, in every context; a tail is the part of a row that is run."""
+
+    row: torch.Tensor
+    """[n] int64, the row that a token belongs to."""
+    place: torch.Tensor
+    """[n] int64, the place in that row's tail that predicts it."""
+    token: torch.Tensor
+    """[n] int64, its id."""
+    request: torch.Tensor
+    """[n] int64, its request."""
+    weight: torch.Tensor
+    """[n] fp32, 1 / (contexts * T): its part of the request's likelihood term."""
+    is_bare: torch.Tensor
+    """[n] int64, 1 in the context without a prefix of a request that has others; else 0."""
+
+    def select(self, chosen: torch.Tensor, row: torch.Tensor, request: torch.Tensor) -> TargetTokens:
+        """Some of the tokens, with rows and requests renumbered: `row` [R] and `request` [u] are the new numbers."""
+        part = TargetTokens(*(getattr(self, item.name)[chosen] for item in fields(self)))
+        return TargetTokens(row[part.row], part.place, part.token, request[part.request], part.weight, part.is_bare)
+
+    def append(self, other: TargetTokens, rows: int, requests: int) -> TargetTokens:
+        """The tokens of both, where those of `other` come after `rows` rows of `requests` requests."""
+        shifted = TargetTokens(
+            other.row + rows, other.place, other.token, other.request + requests, other.weight, other.is_bare
+        )
+        return TargetTokens(
+            *(torch.cat([getattr(self, item.name), getattr(shifted, item.name)]) for item in fields(self))
+        )
+
+
+@dataclass
 class Objective:
-    """The prompts of u requests on a TailRunner, where their targets stand in the tails, and the loss over them."""
+    """The prompts of u requests, ready to run their tails, and the loss over them."""
 
-    owner: torch.Tensor  # [R] request of each row
-    kl_rows: torch.Tensor  # [u] row of "{subject} is a"
-    target_rows: torch.Tensor  # [n] row of each target token in each context
-    target_index: torch.Tensor  # [n] place in that row's tail that predicts it
-    target_ids: torch.Tensor  # [n] the token
-    target_owner: torch.Tensor  # [n] its request
-    target_weights: torch.Tensor  # [n] 1 / (contexts * T)
-    target_bare: torch.Tensor  # [n] 1 in the context without a prefix, where there are others; else 0
-    wanted: torch.Tensor  # [n + u] places whose hidden states the terms need
+    view: ModelView
+    """The model."""
+    runner: TailRunner
+    """The R rows: of each request its contexts with the target, then "{subject} is a"."""
+    owner: torch.Tensor
+    """[R] int64, the request of each row."""
+    kl_rows: torch.Tensor
+    """[u] int64, the row of "{subject} is a"."""
+    targets: TargetTokens
+    """Where the targets stand."""
+    h0: torch.Tensor
+    """[u, sites, h] fp32, the sites' outputs at the subject's last token, without a delta."""
+    reference: torch.Tensor
+    """[u, h] last hidden states at the subject's last token of "{subject} is a", without a delta."""
+    wanted: torch.Tensor = field(init=False)
+    """[n + u] int64, places of all tails whose hidden states the terms need."""
 
-    def __init__(self, view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site]):
+    def __post_init__(self):
+        length = self.runner.ids.shape[1]
+        self.wanted = torch.cat([self.targets.row * length + self.targets.place, self.kl_rows * length])
+
+    @classmethod
+    def build(cls, view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site]) -> Objective:
+        """The objective of some requests, with deltas at `sites`; runs the full pass over their prompts."""
         rows: list[tuple[int, ...]] = []
         lookups: list[int] = []
-        owner: list[int] = []  # request of each row
-        targets: list[tuple[int, int, int, int, float, int]] = []  # row, tail index, token, request, weight, bare
+        owner: list[int] = []
+        targets: list[tuple[int, int, int, int, float, int]] = []  # in the order of the fields of TargetTokens
         kl_rows: list[int] = []
         bare_rows: list[int] = []
         for i, request in enumerate(prepared):
             bare_rows.append(len(rows))
             weight = 1.0 / (len(request.rewriting) * len(request.target))
             for c, prompt in enumerate(request.rewriting):
-                last, bare = len(prompt.ids) - 1 - prompt.lookup, int(c == 0 and len(request.rewriting) > 1)
-                targets += [(len(rows), last + t, token, i, weight, bare) for t, token in enumerate(request.target)]
+                last, is_bare = len(prompt.ids) - 1 - prompt.lookup, int(c == 0 and len(request.rewriting) > 1)
+                targets += [(len(rows), last + t, token, i, weight, is_bare) for t, token in enumerate(request.target)]
                 rows.append((*prompt.ids, *request.target[:-1]))
                 lookups.append(prompt.lookup)
                 owner.append(i)
@@ -58,76 +110,80 @@ class Objective:
             rows.append(request.kl.cut().ids)
             lookups.append(request.kl.lookup)
             owner.append(i)
-        self.view, self.count = view, len(prepared)
-        self.device = view.head.device
-        self.runner = TailRunner(view, rows, lookups, sites, kl_rows)
+        tails = record_tails(view, rows, lookups, sites, kl_rows)
+        device = view.head.device
 
         def column(values: Sequence[float]) -> torch.Tensor:
-            return torch.tensor(
-                values, dtype=torch.float32 if isinstance(values[0], float) else None, device=self.device
-            )
+            return torch.tensor(values, dtype=torch.float32 if isinstance(values[0], float) else None, device=device)
 
-        self.owner, self.kl_rows = column(owner), column(kl_rows)
-        names = ("target_rows", "target_index", "target_ids", "target_owner", "target_weights", "target_bare")
-        for name, values in zip(names, zip(*targets, strict=True), strict=True):
-            setattr(self, name, column(values))
-        bare = column(bare_rows)
-        self.h0 = self.runner.site_outputs.to(self.device)[bare].float()  # [u, sites, h]
-        self.reference = self.runner.reference.to(self.device)  # [u, h]
-        self._place()
+        return cls(
+            view=view,
+            runner=tails.runner,
+            owner=column(owner),
+            kl_rows=column(kl_rows),
+            targets=TargetTokens(*(column(values) for values in zip(*targets, strict=True))),
+            h0=tails.site_outputs.to(device)[column(bare_rows)].float(),
+            reference=tails.reference.to(device),
+        )
 
-    def _place(self) -> None:
-        length = self.runner.ids.shape[1]
-        self.wanted = torch.cat([self.target_rows * length + self.target_index, self.kl_rows * length])
+    def __len__(self) -> int:
+        return self.kl_rows.numel()
 
-    def select(self, keep: torch.Tensor) -> Objective:
-        """The objective of some of the requests, `keep` [v] in increasing order."""
-        chosen = object.__new__(Objective)
-        number = torch.full((self.count,), -1, device=self.device)
-        number[keep] = torch.arange(keep.numel(), device=self.device)
-        rows = torch.nonzero(number[self.owner] >= 0)[:, 0]
-        row_number = torch.full((self.owner.numel(),), -1, device=self.device)
-        row_number[rows] = torch.arange(rows.numel(), device=self.device)
-        targets = torch.nonzero(number[self.target_owner] >= 0)[:, 0]
-        chosen.view, chosen.device, chosen.count = self.view, self.device, keep.numel()
-        chosen.runner = self.runner.select(rows)
-        chosen.owner = number[self.owner[rows]]
-        chosen.kl_rows = row_number[self.kl_rows[keep]]
-        chosen.target_rows = row_number[self.target_rows[targets]]
-        chosen.target_owner = number[self.target_owner[targets]]
-        for name in ("target_index", "target_ids", "target_weights", "target_bare"):
-            setattr(chosen, name, getattr(self, name)[targets])
-        chosen.h0, chosen.reference = self.h0[keep], self.reference[keep]
-        chosen._place()
-        return chosen
+    @property
+    def device(self) -> torch.device:
+        """Where the head is, and the tensors of this class."""
+        return self.h0.device
 
-    def joined(self, other: Objective) -> Objective:
+    def select(self, requests: torch.Tensor) -> Objective:
+        """The objective of some of the requests, [v] int64 in increasing order."""
+        request = _new_numbers(requests, len(self))
+        rows = torch.nonzero(request[self.owner] >= 0)[:, 0]
+        row = _new_numbers(rows, self.owner.numel())
+        tokens = torch.nonzero(request[self.targets.request] >= 0)[:, 0]
+        return Objective(
+            view=self.view,
+            runner=self.runner.select(rows),
+            owner=request[self.owner[rows]],
+            kl_rows=row[self.kl_rows[requests]],
+            targets=self.targets.select(tokens, row, request),
+            h0=self.h0[requests],
+            reference=self.reference[requests],
+        )
+
+    def append(self, other: Objective) -> Objective:
         """The objective of the requests of both."""
-        whole = object.__new__(Objective)
-        whole.view, whole.device, whole.count = self.view, self.device, self.count + other.count
-        whole.runner = self.runner.joined(other.runner)
-        rows = self.owner.numel()
-        for name, shift in (("owner", self.count), ("target_owner", self.count), ("kl_rows", rows),
-                            ("target_rows", rows), ("target_index", 0), ("target_ids", 0), ("target_weights", 0),
-                            ("target_bare", 0), ("h0", 0), ("reference", 0)):  # fmt: skip
-            setattr(whole, name, torch.cat([getattr(self, name), getattr(other, name) + shift]))
-        whole._place()
-        return whole
+        rows, requests = self.owner.numel(), len(self)
+        return Objective(
+            view=self.view,
+            runner=self.runner.append(other.runner),
+            owner=torch.cat([self.owner, other.owner + requests]),
+            kl_rows=torch.cat([self.kl_rows, other.kl_rows + rows]),
+            targets=self.targets.append(other.targets, rows, requests),
+            h0=torch.cat([self.h0, other.h0]),
+            reference=torch.cat([self.reference, other.reference]),
+        )
 
-    def terms(self, delta: torch.Tensor, predicted: bool = False) -> Terms:
-        """The terms at delta [u, sites, h], differentiable in it; with `predicted`, also who is right already."""
-        view = self.view
-        hidden = self.runner.run(delta[self.owner], self.wanted).to(self.device)  # [targets + u, h]
-        at_targets, at_subjects = hidden[: self.target_ids.numel()], hidden[self.target_ids.numel() :]
-        found = target_log_probs(at_targets, view.head, self.target_ids, view.head_bias, view.softcap, predicted)
-        nll = torch.zeros(self.count, device=self.device, dtype=found.log_prob.dtype)
-        nll = add_by_owner_(nll, self.target_owner, -found.log_prob * self.target_weights.to(found.log_prob))
+    def terms(self, delta: torch.Tensor, top1: bool = False) -> Terms:
+        """The terms at delta [u, sites, h], differentiable in it; with `top1`, also which targets are right already."""
+        view, targets, count = self.view, self.targets, len(self)
+        hidden = self.runner.run(delta[self.owner], self.wanted).to(self.device)  # [n + u, h]
+        at_targets, at_subjects = hidden[: targets.token.numel()], hidden[targets.token.numel() :]
+        scores = target_log_probs(at_targets, view.head, targets.token, view.head_bias, view.softcap, top1)
+        nll = torch.zeros(count, device=self.device, dtype=scores.log_prob.dtype)
+        nll = add_by_owner_(nll, targets.request, -scores.log_prob * targets.weight.to(scores.log_prob))
         kl = distribution_kl(at_subjects, self.reference, view.head, view.head_bias, view.softcap)
         decay = (torch.linalg.vector_norm(delta, dim=2) / self.h0.norm(dim=2) ** 2).sum(1)
-        right = prefixed = None
-        if predicted:
-            wrong = (found.top1 != self.target_ids).to(torch.int32)
-            none = torch.zeros(2, self.count, device=self.device, dtype=torch.int32)
-            right = add_by_owner_(none[0], self.target_owner, wrong) == 0
-            prefixed = add_by_owner_(none[1], self.target_owner, wrong * (1 - self.target_bare).to(wrong)) == 0
-        return Terms(nll.float(), kl.float(), decay, right, prefixed)
+        all_top1 = prefixed_top1 = None
+        if top1:
+            wrong = (scores.top1 != targets.token).to(torch.int32)
+            none = torch.zeros(2, count, device=self.device, dtype=torch.int32)
+            all_top1 = add_by_owner_(none[0], targets.request, wrong) == 0
+            prefixed_top1 = add_by_owner_(none[1], targets.request, wrong * (1 - targets.is_bare).to(wrong)) == 0
+        return Terms(nll.float(), kl.float(), decay, all_top1, prefixed_top1)
+
+
+def _new_numbers(chosen: torch.Tensor, count: int) -> torch.Tensor:
+    """[count] int64: the place of each number in `chosen`, -1 where it is not there."""
+    place = torch.full((count,), -1, device=chosen.device)
+    place[chosen] = torch.arange(chosen.numel(), device=chosen.device)
+    return place

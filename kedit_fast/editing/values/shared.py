@@ -1,4 +1,4 @@
-"""Values from a store where it has them, the others optimised, by all processes of a process group together."""
+"""Values from a store as far as it has them; the others optimized by all processes of a process group together."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-
-from kedit_fast.editing.values.loop import SITES, Values, by_length, find_values, in_teams
-from kedit_fast.editing.values.store import ValueRun, ValueStore, edited_hash
+from kedit_fast.editing.values.loop import SITES, find_values
+from kedit_fast.editing.values.order import by_length, in_groups
+from kedit_fast.editing.values.protocol import ValueRun, ValueStore
+from kedit_fast.editing.values.result import Values
+from kedit_fast.editing.values.store import edited_hash
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
+from kedit_fast.methods.recipe import StopRule
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.process_group import gather, world
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
+Result = TypeVar("Result")
 
 
 @plain_torch()
@@ -29,100 +32,112 @@ def find_shared_values(
     tokenizer: Any,
     prepared: Sequence[PreparedRequest],
     layer: int,
-    what: str,
+    site_kind: str,
     hparams: Hparams,
     *,
-    teams: Sequence[Hashable] | None = None,
+    stop_rule: StopRule = "below_loss",
+    groups: Sequence[Hashable] | None = None,
     store: ValueStore | None = None,
     progress: bool = False,
 ) -> Values:
-    """`find_values` of what `store` does not have, each process of a process group taking its share.
+    """`find_values` of requests that `store` does not have; each process of a process group takes its share.
 
-    The store takes values as they are done (in a process group when all are); the caller flushes it. In a group the
-    first process alone reads and writes it; values that several requests share are not stored. A request whose loss is
-    not finite does not raise: `status` tells.
+    The store takes values when they are done (in a process group when all are done); the caller flushes it. In a
+    process group only the first process reads and writes it. Values that several requests share are not stored. A
+    request whose loss is not finite does not raise: its `Values.status` says so.
+
+    Args:
+        tokenizer: the model's; it is part of what identifies a stored value.
+        store: where values are looked up and written; None for no store.
+        view, prepared, layer, site_kind, hparams, stop_rule, groups, progress: as in `find_values`.
 
     Raises:
         EditError: the store refuses, the processes have different requests or models, or one of them failed.
     """
     rank, size = world()
-    count = Counter(teams or ())
-    alone = [teams is None or count[teams[i]] == 1 for i in range(len(prepared))]
+    members = Counter(groups or ())
+    is_alone = [groups is None or members[groups[i]] == 1 for i in range(len(prepared))]
 
-    def looked_up() -> dict[int, Values]:
+    def look_up() -> dict[int, Values]:
         if store is None or rank > 0:
             return {}
-        store.begin(ValueRun(view, tokenizer, layer, SITES[what], hparams, prepared))
-        return {i: value for i, request in enumerate(prepared)
-                if alone[i] and (value := store.load(request)) is not None}  # fmt: skip
+        store.begin(ValueRun(view, tokenizer, layer, SITES[site_kind], stop_rule, hparams, prepared))
+        values = {i: store.load(request) for i, request in enumerate(prepared) if is_alone[i]}
+        return {i: value for i, value in values.items() if value is not None}
 
-    def taken(which: Sequence[int], values: Values) -> None:
+    def save(indices: Sequence[int], values: Values) -> None:
         if store is not None and rank == 0:
-            own = [place for place, i in enumerate(which) if alone[i]]
-            store.store([prepared[which[place]] for place in own], values.select(own))
+            places = [place for place, i in enumerate(indices) if is_alone[i]]
+            store.store([prepared[indices[place]] for place in places], values.select(places))
 
-    def optimised(which: Sequence[int], finished: Callable[[Sequence[int], Values], None] | None) -> Values:
-        chosen = [prepared[i] for i in which]
-        names = None if all(alone) else [teams[i] for i in which]
-        return find_values(view, chosen, layer, what, hparams, teams=names, on_problem="keep", finished=finished,
-                               progress=progress and rank == 0)  # fmt: skip
+    def optimize(indices: Sequence[int], finished: Callable[[Sequence[int], Values], None] | None) -> Values:
+        return find_values(
+            view,
+            [prepared[i] for i in indices],
+            layer,
+            site_kind,
+            hparams,
+            stop_rule=stop_rule,
+            groups=None if groups is None or all(is_alone) else [groups[i] for i in indices],
+            on_problem="keep",
+            finished=finished,
+            progress=progress and rank == 0,
+        )
 
     if size == 1:
-        known = looked_up()
-        wanted = [i for i in range(len(prepared)) if i not in known]
-        parts = [([i], value) for i, value in known.items()]
-        if wanted:
-            parts.append((wanted, optimised(wanted, lambda some, v: taken([wanted[i] for i in some], v))))
+        stored = look_up()
+        missing = [i for i in range(len(prepared)) if i not in stored]
+        optimized: list[tuple[Sequence[int], Values]] = []
+        if missing:
+            values = optimize(missing, lambda some, done: save([missing[i] for i in some], done))
+            optimized.append((missing, values))
     else:
-        about = repr([(p.rewriting, p.kl, p.target) for p in prepared]) + repr((layer, what, hparams, teams))
-        about += edited_hash(view, hparams.layers)
-        digest = hashlib.sha256(about.encode()).hexdigest()
-        answers = _all_of(lambda: (digest, looked_up()))
+        identity = repr([(p.rewriting, p.kl, p.target) for p in prepared])
+        identity += repr((layer, site_kind, stop_rule, hparams, groups)) + edited_hash(view, hparams.layers)
+        digest = hashlib.sha256(identity.encode()).hexdigest()
+        answers = _from_all(lambda: (digest, look_up()))
         if len({other for other, _ in answers}) > 1:
             raise EditError(
                 "the processes have different requests, hyper-parameters or models: start them all with the same "
                 "arguments"
             )
-        known = answers[0][1]
-        wanted = [i for i in range(len(prepared)) if i not in known]
-        order = by_length([prepared[i] for i in wanted])
-        units = in_teams([wanted[i] for i in order], None if all(alone) else teams)
-        mine = [i for unit in units[rank::size] for i in unit]
-        shares = _all_of(lambda: (mine, _on_cpu(optimised(mine, None)) if mine else None))
-        done = [(which, values) for which, values in shares if values is not None]
-        _all_of(lambda: [taken(which, values) for which, values in done])
-        parts = [([i], value) for i, value in known.items()] + done
-    if known:
-        _log.info("%d of %d values were there already", len(known), len(prepared))
-    whole = Values.concatenated([values for _, values in parts], view.head.device)
-    back = torch.argsort(torch.tensor([i for which, _ in parts for i in which]))
-    return whole.select(back.tolist())
+        stored = answers[0][1]
+        missing = [i for i in range(len(prepared)) if i not in stored]
+        order = by_length([prepared[i] for i in missing])
+        units = in_groups([missing[i] for i in order], None if all(is_alone) else groups)
+        share = [i for unit in units[rank::size] for i in unit]
+        shares = _from_all(lambda: (share, _on_cpu(optimize(share, None)) if share else None))
+        optimized = [(indices, values) for indices, values in shares if values is not None]
+        _from_all(lambda: [save(indices, values) for indices, values in optimized])
+    if stored:
+        _log.info("%d of %d values were there already", len(stored), len(prepared))
+    return Values.in_order([*(([i], value) for i, value in stored.items()), *optimized], view.head.device)
 
 
 def flush_store(store: ValueStore | None) -> None:
-    """Write what the store has taken; in a process group all raise when that fails."""
+    """Write what the store has taken; in a process group all processes raise when that fails."""
     if store is None:
         return
     if world()[1] == 1:
         store.flush()
     else:
-        _all_of(lambda: store.flush() if world()[0] == 0 else None)
+        _from_all(lambda: store.flush() if world()[0] == 0 else None)
 
 
-def _all_of(run: Callable[[], Any]) -> list[Any]:
-    """What `run` returns in every process; when it raises in one, all raise."""
-    result, failure, own = None, "", None
+def _from_all(run: Callable[[], Result]) -> list[Result]:
+    """What `run` returns in every process, by rank; when it raises in one, all raise."""
+    result, message, error = None, "", None
     try:
         result = run()
-    except BaseException as error:
-        failure, own = f"{type(error).__name__}: {error}", error
-    found = gather((result, failure))
-    if own is not None:
-        raise own
-    for rank, (_, what) in enumerate(found):
-        if what:
-            raise EditError(f"process {rank} failed: {what}")
-    return [value for value, _ in found]
+    except BaseException as raised:
+        message, error = f"{type(raised).__name__}: {raised}", raised
+    answers = gather((result, message))
+    if error is not None:
+        raise error
+    for rank, (_, failure) in enumerate(answers):
+        if failure:
+            raise EditError(f"process {rank} failed: {failure}")
+    return [value for value, _ in answers]
 
 
 def _on_cpu(values: Values) -> Values:

@@ -1,0 +1,141 @@
+"""The requests that are being optimized now, with everything that the loop knows about each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from kedit_fast.editing.values.objective import Objective
+from kedit_fast.solver.value_descent import Status
+from kedit_fast.support.sums import add_by_owner_
+
+
+@dataclass
+class ActiveSet:
+    """The v requests being optimized now; row i of every tensor belongs to one request.
+
+    A field is a tensor with a row for each request, or None, or has `select` and `append` of its own. So a new field
+    takes part in `select`, `append` and `copy_` without being named in them.
+    """
+
+    objective: Objective
+    """The prompts of the requests, and the terms of their losses."""
+    request: torch.Tensor
+    """[v] int64, index into the caller's requests."""
+    leader: torch.Tensor | None
+    """[v] int64, the first request of each request's group; None where every request has a value of its own."""
+    max_norm: torch.Tensor
+    """[v, sites, 1] fp32, bound of |delta|."""
+    delta: torch.Tensor
+    """[v, sites, h] fp32; requests of one group have the same."""
+    adam_mean: torch.Tensor
+    """[v, sites, h] fp32, Adam's running mean of the gradients."""
+    adam_square: torch.Tensor
+    """[v, sites, h] fp32, Adam's running mean of their squares."""
+    loss: torch.Tensor
+    """[v] fp32, at each request's last forward pass."""
+    likelihood_weight: torch.Tensor
+    """[v] fp32, factor of the likelihood in the next loss; 1 unless the stopping rule lowers it."""
+    steps_taken: torch.Tensor
+    """[v] int64, optimizer steps."""
+    iterations_correct: torch.Tensor
+    """[v] int64, iterations so far in which every target token was the most probable one in all prefixed contexts."""
+    status: torch.Tensor
+    """[v] int64, a `Status`."""
+    group: torch.Tensor | None = field(init=False, default=None)
+    """[v] int64, number of each request's group in this set; None where `leader` is."""
+    group_size: torch.Tensor | None = field(init=False, default=None)
+    """[v] int64, members of each group, by its number; 1 past the last group."""
+
+    def __post_init__(self):
+        if self.leader is not None:
+            self.group = torch.unique(self.leader, return_inverse=True)[1]
+            self.group_size = torch.bincount(self.group, minlength=self.group.numel()).clamp(min=1)
+
+    @classmethod
+    def start(
+        cls,
+        objective: Objective,
+        requests: Sequence[int],
+        leaders: Sequence[int] | None,
+        clamp_norm_factor: float,
+    ) -> ActiveSet:
+        """A set of requests before their first iteration.
+
+        Args:
+            objective: of these requests.
+            requests: their indices into the caller's requests.
+            leaders: for each, the place in `requests` of the first one of its group; None without groups.
+            clamp_norm_factor: bound of |delta| in units of |h0|; a group has its first request's bound.
+        """
+        h0, device = objective.h0, objective.device
+        v = len(requests)
+        norm = h0.norm(dim=2, keepdim=True)
+        request = torch.tensor(requests, device=device)
+        leader = None
+        if leaders is not None:
+            first = torch.tensor(leaders, device=device)
+            norm, leader = norm[first], request[first]
+        return cls(
+            objective=objective,
+            request=request,
+            leader=leader,
+            max_norm=clamp_norm_factor * norm,
+            delta=torch.zeros_like(h0),
+            adam_mean=torch.zeros_like(h0),
+            adam_square=torch.zeros_like(h0),
+            loss=torch.zeros(v, device=device, dtype=torch.float32),
+            likelihood_weight=torch.ones(v, device=device, dtype=torch.float32),
+            steps_taken=torch.zeros(v, device=device, dtype=torch.int64),
+            iterations_correct=torch.zeros(v, device=device, dtype=torch.int64),
+            status=torch.full((v,), Status.RUNNING, device=device),
+        )
+
+    def __len__(self) -> int:
+        return self.request.numel()
+
+    def select(self, rows: torch.Tensor) -> ActiveSet:
+        """The set of some of its rows, [n] int64 in increasing order, with whole groups."""
+
+        def selected(part: Any) -> Any:
+            if part is None:
+                return None
+            return part[rows] if isinstance(part, torch.Tensor) else part.select(rows)
+
+        return ActiveSet(**{name: selected(part) for name, part in self._parts().items()})
+
+    def append(self, other: ActiveSet) -> ActiveSet:
+        """The set of the rows of both."""
+        others = other._parts()
+
+        def joined(part: Any, more: Any) -> Any:
+            if part is None:
+                return None
+            return torch.cat([part, more]) if isinstance(part, torch.Tensor) else part.append(more)
+
+        return ActiveSet(**{name: joined(part, others[name]) for name, part in self._parts().items()})
+
+    def copy_(self, other: ActiveSet) -> None:
+        """Write the tensors of a set with the same requests into this set's own tensors."""
+        others = other._parts()
+        for name, part in self._parts().items():
+            if isinstance(part, torch.Tensor) and others[name] is not part:
+                part.copy_(others[name])
+
+    def _parts(self) -> dict[str, Any]:
+        """What the constructor takes, by name."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.init}
+
+    def group_mean(self, rows: torch.Tensor) -> torch.Tensor:
+        """[v, ..] the mean of `rows` [v, ..] over each request's group; `rows` itself without groups."""
+        if self.group is None or self.group_size is None:
+            return rows
+        sums = add_by_owner_(torch.zeros_like(rows), self.group, rows)
+        return (sums / self.group_size.view(-1, *[1] * (rows.ndim - 1)))[self.group]
+
+    def all_in_group(self, flag: torch.Tensor) -> torch.Tensor:
+        """[v] bool: true where `flag` [v] is true for every request of the same group."""
+        return flag if self.group is None else self.group_mean(flag.float()) == 1.0

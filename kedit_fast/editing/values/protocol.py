@@ -1,0 +1,55 @@
+"""What stores of values have in common: the call of the loop that they serve, and their interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kedit_fast.editing.values.result import Values
+from kedit_fast.methods.hparams import Hparams
+from kedit_fast.methods.recipe import StopRule
+from kedit_fast.models.view import ModelView
+from kedit_fast.requests.prompts import PreparedRequest
+
+
+@dataclass(frozen=True)
+class ValueRun:
+    """One call of the value loop, for which a store is asked."""
+
+    view: ModelView
+    """The model."""
+    tokenizer: Any
+    """Its tokenizer."""
+    layer: int
+    """Where the deltas are added."""
+    sites: tuple[str, ...]
+    """The kinds of the sites, as in `Values.sites`."""
+    stop_rule: StopRule
+    """The recipe's stopping rule."""
+    hparams: Hparams
+    """Hyper-parameters of the loop."""
+    requests: Sequence[PreparedRequest]
+    """All requests of the call."""
+
+
+class ValueStore(Protocol):
+    """Where values are looked up before they are optimized, and written afterwards."""
+
+    def begin(self, run: ValueRun) -> None:
+        """Say which call of the value loop the next calls belong to."""
+
+    def load(self, request: PreparedRequest) -> Values | None:
+        """The value of a request, or None."""
+
+    def store(self, requests: Sequence[PreparedRequest], values: Values) -> None:
+        """Take values that were just optimized."""
+
+    def flush(self) -> None:
+        """Write what has been taken."""
+
+
+def usable_requests(requests: Sequence[PreparedRequest], values: Values) -> list[tuple[int, PreparedRequest]]:
+    """Requests whose values can be written to a model, with their indices."""
+    usable = values.usable
+    return [(i, request) for i, request in enumerate(requests) if usable[i]]
