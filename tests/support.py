@@ -83,7 +83,7 @@ def same(editor, before):
 
 def prepared_and_hparams(model, tokenizer, site, layer, **values):
     numbers = dict(layers=(layer,), v_num_grad_steps=7, v_lr=0.1, clamp_norm_factor=0.5, **values)
-    hparams, _ = make_hparams("memit" if what == "block" else "rome", model.config, numbers)
+    hparams, _ = make_hparams("memit" if site == "block" else "rome", model.config, numbers)
     return prepare(tokenizer, VARIED_REQUESTS, PREFIXES, 128), hparams
 
 

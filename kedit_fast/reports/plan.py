@@ -224,8 +224,7 @@ def _seconds(
     options: dict[str, Any] = dict(stop_rule=recipe.stop_rule, on_problem="keep")
     find_values(view, prepared[:1], last, value_sites, short, **options)  # warm-up
     begin, end = (
-        _timed(view, lambda n=n: find_values(view, prepared, last, value_sites, n, **options))
-        for n in (short, long)
+        _timed(view, lambda n=n: find_values(view, prepared, last, value_sites, n, **options)) for n in (short, long)
     )
     each = max(0.0, end - begin) / (ITERATIONS[1] - ITERATIONS[0])
     values = (max(0.0, begin - each) + each * hparams.v_num_grad_steps) * edits / trial
