@@ -1,9 +1,9 @@
 """Everything that this package does to somebody's model for a pass, and undoes after it.
 
-No other file writes into modules, registers hooks, or touches attention functions; a test reads the source to hold it.
+No other file replaces forward functions, registers hooks or touches attention functions; a test of the source says so.
 Each context manager restores exactly what it changed, in the reverse order, also when the pass fails or is interrupted.
-What a caller, accelerate or another library has put there itself stays in place. There is no state outside the model:
-`patches_on` answers from the model alone what is in it right now.
+What a caller, accelerate or another library has put there stays. There is no state outside of the model: `patches_on`
+answers from the model alone what is in it right now.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def replaced_forwards(forwards: Mapping[torch.nn.Module, Forward]) -> Iterator[N
 
 
 def has_replaced_forward(module: torch.nn.Module) -> bool:
-    """Whether somebody, this package included, gave this one module a forward function in place of its class's."""
+    """Whether somebody, this package included, has given this module a forward function of its own."""
     return "forward" in vars(module)
 
 
@@ -70,10 +70,10 @@ def surrounded_calls(
     before: Callable[[torch.nn.Module, tuple, dict], tuple[tuple, dict] | None],
     after: Callable[[torch.nn.Module], None],
 ) -> Iterator[None]:
-    """Inside the block, each call of the modules has `before` ahead of all other hooks and `after` behind it.
+    """Inside the block, `before` runs ahead of each call of the modules and of their other hooks, `after` after it.
 
-    `before` may return other arguments, (args, kwargs). `after` is called for a call that fails as well, and once more
-    for every module when the block ends, since an interrupted call may have left it out.
+    `before` may return other arguments, (args, kwargs). `after` is also called when the call fails, and once more for
+    each module when the block ends, since an interrupt may have skipped it.
     """
 
     def behind(module: torch.nn.Module, args: tuple = (), output: Any = None) -> None:
@@ -88,7 +88,7 @@ def surrounded_calls(
 
 
 class Slot(NamedTuple):
-    """A place of a module, with what the module itself has there; something else may stand in for a time."""
+    """A place in a module, with the module's own value of it, for which another may stand in temporarily."""
 
     store: dict[str, Any]
     name: str
@@ -110,7 +110,7 @@ class Slot(NamedTuple):
 
 
 def tensor_slots(module: torch.nn.Module, dtypes: Collection[torch.dtype]) -> list[Slot]:
-    """The places of a module's own parameters and buffers of some dtypes, those of modules inside it left out."""
+    """The places of a module's parameters and buffers of some dtypes, without those of modules inside it."""
     return [
         Slot(store, name, tensor, store is module._parameters)
         for store in (module._parameters, module._buffers)
@@ -165,7 +165,7 @@ def replaced_attention(base: torch.nn.Module, attention: Callable[..., Any]) -> 
     """Inside the block a decoder that `takes_attention_functions` computes attention by `attention`, without masks.
 
     The name that the function is registered under is unique to the block and is removed with it. GPT-2 checks its
-    input for padding where it gets no mask, which waits for the device in every pass; the check is left out.
+    input for padding where it gets no mask, which waits for the device in every pass; the check is switched off.
     """
     configured: list[Any] = [module for module in base.modules() if hasattr(module, "config")]
     configs = {id(module.config): module.config for module in configured}
@@ -194,7 +194,7 @@ def _without_padding_check(base: torch.nn.Module) -> Iterator[None]:
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """In place of functions whose result or effect is not wanted."""
+    """Replaces functions whose result and effect are not wanted."""
 
 
 class _Attachment:
@@ -230,17 +230,16 @@ def detach(model: torch.nn.Module, name: str) -> None:
 
 
 def patches_on(model: torch.nn.Module) -> list[str]:
-    """What this package has in a model right now, one line each: the module's path and what is there.
+    """What this package has in a model right now, as "path of the module: what is there".
 
-    Empty outside of passes, but for objects that stay with a model (`attach`).
+    That is: forward functions, hooks, attention functions, and objects that stay with the model (`attach`). Outside of
+    passes only the last are left.
     """
     patches = []
     for path, module in model.named_modules():
-        functions = [
-            *(("forward function", function) for function in (vars(module).get("forward"),)),
-            *(("hook on inputs", hook) for hook in module._forward_pre_hooks.values()),
-            *(("hook on outputs", hook) for hook in module._forward_hooks.values()),
-        ]
+        functions = [("forward function", vars(module).get("forward"))]
+        functions += [("hook on inputs", hook) for hook in module._forward_pre_hooks.values()]
+        functions += [("hook on outputs", hook) for hook in module._forward_hooks.values()]
         kinds = [kind for kind, function in functions if _is_ours(function)]
         if str(getattr(getattr(module, "config", None), "_attn_implementation", "")).startswith(_ATTENTION_PREFIX):
             kinds.append("attention function")

@@ -211,6 +211,10 @@ def _warn_of_repeated_ids(usable: Mapping[int, EditRequest], where: str) -> None
     if repeated:
         name, records = next(iter(repeated.items()))
         _log.warning(
-            "%s: %d ids stand in several records, so messages cannot tell these apart: %r in records %s%s", where,
-            len(repeated), name, ", ".join(map(str, records[:5])), ", ..." if len(repeated) > 1 else "",
-        )  # fmt: skip
+            "%s: %d ids stand in several records, so messages cannot tell these apart: %r in records %s%s",
+            where,
+            len(repeated),
+            name,
+            ", ".join(map(str, records[:5])),
+            ", ..." if len(repeated) > 1 else "",
+        )

@@ -79,8 +79,10 @@ class Notes:
         if unmeasured := self._new("unmeasured", [name for name, count in self.unmeasured.items() if count]):
             _log.warning(
                 "%s: not measured (the answer of neighborhood_prompts must be target_true): %s in %d records",
-                where, ", ".join(unmeasured), max(self.unmeasured[name] for name in unmeasured),
-            )  # fmt: skip
+                where,
+                ", ".join(unmeasured),
+                max(self.unmeasured[name] for name in unmeasured),
+            )
         if unknown := self._new("unknown", self.unknown):
             names = [f"{name!r} in {self.unknown[name]} records{self.hint(name)}" for name in unknown]
             more = f", and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
@@ -89,8 +91,10 @@ class Notes:
             _log.warning(
                 "%s: texts of one record are in different Unicode normal forms, so that the same word is different "
                 "tokens: %d records, the first %s; they are taken as they are: write all in one form (NFC)",
-                where, len(self.mixed), self.mixed[0],
-            )  # fmt: skip
+                where,
+                len(self.mixed),
+                self.mixed[0],
+            )
         for gathered in (self.mapped, self.unmeasured, self.unused, self.unknown, self.mixed):
             gathered.clear()
 

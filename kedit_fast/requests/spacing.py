@@ -25,11 +25,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from typing import Literal, get_args
 
 from kedit_fast.errors import RequestError
 
+Separator = Literal["auto", " ", ""]
 AUTO = "auto"
-SEPARATORS = (AUTO, " ", "")
 # Beginnings of Unicode's names of letters in scripts that are written without spaces between words.
 _UNSPACED = (
     "CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH", "IDEOGRAPHIC", "HIRAGANA", "HENTAIGANA", "KATAKANA",
@@ -48,8 +49,8 @@ _CONTRACTION = re.compile(r"['’](?:s|t|re|ve|ll|d|m)\b", re.IGNORECASE)
 
 
 def check_separator(requested: object) -> str:
-    """One of SEPARATORS, or RequestError."""
-    if not isinstance(requested, str) or requested not in SEPARATORS:
+    """The `Separator` itself; raises RequestError if it is none."""
+    if not isinstance(requested, str) or requested not in get_args(Separator):
         raise RequestError(f'target_separator must be "auto", " " or ""; got {requested!r}')
     return requested
 
@@ -116,10 +117,13 @@ def _takes_sign(prompt: str, sign: str) -> bool:
     if not any(map(str.isalnum, core)):
         return unicodedata.category(word[-1:] or " ") != "Pe"
     letters = sum(map(_is_letter, core))
-    if letters < 2 or any(not _is_letter(c) and unicodedata.category(c) not in ("Mn", "Mc", "Pd") and c not in "'’"
-                          for c in core):  # fmt: skip
+    if letters < 2 or not all(map(_in_prose, core)):
         return False
     return sign != "-" or core == core.lower() or not word.endswith(core)
+
+
+def _in_prose(character: str) -> bool:
+    return _is_letter(character) or unicodedata.category(character) in ("Mn", "Mc", "Pd") or character in "'’"
 
 
 def _inside_word(prompt: str, target: str) -> bool:
