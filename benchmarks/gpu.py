@@ -48,18 +48,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import published, second_moments, solver
 from benchmarks.cases import GPU_OPS, SMALL
-from benchmarks.problems import build as build_problem
-from benchmarks.run import (
+from benchmarks.harness import (
     Row,
     interleaved,
     measured_peaks,
     provenance,
     require_clean,
-    rows_of,
     synchronize,
     timing,
     with_baseline,
 )
+from benchmarks.problems import build as build_problem
+from benchmarks.run import rows_of
 from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.backends import probe
 from kedit_fast.editing.values.loop import find_values

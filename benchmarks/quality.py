@@ -28,7 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.run import Row, provenance, require_clean
+from benchmarks.harness import Row, provenance, read, require_clean, save
 from kedit_fast import Editor, EditRequest, collect_statistics, demo
 from kedit_fast.demo import world
 from kedit_fast.editing.values.store import ValueFile
@@ -249,11 +249,9 @@ def run(
         rows.append({**measure(on, method, scenario), "threads": torch.get_num_threads(), **about})
         show(rows[-1:])
         if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            older = json.loads(json_file.read_text(encoding="utf-8"))["rows"] if json_file.exists() else []
-            kept = [row for row in older if (row["method"], row["scenario"]) != (method, scenario)]
-            document = {"peaks": {}, "rows": [*kept, rows[-1]], "about": about}
-            json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            older = read(json_file)["rows"] if json_file.exists() else []
+            others = [row for row in older if (row["method"], row["scenario"]) != (method, scenario)]
+            save(json_file, {"peaks": {}, "rows": [*others, rows[-1]], "about": about})
     show(rows)
     made = [m for m, recipe in RECIPES.items() if recipe.memory]
     low = [row for row in rows if row["method"] in made and (row.get("retention") or 1) < FLOOR]

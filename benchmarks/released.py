@@ -23,7 +23,6 @@ import importlib
 import importlib.abc
 import importlib.util
 import io
-import json
 import os
 import statistics
 import subprocess
@@ -43,7 +42,17 @@ from rich.console import Console
 from tokenizers import processors
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.run import Row, provenance, show, synchronize, timing, with_baseline
+from benchmarks.harness import (
+    Row,
+    document_of,
+    fail_on_wrong_results,
+    provenance,
+    save,
+    synchronize,
+    timing,
+    with_baseline,
+)
+from benchmarks.run import show
 from benchmarks.values import row_of
 from kedit_fast import Editor, NullSpace, collect_statistics, demo
 from kedit_fast.editing.keys import KeyPass
@@ -518,13 +527,9 @@ def main(
             found, commit = measured(root.resolve())
             rows += found
             about["versions"][f"released {root.resolve().name}"] = commit
-    rows = [{**row, **about} for row in rows]
-    if json_ is not None:
-        json_.parent.mkdir(parents=True, exist_ok=True)
-        json_.write_text(json.dumps({"peaks": {}, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    save(json_, document_of(rows, about))
     show(rows, about, {})
-    if any(row["ratio"] is None for row in rows):
-        raise typer.Exit(1)
+    fail_on_wrong_results(rows)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,8 @@ processors without units for them, and a ratio against those would flatter.
 from __future__ import annotations
 
 import json
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -33,15 +29,26 @@ from rich.table import Table
 
 import kedit_fast
 from benchmarks.cases import GPU_OPS, OPS, SMALL, Case
+from benchmarks.harness import (
+    Row,
+    console,
+    document_of,
+    draw,
+    fail_on_wrong_results,
+    interleaved,
+    isa,
+    measured_peaks,
+    provenance,
+    require_clean,
+    save,
+    timing,
+    title_of,
+    with_baseline,
+)
 from benchmarks.problems import Problem, build
 from kedit_fast.backends import probe
-from kedit_fast.kernels.native import cpu
-from kedit_fast.models.widened import has_units
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(width=200, highlight=False)
-RESULTS = Path(__file__).parent / "results"
-Row = dict[str, Any]
 
 
 class Suite(str, Enum):
@@ -51,60 +58,6 @@ class Suite(str, Enum):
     overhead = "overhead"
     small = "small"
     all = "all"
-
-
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def interleaved(calls: Sequence[Callable[[], Any]], runs: int, device: str) -> list[list[float]]:
-    """Seconds of each run of each call, after one warm-up each."""
-    times: list[list[float]] = [[] for _ in calls]
-    for call in calls:
-        call()
-    synchronize(device)
-    for _ in range(runs):
-        for seconds, call in zip(times, calls, strict=True):
-            begin = time.perf_counter()
-            call()
-            synchronize(device)
-            seconds.append(time.perf_counter() - begin)
-    return times
-
-
-PEAK_SECONDS = 0.03  # a product that takes as long is large enough for its rate
-PEAK_SIDES = {"cpu": (512, 4096), "cuda": (8192, 8192)}  # smallest and largest
-
-
-def measured_peaks(device: str) -> Row:
-    """Bytes and operations a second that torch reaches on this machine, in about a second each: the best of five runs.
-
-    On a processor without bf16 matrix units the peak of bf16 is that of fp32, in which it computes bf16 best.
-    """
-
-    def best(call: Callable[[], Any], runs: int = 5) -> float:
-        return min(interleaved([call], runs, device)[0])
-
-    def copied() -> float:
-        source = torch.ones(1 << (28 if device == "cpu" else 31), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        return 2 * source.nbytes / best(lambda: target.copy_(source))
-
-    def multiplied(dtype: torch.dtype) -> float:
-        side, largest = PEAK_SIDES[torch.device(device).type]
-        while True:
-            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-            seconds = best(lambda a=a, b=b: torch.mm(a, b))
-            if seconds >= PEAK_SECONDS or side == largest:
-                return 2 * side**3 / seconds
-            side *= 2
-
-    peaks = {"copy_bytes_per_s": copied()}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp64", torch.float64)):
-        slow = device == "cpu" and name == "bf16" and not has_units(dtype)
-        peaks[f"{name}_flops_per_s"] = peaks["fp32_flops_per_s"] if slow else multiplied(dtype)
-    return peaks
 
 
 def rows_of(case: Case, problem: Problem, peaks: Row, runs: int, device: str) -> list[Row]:
@@ -124,28 +77,6 @@ def rows_of(case: Case, problem: Problem, peaks: Row, runs: int, device: str) ->
     least = max(problem.flops / peaks[f"{problem.rate}_flops_per_s"], problem.bytes / peaks["copy_bytes_per_s"])
     row["share_of_peak"] = least / row["median_s"]
     return [with_baseline(row, name, times) for name, times in zip(problem.baselines, others, strict=True)]
-
-
-def timing(times: list[float]) -> Row:
-    tenths = statistics.quantiles(times, n=10)
-    return {"median_s": statistics.median(times), "p20_s": tenths[1], "p80_s": tenths[7]}
-
-
-def with_baseline(row: Row, name: str, times: list[float]) -> Row:
-    median = statistics.median(times)
-    extra = {"baseline": name, "baseline_median_s": median, "ratio": median / row["median_s"]}
-    return {**row, **extra}
-
-
-def isa(backend: str, op: str, dtype: str, device: str) -> str:
-    """The instruction set or device that runs this op: the AMX table has AVX-512 code but for one op on bf16."""
-    if device != "cpu":
-        return f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
-    if backend == "cpu":
-        active = cpu.module().isa()
-        matrix = op == "symmetric_rank_k_update_" and dtype == "bfloat16"
-        return "avx512" if active == "amx" and not matrix else active
-    return torch.backends.cpu.get_cpu_capability().lower()
 
 
 def overhead_rows(device: str, runs: int) -> list[Row]:
@@ -177,7 +108,7 @@ def overhead_rows(device: str, runs: int) -> list[Row]:
             lambda: torch.linalg.solve(spd, x),
         ),
     }  # fmt: skip
-    found = []
+    measured = []
     for op, (ours, name, baseline) in calls.items():
         for backend in ("torch", "cpu", "triton", "cuda"):
             if probe(backend).reason or probe(backend).explicit_only:
@@ -192,8 +123,8 @@ def overhead_rows(device: str, runs: int) -> list[Row]:
             row = {"op": op, "case": f"call overhead, 16 elements, {backend}", "dtype": "float32", "backend": backend,
                    "isa": isa(backend, op, "float32", device), "flops": None, "bytes": None, "share_of_peak": None,
                    "error": None, "error_limit": None, "floor": None, "goal": None, "note": ""}  # fmt: skip
-            found.append(with_baseline({**row, **timing(mine)}, name, theirs))
-    return found
+            measured.append(with_baseline({**row, **timing(mine)}, name, theirs))
+    return measured
 
 
 def hundred(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -204,44 +135,8 @@ def hundred(call: Callable[[], Any]) -> Callable[[], Any]:
     return calls
 
 
-def provenance(device: str) -> Row:
-    """Machine, versions and commit, as they stand beside every row."""
-    if device == "cpu":
-        info = Path("/proc/cpuinfo")
-        lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        machine = f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
-    else:
-        machine = torch.cuda.get_device_name()
-    versions = {"kedit_fast": kedit_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {"machine": machine, "versions": versions, "commit": commit_of(Path(__file__).parent.parent)}
-
-
-def commit_of(folder: Path) -> str:
-    """The commit of a checkout, with -dirty when something but results and documents was changed since; '' for none."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=folder).stdout.strip()
-
-    name = git("describe", "--always")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results",
-                  ":(exclude)*.md")  # fmt: skip
-    return f"{name}-dirty" if name and changed else name
-
-
-def require_clean(target: Path | None, about: Row) -> None:
-    """End, before anything is measured, when numbers of no commit would go among the committed results."""
-    clean = about["commit"] and not about["commit"].endswith("-dirty")
-    if target is not None and not clean and target.resolve().is_relative_to(RESULTS.resolve()):
-        sys.exit(
-            f"{target}: {RESULTS.name} holds numbers of commits alone, and this tree is {about['commit'] or 'none'}: "
-            "commit first, or write elsewhere"
-        )
-
-
 def show(rows: list[Row], about: Row, peaks: Row) -> None:
-    title = f"{about['machine']}, torch {torch.__version__}, {about['commit']}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title_of(about), title_justify="left")
     for column in ("op", "case", "dtype", "backend", "baseline", "ms", "baseline ms", "ratio", "floor", "of peak",
                    "error"):  # fmt: skip
         table.add_column(column, overflow="fold")
@@ -289,13 +184,9 @@ def run(
             torch.compiler.reset()
     if suite in (Suite.overhead, Suite.all):
         rows += [row for row in overhead_rows(device, runs) if only in f"{row['op']} {row['case']} {row['dtype']}"]
-    rows = [{**row, **about} for row in rows]
     show(rows, about, peaks)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({"peaks": peaks, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    if any(row["ratio"] is None for row in rows):
-        raise typer.Exit(1)
+    save(json_file, document_of(rows, about, peaks))
+    fail_on_wrong_results(rows)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -331,10 +222,10 @@ def compare(
             table.add_row(*key, _ratio(row), "not measured", "" if allow_missing else "worse")
             worse += not allow_missing
             continue
-        found = after[key]["ratio"]
-        fell = found is None or (row["ratio"] is not None and found < (1 - drop) * row["ratio"])
+        new_ratio = after[key]["ratio"]
+        fell = new_ratio is None or (row["ratio"] is not None and new_ratio < (1 - drop) * row["ratio"])
         worse += fell
-        change = "" if not row["ratio"] or not found else f"{found / row['ratio'] - 1:+.0%}"
+        change = "" if not row["ratio"] or not new_ratio else f"{new_ratio / row['ratio'] - 1:+.0%}"
         table.add_row(*key, _ratio(row), _ratio(after[key]), f"{change} worse" if fell else change)
     console.print(table)
     console.print(f"{worse} of {len(before)} rows fell by more than {drop:.0%}, are gone, or are wrong")
@@ -356,11 +247,7 @@ def plot(
     """Draw ratio bars and a roofline as PNG and SVG."""
     from benchmarks.plots import ratio_bars, roofline
 
-    document = read(file)
-    out.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("ratios", ratio_bars), ("roofline", roofline)):
-        for path in draw(document, out / f"{file.stem}_{name}"):
-            console.print(str(path))
+    draw(read(file), file, out, {"ratios": ratio_bars, "roofline": roofline})
 
 
 @app.command()

@@ -13,7 +13,6 @@ is what it loads: dtypes differ. Nothing is timed before our moments agree with 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import random
 import time
@@ -29,7 +28,20 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import published
-from benchmarks.run import Row, isa, measured_peaks, provenance, require_clean, synchronize, timing, with_baseline
+from benchmarks.harness import (
+    Row,
+    document_of,
+    fail_on_wrong_results,
+    isa,
+    measured_peaks,
+    provenance,
+    require_clean,
+    save,
+    synchronize,
+    timing,
+    title_of,
+    with_baseline,
+)
 from benchmarks.values import forget_peak, peak_bytes
 from kedit_fast import collect_statistics, demo
 from kedit_fast.models.view import ModelView
@@ -204,9 +216,8 @@ def rows_of(shape: Shape, runs: int, device: str, peaks: Row) -> list[Row]:
 
 
 def show(rows: list[Row], about: Row) -> None:
-    title = f"{about['machine']}, torch {torch.__version__}, {about['commit']}"
     columns = ("case", "s", "tokens/s", "published s", "ratio", "floor", "goal", "of peak", "MiB (published)", "error")
-    table = Table(*columns, title=title)
+    table = Table(*columns, title=title_of(about))
     for row in rows:
         if row["ratio"] is None:
             table.add_row(row["case"], "wrong result", "", "", "", "", "", "", "", f"{row['error']:.1e}")
@@ -241,13 +252,9 @@ def run(
         if tokens is not None:
             shape = Shape(shape.name, shape.layers, tokens, shape.pieces, shape.config)
         rows += rows_of(shape, runs, device, peaks)
-        if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            document = {"peaks": peaks, "rows": [{**row, **about} for row in rows], "about": about}
-            json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        save(json_file, document_of(rows, about, peaks))
     show(rows, about)
-    if any(row["ratio"] is None for row in rows):
-        raise typer.Exit(1)
+    fail_on_wrong_results(rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ and `markdown` of benchmarks.run read the rows.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from enum import Enum
@@ -22,7 +21,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.run import Row, interleaved, provenance, require_clean, synchronize, timing, with_baseline
+from benchmarks.harness import (
+    Row,
+    document_of,
+    draw,
+    fail_on_wrong_results,
+    interleaved,
+    provenance,
+    read,
+    require_clean,
+    save,
+    synchronize,
+    timing,
+    title_of,
+    with_baseline,
+)
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.least_squares import solve_update
 from kedit_fast.solver.preconditioner import Covariance, NullSpace
@@ -202,8 +215,9 @@ def best(call: Callable[[], Any], repeats: int, device: str) -> float:
 
 
 def show(rows: list[Row], sequence: list[Row], about: Row) -> None:
-    title = f"{about['machine']}, torch {torch.__version__}, {about['commit']}"
-    table = Table("case", "ms", "baseline", "baseline ms", "ratio", "floor", "goal", "error", "note", title=title)
+    table = Table(
+        "case", "ms", "baseline", "baseline ms", "ratio", "floor", "goal", "error", "note", title=title_of(about)
+    )
     for row in rows:
         if row["ratio"] is None:
             table.add_row(row["case"], "wrong result", row["baseline"], "", "", "", "", f"{row['error']:.1e}", "")
@@ -245,13 +259,9 @@ def run(
         rows += alphaedit_rows(d, out, u, n, runs, device)
     if suite in (Suite.sequence, Suite.all):
         sequence = sequence_rows(d, out, u, device)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        document = {"peaks": {}, "rows": [{**row, **about} for row in rows], "sequence": sequence, "about": about}
-        json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    save(json_file, document_of(rows, about, sequence=sequence))
     show(rows, sequence, about)
-    if any(row["ratio"] is None for row in rows):
-        raise typer.Exit(1)
+    fail_on_wrong_results(rows)
 
 
 @app.command()
@@ -261,10 +271,7 @@ def plot(
     """Draw seconds of a batch and bytes of the state against the keys kept, as PNG and SVG."""
     from benchmarks.plots import sequence_curves
 
-    document = json.loads(file.read_text(encoding="utf-8"))
-    out.mkdir(parents=True, exist_ok=True)
-    for path in sequence_curves(document, out / f"{file.stem}_sequence"):
-        console.print(str(path))
+    draw(read(file), file, out, {"sequence": sequence_curves})
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.harness import provenance, synchronize
 from benchmarks.problems import build
-from benchmarks.run import provenance, synchronize
 
 
 @pytest.fixture

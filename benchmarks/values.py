@@ -13,7 +13,6 @@ no economies of scale. The row's note says so.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -30,7 +29,20 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import published, savings
-from benchmarks.run import Row, provenance, require_clean, synchronize, timing, with_baseline
+from benchmarks.harness import (
+    Row,
+    document_of,
+    draw,
+    fail_on_wrong_results,
+    provenance,
+    read,
+    require_clean,
+    synchronize,
+    timing,
+    title_of,
+    with_baseline,
+)
+from benchmarks.harness import save as save_document
 from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.editing.values.loop import find_values
 from kedit_fast.methods.hparams import Hparams, make_hparams
@@ -262,8 +274,7 @@ def peak_bytes(device: str) -> int | None:
 
 
 def show(rows: list[Row], batches: list[Row], about: Row) -> None:
-    title = f"{about['machine']}, torch {torch.__version__}, {about['commit']}"
-    table = Table("op", "case", "seconds", "baseline seconds", "ratio", "floor", "goal", "error", title=title)
+    table = Table("op", "case", "seconds", "baseline seconds", "ratio", "floor", "goal", "error", title=title_of(about))
     for row in rows:
         if row["ratio"] is None:
             table.add_row(row["op"], row["case"], "wrong result", "", "", "", "", f"{row['error']:.1e}")
@@ -296,10 +307,7 @@ def run(
     batches: list[Row] = []
 
     def save() -> None:
-        if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            document = {"peaks": {}, "rows": [{**row, **about} for row in rows], "batches": batches, "about": about}
-            json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        save_document(json_file, document_of(rows, about, batches=batches))
 
     if every or suite == Suite.batches:
         batches = batch_rows(device)
@@ -317,8 +325,7 @@ def run(
         rows.append(values_row(GPT2_SMALL, device, runs, 6.0, 10.0, 2 if device == "cpu" else 8))
         save()
     show(rows, batches, about)
-    if any(row["ratio"] is None for row in rows):
-        raise typer.Exit(1)
+    fail_on_wrong_results(rows)
 
 
 @app.command()
@@ -328,18 +335,15 @@ def plot(
     """Draw edits a second and peak memory against the batch, and the gain of each saving, as PNG and SVG."""
     from benchmarks.plots import batch_curves, saving_bars
 
-    document = json.loads(file.read_text(encoding="utf-8"))
+    document = read(file)
     measured = {"batches": bool(document["batches"]),
                 "savings": any(row["op"] == "value iteration" for row in document["rows"])}  # fmt: skip
     if not any(measured.values()):
         sys.exit(f"{file} holds nothing to draw: --suite batches or --suite savings measures it")
-    out.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("batches", batch_curves), ("savings", saving_bars)):
-        if not measured[name]:
-            console.print(f"no {name}: not measured in {file}", style="yellow")
-            continue
-        for path in draw(document, out / f"{file.stem}_{name}"):
-            console.print(str(path))
+    for name in (name for name, there in measured.items() if not there):
+        console.print(f"no {name}: not measured in {file}", style="yellow")
+    pictures = {"batches": batch_curves, "savings": saving_bars}
+    draw(document, file, out, {name: picture for name, picture in pictures.items() if measured[name]})
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def test_peaks_of_a_slow_machine_take_seconds_and_bf16_has_fp32s_without_units(h
     monkeypatch.setattr(run.torch, "mm", slow)
     for units, dtypes in ((False, 2), (True, 3)):
         sides.clear()
-        monkeypatch.setattr(run, "has_units", lambda dtype, units=units: units)
+        monkeypatch.setattr("benchmarks.harness.has_units", lambda dtype, units=units: units)
         peaks = run.measured_peaks("cpu")
         assert len({dtype for dtype, _ in sides}) == dtypes and {side for _, side in sides} == {512}
         assert (peaks["bf16_flops_per_s"] == peaks["fp32_flops_per_s"]) == (not units)

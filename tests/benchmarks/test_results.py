@@ -50,11 +50,11 @@ def test_every_row_and_every_curve_says_its_commit():
 def test_a_result_of_a_changed_tree_is_refused_before_anything_is_measured(name, commit, monkeypatch, tmp_path):
     import importlib
 
-    from benchmarks import run
+    from benchmarks import harness
 
     module = importlib.import_module(f"benchmarks.{name}")
     about = {"machine": "m", "versions": {"torch": "2"}, "commit": commit}
-    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(module, "provenance", lambda device: about)
     for measure in ("measured_peaks", "subject", "batch_rows", "memit_rows", "Bench", "demo"):
         if hasattr(module, measure):
@@ -64,13 +64,13 @@ def test_a_result_of_a_changed_tree_is_refused_before_anything_is_measured(name,
     done = CliRunner().invoke(module.app, arguments)
     assert done.exit_code != 0 and "commit first, or write elsewhere" in str(done.exception), done.output
     assert (commit or "none") in str(done.exception) and not target.exists()
-    run.require_clean(tmp_path / "elsewhere.json", about)  # where it is marked by its commit
-    run.require_clean(target, about | {"commit": "abc1234"})
-    run.require_clean(None, about)
+    harness.require_clean(tmp_path / "elsewhere.json", about)  # where it is marked by its commit
+    harness.require_clean(target, about | {"commit": "abc1234"})
+    harness.require_clean(None, about)
 
 
 def test_a_tree_is_changed_by_code_not_by_results_and_documents(tmp_path):
-    from benchmarks.run import commit_of
+    from benchmarks.harness import commit_of
 
     def git(*arguments):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True,
@@ -91,3 +91,11 @@ def test_a_tree_is_changed_by_code_not_by_results_and_documents(tmp_path):
     assert commit_of(tmp_path) == clean
     files["kedit_fast/op.py"].write_text("2")
     assert commit_of(tmp_path) == f"{clean}-dirty"
+
+
+def test_the_tables_of_the_page_are_those_of_the_committed_results():
+    from benchmarks import page
+
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    assert page.replaced(text) == text, "run: python -m benchmarks.page benchmarks/README.md"
+    assert all(f"<!-- table: {name} -->" in text for name in page.TABLES)

@@ -1,0 +1,150 @@
+"""The tables of benchmarks/README.md, from the committed results: one metric a table.
+
+    python -m benchmarks.page            print them
+    python -m benchmarks.page PAGE       replace them in a page
+
+A page holds `<!-- table: NAME -->` and `<!-- end -->` around each table.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.harness import RESULTS, Row, read
+from benchmarks.quality import TITLES
+from kedit_fast.methods.registry import RECIPES
+
+MACHINE = "cpu_sapphire_rapids_2_threads"
+METRICS = {
+    "efficacy": lambda value: f"{value:.2f}",
+    "paraphrase": lambda value: f"{value:.2f}",
+    "neighborhood": lambda value: f"{value:.2f}",
+    "drift": lambda value: f"{value:+.3f}",
+    "seconds": lambda value: f"{value:.0f}",
+    "retention": lambda value: f"{value:.2f}",
+}
+
+
+def rows_in(name: str) -> list[Row]:
+    """The rows of a committed document."""
+    return read(RESULTS / f"{name}.json")["rows"]
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def quality(metric: str) -> str:
+    """A row for each method and a column for each scenario."""
+    rows = {(row["method"], row["scenario"]): row for row in rows_in("quality_demo")}
+    scenarios = [name for name in TITLES if any((method, name) in rows for method in RECIPES)]
+    scenarios = [s for s in scenarios if any(rows.get((m, s), {}).get(metric) is not None for m in RECIPES)]
+
+    def cell(method: str, scenario: str) -> str:
+        row = rows.get((method, scenario), {})
+        return "n/a" if "n/a" in row else "" if row.get(metric) is None else METRICS[metric](row[metric])
+
+    methods = [method for method in RECIPES if any((method, scenario) in rows for scenario in scenarios)]
+    return table(
+        ["method", *(TITLES[scenario] for scenario in scenarios)],
+        ([f"`{method}`", *(cell(method, scenario) for scenario in scenarios)] for method in methods),
+    )
+
+
+def cases() -> dict[tuple[str, str, str], list[Row]]:
+    """Rows of the ops by case: the first against the expression, the next against it compiled."""
+    grouped: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows_in(MACHINE):
+        grouped.setdefault((row["op"], row["case"], row["dtype"]), []).append(row)
+    return grouped
+
+
+def ops_ratios() -> str:
+    """Ratios against the torch expressions."""
+    lines = []
+    for (op, case, dtype), rows in cases().items():
+        if rows[0]["flops"] is not None:
+            compiled = [f"{row['ratio']:.1f}" for row in rows if "compile" in row["baseline"]]
+            lines.append((f"`{op}`", case, dtype, f"{rows[0]['ratio']:.1f}", "".join(compiled[:1])))
+    return table(("op", "case", "dtype", "over eager", "over compiled"), lines)
+
+
+def ops_times() -> str:
+    """Our median times."""
+    lines = [
+        (f"`{op}`", case, dtype, rows[0]["isa"], f"{rows[0]['median_s'] * 1e3:.3g}")
+        for (op, case, dtype), rows in cases().items()
+        if rows[0]["flops"] is not None
+    ]
+    return table(("op", "case", "dtype", "instruction set", "ms"), lines)
+
+
+def ops_overhead() -> str:
+    """Time of a call on 16 elements."""
+    lines = [
+        (f"`{op}`", first["backend"], f"{first['median_s'] * 1e6:.0f}", f"{first['baseline_median_s'] * 1e6:.0f}")
+        for (op, _, _), (first, *_) in cases().items()
+        if first["flops"] is None
+    ]
+    return table(("op", "backend", "µs", "µs of the torch expression"), lines)
+
+
+def seconds_and_ratio(name: str, op: str | None = None) -> str:
+    """Our median, the baseline's, and their ratio."""
+    lines = [
+        (
+            row["case"],
+            row["baseline"],
+            f"{row['median_s']:.3g}",
+            f"{row['baseline_median_s']:.3g}",
+            f"{row['ratio']:.1f}",
+        )
+        for row in rows_in(f"{MACHINE}_{name}")
+        if (row["op"] == "value iteration") == (op == "value iteration")
+    ]
+    return table(("case", "baseline", "seconds", "seconds of the baseline", "ratio"), lines)
+
+
+def statistics_rate() -> str:
+    """Tokens a second of statistics."""
+    lines = [
+        (row["case"], f"{row['tokens_per_s']:,.0f}", f"{row['share_of_peak']:.0%}", f"{row['error']:.0e}")
+        for row in rows_in(f"{MACHINE}_statistics")
+    ]
+    return table(("case", "tokens per second", "share of peak", "error against fp64 sums"), lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    **{f"quality {metric}": lambda metric=metric: quality(metric) for metric in METRICS},
+    "ops ratios": ops_ratios,
+    "ops times": ops_times,
+    "ops overhead": ops_overhead,
+    "values": lambda: seconds_and_ratio("values"),
+    "savings": lambda: seconds_and_ratio("values", "value iteration"),
+    "solver": lambda: seconds_and_ratio("solver"),
+    "statistics": lambda: seconds_and_ratio("statistics"),
+    "statistics rate": statistics_rate,
+}
+
+
+def replaced(page: str) -> str:
+    """A page with every table between its marks replaced."""
+    return re.sub(
+        r"<!-- table: ([\w ]+) -->.*?<!-- end -->",
+        lambda match: f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->",
+        page,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        path = Path(sys.argv[1])
+        path.write_text(replaced(path.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print("\n\n".join(f"{name}\n\n{build()}" for name, build in TABLES.items()))
