@@ -78,6 +78,8 @@ LIBRARY_HOMES = {"matplotlib": {"support/figures.py"}}
 """Libraries that one file of their room may import."""
 
 DYNAMIC = {
+    "cli/lazy.py",
+    "cli/reference.py",
     "kernels/native.py",
     "kernels/native/loader.py",
     "kernels/triton/__init__.py",
