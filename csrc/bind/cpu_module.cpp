@@ -44,7 +44,7 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("cpu_features", &kf::cpu_features);
   m.def("thread_source", [] { return std::string(kf::thread_source()); });
-  m.def("release_scratch", &kf::release_scratch, "Free the scratch memory kept between calls.");
+  m.def("release_scratch", &kf::release_scratch, "Free the scratch memory that is pooled between calls.");
   m.def("compiler", [] { return std::string(__VERSION__); });
 
   m.def(

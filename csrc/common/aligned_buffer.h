@@ -1,4 +1,4 @@
-// Scratch memory for one call, aligned to a page. Freed blocks are kept for the next call, up to KEPT_BYTES in all:
+// Scratch memory for one call, aligned to a page. Freed blocks are pooled for later calls, up to KEPT_BYTES in all:
 // fresh pages cost more to fault in than the kernels take to fill them. Throws std::bad_alloc when there is none.
 #pragma once
 #include <cstddef>
@@ -24,7 +24,7 @@ class AlignedBuffer {
   size_t bytes_;
 };
 
-// Gives the kept blocks back to the system.
+// Returns the pooled blocks to the system.
 void release_scratch();
 
 }  // namespace kf

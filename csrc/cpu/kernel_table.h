@@ -1,5 +1,5 @@
 // What one instruction set offers. Every body is compiled once per instruction set (isa_*.cpp) and hands its functions
-// to the drivers through this table, so that code of a wide instruction set is reached in no other way.
+// to the drivers through this table, the only way to code of a wide instruction set.
 #pragma once
 #include <cstddef>
 #include <cstdint>

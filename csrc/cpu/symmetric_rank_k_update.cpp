@@ -62,7 +62,7 @@ void symmetric_rank_k_update(const TensorView& acc, const TensorView& x, const T
     weight[i] = row_weights.dtype == DType::f64 ? static_cast<const double*>(row_weights.data)[at]
                                                 : static_cast<const float*>(row_weights.data)[at];
     if (weight[i] == 0) counts[i] = 0;
-    if (!counts[i]) weight[i] = 0;  // whatever it was: NaN times a zero would count
+    if (!counts[i]) weight[i] = 0;  // even if it was NaN: NaN times zero would count
     weighted = weighted || (counts[i] && weight[i] != 1);
   }
 

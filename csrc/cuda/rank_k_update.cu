@@ -11,7 +11,7 @@
 namespace kf::cuda {
 namespace {
 
-// A block of 8 warps owns 64 rows x 256 columns of the weight: a warp 8 rows, a lane 8 neighbouring columns, so that a
+// A block of 8 warps owns 64 rows x 256 columns of the weight: a warp 8 rows, a lane 8 neighboring columns, so that a
 // lane reads and writes 16 bytes of a 16-bit weight at once. Factors pass through shared memory DEPTH columns at a
 // time.
 constexpr int WARPS = 8, ROWS_PER_WARP = 8, LANE_COLUMNS = 8, DEPTH = 16;
@@ -64,7 +64,7 @@ struct Target {
   int64_t row_stride, step;
 };
 
-// ALIGNED: neighbouring columns are neighbours in memory and rows begin at multiples of 16 bytes.
+// ALIGNED: neighboring columns are neighbors in memory and rows begin at multiples of 16 bytes.
 template <class W, class C, bool ALIGNED>
 __global__ void __launch_bounds__(WARPS * 32)
     rank_k_update_kernel(Target<W> weight, Target<C> copy, Factor left, Factor right, float alpha, int64_t rows,
@@ -130,7 +130,7 @@ void check_cuda(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-// The current device, put back when the call ends.
+// Makes a device current and restores the previous one when the call ends.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
@@ -203,7 +203,7 @@ void rank_k_update(const TensorView& weight, const TensorView& left, const Tenso
                weight.shape[1],
                left.shape[1],
                weight.stride[0] < weight.stride[1]};
-  if (p.transposed) {  // neighbours in memory should be neighbouring columns: update the transpose
+  if (p.transposed) {  // neighbors in memory should be neighboring columns: update the transpose
     std::swap(p.rows, p.columns);
     std::swap(p.left, p.right);
   }

@@ -25,7 +25,7 @@ def world() -> tuple[int, int]:
 def start() -> bool:
     """Join the process group that torchrun describes, unless one exists; True when this call created it.
 
-    nccl and gloo where there is a GPU, gloo alone otherwise.
+    It uses nccl and gloo where there is a GPU, otherwise only gloo.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available() or dist.is_initialized():
         return False

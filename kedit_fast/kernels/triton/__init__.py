@@ -1,4 +1,4 @@
-"""Triton kernels, one file an op; loaded on first use, so that importing the package does not import Triton."""
+"""Triton kernels, one file per op, loaded on first use: importing the package does not import Triton."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Exact products on matrix units, and what the interpreter lacks.
+"""Products on matrix units that are exact to fp32, and replacements for what the interpreter lacks.
 
 An fp32 number is the sum of three bf16 numbers (8 + 8 + 8 bits). Of the nine products of two such sums the six largest
-are kept: what is left out is below 2^-24 of the product, the rounding of fp32 itself.
+are computed: the rest is below 2^-24 of the product, the rounding of fp32 itself.
 
-Matrix units cut their sums instead of rounding them (Fasi et al., PeerJ Computer Science 7, e330), each step by up to
-an ulp and always towards zero, so a long sum drifts. Here a sum of the unit is 256 deep and joins the total by an
-ordinary addition.
+Matrix units truncate their sums instead of rounding them (Fasi et al., PeerJ Computer Science 7, e330): by up to an ulp
+per step and always towards zero, so a long sum drifts. Here a sum within the unit is 256 deep and is then added to the
+total by an ordinary addition.
 
-The interpreter multiplies bf16 bit patterns as integers and rounds them half up, so there the operands stay fp32 and
+The interpreter multiplies bf16 bit patterns as integers and rounds them half up. There the operands stay in fp32, and
 the rounding is written out.
 """
 
@@ -19,7 +19,7 @@ import triton.language as tl
 
 @triton.jit
 def _high_part(value):
-    """The bf16 nearest to fp32 `value`, as fp32; what would round to infinity is cut instead."""
+    """The bf16 nearest to fp32 `value`, as fp32; values that would round to infinity are truncated."""
     bits = value.to(tl.uint32, bitcast=True)
     rounded = tl.where((bits & 0x7FFFFFFF) < 0x7F7F8000, bits + 0x8000, bits) & 0xFFFF0000
     return rounded.to(tl.float32, bitcast=True)
@@ -27,7 +27,7 @@ def _high_part(value):
 
 @triton.jit
 def _multiply(a, b, total, INTERPRET: tl.constexpr):
-    """total + a b for fp32 operands that hold bf16 numbers."""
+    """total + a b for fp32 operands whose values are bf16 numbers."""
     if INTERPRET:
         return tl.dot(a, b, total, input_precision="ieee")
     else:
@@ -67,9 +67,9 @@ def dot(a, b, total, PRODUCTS: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def accumulate(a, b, part, total, step, PRODUCTS: tl.constexpr, DEPTH: tl.constexpr, INTERPRET: tl.constexpr):
-    """Add a b to `part`, and `part` to `total` when it is as deep as it may be: the new part and total.
+    """Add a b to `part`, and `part` to `total` once it is 256 deep; returns the new part and total.
 
-    `step` counts calls from 0; after the last one part + total is the result.
+    `step` counts calls from 0; after the last call part + total is the result.
     """
     STEPS: tl.constexpr = 256 // DEPTH  # 256 is a multiple of every tile's depth
     if PRODUCTS == 1:

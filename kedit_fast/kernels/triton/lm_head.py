@@ -1,4 +1,4 @@
-"""What the two ops on the language-model head share: a tile of logits, and d logits times the head."""
+"""What the kernels of the two ops on a language-model head share: a tile of logits, and d logits times the head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kedit_fast.kernels.triton.launch import (
     size_class,
 )
 
-WAVES = 4  # programs for each multiprocessor that splitting aims at
+WAVES = 4  # programs per multiprocessor that splitting aims at
 D_LOGITS_BYTES = 64 << 20  # of d logits in memory at a time
 
 

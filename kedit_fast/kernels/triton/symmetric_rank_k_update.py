@@ -1,7 +1,7 @@
-"""acc's lower triangle += alpha x^T diag(w) x: lower tiles alone, in the order that shares x in the L2 cache.
+"""acc's lower triangle += alpha x^T diag(w) x: only lower tiles, in an order that shares x in the L2 cache.
 
-Where the tiles do not fill the device, the rows of x are split over several programs, whose sums a second kernel adds
-in a fixed order: the result has the same bits at every run.
+Where the tiles do not fill the device, the rows of x are split over several programs, and a second kernel adds their
+sums in a fixed order, so the result has the same bits at every run.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from kedit_fast.kernels.triton.launch import (
     size_class,
 )
 
-SUMMED_ROWS = 8192  # rows whose sum is kept in fp32 before it joins acc
-WAVES = 2  # programs for each multiprocessor that splitting aims at
-STRIP = 16  # rows of a tile that one program adds up
+SUMMED_ROWS = 8192  # rows that are summed in fp32 before their sum is added to acc
+WAVES = 2  # programs per multiprocessor that splitting aims at
+STRIP = 16  # rows of a tile that one program of the second kernel adds
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _triangle_row(index):
 
 @triton.jit
 def _lower_tile(index, tiles, GROUP: tl.constexpr):
-    """Row and column of the index-th lower tile: bands of GROUP rows, in a band column by column."""
+    """Row and column of the index-th lower tile: by bands of GROUP rows, and column by column within a band."""
     band = _triangle_row(index) // GROUP
     first = band * GROUP
     local = index - first * (first + 1) // 2
@@ -82,7 +82,7 @@ def _symmetric_rank_k_update_kernel(
         left = tl.load(left_columns + offset[None, :], mask=(i < d)[:, None] & counts[None, :], other=0.0)
         right = tl.load(right_columns + offset[:, None], mask=counts[:, None] & (j < d)[None, :], other=0.0)
         if WEIGHTED:
-            left = left.to(tl.float32) * weight[None, :]  # left is 0 where a row does not count, whatever its weight
+            left = left.to(tl.float32) * weight[None, :]  # 0 where a row does not count, even beside NaN
         step = (first - begin) // DEPTH
         part, total = accumulate(left, right, part, total, step, PRODUCTS, DEPTH, INTERPRET)
     total += part
