@@ -1,10 +1,10 @@
-"""Attention of tail tokens over prefixes that do not change, with the tokens of all rows packed into one.
+"""Attention of tail tokens over prefixes that do not change, with the tail tokens of all rows packed into one row.
 
-transformers' own path pads rows to one length, puts prefix and tail together anew for every layer and pass, repeats
+transformers' own path pads rows to one length, concatenates prefix and tail again for every layer and pass, repeats
 keys and values for grouped heads, makes a mask, and computes gradients for the prefix. Here the blocks see the tail
-tokens of all rows as one row without padding; only the attention between them is laid out by rows, in a place where
-the prefix already lies, and gradients go to the tail alone. It takes the place of the model's attention function
-through transformers' registry of attention functions; models or versions without one keep theirs, see `usable`.
+tokens of all rows as one row without padding. Only the attention between them is laid out by rows, in memory that holds
+the prefix already, and gradients go to the tail alone. The function replaces the model's attention function through
+transformers' registry; models or versions of transformers without one keep their own, see `usable`.
 """
 
 from __future__ import annotations
@@ -31,31 +31,33 @@ def usable(view: ModelView) -> bool:
 
 
 @dataclass(frozen=True)
-class Joint:
-    """Keys and values [R, groups, P + S, size] of one layer, the last S places written anew by each pass."""
+class KeysValues:
+    """Keys and values of one layer: R rows of P places for prefixes, then S places that each pass overwrites."""
 
     keys: torch.Tensor
+    """[R, groups, P + S, size]."""
     values: torch.Tensor
+    """[R, groups, P + S, size]."""
 
-    def padded(self, before: int, behind: int) -> Joint:
-        """With empty places before and behind."""
-        return Joint(*(torch.nn.functional.pad(part, (0, 0, before, behind)) for part in (self.keys, self.values)))
+    def padded(self, before: int, behind: int) -> KeysValues:
+        """The same with more places, of zeros, before and behind."""
+        return KeysValues(*(torch.nn.functional.pad(part, (0, 0, before, behind)) for part in (self.keys, self.values)))
 
-    def select(self, rows: torch.Tensor, begin: int, end: int) -> Joint:
-        """The places begin to end of some rows."""
-        return Joint(*(part[rows.to(part.device), :, begin:end].contiguous() for part in (self.keys, self.values)))
+    def select(self, rows: torch.Tensor, begin: int, end: int) -> KeysValues:
+        """Some of the rows, from place `begin` up to place `end`."""
+        return KeysValues(*(part[rows.to(part.device), :, begin:end].contiguous() for part in (self.keys, self.values)))
 
     @staticmethod
-    def cat(joints: Sequence[Joint]) -> Joint:
-        """All rows of joints of one length."""
-        return Joint(torch.cat([joint.keys for joint in joints]), torch.cat([joint.values for joint in joints]))
+    def cat(parts: Sequence[KeysValues]) -> KeysValues:
+        """The rows of all, which have the same length."""
+        return KeysValues(torch.cat([part.keys for part in parts]), torch.cat([part.values for part in parts]))
 
 
 class Layout:
-    """Where the packed tail tokens of R rows stand, and who may look at whom.
+    """Where the packed tail tokens of R rows belong, and which tokens each of them attends to.
 
     Args:
-        inside: [R, S] which places of the tails hold a token; packed tokens are in this order.
+        inside: [R, S] bool, which places of the tails hold a token; packed tokens are in this order.
         positions: [R, S] of the tokens in their own prompts.
         prefix: P, the places for prefixes; those of a row end where its tail begins.
         lookup: [R] position of each tail's first token, which is the length of its prefix.
@@ -71,35 +73,42 @@ class Layout:
         self._bias: dict[int | None, torch.Tensor] = {}
 
     def bias(self, window: int | None) -> torch.Tensor:
-        """What is added to scores [R, 1, S, P + S]: 0, or the least number where a query may not look."""
+        """[R, 1, S, P + S] added to scores: 0, or the lowest fp32 number where a query does not attend to a key.
+
+        Args:
+            window: length of the sliding window in tokens; None without one.
+        """
         if window not in self._bias:
-            ago = self.queries_at[:, :, None] - self.keys_at[:, None]  # [R, S, P + S]
-            seen = self.is_key[:, None] & (ago >= 0)
+            distance = self.queries_at[:, :, None] - self.keys_at[:, None]  # [R, S, P + S]
+            visible = self.is_key[:, None] & (distance >= 0)
             if window is not None:
-                seen = seen & (ago < window)
-            bias = torch.zeros(seen.shape, dtype=torch.float32, device=seen.device)
-            self._bias[window] = bias.masked_fill_(~seen, torch.finfo(torch.float32).min)[:, None]
+                visible = visible & (distance < window)
+            bias = torch.zeros(visible.shape, dtype=torch.float32, device=visible.device)
+            self._bias[window] = bias.masked_fill_(~visible, torch.finfo(torch.float32).min)[:, None]
         return self._bias[window]
 
 
 @dataclass(frozen=True)
 class _Tail:
-    """What the cache hands the attention function for keys: the tail's, and where they belong."""
+    """What the cache gives the attention function instead of keys."""
 
     keys: torch.Tensor
-    joint: Joint
+    """[1, groups, N, size] of the packed tail tokens."""
+    storage: KeysValues
+    """Where they belong, beside the prefixes."""
     layout: Layout
+    """How they are laid out there."""
 
 
 class TailCache(DynamicCache):
-    """A cache whose prefixes are fixed: `update` returns the tail's keys with the place they go to."""
+    """A cache whose prefixes are fixed: `update` returns the tail's keys with the places that they belong to."""
 
-    def __init__(self, joints: dict[int, Joint], layout: Layout):
+    def __init__(self, caches: dict[int, KeysValues], layout: Layout):
         super().__init__()
-        self.joints, self.layout = joints, layout
+        self.caches, self.layout = caches, layout
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # noqa: D102
-        return _Tail(key_states, self.joints[layer_idx], self.layout), value_states
+        return _Tail(key_states, self.caches[layer_idx], self.layout), value_states
 
     def get_seq_length(self, *args, **kwargs) -> int:  # noqa: D102
         return 0
@@ -129,7 +138,7 @@ def _attention(
     scale = module.scaling if scaling is None else scaling
     bias = key.layout.bias(sliding_window)
     packed = (part[0].transpose(0, 1) for part in (query, key.keys, value))  # [N, heads, size]
-    output = _TailAttention.apply(*packed, key.joint, key.layout, bias, scale, softcap or 0.0)
+    output = _TailAttention.apply(*packed, key.storage, key.layout, bias, scale, softcap or 0.0)
     return output[None], None  # [1, N, heads, size]
 
 
@@ -140,14 +149,14 @@ class _TailAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, joint: Joint, layout: Layout, bias, scale: float, softcap: float):
+    def forward(ctx, query, key, value, storage: KeysValues, layout: Layout, bias, scale: float, softcap: float):
         (rows, tail), prefix = layout.shape, layout.prefix
         heads, groups = query.shape[1], key.shape[1]
         row, place = layout.row.to(query.device), layout.place.to(query.device)
-        joint.keys[row, :, prefix + place] = key
-        joint.values[row, :, prefix + place] = value
-        keys, values = (part.flatten(0, 1) for part in (joint.keys, joint.values))  # [R groups, P + S, size]
-        queries = _rows(query, rows, tail, row, place).view(rows * groups, -1, query.shape[2])
+        storage.keys[row, :, prefix + place] = key
+        storage.values[row, :, prefix + place] = value
+        keys, values = (part.flatten(0, 1) for part in (storage.keys, storage.values))  # [R groups, P + S, size]
+        queries = _laid_out(query, rows, tail, row, place).view(rows * groups, -1, query.shape[2])
         scores = torch.bmm(queries, keys.mT)  # [R groups, heads / groups * S, P + S]
         wide = scores if scores.dtype == torch.float64 else scores.float()
         wide = wide.mul_(scale)
@@ -158,18 +167,19 @@ class _TailAttention(torch.autograd.Function):
         wide.view(rows, heads, tail, -1).add_(bias.to(wide.device))
         weights = torch.softmax(wide, -1).to(query.dtype)
         ctx.save_for_backward(queries, weights, row, place, *capped)
-        ctx.joint, ctx.scale, ctx.shape = (keys, values), scale, (rows, heads, groups, tail)
+        ctx.keys_values, ctx.scale, ctx.shape = (keys, values), scale, (rows, heads, groups, tail)
         return torch.bmm(weights, values).view(rows, heads, tail, -1)[row, :, place]
 
     @staticmethod
     def backward(ctx, gradient):
         queries, weights, row, place, *capped = ctx.saved_tensors
-        keys, values = ctx.joint
+        keys, values = ctx.keys_values
         rows, heads, groups, tail = ctx.shape
-        out = _rows(gradient, rows, tail, row, place).view(queries.shape)
+        out = _laid_out(gradient, rows, tail, row, place).view(queries.shape)
         of_weights = torch.bmm(out, values.mT)
         wide = weights if weights.dtype == torch.float64 else weights.float()
-        of_scores = torch._softmax_backward_data(of_weights.to(wide.dtype), wide, -1, wide.dtype)
+        # torch makes no public function of this kernel.
+        of_scores = torch._softmax_backward_data(of_weights.to(wide.dtype), wide, -1, wide.dtype)  # pyright: ignore[reportPrivateImportUsage]
         if capped:
             of_scores = of_scores * (1 - capped[0].square())
         of_scores = of_scores.mul_(ctx.scale).to(queries.dtype)
@@ -179,8 +189,8 @@ class _TailAttention(torch.autograd.Function):
         return of_query, of_key, of_value, None, None, None, None, None
 
 
-def _rows(packed: torch.Tensor, rows: int, tail: int, row: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+def _laid_out(packed: torch.Tensor, rows: int, tail: int, row: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """Packed tokens [N, heads, size] laid out as [rows, heads, tail, size], zero elsewhere."""
-    laid = packed.new_zeros(rows, packed.shape[1], tail, packed.shape[2])
-    laid[row, :, place] = packed
-    return laid
+    rows_first = packed.new_zeros(rows, packed.shape[1], tail, packed.shape[2])
+    rows_first[row, :, place] = packed
+    return rows_first

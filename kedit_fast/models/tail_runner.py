@@ -69,7 +69,7 @@ class TailRunner:
     """[R, P + S] int64, 1 where prefix and tail hold a token."""
     entering: torch.Tensor | None
     """[R, S, h] hidden states that enter the first live block; None where that is block 0."""
-    caches: dict[int, tail_attention.Joint]
+    caches: dict[int, tail_attention.KeysValues]
     """Keys and values of the prefixes by live layer, with room for the tails."""
     tokens: torch.Tensor = field(init=False)
     """[N] int64, the places of the flattened [R * S] that hold a token."""
@@ -142,7 +142,7 @@ class TailRunner:
             mask=torch.cat([pad_with_zeros(runner.mask, (before, behind)) for runner, before, behind in padded]),
             entering=entering,
             caches={
-                layer: tail_attention.Joint.cat(
+                layer: tail_attention.KeysValues.cat(
                     [runner.caches[layer].padded(before, behind) for runner, before, behind in padded]
                 )
                 for layer in self.caches
@@ -190,8 +190,8 @@ class TailRunner:
         cache = DynamicCache()
         for layer in range(self.view.num_layers):
             if layer in self.caches:
-                joint = self.caches[layer]
-                cache.update(joint.keys[:, :, : self.prefix], joint.values[:, :, : self.prefix], layer)
+                states = self.caches[layer]
+                cache.update(states.keys[:, :, : self.prefix], states.values[:, :, : self.prefix], layer)
             else:  # never read: only its length is, by masks and positions
                 none = self.mask.new_zeros((), dtype=torch.float32).expand(len(self.ids), 1, self.prefix, 1)
                 cache.update(none, none, layer)
@@ -270,7 +270,7 @@ def record_tails(
     caches = {}
     for layer in range(_first_live(sites), view.num_layers):
         keys, values = (at_slots(part, slots.clamp(min=0)) for part in keys_values(full_pass.cache, layer))
-        caches[layer] = tail_attention.Joint(keys, values).padded(0, tail)
+        caches[layer] = tail_attention.KeysValues(keys, values).padded(0, tail)
     runner = TailRunner(
         view=view,
         sites=sites,

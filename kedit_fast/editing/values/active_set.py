@@ -52,8 +52,8 @@ class ActiveSet:
 
     def __post_init__(self):
         if self.leader is not None:
-            self.group = torch.unique(self.leader, return_inverse=True)[1]
-            self.group_size = torch.bincount(self.group, minlength=self.group.numel()).clamp(min=1)
+            group = torch.unique(self.leader, return_inverse=True)[1]
+            self.group, self.group_size = group, torch.bincount(group, minlength=len(group)).clamp(min=1)
 
     @classmethod
     def start(
