@@ -90,7 +90,7 @@ def with_hidden(output: Any, hidden: torch.Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-class _Enough(Exception):
+class _AllSeen(Exception):
     """Raised by a hook to end the forward pass when all sites have been seen."""
 
 
@@ -199,7 +199,7 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
         see(site, states)
         missing.discard(site)
         if not missing:
-            raise _Enough
+            raise _AllSeen
 
     def see_input(site: Site) -> Callable[..., None]:
         return lambda module, args, kwargs: pass_on(site, next(iter((*args, *kwargs.values())), None))
@@ -209,7 +209,7 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
 
     on_inputs = [(module_at(view, site), see_input(site)) for site in missing if site.kind == "key"]
     on_outputs = [(module_at(view, site), see_output(site)) for site in missing if site.kind != "key"]
-    with input_hooks(on_inputs), output_hooks(on_outputs), contextlib.suppress(_Enough):
+    with input_hooks(on_inputs), output_hooks(on_outputs), contextlib.suppress(_AllSeen):
         _run_base(view, batch)
     if missing:
         raise did_not_run(view, min(missing, key=lambda site: (site.layer, site.kind)))
@@ -254,7 +254,7 @@ def last_hidden(view: ModelView, batch: TokenBatch) -> torch.Tensor:
 
 
 def _run_base(view: ModelView, batch: TokenBatch):
-    faster = view.once(fused_forwards) if fused.wanted() else {}
+    faster = view.once(fused_forwards) if fused.can_run() else {}
     # The caller may have replaced some modules' forward functions itself: those stay.
     with replaced_forwards({module: f for module, f in faster.items() if not has_replaced_forward(module)}):
         return view.base(

@@ -27,7 +27,7 @@ _log = logging.getLogger("kedit_fast")
 _SAMPLE_ROWS = 4
 
 
-def wanted() -> bool:
+def can_run() -> bool:
     """Whether the C++ kernels can run, no other backend was requested, and no gradients are needed."""
     return not torch.is_grad_enabled() and requested(None) in (AUTO, "cpu") and not probe("cpu").reason
 
