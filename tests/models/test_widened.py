@@ -221,7 +221,7 @@ def test_easyedits_rows_are_those_of_the_model_in_fp32(widening):
     tokenizer, found = make_tokenizer(), []
     for model in pair("llama"):
         view, prepared = ModelView(model), prepare(tokenizer, REQUESTS, PREFIXES, 128)
-        rows = easyedit_gradients(view, tokenizer, prepared, [view.module_name(2)], answer=True, once=2)
+        rows = easyedit_gradients(view, tokenizer, prepared, [view.module_name(2)], answer_rows=True, batch_size=2)
         found.append(rows.modules[view.module_name(2)])
     near(found[0].keys, found[1].keys)
     near(found[0].gradients, found[1].gradients)
