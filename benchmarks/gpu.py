@@ -63,7 +63,7 @@ from benchmarks.run import rows_of
 from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.backends import probe
 from kedit_fast.editing.values.loop import find_values
-from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.models.fingerprint import fingerprint
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prefixes import generate_prefixes

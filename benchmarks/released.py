@@ -59,7 +59,8 @@ from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.loop import find_values
 from kedit_fast.integrations import alphaedit
 from kedit_fast.integrations.sessions import detach_session
-from kedit_fast.methods.hparams import Hparams, make_hparams
+from kedit_fast.methods.hparams import Hparams
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.models.forward import Site
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prefixes import generate_prefixes

@@ -45,7 +45,8 @@ from benchmarks.harness import (
 from benchmarks.harness import save as save_document
 from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.editing.values.loop import find_values
-from kedit_fast.methods.hparams import Hparams, make_hparams
+from kedit_fast.methods.hparams import Hparams
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prefixes import generate_prefixes
 from kedit_fast.requests.prompts import PreparedRequest, prepare

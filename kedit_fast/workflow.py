@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.editor import Editor, EditResult
+from kedit_fast.editing.editor import Editor
+from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.values.memit_values import MemitCache
 from kedit_fast.errors import EditError, RequestError
 from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
 from kedit_fast.models.saving import save_model
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.problems import first_problems, require_no_problems, skipped_records
+from kedit_fast.requests.problems import OnError, first_problems, require_no_problems, skipped_records
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, continuation
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
@@ -29,14 +30,23 @@ from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
-STATE_FILE = "kedit_fast_state.safetensors"  # in a model's folder: what a method keeps between batches
+STATE_FILE = "kedit_fast_state.safetensors"
+"""In the folder of an edited model: what the method keeps between batches."""
 PHASES = ("statistics", "keys", "values", "solve", "write", "evaluate", "total")
 
 
 def save_edited(
     model: Any, tokenizer: Any, path: str | os.PathLike, overwrite: bool = False, editor: Editor | None = None
 ) -> None:
-    """`save_model`, and beside the model what its editor's method keeps between batches, as STATE_FILE."""
+    """`save_model`, and in the same folder, as STATE_FILE, what the editor's method keeps between batches.
+
+    Args:
+        model: the edited model.
+        tokenizer: its tokenizer.
+        path: the folder.
+        overwrite: whether a folder that is there already is replaced.
+        editor: the editor of the model; None to save the model alone.
+    """
 
     def save_state(folder: Path) -> None:
         if editor is not None and editor.keeps_state:
@@ -47,17 +57,23 @@ def save_edited(
 
 @dataclass(frozen=True)
 class Report:
-    """What a run of edits did, before and after, and how long each phase took."""
+    """What a run of edits did: metrics before and after, and how long each phase took."""
 
     method: str
     edits: int
+    """Number of requests that were written."""
     before: Metrics
     after: Metrics
     seconds: dict[str, float]
+    """Phase -> seconds; the phases are PHASES."""
     results: tuple[EditResult, ...]
-    skipped: dict[int, str] = field(default_factory=dict)  # index of a request, or of a file's record -> why
-    editor: Editor | None = field(default=None, repr=False)  # that made them
-    requests: tuple[dict[str, Any], ...] = ()  # of each that was written: index, id, target_separator, _text, _tokens
+    """One per batch."""
+    skipped: dict[int, str] = field(default_factory=dict)
+    """Index of a request, or of a record in its file -> why it was left out."""
+    editor: Editor | None = field(default=None, repr=False)
+    """The editor that made the edits."""
+    requests: tuple[dict[str, Any], ...] = ()
+    """Of each request that was written: index, id, target_separator, target_text, target_tokens."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -95,88 +111,154 @@ def run_edits(
     state: str | os.PathLike | None = None,
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
-    on_error: str = "raise",
+    on_error: OnError = "raise",
     progress: bool = False,
 ) -> Report:
-    """Measure, edit in batches of `batch_size` (all at once for None), measure again; see Editor for the rest.
+    """Measure, edit in batches, and measure again.
 
-    With `state`, a file that Editor.save_state wrote, the run goes on from there. After the last batch the method's
-    final step is taken (PRUNE).
+    Args:
+        model: the model; edited in place.
+        tokenizer: its tokenizer.
+        requests: what to edit; see `Editor.edit`.
+        method: the method, by name.
+        statistics: second moments of the edited layers; None where the method uses none.
+        null_spaces: layer -> null space, instead of statistics.
+        statistics_seconds: seconds that the statistics took, for the report.
+        hparams: name -> value, overrides of the preset.
+        batch_size: requests per batch; None for one batch of all.
+        seed: seed of the context prefixes.
+        values: where optimized values are stored and looked up.
+        state: a file that `Editor.save_state` wrote; the run continues from it.
+        prompt_format: from a prompt to the text that the model reads.
+        target_separator: the text between prompt and target of requests that do not name one.
+        on_error: "raise" at requests that cannot be written, or "skip" them.
+        progress: show progress bars on stderr.
 
-    Requests that were skipped are in `skipped`, by their place in what was passed or in the file that `load_requests`
-    read, and in no metric; of the others `requests` says what was put between prompt and target, and the target's
-    tokens. When a batch fails, or every request was skipped, the model is what it was before the first.
+    Returns:
+        the report. Requests that were skipped are in `skipped`, by their index in `requests` or in the file that
+        `load_requests` read, and in no metric.
+
+    After the last batch the method's final step is taken (PRUNE). When a batch fails, or every request was skipped, the
+    model is as it was before the first batch.
+
+    Example:
+        >>> from kedit_fast.workflow import run_edits
+        >>> report = run_edits(
+        ...     model, tokenizer, requests[:2], "memit", statistics=statistics, hparams={"v_num_grad_steps": 2}
+        ... )
+        >>> report.edits, report.after.efficacy >= report.before.efficacy
+        (2, True)
+        >>> report.editor.restore()
     """
     begin = time.perf_counter()
     editor = Editor(
-        model, tokenizer, method, statistics=statistics, null_spaces=null_spaces, hparams=hparams, seed=seed,
-        values=values, prompt_format=prompt_format, target_separator=target_separator, progress=progress,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        method,
+        statistics=statistics,
+        null_spaces=null_spaces,
+        hparams=hparams,
+        seed=seed,
+        values=values,
+        prompt_format=prompt_format,
+        target_separator=target_separator,
+        progress=progress,
+    )
     if state is not None:
         editor.load_state(state)
     _log.info("%s on layers %s (%s)", method, ",".join(map(str, editor.hparams.layers)), editor.origin)
     seconds = dict.fromkeys(PHASES, 0.0)
     seconds["statistics"] = statistics_seconds
-    prepared, skipped = editor.check(requests, on_error)
-    number = [i for i in range(len(prepared) + len(skipped)) if i not in skipped]
-    unmeasured = {
-        i: f"{p.name}: {what}" for i, p in zip(number, prepared, strict=True)
-        if (what := unusable(editor.view, tokenizer, p.request, prompt_format, target_separator))
-    }  # fmt: skip
-    if on_error == "raise":
-        require_no_problems(unmeasured)
-    skipped |= unmeasured
-    prepared = [p for i, p in zip(number, prepared, strict=True) if i not in unmeasured]
-    number = [i for i in number if i not in unmeasured]
-    if isinstance(editor.values, MemitCache):  # a later batch would take an earlier one's value
-        ids = Counter(p.request.id for p in prepared if p.request.id is not None)
-        require_no_problems({
-            i: f"{p.name}: memit's value files are named by case id, and {ids[p.request.id]} requests have this one"
-            for i, p in zip(number, prepared, strict=True) if ids[p.request.id] > 1
-        })  # fmt: skip
-    measuring = time.perf_counter()
-    shown: dict[str, Any] = {"prompt_format": prompt_format, "target_separator": target_separator}
-    before = evaluate_each(model, tokenizer, [p.request for p in prepared], **shown)
-    seconds["evaluate"] += time.perf_counter() - measuring
-    size = batch_size or max(1, len(prepared))
+    prepared, skipped = _usable_requests(editor, requests, on_error)
+    if isinstance(editor.values, MemitCache):
+        _require_single_ids(prepared)
+    text_options: dict[str, Any] = {"prompt_format": prompt_format, "target_separator": target_separator}
+    clock = time.perf_counter()
+    measured = evaluate_each(model, tokenizer, [p.request for p in prepared.values()], **text_options)
+    before = dict(zip(prepared, measured, strict=True))
+    seconds["evaluate"] += time.perf_counter() - clock
+    indices = list(prepared)
+    size = batch_size or max(1, len(indices))
     results = []
     try:
-        for start in range(0, len(prepared), size):
-            results.append(editor.edit(prepared[start : start + size], on_error))
-            skipped |= {number[start + i]: reason for i, reason in results[-1].skipped.items()}
-            for phase, spent in results[-1].seconds.items():
+        for start in range(0, len(indices), size):
+            batch = indices[start : start + size]
+            result = editor.edit([prepared[i] for i in batch], on_error)
+            results.append(result)
+            skipped |= {batch[place]: reason for place, reason in result.skipped.items()}
+            for phase, spent in result.seconds.items():
                 seconds[phase] += spent
-        kept = [p.request for i, p in zip(number, prepared, strict=True) if i not in skipped]
-        if not kept:
+        written = [i for i in indices if i not in skipped]
+        if not written:
             raise EditError("\n".join(["every request was skipped:", *first_problems(skipped)]))
-        finishing = time.perf_counter()
+        clock = time.perf_counter()
         editor.finish()
-        seconds["solve"] += time.perf_counter() - finishing
+        seconds["solve"] += time.perf_counter() - clock
     except BaseException:
-        editor.restore()  # a later batch failed: earlier ones go too
+        editor.restore()  # also the batches before the one that failed
         raise
-    measuring = time.perf_counter()
+    clock = time.perf_counter()
     try:
-        after = evaluate(model, tokenizer, kept, **shown)
+        after = evaluate(model, tokenizer, [prepared[i].request for i in written], **text_options)
         editor.require_untouched()
     except BaseException:
         editor.overwrite()
         raise
-    before = [seen for i, seen in zip(number, before, strict=True) if i not in skipped]
-    now = time.perf_counter()
-    seconds["evaluate"] += now - measuring
-    seconds["total"] = now - begin + statistics_seconds
-    seconds = {phase: round(spent, 3) for phase, spent in seconds.items()}
-    written = tuple(_written(tokenizer, i, p) for i, p in zip(number, prepared, strict=True) if i not in skipped)
-    return Report(method, len(kept), summary(before), after, seconds, tuple(results), skipped, editor, written)
+    end = time.perf_counter()
+    seconds["evaluate"] += end - clock
+    seconds["total"] = end - begin + statistics_seconds
+    return Report(
+        method,
+        len(written),
+        summary([before[i] for i in written]),
+        after,
+        {phase: round(spent, 3) for phase, spent in seconds.items()},
+        tuple(results),
+        skipped,
+        editor,
+        tuple(_request_entry(tokenizer, i, prepared[i]) for i in written),
+    )
 
 
-def _written(tokenizer: Any, index: int, prepared: PreparedRequest) -> dict[str, Any]:
-    """What `Report.requests` says of a request."""
-    own = {} if prepared.request.id is None else {"id": prepared.request.id}
-    text, tokens = tokenizer.decode(list(prepared.target)), list(prepared.target)
-    separator = prepared.separator
-    return {"index": index, **own, "target_separator": separator, "target_text": text, "target_tokens": tokens}
+def _usable_requests(
+    editor: Editor, requests: Iterable[EditRequest | Mapping[str, Any]], on_error: OnError
+) -> tuple[dict[int, PreparedRequest], dict[int, str]]:
+    """Index -> each request that can be written and measured, and index -> why one cannot."""
+    checked, skipped = editor.check(requests, on_error)
+    indices = [i for i in range(len(checked) + len(skipped)) if i not in skipped]
+    prepared = dict(zip(indices, checked, strict=True))
+    unmeasured = {}
+    for i, p in prepared.items():
+        problem = unusable(editor.view, editor.tokenizer, p.request, editor.prompt_format, editor.target_separator)
+        if problem:
+            unmeasured[i] = f"{p.name}: {problem}"
+    if on_error == "raise":
+        require_no_problems(unmeasured)
+    return {i: p for i, p in prepared.items() if i not in unmeasured}, skipped | unmeasured
+
+
+def _require_single_ids(prepared: Mapping[int, PreparedRequest]) -> None:
+    """Raise RequestError when two requests have one id: memit's files would give both the same value."""
+    counts = Counter(p.request.id for p in prepared.values() if p.request.id is not None)
+    require_no_problems(
+        {
+            i: f"{p.name}: memit's value files are named by case id, and {counts[p.request.id]} requests have this one"
+            for i, p in prepared.items()
+            if p.request.id is not None and counts[p.request.id] > 1
+        }
+    )
+
+
+def _request_entry(tokenizer: Any, index: int, prepared: PreparedRequest) -> dict[str, Any]:
+    """The entry of a request in `Report.requests`."""
+    tokens = list(prepared.target)
+    return {
+        "index": index,
+        **({} if prepared.request.id is None else {"id": prepared.request.id}),
+        "target_separator": prepared.separator,
+        "target_text": tokenizer.decode(tokens),
+        "target_tokens": tokens,
+    }
 
 
 @plain_torch()
@@ -184,6 +266,13 @@ def complete(
     model: Any, tokenizer: Any, prompt: str, tokens: int = 6, prompt_format: PromptFormat | None = None
 ) -> str:
     """The greedy continuation of a prompt, up to the end of its first sentence.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        prompt: the text to continue.
+        tokens: most tokens to generate.
+        prompt_format: from a prompt to the text that the model reads.
 
     Raises:
         RequestError: the prompt has no tokens, or one that the model has no embedding for.

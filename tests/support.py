@@ -12,7 +12,7 @@ from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, EditRequest, LowRankUpdate, collect_statistics
 from kedit_fast.cli import main
-from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.models.view import ModelView
 from kedit_fast.patches.patch import Patch, Target
 from kedit_fast.requests.prompts import prepare

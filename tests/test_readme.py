@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kedit_fast
 from kedit_fast import Editor, demo
-from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.statistics import memit_npz
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from kedit_fast.cli.console import command, interactive, output, print_json
 from kedit_fast.cli.options import METHOD_HELP
 from kedit_fast.cli.report import print_report
 from kedit_fast.errors import KeditError, MethodError
-from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.saving import save_model
 from kedit_fast.statistics.collect import collect_statistics

@@ -26,7 +26,7 @@ from kedit_fast.cli.options import (
 )
 from kedit_fast.cli.report import print_report
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
-from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import DTYPES, load_config, load_model
 from kedit_fast.requests.chat import chat_format

@@ -8,7 +8,8 @@ from typing import Any
 from kedit_fast.cli.console import notices
 from kedit_fast.cli.options import assignments, parsed_layers
 from kedit_fast.integrations import framework_statistics
-from kedit_fast.methods.hparams import read_hparams, read_raw, unused, worth_a_warning
+from kedit_fast.methods.hparams import unused, worth_a_warning
+from kedit_fast.methods.hparams_files import read_hparams, read_raw
 from kedit_fast.methods.registry import find_recipe
 
 

@@ -9,14 +9,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from kedit_fast.cli.console import command, output, print_json
+from kedit_fast.methods.hparams import describe
 from kedit_fast.methods.registry import RECIPES
 
 
 @command
 def methods(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
-    """List the methods, where each is from, and what it keeps between batches."""
+    """List the methods, where each is from, and what it keeps between batches; as JSON also their hyper-parameters."""
     if as_json:
-        print_json({name: recipe.as_dict() for name, recipe in RECIPES.items()})
+        print_json({name: {**recipe.as_dict(), "hparams": describe(recipe)} for name, recipe in RECIPES.items()})
         return
     table = Table.grid(padding=(0, 2))
     for recipe in RECIPES.values():

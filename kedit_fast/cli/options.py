@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 import typer
 
 from kedit_fast.errors import KeditError
-from kedit_fast.methods.hparams import parse_layers, parse_values
+from kedit_fast.methods.hparams_files import parse_layers, parse_values
 from kedit_fast.models.loading import DTYPES
 from kedit_fast.requests.problems import OnError
 from kedit_fast.requests.spacing import check_separator

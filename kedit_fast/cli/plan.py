@@ -27,7 +27,7 @@ from kedit_fast.cli.options import (
     chat_options,
     choice,
 )
-from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import DTYPES, empty_model, load_config, load_model
 from kedit_fast.reports.plan import plan as estimate

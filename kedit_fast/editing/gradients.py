@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -17,7 +18,10 @@ from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.sums import add_by_owner_
 from kedit_fast.support.torch_state import plain_torch
 
-BATCH_TOKENS = 2048  # of one forward and backward pass
+BATCH_TOKENS = 2048
+"""Tokens of one forward and backward pass."""
+Tokens = Literal["answer", "all"]
+OnProblem = Literal["raise", "keep"]
 NOT_FINITE = "the gradients of its target are not finite; is the model's output finite there?"
 
 
@@ -25,28 +29,34 @@ NOT_FINITE = "the gradients of its target are not finite; is the model's output 
 class ModuleGradients:
     """Inputs and output gradients of one linear module, a row for each token, in the order of requests and tokens."""
 
-    keys: torch.Tensor  # [n, d] fp32
-    gradients: torch.Tensor  # [n, out] fp32, of each request's mean cross entropy
+    keys: torch.Tensor
+    """[n, d] fp32, inputs of the module."""
+    gradients: torch.Tensor
+    """[n, out] fp32, gradients of each request's mean cross entropy by the module's output."""
 
 
 @dataclass(frozen=True)
 class AnswerGradients:
-    """What one backward pass a batch gives for several modules."""
+    """What one backward pass per batch gives for several modules."""
 
-    modules: dict[str, ModuleGradients]  # by module path
-    request: torch.Tensor  # [n] the request of each row
-    losses: torch.Tensor  # [u] mean cross entropy of each request's target
-    turns: tuple[int, ...] = ()  # rows that the normalizer takes in one after another; empty for all at once
+    modules: dict[str, ModuleGradients]
+    """Path of a module -> its rows."""
+    request: torch.Tensor
+    """[n] index of the request of each row."""
+    losses: torch.Tensor
+    """[u] mean cross entropy of each request's target, in nats."""
+    turns: tuple[int, ...] = ()
+    """Numbers of rows that the normalizer takes one after another; empty for all rows at once."""
 
     def without(self, requests: Sequence[int]) -> AnswerGradients:
-        """The same without the rows of some requests; the numbers of the others stay."""
-        kept = ~torch.isin(self.request, torch.tensor(list(requests), dtype=self.request.dtype))
+        """The same without the rows of some requests; the indices of the others do not change."""
+        remaining = ~torch.isin(self.request, torch.tensor(list(requests), dtype=self.request.dtype))
         modules = {}
         for name, rows in self.modules.items():
-            here = kept.to(rows.keys.device)
-            modules[name] = ModuleGradients(rows.keys[here], rows.gradients[here])
-        turns = tuple(int(part.sum()) for part in kept.split(list(self.turns))) if self.turns else ()
-        return AnswerGradients(modules, self.request[kept], self.losses, turns)
+            selected = remaining.to(rows.keys.device)
+            modules[name] = ModuleGradients(rows.keys[selected], rows.gradients[selected])
+        turns = tuple(int(part.sum()) for part in remaining.split(list(self.turns))) if self.turns else ()
+        return AnswerGradients(modules, self.request[remaining], self.losses, turns)
 
     def not_finite(self) -> list[int]:
         """Requests whose loss or gradients are not finite."""
@@ -62,21 +72,21 @@ def answer_gradients(
     view: ModelView,
     prepared: Sequence[PreparedRequest],
     modules: Sequence[str],
-    tokens: str = "answer",
-    on_problem: str = "raise",
+    tokens: Tokens = "answer",
+    on_problem: OnProblem = "raise",
 ) -> AnswerGradients:
-    """Keys and value gradients at answer tokens, of several modules from one backward pass a batch.
+    """Keys and output gradients at answer tokens, of several modules from one backward pass per batch.
 
     With L_i = -(1/T) sum_t log p(target_t) of request i at its bare prompt, a row holds the input of a module at one
     token and dL_i / d(its output there). The published code takes the mean over all answer tokens of its small batches
-    instead, so there a gradient's scale depends on who shares the batch; UltraEdit's normalizer divides scales out.
+    instead, so its gradients are scaled by which requests share a batch; UltraEdit's normalizer divides scales out.
 
     Args:
         view: the model; nothing in it changes.
         prepared: u requests.
         modules: paths of linear modules, for example "model.layers.11.mlp.gate_proj".
-        tokens: "answer", those that predict a token of the answer; or "all" of prompt and answer but the last.
-        on_problem: "raise" at a request whose loss or gradients are not finite, or "keep" it (`not_finite` tells).
+        tokens: "answer", those that predict a token of the answer; or "all" of prompt and answer except the last.
+        on_problem: "raise" at a request whose loss or gradients are not finite, or "keep" it (`not_finite` names it).
 
     Raises:
         InvalidArgumentError: an unknown module or choice of tokens.
@@ -89,12 +99,12 @@ def answer_gradients(
     """
     if tokens not in ("answer", "all"):
         raise InvalidArgumentError(f"tokens must be answer or all; got {tokens!r}")
-    found = {name: view.linear(name)[0] for name in modules}
-    if not prepared or not found:
+    linears = {name: view.linear(name)[0] for name in modules}
+    if not prepared or not linears:
         raise InvalidArgumentError("no requests" if not prepared else "no modules given")
     rows = [(*request.rewriting[0].ids, *request.target[:-1]) for request in prepared]
-    keys: dict[str, list[torch.Tensor]] = {name: [] for name in found}
-    gradients: dict[str, list[torch.Tensor]] = {name: [] for name in found}
+    keys: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
+    gradients: dict[str, list[torch.Tensor]] = {name: [] for name in linears}
     owners: list[torch.Tensor] = []
     losses = torch.zeros(len(prepared), dtype=torch.float32, device="cpu")
     order = sorted(range(len(prepared)), key=lambda i: len(rows[i]), reverse=True)
@@ -102,19 +112,21 @@ def answer_gradients(
         while order:
             count = max(1, BATCH_TOKENS // len(rows[order[0]]))
             chunk, order = sorted(order[:count]), order[count:]
-            seen, loss, owner = _one_pass(view, [prepared[i] for i in chunk], [rows[i] for i in chunk], found, tokens)
+            by_module, loss, owner = _one_pass(
+                view, [prepared[i] for i in chunk], [rows[i] for i in chunk], linears, tokens
+            )
             losses[chunk] = loss
             owners.append(torch.tensor(chunk)[owner])
-            for name, (key, gradient) in seen.items():
+            for name, (key, gradient) in by_module.items():
                 keys[name].append(key)
                 gradients[name].append(gradient)
     request = torch.cat(owners)
     back = torch.argsort(request, stable=True)
-    whole = {
+    in_order = {
         name: ModuleGradients(*(torch.cat(parts)[back.to(parts[0].device)] for parts in (keys[name], gradients[name])))
-        for name in found
+        for name in linears
     }
-    gathered = AnswerGradients(whole, request[back], losses)
+    gathered = AnswerGradients(in_order, request[back], losses)
     if on_problem == "raise" and (bad := gathered.not_finite()):
         raise EditError(f"{prepared[bad[0]].name}: {NOT_FINITE}")
     return gathered
@@ -125,22 +137,22 @@ def _one_pass(
     prepared: Sequence[PreparedRequest],
     rows: Sequence[tuple[int, ...]],
     modules: dict[str, torch.nn.Module],
-    tokens: str,
+    tokens: Tokens,
 ) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], torch.Tensor, torch.Tensor]:
-    """Keys and gradients by module, losses [v], and the request of every row [n]."""
+    """Path of a module -> its keys and gradients; losses [v]; the request of every row [n]."""
     batch = pad(rows, view.device)
     starts = [len(request.rewriting[0].ids) - 1 for request in prepared]
     answers = [(r, starts[r] + t) for r, request in enumerate(prepared) for t in range(len(request.target))]
-    kept = answers if tokens == "answer" else [(r, t) for r, row in enumerate(rows) for t in range(len(row))]
-    at_answers, at_kept = (torch.tensor(places, device=view.device).T for places in (answers, kept))
+    wanted = answers if tokens == "answer" else [(r, t) for r, row in enumerate(rows) for t in range(len(row))]
+    at_answers, at_wanted = (torch.tensor(places, device=view.device).T for places in (answers, wanted))
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
 
     @contextlib.contextmanager
-    def watched() -> Iterator[None]:
+    def recording() -> Iterator[None]:
         def hook_for(name: str):
             def hook(module, args, output):
-                row, token = at_kept.to(output.device)
+                row, token = at_wanted.to(output.device)
                 inputs[name] = args[0].detach()[row, token].float()
                 outputs[name] = output if output.requires_grad else output.detach().requires_grad_(True)
                 return outputs[name]
@@ -150,7 +162,7 @@ def _one_pass(
         with output_hooks([(module, hook_for(name)) for name, module in modules.items()]):
             yield
 
-    with torch.enable_grad(), watched():
+    with torch.enable_grad(), recording():
         hidden = last_hidden(view, batch)
         row, token = at_answers.to(hidden.device)
         states = hidden[row, token].to(view.head.device)
@@ -164,9 +176,9 @@ def _one_pass(
         flowing = [name for name in modules if name in outputs]
         if missing := sorted(set(modules) - set(flowing)):
             raise InvalidArgumentError(f"{missing[0]!r} takes no part in the model's output")
-        found = torch.autograd.grad(loss.sum(), [outputs[name] for name in flowing])
-    seen = {}
-    for name, gradient in zip(flowing, found, strict=True):
-        row, token = at_kept.to(gradient.device)
-        seen[name] = (inputs[name], gradient[row, token].float())
-    return seen, loss.detach().cpu(), at_kept[0].cpu()
+        flowing_gradients = torch.autograd.grad(loss.sum(), [outputs[name] for name in flowing])
+    by_module = {}
+    for name, gradient in zip(flowing, flowing_gradients, strict=True):
+        row, token = at_wanted.to(gradient.device)
+        by_module[name] = (inputs[name], gradient[row, token].float())
+    return by_module, loss.detach().cpu(), at_wanted[0].cpu()

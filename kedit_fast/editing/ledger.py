@@ -1,8 +1,8 @@
-"""The ledger: every write in order, so that any number of batches can be taken back to the bit.
+"""The ledger: every write in order, so that any number of batches can be undone bit for bit.
 
 M_0 = fp32(W_0); M_t = M_{t-1} + fp32(L_t R_t^T) in batch order; W = round_nearest(M_t). An fp32 (or fp64) weight is its
-own master. Taking batches back replays the rest from M_0 with the same op and the same backends, which gives the bits
-of never having applied them. A batch is all or nothing: `transaction()` restores every matrix on any failure.
+own master. Undoing batches replays the others from M_0 with the same op and the same backends, which gives the same
+bits as if they had never been applied. A batch is all or nothing: `transaction()` restores every matrix on any failure.
 """
 
 from __future__ import annotations
@@ -26,16 +26,23 @@ class Entry:
     """One write to one matrix."""
 
     name: str
-    update: Update  # fp32 factors (fp64 for an fp64 weight)
-    backend: str  # that wrote it, and writes it again in a replay
+    """Of the matrix."""
+    update: Update
+    """Its factors, fp32 (fp64 for an fp64 weight)."""
+    backend: str
+    """The backend that wrote it, which a replay uses again."""
 
 
 @dataclass
 class _Matrix:
-    weight: torch.Tensor  # [out, in], a view on the model's memory
-    original: torch.Tensor  # its value before the first write, in its dtype
-    master: torch.Tensor | None  # fp32, for 16-bit weights
-    bits: int = 0  # sum of the weight's bits after the last write
+    weight: torch.Tensor
+    """[out, in], a view on the model's memory."""
+    original: torch.Tensor
+    """[out, in], its value before the first write, in its dtype."""
+    master: torch.Tensor | None
+    """[out, in] fp32, for a 16-bit weight."""
+    bits: int = 0
+    """Sum of the weight's bits after the last write."""
 
     def mark(self) -> None:
         self.bits = quick_sum(self.weight)
@@ -69,7 +76,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Writes inside the block become one batch when it ends, and are all taken back when it raises."""
+        """Writes inside the block become one batch when it ends, and are all undone when it raises."""
         if self._open is not None:
             raise EditError("a batch is already open")
         self._open = []
@@ -81,7 +88,7 @@ class Ledger:
             self._forget()
             raise
         entries, self._open = self._open, None
-        if entries:  # nothing written is no batch
+        if entries:  # a block without writes adds no batch
             self.batches.append(tuple(entries))
 
     @plain_torch(leave_inference_mode=False)
@@ -116,7 +123,7 @@ class Ledger:
         args = (target, factors.left, factors.right, copy)
         runs = select("rank_k_update_", requested(None), *args).backend
         entry = Entry(name, factors, runs)
-        self._open.append(entry)  # before the write: an interrupt in the middle of it is taken back too
+        self._open.append(entry)  # before the write, so that an interrupt in the middle of it is undone too
         matrix.write(entry)
         matrix.mark()
         if not bool(torch.isfinite(weight).all()):
@@ -124,7 +131,7 @@ class Ledger:
 
     @plain_torch(leave_inference_mode=False)
     def withdraw(self) -> None:
-        """Take back what the open batch has written, to the bit; the batch stays open."""
+        """Undo what the open batch has written, bit for bit. The batch stays open."""
         if self._open is None:
             raise EditError("withdraw() belongs inside transaction()")
         entries, self._open = self._open, []
@@ -132,11 +139,11 @@ class Ledger:
 
     @plain_torch(leave_inference_mode=False)
     def rollback(self, count: int = 1, restored: bool = False) -> None:
-        """Take back the last `count` batches, to the bit.
+        """Undo the last `count` batches, bit for bit.
 
         Args:
             count: how many.
-            restored: somebody else has put the matrices back already: they are only compared.
+            restored: the caller has already restored the matrices: they are only compared.
 
         Raises:
             InvalidArgumentError: there are fewer batches.
@@ -149,26 +156,26 @@ class Ledger:
             raise EditError("a batch is open")
         if count == 0:
             return
-        kept, gone = self.batches[: len(self.batches) - count], self.batches[len(self.batches) - count :]
-        names = {entry.name for batch in gone for entry in batch}
+        remaining = len(self.batches) - count
+        names = {entry.name for batch in self.batches[remaining:] for entry in batch}
         before = {name: self._matrices[name].weight.clone() for name in names} if restored else {}
         for name in names - before.keys():
             self._matrices[name].require_untouched(name)
         try:
-            self._replay(names, kept)
+            self._replay(names, self.batches[:remaining])
             for name, weight in before.items():
                 if not torch.equal(weight, self._matrices[name].weight):
                     raise EditError(f"{name} is not what it was before the batches to be taken back")
         except BaseException:
-            self._replay(names, self.batches)  # an interrupt in the middle: nothing is taken back
+            self._replay(names, self.batches)  # also after an interrupt in the middle: nothing is undone
             for name, weight in before.items():
                 self._matrices[name].weight.copy_(weight)
             raise
-        self.batches = kept
+        self.batches = self.batches[:remaining]
         self._forget()
 
     def restore(self) -> None:
-        """Take back everything: every matrix is what it was before the first write."""
+        """Undo everything: every matrix is what it was before the first write, bit for bit."""
         self.rollback(len(self.batches))
 
     def require_untouched(self, name: str) -> None:
@@ -176,7 +183,7 @@ class Ledger:
         self._matrices[name].require_untouched(name)
 
     def names(self) -> list[str]:
-        """Of the matrices that batches have written."""
+        """Names of the matrices that batches have written."""
         return list(self._matrices)
 
     def original(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,7 +193,7 @@ class Ledger:
 
     @plain_torch(leave_inference_mode=False)
     def total(self, name: str, *, only: Container[int] | None = None, without: Container[int] = ()) -> Update:
-        """All that was added to a matrix, as one update; `only` by some batches (numbers from 1), or `without` some."""
+        """The sum of what was added to a matrix, `only` by some batches (numbers from 1) or `without` some."""
         updates = [
             entry.update for number, batch in enumerate(self.batches, 1) for entry in batch
             if entry.name == name and number not in without and (only is None or number in only)
@@ -203,7 +210,7 @@ class Ledger:
         return LowRankUpdate(torch.cat([u.left for u in updates], 1), torch.cat([u.right for u in updates], 1))
 
     def _forget(self) -> None:
-        """Drop matrices that no batch has written: they are what they were, and free to change."""
+        """Drop matrices that no batch has written. They are unchanged, and others may change them."""
         written = {entry.name for batch in self.batches for entry in batch}
         for name in set(self._matrices) - written:
             del self._matrices[name]

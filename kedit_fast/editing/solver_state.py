@@ -1,14 +1,14 @@
-"""The linear systems of one editor: a preconditioner a layer, and what a method keeps between batches.
+"""The linear systems of one editor: a preconditioner per layer, and what a method keeps between batches.
 
-A batch solves layer after layer; `commit` keeps what it found once everything is written, `settle` forgets it and goes
-back to an earlier number of batches, to the bit. What is kept can be saved.
+A batch is solved layer after layer. `commit` adds what the batch has appended once everything is written. `settle`
+drops the open batch and returns to an earlier number of batches, bit for bit. The state can be saved.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from kedit_fast._version import __version__
 from kedit_fast.editing.gradients import ModuleGradients
 from kedit_fast.errors import EditError, StatisticsError
 from kedit_fast.methods.hparams import Hparams
-from kedit_fast.methods.recipe import Recipe
+from kedit_fast.methods.recipe import Constraint, PreconditionerKind, Recipe
 from kedit_fast.models.view import ModelView
 from kedit_fast.solver.key_memory import Appended, KeyMemory
 from kedit_fast.solver.least_squares import merge_columns, rank_one_equality, solve_update
@@ -30,38 +30,36 @@ from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.files import read_file, write_file
 
 FORMAT_VERSION = "1"
-# Numbers that a saved state depends on.
-_STATE_NUMBERS = (
-    "mom2_adjustment", "mom2_update_weight", "mom2_ridge", "update_norm_lambda", "L2", "nullspace_threshold",
-    "nullspace_rule", "factor_dtype", "token", "context_template_length_params",
-)  # fmt: skip
 
 
 @dataclass
-class _Found:
+class _PendingState:
     """What the open batch adds to the state."""
 
-    appended: dict[int, Appended] = field(default_factory=dict)  # by layer
-    normalizers: dict[str, Normalizer] = field(default_factory=dict)  # by shape of module
+    appended: dict[int, Appended] = field(default_factory=dict)
+    """Layer -> keys of the batch."""
+    normalizers: dict[str, Normalizer] = field(default_factory=dict)
+    """Shape of module, as "64x32" -> the normalizer with the batch's rows in it."""
 
 
 @dataclass(frozen=True)
-class _Before:
+class _Snapshot:
     """What the state was before a batch."""
 
-    batches: dict[int, int]  # of the key memories, by layer
+    batches: dict[int, int]
+    """Layer -> number of batches in its key memory."""
     normalizers: dict[str, Normalizer]
 
 
 class SolverState:
-    """Solves of one method on one model.
+    """The solves of one method on one model, and the state that they share.
 
     Args:
         view: the model.
         recipe: the method.
-        hparams: its numbers.
+        hparams: its hyper-parameters.
         statistics: second moments; None where the method uses none.
-        null_spaces: of layers, to take instead of those of the statistics.
+        null_spaces: layer -> null space to use instead of that of the statistics.
     """
 
     def __init__(
@@ -73,15 +71,15 @@ class SolverState:
         null_spaces: Mapping[int, NullSpace] | None = None,
     ):
         self.view, self.recipe, self.hparams, self.statistics = view, recipe, hparams, statistics
-        self._given = dict(null_spaces or {})
+        self.null_space_overrides = dict(null_spaces or {})
         self.memories: dict[int, KeyMemory] = {}
         self.normalizers: dict[str, Normalizer] = {}
         self._preconditioners: dict[int, Preconditioner] = {}
-        self._history: list[_Before] = []  # one for each batch that was committed
-        self._open = _Found()
+        self._history: list[_Snapshot] = []  # one per committed batch
+        self._pending = _PendingState()
 
     def preconditioner(self, layer: int) -> Preconditioner:
-        """S^-1 of a layer, factored on first use and kept.
+        """S^-1 of a layer, factored on first use and cached.
 
         Raises:
             StatisticsError: statistics that are missing, of the wrong shape, not finite, not positive definite, rank
@@ -89,39 +87,28 @@ class SolverState:
         """
         if layer not in self._preconditioners:
             try:
-                self._preconditioners[layer] = self._made(layer)
+                build = PRECONDITIONERS[self.recipe.preconditioner]
+                self._preconditioners[layer] = build(self, layer)
             except StatisticsError as error:
                 raise StatisticsError(f"layer {layer}: {error}") from None
         return self._preconditioners[layer]
 
-    def _made(self, layer: int) -> Preconditioner:
-        weight, numbers = self.view.weight(layer), self.hparams
-        size, device = weight.shape[1], weight.device
-        scale = numbers.mom2_update_weight if self.recipe.is_batched else 1.0
-        if self.recipe.preconditioner == "identity":
-            return Identity(size, device)
-        if not numbers.mom2_adjustment:
-            return Identity(size, device, scale + numbers.update_norm_lambda)
-        if layer in self._given:
-            given = self._given[layer]
-            if given.size != size:
-                raise StatisticsError(f"its null space is of {given.size} dimensions, the weight takes {size} inputs")
-            return replace(given, basis=given.basis.to(device), l2=float(numbers.L2))
-        assert self.statistics is not None
-        moment = self.statistics.moment(layer).moment
+    def moment(self, layer: int) -> torch.Tensor:
+        """The second moment [d, d] of a layer's inputs, on the device of its weight.
+
+        Raises:
+            StatisticsError: it is missing or of another size.
+        """
+        assert self.statistics is not None  # the editor has checked that it has what the method needs
+        moment, weight = self.statistics.moment(layer).moment, self.view.weight(layer)
+        size = weight.shape[1]
         if tuple(moment.shape) != (size, size):
             raise StatisticsError(
                 f"statistics are {list(moment.shape)}, {self.view.weight_name(layer)} takes {size} inputs"
             )
-        moment = moment.to(device)
-        if self.recipe.uses_null_space:
-            return NullSpace.from_covariance(moment, numbers.nullspace_threshold, numbers.nullspace_rule, numbers.L2)
-        return Covariance.from_moment(
-            moment, numbers.mom2_ridge, weight=scale, norm_lambda=numbers.update_norm_lambda,
-            dtype=getattr(torch, numbers.factor_dtype),
-        )  # fmt: skip
+        return moment.to(weight.device)
 
-    def mass(
+    def solve_batch(
         self,
         layer: int,
         keys: torch.Tensor,
@@ -129,13 +116,14 @@ class SolverState:
         weights: torch.Tensor | None = None,
         groups: Sequence[str] | None = None,
     ) -> LowRankUpdate:
-        """The update of one layer for keys [d, u] and residuals [out, u].
+        """The update of one layer for all requests of a batch.
 
         Args:
             layer: the layer.
-            keys, residuals: K and R, the residual already spread.
-            weights: of the edits [u], or None.
-            groups: requests with the same name share one column, or None.
+            keys: K [d, u].
+            residuals: R [out, u], the share that this layer takes.
+            weights: [u] of the requests in the least squares; None for 1 each.
+            groups: u names; requests with the same name share one column. None: each has its own.
         """
         device = self.view.weight(layer).device
         keys, residuals = keys.to(device), residuals.to(device)
@@ -145,113 +133,123 @@ class SolverState:
             keys, residuals = merge_columns(keys, residuals, groups)
         preconditioner = self.preconditioner(layer)
         if not self.recipe.memory:
-            rho = self.hparams.emmet_lambda if self.recipe.softens_equality else 1.0
+            rho = RIDGES[self.recipe.constraint](self.hparams)
             return solve_update(
                 keys, residuals, preconditioner, rho, weights=None if weights is None else weights.to(device)
             )
         if layer not in self.memories:
             self.memories[layer] = KeyMemory(preconditioner, self.hparams.memory_form)
-        update, self._open.appended[layer] = self.memories[layer].solve(keys, residuals, weights)
+        update, self._pending.appended[layer] = self.memories[layer].solve(keys, residuals, weights)
         return update
 
-    def single(
+    def solve_rank_one(
         self, layer: int, key_update: torch.Tensor, key_value: torch.Tensor, residual: torch.Tensor
     ) -> tuple[LowRankUpdate | None, float]:
         """The rank-one update of one request, and its pivot; see `rank_one_equality`."""
         device = self.view.weight(layer).device
         return rank_one_equality(
-            self.preconditioner(layer), key_update.to(device), key_value.to(device), residual.to(device),
+            self.preconditioner(layer),
+            key_update.to(device),
+            key_value.to(device),
+            residual.to(device),
             on_bad_pivot=self.hparams.on_bad_pivot,
-        )  # fmt: skip
+        )
 
-    def gradients(self, modules: dict[str, ModuleGradients], turns: Sequence[int] = ()) -> dict[str, LowRankUpdate]:
-        """UltraEdit's updates [out, d] of all modules: those of one shape share a normalizer, which sees all of them
-        before the first update is made; rows by `turns` if they are given."""
+    def solve_gradients(
+        self, modules: dict[str, ModuleGradients], turns: Sequence[int] = ()
+    ) -> dict[str, LowRankUpdate]:
+        """UltraEdit's updates [out, d] of all modules.
+
+        Modules of one shape share a normalizer, which takes the rows of all of them before the first update is made.
+
+        Args:
+            modules: path of a module -> its keys and gradients.
+            turns: numbers of rows that a normalizer takes one after another; empty for all rows at once.
+        """
         shapes: dict[str, str] = {}
-        for name, found in modules.items():
-            rows = torch.cat([found.keys.double(), found.gradients.double()], 1)
-            shape = shapes[name] = f"{found.keys.shape[1]}x{found.gradients.shape[1]}"
-            known = self._open.normalizers.get(shape, self.normalizers.get(shape))
+        for name, rows_of in modules.items():
+            rows = torch.cat([rows_of.keys.double(), rows_of.gradients.double()], 1)
+            shape = shapes[name] = f"{rows_of.keys.shape[1]}x{rows_of.gradients.shape[1]}"
+            known = self._pending.normalizers.get(shape, self.normalizers.get(shape))
             if known is None:
                 known = Normalizer.empty(rows.shape[1], rows.device)
-            moved = Normalizer(known.count, known.mean.to(rows), known.squares.to(rows))
+            normalizer = _to_device(known, rows.device)
             for part in rows.split(list(turns)) if turns else (rows,):
-                moved = moved.updated(part)
-            self._open.normalizers[shape] = moved
-        return {
-            name: gradient_update(found.keys, found.gradients, self._on(shapes[name], found), self.hparams.lr)
-            for name, found in modules.items()
-        }
-
-    def _on(self, shape: str, like: ModuleGradients) -> Normalizer:
-        whole, device = self._open.normalizers[shape], like.keys.device
-        return Normalizer(whole.count, whole.mean.to(device), whole.squares.to(device))
+                normalizer = normalizer.updated(part)
+            self._pending.normalizers[shape] = normalizer
+        updates = {}
+        for name, rows_of in modules.items():
+            normalizer = _to_device(self._pending.normalizers[shapes[name]], rows_of.keys.device)
+            updates[name] = gradient_update(rows_of.keys, rows_of.gradients, normalizer, self.hparams.lr)
+        return updates
 
     def limited(self, update: LowRankUpdate, weight: torch.Tensor) -> LowRankUpdate:
-        """The update within `spectral_limit` and `frobenius_limit` of `weight` [out, in]."""
-        numbers = self.hparams
-        if numbers.spectral_limit:
-            update = limit_spectrum(update, numbers.spectral_limit * spectral_norm(weight))
-        if numbers.frobenius_limit:
+        """The update, reduced to `spectral_limit` and `frobenius_limit` of `weight` [out, in]."""
+        hparams = self.hparams
+        if hparams.spectral_limit:
+            update = limit_spectrum(update, hparams.spectral_limit * spectral_norm(weight))
+        if hparams.frobenius_limit:
             norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-            update = limit_norm(update, numbers.frobenius_limit * norm)
+            update = limit_norm(update, hparams.frobenius_limit * norm)
         return update
 
     @property
     def batches(self) -> int:
-        """Batches that were committed and not taken back."""
+        """Number of batches that were committed and not undone."""
         return len(self._history)
 
     def set_key_memories(self, memories: Mapping[int, KeyMemory]) -> None:
-        """Replace the keys of earlier batches, by layer: those of edits that somebody else has made."""
+        """Replace the keys of earlier batches, by layer, with those of edits made outside this editor."""
         self.memories = dict(memories)
 
     def commit(self) -> None:
-        """Keep what the open batch found. It must be written by now."""
-        found, self._open = self._open, _Found()
-        before = _Before({layer: len(memory.sizes) for layer, memory in self.memories.items()}, self.normalizers)
-        self._history.append(before)
-        for layer, appended in found.appended.items():
+        """Add the open batch to the state. Its updates must be written by now."""
+        pending, self._pending = self._pending, _PendingState()
+        counts = {layer: len(memory.sizes) for layer, memory in self.memories.items()}
+        self._history.append(_Snapshot(counts, self.normalizers))
+        for layer, appended in pending.appended.items():
             self.memories[layer].commit(appended)
-        self.normalizers = {**self.normalizers, **found.normalizers}
+        self.normalizers = {**self.normalizers, **pending.normalizers}
 
     def settle(self, batches: int) -> None:
-        """Forget the open batch, and take back what was committed beyond `batches`, also in part."""
-        self._open = _Found()
+        """Drop the open batch, and undo what was committed beyond `batches`, also where a commit was interrupted."""
+        self._pending = _PendingState()
         if batches >= len(self._history):
             return
-        before = self._history[batches]
+        snapshot = self._history[batches]
         try:
-            self._restore(before)
-        except BaseException:  # an interrupt: it is asked to be back, so it is
-            self._restore(before)
+            self._restore(snapshot)
+        except BaseException:
+            # KeyboardInterrupt during the restore: finish the restore, then re-raise, so that the state is never half
+            # undone.
+            self._restore(snapshot)
             raise
         finally:
             del self._history[batches:]
 
-    def _restore(self, before: _Before) -> None:
-        self.normalizers = before.normalizers
+    def _restore(self, snapshot: _Snapshot) -> None:
+        self.normalizers = snapshot.normalizers
         for layer, memory in self.memories.items():
-            memory.rollback(max(0, len(memory.sizes) - before.batches.get(layer, 0)))
+            memory.rollback(max(0, len(memory.sizes) - snapshot.batches.get(layer, 0)))
 
     @property
     def null_spaces(self) -> dict[int, int]:
         """Layer -> dimension of its null space, where the method has one and the layer was edited."""
-        made = self._preconditioners.items()
-        return {layer: space.dimension for layer, space in made if isinstance(space, NullSpace)}
+        factored = self._preconditioners.items()
+        return {layer: space.dimension for layer, space in factored if isinstance(space, NullSpace)}
 
     @property
     def nbytes(self) -> int:
         """Bytes kept between batches: preconditioners, key memories, normalizers."""
-        kept = [p.nbytes for p in self._preconditioners.values()] + [m.nbytes for m in self.memories.values()]
-        return sum(kept) + sum(n.mean.nbytes + n.squares.nbytes for n in self.normalizers.values())
+        systems = [*self._preconditioners.values(), *self.memories.values()]
+        return sum(s.nbytes for s in systems) + sum(n.mean.nbytes + n.squares.nbytes for n in self.normalizers.values())
 
-    def save(self, path: str | os.PathLike, belongs: dict[str, Any]) -> None:
-        """Write what is kept between batches to one safetensors file, at once or not at all.
+    def save(self, path: str | os.PathLike, identity: dict[str, Any]) -> None:
+        """Write the state to one safetensors file, completely or not at all.
 
         Args:
             path: the file.
-            belongs: what the state belongs to beside this engine's own numbers.
+            identity: what the state belongs to, beside the hyper-parameters.
 
         Raises:
             StatisticsError: the file cannot be written.
@@ -263,25 +261,27 @@ class SolverState:
             tensors |= {f"normaliser.{shape}.{name}": tensor for name, tensor in normalizer.tensors().items()}
         memories = {str(layer): memory.about() for layer, memory in self.memories.items()}
         metadata = {
-            "format_version": FORMAT_VERSION, "kedit_fast": __version__, "belongs": json.dumps(self._about(belongs)),
+            "format_version": FORMAT_VERSION,
+            "kedit_fast": __version__,
+            "belongs": json.dumps(self._full_identity(identity)),
             "memories": json.dumps(memories),
-        }  # fmt: skip
+        }
         write_file(path, tensors, metadata, StatisticsError)
 
-    def load(self, path: str | os.PathLike, belongs: dict[str, Any]) -> dict[str, Any]:
-        """Take up what `save` wrote; the next updates are those of the run that wrote it.
+    def load(self, path: str | os.PathLike, identity: dict[str, Any]) -> dict[str, Any]:
+        """Read what `save` wrote. The next updates are those of the run that wrote it.
 
         Args:
             path: the file.
-            belongs: what must be the same as it was for `save`; it may say less.
+            identity: what must be as it was for `save`; entries may be missing.
 
         Returns:
-            all that the state belongs to.
+            the identity in the file, with all entries.
 
         Raises:
             StatisticsError: the file cannot be read, is damaged or foreign, or is of another method, configuration,
                 model, edit history or statistics: the message says which.
-            EditError: this engine has batches already.
+            EditError: there are batches already.
         """
         if self._history or self.normalizers or any(memory.count for memory in self.memories.values()):
             raise EditError("a state is loaded before the first edit; this editor has made some")
@@ -289,28 +289,87 @@ class SolverState:
         fields = ("belongs", "memories")
         if metadata.get("format_version") != FORMAT_VERSION or any(name not in metadata for name in fields):
             raise StatisticsError(f"{path} is not a state of an editor (format {FORMAT_VERSION})")
-        there, here = json.loads(metadata["belongs"]), self._about(belongs)
+        there, here = json.loads(metadata["belongs"]), self._full_identity(identity)
         for name, value in here.items():
             if there.get(name) != value:
-                shown = f": {there.get(name)} there, {value} here" if len(str(value)) < 80 else ""
-                raise StatisticsError(f"{path} is the state of another run: different {name}{shown}")
-        memories, normalizers = {}, {}
-        for layer, about in json.loads(metadata["memories"]).items():
-            prefix = f"memory.{layer}."
-            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-            memories[int(layer)] = KeyMemory.from_tensors(
-                self.preconditioner(int(layer)), own, about, f"{path}, layer {layer},", self.hparams.memory_form
+                both = f": {there.get(name)} there, {value} here" if len(str(value)) < 80 else ""
+                raise StatisticsError(f"{path} is the state of another run: different {name}{both}")
+        memories = {
+            int(layer): KeyMemory.from_tensors(
+                self.preconditioner(int(layer)),
+                _under(f"memory.{layer}.", tensors),
+                description,
+                f"{path}, layer {layer},",
+                self.hparams.memory_form,
             )
+            for layer, description in json.loads(metadata["memories"]).items()
+        }
+        normalizers = {}
         for shape in {name.split(".")[1] for name in tensors if name.startswith("normaliser.")}:
-            prefix = f"normaliser.{shape}."
-            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
             features = sum(map(int, shape.split("x")))
-            normalizers[shape] = Normalizer.from_tensors(own, features, f"{path}, modules of {shape},")
+            normalizers[shape] = Normalizer.from_tensors(
+                _under(f"normaliser.{shape}.", tensors), features, f"{path}, modules of {shape},"
+            )
         self.memories, self.normalizers = memories, normalizers
         return there
 
-    def _about(self, belongs: dict[str, Any]) -> dict[str, Any]:
-        numbers = {name: getattr(self.hparams, name) for name in _STATE_NUMBERS}
-        about = {"method": self.recipe.name, "layers": list(self.hparams.layers),
-                 "inner_params": list(self.hparams.inner_params), **numbers, **belongs}  # fmt: skip
-        return json.loads(json.dumps(about))
+    def _full_identity(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """What a state belongs to, as JSON reads it back."""
+        full = {"method": self.recipe.name, **self.hparams.identity("state"), **identity}
+        return json.loads(json.dumps(full))
+
+
+def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors whose names begin with a prefix, named by the rest."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _to_device(normalizer: Normalizer, device: torch.device) -> Normalizer:
+    return Normalizer(normalizer.count, normalizer.mean.to(device), normalizer.squares.to(device))
+
+
+def _identity(state: SolverState, layer: int) -> Preconditioner:
+    weight = state.view.weight(layer)
+    return Identity(weight.shape[1], weight.device)
+
+
+def _covariance(state: SolverState, layer: int) -> Preconditioner:
+    hparams, weight = state.hparams, state.view.weight(layer)
+    scale = hparams.mom2_update_weight if state.recipe.is_batched else 1.0
+    if not hparams.mom2_adjustment:
+        return Identity(weight.shape[1], weight.device, scale + hparams.update_norm_lambda)
+    return Covariance.from_moment(
+        state.moment(layer),
+        hparams.mom2_ridge,
+        weight=scale,
+        norm_lambda=hparams.update_norm_lambda,
+        dtype=getattr(torch, hparams.factor_dtype),
+    )
+
+
+def _null_space(state: SolverState, layer: int) -> Preconditioner:
+    hparams, weight = state.hparams, state.view.weight(layer)
+    override = state.null_space_overrides.get(layer)
+    if override is None:
+        return NullSpace.from_covariance(
+            state.moment(layer), hparams.nullspace_threshold, hparams.nullspace_rule, hparams.L2
+        )
+    if override.size != weight.shape[1]:
+        raise StatisticsError(
+            f"its null space is of {override.size} dimensions, the weight takes {weight.shape[1]} inputs"
+        )
+    return replace(override, basis=override.basis.to(weight.device), l2=float(hparams.L2))
+
+
+PRECONDITIONERS: dict[PreconditionerKind, Callable[[SolverState, int], Preconditioner]] = {
+    "identity": _identity,
+    "covariance": _covariance,
+    "null_space": _null_space,
+}
+"""(state, layer) -> S^-1 of the layer."""
+
+RIDGES: dict[Constraint, Callable[[Hparams], float]] = {
+    "ridge": lambda hparams: 1.0,
+    "soft_equality": lambda hparams: hparams.emmet_lambda,
+}
+"""rho of a batch's system. Equality constraints have no batch form: they are solved by `SolverState.solve_rank_one`."""

@@ -25,7 +25,8 @@ from kedit_fast.integrations.sessions import (
     session_of,
 )
 from kedit_fast.integrations.signatures import documented, memit_function
-from kedit_fast.methods.hparams import Hparams, make_hparams
+from kedit_fast.methods.hparams import Hparams
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.models.view import ModelView
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.preconditioner import NullSpace

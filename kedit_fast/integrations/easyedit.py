@@ -39,7 +39,7 @@ from kedit_fast.errors import MethodError
 from kedit_fast.integrations.framework_statistics import Text
 from kedit_fast.integrations.options import OUR_HPARAMS, Options, UltraEditRows
 from kedit_fast.integrations.signatures import Applied, easyedit_function
-from kedit_fast.methods.hparams import parse_values, read_raw
+from kedit_fast.methods.hparams_files import parse_values, read_raw
 
 ADDED = {
     "MEMIT-Seq": "memit-sequential",

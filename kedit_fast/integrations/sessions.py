@@ -25,7 +25,9 @@ from kedit_fast.errors import MethodError
 from kedit_fast.integrations import easyedit_rows
 from kedit_fast.integrations.framework_statistics import framework_statistics
 from kedit_fast.integrations.options import OUR_HPARAMS, Options
-from kedit_fast.methods.hparams import Hparams, make_hparams, parse_values, read_raw, unused
+from kedit_fast.methods.hparams import Hparams, unused
+from kedit_fast.methods.hparams_files import parse_values, read_raw
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.patching import attach, attached, detach

@@ -1,425 +1,425 @@
-"""Hyper-parameters by the field's names, from presets, our toml, EasyEdit's yaml or memit's json."""
+"""Hyper-parameters. Each is declared once: its default, the values it takes, what it means, who reads it and what it
+identifies. Validation, warnings of unused ones, the keys of stored values and states, `kedit-fast methods --json` and
+the table of this room's page follow from the declarations.
+
+To add one, add a field to `Hparams`.
+"""
 
 from __future__ import annotations
 
-import difflib
-import json
-import logging
-import math
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
-
-import yaml
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, get_args
 
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import find_recipe
-from kedit_fast.support.textfiles import Repeated, parse_json, read_text, suffix_of
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+NullSpaceRule = Literal["absolute", "relative", "energy"]
+FactorDtype = Literal["float64", "float32"]
+MemoryForm = Literal["auto", "dual", "primal"]
+GradientRows = Literal["mask", "ans"]
+OnBadPivot = Literal["raise", "skip", "allow"]
+OnPredicted = Literal["error", "allow"]
+Identity = Literal["value", "state"]
 
-_log = logging.getLogger("kedit_fast")
-PRESETS = Path(__file__).parent / "presets"
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a hyper-parameter takes."""
+
+    description: str
+    """In words, as in "it must be ..."."""
+    contains: Callable[[Any], bool]
+
+    @classmethod
+    def choices(cls, literal: Any) -> Range:
+        """The values of a Literal."""
+        accepted = get_args(literal)
+        return cls(f"one of {', '.join(accepted)}", lambda value: value in accepted)
+
+
+POSITIVE = Range("above 0", lambda value: value > 0)
+NOT_NEGATIVE = Range("0 or above", lambda value: value >= 0)
+AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
+SHARE = Range("above 0 and at most 1", lambda value: 0 < value <= 1)
+BOOLEAN = Range("true or false", lambda value: True)
+ANY = Range("any", lambda value: True)
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What is known of one hyper-parameter."""
+
+    name: str
+    default: Any
+    """None where it has none: the preset or the caller gives it."""
+    accepted: Range
+    meaning: str
+    read_by: Callable[[Recipe], bool]
+    """Whether a method reads it."""
+    identifies: tuple[Identity, ...]
+    """What depends on it, so that a stored one of another value must not be used: a value, or a method's state."""
+
+    @property
+    def is_required(self) -> bool:
+        """Whether methods that read it need a value. Methods that do not read it take any."""
+        return self.default is None or not self.accepted.contains(self.default)
+
+
+def _every_method(recipe: Recipe) -> bool:
+    return True
+
+
+def _optimizing(recipe: Recipe) -> bool:
+    return recipe.optimizes_values
+
+
+def _gradient(recipe: Recipe) -> bool:
+    return not recipe.optimizes_values
+
+
+def _rank_one(recipe: Recipe) -> bool:
+    return not recipe.is_batched
+
+
+def _weighing_covariance(recipe: Recipe) -> bool:
+    return recipe.uses_covariance and recipe.is_batched
+
+
+def _covariance(recipe: Recipe) -> bool:
+    return recipe.uses_covariance
+
+
+def _statistics(recipe: Recipe) -> bool:
+    return recipe.uses_statistics
+
+
+def _null_space(recipe: Recipe) -> bool:
+    return recipe.uses_null_space
+
+
+def _memory(recipe: Recipe) -> bool:
+    return recipe.memory
+
+
+def _soft_equality(recipe: Recipe) -> bool:
+    return recipe.softens_equality
+
+
+def _masking(recipe: Recipe) -> bool:
+    return recipe.masks_updates
+
+
+def _declare(
+    accepted: Range,
+    meaning: str,
+    *,
+    read_by: Callable[[Recipe], bool] = _every_method,
+    identifies: tuple[Identity, ...] = (),
+) -> dict[str, Any]:
+    """The metadata of a field of Hparams. A default outside of the accepted values stands for "not given"."""
+    return {"accepted": accepted, "meaning": meaning, "read_by": read_by, "identifies": identifies}
 
 
 @dataclass(frozen=True)
 class Hparams:
-    """All numbers of a method. Names are those of the memit repository's files."""
+    """The hyper-parameters of a method. Names are those of the memit repository's files.
+
+    Raises:
+        MethodError: a value that the method does not accept, naming the hyper-parameter.
+    """
 
     method: str
-    layers: tuple[int, ...]  # edited, zero-based; the value is optimised at the last one
-    v_num_grad_steps: int = 0  # iterations; the last one only measures the loss
-    v_lr: float = 0.0  # of Adam
-    v_weight_decay: float = 0.0  # of |delta| / |h0|^2
-    clamp_norm_factor: float = 0.0  # |delta| <= factor * |h0|
-    kl_factor: float = 0.0  # of KL at "{subject} is a"
-    mom2_adjustment: bool = True  # S = C, or I when false
-    mom2_update_weight: float = 0.0  # lambda, the weight of C; not used by rank-one methods, AlphaEdit and UltraEdit
-    mom2_ridge: float = 0.0  # added to C, relative to its mean diagonal
-    update_norm_lambda: float = 0.0  # ENCORE's lambda_n: S = lambda C + lambda_n I
-    emmet_lambda: float = 0.1  # EMMET: softness of its equality constraints; 0 makes them exact
-    L2: float = 10.0  # AlphaEdit: ridge of the solve
-    nullspace_threshold: float = 2e-2  # AlphaEdit: eigenvalues of C below it are null space
-    nullspace_rule: str = "absolute"  # what the threshold is of: absolute, relative (to the largest), energy (share)
-    factor_dtype: str = "float64"  # in which the factor of C is kept and used: float64, or float32 with a bounded error
-    memory_form: str = "auto"  # of methods that keep keys: auto, dual (n x n) or primal (d x d); the same update
-    rect_keep: float = 0.4  # RECT: share of the entries that are written
-    frobenius_limit: float = 0.0  # |Delta| <= limit * |W| for each write, by scaling; 0: none
-    spectral_limit: float = 0.0  # the same of the largest singular values, by clipping; 0: none
-    inner_params: tuple[
-        str, ...
-    ] = ()  # UltraEdit: paths of the modules to edit; empty for the edited one of each layer
-    lr: float = 0.0  # UltraEdit
-    token: str = "mask"  # UltraEdit: rows of all tokens of prompt and answer ("mask") or of the answer alone ("ans")
-    v_stop_loss: float = 0.05  # a request whose loss is below stops before its next step
-    context_template_length_params: tuple[tuple[int, int], ...] = ()  # (tokens, count) of generated prefixes
-    on_bad_pivot: str = "raise"  # rank-one methods: raise, skip or allow
-    on_predicted: str = "error"  # a target the model says already: error, or allow, as published: a value without delta
-    values_batch: int = 0  # requests optimised together, 0: what memory takes, up to 64 on a CPU; the same result
-    check_every: int = 0  # iterations between looks at who has stopped, 0: 1 on a CPU, 4 on a GPU; the same result
-    values_graph: bool = False  # on CUDA, replay iterations as a graph; not yet run on a GPU; the same result
-    most_probable_steps: int = 0  # ENCORE: stop this many steps after targets are the argmax with prefixes; 0: off
-    v_loss_layer: int = -1  # of the published files; only the last layer, -1, is implemented
+    layers: tuple[int, ...] = field(
+        metadata=_declare(
+            Range("at least one layer, or inner_params", lambda value: True),
+            "edited layers, zero-based; the value is optimized at the last one",
+            identifies=("state",),
+        )
+    )
+    v_num_grad_steps: int = field(
+        default=0,
+        metadata=_declare(
+            AT_LEAST_ONE,
+            "iterations of the value loop; the last one measures the loss and takes no step",
+            read_by=_optimizing,
+            identifies=("value",),
+        ),
+    )
+    v_lr: float = field(
+        default=0.0,
+        metadata=_declare(
+            POSITIVE, "learning rate of Adam in the value loop", read_by=_optimizing, identifies=("value",)
+        ),
+    )
+    v_weight_decay: float = field(
+        default=0.0,
+        metadata=_declare(
+            NOT_NEGATIVE, "weight of the loss term |delta| / |h0|^2", read_by=_optimizing, identifies=("value",)
+        ),
+    )
+    clamp_norm_factor: float = field(
+        default=0.0,
+        metadata=_declare(
+            POSITIVE, "largest |delta|, as a multiple of |h0|", read_by=_optimizing, identifies=("value",)
+        ),
+    )
+    kl_factor: float = field(
+        default=0.0,
+        metadata=_declare(
+            NOT_NEGATIVE, 'weight of the KL divergence at "{subject} is a"', read_by=_optimizing, identifies=("value",)
+        ),
+    )
+    mom2_adjustment: bool = field(
+        default=True,
+        metadata=_declare(
+            BOOLEAN,
+            "whether S is made from the second moment C; with false S = I and no statistics are needed",
+            read_by=_statistics,
+            identifies=("state",),
+        ),
+    )
+    mom2_update_weight: float = field(
+        default=0.0,
+        metadata=_declare(
+            POSITIVE, "lambda, the weight of C in S", read_by=_weighing_covariance, identifies=("state",)
+        ),
+    )
+    mom2_ridge: float = field(
+        default=0.0,
+        metadata=_declare(
+            NOT_NEGATIVE,
+            "ridge added to C, as a multiple of its mean diagonal",
+            read_by=_covariance,
+            identifies=("state",),
+        ),
+    )
+    update_norm_lambda: float = field(
+        default=0.0,
+        metadata=_declare(
+            NOT_NEGATIVE, "ENCORE's lambda_n in S = lambda C + lambda_n I", read_by=_covariance, identifies=("state",)
+        ),
+    )
+    emmet_lambda: float = field(
+        default=0.1,
+        metadata=_declare(
+            NOT_NEGATIVE, "EMMET's softness of the equality constraints; 0 makes them exact", read_by=_soft_equality
+        ),
+    )
+    L2: float = field(
+        default=10.0,
+        metadata=_declare(POSITIVE, "ridge of AlphaEdit's solve", read_by=_null_space, identifies=("state",)),
+    )
+    nullspace_threshold: float = field(
+        default=2e-2,
+        metadata=_declare(
+            POSITIVE,
+            "bound of the eigenvalues of C below which their directions are null space",
+            read_by=_null_space,
+            identifies=("state",),
+        ),
+    )
+    nullspace_rule: NullSpaceRule = field(
+        default="absolute",
+        metadata=_declare(
+            Range.choices(NullSpaceRule),
+            "meaning of the threshold: an eigenvalue, a share of the largest one, or a share of the energy",
+            read_by=_null_space,
+            identifies=("state",),
+        ),
+    )
+    factor_dtype: FactorDtype = field(
+        default="float64",
+        metadata=_declare(
+            Range.choices(FactorDtype),
+            "dtype of the factor of S; float32 takes half the memory and has a bounded error",
+            read_by=_covariance,
+            identifies=("state",),
+        ),
+    )
+    memory_form: MemoryForm = field(
+        default="auto",
+        metadata=_declare(
+            Range.choices(MemoryForm),
+            "system of earlier keys: dual (n x n) or primal (d x d); the update is the same",
+            read_by=_memory,
+        ),
+    )
+    rect_keep: float = field(
+        default=0.4, metadata=_declare(SHARE, "share of the entries that RECT writes", read_by=_masking)
+    )
+    frobenius_limit: float = field(
+        default=0.0,
+        metadata=_declare(NOT_NEGATIVE, "largest |Delta| / |W| of a write, reached by scaling; 0 for no limit"),
+    )
+    spectral_limit: float = field(
+        default=0.0,
+        metadata=_declare(
+            NOT_NEGATIVE,
+            "largest ratio of the largest singular values of Delta and W, reached by clipping; 0 for no limit",
+        ),
+    )
+    inner_params: tuple[str, ...] = field(
+        default=(),
+        metadata=_declare(
+            Range("paths of modules", lambda value: True),
+            "modules that UltraEdit edits; empty for the edited module of each layer",
+            read_by=_gradient,
+            identifies=("state",),
+        ),
+    )
+    lr: float = field(
+        default=0.0, metadata=_declare(POSITIVE, "UltraEdit's factor of the gradients", read_by=_gradient)
+    )
+    token: GradientRows = field(
+        default="mask",
+        metadata=_declare(
+            Range.choices(GradientRows),
+            "tokens whose gradients UltraEdit takes: of prompt and answer (mask), or of the answer alone (ans)",
+            read_by=_gradient,
+            identifies=("state",),
+        ),
+    )
+    v_stop_loss: float = field(
+        default=0.05,
+        metadata=_declare(
+            ANY, "loss below which a value takes no further step", read_by=_optimizing, identifies=("value",)
+        ),
+    )
+    context_template_length_params: tuple[tuple[int, int], ...] = field(
+        default=(),
+        metadata=_declare(
+            Range("pairs of numbers", lambda value: True),
+            "(tokens, count) of the generated context prefixes",
+            identifies=("state",),
+        ),
+    )
+    on_bad_pivot: OnBadPivot = field(
+        default="raise",
+        metadata=_declare(
+            Range.choices(OnBadPivot), "what rank-one methods do with a request whose pivot is bad", read_by=_rank_one
+        ),
+    )
+    on_predicted: OnPredicted = field(
+        default="error",
+        metadata=_declare(
+            Range.choices(OnPredicted),
+            "what happens to a target that the model says already: an error, or a value without a delta, as published",
+            read_by=_optimizing,
+        ),
+    )
+    values_batch: int = field(
+        default=0,
+        metadata=_declare(
+            NOT_NEGATIVE,
+            "requests optimized together, 0 for what memory allows (on a CPU at most 64); the result is the same",
+            read_by=_optimizing,
+        ),
+    )
+    check_every: int = field(
+        default=0,
+        metadata=_declare(
+            NOT_NEGATIVE,
+            "iterations between checks of which values are done; 0 for 1 on a CPU, 4 on a GPU; the result is the same",
+            read_by=_optimizing,
+        ),
+    )
+    values_graph: bool = field(
+        default=False,
+        metadata=_declare(
+            BOOLEAN,
+            "whether iterations are replayed as a CUDA graph; not yet run on a GPU; the result is the same",
+            read_by=_optimizing,
+        ),
+    )
+    most_probable_steps: int = field(
+        default=0,
+        metadata=_declare(
+            NOT_NEGATIVE,
+            "ENCORE's stop this many steps after all target tokens are the most probable ones; 0 for no such stop",
+            read_by=_optimizing,
+            identifies=("value",),
+        ),
+    )
+    v_loss_layer: int = field(
+        default=-1,
+        metadata=_declare(
+            Range("-1 or the last layer", lambda value: True),
+            "layer after which the loss is taken, as in the published files; only the last one is implemented",
+        ),
+    )
 
     def __post_init__(self):
         recipe = find_recipe(self.method)
-        optimised = recipe.optimizes_values
-        weighs = recipe.is_batched and recipe.uses_covariance
-        check = {
-            "layers": len(self.layers) > 0 or len(self.inner_params) > 0,
-            "inner_params": optimised is False or not self.inner_params,
-            "v_num_grad_steps": self.v_num_grad_steps >= 1 or not optimised,
-            "v_lr": self.v_lr > 0 or not optimised,
-            "v_weight_decay": self.v_weight_decay >= 0,
-            "clamp_norm_factor": self.clamp_norm_factor > 0 or not optimised,
-            "kl_factor": self.kl_factor >= 0,
-            "mom2_adjustment": self.mom2_adjustment or not recipe.uses_null_space,
-            "mom2_update_weight": self.mom2_update_weight > 0 or not weighs,
-            "mom2_ridge": self.mom2_ridge >= 0,
-            "update_norm_lambda": self.update_norm_lambda >= 0,
-            "emmet_lambda": self.emmet_lambda >= 0,
-            "L2": self.L2 > 0,
-            "nullspace_threshold": self.nullspace_threshold > 0,
-            "nullspace_rule": self.nullspace_rule in ("absolute", "relative", "energy"),
-            "factor_dtype": self.factor_dtype in ("float64", "float32"),
-            "memory_form": self.memory_form in ("auto", "dual", "primal"),
-            "rect_keep": 0 < self.rect_keep <= 1,
-            "frobenius_limit": self.frobenius_limit >= 0,
-            "spectral_limit": self.spectral_limit >= 0,
-            "lr": self.lr > 0 or optimised,
-            "token": self.token in ("mask", "ans"),
-            "values_batch": self.values_batch >= 0,
-            "check_every": self.check_every >= 0,
-            "most_probable_steps": self.most_probable_steps >= 0,
-            "on_predicted": self.on_predicted in ("error", "allow"),
-            "on_bad_pivot": self.on_bad_pivot in ("raise", "skip", "allow"),
-        }
-        for name, ok in check.items():
-            if not ok:
-                raise MethodError(f"hyper-parameter {name} = {getattr(self, name)!r} is out of range for {self.method}")
+        if not self.layers and not self.inner_params:
+            raise self._out_of_range("layers", DECLARATIONS["layers"].accepted.description)
+        if self.inner_params and not reads(recipe, "inner_params"):
+            raise self._out_of_range("inner_params", "empty: the method edits one module per layer")
+        if recipe.uses_null_space and not self.mom2_adjustment:
+            raise self._out_of_range("mom2_adjustment", "true: a null space is that of a second moment")
+        for name, declaration in DECLARATIONS.items():
+            optional = declaration.is_required and not declaration.read_by(recipe)
+            if not optional and not declaration.accepted.contains(getattr(self, name)):
+                raise self._out_of_range(name, declaration.accepted.description)
         if recipe.edits_one_layer and len(self.layers) != 1:
             raise MethodError(f"{self.method} edits one layer; got layers {', '.join(map(str, self.layers))}")
+
+    def _out_of_range(self, name: str, accepted: str) -> MethodError:
+        return MethodError(
+            f"hyper-parameter {name} = {getattr(self, name)!r} is out of range for {self.method}: it must be {accepted}"
+        )
 
     @property
     def uses_statistics(self) -> bool:
         """Whether second moments of the edited layers are needed."""
         return self.mom2_adjustment and find_recipe(self.method).uses_statistics
 
+    def identity(self, part: Identity) -> dict[str, Any]:
+        """Name -> value of the hyper-parameters that identify a stored value, or a stored state."""
+        return {name: getattr(self, name) for name, known in DECLARATIONS.items() if part in known.identifies}
+
+
+DECLARATIONS: Mapping[str, Declaration] = {
+    known.name: Declaration(
+        name=known.name, default=None if known.default is MISSING else known.default, **known.metadata
+    )
+    for known in fields(Hparams)
+    if known.name != "method"
+}
+"""Name -> declaration of every hyper-parameter, in the order of the fields."""
+
+
+def reads(recipe: Recipe, name: str) -> bool:
+    """Whether a method reads a hyper-parameter. Unknown names count as read: whoever parses them refuses them."""
+    return name not in DECLARATIONS or DECLARATIONS[name].read_by(recipe)
+
 
 def unused(recipe: Recipe, names: Iterable[str]) -> list[str]:
-    """Of hyper-parameters, those that a method does not read."""
-    optimised, mass = recipe.optimizes_values, recipe.is_batched
-    covariance = recipe.uses_covariance
-    reads = {
-        "v_num_grad_steps": optimised, "v_lr": optimised, "v_weight_decay": optimised, "clamp_norm_factor": optimised,
-        "kl_factor": optimised, "v_stop_loss": optimised, "most_probable_steps": optimised, "values_batch": optimised,
-        "check_every": optimised, "values_graph": optimised, "on_predicted": optimised,
-        "mom2_update_weight": covariance and mass, "mom2_ridge": covariance, "factor_dtype": covariance,
-        "update_norm_lambda": covariance, "mom2_adjustment": recipe.uses_statistics,
-        "emmet_lambda": recipe.softens_equality, "L2": recipe.uses_null_space,
-        "nullspace_threshold": recipe.uses_null_space,
-        "nullspace_rule": recipe.uses_null_space, "memory_form": recipe.memory,
-        "rect_keep": recipe.masks_updates, "inner_params": not optimised, "lr": not optimised,
-        "token": not optimised, "on_bad_pivot": not mass,
-    }  # fmt: skip
-    return sorted(name for name in names if not reads.get(name, True))
+    """The hyper-parameters among `names` that a method does not read."""
+    return sorted(name for name in names if not reads(recipe, name))
 
 
-# What a method's published files carry although it does not read it.
-_CARRIED = {"alphaedit": ("mom2_update_weight",)}
+# What a method's published files contain although it does not read it.
+_PUBLISHED_UNUSED = {"alphaedit": ("mom2_update_weight",)}
 
 
 def worth_a_warning(recipe: Recipe, names: Iterable[str]) -> list[str]:
-    """Of hyper-parameters, those that a method does not read and that its own published files do not carry either."""
-    return [name for name in unused(recipe, names) if name not in _CARRIED.get(recipe.name, ())]
+    """The hyper-parameters among `names` that neither the method reads nor its own published files contain."""
+    return [name for name in unused(recipe, names) if name not in _PUBLISHED_UNUSED.get(recipe.name, ())]
 
 
-# Names of the frameworks' files for places, devices, data and output: the package takes those elsewhere, or they change
-# nothing that is written to a model.
-_ELSEWHERE = {
-    "alg_name", "model_name", "stats_dir", "device", "mom2_dataset", "mom2_n_samples", "mom2_dtype",
-    "rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module",
-    "model_parallel", "fp16", "batch_size", "max_length", "P_loc", "rewrite_module_tmps", "model_class", "class_name",
-    "tokenizer_class", "tokenizer_name", "no_grad_layers", "batch_size_once", "editor_batch_size", "silent", "half",
-    "results_dir", "name", "calculate_objective_value", "evaluation_type", "api_key", "verbose", "description",
-}  # fmt: skip
-# Names that change what is written, with the values at which they do not: at others they are not implemented.
-_FIXED = {
-    "layer_selection": ("all",), "fact_token": ("subject_last",), "nll_loss_factor": (1,), "dropout": (0,),
-    "enable_prompt_keys": (False,), "enable_random_prefix_keys": (True,), "original_implementation": (False,),
-    "bias_update": (False, None), "norm_control": (0, None), "blue": (False, None), "use_chat_template": (False, None),
-}  # fmt: skip
-# Of the names above those that may change a result where they are chosen: values that do not, and where that is.
-_CHOSEN_ELSEWHERE = {
-    "fp16": ((False, None), "a model's dtype is chosen where it is loaded (--dtype)"),
-    "half": ((False, None), "a model's dtype is chosen where it is loaded (--dtype)"),
-    "batch_size": ((1, None), "the edits of a batch are chosen where they are made (--batch-size)"),
-}
-_BY_METHOD = ("add_prev_edits", "prob_cutoff")  # see _translated
+def describe(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Name -> default, range and meaning of every hyper-parameter that a method reads.
 
-
-def read_hparams(path: str | Path, method: str | None = None, *, warn_of_loading: bool = True) -> dict[str, Any]:
-    """Values of a .toml (ours), .yaml (EasyEdit) or .json (memit, AlphaEdit) file that this package knows.
-
-    Names that other repositories' files hold beside and that change nothing at the value given are named at INFO.
-
-    Args:
-        path: the file.
-        method: what the values are for; only `add_prev_edits` is looked at with it.
-        warn_of_loading: warn of `half`, `fp16` and `batch_size`, which are chosen where a model is loaded and edited;
-            False for callers that compare them with what they chose.
-
-    Raises:
-        MethodError: the file cannot be read, or asks for something that is not implemented.
+    The default is None where a preset or the caller must give a value.
     """
-    raw = read_raw(path)
-    found = parse_values(raw, str(path), foreign=True, method=method)
-    beside = [str(name) for name in raw if name in _ELSEWHERE or name in _FIXED]
-    for name, (neutral, where) in _CHOSEN_ELSEWHERE.items() if warn_of_loading else ():
-        if not any(_same(raw.get(name), value) for value in neutral):
-            _log.warning("%s: %s = %r is not taken from a file: %s", path, name, raw[name], where)
-            beside.remove(name)
-    if beside:
-        _log.info("%s: not used, it changes no edit here: %s", path, ", ".join(beside))
-    return found
-
-
-def read_raw(path: str | Path) -> Mapping[str, Any]:
-    """All names and values of such a file, as they stand there.
-
-    Raises:
-        MethodError: the file cannot be read, or gives a name twice.
-    """
-    suffix = suffix_of(path)
-    if suffix not in (".toml", ".yaml", ".yml", ".json"):
-        raise MethodError(f"{path}: hyper-parameters come as .toml, .yaml, .yml or .json")
-    text = read_text(path, MethodError)
-    try:
-        if suffix == ".toml":
-            raw = tomllib.loads(text)
-        elif suffix == ".json":
-            raw = parse_json(text, str(path), MethodError)
-            if isinstance(raw, Repeated):
-                raise MethodError(f"{path} gives {raw.names[0]!r} twice: keep one")
-        else:
-            raw = yaml.load(text, _Strict)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        if isinstance(error, MethodError):
-            raise
-        raise MethodError(f"{path} is malformed: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(raw, Mapping):
-        raise MethodError(f"{path} must hold names and values; got {type(raw).__name__}")
-    return raw
-
-
-class _Strict(yaml.SafeLoader):
-    """A yaml mapping that gives a name twice is malformed, instead of the last one standing."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        names = [self.construct_object(key, deep=True) for key in keys]
-        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def parse_values(
-    raw: Mapping[str, Any], origin: str, foreign: bool = False, method: str | None = None
-) -> dict[str, Any]:
-    """Convert values to the types of Hparams; with `foreign`, names that the frameworks' files hold beside are let be
-    where they change nothing.
-
-    Raises:
-        MethodError: by name, for what is unknown, of the wrong type or not implemented.
-    """
-    types = {f.name: f.type for f in fields(Hparams)}
-    found: dict[str, Any] = {}
-    for name, value in raw.items():
-        if name in _FIXED and not any(_same(value, allowed) for allowed in _FIXED[name]):
-            shown = " or ".join(str(allowed) for allowed in _FIXED[name] if allowed is not None)
-            raise MethodError(f"{origin}: {name} = {value!r} is not implemented, only {shown}")
-        if name in types:
-            try:
-                found[name] = _convert(types[name], value)
-            except (TypeError, ValueError, OverflowError):
-                raise MethodError(f"{origin}: {name} = {value!r} is not a {types[name]}") from None
-        elif foreign and name in _BY_METHOD:
-            for ours, number in _translated(name, value, origin, method).items():
-                if found.setdefault(ours, raw.get(ours, number)) != number:
-                    raise MethodError(f"{origin}: {name} = {value!r} and {ours} = {raw[ours]!r} say different things")
-        elif not foreign or name not in (*_ELSEWHERE, *_FIXED):
-            known = ", ".join(sorted(types))
-            raise MethodError(f"{origin}: unknown hyper-parameter {name!r}{_near(name)}; known are {known}")
-    return found
-
-
-def _near(name: Any) -> str:
-    near = difflib.get_close_matches(str(name), [f.name for f in fields(Hparams)], 1, 0.8)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
-def _translated(name: str, value: Any, origin: str, method: str | None) -> dict[str, Any]:
-    """Our hyper-parameters for one of the repositories of EMMET and ENCORE that is spelled otherwise."""
-    if name == "add_prev_edits":  # keys of earlier batches in the system
-        keeps = None if method is None else find_recipe(method).memory
-        if not isinstance(value, bool) or (keeps is None and value) or (keeps is not None and value != keeps):
-            raise MethodError(
-                f"{origin}: add_prev_edits = {value!r} is chosen by the method here: true for encore, memit-sequential "
-                "and alphaedit, false for memit and emmet"
-            )
-        return {}
-    try:  # it counts the first iteration with all targets most probable too
-        steps = -_convert("int", value)
-    except (TypeError, ValueError, OverflowError):
-        steps = -1
-    if steps == 0:
-        return {"most_probable_steps": 0}
-    if steps < 2:
-        raise MethodError(f"{origin}: prob_cutoff = {value!r} is not implemented, only 0, -2, -3, ...")
-    return {"most_probable_steps": steps - 1}
-
-
-def _same(value: Any, allowed: Any) -> bool:
-    """Whether two values mean the same in a file: false and "false", 0 and 0.0, but not 0 and false of a text."""
-    if isinstance(allowed, bool) and isinstance(value, str):
-        return value.lower() == str(allowed).lower()
-    return value == allowed
-
-
-def _convert(kind: str, value: Any) -> Any:
-    if kind == "tuple[int, ...]":
-        return parse_layers(value)
-    if kind == "tuple[str, ...]":
-        return (value,) if isinstance(value, str) else tuple(str(v) for v in value)
-    if kind == "tuple[tuple[int, int], ...]":
-        value = json.loads(value) if isinstance(value, str) else value
-        return tuple((int(length), int(count)) for length, count in value)
-    if kind == "bool":
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() not in ("true", "false"):
-            raise ValueError(value)
-        return str(value).lower() == "true"
-    if kind in ("int", "float") and isinstance(value, bool):
-        raise ValueError(value)
-    if kind == "int":
-        if isinstance(value, float) and value != int(value):
-            raise ValueError(value)
-        return int(value)
-    if kind == "float":
-        if math.isnan(number := float(value)):  # yaml reads 5e-1 as a string
-            raise ValueError(value)
-        return number
-    return str(value)
-
-
-def parse_layers(value: Any) -> tuple[int, ...]:
-    """Zero-based layers from "4-8" (both ends count), "3,5,7", an integer or a list; raises ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return (value,)
-    if not isinstance(value, str):
-        if any(isinstance(v, bool) or int(v) != float(v) for v in value):
-            raise ValueError(f"{value!r} is no list of layers")
-        return tuple(sorted({int(v) for v in value}))
-    layers: set[int] = set()
-    for part in value.split(","):
-        first, dash, last = part.strip().partition("-")
-        begin, end = int(first), int(last) if dash else int(first)
-        if end < begin:
-            raise ValueError(f"{part} runs backwards")
-        layers.update(range(begin, end + 1))
-    return tuple(sorted(layers))
-
-
-def preset_hparams(recipe: Recipe, config: Any) -> tuple[dict[str, Any], str]:
-    """Published values for a model, and where they are from; a guess by relative depth when there is no preset.
-
-    A model for which another method's preset is there, but none of this one, gets that with this method's own numbers
-    of its family.
-    """
-    table = load_presets(recipe.preset)
-    families = table["family"]
-    kind = getattr(config, "model_type", None)
-    family = next((e for e in families if kind in e["model_types"]), families[-1])
-    for entry in table["preset"]:
-        if not all(getattr(config, name, None) == value for name, value in entry["match"].items()):
-            continue
-        values, origin = dict(entry["values"]), f"preset {entry['name']} ({entry['source']}"
-        if entry["inherited"]:
-            origin += f", as for {entry['inherited']}"
-            if family["own"]:
-                values |= family["own"]
-                origin += f", with values of {family['source']}"
-            if family["own_depth"]:
-                values["layers"] = _by_depth(recipe, family, config.num_hidden_layers)
-        return parse_values(values, entry["source"]), origin + ")"
-    layers = _by_depth(recipe, family, config.num_hidden_layers)
-    values = parse_values(family["values"], family["source"])
-    return {**values, "layers": layers}, f"guess: layers by relative depth, values of {family['source']}"
-
-
-def _by_depth(recipe: Recipe, family: Mapping[str, Any], count: int) -> tuple[int, ...]:
-    first, last = (min(count - 1, round(depth * (count - 1))) for depth in family["depth"])
-    return (last,) if recipe.edits_one_layer else tuple(range(first, last + 1))
-
-
-def load_presets(name: str) -> dict[str, list[dict[str, Any]]]:
-    """The entries of a preset file, each with what its base's entry of the same name says beside.
-
-    `inherited` is the base's name where the file has no such entry, else ""; of families `own` are the values and
-    `own_depth` whether the depth stands in this file.
-    """
-    table = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
-    base = load_presets(table["base"]) if "base" in table else {}
-    merged = {}
-    for kind in ("preset", "family"):
-        entries = {
-            e["name"]: {**e, "inherited": e["inherited"] or table["base"], "own": {}, "own_depth": False}
-            for e in base.get(kind, [])
+    return {
+        name: {
+            "default": None if known.is_required else known.default,
+            "range": known.accepted.description,
+            "meaning": known.meaning,
         }
-        for entry in table.get(kind, []):
-            below = entries.get(entry["name"], {})
-            own = entry.get("values", {})
-            entries[entry["name"]] = {**below, **entry, "values": {**below.get("values", {}), **own}, "inherited": "",
-                                      "own": own, "own_depth": "depth" in entry}  # fmt: skip
-        merged[kind] = list(entries.values())
-    return merged
-
-
-def make_hparams(method: str, config: Any, *overrides: Mapping[str, Any]) -> tuple[Hparams, str]:
-    """Hyper-parameters of a method for a model: its preset, then each of `overrides` in order; and their origin."""
-    recipe = find_recipe(method)
-    values, origin = preset_hparams(recipe, config)
-    origin = _origin(recipe, origin, set(values), {name for override in overrides for name in override})
-    values.setdefault("context_template_length_params", recipe.contexts)
-    known = {f.name for f in fields(Hparams)}
-    for override in overrides:
-        if unknown := [str(name) for name in override if name not in known]:
-            raise MethodError(f"unknown hyper-parameter {unknown[0]!r}{_near(unknown[0])}: read_hparams reads files of "
-                              "other repositories; known are " + ", ".join(sorted(known)))  # fmt: skip
-        if "layers" in override and "inner_params" not in override:
-            values.pop("inner_params", None)  # a preset's modules are not of other layers
-        values.update(override)
-    if not recipe.optimizes_values and "layers" not in values:
-        values["layers"] = ()
-    values["method"] = recipe.name
-    return Hparams(**values), origin
-
-
-def _origin(recipe: Recipe, origin: str, values: set[str], given: set[str]) -> str:
-    """Where the numbers that the method reads are from, when some of them are given."""
-    idle = set(unused(recipe, values | given))
-    values, given = values - idle, given - idle
-    if not given:
-        return origin
-    if values <= given:
-        return "given"
-    if "layers" in given:
-        origin = origin.replace("layers by relative depth, ", "")
-    return f"{origin}; given: {', '.join(sorted(given))}"
+        for name, known in DECLARATIONS.items()
+        if known.read_by(recipe)
+    }

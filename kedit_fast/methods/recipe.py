@@ -125,6 +125,11 @@ class Recipe:
         return self.schedule == "mass"
 
     @property
+    def runs_model_after_write(self) -> bool:
+        """Whether the model runs once more after the last write of a batch, to measure the residual."""
+        return self.schedule == "mass"
+
+    @property
     def keeps_state(self) -> bool:
         """Whether something beside the ledger is kept between batches: keys, or a running normalizer."""
         return self.memory or self.schedule == "gradients"

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import MethodError, StatisticsError
-from kedit_fast.methods.hparams import Hparams, make_hparams
+from kedit_fast.methods.hparams import Hparams
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.registry import RECIPES, find_recipe
 from kedit_fast.requests.problems import OnError, require_no_problems
 from kedit_fast.requests.prompts import PromptFormat

@@ -15,7 +15,8 @@ from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import KeditError, MethodError
 from kedit_fast.evaluation.metrics import evaluate, mean_nll, unusable
-from kedit_fast.methods.hparams import Hparams, make_hparams, unused
+from kedit_fast.methods.hparams import Hparams, unused
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.view import ModelView

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import kedit_fast
 from kedit_fast import demo, workflow
 from kedit_fast.errors import KeditError, UnsupportedModelError
-from kedit_fast.methods.hparams import read_hparams
+from kedit_fast.methods.hparams_files import read_hparams
 from kedit_fast.models import loading
 from kedit_fast.support.files import new_folder
 

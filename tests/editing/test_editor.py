@@ -36,7 +36,7 @@ def test_memit_is_the_published_dense_update_layer_by_layer(kind):
     for i, layer in enumerate((0, 1)):
         seen = KeyPass(other, prepared, site, "bare_half").at(layer)
         keys, residual = seen.keys, (targets - seen.outputs) / (2 - i)
-        moment = editor._statistics.moment(layer).moment
+        moment = editor.statistics.moment(layer).moment
         moment = moment + 1e-3 * moment.diagonal().mean() * torch.eye(64, dtype=torch.float64)
         delta = residual @ torch.linalg.solve(10.0 * moment + keys @ keys.T, keys).T
         other.weight(layer).add_(delta)
@@ -159,7 +159,7 @@ def test_bad_input_is_named_and_changes_nothing():
     with pytest.raises(StatisticsError, match="needs statistics for layers 0, 1"):
         Editor(model, tokenizer, "memit", layers=(0, 1))
     with pytest.raises(StatisticsError, match="no statistics for layer 2"):
-        Editor(model, tokenizer, "memit", layers=(2,), statistics=editor._statistics)
+        Editor(model, tokenizer, "memit", layers=(2,), statistics=editor.statistics)
     with pytest.raises(MethodError, match="v_loss_layer"):
         Editor(model, tokenizer, "rome", layers=(0,), hparams={"v_loss_layer": 1, "mom2_adjustment": False})
     with pytest.raises(KeditError, match="layer 7"):

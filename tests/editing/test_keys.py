@@ -48,7 +48,7 @@ def test_the_incremental_pass_equals_whole_passes(kind, budget, monkeypatch):
         with torch.no_grad():
             view.weight(layer).add_(torch.randn_like(view.weight(layer)) * 0.05)
     torch.testing.assert_close(passes.outputs().T, whole(model, view, prepared, 3, site)[1], rtol=1e-4, atol=1e-4)
-    kept = passes.kept
+    kept = passes.stored_bytes
     assert bool(kept["recomputed"]) == (budget is not None) and bool(kept["device"]) == (
         budget != StateBudget(device=0)
     )

@@ -18,7 +18,8 @@ from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.loop import find_values
 from kedit_fast.errors import EditError, KeditError, MethodError, SolveError, StatisticsError
 from kedit_fast.evaluation.metrics import mean_nll
-from kedit_fast.methods.hparams import load_presets, make_hparams, unused
+from kedit_fast.methods.hparams import unused
+from kedit_fast.methods.presets import load_presets, make_hparams
 from kedit_fast.methods.registry import RECIPES, find_recipe
 from kedit_fast.models.forward import Site
 from kedit_fast.models.view import ModelView
@@ -80,7 +81,7 @@ def test_mass_methods_are_the_published_ones_batch_after_batch(method, kind):
             seen = KeyPass(other, prepared, site, "bare_half").at(layer)
             left = len(numbers.layers) - i
             residual = (targets - seen.outputs) / (left**0.5 if method == "pmet" else left)
-            x = dense_system(recipe, numbers, editor._statistics.moment(layer).moment, caches[layer], seen.keys)
+            x = dense_system(recipe, numbers, editor.statistics.moment(layer).moment, caches[layer], seen.keys)
             delta = residual @ x.T
             if recipe.memory:
                 caches[layer] += seen.keys @ seen.keys.T
@@ -120,7 +121,7 @@ def test_r_rome_makes_the_mean_key_put_out_the_value():
     value = find_values(editor.view, prepared, 1, "mlp", editor.hparams).targets[:, 0]
     key = KeyPass(editor.view, prepared, site, "mean").at(1).keys[:, 0]
     weight, d = editor.view.weight(1).clone(), 64
-    moment = editor._statistics.moment(1).moment
+    moment = editor.statistics.moment(1).moment
     g = torch.linalg.solve(moment + 1e-3 * moment.diagonal().mean() * torch.eye(d, dtype=torch.float64), key)
     result = editor.edit(REQUESTS[:1])
     assert relative_error(editor.view.weight(1) @ key, value) < 1e-9 and result.residual < 1e-9
@@ -488,7 +489,7 @@ def test_a_state_belongs_to_its_prompts_and_tokens(tmp_path):
     editor.edit(REQUESTS[:1])
     editor.save_state(path)
     model, tokenizer = editor.view.model, editor.tokenizer
-    about = dict(statistics=editor._statistics, hparams=editor.hparams.__dict__)
+    about = dict(statistics=editor.statistics, hparams=editor.hparams.__dict__)
 
     def load(**more):
         other = Editor(model, tokenizer, "encore", **{**about, **more})
@@ -579,7 +580,7 @@ def test_bad_statistics_name_the_layer_and_leave_the_model(method, name):
     good = editor_of(method, mom2_ridge=0.0)
     before = weights(good)
     with pytest.raises(StatisticsError, match=message):
-        bad = Editor(good.view.model, good.tokenizer, method, statistics=change(good._statistics),
+        bad = Editor(good.view.model, good.tokenizer, method, statistics=change(good.statistics),
                      hparams={**good.hparams.__dict__, "update_norm_lambda": 0.0}, prefixes=PREFIXES)  # fmt: skip
         bad.edit(REQUESTS[:1])
     assert same(good, before)

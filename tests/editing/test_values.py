@@ -21,7 +21,7 @@ from kedit_fast.editing.values.loop import ValueOptimizer, find_values
 from kedit_fast.editing.values.objective import Objective
 from kedit_fast.editing.values.stop_rules import STOP_RULES
 from kedit_fast.errors import EditError
-from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.recipe import StopRule
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models import tail_attention

@@ -213,7 +213,7 @@ def test_of_several_sample_sizes_in_one_folder_the_hyper_parameters_choose(size,
     numbers = hparams_of("MEMIT", stats_dir=str(tmp_path), mom2_n_samples=size, mom2_dtype=precision)
     model = make_model("llama")
     easyedit.apply_memit_to_model(model, make_tokenizer(), [asked(REQUESTS[0])], numbers)
-    used = sessions.session_of(model).editor._statistics.moment(1).moment
+    used = sessions.session_of(model).editor.statistics.moment(1).moment
     assert relative_error(used, statistics.moment(1).moment * scales[size, precision]) < 1e-6
 
 

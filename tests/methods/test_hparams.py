@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from kedit_fast.errors import MethodError
-from kedit_fast.methods.hparams import Hparams, make_hparams, parse_layers, read_hparams, unused, worth_a_warning
+from kedit_fast.methods.hparams import Hparams, unused, worth_a_warning
+from kedit_fast.methods.hparams_files import parse_layers, read_hparams
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.registry import RECIPES, find_recipe
 
 LLAMA3 = SimpleNamespace(model_type="llama", num_hidden_layers=32, hidden_size=4096, intermediate_size=14336)

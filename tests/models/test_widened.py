@@ -19,7 +19,7 @@ from kedit_fast.editing.values import batch_size
 from kedit_fast.editing.values.loop import find_values
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.evaluation.metrics import mean_nll
-from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.models import widened
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.view import ModelView

@@ -26,7 +26,7 @@ from kedit_fast.editing.values.store import open_values
 from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.evaluation.metrics import evaluate_each, mean_nll
 from kedit_fast.kernels.native import cpu as native_cpu
-from kedit_fast.methods.hparams import make_hparams
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.models.forward import Site
 from kedit_fast.models.loading import load_model
 from kedit_fast.models.saving import save_model

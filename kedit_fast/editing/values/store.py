@@ -13,7 +13,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -39,11 +38,6 @@ _NOISE = {
     "_attn_implementation_autoset", "attn_implementation",
 }  # fmt: skip
 SAVE_EVERY = 30.0  # seconds between writes while values are being optimized
-# Hyper-parameters that change what a value is; the others change where it is written, or how fast it is computed.
-_LOOP = (
-    "v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor", "v_stop_loss",
-    "most_probable_steps",
-)  # fmt: skip
 
 _USUAL_RULE: dict[tuple[str, ...], str] = {
     ("attention", "mlp"): "pmet"
@@ -76,7 +70,7 @@ class ValueFile:
         Cost: one pass over all matrices that editing writes.
         """
         view = run.view
-        hparams = {name: value for name, value in asdict(run.hparams).items() if name in _LOOP}
+        hparams = run.hparams.identity("value")
         config = {name: value for name, value in view.config.to_dict().items() if name not in _NOISE}
         identity = {
             "model": fingerprint(view, run.tokenizer),

@@ -1,0 +1,239 @@
+"""The state of one call of `Editor.edit`, which a schedule fills."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from kedit_fast.editing.gradients import AnswerGradients
+from kedit_fast.editing.keys import StateBudget
+from kedit_fast.editing.ledger import Ledger
+from kedit_fast.editing.result import EditResult
+from kedit_fast.editing.shaping import SHAPINGS
+from kedit_fast.editing.solver_state import SolverState
+from kedit_fast.editing.values.loop import SITES
+from kedit_fast.editing.values.protocol import ValueStore
+from kedit_fast.editing.values.result import PROBLEMS, Values
+from kedit_fast.editing.values.shared import find_shared_values
+from kedit_fast.methods.hparams import Hparams
+from kedit_fast.methods.recipe import Recipe, ValueSites
+from kedit_fast.models.view import ModelView
+from kedit_fast.requests.problems import OnError, require_no_problems
+from kedit_fast.requests.prompts import PreparedRequest
+from kedit_fast.solver.low_rank import LowRankUpdate, Update
+from kedit_fast.solver.value_descent import Status
+from kedit_fast.support.dtypes import accumulation_dtype
+from kedit_fast.support.timing import synchronized_clock
+
+_log = logging.getLogger("kedit_fast")
+NORM_WARNING = 2.0
+"""|Delta| / |W| above which an edit is more likely to harm than to teach."""
+
+Phase = Literal["values", "keys", "solve", "write"]
+
+
+@dataclass(frozen=True)
+class EditContext:
+    """What a batch works with: the parts of an editor that a schedule needs."""
+
+    view: ModelView
+    tokenizer: Any
+    recipe: Recipe
+    hparams: Hparams
+    modules: Mapping[str, torch.Tensor]
+    """Path of an edited module -> its weight [out, in], a view on the model's memory."""
+    value_sites: ValueSites
+    """Where values are optimized."""
+    ledger: Ledger
+    """Open: writes belong to the batch."""
+    solver_state: SolverState
+    value_store: ValueStore | None
+    """Where values are looked up before they are optimized."""
+    state_budget: StateBudget | None
+    """Bytes for the hidden states between layers."""
+    gather_gradients: Callable[..., AnswerGradients]
+    """What gathers the keys and gradients of methods without values; `answer_gradients` or one like it."""
+    on_keys: Callable[[int, torch.Tensor], None] | None
+    """Called with a layer and its keys [d, u]."""
+    progress: bool
+
+    @property
+    def site(self) -> str:
+        """The site of the value that the last layer is to put out."""
+        return site_of(self.value_sites)
+
+
+def site_of(value_sites: ValueSites) -> str:
+    """The last of some sites: the one whose layer is written. "mlp" where no value is optimized."""
+    return SITES.get(value_sites, ("mlp",))[-1]
+
+
+class BatchRun:
+    """One batch while it is computed and written.
+
+    Args:
+        context: what it works with.
+        prepared: the requests.
+        on_error: "raise" at a request that turns out to be unusable, or "skip" it.
+    """
+
+    def __init__(self, context: EditContext, prepared: list[PreparedRequest], on_error: OnError):
+        self.context, self.prepared, self.on_error = context, prepared, on_error
+        self.skipped: dict[int, str] = {}
+        """Index in `prepared` -> why the request is not written."""
+        self.losses: list[float] = []
+        self.steps: list[int] = []
+        self.collisions: list[tuple[int, int]] = []
+        self.residual_before = self.residual_after = 0.0
+        """Squared norms of the residuals, summed over requests."""
+        self.seconds: dict[Phase, float] = dict.fromkeys(("values", "keys", "solve", "write"), 0.0)
+        self._updates: dict[str, list[Update]] = {}  # by name of the weight; on the host, once they are final
+        self._norms: dict[str, list[float]] = {}  # of each of these
+        self._weight_norms: dict[str, float] = {}
+        self._shape = SHAPINGS[context.recipe.shaping].of_batch
+
+    @property
+    def writes_again(self) -> bool:
+        """Whether `write_shaped` must follow the last layer."""
+        return self._shape is not None
+
+    def value_groups(self, prepared: Sequence[PreparedRequest]) -> list[str] | None:
+        """The subject of each request, where requests on one subject share a value; else None."""
+        return [p.request.subject.strip() for p in prepared] if self.context.recipe.merge else None
+
+    def find_values(self, indices: Sequence[int], layer: int) -> tuple[list[PreparedRequest], Values]:
+        """Values of some requests, and which of them can be written; the others are skipped or raised."""
+        context = self.context
+        prepared = [self.prepared[i] for i in indices]
+        with self.timed("values"), torch.enable_grad():
+            values = find_shared_values(
+                context.view,
+                context.tokenizer,
+                prepared,
+                layer,
+                context.value_sites,
+                context.hparams,
+                stop_rule=context.recipe.stop_rule,
+                groups=self.value_groups(prepared),
+                store=context.value_store,
+                progress=context.progress,
+            )
+        allowed = {Status.PREDICTED} if context.hparams.on_predicted == "allow" else set()
+        problems = {
+            place: f"{prepared[place].name}: {PROBLEMS[code]}"
+            for place, code in enumerate(values.status.tolist())
+            if code in PROBLEMS and code not in allowed
+        }
+        if self.on_error == "raise":
+            require_no_problems(problems)
+        self.skipped |= {indices[place]: reason for place, reason in problems.items()}
+        usable = [place for place in range(len(prepared)) if place not in problems]
+        return [prepared[place] for place in usable], values.select(usable)
+
+    def record(self, values: Values) -> None:
+        """Note losses and steps of values that are written."""
+        self.losses += values.losses.tolist()
+        self.steps += values.steps.tolist()
+
+    def write(self, module: str, update: LowRankUpdate) -> LowRankUpdate:
+        """Add an update to a module's weight, within the limits of its norm; returns what was written."""
+        name, weight = f"{module}.weight", self.context.modules[module]
+        self._weight_norms.setdefault(name, _norm(weight))
+        with self.timed("solve"):
+            limited = self.context.solver_state.limited(update, weight)
+        with self.timed("write"):
+            self.context.ledger.write(name, weight, limited)
+        if self.writes_again:
+            self._updates.setdefault(name, []).append(limited)
+        else:
+            self._record_update(name, limited)
+        return limited
+
+    def write_shaped(self) -> None:
+        """Undo the writes of the batch and write the part of each update that the method's shaping selects."""
+        assert self._shape is not None
+        context = self.context
+        with self.timed("write"):
+            context.ledger.withdraw()
+        for name, updates in list(self._updates.items()):
+            weight = context.modules[name.removesuffix(".weight")]
+            with self.timed("solve"):
+                shaped = [self._shape(update, weight, context.hparams) for update in updates]
+            del self._updates[name]
+            with self.timed("write"):
+                for update in shaped:
+                    context.ledger.write(name, weight, update)
+                    self._record_update(name, update)
+
+    def _record_update(self, name: str, update: Update) -> None:
+        """Note a final update. It goes to the host: in fp64, beside the ledger's factors, it would fill a GPU."""
+        self._norms.setdefault(name, []).append(update.norm())
+        self._updates.setdefault(name, []).append(update.cpu())
+
+    @contextlib.contextmanager
+    def timed(self, phase: Phase) -> Iterator[None]:
+        """Count the time of a block to a phase."""
+        begin = synchronized_clock(self.context.view.device)
+        try:
+            yield
+        finally:
+            self.seconds[phase] += synchronized_clock(self.context.view.device) - begin
+
+    def changed_weights(self) -> list[str]:
+        """Names of the weights that the batch has written."""
+        return list(self._updates)
+
+    def result(
+        self, number: int, written: Sequence[PreparedRequest], skipped: dict[int, str], prefixes: tuple[str, ...]
+    ) -> EditResult:
+        """What the batch did.
+
+        Args:
+            number: of the batch in the ledger; 0 when nothing was written.
+            written: the requests that were written.
+            skipped: index in the call -> why a request was left out.
+            prefixes: the context prefixes.
+        """
+        norms = {
+            name: (self._norms[name][0] if len(updates) == 1 else _total_norm(updates))
+            / max(self._weight_norms[name], 1e-30)
+            for name, updates in self._updates.items()
+        }
+        for name, norm in norms.items():
+            if norm > NORM_WARNING:
+                _log.warning("%s: the update is %.1f times the weight's norm", name, norm)
+        return EditResult(
+            batch=number,
+            requests=tuple(p.request for p in written),
+            separators=tuple(p.separator for p in written),
+            targets=tuple(p.target for p in written),
+            updates={name: tuple(updates) for name, updates in self._updates.items()},
+            losses=tuple(self.losses),
+            steps=tuple(self.steps),
+            relative_norms=norms,
+            residual=(self.residual_after / self.residual_before) ** 0.5 if self.residual_before else 0.0,
+            collisions=tuple(self.collisions),
+            skipped=skipped,
+            prefixes=prefixes,
+            seconds={**self.seconds},
+        )
+
+
+def request_weights(prepared: Sequence[PreparedRequest]) -> torch.Tensor | None:
+    """[u] weights of the requests in the batch's least squares, fp64; None where all are 1."""
+    weights = [p.request.weight for p in prepared]
+    return None if all(w == 1 for w in weights) else torch.tensor(weights, dtype=torch.float64)
+
+
+def _norm(weight: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(weight, dtype=accumulation_dtype(weight)))
+
+
+def _total_norm(updates: Sequence[Update]) -> float:
+    joined = LowRankUpdate(torch.cat([u.left for u in updates], 1), torch.cat([u.right for u in updates], 1))
+    return joined.norm()
