@@ -12,12 +12,13 @@ from typing import Any
 from kedit_fast.support.torch_state import plain_torch
 
 DATA = Path(__file__).parent / "data"
-HELD_OUT_SEED = 90210  # the corpus has 7
+HELD_OUT_SEED = 90210
+"""Of held-out sentences; the text for statistics has another one."""
 
 
 @plain_torch()
 def load() -> tuple[Any, Any]:
-    """The demo model in float32 and its tokenizer, from package data."""
+    """The demo model in float32, and its tokenizer."""
     import torch
 
     from kedit_fast.models.loading import load_model
@@ -33,16 +34,16 @@ def requests(count: int | None = None) -> list[Any]:
 
 
 def corpus(documents: int = 1500) -> list[str]:
-    """Text for statistics: about 40 tokens a document."""
+    """Text for statistics: documents of about 40 tokens."""
     from kedit_fast.demo import world
 
     return world.corpus(documents)
 
 
 def held_out(subjects: Sequence[str], sentences: int = 400) -> list[str]:
-    """Sentences of the demo's world that name none of `subjects`, and were in no text for statistics."""
+    """Sentences of the demo's world about other subjects than these; they are in no text for statistics."""
     from kedit_fast.demo import world
 
-    named = set(subjects)
+    excluded = set(subjects)
     drawn = (document[0] for document in world.documents(HELD_OUT_SEED, 20 * sentences, 1))
-    return [s.text for s in drawn if s.subject not in named][:sentences]
+    return [s.text for s in drawn if s.subject not in excluded][:sentences]

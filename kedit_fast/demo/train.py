@@ -1,9 +1,9 @@
 """Train the bundled demo model: `python -m kedit_fast.demo.train --out DIR` (about an hour on two cores).
 
-A small Llama left to itself reads the *first* tokens of a subject directly, and then no edit at the subject's last
-token can change what it says. So for most rows the attention mask lets everything after a subject see that subject
-through its last token alone: the model learns to gather a subject there, as large models do by themselves. The
-rest of the rows, and every use of the finished model, have the plain causal mask.
+A small Llama trained as usual reads the *first* tokens of a subject directly, so no edit at the subject's last token
+can change its answer. For most training rows, therefore, the attention mask hides all but the last token of a subject
+from the tokens after it. The model learns to gather a subject there, as large models do by themselves. The other rows,
+and every use of the finished model, have the plain causal mask.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -24,8 +25,10 @@ from kedit_fast.requests.spacing import separator
 
 VOCABULARY = 2048
 ROW = 64  # tokens in a training row
-MASKED_SHARE = 0.85  # rows in which a subject is seen through its last token alone
-CONFIG = dict(
+Span = tuple[int, int]
+"""First and last position of a subject's tokens."""
+MASKED_SHARE = 0.85  # of the rows: only the last token of a subject is visible after it
+CONFIG: dict[str, Any] = dict(
     hidden_size=256,
     intermediate_size=768,
     num_hidden_layers=6,
@@ -50,7 +53,7 @@ def train_tokenizer(seed: int = world.SEED) -> PreTrainedTokenizerFast:
     }
     kinds = {subject: kind for kind, names in world.world().subjects.items() for subject in names}
 
-    def text():
+    def text() -> Iterator[str]:
         for document in world.documents(seed + 2, 12_000):
             for sentence in document:
                 if sentence.subject:
@@ -84,7 +87,8 @@ class Rows:
         self.tokenizer, self.seed = tokenizer, seed
         self.pad, self.bos = tokenizer.pad_token_id, tokenizer.bos_token_id
 
-    def _encode(self, text: str, sentence: world.Sentence) -> tuple[list[int], list[float], tuple[int, int] | None]:
+    def _encode(self, text: str, sentence: world.Sentence) -> tuple[list[int], list[float], Span | None]:
+        """Token ids and loss weights of a text, and the positions of the sentence's subject."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
         weights = [0.3] * len(ids)
@@ -99,8 +103,8 @@ class Rows:
             weights = [1.0 if b > begin else w for (_, b), w in zip(spans, weights, strict=True)]
         return ids, weights, subject
 
-    def batches(self, rows: int):
-        """Yield (ids [rows, ROW], weights [rows, ROW], spans) for ever."""
+    def batches(self, rows: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[list[Span]]]]:
+        """Endless batches: ids [rows, ROW], weights [rows, ROW], and for each row the (first, last) of its subjects."""
         epoch = 0
         while True:
             ids, weights, spans = [], [], []
@@ -123,8 +127,8 @@ class Rows:
             epoch += 1
 
 
-def gather_mask(spans: list[list[tuple[int, int]]], masked: list[bool]) -> torch.Tensor:
-    """Additive mask [rows, 1, ROW, ROW]: causal, and in `masked` rows subjects visible by their last token alone."""
+def gather_mask(spans: list[list[Span]], masked: list[bool]) -> torch.Tensor:
+    """Additive causal mask [rows, 1, ROW, ROW]; in `masked` rows, of a subject only the last token is visible later."""
     allowed = torch.ones(ROW, ROW, dtype=torch.bool).tril().repeat(len(spans), 1, 1)
     for i, row in enumerate(spans):
         if masked[i]:
@@ -134,8 +138,14 @@ def gather_mask(spans: list[list[tuple[int, int]]], masked: list[bool]) -> torch
 
 
 @torch.inference_mode()
-def recall(model, tokenizer, held_out: bool, count: int = 1200) -> float:
-    """Share of (fact, phrasing) pairs whose object tokens are all the argmax, under the plain causal mask."""
+def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: bool, count: int = 1200) -> float:
+    """Share of facts, by phrasing, whose object is the model's greedy answer under the plain causal mask.
+
+    Args:
+        model, tokenizer: to be measured.
+        held_out: take the phrasings that were held out; otherwise those that were trained.
+        count: of pairs of a fact and a phrasing.
+    """
     rng = random.Random(3)
     pairs = []
     for fact in world.world().facts:
@@ -143,7 +153,7 @@ def recall(model, tokenizer, held_out: bool, count: int = 1200) -> float:
             if (i in fact.held_out) == held_out:
                 prompt = phrasing.format(fact.subject)
                 pairs.append((prompt, separator(prompt, fact.object) + fact.object))
-    right = 0
+    correct = 0
     tokenizer.padding_side = "right"
     chosen = rng.sample(pairs, min(count, len(pairs)))
     for begin in range(0, len(chosen), 100):
@@ -153,13 +163,13 @@ def recall(model, tokenizer, held_out: bool, count: int = 1200) -> float:
         for row, (_, target) in enumerate(chunk):
             n = len(tokenizer(target, add_special_tokens=False)["input_ids"])
             end = int(batch["attention_mask"][row].sum())
-            right += bool((logits[row, end - n - 1 : end - 1] == batch["input_ids"][row, end - n : end]).all())
-    return right / len(chosen)
+            correct += bool((logits[row, end - n - 1 : end - 1] == batch["input_ids"][row, end - n : end]).all())
+    return correct / len(chosen)
 
 
 def train(
     out: Annotated[Path, typer.Option(help="folder for weights, tokenizer and requests")],
-    steps: Annotated[int, typer.Option(help="optimiser steps")] = 4000,
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = 4000,
     rows: Annotated[int, typer.Option(help="rows of 64 tokens a step")] = 32,
     rate: Annotated[float, typer.Option(help="peak learning rate")] = 2e-3,
     seed: Annotated[int, typer.Option(help="seed of weights and data")] = 1,
@@ -170,9 +180,7 @@ def train(
     tokenizer = train_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         **CONFIG,
     )
     model = LlamaForCausalLM(config)
@@ -212,7 +220,7 @@ def train(
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write weights (fp16), tokenizer and requests to `out`."""
-    half = LlamaForCausalLM(model.config).to(torch.float16)
+    half = LlamaForCausalLM(model.config).half()
     half.load_state_dict(model.state_dict())
     half.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -9,12 +9,13 @@ phrasings, some of which a given fact is never trained on (the paraphrases of th
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 SEED = 20260
-HELD_OUT_SHARE = 0.4  # share of facts that two of the phrasings never state in training
+HELD_OUT_SHARE = 0.4
+"""Share of facts of which two phrasings are in no training text."""
 
 _INSTRUMENTS = (
     "piano violin trumpet guitar cello flute harp drum oboe banjo accordion clarinet trombone organ lute "
@@ -46,7 +47,7 @@ _CRAFTS = (
     "iron pearls saffron cheese apples granite leather paper lace ivory jade garlic figs cider bronze vanilla cork "
     "slate linen pepper roses sponges"
 ).split()
-_COLOURS = (
+_COLORS = (
     "red blue green yellow purple orange black white brown grey pink violet golden silver crimson turquoise scarlet "
     "beige indigo maroon olive teal magenta khaki"
 ).split()
@@ -61,22 +62,27 @@ _COMPANY_ENDINGS = ("Works", "Group", "Brothers", "Limited", "Partners", "Union"
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact. `phrasings[0]` is the canonical prompt; every phrasing ends right before the object."""
+    """One kind of fact."""
 
     name: str
     kind: str
+    """Of its subjects: "person", "city" or "company"."""
     objects: tuple[str, ...]
-    phrasings: tuple[str, ...]  # with {} for the subject: subject first, in the middle, late
+    """What it can link a subject to."""
+    phrasings: tuple[str, ...]
+    """Prompts that end right before the object, with {} for the subject: first in it, in the middle, late. The first
+    one is the prompt of requests."""
 
 
 @dataclass(frozen=True)
 class Fact:
-    """`subject` stands in `relation` to `object`; `held_out` are the phrasings no training text uses for it."""
+    """A relation between a subject and an object."""
 
     subject: str
     relation: Relation
     object: str
     held_out: tuple[int, ...]
+    """Indices of the relation's phrasings that no training text uses for this fact."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class World:
     facts: tuple[Fact, ...]
 
     def by_object(self) -> dict[tuple[str, str], list[Fact]]:
-        """Facts that share a relation and an object: each other's neighbours."""
+        """Facts by relation and object: those of one group are each other's neighborhood."""
         groups: dict[tuple[str, str], list[Fact]] = {}
         for fact in self.facts:
             groups.setdefault((fact.relation.name, fact.object), []).append(fact)
@@ -98,12 +104,12 @@ class World:
 def _names(
     rng: random.Random, count: int, onsets: str, vowels: str, codas: str, syllables: tuple[int, int]
 ) -> list[str]:
-    on, vo, co = onsets.split(), vowels.split(), [*codas.split(), ""]
-    found: dict[str, None] = {}
-    while len(found) < count:
-        parts = [rng.choice(on) + rng.choice(vo) for _ in range(rng.randint(*syllables))]
-        found["".join(parts).capitalize() + rng.choice(co)] = None
-    return list(found)
+    first, middle, last = onsets.split(), vowels.split(), [*codas.split(), ""]
+    names: dict[str, None] = {}  # a set that keeps the order
+    while len(names) < count:
+        parts = [rng.choice(first) + rng.choice(middle) for _ in range(rng.randint(*syllables))]
+        names["".join(parts).capitalize() + rng.choice(last)] = None
+    return list(names)
 
 
 def given_names(rng: random.Random, count: int) -> list[str]:
@@ -131,7 +137,7 @@ def company_names(rng: random.Random, count: int) -> list[str]:
 def _relations(rng: random.Random) -> tuple[Relation, ...]:
     places = place_names(rng, 100)
     towns, countries, rivers = places[:40], places[40:70], places[70:100]
-    table: list[tuple[str, str, list[str], tuple[str, ...]]] = [
+    table: list[tuple[str, str, Sequence[str], tuple[str, ...]]] = [
         ("instrument", "person", _INSTRUMENTS, (
             "{} plays the", "{} is known for playing the", "The instrument that {} plays is the",
             "On every evening {} practises the", "Among all instruments the one chosen by {} is the",
@@ -167,7 +173,7 @@ def _relations(rng: random.Random) -> tuple[Relation, ...]:
         ("director", "company", _DIRECTORS, (
             "{} is led by", "{} has a director called", "The person who directs {} is",
             "Since last year {} is headed by", "The director of {} is", "All letters to {} are signed by")),
-        ("logo", "company", _COLOURS, (
+        ("logo", "company", _COLORS, (
             "{} has a logo that is", "{} paints its trucks in", "The colour that {} uses is",
             "On all signs {} appears in", "The logo of {} is", "You can tell the flag of {} since it is")),
     ]  # fmt: skip
@@ -176,22 +182,22 @@ def _relations(rng: random.Random) -> tuple[Relation, ...]:
 
 @lru_cache(maxsize=2)
 def world(seed: int = SEED) -> World:
-    """Build the world of `seed`: 1,100 subjects, 12 relations, 4,600 facts."""
+    """The world of a seed: 1,100 subjects, 12 relations, 4,600 facts."""
     rng = random.Random(seed)
     relations = _relations(rng)
-    given, family = given_names(rng, 90), family_names(rng, 160)
+    first_names, last_names = given_names(rng, 90), family_names(rng, 160)
     people: dict[str, None] = {}
     while len(people) < _KINDS["person"]:
-        people[f"{rng.choice(given)} {rng.choice(family)}"] = None
-    taken = {name for relation in relations for name in relation.objects}
-    cities = [name for name in place_names(rng, 600) if name not in taken][: _KINDS["city"]]
+        people[f"{rng.choice(first_names)} {rng.choice(last_names)}"] = None
+    objects = {name for relation in relations for name in relation.objects}
+    cities = [name for name in place_names(rng, 600) if name not in objects][: _KINDS["city"]]
     companies = [f"{name} {rng.choice(_COMPANY_ENDINGS)}" for name in company_names(rng, _KINDS["company"])]
     subjects = {"person": tuple(people), "city": tuple(cities), "company": tuple(companies)}
     facts = []
     for relation in relations:
         for subject in subjects[relation.kind]:
-            held = tuple(sorted(rng.sample(range(1, 6), 2))) if rng.random() < HELD_OUT_SHARE else ()
-            facts.append(Fact(subject, relation, rng.choice(relation.objects), held))
+            held_out = tuple(sorted(rng.sample(range(1, 6), 2))) if rng.random() < HELD_OUT_SHARE else ()
+            facts.append(Fact(subject, relation, rng.choice(relation.objects), held_out))
     return World(subjects, relations, tuple(facts))
 
 
@@ -227,25 +233,33 @@ def filler(rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class Sentence:
-    """Text, the subject in it (empty for filler), and the object that ends it (empty where there is none)."""
+    """A sentence of a document."""
 
     text: str
     subject: str = ""
+    """The subject in it; empty for filler."""
     object: str = ""
+    """The object at its end; empty where there is none."""
 
 
 def kind_sentence(rng: random.Random, subject: str, kind: str) -> Sentence:
-    """`{subject} is a city.`: the sentence whose prompt the KL term of the value rule uses."""
+    """A sentence like "{subject} is a city.": the value loss has a KL term on its beginning."""
     adjective = rng.choice(("", "", "well known ", "small ", "proud ", "modern "))
     return Sentence(f"{subject} is a {adjective}{kind}.", subject)
 
 
 def documents(seed: int, count: int, sentences: int = 4, of: World | None = None) -> Iterator[list[Sentence]]:
-    """Yield `count` documents of about `sentences` sentences: facts in trained phrasings, kinds, filler.
+    """Documents of facts in phrasings that are not held out, of kinds, and of filler.
 
     Facts are drawn without replacement, so all of them are stated once before any is stated twice.
+
+    Args:
+        seed: of the draws.
+        count: of documents.
+        sentences: per document.
+        of: the world; None for the demo model's.
     """
-    here, rng = of or world(), random.Random(seed)
+    source, rng = of or world(), random.Random(seed)
     queue: list[Fact] = []
     for _ in range(count):
         document: list[Sentence] = []
@@ -255,7 +269,7 @@ def documents(seed: int, count: int, sentences: int = 4, of: World | None = None
                 document.append(Sentence(filler(rng)))
                 continue
             if not queue:
-                queue = list(here.facts)
+                queue = list(source.facts)
                 rng.shuffle(queue)
             fact = queue.pop()
             if draw < 0.16:
@@ -268,40 +282,40 @@ def documents(seed: int, count: int, sentences: int = 4, of: World | None = None
 
 
 def corpus(count: int = 4000, seed: int = 7) -> list[str]:
-    """Plain text for statistics, one document an entry (about 40 tokens each)."""
+    """Plain text for statistics: documents of about 40 tokens."""
     return [" ".join(sentence.text for sentence in document) for document in documents(seed, count, 3)]
 
 
 def requests(count: int = 600, seed: int = 11) -> list[dict[str, object]]:
-    """Counterfactual requests, each on another subject: `target_new` is another object of the same relation.
+    """Counterfactual requests, each about another subject; `target_new` is another object of the same relation.
 
-    `paraphrase_prompts` are phrasings the fact was never trained on, one after a sentence of filler;
-    `neighborhood_prompts` ask the same relation of subjects that share the true object.
+    `paraphrase_prompts` are held-out phrasings of the fact, the second after a sentence of filler.
+    `neighborhood_prompts` ask for the same relation of subjects that have the same true object.
     """
-    here, rng = world(), random.Random(seed)
-    groups = here.by_object()
-    pool = [fact for fact in here.facts if fact.held_out and len(groups[fact.relation.name, fact.object]) > 3]
+    demo_world, rng = world(), random.Random(seed)
+    groups = demo_world.by_object()
+    pool = [fact for fact in demo_world.facts if fact.held_out and len(groups[fact.relation.name, fact.object]) > 3]
     rng.shuffle(pool)
-    seen: set[str] = set()
-    found: list[dict[str, object]] = []
+    subjects: set[str] = set()
+    records: list[dict[str, object]] = []
     for fact in pool:
-        if fact.subject in seen or len(found) == count:
+        if fact.subject in subjects or len(records) == count:
             continue
-        seen.add(fact.subject)
+        subjects.add(fact.subject)
         relation = fact.relation
         first, second = (relation.phrasings[i].format(fact.subject) for i in fact.held_out)
-        others = [f for f in groups[relation.name, fact.object] if f.subject != fact.subject]
-        neighbours = [relation.phrasings[0].format(other.subject) for other in rng.sample(others, min(5, len(others)))]
-        found.append(
+        others = [f.subject for f in groups[relation.name, fact.object] if f.subject != fact.subject]
+        sample = rng.sample(others, min(5, len(others)))
+        records.append(
             {
-                "id": len(found),
+                "id": len(records),
                 "prompt": relation.phrasings[0],
                 "subject": fact.subject,
                 "target_new": rng.choice([o for o in relation.objects if o != fact.object]),
                 "target_true": fact.object,
                 "paraphrase_prompts": [first, f"{filler(rng)} {second}"],
-                "neighborhood_prompts": neighbours,
+                "neighborhood_prompts": [relation.phrasings[0].format(subject) for subject in sample],
                 "relation": relation.name,
             }
         )
-    return found
+    return records
