@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -25,7 +25,7 @@ from kedit_fast.requests.reading import rows_of
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.low_rank import LowRankUpdate
-from kedit_fast.solver.preconditioner import condition_number, null_dimension
+from kedit_fast.solver.preconditioner import NullSpaceRule, condition_number, null_dimension
 from kedit_fast.statistics.collect import growing_statistics
 from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.support import figures
@@ -174,13 +174,13 @@ def convergence(
     return report
 
 
-def _null_rule(model: torch.nn.Module, overrides: Mapping[str, Any], hparams: Hparams) -> tuple[float, str]:
+def _null_rule(model: torch.nn.Module, overrides: Mapping[str, Any], hparams: Hparams) -> tuple[float, NullSpaceRule]:
     """Threshold and rule of the null space: the caller's, or else AlphaEdit's for this model."""
     alphaedit = next(recipe for recipe in RECIPES.values() if recipe.uses_null_space)
     preset, _ = make_hparams(alphaedit.name, model.config, {"layers": hparams.layers})
     names = ("nullspace_threshold", "nullspace_rule")
     threshold, rule = (overrides.get(name, getattr(preset, name)) for name in names)
-    return float(threshold), str(rule)
+    return float(threshold), cast(NullSpaceRule, rule)
 
 
 def _doubling() -> Iterator[int]:

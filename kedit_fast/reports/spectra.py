@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from kedit_fast.solver.preconditioner import condition_number, null_dimension
+from kedit_fast.solver.preconditioner import NullSpaceRule, condition_number, null_dimension
 from kedit_fast.statistics.store import layer_of, modules_in, read_layer
 from kedit_fast.support import figures
 from kedit_fast.support.torch_state import plain_torch
 
-THRESHOLDS = (
+THRESHOLDS: tuple[tuple[NullSpaceRule, float], ...] = (
     ("absolute", 1e-3),
     ("absolute", 1e-2),
     ("absolute", 2e-2),

@@ -13,7 +13,7 @@ from kedit_fast.cli.options import DTYPE_NAMES, LAYERS_HELP, TEXT_HELP, MergeAda
 from kedit_fast.errors import KeditError
 from kedit_fast.models.loading import DTYPES, load_config, load_model
 from kedit_fast.statistics.corpus import Corpus
-from kedit_fast.statistics.memory_plan import MASTERS
+from kedit_fast.statistics.memory_plan import MASTERS, Masters
 from kedit_fast.statistics.resumable import check_folder, collect_into
 from kedit_fast.statistics.sources import open_texts
 from kedit_fast.support import process_group
@@ -35,7 +35,7 @@ def collect(
         bool, typer.Option("--resume", help="go on where the same command stopped; start if it never began")
     ] = False,
     checkpoint_every: Annotated[float, typer.Option(min=0, help="seconds between checkpoints")] = 60.0,
-    masters: Annotated[str, choice(MASTERS, "where the fp64 sums are kept")] = "auto",
+    masters: Annotated[Masters, choice(MASTERS, "where the fp64 sums are kept")] = "auto",
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model runs in")] = "auto",
     device: Annotated[str, typer.Option(help="torch device")] = "cpu",
     merge_adapter: MergeAdapter = False,

@@ -13,7 +13,7 @@ from kedit_fast.cli.options import LAYERS_HELP, MergeAdapter, choice, parsed_lay
 from kedit_fast.errors import KeditError, StatisticsError
 from kedit_fast.models.loading import load_model
 from kedit_fast.solver.alphaedit_projector import save_projector
-from kedit_fast.solver.preconditioner import RULES, NullSpace
+from kedit_fast.solver.preconditioner import RULES, NullSpace, NullSpaceRule
 from kedit_fast.statistics import memit_npz
 from kedit_fast.statistics.store import layer_of, load_statistics, modules_in, read_layer, save_statistics
 
@@ -78,7 +78,7 @@ def project(
     out: Annotated[Path, typer.Option(help="the projector file, null_space_project.pt")],
     layers: Annotated[str | None, typer.Option(help=LAYERS_HELP + "; all that are there by default")] = None,
     threshold: Annotated[float, typer.Option(help="nullspace_threshold")] = 2e-2,
-    rule: Annotated[str, choice(RULES, "nullspace_rule")] = "absolute",
+    rule: Annotated[NullSpaceRule, choice(RULES, "nullspace_rule")] = "absolute",
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Write the projections on null spaces as AlphaEdit's null_space_project.pt."""
