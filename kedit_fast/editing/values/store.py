@@ -34,9 +34,15 @@ from kedit_fast.support.torch_state import plain_torch
 FORMAT_VERSION = "1"
 # Fields of a configuration that do not change what the model computes.
 _NOISE = {
-    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache",
-    "_attn_implementation_autoset", "attn_implementation",
-}  # fmt: skip
+    "_name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "use_cache",
+    "_attn_implementation_autoset",
+    "attn_implementation",
+}
 SAVE_EVERY = 30.0  # seconds between writes while values are being optimized
 
 _USUAL_RULE: dict[tuple[str, ...], str] = {
