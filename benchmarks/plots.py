@@ -18,11 +18,11 @@ from matplotlib.lines import Line2D
 
 from kedit_fast.support import figures
 
-COLOURS = {
+COLORS = {
     "symmetric_rank_k_update_": "#4c72b0", "rank_k_update_": "#dd8452", "target_log_probs": "#55a868",
     "distribution_kl": "#8172b3", "spd_solve": "#937860", "rms_norm": "#da8bc3", "gated_silu": "#64b5cd",
 }  # fmt: skip
-OTHERS = ("#c44e52", "#ccb974", "#8c8c8c", "#2f4b3c")  # ops without a colour of their own, in order
+OTHERS = ("#c44e52", "#ccb974", "#8c8c8c", "#2f4b3c")  # ops without a color of their own, in order
 MARKS = {"bfloat16": "o", "float16": "D", "float32": "s", "float64": "^"}
 STYLE = {"font.size": 8, "svg.hashsalt": "kedit_fast"}  # the same picture from the same numbers
 Document = dict[str, Any]
@@ -56,11 +56,11 @@ def strongest(document: Document) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def colours(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """A colour for every op of the rows, each another one."""
+def colors(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """A color for every op of the rows, each another one."""
     ops = dict.fromkeys(row["op"] for row in rows)
-    others = [op for op in ops if op not in COLOURS]
-    return {op: COLOURS.get(op) or OTHERS[others.index(op) % len(OTHERS)] for op in ops}
+    others = [op for op in ops if op not in COLORS]
+    return {op: COLORS.get(op) or OTHERS[others.index(op) % len(OTHERS)] for op in ops}
 
 
 @_styled
@@ -68,7 +68,7 @@ def ratio_figure(document: Document) -> Any:
     """Bars from 1, where both are as fast, to the ratio, on a log axis: twice and half as fast are as long."""
     rows = _some(strongest(document), "rows with a ratio and counted flops")
     figure, (axes,) = figures.figure(1, 9, 1.2 + 0.23 * len(rows))
-    colour = colours(rows)
+    color = colors(rows)
     several = len({row["backend"] for row in rows}) > 1
     shown = [row["ratio"] for row in rows] + [row["floor"] for row in rows if row.get("floor")]
     low, high = _powers_of_two(min(shown), max(shown))
@@ -76,7 +76,7 @@ def ratio_figure(document: Document) -> Any:
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
     axes.barh(
-        places, [row["ratio"] - 1 for row in rows], left=1, color=[colour[row["op"]] for row in rows], label="ratio"
+        places, [row["ratio"] - 1 for row in rows], left=1, color=[color[row["op"]] for row in rows], label="ratio"
     )
     for place, row in zip(places, rows, strict=True):
         end, side = (row["ratio"], -1) if row["ratio"] < 1 else (max(row["ratio"], row.get("floor") or 0), 1)
@@ -125,15 +125,15 @@ def roofline_figure(document: Document) -> Any:
         axes.plot([low, min(max(knee, low), high), high],
                   [min(rate, low * peaks["copy_bytes_per_s"] / 1e9), rate, rate], style, color="black", linewidth=1,
                   label=f"torch.mm {name}: {rate:.0f} GFLOP/s")  # fmt: skip
-    colour = colours(rows)
+    color = colors(rows)
     for row, intensity in zip(rows, intensities, strict=True):
         axes.plot(intensity, row["flops"] / row["median_s"] / 1e9, MARKS.get(row["dtype"], "*"),
-                  color=colour[row["op"]], markeredgecolor="white", markeredgewidth=0.4)  # fmt: skip
+                  color=color[row["op"]], markeredgecolor="white", markeredgewidth=0.4)  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("flops / byte that must move")
     axes.set_ylabel("GFLOP/s")
-    ops = [Line2D([], [], marker="o", linestyle="", color=colour[op], label=op) for op in colour]
+    ops = [Line2D([], [], marker="o", linestyle="", color=color[op], label=op) for op in color]
     kinds = [Line2D([], [], marker=MARKS.get(dtype, "*"), linestyle="", color="grey", label=dtype)
              for dtype in dict.fromkeys(row["dtype"] for row in rows)]  # fmt: skip
     figure.legend(handles=[*axes.get_legend_handles_labels()[0], *ops, *kinds], fontsize=7, loc="outside right upper")
@@ -150,8 +150,8 @@ def batch_figure(document: Document) -> Any:
     if all(row["peak_bytes"] is not None for row in rows):
         panels.append(("peak_bytes", 2**20, "peak memory, MiB", "s--", "#dd8452"))
     figure, every = figures.figure(len(panels), 4.5, 3.4)
-    for axes, (name, unit, label, mark, colour) in zip(every, panels, strict=True):
-        axes.plot(sizes, [row[name] / unit for row in rows], mark, color=colour, label=label)
+    for axes, (name, unit, label, mark, color) in zip(every, panels, strict=True):
+        axes.plot(sizes, [row[name] / unit for row in rows], mark, color=color, label=label)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("requests optimised together")
@@ -168,10 +168,10 @@ def saving_figure(document: Document) -> Any:
     rows = _some(every, "rows of --suite savings")
     figure, (axes,) = figures.figure(1, 8, 1.2 + 0.3 * len(rows))
     models = list(dict.fromkeys(row["case"].split(",")[0] for row in rows))
-    colour = dict(zip(models, figures.colors(len(models)), strict=True))
+    color = dict(zip(models, figures.colors(len(models)), strict=True))
     axes.axvline(1, color="black", linewidth=0.8, zorder=0)
     axes.barh(
-        range(len(rows)), [row["ratio"] for row in rows], color=[colour[row["case"].split(",")[0]] for row in rows]
+        range(len(rows)), [row["ratio"] for row in rows], color=[color[row["case"].split(",")[0]] for row in rows]
     )
     for place, row in enumerate(rows):
         axes.annotate(
