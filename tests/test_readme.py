@@ -360,8 +360,6 @@ def test_the_links_of_a_page_lead_somewhere(page):
             continue
         path, _, anchor = target.partition("#")
         place = (ROOT / page).parent / path if path else ROOT / page
-        if place.name == "README.md" and not place.exists():
-            pytest.skip(f"{target} is not written yet")
         assert place.exists(), f"{page}: {target}"
         if anchor:
             assert anchor in anchors(place.resolve().relative_to(ROOT)), f"{page}: {target}"
