@@ -167,7 +167,7 @@ def run_edits(
     if state is not None:
         editor.load_state(state)
     _log.info("%s on layers %s (%s)", method, ",".join(map(str, editor.hparams.layers)), editor.origin)
-    seconds = dict.fromkeys(PHASES, 0.0)
+    seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
     seconds["statistics"] = statistics_seconds
     prepared, skipped = _usable_requests(editor, requests, on_error)
     if isinstance(editor.values, MemitCache):

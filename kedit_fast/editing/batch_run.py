@@ -22,6 +22,7 @@ from kedit_fast.editing.values.result import PROBLEMS, Values
 from kedit_fast.editing.values.shared import find_shared_values
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import Recipe, ValueSites
+from kedit_fast.models.forward import SiteKind
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.problems import OnError, require_no_problems
 from kedit_fast.requests.prompts import PreparedRequest
@@ -63,12 +64,12 @@ class EditContext:
     progress: bool
 
     @property
-    def site(self) -> str:
+    def site(self) -> SiteKind:
         """The site of the value that the last layer is to put out."""
         return site_of(self.value_sites)
 
 
-def site_of(value_sites: ValueSites) -> str:
+def site_of(value_sites: ValueSites) -> SiteKind:
     """The last of some sites: the one whose layer is written. "mlp" where no value is optimized."""
     return SITES.get(value_sites, ("mlp",))[-1]
 
@@ -92,7 +93,8 @@ class BatchRun:
         self.residual_before = self.residual_after = 0.0
         """Squared norms of the residuals, summed over requests."""
         self.seconds: dict[Phase, float] = dict.fromkeys(("values", "keys", "solve", "write"), 0.0)
-        self._updates: dict[str, list[Update]] = {}  # by name of the weight; on the host, once they are final
+        self._unshaped: dict[str, list[LowRankUpdate]] = {}  # by name of the weight; what `write_shaped` starts from
+        self._updates: dict[str, list[Update]] = {}  # by name of the weight; final, on the host
         self._norms: dict[str, list[float]] = {}  # of each of these
         self._weight_norms: dict[str, float] = {}
         self._shape = SHAPINGS[context.recipe.shaping].of_batch
@@ -104,7 +106,7 @@ class BatchRun:
 
     def value_groups(self, prepared: Sequence[PreparedRequest]) -> list[str] | None:
         """The subject of each request, where requests on one subject share a value; else None."""
-        return [p.request.subject.strip() for p in prepared] if self.context.recipe.merge else None
+        return [(p.request.subject or "").strip() for p in prepared] if self.context.recipe.merge else None
 
     def find_values(self, indices: Sequence[int], layer: int) -> tuple[list[PreparedRequest], Values]:
         """Values of some requests, and which of them can be written; the others are skipped or raised."""
@@ -149,7 +151,7 @@ class BatchRun:
         with self.timed("write"):
             self.context.ledger.write(name, weight, limited)
         if self.writes_again:
-            self._updates.setdefault(name, []).append(limited)
+            self._unshaped.setdefault(name, []).append(limited)
         else:
             self._record_update(name, limited)
         return limited
@@ -160,11 +162,11 @@ class BatchRun:
         context = self.context
         with self.timed("write"):
             context.ledger.withdraw()
-        for name, updates in list(self._updates.items()):
+        for name, updates in list(self._unshaped.items()):
             weight = context.modules[name.removesuffix(".weight")]
             with self.timed("solve"):
                 shaped = [self._shape(update, weight, context.hparams) for update in updates]
-            del self._updates[name]
+            del self._unshaped[name]
             with self.timed("write"):
                 for update in shaped:
                     context.ledger.write(name, weight, update)

@@ -26,7 +26,7 @@ from kedit_fast.editing.values.store import open_values
 from kedit_fast.errors import EditError, MethodError, StatisticsError
 from kedit_fast.methods.hparams import worth_a_warning
 from kedit_fast.methods.presets import make_hparams
-from kedit_fast.methods.recipe import Recipe
+from kedit_fast.methods.recipe import Recipe, ValueSites
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.editable import require_editable
@@ -130,7 +130,7 @@ class Editor:
             )
         self.modules = self._edited_modules()
         require_editable(self.view, self.modules)
-        self.value_sites = self.recipe.values_on(self.view.spec.post_norm)
+        self.value_sites: ValueSites = self.recipe.values_on(self.view.spec.post_norm)
         self.site = site_of(self.value_sites)
         self.ledger = Ledger()
         self._final_steps: set[int] = set()  # numbers of the batches that `finish` has written

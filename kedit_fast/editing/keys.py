@@ -96,12 +96,13 @@ class KeyPass:
         self.bare_share, self.prefixed_share = CONTEXT_SHARES[weights](self.contexts)
         budget = budget or StateBudget()
         device = view.device
-        self.free = {"device": budget.device, "host": 0 if device.type == "cpu" else budget.host}
+        on_device, on_host = budget.device, 0 if device.type == "cpu" else budget.host
+        if on_device is None:
+            on_device = int(DEVICE_SHARE * free_bytes(device))
+        if on_host is None:
+            on_host = int(HOST_SHARE * free_bytes(torch.device("cpu")))
+        self.free = {"device": on_device, "host": on_host}
         """Place -> bytes that are left for states."""
-        if self.free["device"] is None:
-            self.free["device"] = int(DEVICE_SHARE * free_bytes(device))
-        if self.free["host"] is None:
-            self.free["host"] = int(HOST_SHARE * free_bytes(torch.device("cpu")))
         self.stored_bytes = {"device": 0, "host": 0, "recomputed": 0}
         """Place -> bytes of the states there; "recomputed" for states without room."""
         prompts = [prompt.cut() for request in prepared for prompt in request.rewriting]

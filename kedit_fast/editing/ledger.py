@@ -8,6 +8,7 @@ bits as if they had never been applied. A batch is all or nothing: `transaction(
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
@@ -205,7 +206,7 @@ class Ledger:
         if len(updates) == 1:
             return updates[0]
         if any(isinstance(update, MaskedUpdate) for update in updates):
-            dense = sum(update.dense() for update in updates)
+            dense = functools.reduce(torch.add, (update.dense() for update in updates))
             return LowRankUpdate(dense, torch.eye(dense.shape[1], dtype=dense.dtype, device=dense.device))
         return LowRankUpdate(torch.cat([u.left for u in updates], 1), torch.cat([u.right for u in updates], 1))
 

@@ -18,6 +18,7 @@ def _write_largest_changes(update: LowRankUpdate, weight: torch.Tensor, hparams:
 
 
 def _restrain_spectrum(total: Update, original: torch.Tensor) -> LowRankUpdate:
+    assert isinstance(total, LowRankUpdate)  # a method that restrains totals masks no update
     return prune(total, spectral_norm(original))
 
 

@@ -224,7 +224,9 @@ def _number(value: Any) -> float:
 
 def parse_layers(value: Any) -> tuple[int, ...]:
     """Zero-based layers from "4-8" (both ends count), "3,5,7", an integer or a list; raises ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is no list of layers")
+    if isinstance(value, int):
         return (value,)
     if not isinstance(value, str):
         if any(isinstance(v, bool) or int(v) != float(v) for v in value):
