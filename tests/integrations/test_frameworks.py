@@ -263,7 +263,7 @@ def test_alphaedits_state_wins_over_what_the_model_carries(statistics, monkeypat
     assert memory.sizes == (0, 1)  # from the sum, which still has two
     before, kept = state(model), cache_c.clone()
     with monkeypatch.context() as patched:
-        patched.setattr(alphaedit, "_sums", lambda *args: 1 / 0)
+        patched.setattr(alphaedit, "_key_sums", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             alphaedit.apply_AlphaEdit_to_model(model, tok, records[:1], alpha_hparams(), cache_c=cache_c, P=P)
     assert same(state(model), before) and torch.equal(cache_c, kept)
