@@ -80,7 +80,6 @@ LIBRARY_HOMES = {"matplotlib": {"support/figures.py"}}
 DYNAMIC = {
     "cli/lazy.py",
     "cli/reference.py",
-    "kernels/native.py",
     "kernels/native/loader.py",
     "kernels/triton/__init__.py",
     "integrations/easyedit.py",
@@ -201,6 +200,32 @@ def violations(source: str, path: str) -> list[str]:
 def test_every_room_has_a_row():
     assert set(MAY_IMPORT) >= ROOMS
     assert set(THIRD_PARTY) <= set(MAY_IMPORT)
+
+
+def test_the_tables_name_files_that_exist():
+    assert set(SOURCES) >= DYNAMIC | set().union(*LIBRARY_HOMES.values())
+
+
+def test_the_table_of_the_contributing_page_says_the_same():
+    page = Path(__file__).parent.parent / ".github" / "CONTRIBUTING.md"
+    if not page.exists():
+        pytest.skip("no source tree beside the installed package")
+    section = page.read_text(encoding="utf-8").partition("| room | may import |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| ([a-z, ]+) \| (.+) \|$", section, re.MULTILINE)
+    table = {room: text for rooms, text in rows for room in rooms.split(", ") if room in MAY_IMPORT}
+    above = set()
+    for room, text in table.items():
+        names = set(re.findall(r"[a-z_.]+", text.split(";")[0]))
+        if "all" in names and "above" in names:
+            expected = above - ({"evaluation"} if "but" in names else set())
+        elif "everything" in names:
+            expected = above
+        else:
+            expected = names & ({*MAY_IMPORT} | {"support.dtypes", "support.textfiles"})
+        assert MAY_IMPORT[room] >= expected - {room}, room
+        assert "above" in names or "everything" in names or MAY_IMPORT[room] - {"_build_info"} == expected, room
+        above.add(room)
+    assert set(table) >= ROOMS - {"_version", "_build_info", "errors", "__init__", "__main__"}
 
 
 def test_the_table_has_no_cycle():
