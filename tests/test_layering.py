@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workflow": _ALL,
     "reports": {*_ALL, "workflow"},
     "integrations": {*_ALL, "workflow", "reports"},
-    "demo": {*_ALL, "workflow", "reports"},
+    "demo": {*_ALL, "workflow", "reports", "integrations"},
     "cli": {*_ALL, "workflow", "reports", "integrations", "demo"},
     "__init__": {*_ALL, "_version"},
     "__main__": {"cli"},
