@@ -153,7 +153,7 @@ def name(dtype: torch.dtype) -> str:
 
 
 def compile_launch(launch, architecture: int):
-    """The kernel as Triton would compile it for these arguments, specialised as a launch specialises it."""
+    """The kernel as Triton would compile it for these arguments, specialized as a launch specializes it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -192,7 +192,7 @@ def usage(binary: Path) -> list[dict[str, Any]]:
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     text = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    found, architecture = [], ""
+    kernels, architecture = [], ""
     for line in text.splitlines():
         if match := re.match(r"arch = (sm_\d+)", line):
             architecture = match[1]
@@ -200,11 +200,11 @@ def usage(binary: Path) -> list[dict[str, Any]]:
             function = match[1]
         elif "REG:" in line:
             number = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", line)}
-            found.append({
+            kernels.append({
                 "kernel": function, "architecture": architecture, "registers": number["REG"],
                 "spill_bytes": number["STACK"] + number["LOCAL"], "shared_bytes": number["SHARED"],
             })  # fmt: skip
-    return found
+    return kernels
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -212,8 +212,8 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        (found,) = usage(Path(file.name))
-    return {name: found[name] for name in ("registers", "spill_bytes")}
+        (kernel,) = usage(Path(file.name))
+    return {name: kernel[name] for name in ("registers", "spill_bytes")}
 
 
 def module_table(path: Path) -> list[dict[str, Any]]:
@@ -223,10 +223,10 @@ def module_table(path: Path) -> list[dict[str, Any]]:
         op, types = re.search(r"\d+([a-z_]+)_kernelI(.*?)EEv", row["kernel"]).groups()
         names = {"f": "fp32", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
         types = types.replace("S3_", re.match(r"f|\d+[a-z_0-9]*?(?:16|half)", types)[0])  # the first type again
-        given = [names[t] for t in re.findall(r"f|13__nv_bfloat16|6__half", types.rsplit("Lb", 1)[0])]
+        operand_types = [names[t] for t in re.findall(r"f|13__nv_bfloat16|6__half", types.rsplit("Lb", 1)[0])]
         aligned = "16-byte accesses" if "Lb1" in types else "any strides"
         rows.append({
-            "op": f"{op}_", "case": f"{given[0]} weight, {given[1]} copy, {aligned}", **row,
+            "op": f"{op}_", "case": f"{operand_types[0]} weight, {operand_types[1]} copy, {aligned}", **row,
             "kernel": f"{op}_kernel (CUDA C++)", "tile": None, "warps": None, "stages": None,
         })  # fmt: skip
     return rows
@@ -257,14 +257,14 @@ def table(quick: bool = False) -> list[dict[str, Any]]:
 
 def faults(rows: list[dict[str, Any]]) -> list[str]:
     """Variants that spill more than they may or ask for more shared memory than there is."""
-    found = []
+    messages = []
     for row in rows:
         where = f"{row['op']} ({row['case']}), {row['kernel']} on {row['architecture']}"
         if row["spill_bytes"] > SPILL_LIMIT[int(row["architecture"].removeprefix("sm_"))]:
-            found.append(f"{where} spills {row['spill_bytes']} bytes")
+            messages.append(f"{where} spills {row['spill_bytes']} bytes")
         if row["shared_bytes"] > SHARED_LIMIT[int(row["architecture"].removeprefix("sm_"))]:
-            found.append(f"{where} asks for {row['shared_bytes']} bytes of shared memory")
-    return found
+            messages.append(f"{where} asks for {row['shared_bytes']} bytes of shared memory")
+    return messages
 
 
 def main(
@@ -278,20 +278,20 @@ def main(
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 compiles nothing: unset it")
     rows = ([] if module is None else module_table(module)) + table(quick)
-    shown = Table(title=f"triton {triton.__version__}", title_justify="left")
+    report = Table(title=f"triton {triton.__version__}", title_justify="left")
     columns = ("op", "case", "kernel", "architecture", "tile", "warps", "stages", "registers", "spill_bytes",
                "shared_bytes")  # fmt: skip
     for column in columns:
-        shown.add_column(column)
+        report.add_column(column)
     for row in rows:
-        shown.add_row(*(str(row[column]) for column in columns))
-    Console(width=180).print(shown)
+        report.add_row(*(str(row[column]) for column in columns))
+    Console(width=180).print(report)
     if json_file is not None:
         document = {"triton": triton.__version__, "torch": torch.__version__, "rows": rows}
         json_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    for fault in (found := faults(rows)):
+    for fault in (violations := faults(rows)):
         print(fault, file=sys.stderr)
-    raise typer.Exit(1 if found else 0)
+    raise typer.Exit(1 if violations else 0)
 
 
 if __name__ == "__main__":

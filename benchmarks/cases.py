@@ -35,7 +35,8 @@ class Case:
     sizes: dict[str, int] = field(hash=False)
     floor: float | None = None
     goal: float | None = None
-    note: str = ""  # what was scaled down, and why
+    note: str = ""
+    """What was scaled down, and why."""
     elsewhere: dict[str, tuple[float | None, float | None]] = field(default_factory=dict, hash=False)
 
     def bars(self, isa: str) -> tuple[float | None, float | None]:
@@ -52,7 +53,7 @@ NO_BF16_UNIT: dict[str, tuple[float | None, float | None]] = dict.fromkeys(("avx
 
 def _symmetric() -> list[Case]:
     """The rows of x are tokens."""
-    found = [
+    cases = [
         Case(
             "symmetric_rank_k_update_",
             f"x [{rows}, {d}]",
@@ -72,13 +73,13 @@ def _symmetric() -> list[Case]:
         d = MODELS[model].inner
         sizes = {"rows": rows, "d": d}
         note = "" if rows == 4096 else f"{rows} rows instead of 4096: time on 2 cores"
-        found.append(Case("symmetric_rank_k_update_", f"{model}, x [{rows}, {d}]", dtype, sizes, note=note))
-    return found
+        cases.append(Case("symmetric_rank_k_update_", f"{model}, x [{rows}, {d}]", dtype, sizes, note=note))
+    return cases
 
 
 def _rank_k() -> list[Case]:
     floors = {1: (5.0, 8.0), 16: (4.0, 8.0), 64: (2.0, 3.0)}
-    found = []
+    cases = []
     for model, dtype, ranks in (
         ("Llama-3-8B", "bfloat16", (1, 16, 64, 100)), ("GPT-2", "float32", (1, 16, 64)),
         ("GPT-J", "float16", (1, 16, 64)), ("Qwen2.5-7B", "bfloat16", (1, 16, 64)),
@@ -87,26 +88,26 @@ def _rank_k() -> list[Case]:
         for k in ranks:
             floor, goal = floors.get(k, (None, None)) if model == "Llama-3-8B" else (None, None)
             sizes = {"out": out, "inner": inner, "k": k, "transposed": model == "GPT-2"}  # GPT-2's Conv1D
-            found.append(Case("rank_k_update_", f"{model}, W [{out}, {inner}], k {k}", dtype, sizes, floor, goal))
+            cases.append(Case("rank_k_update_", f"{model}, W [{out}, {inner}], k {k}", dtype, sizes, floor, goal))
     m = MODELS["Llama-3-8B"]
     for k in (1, 16):
         sizes = {"out": m.hidden, "inner": m.inner, "k": k, "copy": True}
         name = f"Llama-3-8B, fp32 master + bf16 copy, k {k}"
-        found.append(Case("rank_k_update_", name, "float32", sizes))
-    return found
+        cases.append(Case("rank_k_update_", name, "float32", sizes))
+    return cases
 
 
 def _head() -> list[Case]:
     """Rows are the target tokens of a step: 64 requests of three tokens, and one KL prompt each."""
-    found = []
+    cases = []
     for model, dtype, rows in (("GPT-2", "float32", 192), ("GPT-J", "float32", 64), ("Llama-3-8B", "bfloat16", 64)):
         m = MODELS[model]
         sizes = {"rows": rows, "width": m.hidden, "vocabulary": m.vocabulary}
         note = "" if rows == 192 else f"{rows} rows instead of 192: time on 2 cores"
         for op in ("target_log_probs", "distribution_kl"):
             name = f"{model}, [{rows}, {m.hidden}] x [{m.vocabulary}, {m.hidden}], forward + backward"
-            found.append(Case(op, name, dtype, sizes, note=note))
-    return found
+            cases.append(Case(op, name, dtype, sizes, note=note))
+    return cases
 
 
 def _solve() -> list[Case]:
@@ -119,12 +120,12 @@ def _solve() -> list[Case]:
 
 def _by_rows() -> list[Case]:
     """Rows are the tokens of a batch of statistics."""
-    found = []
+    cases = []
     for model, dtype, rows in (("Llama-3-8B", "bfloat16", 4096), ("Llama-3-8B", "float32", 4096)):
         m = MODELS[model]
         for op, d in (("rms_norm", m.hidden), ("gated_silu", m.inner)):
-            found.append(Case(op, f"{model}, [{rows}, {d}]", dtype, {"rows": rows, "d": d}))
-    return found
+            cases.append(Case(op, f"{model}, [{rows}, {d}]", dtype, {"rows": rows, "d": d}))
+    return cases
 
 
 OPS = [*_symmetric(), *_rank_k(), *_head(), *_solve(), *_by_rows()]
@@ -132,7 +133,7 @@ OPS = [*_symmetric(), *_rank_k(), *_head(), *_solve(), *_by_rows()]
 
 def _gpu() -> list[Case]:
     """Real sizes with nothing scaled down; floors and goals are those of an H200."""
-    found = [
+    cases = [
         Case("symmetric_rank_k_update_", f"{model}, x [{rows}, {d}]", dtype, {"rows": rows, "d": d}, floor, goal)
         for model, rows, d, dtype, floor, goal in (
             ("Llama-3-8B", 16384, 14336, "bfloat16", 1.3, 1.6), ("Llama-3-8B", 16384, 14336, "float32", None, None),
@@ -143,18 +144,18 @@ def _gpu() -> list[Case]:
     for model, d, dtype in (("Llama-3-8B", 14336, "bfloat16"), ("GPT-J", 16384, "float16"), ("GPT-2", 3072, "float32")):
         # What statistics call: a batch of 4096 tokens, its padding masked, into a float64 sum.
         sizes = {"rows": 4096, "d": d, "masked": 1, "wide_acc": 1}
-        found.append(Case("symmetric_rank_k_update_", f"{model}, x [4096, {d}], masked, float64 acc", dtype, sizes))
+        cases.append(Case("symmetric_rank_k_update_", f"{model}, x [4096, {d}], masked, float64 acc", dtype, sizes))
     for model, out, inner in (("Llama-3-8B", 4096, 14336), ("Llama-3-70B", 8192, 28672)):
         for k in (1, 16, 64, 256):
             sizes = {"out": out, "inner": inner, "k": k}
-            found.append(Case("rank_k_update_", f"{model}, W [{out}, {inner}], k {k}", "bfloat16", sizes))
+            cases.append(Case("rank_k_update_", f"{model}, W [{out}, {inner}], k {k}", "bfloat16", sizes))
     for model, dtype in (("GPT-2", "float32"), ("Llama-3-8B", "bfloat16"), ("Qwen2.5-7B", "bfloat16")):
         m = MODELS[model]
         sizes = {"rows": 1152, "width": m.hidden, "vocabulary": m.vocabulary}
         for op in ("target_log_probs", "distribution_kl"):
             name = f"{model}, [1152, {m.hidden}] x [{m.vocabulary}, {m.hidden}], forward + backward"
-            found.append(Case(op, name, dtype, sizes))
-    return found + _solve()
+            cases.append(Case(op, name, dtype, sizes))
+    return cases + _solve()
 
 
 GPU_OPS = _gpu()

@@ -27,7 +27,6 @@ import os
 import re
 import shutil
 import signal
-import statistics as numbers
 import subprocess
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import torch
@@ -150,7 +150,8 @@ class Place:
     rows: list[Row] = field(default_factory=list)
     figures: list[Row] = field(default_factory=list)
     peaks: Row = field(default_factory=dict)
-    write: Callable[[], None] = lambda: None  # what there is so far, to the stage's file
+    write: Callable[[], None] = lambda: None
+    """Writes the results so far to the file of the stage."""
 
     @property
     def shapes(self) -> Sequence[Shape]:
@@ -164,10 +165,10 @@ class Place:
         """Seconds of the budget."""
         return self.deadline - time.time()
 
-    def figure(self, what: str, **found: Any) -> None:
+    def figure(self, title: str, **measured: Any) -> None:
         """A measured time or count that has no ratio."""
-        self.figures.append({"what": what, **found})
-        console.print(what, found)
+        self.figures.append({"what": title, **measured})
+        console.print(title, measured)
         self.write()
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -175,11 +176,11 @@ class Place:
         self.rows += rows
         self.write()
 
-    def enough(self, what: str, seconds: float) -> bool:
+    def enough(self, title: str, seconds: float) -> bool:
         """Whether there is time for something; if not, that is a figure too."""
         if self.dry or self.left() > seconds:
             return True
-        self.figure(what, skipped=f"{self.left():.0f} s were left")
+        self.figure(title, skipped=f"{self.left():.0f} s were left")
         return False
 
 
@@ -225,8 +226,8 @@ def build(place: Place) -> None:
     if done.returncode:
         raise RuntimeError(f"the build failed:\n{done.stderr[-4000:]}")
     place.figure("build", seconds=time.perf_counter() - begin)
-    shown = subprocess.run([sys.executable, "-m", "kedit_fast"], cwd=ROOT, capture_output=True, text=True)
-    place.figure("environment", text=shown.stdout[-4000:])
+    environment = subprocess.run([sys.executable, "-m", "kedit_fast"], cwd=ROOT, capture_output=True, text=True)
+    place.figure("environment", text=environment.stdout[-4000:])
 
 
 def gpu_tests() -> list[str]:
@@ -234,11 +235,11 @@ def gpu_tests() -> list[str]:
 
     Not this script's own tests, which would start it again.
     """
-    found = [
+    files = [
         path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if re.search(r"torch\.cuda\.|\.cuda\(\)", path.read_text(encoding="utf-8")) and path.stem != "test_gpu_script"
     ]  # fmt: skip
-    return [*FIRST_TESTS, *(name for name in found if name not in FIRST_TESTS)]
+    return [*FIRST_TESTS, *(name for name in files if name not in FIRST_TESTS)]
 
 
 def test(place: Place) -> None:
@@ -297,7 +298,7 @@ def test(place: Place) -> None:
     text = done.stdout + done.stderr
     summary = [line for line in text.splitlines() if "ERROR SUMMARY" in line or "passed" in line or "failed" in line]
     place.figure("compute-sanitizer", result="; ".join(summary[-3:]), status=done.returncode)
-    if done.returncode == 9 and any(found in text for found in ("Invalid __", "out of bounds", "Race", "Misaligned")):
+    if done.returncode == 9 and any(marker in text for marker in ("Invalid __", "out of bounds", "Race", "Misaligned")):
         raise RuntimeError(f"compute-sanitizer found errors:\n{text[-6000:]}")
     if " passed" not in text:
         place.figure("compute-sanitizer", result="cannot run the kernels on this machine")
@@ -315,15 +316,15 @@ def peaks_of(place: Place) -> Row:
         a = torch.randn(256, 256)
         rate = 2 * 256**3 / min(interleaved([lambda: a @ a], 3, "cpu")[0])
         return {"copy_bytes_per_s": 1e10, **{f"{n}_flops_per_s": rate for n in ("fp32", "bf16", "fp64", "tf32")}}
-    found = measured_peaks(place.device)
+    measured = measured_peaks(place.device)
     a, b = (torch.randn(8192, 8192, device=place.device) for _ in range(2))
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        found["tf32_flops_per_s"] = 2 * 8192**3 / min(interleaved([lambda: torch.mm(a, b)], RUNS, place.device)[0])
+        measured["tf32_flops_per_s"] = 2 * 8192**3 / min(interleaved([lambda: torch.mm(a, b)], RUNS, place.device)[0])
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
-    return found
+    return measured
 
 
 def ops(place: Place) -> None:
@@ -370,9 +371,9 @@ def tune(place: Place) -> None:
         except Exception:
             place.figure(f"tune {case}", failed=traceback.format_exc()[-2000:])
         free(place.device)
-    for (op, shape_class, where), found in launch.tuned().items():
-        place.figure("tuned", op=op, shape_class=shape_class, where=where, config=asdict(found.config),
-                     milliseconds=found.milliseconds, table_milliseconds=found.table_milliseconds)  # fmt: skip
+    for (op, shape_class, where), winner in launch.tuned().items():
+        place.figure("tuned", op=op, shape_class=shape_class, where=where, config=asdict(winner.config),
+                     milliseconds=winner.milliseconds, table_milliseconds=winner.table_milliseconds)  # fmt: skip
 
 
 def requests_of(count: int) -> list[Any]:
@@ -383,14 +384,14 @@ def requests_of(count: int) -> list[Any]:
 
 def random_statistics(view: ModelView, tokenizer: Any, layers: Sequence[int], rank: int = 512) -> Statistics:
     """Second moments with a decaying spectrum: collected ones take as many tokens as dimensions, and time."""
-    found = {}
+    moments = {}
     for layer in layers:
         d, device = view.weight(layer).shape[1], view.weight(layer).device
         rows = torch.randn(min(rank, d), d, device=device)
         moment = (rows.T @ rows).double() / len(rows)
         moment.diagonal().add_(0.1)
-        found[layer] = SecondMoment(view.module_name(layer), moment, 10 * d)
-    return Statistics(found, fingerprint(view, tokenizer), "random", 1024, "float32")
+        moments[layer] = SecondMoment(view.module_name(layer), moment, 10 * d)
+    return Statistics(moments, fingerprint(view, tokenizer), "random", 1024, "float32")
 
 
 def values(place: Place) -> None:
@@ -412,17 +413,17 @@ def values_of(place: Place, shape: Shape, tokenizer: Any, contexts: Sequence[str
     hparams, _ = make_hparams("memit", views["float32"].config, fixed)
     layer = shape.layers[-1]
 
-    def theirs(which: Sequence[Any]) -> list[published.Value]:
+    def theirs(requests: Sequence[Any]) -> list[published.Value]:
         view = views["float32"]
-        return [published.serial_value(view.model, [view.block(layer)], request, hparams) for request in which]
+        return [published.serial_value(view.model, [view.block(layer)], request, hparams) for request in requests]
 
-    def ours(name: str, which: Sequence[Any]) -> Any:
-        return find_values(views[name], which, layer, "block", hparams)
+    def ours(name: str, requests: Sequence[Any]) -> Any:
+        return find_values(views[name], requests, layer, "block", hparams)
 
     chosen = prepared[:: max(1, count // 3)][:3]
-    found, expected = ours("float32", chosen), theirs(chosen)
+    full, expected = ours("float32", chosen), theirs(chosen)
     error = max(
-        float((found.targets[:, i] - value.targets[0].to(found.targets)).norm() / value.deltas[0].norm())
+        float((full.targets[:, i] - value.targets[0].to(full.targets)).norm() / value.deltas[0].norm())
         for i, value in enumerate(expected)
     )
     baseline, floors = "published serial loop, fp32", {"float32": (5.0, 10.0), "bfloat16": (15.0, 30.0)}
@@ -441,8 +442,8 @@ def values_of(place: Place, shape: Shape, tokenizer: Any, contexts: Sequence[str
         place.add([{**row, "baseline": baseline, "ratio": None} for row in rows.values()])
         return
     half = ours("bfloat16", chosen)
-    scale = found.deltas.norm(dim=0)
-    rows["bfloat16"] |= {"error": float(((half.deltas - found.deltas).norm(dim=0) / scale).max()), "error_limit": 1.0}
+    scale = full.deltas.norm(dim=0)
+    rows["bfloat16"] |= {"error": float(((half.deltas - full.deltas).norm(dim=0) / scale).max()), "error_limit": 1.0}
     rows["bfloat16"]["note"] += "; its error is the distance of its deltas from those in fp32"
     if not rows["bfloat16"]["error"] <= 1.0:
         place.add([{**rows.pop("bfloat16"), "baseline": baseline, "ratio": None}])
@@ -460,7 +461,7 @@ def values_of(place: Place, shape: Shape, tokenizer: Any, contexts: Sequence[str
     for name, row in rows.items():
         place.add([with_baseline({**row, **timing(seconds[name]), "runs": len(serial)}, baseline, serial)])
         place.figure(f"10,000 values, {shape.name}, {name}, extrapolated",
-                     seconds=numbers.median(seconds[name]) * 10_000 / count)  # fmt: skip
+                     seconds=median(seconds[name]) * 10_000 / count)  # fmt: skip
     view = views.pop("bfloat16")
     del views["float32"]
     free(place.device)
@@ -471,13 +472,13 @@ def edits(place: Place, shape: Shape, view: ModelView, tokenizer: Any, contexts:
     """Whole MEMIT edits in bf16, statistics ready: seconds by phase, one run each."""
     moments = random_statistics(view, tokenizer, shape.layers)
     for count in (4, 8) if place.dry else (100, 1000):
-        what = f"{count} MEMIT edits, {shape.name}, bfloat16, statistics ready"
-        if not place.enough(what, 20 + 0.12 * count):
+        title = f"{count} MEMIT edits, {shape.name}, bfloat16, statistics ready"
+        if not place.enough(title, 20 + 0.12 * count):
             return
         editor = Editor(view.model, tokenizer, "memit", statistics=moments, prefixes=contexts, hparams=fixed)
         spent = clock(lambda editor=editor, count=count: editor.edit(requests_of(count)), place.device)
         distinct = min(count, len(demo.requests()))
-        place.figure(what, seconds=spent, distinct_requests=distinct, peak_bytes=peak(place.device))
+        place.figure(title, seconds=spent, distinct_requests=distinct, peak_bytes=peak(place.device))
         editor.restore()
 
 
@@ -504,8 +505,8 @@ def statistics(place: Place) -> None:
         )
         place.add(second_moments.rows_of(case, place.runs, place.device, place.peaks))
         free(place.device)
-        what = f"statistics of 10 d tokens, {shape.name}, bfloat16"
-        if not place.enough(what, 60):
+        title = f"statistics of 10 d tokens, {shape.name}, bfloat16"
+        if not place.enough(title, 60):
             return
         model = model_of(shape, torch.bfloat16, place.device, cut=True)
         tokens = 10 * shape.width
@@ -516,7 +517,7 @@ def statistics(place: Place) -> None:
 
         collect(min(tokens, 4000))
         spent = clock(lambda tokens=tokens, collect=collect: collect(tokens), place.device)
-        place.figure(what, seconds=spent, tokens_per_s=tokens / spent, peak_bytes=peak(place.device),
+        place.figure(title, seconds=spent, tokens_per_s=tokens / spent, peak_bytes=peak(place.device),
                      extrapolated_44_million_s=MANY_TOKENS / tokens * spent)  # fmt: skip
         del model, collect
         free(place.device)
@@ -549,12 +550,12 @@ def file_of(out: Path, stage: Stage) -> Path:
 
 def run_stage(stage: Stage, place: Place, out: Path) -> bool:
     """One stage in this process; its file holds what there is, whatever happens."""
-    about, begin = provenance(place.device), time.monotonic()
+    origin, begin = provenance(place.device), time.monotonic()
 
     def write(error: str | None = "it did not end") -> None:
         document = {
             "stage": stage.value, "dry_run": place.dry, "seconds": time.monotonic() - begin, "error": error,
-            "about": about, "peaks": place.peaks, "rows": [{**row, **about} for row in place.rows],
+            "about": origin, "peaks": place.peaks, "rows": [{**row, **origin} for row in place.rows],
             "figures": place.figures,
         }  # fmt: skip
         part = file_of(out, stage).with_suffix(".part")
@@ -573,18 +574,18 @@ def run_stage(stage: Stage, place: Place, out: Path) -> bool:
 
 def summary(out: Path, stages: Sequence[Stage]) -> dict[str, Any]:
     """All stages of a folder as one document, which `benchmarks.run markdown` and `compare` read."""
-    found: dict[str, Any] = {"stages": {}, "peaks": {}, "rows": [], "figures": []}
+    merged: dict[str, Any] = {"stages": {}, "peaks": {}, "rows": [], "figures": []}
     for stage in stages:
         path = file_of(out, stage)
         if path.exists():
             document = json.loads(path.read_text(encoding="utf-8"))
-            found["stages"][stage.value] = {"seconds": document["seconds"], "error": document["error"]}
-            found["peaks"] |= document["peaks"]
-            found["rows"] += document["rows"]
-            found["figures"] += [{"stage": stage.value, **figure} for figure in document["figures"]]
+            merged["stages"][stage.value] = {"seconds": document["seconds"], "error": document["error"]}
+            merged["peaks"] |= document["peaks"]
+            merged["rows"] += document["rows"]
+            merged["figures"] += [{"stage": stage.value, **figure} for figure in document["figures"]]
         else:
-            found["stages"][stage.value] = {"seconds": None, "error": "it did not end"}
-    return found
+            merged["stages"][stage.value] = {"seconds": None, "error": "it did not end"}
+    return merged
 
 
 def show(document: dict[str, Any]) -> None:

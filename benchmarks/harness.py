@@ -134,19 +134,19 @@ def commit_of(folder: Path) -> str:
     return f"{name}-dirty" if name and changed else name
 
 
-def require_clean(target: Path | None, about: Row) -> None:
+def require_clean(target: Path | None, origin: Row) -> None:
     """End, before anything is measured, when results of a changed tree would be written among the committed ones."""
-    clean = about["commit"] and not about["commit"].endswith("-dirty")
+    clean = origin["commit"] and not origin["commit"].endswith("-dirty")
     if target is not None and not clean and target.resolve().is_relative_to(RESULTS.resolve()):
         sys.exit(
-            f"{target}: {RESULTS.name} holds numbers of commits alone, and this tree is {about['commit'] or 'none'}: "
+            f"{target}: {RESULTS.name} holds numbers of commits alone, and this tree is {origin['commit'] or 'none'}: "
             "commit first, or write elsewhere"
         )
 
 
-def document_of(rows: Sequence[Row], about: Row, peaks: Row | None = None, **more: Any) -> Row:
+def document_of(rows: Sequence[Row], origin: Row, peaks: Row | None = None, **more: Any) -> Row:
     """A document: every row with its provenance, and what a benchmark measures beside rows."""
-    return {"peaks": peaks or {}, "rows": [{**row, **about} for row in rows], **more, "about": about}
+    return {"peaks": peaks or {}, "rows": [{**row, **origin} for row in rows], **more, "about": origin}
 
 
 def save(path: Path | None, document: Row) -> None:
@@ -161,9 +161,9 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def title_of(about: Row) -> str:
+def title_of(origin: Row) -> str:
     """Machine, torch and commit, above a table."""
-    return f"{about['machine']}, torch {about['versions']['torch']}, {about['commit']}"
+    return f"{origin['machine']}, torch {origin['versions']['torch']}, {origin['commit']}"
 
 
 def fail_on_wrong_results(rows: Sequence[Row]) -> None:

@@ -46,14 +46,14 @@ def strongest(document: Document) -> list[dict[str, Any]]:
 
     Wrong results and call overheads have no place in a picture.
     """
-    found: dict[tuple, dict[str, Any]] = {}
+    best: dict[tuple, dict[str, Any]] = {}
     for row in document["rows"]:
         if row["ratio"] is None or row.get("flops") is None:
             continue
         key = (row["op"], row["case"], row["dtype"], row["backend"])
-        if key not in found or row["ratio"] < found[key]["ratio"]:
-            found[key] = row
-    return list(found.values())
+        if key not in best or row["ratio"] < best[key]["ratio"]:
+            best[key] = row
+    return list(best.values())
 
 
 def colors(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -70,8 +70,8 @@ def ratio_figure(document: Document) -> Any:
     figure, (axes,) = figures.figure(1, 9, 1.2 + 0.23 * len(rows))
     color = colors(rows)
     several = len({row["backend"] for row in rows}) > 1
-    shown = [row["ratio"] for row in rows] + [row["floor"] for row in rows if row.get("floor")]
-    low, high = _powers_of_two(min(shown), max(shown))
+    extent = [row["ratio"] for row in rows] + [row["floor"] for row in rows if row.get("floor")]
+    low, high = _powers_of_two(min(extent), max(extent))
     places = range(len(rows))
     axes.set_xscale("log", base=2)
     axes.set_xlim(low, high)
@@ -143,7 +143,7 @@ def roofline_figure(document: Document) -> Any:
 
 @_styled
 def batch_figure(document: Document) -> Any:
-    """Edits a second, and peak memory, against the number of requests optimised together: a panel each."""
+    """Edits a second, and peak memory, against the number of requests optimized together: a panel each."""
     rows = _some(document.get("batches") or [], "rows of --suite batches")
     sizes = [row["batch"] for row in rows]
     panels = [("edits_per_s", 1, "edits a second", "o-", "#4c72b0")]
@@ -192,13 +192,13 @@ def sequence_figure(document: Document) -> Any:
     rows = _some(document.get("sequence") or [], "rows of --suite sequence")
     figure, (left, right) = figures.figure(2, 5, 3.8)
     for form, mark in (("dual", "o-"), ("primal", "s-"), ("auto", "x--")):
-        own = [row for row in rows if row["form"] == form]
-        changes = "".join(f" (changes form at {n})" for n in _changes(own))
-        left.plot([row["n"] for row in own], [row["seconds"] for row in own], mark, label=form + changes)
-        right.plot([row["n"] for row in own], [row["bytes"] / 2**20 for row in own], mark, label=form)
-    own = [row for row in rows if "published_seconds" in row]
-    left.plot([row["n"] for row in own], [row["published_seconds"] for row in own], "^:", label="published, fp32")
-    right.plot([row["n"] for row in own], [row["published_bytes"] / 2**20 for row in own], "^:",
+        curve = [row for row in rows if row["form"] == form]
+        changes = "".join(f" (changes form at {n})" for n in _changes(curve))
+        left.plot([row["n"] for row in curve], [row["seconds"] for row in curve], mark, label=form + changes)
+        right.plot([row["n"] for row in curve], [row["bytes"] / 2**20 for row in curve], mark, label=form)
+    curve = [row for row in rows if "published_seconds" in row]
+    left.plot([row["n"] for row in curve], [row["published_seconds"] for row in curve], "^:", label="published, fp32")
+    right.plot([row["n"] for row in curve], [row["published_bytes"] / 2**20 for row in curve], "^:",
                label="published: P and cache, fp32")  # fmt: skip
     left.set_yscale("log")
     left.set_ylabel("seconds a batch")
@@ -214,14 +214,14 @@ def sequence_figure(document: Document) -> Any:
 
 
 def _changes(rows: Sequence[dict[str, Any]]) -> list[int]:
-    """Keys kept before a batch that took more than three times what both neighbours took: the form is made anew."""
+    """Keys kept before a batch that took more than three times what both neighbors took: the form is made anew."""
     return [row["n"] for before, row, after in zip(rows, rows[1:], rows[2:], strict=False)
             if row["form"] == "auto" and row["seconds"] > 3 * max(before["seconds"], after["seconds"])]  # fmt: skip
 
 
-def _some(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+def _some(rows: list[dict[str, Any]], description: str) -> list[dict[str, Any]]:
     if not rows:
-        sys.exit(f"nothing to draw: this file has no {what}")
+        sys.exit(f"nothing to draw: this file has no {description}")
     return rows
 
 

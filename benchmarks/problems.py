@@ -21,12 +21,16 @@ class Problem:
     """What is timed. Every callable can be called again and again."""
 
     ours: Callable[[], Any]
-    baselines: dict[str, Callable[[], Any]]  # the expression, as text, and the call
-    error: Callable[[], float]  # of our result against float64
+    baselines: dict[str, Callable[[], Any]]
+    """The text of each expression -> its call."""
+    error: Callable[[], float]
+    """The relative error of our result against float64."""
     limit: float
     flops: int
-    bytes: int  # that must move through memory: inputs read once, outputs written (and read, where added to)
-    rate: str  # the measured peak that bounds it: "fp32", "bf16" or "fp64"
+    bytes: int
+    """Bytes that must move through memory: inputs read once, outputs written (and read, where added to)."""
+    rate: str
+    """The measured peak that bounds the rate: "fp32", "bf16" or "fp64"."""
     backend: str
 
 
@@ -50,8 +54,8 @@ def _symmetric(case: Case, device: str, backend: str | None) -> Problem:
     acc, plain = (torch.zeros(d, d, dtype=acc_dtype, device=device) for _ in range(2))
 
     def error() -> float:
-        found = kedit_fast.symmetric_rank_k_update_(torch.zeros_like(acc), x, mask=mask, backend=backend)
-        return _lower_error(found, real)
+        result = kedit_fast.symmetric_rank_k_update_(torch.zeros_like(acc), x, mask=mask, backend=backend)
+        return _lower_error(result, real)
 
     def expression(total, x, mask):
         if mask is not None:
@@ -79,13 +83,13 @@ def _symmetric(case: Case, device: str, backend: str | None) -> Problem:
     )  # fmt: skip
 
 
-def _lower_error(found: torch.Tensor, x: torch.Tensor, block: int = 1024) -> float:
+def _lower_error(result: torch.Tensor, x: torch.Tensor, block: int = 1024) -> float:
     """Of the whole lower triangle, a band of rows at a time: a float64 matrix of these sizes does not fit."""
     wide, wrong, scale = x.double(), 0.0, 0.0
     for i in range(0, x.shape[1], block):
         end = min(i + block, x.shape[1])
         expected = torch.tril(wide[:, i:end].T @ wide[:, :end], diagonal=i)
-        wrong += float((found[i:end, :end].double() - expected).square().sum())
+        wrong += float((result[i:end, :end].double() - expected).square().sum())
         scale += float(expected.square().sum())
     return (wrong / scale) ** 0.5
 
@@ -102,11 +106,11 @@ def _rank_k(case: Case, device: str, backend: str | None) -> Problem:
 
     def error() -> float:
         expected = torch.addmm(weight.double(), left.double(), right.double().T)
-        found, found_copy = weight.clone(), None if copy is None else torch.zeros_like(copy)
-        kedit_fast.rank_k_update_(found, left, right, copy=found_copy, backend=backend)
-        if copy is not None and not torch.equal(found_copy, found.bfloat16()):
+        result, result_copy = weight.clone(), None if copy is None else torch.zeros_like(copy)
+        kedit_fast.rank_k_update_(result, left, right, copy=result_copy, backend=backend)
+        if copy is not None and not torch.equal(result_copy, result.bfloat16()):
             return float("inf")
-        return float((found.double() - expected).norm() / expected.norm())
+        return float((result.double() - expected).norm() / expected.norm())
 
     def expression(weight, copy, left, right):
         weight += (left @ right.T).to(weight.dtype)
@@ -168,8 +172,8 @@ def _head(case: Case, device: str, backend: str | None) -> Problem:
             else:
                 expected = log_p.gather(1, targets[i : i + 16, None])[:, 0]
             (slope,) = torch.autograd.grad(expected.sum(), part)
-            for found, right in ((value[i : i + 16], expected.detach()), (gradient[i : i + 16], slope)):
-                worst = max(worst, float((found.double() - right).norm() / right.norm()))
+            for result, right in ((value[i : i + 16], expected.detach()), (gradient[i : i + 16], slope)):
+                worst = max(worst, float((result.double() - right).norm() / right.norm()))
         return worst
 
     compiled = torch.compile(loss)
@@ -179,8 +183,8 @@ def _head(case: Case, device: str, backend: str | None) -> Problem:
         half, fused = half_product_step, torch.compile(half_product_step)
         name = f"{'2 ' if kl else ''}mm(hidden, head.T, out_dtype=float32), softmax, {case.dtype} mm for the gradient"
         reference = other if kl else None
-        given = (hidden.detach(), reference, head, targets)
-        baselines = {name: lambda: half(*given), f"torch.compile({name})": lambda: fused(*given), **baselines}
+        operands = (hidden.detach(), reference, head, targets)
+        baselines = {name: lambda: half(*operands), f"torch.compile({name})": lambda: fused(*operands), **baselines}
     products = 3 if kl else 2  # what has to be done: logits (of both), and d logits times head
     return Problem(
         ours=ours, baselines=baselines, error=error, limit=max(LIMITS[case.dtype], 2e-6),
@@ -222,8 +226,8 @@ def _solve(case: Case, device: str, backend: str | None) -> Problem:
 
     def error() -> float:
         expected = torch.linalg.solve(gram.double() + 0.1 * eye.double(), rhs.double())
-        found = kedit_fast.spd_solve(gram, rhs, 0.1, backend=backend)
-        return float((found.double() - expected).norm() / expected.norm())
+        result = kedit_fast.spd_solve(gram, rhs, 0.1, backend=backend)
+        return float((result.double() - expected).norm() / expected.norm())
 
     def cholesky(gram, rhs):
         return torch.cholesky_solve(rhs, torch.linalg.cholesky(gram + 0.1 * eye))

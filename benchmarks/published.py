@@ -22,11 +22,14 @@ ADAM = dict(betas=(0.9, 0.999), eps=1e-8)
 class Value:
     """What one request's loop ended with."""
 
-    targets: list[torch.Tensor]  # of each site [h], fp64
-    deltas: list[torch.Tensor]  # of each site [h]
+    targets: list[torch.Tensor]
+    """The value of each site [h], fp64."""
+    deltas: list[torch.Tensor]
+    """What the loop added at each site [h]."""
     loss: float
     steps: int
-    losses: list[float] = field(default_factory=list)  # of every iteration
+    losses: list[float] = field(default_factory=list)
+    """The loss of every iteration."""
 
 
 def first(output: Any) -> torch.Tensor:
@@ -121,18 +124,18 @@ def serial_value(
     batches = _batches(rows, side, device)
     target_ids = torch.tensor(target, device=device)
 
-    kept: list[torch.Tensor] = [torch.empty(0)] * len(modules)
+    outputs: list[torch.Tensor] = [torch.empty(0)] * len(modules)
     with torch.no_grad(), contextlib.ExitStack() as stack:
         which, inputs, offset = batches[0]
         for m, module in enumerate(modules):
 
-            def keep(_, __, output, m=m):
-                kept[m] = first(output)[0, lookups[0] + offset[0]].detach().clone()
+            def record(_, __, output, m=m):
+                outputs[m] = first(output)[0, lookups[0] + offset[0]].detach().clone()
 
-            stack.callback(module.register_forward_hook(keep).remove)
+            stack.callback(module.register_forward_hook(record).remove)
         model(**inputs, use_cache=False)
-    wide = torch.float64 if kept[0].dtype == torch.float64 else torch.float32
-    initial = [state.to(wide) for state in kept]
+    wide = torch.float64 if outputs[0].dtype == torch.float64 else torch.float32
+    initial = [state.to(wide) for state in outputs]
     deltas = [torch.zeros_like(state, requires_grad=True) for state in initial]
     optimizer = torch.optim.Adam(deltas, lr=hparams.v_lr, **ADAM)
     head = model.get_output_embeddings()
@@ -143,10 +146,10 @@ def serial_value(
         for which, inputs, offset in batches:
             at = lookups[which] + offset
             last: list[torch.Tensor] = []
-            keep = head.register_forward_pre_hook(lambda _, args, last=last: last.append(args[0]))
+            handle = head.register_forward_pre_hook(lambda _, args, last=last: last.append(args[0]))
             with deltas_at(modules, deltas, at):
                 logits = model(**inputs, use_cache=False).logits  # [rows, T, V]
-            keep.remove()
+            handle.remove()
             here = range(*which.indices(len(rows)))
             if here[-1] == contexts:
                 current = _log_softmax(logits[-1, at[-1]])
@@ -160,9 +163,9 @@ def serial_value(
             log_probs = _log_softmax(logits)
             for i, r in enumerate(scored):
                 begin = int(starts[r] + offset[i])
-                found = log_probs[i, begin : begin + len(target)]
-                scores.append(found.gather(1, target_ids[:, None])[:, 0])
-                tops.append(bool((found.argmax(1) == target_ids).all()))
+                answer = log_probs[i, begin : begin + len(target)]
+                scores.append(answer.gather(1, target_ids[:, None])[:, 0])
+                tops.append(bool((answer.argmax(1) == target_ids).all()))
         reference = current.detach().clone() if reference is None else reference
         nll = -torch.stack(scores).mean(1).mean()
         kl = hparams.kl_factor * torch.nn.functional.kl_div(reference, current, log_target=True, reduction="sum")
@@ -199,19 +202,19 @@ def keys_at(model: torch.nn.Module, module: torch.nn.Module, prompts: Sequence[A
     """Input (or output) of `module` at the lookup token of every prompt [n, size]: full passes of 128 prompts, head
     and all, as repr_tools does."""
     device = model.get_input_embeddings().weight.device
-    found = []
+    states = []
     for begin in range(0, len(prompts), 128):
         chunk = prompts[begin : begin + 128]
-        seen: list[torch.Tensor] = []
+        captured: list[torch.Tensor] = []
         if output:
-            handle = module.register_forward_hook(lambda _, __, out, seen=seen: seen.append(first(out)))
+            handle = module.register_forward_hook(lambda _, __, out, captured=captured: captured.append(first(out)))
         else:
-            handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+            handle = module.register_forward_pre_hook(lambda _, args, captured=captured: captured.append(args[0]))
         model(**padded([prompt.ids for prompt in chunk], "right", device), use_cache=False)
         handle.remove()
         rows = torch.arange(len(chunk), device=device)
-        found.append(seen[0][rows, torch.tensor([p.lookup for p in chunk], device=device)])
-    return torch.cat(found)
+        states.append(captured[0][rows, torch.tensor([p.lookup for p in chunk], device=device)])
+    return torch.cat(states)
 
 
 def memit(
@@ -234,7 +237,7 @@ def memit(
         moments: layer -> C [d, d] fp64.
         prepared: u requests.
         hparams: as in kedit_fast.
-        targets: values [h, u] to use instead of optimising them.
+        targets: values [h, u] to use instead of optimizing them.
 
     Returns:
         layer -> Delta [out, d] that was added, fp64.
@@ -324,17 +327,17 @@ def layer_moment(
     total, count = None, 0
 
     def stop(_, args):
-        seen.append(args[0])
+        captured.append(args[0])
         raise _Stop
 
     for rows in length_batches(sequences, batch_tokens):
-        seen: list[torch.Tensor] = []
+        captured: list[torch.Tensor] = []
         batch = padded(rows, "right", device)
         handle = module.register_forward_pre_hook(stop)
         with contextlib.suppress(_Stop):
             model(**batch, use_cache=False)
         handle.remove()
-        flat = seen[0].view(-1, seen[0].size(-1))
+        flat = captured[0].view(-1, captured[0].size(-1))
         features = flat[batch["attention_mask"].view(-1).nonzero()[:, 0]].to(torch.float32)
         if total is None:
             total = features.new_zeros(features.shape[1], features.shape[1])

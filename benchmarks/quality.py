@@ -9,7 +9,7 @@ a time; `subjects`, 100 requests of which five share each subject. Methods witho
 
 Columns: efficacy, paraphrase, neighborhood as in kedit_fast.evaluation.metrics, of all requests on the final model;
 drift, what a token of held-out text that names no edited subject costs more than before, in nats; seconds of editing
-without evaluation (methods with the same values of one batch optimise them once, and all count that time); retention,
+without evaluation (methods with the same values of one batch optimize them once, and all count that time); retention,
 efficacy of all requests on the final model over that of each right after its batch.
 """
 
@@ -67,9 +67,12 @@ class Subject:
     moments: Statistics
     requests: list[EditRequest]
     text: list[str]
-    before: float  # mean NLL of the text
-    store: ValueFile  # of the values of the unedited model
-    value_seconds: dict[tuple, float]  # that optimising them took, by what they depend on
+    before: float
+    """Mean negative log likelihood of the text in the unedited model, nats a token."""
+    store: ValueFile
+    """Values of the unedited model."""
+    value_seconds: dict[tuple, float]
+    """Seconds of optimizing the values, by what they depend on."""
     prefixes: dict[tuple, tuple[str, ...]]
 
 
@@ -91,7 +94,7 @@ def shared_subjects(count: int) -> list[EditRequest]:
     groups = here.by_object()
     facts = [fact for fact in here.facts if fact.relation.kind == "person" and fact.subject not in named]
     people = list(dict.fromkeys(fact.subject for fact in facts))[: count // 5]
-    found = []
+    requests = []
     for person in people:
         for fact in (fact for fact in facts if fact.subject == person):
             objects = fact.relation.objects
@@ -99,11 +102,13 @@ def shared_subjects(count: int) -> list[EditRequest]:
             others = [f for f in groups[fact.relation.name, fact.object] if f.subject not in people][:5]
             prompt = fact.relation.phrasings[0]
             near = tuple(prompt.format(other.subject) for other in others)
-            found.append(EditRequest(prompt, person, new, fact.object, (), near, id=f"{person} {fact.relation.name}"))
-    return found[:count]
+            requests.append(
+                EditRequest(prompt, person, new, fact.object, (), near, id=f"{person} {fact.relation.name}")
+            )
+    return requests[:count]
 
 
-def measure(on: Subject, method: str, scenario: str, **numbers: Any) -> Row:
+def measure(on: Subject, method: str, scenario: str, **overrides: Any) -> Row:
     """One row of the table."""
     recipe = find_recipe(method)
     count, size = SCENARIOS[scenario]
@@ -114,7 +119,7 @@ def measure(on: Subject, method: str, scenario: str, **numbers: Any) -> Row:
         return {**row, "n/a": "no keys of subjects" if size is None else "its normalizer needs more than one token"}
     requests = shared_subjects(count) if scenario == "subjects" else on.requests[:count]
     editor = Editor(
-        on.model, on.tokenizer, method, statistics=on.moments, hparams={"on_predicted": "allow", **numbers},
+        on.model, on.tokenizer, method, statistics=on.moments, hparams={"on_predicted": "allow", **overrides},
         prefixes=on.prefixes.get(recipe.contexts), values=on.store if size is None else None,
     )  # fmt: skip
     on.prefixes[recipe.contexts] = editor.prefixes
@@ -128,7 +133,7 @@ def measure(on: Subject, method: str, scenario: str, **numbers: Any) -> Row:
 
 def singles(on: Subject, editor: Editor, requests: Sequence[EditRequest]) -> Row:
     """Every request alone on the unedited model: means over them."""
-    seen: list[Metrics] = []
+    measured: list[Metrics] = []
     drifts, seconds, skipped = [], [], 0
     for request in requests:
         spent, result = timed_edit(editor, [request])
@@ -136,17 +141,17 @@ def singles(on: Subject, editor: Editor, requests: Sequence[EditRequest]) -> Row
             skipped += 1
             continue
         seconds.append(spent)
-        seen.append(evaluate(on.model, on.tokenizer, [request]))
+        measured.append(evaluate(on.model, on.tokenizer, [request]))
         drifts.append(mean_nll(on.model, on.tokenizer, on.text) - on.before)
         editor.restore()
     names = ("efficacy", "paraphrase", "neighborhood")
-    means = {name: statistics.mean(getattr(metrics, name) for metrics in seen) for name in names}
+    means = {name: statistics.mean(getattr(metrics, name) for metrics in measured) for name in names}
     return {**means, "drift": statistics.mean(drifts), "seconds": sum(seconds), "retention": None, "skipped": skipped}
 
 
 def together(on: Subject, editor: Editor, requests: Sequence[EditRequest], size: int) -> Row:
     """Requests in batches, measured at the end."""
-    own, seconds, skipped, norm = [], 0.0, 0, 0.0
+    efficacies, seconds, skipped, norm = [], 0.0, 0, 0.0
     batches = [requests[i : i + size] for i in range(0, len(requests), size)]
     for batch in batches:
         spent, result = timed_edit(editor, batch)
@@ -154,22 +159,22 @@ def together(on: Subject, editor: Editor, requests: Sequence[EditRequest], size:
             loop = [getattr(editor.hparams, name) for name in VALUES_DEPEND_ON]
             shared = editor.recipe.merge and len({r.subject for r in requests}) < len(requests)
             key = (editor.value_sites, editor.hparams.layers[-1], len(requests), requests[0].subject, shared, *loop)
-            whole = on.value_seconds.setdefault(key, result.seconds["values"])
-            spent += max(0.0, whole - result.seconds["values"])
+            values_seconds = on.value_seconds.setdefault(key, result.seconds["values"])
+            spent += max(0.0, values_seconds - result.seconds["values"])
         seconds += spent
         skipped += len(result.skipped)
         norm = max([norm, *result.relative_norms.values()])
         if len(batches) > 1:
-            own.append(evaluate(on.model, on.tokenizer, batch).efficacy)
+            efficacies.append(evaluate(on.model, on.tokenizer, batch).efficacy)
     begin = time.perf_counter()
     editor.finish()
     seconds += time.perf_counter() - begin
     metrics = evaluate(on.model, on.tokenizer, requests)
-    retention = metrics.efficacy / max(statistics.mean(own), 1e-9) if own else None
+    retention = metrics.efficacy / max(statistics.mean(efficacies), 1e-9) if efficacies else None
     return {
         "efficacy": metrics.efficacy, "paraphrase": metrics.paraphrase, "neighborhood": metrics.neighborhood,
         "drift": mean_nll(on.model, on.tokenizer, on.text) - on.before, "seconds": seconds, "retention": retention,
-        "skipped": skipped, "own_efficacy": statistics.mean(own) if own else None, "norm": norm,
+        "skipped": skipped, "own_efficacy": statistics.mean(efficacies) if efficacies else None, "norm": norm,
         "state_bytes": editor.solver_state.nbytes,
     }  # fmt: skip
 
@@ -185,8 +190,8 @@ def markdown_table(rows: Sequence[Row]) -> str:
     scenarios = [name for name in TITLES if any(row["scenario"] == name for row in rows)]
     lines = ["| method | " + " | ".join(TITLES[name] for name in scenarios) + " |", "|---" * (len(scenarios) + 1) + "|"]
     for method in dict.fromkeys(row["method"] for row in rows):
-        own = {row["scenario"]: row for row in rows if row["method"] == method}
-        lines.append(f"| `{method}` | " + " | ".join(cell(own.get(name)) for name in scenarios) + " |")
+        by_scenario = {row["scenario"]: row for row in rows if row["method"] == method}
+        lines.append(f"| `{method}` | " + " | ".join(cell(by_scenario.get(name)) for name in scenarios) + " |")
     return "\n".join(lines)
 
 
@@ -197,15 +202,15 @@ def cell(row: Row | None) -> str:
     if "n/a" in row:
         return "n/a"
     shares = " / ".join(short(row[name]) for name in ("efficacy", "paraphrase", "neighborhood"))
-    kept = "" if row["retention"] is None else f"; kept {short(row['retention'])}"
-    return f"{shares}; {row['drift']:+.3f}; {row['seconds']:.0f} s{kept}"
+    retention = "" if row["retention"] is None else f"; kept {short(row['retention'])}"
+    return f"{shares}; {row['drift']:+.3f}; {row['seconds']:.0f} s{retention}"
 
 
 def short(share: float | None) -> str:
     return "-" if share is None else f"{share:.2f}".removeprefix("0")
 
 
-def shown(value: float | None) -> str:
+def number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
@@ -215,8 +220,8 @@ def show(rows: Sequence[Row]) -> None:
         if "n/a" in row:
             table.add_row(row["method"], TITLES[row["scenario"]], "n/a", "", "", "", "", "", "")
             continue
-        cells = [shown(row[name]) for name in ("efficacy", "paraphrase", "neighborhood", "drift")]
-        cells += [f"{row['seconds']:.1f}", shown(row["retention"]), shown(row.get("norm"))]
+        cells = [number(row[name]) for name in ("efficacy", "paraphrase", "neighborhood", "drift")]
+        cells += [f"{row['seconds']:.1f}", number(row["retention"]), number(row.get("norm"))]
         table.add_row(row["method"], TITLES[row["scenario"]], *cells)
     console.print(table)
 
@@ -241,20 +246,20 @@ def run(
         find_recipe(method)
         if scenario not in SCENARIOS:
             raise typer.BadParameter(f"unknown scenario {scenario!r}: choose from {', '.join(SCENARIOS)}")
-    about = provenance("cpu")
-    require_clean(json_file, about)
+    origin = provenance("cpu")
+    require_clean(json_file, origin)
     on = subject(validation)
     rows: list[Row] = []
     for scenario, method in chosen:
-        rows.append({**measure(on, method, scenario), "threads": torch.get_num_threads(), **about})
+        rows.append({**measure(on, method, scenario), "threads": torch.get_num_threads(), **origin})
         show(rows[-1:])
         if json_file is not None:
             older = read(json_file)["rows"] if json_file.exists() else []
             others = [row for row in older if (row["method"], row["scenario"]) != (method, scenario)]
-            save(json_file, {"peaks": {}, "rows": [*others, rows[-1]], "about": about})
+            save(json_file, {"peaks": {}, "rows": [*others, rows[-1]], "about": origin})
     show(rows)
-    made = [m for m, recipe in RECIPES.items() if recipe.memory]
-    low = [row for row in rows if row["method"] in made and (row.get("retention") or 1) < FLOOR]
+    sequential = [m for m, recipe in RECIPES.items() if recipe.memory]
+    low = [row for row in rows if row["method"] in sequential and (row.get("retention") or 1) < FLOOR]
     for row in low:
         console.print(f"{row['method']}, {TITLES[row['scenario']]}: retention {row['retention']:.2f} is below {FLOOR}")
     if low:

@@ -10,7 +10,7 @@ in turns. Before a row is timed the updates of both are compared; a row whose up
 What is done so that the released code runs here at all, none of it on a path whose time counts: "cuda" in its source is
 read as the device; hooks on decoder blocks see the tuple that blocks returned before transformers 5; its context
 prefixes and second moments are given; a tokenizer that adds no BOS, since its token positions take none into account;
-`datasets` may be absent. Its statistics use two worker processes for tokenising, as released.
+`datasets` may be absent. Its statistics use two worker processes for tokenizing, as released.
 
 `compare` and `markdown` of benchmarks.run read the rows.
 """
@@ -175,12 +175,12 @@ def _block_tuples(nethook: Any, blocks: set[str]) -> None:
 
         @property
         def output(self) -> Any:
-            whole = isinstance(self.seen, tuple) or not self.block
-            return self.seen if whole else (self.seen,)
+            as_returned = isinstance(self.captured, tuple) or not self.block
+            return self.captured if as_returned else (self.captured,)
 
         @output.setter
         def output(self, value: Any) -> None:
-            self.seen = value
+            self.captured = value
 
     nethook.Trace = Trace
 
@@ -199,7 +199,7 @@ class Subject:
     rome_prefixes: tuple[str, ...]
     moments: Statistics
 
-    def numbers(self, method: str) -> Hparams:
+    def hparams_of(self, method: str) -> Hparams:
         """The preset or guess of a method."""
         hparams, _ = make_hparams(method, self.model.config, {"on_predicted": "allow"})
         return hparams
@@ -228,7 +228,7 @@ class Subject:
 
 def name_of(model: torch.nn.Module, module: torch.nn.Module) -> str:
     """The path of a module."""
-    return next(name for name, found in model.named_modules() if found is module)
+    return next(name for name, candidate in model.named_modules() if candidate is module)
 
 
 def subject(name: str, edits: int, device: str) -> Subject:
@@ -282,11 +282,11 @@ def in_turns(
     return times
 
 
-def gap(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+def gap(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """The largest relative error of a tensor; infinite where one is not finite."""
     worst = 0.0
     for name, tensor in expected.items():
-        error = float((found[name].double() - tensor.double()).norm() / tensor.double().norm())
+        error = float((result[name].double() - tensor.double()).norm() / tensor.double().norm())
         worst = max(worst, error if error == error else float("inf"))
     return worst
 
@@ -306,9 +306,9 @@ def edited_row(
 
     def written(call: Callable[[], Any]) -> dict[str, torch.Tensor]:
         call()
-        found = {name: weight - before[name] for name, weight in weights.items()}
+        updates = {name: weight - before[name] for name, weight in weights.items()}
         undo()
-        return found
+        return updates
 
     error = gap(written(ours), written(theirs))
     row = limited(row_of(op, case, error, None, None, "", on.device), ERROR_LIMIT)
@@ -340,23 +340,23 @@ def memit_rows(on: Subject, root: Path, single: int, runs: int) -> tuple[list[Ro
     names = ("memit.memit_main", "memit.compute_z", "memit.compute_ks", "rome.rome_main", "rome.compute_u",
              "rome.layer_stats")  # fmt: skip
     blocks = {f"{on.view.spec.blocks}.{layer}" for layer in range(on.view.num_layers)}
-    there = Released(root, names, on.device, blocks)
-    main, rome = there["memit.memit_main"], there["rome.rome_main"]
+    checkout = Released(root, names, on.device, blocks)
+    main, rome = checkout["memit.memit_main"], checkout["rome.rome_main"]
     baseline = "memit as released"
-    hparams, own = on.numbers("memit"), on.numbers("rome")
+    hparams, rome_hparams = on.hparams_of("memit"), on.hparams_of("rome")
     main.CONTEXT_TEMPLATES_CACHE = [["{}"], [prefix + "{}" for prefix in on.prefixes]]
     rome.CONTEXT_TEMPLATES_CACHE = ["{}", *(prefix + "{}" for prefix in on.rome_prefixes)]
     for layer in hparams.layers:
         main.COV_CACHE[NAME, on.view.module_name(layer)] = on.moments.moment(layer).moment.float()
-    for layer in own.layers:
+    for layer in rome_hparams.layers:
         inverse = torch.inverse(on.moments.moment(layer).moment.double()).float().to(on.device)
-        there["rome.compute_u"].inv_mom2_cache[NAME, on.view.module_name(layer)] = inverse
-    theirs, theirs_rome = on.theirs(main.MEMITHyperParams, hparams), on.theirs(rome.ROMEHyperParams, own)
+        checkout["rome.compute_u"].inv_mom2_cache[NAME, on.view.module_name(layer)] = inverse
+    theirs, theirs_rome = on.theirs(main.MEMITHyperParams, hparams), on.theirs(rome.ROMEHyperParams, rome_hparams)
     requests, count = on.requests, len(on.requests)
-    records, numbers = on.records(requests), {"on_predicted": "allow"}
+    records, options = on.records(requests), {"on_predicted": "allow"}
 
     def our_memit() -> None:
-        editor = Editor(on.model, on.tokenizer, "memit", statistics=on.moments, prefixes=on.prefixes, hparams=numbers)
+        editor = Editor(on.model, on.tokenizer, "memit", statistics=on.moments, prefixes=on.prefixes, hparams=options)
         editor.edit(requests)
 
     def their_memit() -> None:
@@ -368,7 +368,7 @@ def memit_rows(on: Subject, root: Path, single: int, runs: int) -> tuple[list[Ro
     def our_rome() -> None:
         for request in singles:
             editor = Editor(on.model, on.tokenizer, "rome", statistics=on.moments, prefixes=on.rome_prefixes,
-                            hparams=numbers)  # fmt: skip
+                            hparams=options)  # fmt: skip
             editor.edit([request])
 
     def their_rome() -> None:
@@ -385,21 +385,21 @@ def memit_rows(on: Subject, root: Path, single: int, runs: int) -> tuple[list[Ro
 
     def their_values() -> dict[str, torch.Tensor]:
         with quiet():
-            found = [main.compute_z(on.model, on.tokenizer, record, theirs, last, contexts) for record in spaced]
-        return {"values": torch.stack(found, 1).detach()}
+            values = [main.compute_z(on.model, on.tokenizer, record, theirs, last, contexts) for record in spaced]
+        return {"values": torch.stack(values, 1).detach()}
 
     def our_keys() -> dict[str, torch.Tensor]:
         ready = prepare(on.tokenizer, requests, on.prefixes, on.view.max_length)
-        found = {}
+        tensors = {}
         with torch.no_grad():
             passes = KeyPass(on.view, ready, Site(last, "block"), "bare_half")
             for layer in hparams.layers:
-                seen = passes.at(layer)
-                found |= {f"keys {layer}": seen.keys, f"outputs {layer}": seen.outputs}
-        return found
+                states = passes.at(layer)
+                tensors |= {f"keys {layer}": states.keys, f"outputs {layer}": states.outputs}
+        return tensors
 
     def their_keys() -> dict[str, torch.Tensor]:
-        found = {}
+        tensors = {}
         with quiet():
             for layer in hparams.layers:
                 keys = main.compute_ks(on.model, on.tokenizer, spaced, theirs, layer, contexts).T
@@ -408,26 +408,26 @@ def memit_rows(on: Subject, root: Path, single: int, runs: int) -> tuple[list[Ro
                     words=[r["subject"] for r in spaced], module_template=theirs.layer_module_tmp,
                     fact_token_strategy=theirs.fact_token,
                 )[1].T  # fmt: skip
-                found |= {f"keys {layer}": keys, f"outputs {layer}": outputs}
-        return found
+                tensors |= {f"keys {layer}": keys, f"outputs {layer}": outputs}
+        return tensors
 
     texts = demo.corpus()[:DOCUMENTS]
-    stats = there["rome.layer_stats"]
+    stats = checkout["rome.layer_stats"]
     stats.load_dataset = lambda *_: {"train": [{"text": text} for text in texts]}
 
     def our_statistics() -> dict[str, torch.Tensor]:
-        found = collect_statistics(on.model, on.tokenizer, texts, hparams.layers)
-        return {str(layer): second.moment for layer, second in found.layers.items()}
+        collected = collect_statistics(on.model, on.tokenizer, texts, hparams.layers)
+        return {str(layer): second.moment for layer, second in collected.layers.items()}
 
     def their_statistics() -> dict[str, torch.Tensor]:
-        found = {}
+        moments = {}
         with quiet(), tempfile.TemporaryDirectory() as folder:
             for layer in hparams.layers:
-                found[str(layer)] = stats.layer_stats(
+                moments[str(layer)] = stats.layer_stats(
                     on.model, on.tokenizer, on.view.module_name(layer), folder, "wikipedia", ["mom2"],
                     sample_size=len(texts), precision="float32", download=False, progress=lambda loader, **_: loader,
                 ).mom2.moment()  # fmt: skip
-        return found
+        return moments
 
     where = f"{on.name} model"
     return [
@@ -438,16 +438,16 @@ def memit_rows(on: Subject, root: Path, single: int, runs: int) -> tuple[list[Ro
                  our_keys, their_keys, runs, 1e-4),
         part_row(on, "statistics", f"{where}, {len(texts)} documents, {len(hparams.layers)} layers", baseline,
                  our_statistics, their_statistics, runs, MOMENT_LIMIT, "theirs tokenises in two worker processes"),
-        edited_row(on, "Editor.edit", f"{where}, ROME, {single} single edits", baseline, own.layers, our_rome,
+        edited_row(on, "Editor.edit", f"{where}, ROME, {single} single edits", baseline, rome_hparams.layers, our_rome,
                    their_rome, runs, single),
-    ], there.commit  # fmt: skip
+    ], checkout.commit  # fmt: skip
 
 
 def alphaedit_rows(on: Subject, root: Path, runs: int) -> tuple[list[Row], str]:
     """A batch of AlphaEdit, with `cache_c` and `P` as its evaluate.py passes them."""
     blocks = {f"{on.view.spec.blocks}.{layer}" for layer in range(on.view.num_layers)}
-    there = Released(root, ("AlphaEdit.AlphaEdit_main",), on.device, blocks)
-    main, hparams = there["AlphaEdit.AlphaEdit_main"], on.numbers("alphaedit")
+    checkout = Released(root, ("AlphaEdit.AlphaEdit_main",), on.device, blocks)
+    main, hparams = checkout["AlphaEdit.AlphaEdit_main"], on.hparams_of("alphaedit")
     main.CONTEXT_TEMPLATES_CACHE = [["{}"], [prefix + "{}" for prefix in on.prefixes]]
     spaces = [
         NullSpace.from_covariance(
@@ -482,7 +482,7 @@ def alphaedit_rows(on: Subject, root: Path, runs: int) -> tuple[list[Row], str]:
     error = gap({"cache_c": caches[0]}, {"cache_c": caches[1]})
     if not error <= ERROR_LIMIT:
         row = {**row, "ratio": None, "note": f"cache_c differs by {error:.1e}"}
-    return [row], there.commit
+    return [row], checkout.commit
 
 
 @contextlib.contextmanager
@@ -518,18 +518,18 @@ def main(
     if model not in ("demo", "gpt2"):
         raise typer.BadParameter(f"--model {model}: choose demo or gpt2")
     torch.set_num_threads(threads)
-    about = provenance(device)
-    about["versions"]["transformers"] = transformers.__version__
+    origin = provenance(device)
+    origin["versions"]["transformers"] = transformers.__version__
     on = subject(model, edits, device)
     rows: list[Row] = []
     for root, measured in ((memit, lambda path: memit_rows(on, path, min(single, edits), runs)),
                            (alphaedit_, lambda path: alphaedit_rows(on, path, runs))):  # fmt: skip
         if root is not None:
-            found, commit = measured(root.resolve())
-            rows += found
-            about["versions"][f"released {root.resolve().name}"] = commit
-    save(json_, document_of(rows, about))
-    show(rows, about, {})
+            new_rows, commit = measured(root.resolve())
+            rows += new_rows
+            origin["versions"][f"released {root.resolve().name}"] = commit
+    save(json_, document_of(rows, origin))
+    show(rows, origin, {})
     fail_on_wrong_results(rows)
 
 

@@ -135,8 +135,8 @@ def hundred(call: Callable[[], Any]) -> Callable[[], Any]:
     return calls
 
 
-def show(rows: list[Row], about: Row, peaks: Row) -> None:
-    table = Table(title=title_of(about), title_justify="left")
+def show(rows: list[Row], origin: Row, peaks: Row) -> None:
+    table = Table(title=title_of(origin), title_justify="left")
     for column in ("op", "case", "dtype", "backend", "baseline", "ms", "baseline ms", "ratio", "floor", "of peak",
                    "error"):  # fmt: skip
         table.add_column(column, overflow="fold")
@@ -170,8 +170,8 @@ def run(
     """Time the cases, print a table, and write the rows to a file when asked."""
     if context.invoked_subcommand is not None:
         return
-    about = provenance(device)  # of what is loaded now, whatever is edited meanwhile
-    require_clean(json_file, about)
+    origin = provenance(device)  # of what is loaded now, whatever is edited meanwhile
+    require_clean(json_file, origin)
     real = OPS if device == "cpu" else GPU_OPS
     chosen = {Suite.ops: real, Suite.all: real, Suite.small: SMALL, Suite.overhead: []}[suite]
     chosen = [case for case in chosen if only in str(case)]
@@ -184,8 +184,8 @@ def run(
             torch.compiler.reset()
     if suite in (Suite.overhead, Suite.all):
         rows += [row for row in overhead_rows(device, runs) if only in f"{row['op']} {row['case']} {row['dtype']}"]
-    show(rows, about, peaks)
-    save(json_file, document_of(rows, about, peaks))
+    show(rows, origin, peaks)
+    save(json_file, document_of(rows, origin, peaks))
     fail_on_wrong_results(rows)
 
 

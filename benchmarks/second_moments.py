@@ -3,7 +3,7 @@
     python -m benchmarks.second_moments [--only TEXT] [--tokens N] [--json FILE] [--device cuda]
 
 The published loop (benchmarks/published.py) makes a pass over the corpus for each layer, with its length collation and
-`a.T @ a` in fp32, on text that is tokenised already. Ours makes one pass, its tokenisation included. All sides run in
+`a.T @ a` in fp32, on text that is tokenized already. Ours makes one pass, its tokenization included. All sides run in
 turns in one process on the same documents; "bfloat16" rows are a bf16 model against the published fp32 one, since that
 is what it loads: dtypes differ. Nothing is timed before our moments agree with fp64 sums over the same rows.
 
@@ -64,8 +64,10 @@ class Shape:
     name: str
     layers: tuple[int, ...]
     tokens: int
-    pieces: int  # most pieces of text, of 40 tokens each, that a document is joined from
-    config: dict[str, Any] | None = None  # None for the demo model
+    pieces: int
+    """Most pieces of text, of 40 tokens each, that a document is joined from."""
+    config: dict[str, Any] | None = None
+    """Arguments of the configuration; None for the demo model."""
 
     def model(self, dtype: torch.dtype, device: str) -> Any:
         if self.config is None:
@@ -110,11 +112,11 @@ def documents(tokenizer: Any, shape: Shape) -> list[str]:
 
 
 def sequences_of(tokenizer: Any, texts: Sequence[str], tokens: int, max_length: int) -> list[list[int]]:
-    found, left = [], tokens
+    sequences, left = [], tokens
     for text in texts:
-        found.append(tokenizer(text, truncation=True, max_length=max_length)["input_ids"][:left])
-        left -= len(found[-1])
-    return [ids for ids in found if ids]
+        sequences.append(tokenizer(text, truncation=True, max_length=max_length)["input_ids"][:left])
+        left -= len(sequences[-1])
+    return [ids for ids in sequences if ids]
 
 
 def errors_of(model: Any, tokenizer: Any, texts: Sequence[str], shape: Shape) -> tuple[float, dict[int, torch.Tensor]]:
@@ -125,8 +127,8 @@ def errors_of(model: Any, tokenizer: Any, texts: Sequence[str], shape: Shape) ->
     job = Job(model, tokenizer, Corpus(texts, shape.tokens), shape.layers, BATCH_TOKENS)
     worst = 0.0
     for layer in shape.layers:  # one at a time: a sum of the largest takes half a gigabyte
-        made = job.accumulators(Group((layer,), False))[layer]
-        exact = {layer: ExactSum(len(made.sum), made.device)}
+        accumulator = job.accumulators(Group((layer,), False))[layer]
+        exact = {layer: ExactSum(len(accumulator.sum), accumulator.device)}
         job.run(exact)
         expected = exact[layer].sum / exact[layer].count
         worst = max(worst, float((ours.moment(layer).moment - expected).norm() / expected.norm()))
@@ -136,12 +138,12 @@ def errors_of(model: Any, tokenizer: Any, texts: Sequence[str], shape: Shape) ->
 def forward_flops(view: ModelView, shape: Shape) -> int:
     """Of the matrix products of one pass, attention scores left out."""
     last = shape.layers[-1]
-    numbers = sum(p.numel() for layer in range(last + 1) for p in view.block(layer).parameters() if p.ndim == 2)
-    return 2 * (numbers - view.weight(last).numel()) * shape.tokens
+    weights = sum(p.numel() for layer in range(last + 1) for p in view.block(layer).parameters() if p.ndim == 2)
+    return 2 * (weights - view.weight(last).numel()) * shape.tokens
 
 
-def gap_of(found: dict[int, torch.Tensor], other: dict[int, torch.Tensor]) -> float:
-    return max(float((found[n].double() - other[n].double()).norm() / other[n].double().norm()) for n in found)
+def gap_of(moments: dict[int, torch.Tensor], other: dict[int, torch.Tensor]) -> float:
+    return max(float((moments[n].double() - other[n].double()).norm() / other[n].double().norm()) for n in moments)
 
 
 def rows_of(shape: Shape, runs: int, device: str, peaks: Row) -> list[Row]:
@@ -154,12 +156,12 @@ def rows_of(shape: Shape, runs: int, device: str, peaks: Row) -> list[Row]:
     sequences = sequences_of(tokenizer, texts, shape.tokens, length)
 
     def theirs() -> dict[int, torch.Tensor]:
-        found = {}
+        moments = {}
         for layer in shape.layers:
             module = views["float32"].edited_module(layer)
             total, count = published.layer_moment(models["float32"], module, sequences, PUBLISHED_BATCH_TOKENS)
-            found[layer] = total / count
-        return found
+            moments[layer] = total / count
+        return moments
 
     def ours(name: str) -> None:
         collect_statistics(
@@ -185,7 +187,7 @@ def rows_of(shape: Shape, runs: int, device: str, peaks: Row) -> list[Row]:
             calls[name]()
             synchronize(device)
             times[name].append(time.perf_counter() - begin)
-    found = []
+    measured = []
     for name in FLOORS:
         computed = computing_dtype(models[name])
         floor, goal = FLOORS["float32" if computed == torch.float32 else name]
@@ -205,19 +207,19 @@ def rows_of(shape: Shape, runs: int, device: str, peaks: Row) -> list[Row]:
                "; a bf16 model computed in fp32, for want of bf16 units"),
         }  # fmt: skip
         if name not in good:
-            found.append({**row, "baseline": "published layer_stats, a pass a layer, fp32", "ratio": None})
+            measured.append({**row, "baseline": "published layer_stats, a pass a layer, fp32", "ratio": None})
             continue
         row |= timing(times[name])
         rate = peaks["fp32_flops_per_s" if computed == torch.float32 else "bf16_flops_per_s"]
         row["share_of_peak"] = flops / rate / row["median_s"]
         row["tokens_per_s"] = shape.tokens / row["median_s"]
-        found.append(with_baseline(row, "published layer_stats, a pass a layer, fp32", times["published"]))
-    return found
+        measured.append(with_baseline(row, "published layer_stats, a pass a layer, fp32", times["published"]))
+    return measured
 
 
-def show(rows: list[Row], about: Row) -> None:
+def show(rows: list[Row], origin: Row) -> None:
     columns = ("case", "s", "tokens/s", "published s", "ratio", "floor", "goal", "of peak", "MiB (published)", "error")
-    table = Table(*columns, title=title_of(about))
+    table = Table(*columns, title=title_of(origin))
     for row in rows:
         if row["ratio"] is None:
             table.add_row(row["case"], "wrong result", "", "", "", "", "", "", "", f"{row['error']:.1e}")
@@ -243,8 +245,8 @@ def run(
 ) -> None:
     """Time, print, and write the rows to a file when asked, after every shape."""
     logging.getLogger("kedit_fast").setLevel(logging.ERROR)  # moments of few tokens are singular, on purpose
-    about = provenance(device)
-    require_clean(json_file, about)
+    origin = provenance(device)
+    require_clean(json_file, origin)
     peaks, rows = measured_peaks(device), []
     for shape in SHAPES:
         if only not in shape.name:
@@ -252,8 +254,8 @@ def run(
         if tokens is not None:
             shape = Shape(shape.name, shape.layers, tokens, shape.pieces, shape.config)
         rows += rows_of(shape, runs, device, peaks)
-        save(json_file, document_of(rows, about, peaks))
-    show(rows, about)
+        save(json_file, document_of(rows, origin, peaks))
+    show(rows, origin)
     fail_on_wrong_results(rows)
 
 

@@ -55,8 +55,8 @@ class Suite(str, Enum):
     all = "all"
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((result.double() - expected.double()).norm() / expected.double().norm())
 
 
 def row_of(op: str, case: str, dtype: str, error: float, limit: float, floor: float | None, goal: float | None,
@@ -98,7 +98,7 @@ def memit_rows(d: int, u: int, runs: int, device: str) -> list[Row]:
     expected = lu()
     baselines = {"torch.linalg.solve(lambda C + K K^T, K), fp64": lu,
                  "torch.cholesky_solve(K, cholesky(lambda C + K K^T)), fp64": cholesky}  # fmt: skip
-    found = []
+    rows = []
     for dtype, limit, floor, goal in ((torch.float64, 1e-9, 10.0, 14.0), (torch.float32, 1e-5, 18.0, 25.0)):
         covariance = Covariance.from_moment(moment, weight=LAMBDA, dtype=dtype)
         error = relative(solve_update(keys, residuals, covariance).right, expected)
@@ -107,8 +107,8 @@ def memit_rows(d: int, u: int, runs: int, device: str) -> list[Row]:
         note = f"{name} factor kept, condition {CONDITION:.0e}{bound}"
         case = f"MEMIT solve, d {d}, u {u}, {name} factor"
         row = row_of("solve_update", case, name, error, limit, floor, goal, note, device)
-        found += rows_against(row, partial(solve_update, keys, residuals, covariance), baselines, runs, device)
-    return found
+        rows += rows_against(row, partial(solve_update, keys, residuals, covariance), baselines, runs, device)
+    return rows
 
 
 class AlphaEdit:
@@ -122,7 +122,7 @@ class AlphaEdit:
         self.eye = torch.eye(d, device=device)
         self.cache = torch.zeros(d, d, device=device)
         self.memory = KeyMemory(self.space, form)
-        self.seen: list[torch.Tensor] = []
+        self.key_batches: list[torch.Tensor] = []
         for _ in range(n // u):
             self.learn(torch.randn(d, u, device=device))
         self.keys, self.residuals = torch.randn(d, u, device=device), torch.randn(out, u, device=device)
@@ -132,7 +132,7 @@ class AlphaEdit:
         _, appended = self.memory.solve(keys, keys[:1])
         self.memory.commit(appended)
         self.cache += keys @ keys.T
-        self.seen.append(keys)
+        self.key_batches.append(keys)
 
     def step(self) -> None:
         """The batch, which is not kept."""
@@ -157,10 +157,10 @@ class AlphaEdit:
     def errors(self) -> tuple[float, float]:
         """Ours and the published fp32 solve's, against the same system in fp64."""
         keys, eye = self.keys.double(), self.eye.double()
-        seen = self.space.project(torch.cat([keys[:, :0], *self.seen], 1).double())  # [d, n] P k
-        own = self.space.project(keys)
-        system = seen @ seen.T + own @ own.T + L2 * eye
-        expected = torch.linalg.solve(system, own @ self.residuals.double().T).T
+        past = self.space.project(torch.cat([keys[:, :0], *self.key_batches], 1).double())  # [d, n] P k
+        new = self.space.project(keys)
+        system = past @ past.T + new @ new.T + L2 * eye
+        expected = torch.linalg.solve(system, new @ self.residuals.double().T).T
         for weight in self.weights:
             weight.zero_()
         self.ours()
@@ -186,7 +186,7 @@ def alphaedit_rows(d: int, out: int, u: int, n: int, runs: int, device: str) -> 
 
 def sequence_rows(d: int, out: int, u: int, device: str, repeats: int = 3) -> list[Row]:
     """Seconds of a batch, and bytes of the state, after n keys: each form, the choice, and the published solve."""
-    found = []
+    rows = []
     counts = [0, *(n for n in (d // 16 * i // u * u for i in (1, 2, 4, 6, 8, 10, 12, 16, 20, 24)) if n)]
     for form in ("dual", "primal", "auto"):
         on = AlphaEdit(d, out, u, 0, device, form)
@@ -200,8 +200,8 @@ def sequence_rows(d: int, out: int, u: int, device: str, repeats: int = 3) -> li
             if form == "dual":
                 row["published_seconds"] = best(on.published, repeats, device)
                 row["published_bytes"] = on.projector.nbytes + on.cache.nbytes
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows
 
 
 def best(call: Callable[[], Any], repeats: int, device: str) -> float:
@@ -214,9 +214,9 @@ def best(call: Callable[[], Any], repeats: int, device: str) -> float:
     return min(times)
 
 
-def show(rows: list[Row], sequence: list[Row], about: Row) -> None:
+def show(rows: list[Row], sequence: list[Row], origin: Row) -> None:
     table = Table(
-        "case", "ms", "baseline", "baseline ms", "ratio", "floor", "goal", "error", "note", title=title_of(about)
+        "case", "ms", "baseline", "baseline ms", "ratio", "floor", "goal", "error", "note", title=title_of(origin)
     )
     for row in rows:
         if row["ratio"] is None:
@@ -248,8 +248,8 @@ def run(
     if context.invoked_subcommand is not None:
         return
     torch.manual_seed(0)
-    about = provenance(device)
-    require_clean(json_file, about)
+    origin = provenance(device)
+    require_clean(json_file, origin)
     u, out = max(4, 100 * d // 4096), d // 4
     n = 10 * u
     rows: list[Row] = []
@@ -259,8 +259,8 @@ def run(
         rows += alphaedit_rows(d, out, u, n, runs, device)
     if suite in (Suite.sequence, Suite.all):
         sequence = sequence_rows(d, out, u, device)
-    save(json_file, document_of(rows, about, sequence=sequence))
-    show(rows, sequence, about)
+    save(json_file, document_of(rows, origin, sequence=sequence))
+    show(rows, sequence, origin)
     fail_on_wrong_results(rows)
 
 

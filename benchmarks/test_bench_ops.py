@@ -16,8 +16,8 @@ from benchmarks.problems import build
 @pytest.fixture
 def problem(case, request):
     device = request.config.getoption("--device")
-    made = build(case, device, compiled=False)
-    yield made
+    built = build(case, device, compiled=False)
+    yield built
     if device != "cpu":
         torch.cuda.empty_cache()
 

@@ -1,4 +1,4 @@
-"""Time the optimisation of values, and whole edits, against the published algorithm.
+"""Time the optimization of values, and whole edits, against the published algorithm.
 
     python -m benchmarks.values [--suite values|pipeline|savings|batches|all] [--json FILE] [--device cuda]
     python -m benchmarks.values plot FILE [--out DIR]
@@ -88,8 +88,8 @@ class Subject:
 def subject(name: str, requests: int, device: str, iterations: int | None = None) -> Subject:
     """The demo model, or a random one of GPT-2 small's shape fed with the demo's requests and prefixes."""
     model, tokenizer = demo.load()
-    numbers, _ = make_hparams("memit", model.config)
-    prefixes = generate_prefixes(ModelView(model), tokenizer, numbers.context_template_length_params, 0)
+    preset, _ = make_hparams("memit", model.config)
+    prefixes = generate_prefixes(ModelView(model), tokenizer, preset.context_template_length_params, 0)
     if name == GPT2_SMALL:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2")).eval()
@@ -99,9 +99,9 @@ def subject(name: str, requests: int, device: str, iterations: int | None = None
     return Subject(name, model, tokenizer, ModelView(model), prepared, hparams)
 
 
-def ours(on: Subject, prepared: Sequence[PreparedRequest] | None = None, **numbers: Any):
+def ours(on: Subject, prepared: Sequence[PreparedRequest] | None = None, **overrides: Any):
     """Our values."""
-    return find_values(on.view, prepared or on.prepared, on.layer, "block", replace(on.hparams, **numbers))
+    return find_values(on.view, prepared or on.prepared, on.layer, "block", replace(on.hparams, **overrides))
 
 
 def serial(on: Subject, prepared: Sequence[PreparedRequest]) -> list[published.Value]:
@@ -112,12 +112,12 @@ def serial(on: Subject, prepared: Sequence[PreparedRequest]) -> list[published.V
 def error_of(on: Subject) -> float:
     """The largest error of our values against the serial loop's; infinite where a step count differs."""
     chosen = on.prepared[:: max(1, len(on.prepared) // CHECKED)][:CHECKED]
-    found = ours(on, chosen)
+    result = ours(on, chosen)
     worst = 0.0
     for i, value in enumerate(serial(on, chosen)):
         scale = max(float(value.deltas[0].norm()), 1e-12)
-        gap = float((found.targets[:, i] - value.targets[0].to(found.targets)).norm()) / scale
-        worst = max(worst, gap if int(found.steps[i]) == value.steps else float("inf"))
+        gap = float((result.targets[:, i] - value.targets[0].to(result.targets)).norm()) / scale
+        worst = max(worst, gap if int(result.steps[i]) == value.steps else float("inf"))
     return worst
 
 
@@ -184,9 +184,9 @@ def pipeline_row(device: str, runs: int, edits: int = 500, timed: int = 20) -> R
 
     def written(run: Callable[[], Any], undo: Callable[[], None]) -> dict[int, torch.Tensor]:
         run()
-        found = {layer: weight - before[layer] for layer, weight in weights.items()}
+        updates = {layer: weight - before[layer] for layer, weight in weights.items()}
         undo()
-        return found
+        return updates
 
     def put_back() -> None:
         with torch.no_grad():
@@ -223,7 +223,7 @@ def pipeline_row(device: str, runs: int, edits: int = 500, timed: int = 20) -> R
 
 def savings_rows(device: str, runs: int, requests: int = 16) -> list[Row]:
     """One iteration, forward and backward, of some requests: the published form, and that with one saving each."""
-    found = []
+    rows = []
     for name in ("demo model", GPT2_SMALL):
         on = subject(name, requests, device)
         base = savings.iteration(on.view, on.prepared, on.layer, ())
@@ -234,15 +234,15 @@ def savings_rows(device: str, runs: int, requests: int = 16) -> list[Row]:
             times = in_turns(lambda run, mine=mine: mine(), lambda run, base=base: base(), runs, device)
             case = f"{name}, {requests} requests, one iteration: {saving} alone"
             row = row_of("value iteration", case, error, None, None, "", device)
-            found.append(with_baseline({**row, **timing(times[0])}, "published iteration", times[1]))
-    return found
+            rows.append(with_baseline({**row, **timing(times[0])}, "published iteration", times[1]))
+    return rows
 
 
 def batch_rows(device: str, requests: int = 128) -> list[Row]:
     """Edits a second and peak memory of the demo model's values, by batch."""
     on = subject("demo model", requests, device)
     ours(on, on.prepared[:8])
-    found = []
+    rows = []
     for size in (1, 2, 4, 8, 16, 32, 64, 128):
         chosen = on.prepared[:: max(1, requests // (16 if size < 4 else requests))]
         forget_peak(device)
@@ -250,9 +250,9 @@ def batch_rows(device: str, requests: int = 128) -> list[Row]:
         ours(on, chosen, values_batch=size)
         synchronize(device)
         spent = time.perf_counter() - begin
-        found.append({"batch": size, "edits": len(chosen), "edits_per_s": len(chosen) / spent,
+        rows.append({"batch": size, "edits": len(chosen), "edits_per_s": len(chosen) / spent,
                       "peak_bytes": peak_bytes(device)})  # fmt: skip
-    return found
+    return rows
 
 
 def forget_peak(device: str) -> None:
@@ -274,8 +274,10 @@ def peak_bytes(device: str) -> int | None:
     return int(line.split()[1]) << 10
 
 
-def show(rows: list[Row], batches: list[Row], about: Row) -> None:
-    table = Table("op", "case", "seconds", "baseline seconds", "ratio", "floor", "goal", "error", title=title_of(about))
+def show(rows: list[Row], batches: list[Row], origin: Row) -> None:
+    table = Table(
+        "op", "case", "seconds", "baseline seconds", "ratio", "floor", "goal", "error", title=title_of(origin)
+    )
     for row in rows:
         if row["ratio"] is None:
             table.add_row(row["op"], row["case"], "wrong result", "", "", "", "", f"{row['error']:.1e}")
@@ -301,14 +303,14 @@ def run(
     """Time, print a table, and write the rows to a file when asked."""
     if context.invoked_subcommand is not None:
         return
-    about = provenance(device)
-    require_clean(json_file, about)
+    origin = provenance(device)
+    require_clean(json_file, origin)
     every = suite == Suite.all
     rows: list[Row] = []
     batches: list[Row] = []
 
     def save() -> None:
-        save_document(json_file, document_of(rows, about, batches=batches))
+        save_document(json_file, document_of(rows, origin, batches=batches))
 
     if every or suite == Suite.batches:
         batches = batch_rows(device)
@@ -325,7 +327,7 @@ def run(
     if every or suite == Suite.values:
         rows.append(values_row(GPT2_SMALL, device, runs, 6.0, 10.0, 2 if device == "cpu" else 8))
         save()
-    show(rows, batches, about)
+    show(rows, batches, origin)
     fail_on_wrong_results(rows)
 
 

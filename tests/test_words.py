@@ -13,6 +13,7 @@ import pytest
 import kedit_fast
 
 ROOT = Path(kedit_fast.__file__).parent
+TREE = Path(__file__).parents[1]
 SAYS_NOTHING = {"found", "kept", "what", "numbers", "own", "look", "move", "keep", "leave"}
 BRITISH = re.compile(
     r"(al|an|art|in|ir|im|or|on|og|yn|om)is(e|ed|er|es|ation|ing|ers)(?![a-z])|colour|centre|neighbour|behaviour|analys(e|ed)(?![a-z])"
@@ -21,7 +22,7 @@ SPELLED_SO = {"raise", "precise", "promise", "otherwise", "noise"}
 
 
 def identifiers(tree: ast.AST):
-    """Every name that a source binds: variables, arguments, functions, classes, attributes."""
+    """Every name that a source binds: variables, arguments, functions, classes, attributes, renamed imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id, node.lineno
@@ -31,6 +32,8 @@ def identifiers(tree: ast.AST):
             yield node.name, node.lineno
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.attr, node.lineno
+        elif isinstance(node, ast.alias) and node.asname:
+            yield node.asname, node.lineno
 
 
 def bad_names(source: str) -> list[str]:
@@ -63,6 +66,8 @@ def commented_fields(source: str) -> list[str]:
 
 
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+BESIDE = sorted(path.relative_to(TREE).as_posix() for path in (*TREE.glob("benchmarks/*.py"), *TREE.glob("setup.py")))
+needs_source_tree = pytest.mark.skipif(not (TREE / "setup.py").exists(), reason="no source tree")
 
 
 @pytest.mark.parametrize("path", SOURCES)
@@ -75,8 +80,29 @@ def test_fields_are_explained_below_them(path):
     assert not commented_fields((ROOT / path).read_text(encoding="utf-8"))
 
 
+@needs_source_tree
+@pytest.mark.parametrize("path", BESIDE)
+def test_names_beside_the_package_say_what_a_thing_is(path):
+    assert not bad_names((TREE / path).read_text(encoding="utf-8"))
+
+
+@needs_source_tree
+@pytest.mark.parametrize("path", BESIDE)
+def test_fields_beside_the_package_are_explained_below_them(path):
+    assert not commented_fields((TREE / path).read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize(
-    "source", ["found = 1", "def keep(): ...", "def f(what): ...", "self.own = 1", "def normalise(x): ...", "_kept = 2"]
+    "source",
+    [
+        "found = 1",
+        "def keep(): ...",
+        "def f(what): ...",
+        "self.own = 1",
+        "def normalise(x): ...",
+        "_kept = 2",
+        "import statistics as numbers",
+    ],
 )
 def test_a_bad_name_is_noticed(source):
     assert bad_names(source)
