@@ -48,7 +48,7 @@ def test_the_test_stage_runs_every_file_that_uses_a_gpu_whole_and_the_kernels_fi
     gpu.test(place)
     files = [next(part for part in command if part.startswith("tests/")) for command, _ in calls]
     assert gpu.gpu_tests()[:2] == ["tests/ops/test_gpu.py", "tests/ops/test_triton.py"]
-    assert set(files) == set(gpu.gpu_tests()) >= {"tests/test_gpu_model.py", "tests/test_values.py"}
+    assert set(files) == set(gpu.gpu_tests()) >= {"tests/models/test_gpu_model.py", "tests/editing/test_values.py"}
     for path in (ROOT / "tests").rglob("test_*.py"):  # a file with tests that are skipped without a GPU
         if re.search(r"skipif\((not torch\.cuda|torch\.cuda\.device_count)", path.read_text(encoding="utf-8")):
             assert path.relative_to(ROOT).as_posix() in files
