@@ -26,7 +26,9 @@ from kedit_fast.workflow import complete, run_edits
 @command
 def demo(
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
-    edits: Annotated[int | None, typer.Option(min=1, help="requests to write, of 600; default 100, 5 for rome")] = None,
+    edits: Annotated[
+        int | None, typer.Option(min=1, help="requests to write, of 600; default 100; 5 for rome and r-rome")
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of the context prefixes")] = 0,
     out: Annotated[Path | None, typer.Option(help="save the edited model here")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,

@@ -41,8 +41,10 @@ from kedit_fast.workflow import STATE_FILE, run_edits, save_edited
 def edit(
     model: Annotated[str, typer.Argument(help="model folder or hub name")],
     requests: Annotated[Path, typer.Option(help=REQUESTS_HELP)],
-    out: Annotated[Path | None, typer.Option(help="folder for the edited model")] = None,
-    patch: Annotated[Path | None, typer.Option(help="file for the edits alone, see `kedit-fast patch`")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for the edited model; --out, --patch or both must be given")
+    ] = None,
+    patch: Annotated[Path | None, typer.Option(help="file for the edits only, see `kedit-fast patch`")] = None,
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
     stats: Annotated[
         Path | None, typer.Option(help="folder that `kedit-fast stats` wrote, or one with memit's npz files")
@@ -51,15 +53,18 @@ def edit(
         Path | None, typer.Option(help="AlphaEdit's null_space_project.pt, instead of --stats")
     ] = None,
     trust: Annotated[
-        bool, typer.Option("--trust", help="take files that do not say what model they are of for this model's")
+        bool, typer.Option("--trust", help="accept files that do not record their model, as this model's")
     ] = False,
     layers: Annotated[str | None, typer.Option(help="zero-based, 4-8 or 3,5,7")] = None,
     hparams: Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
     seed: Annotated[int, typer.Option(help="seed of the context prefixes")] = 0,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="requests a batch; all at once by default")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="requests per batch; all at once by default")] = None,
     values: Annotated[
-        str | None, typer.Option(help="file of optimised values to use and add to; or memit's npz, with three {}")
+        str | None,
+        typer.Option(
+            help="file of optimized values to use and add to; or a template of memit's npz files, with three {}"
+        ),
     ] = None,
     target_separator: SeparatorOption = "auto",
     chat: ChatOption = False,
@@ -67,7 +72,7 @@ def edit(
     template: TemplateOption = None,
     template_arg: ArgumentsOption = None,
     go_on: Annotated[
-        bool, typer.Option("--continue", help="go on from the state an earlier edit left in the model's folder")
+        bool, typer.Option("--continue", help="continue from the state that an earlier edit left in the model's folder")
     ] = False,
     on_error: OnErrorOption = "raise",
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded and saved in")] = "auto",

@@ -16,7 +16,7 @@ from kedit_fast.requests.spacing import check_separator
 
 METHOD_HELP = "a method's name, see `kedit-fast methods`"
 REQUESTS_HELP = "edit requests: .json, .jsonl, .csv or .tsv, also .gz; - for stdin"
-TEXT_HELP = ".txt (a document a line), .jsonl, .json, .csv or .tsv, also .gz; or datasets:NAME[:CONFIG[:SPLIT]]"
+TEXT_HELP = ".txt (one document per line), .jsonl, .json, .csv or .tsv, also .gz; or datasets:NAME[:CONFIG[:SPLIT]]"
 LAYERS_HELP = "zero-based, 4-8 (both ends count) or 3,5,7"
 
 
@@ -59,7 +59,7 @@ def _checked_separator(value: str) -> str:
 SeparatorOption = Annotated[
     str,
     typer.Option(
-        help='between prompt and target of requests that say nothing: "auto" by the text, " " or ""',
+        help='what to put between prompt and target of requests without a target_separator: "auto" decides from the text; or " ", or ""',
         callback=_checked_separator,
     ),
 ]

@@ -89,12 +89,12 @@ def apply(
 def revert(
     model: Annotated[Path, typer.Argument(help=FOLDER_HELP)],
     subtract: Annotated[
-        Path | None, typer.Option(help="a patch applied with --no-keep: taken out to rounding, not to the bit")
+        Path | None, typer.Option(help="a patch applied with --no-keep: it is subtracted, exact up to rounding")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="also where something else changed a matrix since")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Take the newest patch out of a checkpoint on disk, to the bit."""
+    """Take the newest patch out of a checkpoint on disk, bit for bit."""
     from kedit_fast.patches.checkpoint import Checkpoint
     from kedit_fast.patches.patch import Patch
 
@@ -107,7 +107,9 @@ def revert(
     if as_json:
         print_json({"patch": name, "model": str(model), "exact": subtract is None, "left": len(checkpoint.records())})
         return
-    output.print(f"{name} taken out of {model}, {'to the bit' if subtract is None else 'to rounding'}", markup=False)
+    output.print(
+        f"{name} taken out of {model}, {'bit for bit' if subtract is None else 'up to rounding'}", markup=False
+    )
 
 
 @app.command()

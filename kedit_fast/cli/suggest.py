@@ -44,14 +44,19 @@ def suggest(
     model: Annotated[str, typer.Argument(help="model folder or hub name")],
     requests: Annotated[Path, typer.Option(help=f"better with paraphrases; {REQUESTS_HELP}")],
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
-    text: Annotated[str | None, typer.Option(help="for statistics and for the drift of text: " + TEXT_HELP)] = None,
+    text: Annotated[
+        str | None, typer.Option(help="text for the statistics and for measuring drift: " + TEXT_HELP)
+    ] = None,
     field: Annotated[str, typer.Option(help="field of a record, or column, that holds the text")] = "text",
-    tokens: Annotated[int, typer.Option(min=100, help="of the text, for statistics")] = 100_000,
+    tokens: Annotated[int, typer.Option(min=100, help="tokens of the text to use for statistics")] = 100_000,
     stats: Annotated[
         Path | None, typer.Option(help="folder that `kedit-fast stats` wrote, for all layers tried")
     ] = None,
-    edits: Annotated[int, typer.Option(min=1, help="requests to try on, the first ones")] = 16,
-    layers: Annotated[str | None, typer.Option(help="last edited layers to try; eight up to 60 % of depth")] = None,
+    edits: Annotated[int, typer.Option(min=1, help="how many of the requests to try on, from the first")] = 16,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="last edited layers to try; by default eight, within the first 60 % of the model's depth"),
+    ] = None,
     hparams: Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
     target_separator: SeparatorOption = "auto",

@@ -152,7 +152,7 @@ class Ledger:
                 batches. Nothing is written.
         """
         if not 0 <= count <= len(self.batches):
-            raise InvalidArgumentError(f"cannot take back {count} batches of {len(self.batches)}")
+            raise InvalidArgumentError(f"cannot undo {count} batches of {len(self.batches)}")
         if self._open is not None:
             raise EditError("a batch is open")
         if count == 0:
@@ -166,7 +166,7 @@ class Ledger:
             self._replay(names, self.batches[:remaining])
             for name, weight in before.items():
                 if not torch.equal(weight, self._matrices[name].weight):
-                    raise EditError(f"{name} is not what it was before the batches to be taken back")
+                    raise EditError(f"{name} is not what it was before the batches to be undone")
         except BaseException:
             self._replay(names, self.batches)  # also after an interrupt in the middle: nothing is undone
             for name, weight in before.items():

@@ -110,7 +110,7 @@ def read(folder: Path) -> Progress | None:
     if foreign := [name for name in others if not name.endswith(f"-of-{world}.safetensors")]:
         processes = foreign[0].removesuffix(".safetensors").rpartition("-of-")[2]
         raise StatisticsError(
-            f"{folder / foreign[0]} is of a job of {processes} processes, this one has {world}: go on with "
+            f"{folder / foreign[0]} is of a job of {processes} processes, this one has {world}: continue with "
             f"{processes}, or start anew with --overwrite"
         )
     if not path.exists():

@@ -30,7 +30,7 @@ def test_rollback_gives_the_bits_of_never_having_applied(dtype, transposed):
         ledger.rollback(count)
         assert torch.equal(weight, snapshots[len(ledger.batches)])
     assert len(ledger.batches) == 0
-    with pytest.raises(InvalidArgumentError, match="cannot take back 1 batches of 0"):
+    with pytest.raises(InvalidArgumentError, match="cannot undo 1 batches of 0"):
         ledger.rollback()
 
 

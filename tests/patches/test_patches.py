@@ -628,7 +628,7 @@ def test_the_commands(tmp_path):
     assert refused.returncode == 1 and "Forced" in refused.stderr and refused.stdout == ""
     assert json.loads(run("patch", "apply", patches[1], folder, "--force", "--json").stdout)["number"] == 2
     assert json.loads(run("patch", "revert", folder, "--json").stdout)["patch"] == "b.safetensors"
-    assert "to the bit" in run("patch", "revert", folder).stdout and files_of(folder) == before
+    assert "bit for bit" in run("patch", "revert", folder).stdout and files_of(folder) == before
     merged = run("patch", "merge", *patches, "--out", tmp_path / "ab.safetensors", "--tolerance", "0", "--json")
     assert json.loads(merged.stdout)["modules"]["model.layers.0.mlp.down_proj"]["rank"] == 6
     assert run("patch", "merge", *patches, "--out", tmp_path / "ab.safetensors").returncode == 1

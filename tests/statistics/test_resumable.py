@@ -405,7 +405,7 @@ def test_an_interrupt_on_the_command_line_says_how_to_go_on(tmp_path):
         (sys.executable, "-c", program, *arguments, "--checkpoint-every", "0"), cwd=tmp_path, capture_output=True,
         text=True, check=False, env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
-    assert done.returncode == 130 and "interrupted; --resume goes on from the last checkpoint in out" in done.stderr
+    assert done.returncode == 130 and "interrupted; --resume continues from the last checkpoint in out" in done.stderr
     assert "Traceback" not in done.stderr and "was not written" not in done.stderr
     assert (tmp_path / "out" / "checkpoint-1-of-1.safetensors").exists()
 

@@ -32,7 +32,7 @@ def collect(
     max_length: Annotated[int, typer.Option(min=1, help="cut documents to this many tokens")] = 1024,
     batch_tokens: Annotated[int, typer.Option(min=1, help="tokens of a batch, padding included")] = 4096,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on where the same command stopped; start if it never began")
+        bool, typer.Option("--resume", help="continue where the same command stopped; start if it never began")
     ] = False,
     checkpoint_every: Annotated[float, typer.Option(min=0, help="seconds between checkpoints")] = 60.0,
     masters: Annotated[Masters, choice(MASTERS, "where the fp64 sums are kept")] = "auto",
@@ -74,7 +74,7 @@ def collect(
                 progress=interactive(),
             )
     except KeyboardInterrupt:
-        notices.print(f"kedit-fast: interrupted; --resume goes on from the last checkpoint in {out}", markup=False)
+        notices.print(f"kedit-fast: interrupted; --resume continues from the last checkpoint in {out}", markup=False)
         raise typer.Exit(130) from None
     if rank:
         return  # the first process speaks

@@ -27,13 +27,13 @@ def import_(
     out: Annotated[Path, typer.Option(help="folder for the statistics")],
     layers: Annotated[str | None, typer.Option(help=LAYERS_HELP + "; all that are there by default")] = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="of several files of a layer that with this mom2_n_samples")
+        int | None, typer.Option(min=1, help="where a layer has several files, take the one with this mom2_n_samples")
     ] = None,
     precision: Annotated[
-        str | None, choice(PRECISIONS, "of several files of a layer that with this mom2_dtype")
+        str | None, choice(PRECISIONS, "where a layer has several files, take the one with this mom2_dtype")
     ] = None,
     trust: Annotated[
-        bool, typer.Option("--trust", help="the files carry no fingerprint: take them for this model's")
+        bool, typer.Option("--trust", help="accept the files as this model's; they do not record their model")
     ] = False,
     merge_adapter: MergeAdapter = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
