@@ -23,7 +23,7 @@ COMMANDS = {
     ),
     "methods": (
         "kedit_fast.cli.methods:methods",
-        "List the methods, where each is from, and what it keeps between batches.",
+        "List the methods, where each is from, and what it keeps between batches; as JSON also their hyper-parameters.",
     ),
     "backends": (
         "kedit_fast.cli.environment:backends",

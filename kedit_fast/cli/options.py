@@ -59,7 +59,8 @@ def _checked_separator(value: str) -> str:
 SeparatorOption = Annotated[
     str,
     typer.Option(
-        help='what to put between prompt and target of requests without a target_separator: "auto" decides from the text; or " ", or ""',
+        help="what to put between prompt and target of requests without a target_separator: "
+        '"auto" decides from the text; or " ", or ""',
         callback=_checked_separator,
     ),
 ]
