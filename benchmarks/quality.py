@@ -268,7 +268,7 @@ def run(
 
 @app.command()
 def markdown(file: Path) -> None:
-    """The README's tables."""
+    """One table of every metric, compact; the page has one metric a table."""
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
     order = {name: i for i, name in enumerate(RECIPES)}
     print(markdown_table(sorted(rows, key=lambda row: order[row["method"]])))

@@ -3,7 +3,7 @@
     python -m benchmarks.run [--suite ops|overhead|all] [--json FILE] [--only TEXT]
     python -m benchmarks.run compare OLD NEW      exit status 1 when a ratio fell by more than a tenth or a row is gone
     python -m benchmarks.run plot FILE --out DIR  ratio bars and a roofline, PNG and SVG
-    python -m benchmarks.run markdown FILE        the README's tables
+    python -m benchmarks.run markdown FILE        every row of a file as a table
 
 Runs of an op and its baselines are interleaved in one process (A B C A B C ...); a ratio is baseline median / our
 median. A case whose result is wrong has no numbers. The machine's own peaks are measured in the same run. On a CPU the
@@ -252,7 +252,7 @@ def plot(
 
 @app.command()
 def markdown(file: Path) -> None:
-    """Print the rows as the README shows them: the ratio against the expression, and against it compiled."""
+    """Print the rows compactly: the ratio against the expression, and against it compiled."""
     document = read(file)
     cases: dict[tuple[str, ...], list[Row]] = {}
     for row in document["rows"]:
