@@ -1,8 +1,8 @@
 """Which room may import what: the tables, and a test that reads every source and holds it to them.
 
 `MAY_IMPORT` and `THIRD_PARTY` are the rules. A room is a folder of the package, or a file at its top. The test follows
-absolute and relative imports, names that the package re-exports at its top, attributes of the package, and module
-paths in strings. `test_a_violation_is_caught` plants one violation of each kind.
+absolute and relative imports, names that the package re-exports at its top, attributes of modules under any alias,
+module paths in strings, and functions that import. `test_a_violation_is_caught` plants one violation of each kind.
 """
 
 from __future__ import annotations
@@ -91,6 +91,7 @@ LOADERS = {"importlib.import_module", "importlib.util.find_spec"}
 NO_LOADERS = re.compile(r"importlib\.(metadata|resources)|sys\.(?!modules|meta_path|path)")
 NEVER = {"builtins", "imp", "pkgutil", "runpy", "zipimport"}
 HIDDEN = {"__builtins__", "__globals__", "__import__", "__loader__", "__spec__"}
+"""Libraries and names that no file uses, like `eval` and `exec`: what they import cannot be read from the source."""
 
 
 def room_of(path: str) -> str:
