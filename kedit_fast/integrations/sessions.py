@@ -25,7 +25,7 @@ from kedit_fast.errors import MethodError
 from kedit_fast.integrations import easyedit_rows
 from kedit_fast.integrations.framework_statistics import framework_statistics
 from kedit_fast.integrations.options import OUR_HPARAMS, Options
-from kedit_fast.methods.hparams import Hparams, unused
+from kedit_fast.methods.hparams import PUBLISHED_UNUSED, Hparams, unused
 from kedit_fast.methods.hparams_files import parse_values, read_raw
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.recipe import Recipe
@@ -36,12 +36,12 @@ from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.alphaedit_projector import load_projector
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.matrix_bits import edit_fingerprint
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 _ATTRIBUTE = "_kedit_fast_run"  # of a model
-_ACCEPTED_UNUSED = ("mom2_update_weight",)  # the frameworks' files have it for methods that do not read it, too
 _HALF = (torch.float16, torch.bfloat16)
 NullSpaces = Mapping[int, NullSpace]
 
@@ -195,7 +195,7 @@ def get_or_create_session(
     hparams, raw = parse_hparams(call.hparams)
     recipe, options = find_recipe(call.method), call.options.with_hparams(raw)
     for name in unused(recipe, hparams):
-        if name in _ACCEPTED_UNUSED:
+        if name in PUBLISHED_UNUSED:
             del hparams[name]
     if not unused(recipe, ("on_predicted",)):
         hparams.setdefault("on_predicted", "allow")  # as published
@@ -287,7 +287,7 @@ def _warn_of_half(model: torch.nn.Module, raw: Mapping[str, Any]) -> None:
     dtype = next(model.parameters()).dtype
     for name in ("half", "fp16"):
         if raw.get(name) and dtype not in _HALF:
-            shown = str(dtype).removeprefix("torch.")
+            shown = dtype_name(dtype)
             _log.warning("%s = true: the model is %s and is edited as it is; load it in float16 to follow", name, shown)
 
 

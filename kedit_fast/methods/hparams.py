@@ -30,7 +30,9 @@ class Range:
 
     description: str
     """In words, as in "it must be ..."."""
-    contains: Callable[[Any], bool]
+    contains: Callable[[Any], bool] = lambda value: True
+    """Whether a value is one of them. By default every value is: what it must be is seen beside other hyper-parameters
+    or beside the model, and checked there."""
 
     @classmethod
     def choices(cls, literal: Any) -> Range:
@@ -43,8 +45,8 @@ POSITIVE = Range("above 0", lambda value: value > 0)
 NOT_NEGATIVE = Range("0 or above", lambda value: value >= 0)
 AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
 SHARE = Range("above 0 and at most 1", lambda value: 0 < value <= 1)
-BOOLEAN = Range("true or false", lambda value: True)
-ANY = Range("any", lambda value: True)
+BOOLEAN = Range("true or false")
+ANY = Range("any")
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Hparams:
     method: str
     layers: tuple[int, ...] = field(
         metadata=_declare(
-            Range("at least one layer, or inner_params", lambda value: True),
+            Range("at least one layer, or inner_params"),
             "edited layers, zero-based; the value is optimized at the last one",
             identifies=("state",),
         )
@@ -263,7 +265,7 @@ class Hparams:
     inner_params: tuple[str, ...] = field(
         default=(),
         metadata=_declare(
-            Range("paths of modules", lambda value: True),
+            Range("paths of modules"),
             "modules that UltraEdit edits; empty for the edited module of each layer",
             read_by=_gradient,
             identifies=("state",),
@@ -290,7 +292,7 @@ class Hparams:
     context_template_length_params: tuple[tuple[int, int], ...] = field(
         default=(),
         metadata=_declare(
-            Range("pairs of numbers", lambda value: True),
+            Range("pairs of numbers"),
             "(tokens, count) of the generated context prefixes",
             identifies=("state",),
         ),
@@ -345,7 +347,7 @@ class Hparams:
     v_loss_layer: int = field(
         default=-1,
         metadata=_declare(
-            Range("-1 or the last layer", lambda value: True),
+            Range("-1 or the last layer"),
             "layer after which the loss is taken, as in the published files; only the last one is implemented",
         ),
     )
@@ -400,13 +402,17 @@ def unused(recipe: Recipe, names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not reads(recipe, name))
 
 
-# What a method's published files contain although it does not read it.
-_PUBLISHED_UNUSED = {"alphaedit": ("mom2_update_weight",)}
+PUBLISHED_UNUSED = ("mom2_update_weight",)
+"""Names that files of other frameworks contain for methods that do not read them, too."""
 
 
 def worth_a_warning(recipe: Recipe, names: Iterable[str]) -> list[str]:
-    """The hyper-parameters among `names` that neither the method reads nor its own published files contain."""
-    return [name for name in unused(recipe, names) if name not in _PUBLISHED_UNUSED.get(recipe.name, ())]
+    """The hyper-parameters among `names` that neither the method reads nor its own published files contain.
+
+    Of the methods that do not read `PUBLISHED_UNUSED`, only AlphaEdit has published files that contain it.
+    """
+    published = PUBLISHED_UNUSED if recipe.uses_null_space else ()
+    return [name for name in unused(recipe, names) if name not in published]
 
 
 def describe(recipe: Recipe) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from kedit_fast.cli.checks import check_file, make_folder
 from kedit_fast.cli.console import command, output, print_json
 from kedit_fast.cli.options import LAYERS_HELP, MergeAdapter, choice, parsed_layers
 from kedit_fast.errors import KeditError, StatisticsError
+from kedit_fast.methods.hparams import DECLARATIONS
 from kedit_fast.models.loading import load_model
 from kedit_fast.solver.alphaedit_projector import save_projector
 from kedit_fast.solver.preconditioner import RULES, NullSpace, NullSpaceRule
@@ -77,8 +78,8 @@ def project(
     folder: Annotated[Path, typer.Argument(help="folder with statistics")],
     out: Annotated[Path, typer.Option(help="the projector file, null_space_project.pt")],
     layers: Annotated[str | None, typer.Option(help=LAYERS_HELP + "; all that are there by default")] = None,
-    threshold: Annotated[float, typer.Option(help="nullspace_threshold")] = 2e-2,
-    rule: Annotated[NullSpaceRule, choice(RULES, "nullspace_rule")] = "absolute",
+    threshold: Annotated[float, typer.Option(help="nullspace_threshold")] = DECLARATIONS["nullspace_threshold"].default,
+    rule: Annotated[NullSpaceRule, choice(RULES, "nullspace_rule")] = DECLARATIONS["nullspace_rule"].default,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Write the projections on null spaces as AlphaEdit's null_space_project.pt."""
