@@ -133,7 +133,7 @@ class SolverState:
             keys, residuals = merge_columns(keys, residuals, groups)
         preconditioner = self.preconditioner(layer)
         if not self.recipe.memory:
-            rho = RIDGES[self.recipe.constraint](self.hparams)
+            rho = RHOS[self.recipe.constraint](self.hparams)
             return solve_update(
                 keys, residuals, preconditioner, rho, weights=None if weights is None else weights.to(device)
             )
@@ -368,7 +368,7 @@ PRECONDITIONERS: dict[PreconditionerKind, Callable[[SolverState, int], Precondit
 }
 """(state, layer) -> S^-1 of the layer."""
 
-RIDGES: dict[Constraint, Callable[[Hparams], float]] = {
+RHOS: dict[Constraint, Callable[[Hparams], float]] = {
     "ridge": lambda hparams: 1.0,
     "soft_equality": lambda hparams: hparams.emmet_lambda,
 }

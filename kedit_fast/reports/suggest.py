@@ -153,7 +153,7 @@ def suggest(
             model, tokenizer, texts[: -len(drift_texts)] or texts, every, max_tokens=max_tokens, progress=progress
         )
     before = mean_nll(model, tokenizer, drift_texts) if drift_texts else None
-    name, values = _swept(recipe, chosen)
+    name, values = _swept(recipe)
     if name in (hparams or {}):
         values = (getattr(chosen, name),)  # the caller's value is not swept
     prefixes: tuple[str, ...] | None = None
@@ -263,7 +263,7 @@ def _window(last: int, recipe: Recipe, count: int) -> tuple[int, ...]:
     return tuple(range(max(0, last - size + 1), last + 1))
 
 
-def _swept(recipe: Recipe, chosen: Hparams) -> tuple[str, tuple[float | None, ...]]:
+def _swept(recipe: Recipe) -> tuple[str, tuple[float | None, ...]]:
     """The hyper-parameter that is swept beside the layers, and its values."""
     if not recipe.optimizes_values:
         return "lr", RATES

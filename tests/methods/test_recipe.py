@@ -14,10 +14,10 @@ from kedit_fast.editing.schedules import SCHEDULES
 from kedit_fast.editing.schedules.mass import SPREADS
 from kedit_fast.editing.schedules.single import VALUE_KEYS
 from kedit_fast.editing.shaping import SHAPINGS
-from kedit_fast.editing.solver_state import PRECONDITIONERS, RIDGES
+from kedit_fast.editing.solver_state import PRECONDITIONERS, RHOS
 from kedit_fast.errors import MethodError
 from kedit_fast.methods import recipe as records
-from kedit_fast.methods.hparams import DECLARATIONS, Hparams, NullSpaceRule, describe, reads
+from kedit_fast.methods.hparams import DECLARATIONS, Hparams, describe, reads
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import RECIPES, find_recipe
 from kedit_fast.methods.tables import hparams_table, methods_table, presets_table
@@ -55,7 +55,7 @@ def test_strategies_that_contradict_each_other_are_refused(name, changes, messag
         (SHAPINGS, records.Shaping, ()),
         (VALUE_KEYS, records.ValueKey, ()),
         (PRECONDITIONERS, records.PreconditionerKind, ()),
-        (RIDGES, records.Constraint, ("equality",)),  # rank-one: has no ridge
+        (RHOS, records.Constraint, ("equality",)),  # rank-one: has no rho
     ],
 )
 def test_every_strategy_is_in_the_registry_of_the_room_that_runs_it(registry, literal, without):
@@ -97,9 +97,12 @@ def test_every_field_of_hparams_is_declared_and_read_by_a_method():
 
 
 def test_choices_are_those_of_the_solver():
-    from kedit_fast.solver.preconditioner import RULES
+    from kedit_fast.methods import hparams
+    from kedit_fast.solver import least_squares, preconditioner
 
-    assert get_args(NullSpaceRule) == tuple(RULES)
+    assert get_args(hparams.NullSpaceRule) == get_args(preconditioner.NullSpaceRule)
+    assert get_args(hparams.MemoryForm) == get_args(least_squares.SystemForm)
+    assert get_args(hparams.OnBadPivot) == get_args(least_squares.OnBadPivot)
 
 
 def test_what_identifies_stored_values_and_states_is_what_files_of_format_1_hold():
