@@ -9,10 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from kedit_fast.editing.batch_run import Phase
 from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.values.memit_values import MemitCache
@@ -27,12 +28,14 @@ from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.support.timing import timed
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 STATE_FILE = "kedit_fast_state.safetensors"
 """In the folder of an edited model: what the method keeps between batches."""
-PHASES = ("statistics", "keys", "values", "solve", "write", "evaluate", "total")
+PHASES = ("statistics", *get_args(Phase), "evaluate", "total")
+"""What the time of a run is counted to."""
 
 
 def save_edited(
@@ -173,10 +176,9 @@ def run_edits(
     if isinstance(editor.values, MemitCache):
         _require_single_ids(prepared)
     text_options: dict[str, Any] = {"prompt_format": prompt_format, "target_separator": target_separator}
-    clock = time.perf_counter()
-    measured = evaluate_each(model, tokenizer, [p.request for p in prepared.values()], **text_options)
+    with timed(seconds, "evaluate"):
+        measured = evaluate_each(model, tokenizer, [p.request for p in prepared.values()], **text_options)
     before = dict(zip(prepared, measured, strict=True))
-    seconds["evaluate"] += time.perf_counter() - clock
     indices = list(prepared)
     size = batch_size or max(1, len(indices))
     results = []
@@ -191,22 +193,19 @@ def run_edits(
         written = [i for i in indices if i not in skipped]
         if not written:
             raise EditError("\n".join(["every request was skipped:", *first_problems(skipped)]))
-        clock = time.perf_counter()
-        editor.finish()
-        seconds["solve"] += time.perf_counter() - clock
+        with timed(seconds, "solve"):
+            editor.finish()
     except BaseException:
         editor.restore()  # also the batches before the one that failed
         raise
-    clock = time.perf_counter()
     try:
-        after = evaluate(model, tokenizer, [prepared[i].request for i in written], **text_options)
-        editor.require_untouched()
+        with timed(seconds, "evaluate"):
+            after = evaluate(model, tokenizer, [prepared[i].request for i in written], **text_options)
+            editor.require_untouched()
     except BaseException:
         editor.overwrite()
         raise
-    end = time.perf_counter()
-    seconds["evaluate"] += end - clock
-    seconds["total"] = end - begin + statistics_seconds
+    seconds["total"] = time.perf_counter() - begin + statistics_seconds
     return Report(
         method,
         len(written),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +19,7 @@ from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.saving import save_model
 from kedit_fast.statistics.collect import collect_statistics
 from kedit_fast.support.files import check_new
+from kedit_fast.support.timing import timed
 from kedit_fast.workflow import complete, run_edits
 
 
@@ -45,11 +45,11 @@ def demo(
     requests = requests[:edits]
     model, tokenizer = bundled.load()
     hparams, _ = make_hparams(method, model.config)
-    begin = time.perf_counter()
+    seconds = {"statistics": 0.0}
     statistics = None
     if hparams.uses_statistics:
-        statistics = collect_statistics(model, tokenizer, bundled.corpus(), hparams.layers, progress=interactive())
-    spent = time.perf_counter() - begin
+        with timed(seconds, "statistics"):
+            statistics = collect_statistics(model, tokenizer, bundled.corpus(), hparams.layers, progress=interactive())
     samples = requests[:3]
     before = [complete(model, tokenizer, request.text) for request in samples]
     report = run_edits(
@@ -58,7 +58,7 @@ def demo(
         requests,
         recipe.name,
         statistics=statistics,
-        statistics_seconds=spent,
+        statistics_seconds=seconds["statistics"],
         seed=seed,
         progress=interactive(),
     )

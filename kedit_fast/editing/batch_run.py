@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -29,13 +29,14 @@ from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.solver.low_rank import LowRankUpdate, Update
 from kedit_fast.solver.value_descent import Status
 from kedit_fast.support.dtypes import accumulation_dtype
-from kedit_fast.support.timing import synchronized_clock
+from kedit_fast.support.timing import timed
 
 _log = logging.getLogger("kedit_fast")
 NORM_WARNING = 2.0
 """|Delta| / |W| above which an edit is more likely to harm than to teach."""
 
-Phase = Literal["values", "keys", "solve", "write"]
+Phase = Literal["keys", "values", "solve", "write"]
+"""What the time of a batch is counted to."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,8 @@ class EditContext:
 
     @property
     def site(self) -> SiteKind:
-        """The site of the value that the last layer is to put out."""
-        return site_of(self.value_sites)
-
-
-def site_of(value_sites: ValueSites) -> SiteKind:
-    """The last of some sites: the one whose layer is written. "mlp" where no value is optimized."""
-    return SITES.get(value_sites, ("mlp",))[-1]
+        """The site of the value that the last layer is to put out, of methods that optimize values."""
+        return SITES[self.value_sites][-1]
 
 
 class BatchRun:
@@ -92,7 +88,7 @@ class BatchRun:
         self.collisions: list[tuple[int, int]] = []
         self.residual_before = self.residual_after = 0.0
         """Squared norms of the residuals, summed over requests."""
-        self.seconds: dict[Phase, float] = dict.fromkeys(("values", "keys", "solve", "write"), 0.0)
+        self.seconds: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)
         self._unshaped: dict[str, list[LowRankUpdate]] = {}  # by name of the weight; what `write_shaped` starts from
         self._updates: dict[str, list[Update]] = {}  # by name of the weight; final, on the host
         self._norms: dict[str, list[float]] = {}  # of each of these
@@ -177,14 +173,9 @@ class BatchRun:
         self._norms.setdefault(name, []).append(update.norm())
         self._updates.setdefault(name, []).append(update.cpu())
 
-    @contextlib.contextmanager
-    def timed(self, phase: Phase) -> Iterator[None]:
+    def timed(self, phase: Phase) -> AbstractContextManager[None]:
         """Count the time of a block to a phase."""
-        begin = synchronized_clock(self.context.view.device)
-        try:
-            yield
-        finally:
-            self.seconds[phase] += synchronized_clock(self.context.view.device) - begin
+        return timed(self.seconds, phase, self.context.view.device)
 
     def changed_weights(self) -> list[str]:
         """Names of the weights that the batch has written."""
