@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kedit_fast.editing.batch_run import BatchRun, EditContext, request_weights, site_of
+from kedit_fast.editing.batch_run import BatchRun, EditContext, request_weights
 from kedit_fast.editing.gradients import answer_gradients
 from kedit_fast.editing.keys import StateBudget
 from kedit_fast.editing.ledger import Ledger
@@ -45,7 +45,9 @@ from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.matrix_bits import edit_fingerprint, sha256
+from kedit_fast.support.messages import comma_list
 from kedit_fast.support.process_group import world
 from kedit_fast.support.torch_state import plain_torch
 
@@ -131,7 +133,6 @@ class Editor:
         self.modules = self._edited_modules()
         require_editable(self.view, self.modules)
         self.value_sites: ValueSites = self.recipe.values_on(self.view.spec.post_norm)
-        self.site = site_of(self.value_sites)
         self.ledger = Ledger()
         self._final_steps: set[int] = set()  # numbers of the batches that `finish` has written
         self._written: dict[int, tuple[EditRequest, ...]] = {}  # number of a batch -> its requests
@@ -158,7 +159,7 @@ class Editor:
     def _check_statistics(self) -> None:
         if self.statistics is None:
             raise StatisticsError(
-                f"{self.recipe.name} needs statistics for layers {', '.join(map(str, self.hparams.layers))}: "
+                f"{self.recipe.name} needs statistics for layers {comma_list(self.hparams.layers)}: "
                 "collect_statistics(model, tokenizer, texts, layers), or `kedit-fast stats`"
             )
         for layer in self.hparams.layers:
@@ -176,7 +177,7 @@ class Editor:
     def _sites(self) -> list[Site]:
         """Where an edit reads the model. The pass that takes gradients checks the modules of `inner_params` itself."""
         layers = () if self.hparams.inner_params else self.hparams.layers
-        outputs = [Site(layers[-1], kind) for kind in SITES.get(self.value_sites, ())] if layers else []
+        outputs = [Site(layers[-1], kind) for kind in SITES[self.value_sites]] if layers else []
         return [Site(layer, "key") for layer in layers] + outputs
 
     def in_place(self) -> bool:
@@ -399,7 +400,7 @@ class Editor:
             original, weight = self.ledger.original(name)
             of_layer = any(module == self.view.module_name(layer) for layer in self.hparams.layers)
             transposed = self.view.spec.transposed if of_layer else linear_weight(self.view.model, module)[1]
-            dtype = str(weight.dtype).removeprefix("torch.")
+            dtype = dtype_name(weight.dtype)
             updates[module] = self.ledger.total(name).compacted().cpu()
             targets[module] = Target(sha256(original), sha256(weight), dtype, transposed)
         requests = [r for number in range(1, len(self.ledger.batches) + 1) for r in self._written[number]]

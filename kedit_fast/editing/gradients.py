@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from kedit_fast.editing.values.result import OnProblem
 from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.models.forward import evaluating, last_hidden, pad
 from kedit_fast.models.patching import output_hooks
@@ -21,7 +22,6 @@ from kedit_fast.support.torch_state import plain_torch
 BATCH_TOKENS = 2048
 """Tokens of one forward and backward pass."""
 Tokens = Literal["answer", "all"]
-OnProblem = Literal["raise", "keep"]
 NOT_FINITE = "the gradients of its target are not finite; is the model's output finite there?"
 
 

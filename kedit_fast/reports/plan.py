@@ -14,7 +14,7 @@ from kedit_fast.editing.values.loop import SITES, find_values
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.presets import make_hparams
-from kedit_fast.methods.recipe import Recipe
+from kedit_fast.methods.recipe import Recipe, ValueSites
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.view import ModelView
@@ -209,7 +209,7 @@ def _seconds(
     view: ModelView,
     recipe: Recipe,
     hparams: Hparams,
-    value_sites: str,
+    value_sites: ValueSites,
     prepared: Sequence[PreparedRequest],
     edits: int,
 ) -> dict[str, float]:

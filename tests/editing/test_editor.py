@@ -30,7 +30,7 @@ def test_memit_is_the_published_dense_update_layer_by_layer(kind):
     expected, other = editor.view, ModelView(make_model(kind, torch.float64))
     prepared = prepare(editor.tokenizer, REQUESTS, PREFIXES, 128)
     site = Site(1, "mlp" if kind in POST_NORM else "block")
-    assert editor.site == site.kind
+    assert editor.value_sites == site.kind
     targets = find_values(other, prepared, 1, site.kind, editor.hparams).targets
     result = editor.edit(REQUESTS)
     for i, layer in enumerate((0, 1)):

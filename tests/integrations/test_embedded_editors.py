@@ -416,7 +416,7 @@ def test_cache_c_is_summed_from_the_keys_of_the_batch_which_are_not_computed_aga
     assert editor.on_keys is None
     prepared = prepare(tok, REQUESTS, editor.prefixes, 128)
     with torch.no_grad():
-        after = KeyPass(editor.view, prepared, Site(1, editor.site), "bare_half")
+        after = KeyPass(editor.view, prepared, Site(1, "block"), "bare_half")
         for i, layer in enumerate((0, 1)):
             keys = after.at(layer).keys
             assert torch.equal(cache_c[i], (keys @ keys.T).float())

@@ -16,12 +16,18 @@ from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.free_memory import free_bytes
 from kedit_fast.support.torch_state import plain_torch
 
-MOST = {"cpu": 64}  # on a CPU a larger batch is hardly faster (benchmarks/results)
+MOST = {"cpu": 64}
+"""Type of a device -> most requests together. On a CPU a larger batch is hardly faster (benchmarks/results)."""
 MOST_ELSEWHERE = 256
-SHARE = 0.6  # of the free memory, for values
-FEW = 8  # so few requests always run together, without a trial
-TRIAL = 2  # requests in the trial
-TEMPORARY = 2.0  # peak of a backward pass, in units of what the forward pass has saved for it
+"""Most requests together on other devices."""
+SHARE = 0.6
+"""Share of the free memory that values may take."""
+FEW = 8
+"""So few requests always run together, without a trial."""
+TRIAL = 2
+"""Requests in the trial."""
+TEMPORARY = 2.0
+"""Peak of a backward pass, in units of what the forward pass has saved for it."""
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,10 @@ from kedit_fast.editing.values.cuda_graph import GraphedStep, graph_obstacle
 from kedit_fast.editing.values.objective import Objective, Terms
 from kedit_fast.editing.values.order import by_length, in_groups
 from kedit_fast.editing.values.result import PROBLEMS, OnProblem, Values
-from kedit_fast.editing.values.stop_rules import STOP_RULES, Stopping, most_probable
+from kedit_fast.editing.values.stop_rules import MOST_PROBABLE, STOP_RULES, Stopping
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
-from kedit_fast.methods.recipe import StopRule
+from kedit_fast.methods.recipe import StopRule, ValueSites
 from kedit_fast.models.forward import Site, SiteKind, evaluating
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
@@ -42,13 +42,17 @@ from kedit_fast.solver.value_descent import Status, clamped_step
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
-RETIRE_SHARE = 0.9  # with an empty queue, finished requests stay until at most this share of the batch still runs
-ADMISSIONS = 4  # requests are admitted in parts of a batch, so many to a batch
-SITES: dict[str, tuple[SiteKind, ...]] = {
+RETIRE_SHARE = 0.9
+"""With an empty queue, finished requests stay until at most this share of the batch still runs."""
+ADMISSIONS = 4
+"""Parts of a batch in which requests are admitted."""
+SITES: dict[ValueSites, tuple[SiteKind, ...]] = {
     "block": ("block",),
     "mlp": ("mlp",),
     "attention and mlp": ("attention", "mlp"),
+    "gradients": (),
 }
+"""Sites of the deltas; the layer of the last one is written."""
 
 
 @plain_torch()
@@ -56,7 +60,7 @@ def find_values(
     view: ModelView,
     prepared: Sequence[PreparedRequest],
     layer: int,
-    site_kind: str,
+    site_kind: ValueSites,
     hparams: Hparams,
     *,
     stop_rule: StopRule = "below_loss",
@@ -94,7 +98,7 @@ def find_values(
     """
     if not prepared:
         raise EditError("no requests")
-    if site_kind == "block" and view.spec.post_norm:
+    if _is_behind_norm(view, site_kind):
         raise EditError(
             f"{view.spec.name} has a norm between the edited layer and the residual sum, so no write can produce a "
             'value at a block\'s output: use the site "mlp", before that norm'
@@ -130,6 +134,11 @@ def find_values(
         return optimizer.run(bar)
 
 
+def _is_behind_norm(view: ModelView, site_kind: ValueSites) -> bool:
+    """Whether a norm stands between the matrix that is written and the site of its value."""
+    return view.spec.post_norm and "block" in SITES[site_kind]
+
+
 class ValueOptimizer:
     """The published loop over all requests, at most `size` of them at a time.
 
@@ -152,8 +161,9 @@ class ValueOptimizer:
         finished: Callable[[Sequence[int], Values], None] | None = None,
     ):
         self.view, self.prepared, self.sites, self.hparams = view, prepared, sites, hparams
-        self.stopping, self.on_problem, self.finished = stopping, on_problem, finished
-        self.needs_top1 = stopping.needs_top1 or hparams.most_probable_steps > 0
+        self.on_problem, self.finished = on_problem, finished
+        self.stop_rules = [stopping, MOST_PROBABLE] if hparams.most_probable_steps else [stopping]
+        self.needs_top1 = any(rule.needs_top1 for rule in self.stop_rules)
         self.queue = in_groups(by_length(prepared), groups)  # groups of requests that wait
         self.has_groups = groups is not None
         self.size, self.admission = size, max(1, size // ADMISSIONS)
@@ -233,11 +243,10 @@ class ValueOptimizer:
         hparams, running = self.hparams, active.status == Status.RUNNING
         active.loss = torch.where(running, loss, active.loss)
         stop = loss < hparams.v_stop_loss
-        by_rule = self.stopping.apply(active, terms, hparams)
-        if by_rule is not None:
-            stop = stop | by_rule
-        if hparams.most_probable_steps:
-            stop = stop | most_probable(active, terms, hparams)
+        for rule in self.stop_rules:
+            by_rule = rule.apply(active, terms, hparams)
+            if by_rule is not None:
+                stop = stop | by_rule
         last = active.steps_taken >= hparams.v_num_grad_steps - 1
         status = torch.where(last, Status.COMPLETED, Status.RUNNING)
         status = torch.where(stop, torch.where(active.steps_taken == 0, Status.PREDICTED, Status.STOPPED), status)

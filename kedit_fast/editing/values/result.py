@@ -11,6 +11,7 @@ import torch
 from kedit_fast.solver.value_descent import Status
 
 OnProblem = Literal["raise", "keep"]
+"""What happens at a request whose loss or gradient is not finite: an error, or the others continue."""
 PROBLEMS = {
     Status.PREDICTED: (
         "the model says the target already: its value would take no step (on_predicted = allow writes that)"

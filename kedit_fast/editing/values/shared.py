@@ -16,7 +16,7 @@ from kedit_fast.editing.values.result import Values
 from kedit_fast.editing.values.store import edited_hash
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
-from kedit_fast.methods.recipe import StopRule
+from kedit_fast.methods.recipe import StopRule, ValueSites
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.process_group import gather, world
@@ -32,7 +32,7 @@ def find_shared_values(
     tokenizer: Any,
     prepared: Sequence[PreparedRequest],
     layer: int,
-    site_kind: str,
+    site_kind: ValueSites,
     hparams: Hparams,
     *,
     stop_rule: StopRule = "below_loss",

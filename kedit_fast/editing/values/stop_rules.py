@@ -12,8 +12,10 @@ from kedit_fast.editing.values.objective import Terms
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import StopRule
 
-EASED_WEIGHT = 0.1  # PMET: weight of the likelihood after an iteration in which every target token was right
-EASED_KL = 0.01  # PMET: such a request stops when kl_factor KL is at most this
+EASED_WEIGHT = 0.1
+"""PMET: weight of the likelihood after an iteration in which every target token was right."""
+EASED_KL = 0.01
+"""PMET: such a request stops when kl_factor KL is at most this."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,10 @@ class Stopping:
     """Whether `apply` reads which target tokens are the most probable ones."""
 
 
-def most_probable(active: ActiveSet, terms: Terms, hparams: Hparams) -> torch.Tensor:
+def _most_probable(active: ActiveSet, terms: Terms, hparams: Hparams) -> torch.Tensor:
     """[v] bool: `most_probable_steps` iterations have passed since all targets were right in the prefixed contexts.
 
-    An option of every method, beside its own rule. It counts iterations that are right, the first of them not included.
+    It counts iterations that are right, the first of them not included.
     """
     assert terms.prefixed_top1 is not None
     active.iterations_correct = active.iterations_correct + active.all_in_group(terms.prefixed_top1)
@@ -55,3 +57,6 @@ def _pmet(active: ActiveSet, terms: Terms, hparams: Hparams) -> torch.Tensor:
 
 STOP_RULES: dict[StopRule, Stopping] = {"below_loss": Stopping(_below_loss), "pmet": Stopping(_pmet, needs_top1=True)}
 """Stopping rules by the names that recipes give them."""
+
+MOST_PROBABLE = Stopping(_most_probable, needs_top1=True)
+"""ENCORE's rule, an option of every method beside its own rule: `most_probable_steps`."""

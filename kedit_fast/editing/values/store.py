@@ -23,6 +23,7 @@ from kedit_fast.editing.values.memit_values import MemitCache
 from kedit_fast.editing.values.protocol import ValueRun, usable_requests
 from kedit_fast.editing.values.result import Values
 from kedit_fast.errors import EditError
+from kedit_fast.methods.recipe import StopRule
 from kedit_fast.models.fingerprint import fingerprint, with_values
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
@@ -43,11 +44,11 @@ _NOISE = {
     "_attn_implementation_autoset",
     "attn_implementation",
 }
-SAVE_EVERY = 30.0  # seconds between writes while values are being optimized
+SAVE_EVERY = 30.0
+"""Seconds between writes while values are being optimized."""
 
-_USUAL_RULE: dict[tuple[str, ...], str] = {
-    ("attention", "mlp"): "pmet"
-}  # stopping rules by site: what a key means that names none
+_USUAL_RULE: dict[tuple[str, ...], StopRule] = {("attention", "mlp"): "pmet"}
+"""Sites -> the stopping rule that keys of format 1 do not name; of all other sites it is "below_loss"."""
 
 
 class ValueFile:
