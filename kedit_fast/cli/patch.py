@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -12,6 +12,11 @@ from rich.table import Table
 from kedit_fast.cli.checks import check_file
 from kedit_fast.cli.console import command, output, print_json
 from kedit_fast.cli.options import JsonOption, choice
+from kedit_fast.patches.checkpoint import Checkpoint
+from kedit_fast.patches.lora import export_lora
+from kedit_fast.patches.patch import Patch
+from kedit_fast.patches.patch import merge as merge_patches
+from kedit_fast.support.messages import comma_list
 
 app = typer.Typer(
     help="Edits as files: show, apply, revert, merge, export.", no_args_is_help=True, add_completion=False
@@ -34,8 +39,6 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a patch writes, where, and which model it is for."""
-    from kedit_fast.patches.patch import Patch
-
     about = Patch.load(patch).about()
     if as_json:
         print_json({"patch": str(patch), **about})
@@ -70,9 +73,6 @@ def apply(
     as_json: JsonOption = False,
 ) -> None:
     """Write a patch into a checkpoint on disk, all of it or nothing."""
-    from kedit_fast.patches.checkpoint import Checkpoint
-    from kedit_fast.patches.patch import Patch
-
     loaded = Patch.load(patch)
     number = Checkpoint(model).apply(loaded, patch.name, force, keep_originals)
     if as_json:
@@ -95,9 +95,6 @@ def revert(
     as_json: JsonOption = False,
 ) -> None:
     """Take the newest patch out of a checkpoint on disk, bit for bit."""
-    from kedit_fast.patches.checkpoint import Checkpoint
-    from kedit_fast.patches.patch import Patch
-
     checkpoint = Checkpoint(model)
     if subtract is not None:
         checkpoint.subtract(Patch.load(subtract), force)
@@ -125,9 +122,6 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Make one patch of several."""
-    from kedit_fast.patches.patch import Patch
-    from kedit_fast.patches.patch import merge as merge_patches
-
     check_file(out)
     merged_patch = merge_patches([Patch.load(path) for path in patches], force)
     if tolerance is not None:
@@ -149,18 +143,15 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write a patch as a LoRA adapter."""
-    from kedit_fast.patches.lora import export_lora
-    from kedit_fast.patches.patch import Patch
-
     loaded = Patch.load(patch)
     ranks = export_lora(loaded, out, base_model=base_model, tolerance=tolerance, rank=rank, overwrite=overwrite)
     if as_json:
         print_json({"patch": str(patch), "out": str(out), "format": format_, "ranks": ranks})
         return
-    output.print(f"Ranks {', '.join(map(str, ranks.values()))}; saved to {out}", markup=False)
+    output.print(f"Ranks {comma_list(ranks.values())}; saved to {out}", markup=False)
 
 
-def _print_patch(patch: Any, out: Path, as_json: bool) -> None:
+def _print_patch(patch: Patch, out: Path, as_json: bool) -> None:
     about = patch.about()
     if as_json:
         print_json({"out": str(out), **about})

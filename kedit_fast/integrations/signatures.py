@@ -70,8 +70,8 @@ def memit_function(method: str, name: str, whole_name: bool = False) -> Callable
     """A function with the signature of the memit repository.
 
     Args:
-        method: ours that it runs.
-        name: the function's.
+        method: the method of this package that the function runs.
+        name: the name of the function.
         whole_name: see `Options`.
     """
 
@@ -110,8 +110,8 @@ def easyedit_function(method: str, name: str, defaults: Options | None = None) -
     """A function with EasyEdit's signature.
 
     Args:
-        method: ours that it runs.
-        name: the function's.
+        method: the method of this package that the function runs.
+        name: the name of the function.
         defaults: options for calls and files that have none.
     """
 

@@ -15,7 +15,7 @@ from kedit_fast.requests.prompts import PreparedRequest
 
 @dataclass(frozen=True)
 class ValueRun:
-    """One call of the value loop, for which a store is asked."""
+    """One call of the value loop, which a store serves."""
 
     view: ModelView
     """The model."""
