@@ -22,10 +22,15 @@ def namespace(demo_model, demo_statistics, tmp_path, monkeypatch):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     (tmp_path / "requests.jsonl").write_bytes((demo.DATA / "requests.jsonl").read_bytes())
     yield {
-        "torch": torch, "kedit_fast": kedit_fast, "model": model, "tokenizer": tokenizer,
-        "statistics": demo_statistics, "texts": demo.corpus(100), "requests": demo.requests()[:4],
+        "torch": torch,
+        "kedit_fast": kedit_fast,
+        "model": model,
+        "tokenizer": tokenizer,
+        "statistics": demo_statistics,
+        "texts": demo.corpus(100),
+        "requests": demo.requests()[:4],
         **{name: getattr(kedit_fast, name) for name in kedit_fast.__all__},
-    }  # fmt: skip
+    }
     model.load_state_dict(before)
 
 

@@ -111,8 +111,15 @@ def published(tmp_path_factory, demo_model):
     """A folder with a random Llama of ten layers and the demo's tokenizer, for the names of published models."""
     folder = tmp_path_factory.mktemp("published")
     _, tokenizer = demo_model
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=10,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=10,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -303,10 +310,19 @@ def test_the_commands_of_a_page_exist(page):
             check_line(line)
 
 
-@pytest.mark.parametrize("line", ["kedit-fast edit m --request r.jsonl --out o", "kedit-fast stats show d --pgn x",
-                                  "kedit-fast edit MODEL [--requets FILE]", "kedit-fast nothing",
-                                  "python -m benchmarks.run --sweet all", "pytest tests/nothing",
-                                  'pip install "kedit-fast[nothing]"', "python -m kedit_fast.nothing"])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "kedit-fast edit m --request r.jsonl --out o",
+        "kedit-fast stats show d --pgn x",
+        "kedit-fast edit MODEL [--requets FILE]",
+        "kedit-fast nothing",
+        "python -m benchmarks.run --sweet all",
+        "pytest tests/nothing",
+        'pip install "kedit-fast[nothing]"',
+        "python -m kedit_fast.nothing",
+    ],
+)
 def test_a_wrong_command_is_noticed(line):
     with pytest.raises(AssertionError):
         check_line(line)

@@ -25,8 +25,20 @@ from kedit_fast.methods.tables import hparams_table, methods_table, presets_tabl
 PAGE = Path(kedit_fast.methods.__file__).parent / "README.md"
 
 
-@pytest.mark.parametrize("field", ["values", "key_weights", "schedule", "preconditioner", "constraint", "value_key",
-                                   "spread", "shaping", "stop_rule"])  # fmt: skip
+@pytest.mark.parametrize(
+    "field",
+    [
+        "values",
+        "key_weights",
+        "schedule",
+        "preconditioner",
+        "constraint",
+        "value_key",
+        "spread",
+        "shaping",
+        "stop_rule",
+    ],
+)
 def test_a_misspelled_strategy_is_refused_with_the_accepted_ones(field):
     accepted = get_args(Recipe.__dataclass_fields__[field].type) or records._choices()[field]
     with pytest.raises(MethodError, match=f"recipe 'memit': {field} = 'linaer': choose from '{accepted[0]}'"):
@@ -75,8 +87,24 @@ def test_capabilities():
 
 
 def test_json_has_the_fields_and_words_of_before():
-    names = {"name", "title", "source", "preset", "values", "key_weights", "schedule", "preconditioner", "rho",
-             "memory", "value_key", "spread", "merge", "shaping", "contexts", "keeps"}  # fmt: skip
+    names = {
+        "name",
+        "title",
+        "source",
+        "preset",
+        "values",
+        "key_weights",
+        "schedule",
+        "preconditioner",
+        "rho",
+        "memory",
+        "value_key",
+        "spread",
+        "merge",
+        "shaping",
+        "contexts",
+        "keeps",
+    }
     for recipe in RECIPES.values():
         assert names <= json.loads(json.dumps(recipe.as_dict())).keys()
     assert {n: r.as_dict()["rho"] for n, r in RECIPES.items() if r.as_dict()["rho"] != "one"} == {
@@ -108,13 +136,32 @@ def test_choices_are_those_of_the_solver():
 def test_what_identifies_stored_values_and_states_is_what_files_of_format_1_hold():
     hparams = Hparams("memit", (1,), v_num_grad_steps=2, v_lr=0.5, clamp_norm_factor=1.0, mom2_update_weight=10.0)
     assert sorted(hparams.identity("value")) == sorted(
-        ("v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor", "v_stop_loss",
-         "most_probable_steps")
-    )  # fmt: skip
+        (
+            "v_num_grad_steps",
+            "v_lr",
+            "v_weight_decay",
+            "clamp_norm_factor",
+            "kl_factor",
+            "v_stop_loss",
+            "most_probable_steps",
+        )
+    )
     assert sorted(hparams.identity("state")) == sorted(
-        ("layers", "inner_params", "mom2_adjustment", "mom2_update_weight", "mom2_ridge", "update_norm_lambda", "L2",
-         "nullspace_threshold", "nullspace_rule", "factor_dtype", "token", "context_template_length_params")
-    )  # fmt: skip
+        (
+            "layers",
+            "inner_params",
+            "mom2_adjustment",
+            "mom2_update_weight",
+            "mom2_ridge",
+            "update_norm_lambda",
+            "L2",
+            "nullspace_threshold",
+            "nullspace_rule",
+            "factor_dtype",
+            "token",
+            "context_template_length_params",
+        )
+    )
 
 
 def test_a_value_out_of_range_is_refused_with_the_range():

@@ -17,9 +17,12 @@ from kedit_fast.models.view import ModelView
 
 ROOT = Path(kedit_fast.__file__).parent
 TOUCHES = {
-    "_attn_implementation", "AttentionInterface", "AttentionMaskInterface", "ALL_ATTENTION_FUNCTIONS",
+    "_attn_implementation",
+    "AttentionInterface",
+    "AttentionMaskInterface",
+    "ALL_ATTENTION_FUNCTIONS",
     "ALL_MASK_ATTENTION_FUNCTIONS",
-}  # fmt: skip
+}
 
 
 def touches(source: str) -> list[str]:
