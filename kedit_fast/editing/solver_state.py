@@ -257,7 +257,7 @@ class SolverState:
         tensors: dict[str, torch.Tensor] = {}
         for layer, memory in self.memories.items():
             tensors |= {f"memory.{layer}.{name}": tensor for name, tensor in memory.tensors().items()}
-        for shape, normalizer in self.normalizers.items():
+        for shape, normalizer in self.normalizers.items():  # files of format 1 spell the names so
             tensors |= {f"normaliser.{shape}.{name}": tensor for name, tensor in normalizer.tensors().items()}
         memories = {str(layer): memory.about() for layer, memory in self.memories.items()}
         metadata = {

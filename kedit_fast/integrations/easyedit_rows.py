@@ -2,7 +2,7 @@
 
 How it differs from ours (from its `ultraedit_main.py`, `cross_entropy` and `Tracer`):
 
-- Prompt and answer are tokenised together, and the answer once more by itself; both are padded and have special tokens.
+- Prompt and answer are tokenized together, and the answer once more by itself; both are padded and have special tokens.
   The labels are that second tensor as it is, so a BOS, and the padding of shorter answers, are labels too: the token
   before the answer is taught to predict BOS.
 - The loss is the mean over all labels of `batch_size_once` requests, aligned with the last positions of the padded

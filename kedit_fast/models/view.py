@@ -32,7 +32,7 @@ def check_weight(name: str, module: torch.nn.Module) -> None:
     if plain is None or plain.dtype not in FLOATS or plain.ndim != 2:
         kind = f"{type(weight).__name__}, {weight.dtype}" if isinstance(weight, torch.Tensor) else "no weight"
         raise UnsupportedModelError(
-            f"{name} is a {type(module).__name__} with a quantised or sharded weight ({kind}): "
+            f"{name} is a {type(module).__name__} with a quantized or sharded weight ({kind}): "
             "load the model in float32, bfloat16 or float16 to edit it"
         )
 
@@ -42,7 +42,7 @@ def linear_module(model: torch.nn.Module, path: str) -> Any:
 
     Raises:
         InvalidArgumentError: no such module, or not a linear one.
-        UnsupportedModelError: it is an adapter's, or its weight is quantised or sharded.
+        UnsupportedModelError: it is an adapter's, or its weight is quantized or sharded.
     """
     try:
         module = model.get_submodule(path)
@@ -77,7 +77,7 @@ class ModelView:
 
     Raises:
         UnsupportedModelError: it is no causal language model of transformers, its architecture is not supported, or an
-            edited matrix is quantised or sharded; by name.
+            edited matrix is quantized or sharded; by name.
     """
 
     model: Any
@@ -131,7 +131,7 @@ class ModelView:
         """The head's matrix [V, h].
 
         Raises:
-            UnsupportedModelError: it is offloaded, quantised or sharded.
+            UnsupportedModelError: it is offloaded, quantized or sharded.
         """
         check_weight("the model's head", self._head_module)
         if self._head.device.type == "meta":

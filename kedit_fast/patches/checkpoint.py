@@ -133,13 +133,13 @@ class Checkpoint:
         """Where a module's weight is stored. Files of a bare decoder lack the first part of its path.
 
         Raises:
-            PatchError: there is no such matrix, or it is quantised.
+            PatchError: there is no such matrix, or it is quantized.
         """
         name = f"{module}.weight"
         tensor = next((n for n in (name, name.partition(".")[2]) if n in self._files), None)
         if tensor is None:
             others = sorted(n for n in self._files if n.startswith(f"{module}."))
-            hint = f" (it has {others[0]}: a quantised layer)" if others else ""
+            hint = f" (it has {others[0]}: a quantized layer)" if others else ""
             raise PatchError(f"{self.folder} has no {name}{hint}")
         return self._stored(self._files[tensor], tensor)
 
@@ -149,7 +149,7 @@ class Checkpoint:
             raise PatchError(f"{file} has no {tensor}, which the index says is in it")
         dtype, shape, (first, last) = (header[tensor][field] for field in ("dtype", "shape", "data_offsets"))
         if dtype not in DTYPES:
-            raise PatchError(f"{tensor} is quantised ({dtype}): patches go into float checkpoints")
+            raise PatchError(f"{tensor} is quantized ({dtype}): patches go into float checkpoints")
         if len(shape) != 2:
             raise PatchError(f"{tensor} is no matrix: {shape}")
         return StoredMatrix(file, tensor, begin + first, last - first, dtype, tuple(shape))
@@ -181,7 +181,7 @@ class Checkpoint:
             the patch's number: 1 for the first one applied here.
 
         Raises:
-            PatchError: a matrix that is missing, quantised, or not the one the patch was made for; or a file that
+            PatchError: a matrix that is missing, quantized, or not the one the patch was made for; or a file that
                 cannot be written. The folder is as it was.
         """
         with self._locked():

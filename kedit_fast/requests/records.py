@@ -103,7 +103,7 @@ def _other_spelling(prompt: str, subject: str) -> str:
         if unicodedata.normalize(form, subject) in unicodedata.normalize(form, prompt):
             of_prompt, of_subject = (_form(text, form) for text in (prompt, subject))
             return (
-                f" (it stands there once both are normalised to {form}: the prompt is {of_prompt}, the subject "
+                f" (it stands there once both are normalized to {form}: the prompt is {of_prompt}, the subject "
                 f"{of_subject})"
             )
     if subject.casefold() in prompt.casefold():

@@ -1,4 +1,4 @@
-"""The text of statistics: documents in a fixed order, tokenised in windows ahead of their use.
+"""The text of statistics: documents in a fixed order, tokenized in windows ahead of their use.
 
 A window is a run of documents whose sequences are sorted by length and batched together. Windows depend on the
 documents alone. So a pass can resume at any batch, and the processes of a job, which take turns at windows, have the
@@ -162,7 +162,7 @@ class Reader:
     def prepare(self) -> None:
         """Find out, before the first window, in which document `max_tokens` is reached.
 
-        Needed with several processes alone. Each tokenises its share of the text once more for that.
+        Needed with several processes alone. Each tokenizes its share of the text once more for that.
         """
         if self._world > 1 and self.corpus.max_tokens is not None and self._last_tokens is None:
             self._find_end(self.corpus.max_tokens)
@@ -185,7 +185,7 @@ class Reader:
             texts, ended = self._next(documents, position.documents)
             used, sequences = len(texts), []
             if position.windows % self._world == self._rank:
-                sequences = self._tokenised(texts, position.documents)
+                sequences = self._tokenized(texts, position.documents)
                 if budget is not None:
                     used = _cut(sequences, budget - position.tokens)
                 elif used and self._last_tokens is not None and position.documents + used == self._documents:
@@ -242,7 +242,7 @@ class Reader:
             in_memory += len(text)
         return texts, begin + len(texts) == self._documents
 
-    def _tokenised(self, texts: list[str], begin: int) -> list[list[int]]:
+    def _tokenized(self, texts: list[str], begin: int) -> list[list[int]]:
         """Token ids of documents, of which the first has the number `begin`."""
         if not texts:
             return []
@@ -264,7 +264,7 @@ class Reader:
             for turn in range(self._world):
                 texts, ended = self._next(documents, begin)
                 if turn == self._rank:
-                    lengths = [len(ids) for ids in self._tokenised(texts, begin)]
+                    lengths = [len(ids) for ids in self._tokenized(texts, begin)]
                 begin += len(texts)
                 if ended:
                     break
@@ -344,7 +344,7 @@ def ahead(items: Iterator[T]) -> Generator[T, None, None]:
         except BaseException as error:
             put((False, error))
 
-    thread = threading.Thread(target=make, name="kedit_fast tokeniser", daemon=True)
+    thread = threading.Thread(target=make, name="kedit_fast tokenizer", daemon=True)
     thread.start()
     try:
         while True:

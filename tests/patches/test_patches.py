@@ -306,13 +306,13 @@ class Linear4bit(torch.nn.Linear):
         self.weight = torch.nn.Parameter(torch.zeros(shape, dtype=torch.uint8), requires_grad=False)
 
 
-def test_quantised_layers_are_refused_by_name():
+def test_quantized_layers_are_refused_by_name():
     model = make_model("llama")
     patch = random_patch(model)
     model.model.layers[1].mlp.down_proj = Linear4bit((1024, 1))
     for call in (lambda: patch.apply_(model), lambda: ModelView(model)):
         with pytest.raises(
-            (PatchError, UnsupportedModelError), match=r"layers\.1\.mlp\.down_proj.*Linear4bit.*quantised"
+            (PatchError, UnsupportedModelError), match=r"layers\.1\.mlp\.down_proj.*Linear4bit.*quantized"
         ):
             call()
     model.model.layers[1].mlp.down_proj = torch.nn.Linear(64, 32).to(torch.float8_e4m3fn)

@@ -455,10 +455,10 @@ def test_a_record_says_what_stands_before_its_target():
 @pytest.mark.parametrize(
     "prompt, subject, message",
     (
-        ("Caf\u00e9 is in", "Cafe\u0301", "normalised to NFC: the prompt is NFC, the subject NFD"),
-        ("Cafe\u0301 is in", "Caf\u00e9", "normalised to NFC: the prompt is NFD, the subject NFC"),
-        ("\uff21\uff22 is in", "AB", "normalised to NFKC"),
-        ("\u304b\u3099 is in", "\u304c", "normalised to NFC: the prompt is NFD"),
+        ("Caf\u00e9 is in", "Cafe\u0301", "normalized to NFC: the prompt is NFC, the subject NFD"),
+        ("Cafe\u0301 is in", "Caf\u00e9", "normalized to NFC: the prompt is NFD, the subject NFC"),
+        ("\uff21\uff22 is in", "AB", "normalized to NFKC"),
+        ("\u304b\u3099 is in", "\u304c", "normalized to NFC: the prompt is NFD"),
         ("ebro is in", "Ebro", "in other upper and lower case"),
     ),
 )
@@ -607,5 +607,5 @@ def test_one_normal_form_throughout_is_not_remarked_on(form, said):
     ),
 )
 def test_the_form_that_makes_a_subject_and_its_prompt_equal_is_the_one_that_is_named(prompt, subject, message):
-    with pytest.raises(RequestError, match=f"normalised to {message}"):
+    with pytest.raises(RequestError, match=f"normalized to {message}"):
         parse_request({**GOOD, "prompt": prompt, "subject": subject})
