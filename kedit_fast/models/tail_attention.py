@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from kedit_fast.models.patching import replaced_attention, takes_attention_functions
 from kedit_fast.models.view import ModelView
+from kedit_fast.support.dtypes import accumulation_dtype
 
 
 def usable(view: ModelView) -> bool:
@@ -158,7 +159,7 @@ class _TailAttention(torch.autograd.Function):
         keys, values = (part.flatten(0, 1) for part in (storage.keys, storage.values))  # [R groups, P + S, size]
         queries = _laid_out(query, rows, tail, row, place).view(rows * groups, -1, query.shape[2])
         scores = torch.bmm(queries, keys.mT)  # [R groups, heads / groups * S, P + S]
-        wide = scores if scores.dtype == torch.float64 else scores.float()
+        wide = scores.to(accumulation_dtype(scores))
         wide = wide.mul_(scale)
         capped = ()
         if softcap:
@@ -177,7 +178,7 @@ class _TailAttention(torch.autograd.Function):
         rows, heads, groups, tail = ctx.shape
         out = _laid_out(gradient, rows, tail, row, place).view(queries.shape)
         of_weights = torch.bmm(out, values.mT)
-        wide = weights if weights.dtype == torch.float64 else weights.float()
+        wide = weights.to(accumulation_dtype(weights))
         # torch makes no public function of this kernel.
         of_scores = torch._softmax_backward_data(of_weights.to(wide.dtype), wide, -1, wide.dtype)  # pyright: ignore[reportPrivateImportUsage]
         if capped:

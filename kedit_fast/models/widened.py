@@ -22,6 +22,7 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.models.patching import attribute_slot, surrounded_calls, tensor_slots
+from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.free_memory import free_bytes
 
 _log = logging.getLogger("kedit_fast")
@@ -75,7 +76,7 @@ def is_widened(module: torch.nn.Module, meta_is_cpu: bool = False) -> bool:
     places = {"cpu" if meta_is_cpu and t.device.type == "meta" else t.device.type for t in tensors}
     if choice == "native" or not halves or places != {"cpu"}:
         return False
-    missing = sorted(str(dtype).removeprefix("torch.") for dtype in halves if not has_units(dtype))
+    missing = sorted(dtype_name(dtype) for dtype in halves if not has_units(dtype))
     if choice == "auto" and missing:
         _warn_once(missing[0])
     return choice == "float32" or bool(missing)

@@ -24,7 +24,7 @@ from kedit_fast.models.editable import require_own
 from kedit_fast.patches.swap import Applied, Prepared, linear_weight_of
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
 from kedit_fast.solver.shaping import compact
-from kedit_fast.support.dtypes import accumulation_dtype
+from kedit_fast.support.dtypes import accumulation_dtype, dtype_name
 from kedit_fast.support.files import read_file, write_file
 from kedit_fast.support.matrix_bits import sha256
 from kedit_fast.support.torch_state import plain_torch
@@ -204,7 +204,7 @@ class Patch:
                 harm the model.
 
         Raises:
-            PatchError: a module that is missing or quantised, or has another shape, dtype or W_0; a weight that a hook
+            PatchError: a module that is missing or quantized, or has another shape, dtype or W_0; a weight that a hook
                 recomputes, that another module shares or that cannot be written; or a result that is not finite.
         """
         weights = {}
@@ -244,7 +244,7 @@ class Patch:
             raise PatchError(f"{name} is {list(weight.shape)}{here}, the patch is for {shape}{there}")
         if force:
             return
-        dtype = str(weight.dtype).removeprefix("torch.")
+        dtype = dtype_name(weight.dtype)
         if dtype != target.dtype:
             raise PatchError(
                 f"{name} is {dtype}, the patch was made for {target.dtype}: load the model in that, or force it "
@@ -367,10 +367,6 @@ def _sum(parts: Sequence[Update]) -> Update:
         for matrix in matrices:
             dense = dense + matrix
         return LowRankUpdate(dense, torch.eye(dense.shape[1], dtype=dense.dtype)).compacted()
-    left = torch.cat([_at_least_float32(part.left) for part in parts], 1)
-    right = torch.cat([_at_least_float32(part.right) for part in parts], 1)
+    left = torch.cat([part.left.to(accumulation_dtype(part.left)) for part in parts], 1)
+    right = torch.cat([part.right.to(accumulation_dtype(part.right)) for part in parts], 1)
     return LowRankUpdate(left, right).compacted()
-
-
-def _at_least_float32(factor: torch.Tensor) -> torch.Tensor:
-    return factor if factor.dtype == torch.float64 else factor.float()

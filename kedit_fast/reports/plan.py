@@ -27,6 +27,7 @@ from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.key_memory import FOLD_ABOVE
 from kedit_fast.solver.least_squares import PRIMAL_ABOVE
+from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.free_memory import free_bytes
 from kedit_fast.support.timing import synchronized_clock
 from kedit_fast.support.torch_state import plain_torch
@@ -150,6 +151,7 @@ def plan(
     batch = seconds = None
     if prepared:
         batch = _batch(view, recipe, chosen, sites, prepared, edits)
+        # The key is part of what --json prints, so its spelling stays.
         sizes["values, while optimised"] = batch.requests * batch.request_bytes
         seconds = _seconds(view, recipe, chosen, value_sites, prepared, edits)
     weight = view.weight(layers[0])
@@ -159,7 +161,7 @@ def plan(
         layers=layers,
         hparams_from=origin,
         device=str(view.device),
-        dtype=str(weight.dtype).removeprefix("torch."),
+        dtype=dtype_name(weight.dtype),
         bytes=sizes,
         free_bytes=None if empty else free_bytes(view.device),
         values_batch=None if batch is None else batch.requests,

@@ -17,6 +17,7 @@ from kedit_fast.requests.problems import OnError, check_on_error, require_no_pro
 from kedit_fast.requests.record_fields import LISTS, NESTED, Notes, is_record
 from kedit_fast.requests.records import parse_request
 from kedit_fast.requests.request import FIELDS, EditRequest, is_nan
+from kedit_fast.support.messages import comma_list
 from kedit_fast.support.textfiles import TABLES, read_records, suffix_of
 
 _log = logging.getLogger("kedit_fast")
@@ -165,7 +166,7 @@ def rows_of(requests: Any) -> list[Any]:
     if isinstance(requests, EditRequest) or isinstance(getattr(requests, "request", None), EditRequest):
         raise RequestError("requests must be a list of records; got one request: put it in a list")
     if isinstance(requests, Mapping):
-        names = ", ".join(map(str, list(requests)[:8]))
+        names = comma_list(list(requests)[:8])
         raise RequestError(
             f"requests must be a list of records; got one mapping with {names}: put one record in a list, of a data "
             "set with several splits choose one"
@@ -215,6 +216,6 @@ def _warn_of_repeated_ids(usable: Mapping[int, EditRequest], where: str) -> None
             where,
             len(repeated),
             name,
-            ", ".join(map(str, records[:5])),
+            comma_list(records[:5]),
             ", ..." if len(repeated) > 1 else "",
         )

@@ -9,6 +9,7 @@ from enum import IntEnum
 import torch
 
 from kedit_fast.errors import EditError, InvalidArgumentError
+from kedit_fast.support.messages import comma_list
 from kedit_fast.support.torch_state import plain_torch
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, torch's defaults
@@ -191,6 +192,4 @@ def _require_in_range(name: str, value: float, is_valid: bool) -> None:
 
 def _require_finite(name: str, bad: torch.Tensor) -> None:
     if rows := torch.nonzero(bad)[:, 0].tolist():
-        raise EditError(
-            f"the {name} of {'row' if len(rows) == 1 else 'rows'} {', '.join(map(str, rows))} is not finite"
-        )
+        raise EditError(f"the {name} of {'row' if len(rows) == 1 else 'rows'} {comma_list(rows)} is not finite")

@@ -23,6 +23,7 @@ from kedit_fast.statistics.memory_plan import Group, Masters, plan_groups
 from kedit_fast.statistics.moments import SecondMoment, SecondMomentAccumulator
 from kedit_fast.statistics.token_weights import TokenWeights, weights_of
 from kedit_fast.support import process_group
+from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.messages import comma_list
 from kedit_fast.support.torch_state import plain_torch
 
@@ -112,7 +113,7 @@ def collect_statistics(
 
     Cost: a pass through the blocks up to the last layer, and tokens * d (d + 1) flops per layer. Memory: 8 d^2 bytes
         per layer and one batch (two on a GPU, whose updates and forward passes overlap). Where the sums of all layers
-        do not fit, there are several passes. With several processes and `max_tokens` the text is tokenised twice.
+        do not fit, there are several passes. With several processes and `max_tokens` the text is tokenized twice.
 
     Example:
         >>> statistics = collect_statistics(model, tokenizer, texts, layers=[0, 1], max_tokens=2_000)
@@ -194,7 +195,7 @@ class Job:
         self.layers = self.view.check_layers(tuple(layers))
         self.corpus, self.batch_tokens = corpus, batch_tokens
         self.model = fingerprint(self.view, tokenizer)
-        self.dtype = str(computing_dtype(self.view.base)).removeprefix("torch.")
+        self.dtype = dtype_name(computing_dtype(self.view.base))
         self.reader = Reader(tokenizer, corpus, batch_tokens, self.view.max_length, self.view.vocabulary)
 
     @property
@@ -233,7 +234,7 @@ class Job:
         Args:
             sums: by layer; those of the text before `start`.
             start: a position in the corpus; None for its beginning.
-            saver: is asked for a checkpoint after each batch.
+            saver: writes a checkpoint after a batch where one is due; None for no checkpoints.
             progress: show a bar on stderr.
 
         Returns:

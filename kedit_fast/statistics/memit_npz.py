@@ -19,6 +19,7 @@ import torch
 
 from kedit_fast.errors import StatisticsError
 from kedit_fast.statistics.moments import SecondMoment
+from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.files import write_npz
 from kedit_fast.support.messages import comma_list
 from kedit_fast.support.torch_state import plain_torch
@@ -106,7 +107,7 @@ def read(path: str | os.PathLike, module: str) -> tuple[SecondMoment, dict[str, 
         raise StatisticsError(f"{path}: mom2 is not symmetric (by {gap:.1e} of its largest entry) or not finite")
     known = {
         "corpus": f"npz {Path(path).parent.name}",
-        "dtype": str(total.dtype).removeprefix("torch."),
+        "dtype": dtype_name(total.dtype),
         "max_length": "0",
         "count": str(count),
     }

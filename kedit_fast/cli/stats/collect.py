@@ -17,6 +17,7 @@ from kedit_fast.statistics.memory_plan import MASTERS, Masters
 from kedit_fast.statistics.resumable import check_folder, collect_into
 from kedit_fast.statistics.sources import open_texts
 from kedit_fast.support import process_group
+from kedit_fast.support.messages import comma_list
 
 
 @command
@@ -96,5 +97,5 @@ def collect(
     how = "was finished" if not collected.passes else f"{collected.seconds:.1f} s"
     if collected.passes and collected.resumed:
         how += f", {collected.resumed:,} tokens from a checkpoint"
-    layer_list = ", ".join(map(str, collected.layers))
+    layer_list = comma_list(collected.layers)
     output.print(f"{collected.tokens:,} tokens, layers {layer_list}, {how}: {out}", markup=False)
