@@ -9,7 +9,6 @@ from typing import get_args
 
 import pytest
 
-import kedit_fast.methods
 from kedit_fast.editing.schedules import SCHEDULES
 from kedit_fast.editing.schedules.mass import SPREADS
 from kedit_fast.editing.schedules.single import VALUE_KEYS
@@ -22,7 +21,7 @@ from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import RECIPES, find_recipe
 from kedit_fast.methods.tables import hparams_table, methods_table, presets_table
 
-PAGE = Path(kedit_fast.methods.__file__).parent / "README.md"
+PAGE = Path(__file__).parents[2] / "kedit_fast" / "methods" / "README.md"
 
 
 @pytest.mark.parametrize(
