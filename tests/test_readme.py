@@ -41,8 +41,9 @@ PUBLISHED = ("meta-llama/", "Qwen/")
 PROGRAMS = ("kedit-fast", "python", "pytest", "pip", "torchrun", "TRITON_INTERPRET=1", "ruff", "pyright", ".ci/run")
 PLACEHOLDER = re.compile(r"\[|\]|\||\.\.\.|(^|\s)[A-Z][A-Z_]*(\.[a-z]+)?(\s|$)")
 NOT_OF_THE_SOFTWARE = re.compile(
-    r"/work/|/tmp/w|/root/|code_review|\bissue \d|\b(this|my|a colleague's) session\b", re.I
+    r"(?<![\w./}>])/(?!usr/)[a-z]\w*/|file:/|\b\w+_review\b|\bissue \d|\b(this|my|\w+'s) session\b", re.I
 )
+"""Absolute paths of somebody's machine, and words about how the software came to be."""
 SKIPPED_FOLDERS = {"build", "dist", "node_modules"}
 
 
@@ -379,6 +380,14 @@ def test_the_links_of_a_page_lead_somewhere(page):
         assert place.exists(), f"{page}: {target}"
         if anchor:
             assert anchor in anchors(place.resolve().relative_to(ROOT)), f"{page}: {target}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["see /home/me/model", "`/data/x.txt`", "(/opt/y/z)", "file:///srv/a", "issue 3", "in this session", "a_review"],
+)
+def test_what_is_not_of_the_software_is_noticed(text):
+    assert NOT_OF_THE_SOFTWARE.search(text)
 
 
 @pytest.mark.parametrize("page", identify)
