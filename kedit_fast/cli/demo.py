@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kedit_fast import demo as bundled
 from kedit_fast.cli.console import command, interactive, output, print_json
-from kedit_fast.cli.options import METHOD_HELP
+from kedit_fast.cli.options import JsonOption, MethodOption, SeedOption
 from kedit_fast.cli.report import print_report
 from kedit_fast.errors import KeditError, MethodError
 from kedit_fast.methods.presets import make_hparams
@@ -25,14 +25,14 @@ from kedit_fast.workflow import complete, run_edits
 
 @command
 def demo(
-    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
+    method: MethodOption = "memit",
     edits: Annotated[
         int | None, typer.Option(min=1, help="requests to write, of 600; default 100; 5 for rome and r-rome")
     ] = None,
-    seed: Annotated[int, typer.Option(help="seed of the context prefixes")] = 0,
+    seed: SeedOption = 0,
     out: Annotated[Path | None, typer.Option(help="save the edited model here")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Change facts inside the bundled demo model and show what changed. Saves nothing without --out."""
     recipe = find_recipe(method)

@@ -12,13 +12,19 @@ from kedit_fast.cli.console import command, interactive, notices, output, print_
 from kedit_fast.cli.hparams import overridden_hparams, requested_sample, warn_of_ignored_settings
 from kedit_fast.cli.options import (
     DTYPE_NAMES,
-    METHOD_HELP,
     REQUESTS_HELP,
     ArgumentsOption,
     ChatOption,
+    DeviceOption,
+    HparamsOption,
+    JsonOption,
     MergeAdapter,
+    MethodOption,
+    ModelArgument,
     OnErrorOption,
+    SeedOption,
     SeparatorOption,
+    SetOption,
     SystemOption,
     TemplateOption,
     chat_options,
@@ -39,13 +45,13 @@ from kedit_fast.workflow import STATE_FILE, run_edits, save_edited
 
 @command
 def edit(
-    model: Annotated[str, typer.Argument(help="model folder or hub name")],
+    model: ModelArgument,
     requests: Annotated[Path, typer.Option(help=REQUESTS_HELP)],
     out: Annotated[
         Path | None, typer.Option(help="folder for the edited model; --out, --patch or both must be given")
     ] = None,
     patch: Annotated[Path | None, typer.Option(help="file for the edits only, see `kedit-fast patch`")] = None,
-    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
+    method: MethodOption = "memit",
     stats: Annotated[
         Path | None, typer.Option(help="folder that `kedit-fast stats` wrote, or one with memit's npz files")
     ] = None,
@@ -56,9 +62,9 @@ def edit(
         bool, typer.Option("--trust", help="accept files that do not record their model, as this model's")
     ] = False,
     layers: Annotated[str | None, typer.Option(help="zero-based, 4-8 or 3,5,7")] = None,
-    hparams: Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
-    seed: Annotated[int, typer.Option(help="seed of the context prefixes")] = 0,
+    hparams: HparamsOption = None,
+    set_: SetOption = None,
+    seed: SeedOption = 0,
     batch_size: Annotated[int | None, typer.Option(min=1, help="requests per batch; all at once by default")] = None,
     values: Annotated[
         str | None,
@@ -76,10 +82,10 @@ def edit(
     ] = False,
     on_error: OnErrorOption = "raise",
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded and saved in")] = "auto",
-    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    device: DeviceOption = "cpu",
     merge_adapter: MergeAdapter = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write facts into a model and save it."""
     recipe = find_recipe(method)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from typing import Annotated
-
-import typer
 
 import kedit_fast
 from kedit_fast.cli.console import command, output, print_json
+from kedit_fast.cli.options import JsonOption
 from kedit_fast.kernels.native import cpu as native_cpu
 from kedit_fast.kernels.native.loader import build_reason
 
 
 @command
-def backends(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
+def backends(as_json: JsonOption = False) -> None:
     """Show which backends can run here, and why the others cannot."""
     rows = kedit_fast.backends()
     if as_json:

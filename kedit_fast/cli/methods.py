@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
 from rich.markup import escape
 from rich.table import Table
 
 from kedit_fast.cli.console import command, output, print_json
+from kedit_fast.cli.options import JsonOption
 from kedit_fast.methods.hparams import describe
 from kedit_fast.methods.registry import RECIPES
 
 
 @command
-def methods(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
+def methods(as_json: JsonOption = False) -> None:
     """List the methods, where each is from, and what it keeps between batches; as JSON also their hyper-parameters."""
     if as_json:
         print_json({name: {**recipe.as_dict(), "hparams": describe(recipe)} for name, recipe in RECIPES.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -14,7 +15,6 @@ from kedit_fast.models.loading import DTYPES
 from kedit_fast.requests.problems import OnError
 from kedit_fast.requests.spacing import check_separator
 
-METHOD_HELP = "a method's name, see `kedit-fast methods`"
 REQUESTS_HELP = "edit requests: .json, .jsonl, .csv or .tsv, also .gz; - for stdin"
 TEXT_HELP = ".txt (one document per line), .jsonl, .json, .csv or .tsv, also .gz; or datasets:NAME[:CONFIG[:SPLIT]]"
 LAYERS_HELP = "zero-based, 4-8 (both ends count) or 3,5,7"
@@ -74,6 +74,12 @@ ArgumentsOption = Annotated[
 MergeAdapter = Annotated[
     bool, typer.Option("--merge-adapter", help="of an adapter's folder: add it to its model's weights (needs peft)")
 ]
+ModelArgument = Annotated[str, typer.Argument(help="model folder or hub name")]
+HparamsOption = Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")]
+DeviceOption = Annotated[str, typer.Option(help="torch device")]
+MethodOption = Annotated[str, typer.Option(help="a method's name, see `kedit-fast methods`")]
+SeedOption = Annotated[int, typer.Option(help="seed of the context prefixes")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 

@@ -15,13 +15,18 @@ from kedit_fast.cli.console import command, output, print_json, say_skipped
 from kedit_fast.cli.hparams import overridden_hparams, warn_of_ignored_settings
 from kedit_fast.cli.options import (
     DTYPE_NAMES,
-    METHOD_HELP,
     REQUESTS_HELP,
     ArgumentsOption,
     ChatOption,
+    DeviceOption,
+    HparamsOption,
+    JsonOption,
     MergeAdapter,
+    MethodOption,
+    ModelArgument,
     OnErrorOption,
     SeparatorOption,
+    SetOption,
     SystemOption,
     TemplateOption,
     chat_options,
@@ -37,26 +42,26 @@ from kedit_fast.requests.reading import as_requests, load_requests
 
 @command
 def plan(
-    model: Annotated[str, typer.Argument(help="model folder or hub name")],
+    model: ModelArgument,
     edits: Annotated[int, typer.Option(min=1, help="how many edits, in one batch")],
-    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
+    method: MethodOption = "memit",
     requests: Annotated[
         Path | None, typer.Option(help=f"for the trial, the demo's by default; {REQUESTS_HELP}")
     ] = None,
     layers: Annotated[str | None, typer.Option(help="zero-based, 4-8 or 3,5,7")] = None,
-    hparams: Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
+    hparams: HparamsOption = None,
+    set_: SetOption = None,
     target_separator: SeparatorOption = "auto",
     chat: ChatOption = False,
     system: SystemOption = None,
     template: TemplateOption = None,
     template_arg: ArgumentsOption = None,
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
-    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    device: DeviceOption = "cpu",
     merge_adapter: MergeAdapter = False,
     trial: Annotated[bool, typer.Option(help="load the model and try; without, bytes from its configuration")] = True,
     on_error: OnErrorOption = "raise",
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Estimate the memory, the batch and the time of a run of edits before it is started."""
     chatting = chat_options(chat, system, template, template_arg)

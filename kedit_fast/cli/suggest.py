@@ -14,14 +14,19 @@ from kedit_fast.cli.console import command, interactive, output, print_json, say
 from kedit_fast.cli.hparams import overridden_hparams, requested_sample, warn_of_ignored_settings
 from kedit_fast.cli.options import (
     DTYPE_NAMES,
-    METHOD_HELP,
     REQUESTS_HELP,
     TEXT_HELP,
     ArgumentsOption,
     ChatOption,
+    DeviceOption,
+    HparamsOption,
+    JsonOption,
     MergeAdapter,
+    MethodOption,
+    ModelArgument,
     OnErrorOption,
     SeparatorOption,
+    SetOption,
     SystemOption,
     TemplateOption,
     chat_options,
@@ -41,9 +46,9 @@ from kedit_fast.support.files import write_text
 
 @command
 def suggest(
-    model: Annotated[str, typer.Argument(help="model folder or hub name")],
+    model: ModelArgument,
     requests: Annotated[Path, typer.Option(help=f"better with paraphrases; {REQUESTS_HELP}")],
-    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "memit",
+    method: MethodOption = "memit",
     text: Annotated[
         str | None, typer.Option(help="text for the statistics and for measuring drift: " + TEXT_HELP)
     ] = None,
@@ -57,19 +62,19 @@ def suggest(
         str | None,
         typer.Option(help="last edited layers to try; by default eight, within the first 60 % of the model's depth"),
     ] = None,
-    hparams: Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
+    hparams: HparamsOption = None,
+    set_: SetOption = None,
     target_separator: SeparatorOption = "auto",
     chat: ChatOption = False,
     system: SystemOption = None,
     template: TemplateOption = None,
     template_arg: ArgumentsOption = None,
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
-    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    device: DeviceOption = "cpu",
     merge_adapter: MergeAdapter = False,
     out: Annotated[Path | None, typer.Option(help="write the configuration to this .toml")] = None,
     on_error: OnErrorOption = "raise",
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Try layers and lambda on a few requests, and print a configuration for --hparams."""
     chatting = chat_options(chat, system, template, template_arg)

@@ -9,7 +9,17 @@ import typer
 
 from kedit_fast.cli.checks import check_range, processes
 from kedit_fast.cli.console import command, interactive, notices, output, print_json
-from kedit_fast.cli.options import DTYPE_NAMES, LAYERS_HELP, TEXT_HELP, MergeAdapter, choice, parsed_layers
+from kedit_fast.cli.options import (
+    DTYPE_NAMES,
+    LAYERS_HELP,
+    TEXT_HELP,
+    DeviceOption,
+    JsonOption,
+    MergeAdapter,
+    ModelArgument,
+    choice,
+    parsed_layers,
+)
 from kedit_fast.errors import KeditError
 from kedit_fast.models.loading import DTYPES, load_config, load_model
 from kedit_fast.statistics.corpus import Corpus
@@ -22,7 +32,7 @@ from kedit_fast.support.messages import comma_list
 
 @command
 def collect(
-    model: Annotated[str, typer.Argument(help="model folder or hub name")],
+    model: ModelArgument,
     text: Annotated[str, typer.Option(help=TEXT_HELP)],
     layers: Annotated[str, typer.Option(help=LAYERS_HELP)],
     out: Annotated[Path, typer.Option(help="folder for the statistics and, while it runs, for checkpoints")],
@@ -38,13 +48,13 @@ def collect(
     checkpoint_every: Annotated[float, typer.Option(min=0, help="seconds between checkpoints")] = 60.0,
     masters: Annotated[Masters, choice(MASTERS, "where the fp64 sums are kept")] = "auto",
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model runs in")] = "auto",
-    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    device: DeviceOption = "cpu",
     merge_adapter: MergeAdapter = False,
     device_map: Annotated[
         str | None, typer.Option(help="spread the model over devices: auto, balanced, sequential (needs accelerate)")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="start anew in an existing --out")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Collect the second moments an edit needs, in one pass over a text, with checkpoints.
 

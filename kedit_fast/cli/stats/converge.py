@@ -18,9 +18,13 @@ from kedit_fast.cli.options import (
     TEXT_HELP,
     ArgumentsOption,
     ChatOption,
+    DeviceOption,
+    JsonOption,
     MergeAdapter,
+    ModelArgument,
     OnErrorOption,
     SeparatorOption,
+    SetOption,
     SystemOption,
     TemplateOption,
     assignments,
@@ -40,7 +44,7 @@ from kedit_fast.statistics.sources import open_texts
 
 @command
 def converge(
-    model: Annotated[str, typer.Argument(help="model folder or hub name")],
+    model: ModelArgument,
     text: Annotated[str, typer.Option(help=TEXT_HELP)],
     requests: Annotated[Path, typer.Option(help=".json, .jsonl, .csv or .tsv of requests whose update is followed")],
     out: Annotated[Path, typer.Option(help="folder for convergence.csv and convergence.png")],
@@ -49,7 +53,7 @@ def converge(
     edits: Annotated[int, typer.Option(min=1, help="requests to follow, the first ones")] = 16,
     field: Annotated[str, typer.Option(help="field of a record, or column, that holds the text")] = "text",
     layers: Annotated[str | None, typer.Option(help=LAYERS_HELP)] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")] = None,
+    set_: SetOption = None,
     seed: Annotated[int | None, typer.Option(help="take documents in this random order; else in their own")] = None,
     max_length: Annotated[int, typer.Option(min=1, help="cut documents to this many tokens")] = 1024,
     target_separator: SeparatorOption = "auto",
@@ -58,11 +62,11 @@ def converge(
     template: TemplateOption = None,
     template_arg: ArgumentsOption = None,
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model runs in")] = "auto",
-    device: Annotated[str, typer.Option(help="torch device")] = "cpu",
+    device: DeviceOption = "cpu",
     on_error: OnErrorOption = "raise",
     merge_adapter: MergeAdapter = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the report in an existing --out")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Report how an update, the null space and the condition change as statistics see more text."""
 

@@ -9,7 +9,7 @@ import typer
 
 from kedit_fast.cli.checks import check_file, make_folder
 from kedit_fast.cli.console import command, output, print_json
-from kedit_fast.cli.options import LAYERS_HELP, MergeAdapter, choice, parsed_layers
+from kedit_fast.cli.options import LAYERS_HELP, JsonOption, MergeAdapter, ModelArgument, choice, parsed_layers
 from kedit_fast.errors import KeditError, StatisticsError
 from kedit_fast.methods.hparams import DECLARATIONS
 from kedit_fast.models.loading import load_model
@@ -23,7 +23,7 @@ PRECISIONS = ("float32", "float64")
 
 @command
 def import_(
-    model: Annotated[str, typer.Argument(help="model folder or hub name")],
+    model: ModelArgument,
     source: Annotated[Path, typer.Option("--from", help="a `..._stats` folder with npz files of memit or EasyEdit")],
     out: Annotated[Path, typer.Option(help="folder for the statistics")],
     layers: Annotated[str | None, typer.Option(help=LAYERS_HELP + "; all that are there by default")] = None,
@@ -37,7 +37,7 @@ def import_(
         bool, typer.Option("--trust", help="accept the files as this model's; they do not record their model")
     ] = False,
     merge_adapter: MergeAdapter = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Take over statistics of memit, AlphaEdit or EasyEdit."""
     if out.exists():
@@ -61,7 +61,7 @@ def export(
         int, typer.Option(min=0, help="its mom2_n_samples, by which it looks for the file; 0 for none")
     ] = 100_000,
     precision: Annotated[str, choice(PRECISIONS, "its mom2_dtype")] = "float32",
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write statistics where memit, AlphaEdit or EasyEdit look for their own."""
     written = []
@@ -80,7 +80,7 @@ def project(
     layers: Annotated[str | None, typer.Option(help=LAYERS_HELP + "; all that are there by default")] = None,
     threshold: Annotated[float, typer.Option(help="nullspace_threshold")] = DECLARATIONS["nullspace_threshold"].default,
     rule: Annotated[NullSpaceRule, choice(RULES, "nullspace_rule")] = DECLARATIONS["nullspace_rule"].default,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write the projections on null spaces as AlphaEdit's null_space_project.pt."""
     check_file(out)

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kedit_fast.cli.console import command, notices, output, print_json
+from kedit_fast.cli.options import JsonOption
 from kedit_fast.errors import KeditError
 from kedit_fast.reports import spectra
 
@@ -19,7 +20,7 @@ def show(
     folder: Annotated[Path, typer.Argument(help="folder with statistics")],
     png: Annotated[Path | None, typer.Option(help="draw the spectra here; by default FOLDER/spectra.png")] = None,
     draw: Annotated[bool, typer.Option(help="draw the spectra (needs matplotlib)")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show counts, traces, condition numbers, effective ranks and null spaces, and draw the spectra."""
     layer_spectra = spectra.spectra(folder)
