@@ -243,7 +243,7 @@ def gpu_tests() -> list[str]:
 
 
 def test(place: Place) -> None:
-    """Those files, each whole and in a process of its own: three at a time, since compiling takes most of the seconds.
+    """Those files, each whole and in a process of its own: four at a time, since compiling takes most of the seconds.
 
     A failure, a file that had no time, or a kernel's file that cannot run a single test here, is an error of the stage
     when all have run. Each gives its memory back at its end; a test for which too little is free says so.
@@ -267,7 +267,7 @@ def test(place: Place) -> None:
         return name, time.perf_counter() - begin, done
 
     failed = []
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(4) as pool:
         for name, seconds, done in pool.map(outcome, [] if place.dry else gpu_tests()):
             if isinstance(done, str):
                 place.figure(f"tests, {name}", seconds=seconds, result=done)
@@ -409,7 +409,10 @@ def values_of(place: Place, shape: Shape, tokenizer: Any, contexts: Sequence[str
     fixed = {"layers": shape.layers, "v_stop_loss": 0.0, "v_num_grad_steps": 3 if place.dry else 25,
              "on_predicted": "allow", "clamp_norm_factor": 0.75, "v_lr": 0.1}  # fmt: skip
     prepared = prepare(tokenizer, requests_of(count), contexts, 1024)
-    views = {name: ModelView(model_of(shape, getattr(torch, name), place.device)) for name in ("float32", "bfloat16")}
+    full, half = (model_of(shape, dtype, place.device) for dtype in (torch.float32, torch.bfloat16))
+    half.load_state_dict(full.state_dict())  # the same numbers: a generator gives others in each dtype
+    views = {"float32": ModelView(full), "bfloat16": ModelView(half)}
+    del full, half
     hparams, _ = make_hparams("memit", views["float32"].config, fixed)
     layer = shape.layers[-1]
 
@@ -421,9 +424,9 @@ def values_of(place: Place, shape: Shape, tokenizer: Any, contexts: Sequence[str
         return find_values(views[name], requests, layer, "block", hparams)
 
     chosen = prepared[:: max(1, count // 3)][:3]
-    full, expected = ours("float32", chosen), theirs(chosen)
+    found, expected = ours("float32", chosen), theirs(chosen)
     error = max(
-        float((full.targets[:, i] - value.targets[0].to(full.targets)).norm() / value.deltas[0].norm())
+        float((found.targets[:, i] - value.targets[0].to(found.targets)).norm() / value.deltas[0].norm())
         for i, value in enumerate(expected)
     )
     baseline, floors = "published serial loop, fp32", {"float32": (5.0, 10.0), "bfloat16": (15.0, 30.0)}
@@ -441,9 +444,9 @@ def values_of(place: Place, shape: Shape, tokenizer: Any, contexts: Sequence[str
     if not error <= 1e-2:
         place.add([{**row, "baseline": baseline, "ratio": None} for row in rows.values()])
         return
-    half = ours("bfloat16", chosen)
-    scale = full.deltas.norm(dim=0)
-    rows["bfloat16"] |= {"error": float(((half.deltas - full.deltas).norm(dim=0) / scale).max()), "error_limit": 1.0}
+    rounded, scale = ours("bfloat16", chosen), found.deltas.norm(dim=0)
+    error = float(((rounded.deltas - found.deltas).norm(dim=0) / scale).max())
+    rows["bfloat16"] |= {"error": error, "error_limit": 1.0}
     rows["bfloat16"]["note"] += "; its error is the distance of its deltas from those in fp32"
     if not rows["bfloat16"]["error"] <= 1.0:
         place.add([{**rows.pop("bfloat16"), "baseline": baseline, "ratio": None}])
