@@ -3,7 +3,7 @@
 An op has one implementation for each backend it supports: `torch` (the reference, always available), `cpu` (C++),
 `triton` and `cuda`. The first of these that is set decides: the call's `backend=` argument, `with use_backend(...)`,
 the environment variable KEDIT_FAST_BACKEND; where none is set, the first implementation that accepts the arguments
-runs. An explicit choice never falls back: it raises with the reason.
+and is not passed over as the slower one runs. An explicit choice never falls back: it raises with the reason.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ class Implementation:
     """Computes the op; called only with arguments that the op has checked."""
     declines: Callable[..., str] = field(default=lambda *args: "")
     """Given the tensors of a call, returns why this implementation does not take them, or ''."""
+    passed_over: Callable[..., str] = field(default=lambda *args: "")
+    """Given the tensors of a call that it takes, returns why another is faster, or ''. It runs when asked for."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def select(op: str, backend: str, *args: Any) -> Implementation:
             raise BackendUnavailableError(f"{op} cannot run on backend {backend!r}: {reason}")
         return _implementations[op][backend]
     for implementation in _automatic(op):
-        reason = implementation.declines(*args)
+        reason = implementation.declines(*args) or implementation.passed_over(*args)
         if not reason:
             if implementation.backend == "torch":
                 _warn_of_reference(op, *args)
@@ -198,7 +200,9 @@ def _warn_of_reference(op: str, *args: Any) -> None:
     if device is None or device.type in ("cpu", "meta"):
         return
     reasons = {
-        name: _refusal(op, name, *args) or _EXPLICIT_ONLY for name in GPU_BACKENDS if name in _implementations[op]
+        name: _refusal(op, name, *args) or _EXPLICIT_ONLY
+        for name in GPU_BACKENDS
+        if name in _implementations[op] and not _implementations[op][name].passed_over(*args)
     }
     text = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     if text and (op, "torch", text) not in _declined:
@@ -242,8 +246,7 @@ def explain(op: str, *args: Any, backend: str | None = None) -> Explanation:
     reasons = {}
     for name in BACKENDS:
         if name != runs:
-            other = _EXPLICIT_ONLY if probe(name).explicit_only else "could run; another comes first"
-            reasons[name] = _refusal(op, name, *args) or other
+            reasons[name] = _refusal(op, name, *args) or _slower(op, name, *args)
     return Explanation(op, f"{runs} ({detail(runs)})", reasons)
 
 
@@ -257,6 +260,13 @@ def backends() -> list[BackendStatus]:
         True
     """
     return [BackendStatus(name, not probe(name).reason, detail(name)) for name in BACKENDS]
+
+
+def _slower(op: str, backend: str, *args: Any) -> str:
+    """Why an implementation that could run does not."""
+    if probe(backend).explicit_only:
+        return _EXPLICIT_ONLY
+    return _implementations[op][backend].passed_over(*args) or "could run; another comes first"
 
 
 def _refusal(op: str, backend: str, *args: Any) -> str:

@@ -12,7 +12,8 @@ import torch
 
 import kedit_fast
 from kedit_fast.errors import BackendUnavailableError, KeditError
-from kedit_fast.kernels import native
+from kedit_fast.kernels import native, triton
+from kedit_fast.ops import _lm_head
 
 backends = sys.modules["kedit_fast.backends"]  # the package's own `backends` is a function
 
@@ -118,7 +119,9 @@ GPU_OPS = ("rank_k_update_", "symmetric_rank_k_update_", "target_log_probs", "di
 
 def on_gpu(dtype=torch.bfloat16):
     """What `select` looks at of a tensor on a GPU."""
-    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype, layout=torch.strided)
+    return SimpleNamespace(
+        device=torch.device("cuda", 0), dtype=dtype, layout=torch.strided, is_cuda=True, shape=(2, 2)
+    )
 
 
 @pytest.fixture
@@ -139,6 +142,7 @@ def test_the_reference_on_a_gpu_is_said_once_with_the_reason(op, forgetful, monk
     for name in ("triton", "cuda"):
         reason = f"no {name} compiler here"
         monkeypatch.setitem(backends._probes, name, (lambda reason=reason: backends.Probe(reason), lambda: ""))
+    monkeypatch.setattr(_lm_head, "has_wide_product", lambda states: False)  # as with torch before 2.8
     with caplog.at_level(logging.DEBUG, "kedit_fast"):
         for _ in range(3):
             assert backends.select(op, "auto", on_gpu(), on_gpu(), on_gpu()).backend == "torch"
@@ -156,6 +160,20 @@ def test_the_reference_is_not_warned_about_where_it_is_what_there_is(forgetful, 
         for op in ("spd_solve", "rms_norm", "gated_silu"):
             assert backends.select(op, "auto", on_gpu(torch.float32), on_gpu(torch.float32)).backend == "torch"
         backends.select("rank_k_update_", "torch", on_gpu(), on_gpu(), on_gpu())
+    assert not warned(caplog)
+
+
+@pytest.mark.parametrize("op", ("target_log_probs", "distribution_kl"))
+def test_a_slower_kernel_is_passed_over_without_a_warning(op, forgetful, monkeypatch, caplog):
+    ready = backends.Probe(), lambda: ""
+    monkeypatch.setitem(backends._probes, "triton", (lambda: ready[0], ready[1]))
+    monkeypatch.setattr(triton, "declines_device", lambda tensor: "")
+    monkeypatch.setattr(_lm_head, "has_wide_product", lambda states: states.dtype == torch.bfloat16)
+    for dtype, runs in ((torch.bfloat16, "torch"), (torch.float32, "torch"), (torch.float16, "triton")):
+        states = on_gpu(dtype)
+        states.is_floating_point = lambda: True
+        assert backends.select(op, "auto", states, states, states).backend == runs
+        assert backends.select(op, "triton", states, states, states).backend == "triton"
     assert not warned(caplog)
 
 

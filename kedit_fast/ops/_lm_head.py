@@ -9,6 +9,7 @@ import torch
 from kedit_fast.errors import GradientError
 from kedit_fast.kernels import triton
 from kedit_fast.ops._checks import describe, require, require_dtype
+from kedit_fast.reference._wide import has_wide_product
 from kedit_fast.support.dtypes import FLOATS, accumulation_dtype
 
 
@@ -31,6 +32,13 @@ def triton_declines(hidden: torch.Tensor, *heads: torch.Tensor) -> str:
     if any(part.dtype != hidden.dtype for part in heads if part.is_floating_point()):
         return "a head of another dtype than the states"
     return triton.declines_device(hidden) or ("float64 states" if hidden.dtype == torch.float64 else "")
+
+
+def triton_is_slower(hidden: torch.Tensor, *_: torch.Tensor) -> str:
+    """Why torch's own products are preferred to the Triton kernels, or ''. Measured on an H200: see benchmarks."""
+    if hidden.dtype == torch.float32 or has_wide_product(hidden):  # a head beside 16-bit states has their dtype
+        return "torch's own matrix products are faster"
+    return ""
 
 
 def fake_gradient(hidden: torch.Tensor, gradient: bool) -> torch.Tensor:

@@ -21,6 +21,8 @@ from kedit_fast.reference import rank_k_update as reference
 from kedit_fast.support.dtypes import FLOATS
 
 OP = "rank_k_update_"
+CUDA_RANKS = 32
+"""Ranks up to which the CUDA kernel is preferred."""
 LIBRARY.define(f"{OP}(Tensor(a!) weight, Tensor left, Tensor right, float alpha, Tensor(b!)? copy, str backend) -> ()")
 _op = torch.ops.kedit_fast.rank_k_update_.default
 
@@ -170,7 +172,12 @@ def _declines_float64(*tensors: torch.Tensor | None) -> str:
     return "float64 weights or factors" if wide else ""
 
 
+def _cuda_is_slower(weight: torch.Tensor, left: torch.Tensor, *_: object) -> str:
+    """Its threads multiply without the matrix unit; measured on an H200: see benchmarks."""
+    return f"Triton's kernel is faster above rank {CUDA_RANKS}" if left.shape[1] > CUDA_RANKS else ""
+
+
 register(Implementation(OP, "torch", reference.rank_k_update_))
 register(Implementation(OP, "cpu", native.cpu.rank_k_update_, _cpu_declines))
-register(Implementation(OP, "cuda", native.cuda.rank_k_update_, _cuda_declines))
+register(Implementation(OP, "cuda", native.cuda.rank_k_update_, _cuda_declines, _cuda_is_slower))
 register(Implementation(OP, "triton", triton.lazy("rank_k_update", OP), _triton_declines))

@@ -10,7 +10,7 @@ from kedit_fast.backends import Implementation, register
 from kedit_fast.kernels import triton
 from kedit_fast.ops._checks import describe, require, require_dtype, require_no_grad, require_same_device
 from kedit_fast.ops._library import LIBRARY, dispatch
-from kedit_fast.ops._lm_head import chain, check_head, fake_gradient, triton_declines
+from kedit_fast.ops._lm_head import chain, check_head, fake_gradient, triton_declines, triton_is_slower
 from kedit_fast.reference import target_log_probs as reference
 from kedit_fast.support.dtypes import accumulation_dtype
 
@@ -148,4 +148,4 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | Non
 
 torch.library.register_autograd(f"kedit_fast::{OP}", _backward, setup_context=_setup_context, lib=LIBRARY)
 register(Implementation(OP, "torch", reference.target_log_probs))
-register(Implementation(OP, "triton", triton.lazy("target_log_probs", OP), triton_declines))
+register(Implementation(OP, "triton", triton.lazy("target_log_probs", OP), triton_declines, triton_is_slower))

@@ -4,12 +4,38 @@ from __future__ import annotations
 
 import torch
 
+from kedit_fast.reference._wide import has_wide_product, wide_product
 from kedit_fast.support.dtypes import accumulation_dtype
+
+DEPTH = 1024
+"""Columns of 16-bit states that a matrix unit sums before their sum is rounded to fp32."""
 
 
 def default_chunk(tensor: torch.Tensor) -> int:
     """Vocabulary entries whose logits are in memory at a time: few enough for a CPU's cache, enough to fill a GPU."""
     return 8192 if tensor.device.type == "cpu" else 16384
+
+
+def raw_logits(states: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """states [rows, h] times part [c, h] of the head, transposed, in the states' accumulation dtype."""
+    if has_wide_product(states, part):
+        return wide_product(states, part.T, DEPTH)
+    dtype = accumulation_dtype(states)
+    return states.to(dtype) @ part.to(dtype).T
+
+
+def add_product_(total: torch.Tensor, weights: torch.Tensor, part: torch.Tensor) -> None:
+    """total += weights [rows, c], in fp32 or fp64, times part [c, h] of the head.
+
+    Where torch has 16-bit products with fp32 results, the weights are written as two terms of the head's dtype: an
+    error of 2^-16 of each weight in bf16, of 2^-22 in fp16.
+    """
+    if not has_wide_product(part):
+        total.addmm_(weights, part.to(weights.dtype))
+        return
+    upper = weights.to(part.dtype)
+    for term in (upper, (weights - upper).to(part.dtype)):
+        total += torch.mm(term, part, out_dtype=torch.float32)
 
 
 def capped(logits: torch.Tensor, bias: torch.Tensor | None, softcap: float) -> torch.Tensor:
@@ -33,9 +59,12 @@ class OnlineSum:
         self.peak = torch.full((rows,), -torch.inf, dtype=accumulation_dtype(like), device=like.device)
         self.sum = torch.zeros_like(self.peak)
 
-    def add(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """exp(logits - peak) [rows, c], and the factor [rows] by which earlier sums must be multiplied."""
-        peak = torch.maximum(self.peak, logits.amax(dim=1))
+    def add(self, logits: torch.Tensor, largest: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """exp(logits - peak) [rows, c], and the factor [rows] by which earlier sums must be multiplied.
+
+        `largest` [rows] are the largest logits, where they are known.
+        """
+        peak = torch.maximum(self.peak, logits.amax(dim=1) if largest is None else largest)
         floor = torch.where(peak == -torch.inf, 0.0, peak)  # only -inf so far: exp(-inf - 0) is 0, not NaN
         fade, weights = torch.exp(self.peak - floor), torch.exp(logits - floor[:, None])
         self.sum = self.sum * fade + weights.sum(dim=1)

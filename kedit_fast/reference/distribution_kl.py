@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from kedit_fast.reference._lm_head import OnlineSum, cap_slope, capped, default_chunk
+from kedit_fast.reference._lm_head import OnlineSum, add_product_, cap_slope, capped, default_chunk, raw_logits
 from kedit_fast.support.dtypes import accumulation_dtype
 
 
@@ -28,14 +28,14 @@ def distribution_kl(
     The gradient is [rows, h], or [0, h] where `gradient` is false.
     """
     rows, width = hidden.shape
-    states, step = torch.cat([hidden, hidden_ref]).to(accumulation_dtype(hidden)), chunk or default_chunk(hidden)
+    states, step = torch.cat([hidden, hidden_ref]), chunk or default_chunk(hidden)
     total, total_ref = OnlineSum(rows, hidden), OnlineSum(rows, hidden)
     level: torch.Tensor | None = None
     apart = torch.zeros_like(total.sum)  # sum of exp(z - peak) (D - level)
-    sums = torch.zeros(2 if gradient else 0, rows, width, dtype=states.dtype, device=hidden.device)
+    sums = torch.zeros(2 if gradient else 0, rows, width, dtype=accumulation_dtype(hidden), device=hidden.device)
     for begin in range(0, head.shape[0], step):
-        part = head[begin : begin + step].to(states.dtype)  # [c, h]
-        both = capped(states @ part.T, None if bias is None else bias[begin : begin + step], softcap)
+        part = head[begin : begin + step]  # [c, h]
+        both = capped(raw_logits(states, part), None if bias is None else bias[begin : begin + step], softcap)
         logits, logits_ref = both[:rows], both[rows:]  # [rows, c]
         weights, fade = total.add(logits)
         total_ref.add(logits_ref)
@@ -46,8 +46,8 @@ def distribution_kl(
         apart = apart * fade + weighted.sum(dim=1)
         if gradient:
             slope = cap_slope(logits, softcap)
-            now = torch.cat([weighted * slope, weights * slope]) @ part
-            sums = sums * fade[:, None] + now.view(2, rows, width)
+            sums *= fade[:, None]
+            add_product_(sums.view(2 * rows, width), torch.cat([weighted * slope, weights * slope]), part)
     mean = apart / total.sum  # E_p[D] - level
     kl = mean - ((total.log() - total_ref.log()) - (0.0 if level is None else level))
     if not gradient:

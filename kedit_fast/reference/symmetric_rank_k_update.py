@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from kedit_fast.reference._wide import HALVES, has_wide_product, wide_product
 from kedit_fast.support.dtypes import accumulation_dtype
+
+DEPTH = 256
+"""Rows that the matrix unit sums before their sum is rounded to fp32."""
 
 
 def symmetric_rank_k_update_(
@@ -28,7 +32,7 @@ def symmetric_rank_k_update_(
         x = x[mask]
         row_weights = None if row_weights is None else row_weights[mask]
     dtype = accumulation_dtype(x)
-    if row_weights is None and _has_wide_product(x):
+    if row_weights is None and has_wide_product(x):
         for begin in range(0, x.shape[0], chunk):
             rows = x[begin : begin + chunk]
             _add_lower_(acc, rows, rows, alpha, block=2048)
@@ -51,20 +55,9 @@ def _add_lower_(acc: torch.Tensor, left: torch.Tensor, right: torch.Tensor, alph
         corner.copy_(torch.where(below, corner + alpha * product[:, i:], corner))
 
 
-def _has_wide_product(x: torch.Tensor) -> bool:
-    """Whether torch multiplies 16-bit matrices on this device into an fp32 one (CUDA, torch 2.8)."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    return half and x.is_cuda and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype")
-
-
-def _product(left: torch.Tensor, right: torch.Tensor, depth: int = 256) -> torch.Tensor:
-    """left^T right in fp32 (fp64 for fp64 rows). The matrix unit truncates its sums, so they are only `depth` long."""
-    if left.dtype not in (torch.bfloat16, torch.float16):
-        return left.T @ right
-    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float32, device=left.device)
-    for begin in range(0, left.shape[0], depth):
-        total += torch.mm(left[begin : begin + depth].T, right[begin : begin + depth], out_dtype=torch.float32)
-    return total
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left^T right in fp32 (fp64 for fp64 rows)."""
+    return wide_product(left.T, right, DEPTH) if left.dtype in HALVES else left.T @ right
 
 
 def mirror_(acc: torch.Tensor, block: int = 512) -> None:

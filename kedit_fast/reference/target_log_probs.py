@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from kedit_fast.reference._lm_head import OnlineSum, cap_slope, capped, default_chunk
+from kedit_fast.reference._lm_head import OnlineSum, add_product_, cap_slope, capped, default_chunk, raw_logits
 from kedit_fast.support.dtypes import accumulation_dtype
 
 
@@ -27,26 +27,27 @@ def target_log_probs(
     The gradient is [rows, h], or [0, h] where `gradient` is false.
     """
     rows, width = hidden.shape
-    states, step = hidden.to(accumulation_dtype(hidden)), chunk or default_chunk(hidden)
+    dtype, step = accumulation_dtype(hidden), chunk or default_chunk(hidden)
     total = OnlineSum(rows, hidden)
     at_target = torch.full_like(total.peak, torch.nan)  # NaN: outside the vocabulary
     best_id = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
-    expected = torch.zeros(rows if gradient else 0, width, dtype=states.dtype, device=hidden.device)
+    expected = torch.zeros(rows if gradient else 0, width, dtype=dtype, device=hidden.device)
     for begin in range(0, head.shape[0], step):
-        part = head[begin : begin + step].to(states.dtype)  # [c, h]
-        logits = capped(states @ part.T, None if bias is None else bias[begin : begin + step], softcap)  # [rows, c]
+        part = head[begin : begin + step]  # [c, h]
+        logits = capped(raw_logits(hidden, part), None if bias is None else bias[begin : begin + step], softcap)
         inside = (targets >= begin) & (targets < begin + part.shape[0])
         index = torch.where(inside, targets - begin, 0)[:, None]
         at_target = torch.where(inside, logits.gather(1, index)[:, 0], at_target)
         value, place = logits.max(dim=1)
         best_id = torch.where(value > total.peak, place + begin, best_id)
-        weights, fade = total.add(logits)
+        weights, fade = total.add(logits, value)
         if gradient:
-            expected = torch.addmm(expected * fade[:, None], weights * cap_slope(logits, softcap), part)
+            expected *= fade[:, None]
+            add_product_(expected, weights * cap_slope(logits, softcap) if softcap > 0 else weights, part)
     if gradient:
         known = targets.clamp(0, head.shape[0] - 1)
         slope = cap_slope(at_target, softcap)
-        chosen = head[known].to(states.dtype) * (slope[:, None] if isinstance(slope, torch.Tensor) else 1.0)
+        chosen = head[known].to(dtype) * (slope[:, None] if isinstance(slope, torch.Tensor) else 1.0)
         expected = chosen - expected / total.sum[:, None]
     log_sum = total.log()
     return at_target - log_sum, best_id, total.peak - log_sum, expected

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from floors import RANK_K, relative_error
+from floors import HEAD, HEAD_GRADIENT, RANK_K, relative_error
 
 from kedit_fast import distribution_kl, rank_k_update_, symmetric_rank_k_update_, target_log_probs
-from kedit_fast.backends import probe
+from kedit_fast.backends import explain, probe
 from kedit_fast.errors import InvalidArgumentError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -136,3 +136,23 @@ def test_a_device_that_is_not_the_current_one_is_written(writer):
 def test_tensors_on_two_devices_are_named():
     with pytest.raises(InvalidArgumentError, match="left on cpu"):
         rank_k_update_(torch.zeros(3, 4, device="cuda"), torch.ones(3, 1), torch.ones(4, 1, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_the_head_ops_are_right_on_torchs_own_products(dtype):
+    """Which they run on by automatic choice: the values to fp32's precision, the gradients to that of the states."""
+    hidden, other = (torch.randn(40, 4096, device="cuda").to(dtype).requires_grad_(i == 0) for i in range(2))
+    head = (torch.randn(40_000, 4096, device="cuda") / 40).to(dtype)
+    targets = torch.randint(0, 40_000, (40,), device="cuda")
+    assert explain("target_log_probs", hidden, head, targets).runs.startswith("torch")
+    wide = hidden.detach().double().requires_grad_()
+    log_p, log_q = (torch.log_softmax(h.double() @ head.double().T, -1) for h in (wide, other))
+    for found, expected in (
+        (target_log_probs(hidden, head, targets).log_prob, log_p.gather(1, targets[:, None])[:, 0]),
+        (distribution_kl(hidden, other, head), (log_p.exp() * (log_p - log_q)).sum(-1)),
+    ):
+        (slope,) = torch.autograd.grad(expected.sum(), wide, retain_graph=True)
+        (gradient,) = torch.autograd.grad(found.sum(), hidden)
+        print(dtype, relative_error(found, expected), relative_error(gradient, slope))
+        assert relative_error(found, expected) < HEAD[dtype]
+        assert relative_error(gradient, slope) < HEAD_GRADIENT[dtype]

@@ -136,7 +136,7 @@ def test_the_reference_gives_16_bit_rows_to_the_matrix_unit_where_it_has_an_fp32
         seen.append((left.dtype, right.dtype, left.shape[1], out_dtype))
         return left.float() @ right.float()
 
-    monkeypatch.setattr(reference, "_has_wide_product", lambda x: x.dtype in (torch.bfloat16, torch.float16))
+    monkeypatch.setattr(reference, "has_wide_product", lambda x: x.dtype in (torch.bfloat16, torch.float16))
     monkeypatch.setattr(torch, "mm", mm)
     x, mask = torch.randn(1500, 70).to(dtype), torch.rand(1500) > 0.3
     acc = torch.full((70, 70), 7.0, dtype=acc_dtype)
@@ -154,8 +154,8 @@ def test_the_reference_gives_16_bit_rows_to_the_matrix_unit_where_it_has_an_fp32
 
 
 def test_the_matrix_unit_is_asked_on_cuda_alone_and_where_torch_has_the_product():
-    assert not any(reference._has_wide_product(torch.zeros(2, 2, dtype=dtype)) for dtype in SYMMETRIC)
+    assert not any(reference.has_wide_product(torch.zeros(2, 2, dtype=dtype)) for dtype in SYMMETRIC)
     if torch.cuda.is_available():
         x = torch.zeros(2, 2, dtype=torch.bfloat16, device="cuda")
-        assert reference._has_wide_product(x) == hasattr(torch.ops.aten.mm, "dtype")
-        assert not reference._has_wide_product(x.float())
+        assert reference.has_wide_product(x) == hasattr(torch.ops.aten.mm, "dtype")
+        assert not reference.has_wide_product(x.float())

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from floors import HEAD, relative_error
 from head_logits import capped_logits
 
 from kedit_fast import target_log_probs
 from kedit_fast.errors import GradientError, InvalidArgumentError
+from kedit_fast.reference import _lm_head
+from kedit_fast.reference import distribution_kl as kl_reference
 from kedit_fast.reference import target_log_probs as reference
 
 
@@ -80,3 +83,36 @@ def test_second_derivatives_are_refused():
     value = target_log_probs(hidden, head, torch.zeros(3, dtype=torch.int64)).log_prob
     with pytest.raises(GradientError, match="second derivative"):
         torch.autograd.grad(value.sum(), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("op", ("target_log_probs", "distribution_kl"))
+@pytest.mark.parametrize("cap", (0.0, 5.0))
+def test_16_bit_states_go_to_the_matrix_unit_where_it_has_an_fp32_product(op, dtype, cap, monkeypatch):
+    """As on CUDA: torch.mm(..., out_dtype=torch.float32), here with a product that is made up."""
+    seen = []
+
+    def mm(left, right, *, out_dtype):
+        seen.append((left.dtype, right.dtype, out_dtype))
+        return left.float() @ right.float()
+
+    monkeypatch.setattr(_lm_head, "has_wide_product", lambda *matrices: all(m.dtype == dtype for m in matrices))
+    monkeypatch.setattr(torch, "mm", mm)
+    hidden, other = (torch.randn(7, 2100).to(dtype).requires_grad_(i == 0) for i in range(2))
+    head, targets = (torch.randn(90, 2100) / 20).to(dtype), torch.randint(0, 90, (7,))
+    wide = hidden.detach().double().requires_grad_()
+    if op == "target_log_probs":
+        found = reference.target_log_probs(hidden, head, targets, None, cap, gradient=True, chunk=50)
+        expected = torch.log_softmax(capped_logits(wide, head.double(), None, cap), -1).gather(1, targets[:, None])[
+            :, 0
+        ]
+    else:
+        found = kl_reference.distribution_kl(hidden, other, head, None, cap, gradient=True, chunk=50)
+        log_p, log_q = (
+            torch.log_softmax(capped_logits(h.double(), head.double(), None, cap), -1) for h in (wide, other)
+        )
+        expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    (slope,) = torch.autograd.grad(expected.sum(), wide)
+    assert relative_error(found[0], expected) < HEAD[dtype]
+    assert relative_error(found[-1], slope) < 2e-5  # two terms of 8 bits or more
+    assert seen and all(entry == (dtype, dtype, torch.float32) for entry in seen)
