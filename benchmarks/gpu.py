@@ -424,9 +424,9 @@ def values_of(place: Place, shape: Shape, tokenizer: Any, contexts: Sequence[str
         return find_values(views[name], requests, layer, "block", hparams)
 
     chosen = prepared[:: max(1, count // 3)][:3]
-    found, expected = ours("float32", chosen), theirs(chosen)
+    ours_full, expected = ours("float32", chosen), theirs(chosen)
     error = max(
-        float((found.targets[:, i] - value.targets[0].to(found.targets)).norm() / value.deltas[0].norm())
+        float((ours_full.targets[:, i] - value.targets[0].to(ours_full.targets)).norm() / value.deltas[0].norm())
         for i, value in enumerate(expected)
     )
     baseline, floors = "published serial loop, fp32", {"float32": (5.0, 10.0), "bfloat16": (15.0, 30.0)}
@@ -444,8 +444,8 @@ def values_of(place: Place, shape: Shape, tokenizer: Any, contexts: Sequence[str
     if not error <= 1e-2:
         place.add([{**row, "baseline": baseline, "ratio": None} for row in rows.values()])
         return
-    rounded, scale = ours("bfloat16", chosen), found.deltas.norm(dim=0)
-    error = float(((rounded.deltas - found.deltas).norm(dim=0) / scale).max())
+    rounded, scale = ours("bfloat16", chosen), ours_full.deltas.norm(dim=0)
+    error = float(((rounded.deltas - ours_full.deltas).norm(dim=0) / scale).max())
     rows["bfloat16"] |= {"error": error, "error_limit": 1.0}
     rows["bfloat16"]["note"] += "; its error is the distance of its deltas from those in fp32"
     if not rows["bfloat16"]["error"] <= 1.0:

@@ -9,7 +9,7 @@ import torch
 from kedit_fast.errors import GradientError
 from kedit_fast.kernels import triton
 from kedit_fast.ops._checks import describe, require, require_dtype
-from kedit_fast.reference._wide import has_wide_product
+from kedit_fast.reference.wide_product import has_wide_product
 from kedit_fast.support.dtypes import FLOATS, accumulation_dtype
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kedit_fast.reference._wide import has_wide_product, wide_product
+from kedit_fast.reference.wide_product import has_wide_product, wide_product
 from kedit_fast.support.dtypes import accumulation_dtype
 
 DEPTH = 1024
