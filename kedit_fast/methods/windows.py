@@ -13,7 +13,7 @@ DEEPEST_VALUES, DEEPEST_GRADIENTS = 0.65, 0.97
 SPREAD_SHARE, MOST_LAYERS = 0.16, 5
 """Layers of a window: this share of the depth, at least 2 and at most 5, as in the published files."""
 EVERY_END, ENDS = 12, 9
-"""A model with up to 12 layers has a window that ends at every layer down to the deepest; a deeper one has 9 windows."""
+"""A model with up to 12 layers has a window that ends at every layer to the deepest; a deeper one has 9 windows."""
 
 
 def windows(recipe: Recipe, num_layers: int) -> list[tuple[int, ...]]:
