@@ -270,17 +270,18 @@ class Job:
         """Run one batch, and add its keys to the sums."""
         padded = pad(rows, self.view.device)
         lengths = [len(row) for row in rows]
-        mask = None  # [R T] bool
-        if padded.attention_mask is not None and min(lengths) < max(lengths):
-            mask = padded.attention_mask.bool().flatten()
+        real = _real_positions(lengths)
         weights, totals = self._weights(rows, max(lengths))
-        copies: dict[torch.device, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+        copies: dict[torch.device, _Chosen] = {}
 
         def add_keys(site: Site, states: torch.Tensor) -> None:
-            device = states.device
-            if device not in copies:
-                copies[device] = _moved(mask, device), _moved(weights, device)
-            updates.add(sums[site.layer], states.flatten(0, 1), *copies[device], totals)  # [R T, d]
+            keys = states.flatten(0, 1)  # [R T, d]
+            if keys.device not in copies:
+                copies[keys.device] = _Chosen.on(keys.device, real, len(keys), weights)
+            chosen = copies[keys.device]
+            if chosen.index is not None:
+                keys = keys.index_select(0, chosen.index)  # [n, d]
+            updates.add(sums[site.layer], keys, chosen.mask, chosen.weights, totals)
 
         batch = TokenBatch(padded.input_ids, None)
         visit(self.view, batch, [Site(layer, "key") for layer in sums], add_keys)
@@ -325,8 +326,39 @@ class Job:
         )
 
 
-def _moved(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
+def _real_positions(lengths: Sequence[int]) -> torch.Tensor | None:
+    """Positions [n] of the tokens among those of a batch that is padded on the right; None where nothing is padded."""
+    width = max(lengths)
+    if min(lengths) == width:
+        return None
+    return torch.cat([torch.arange(i * width, i * width + length) for i, length in enumerate(lengths)])
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """Which rows of a batch's states count, on a device: by index or by mask, and with which weights."""
+
+    index: torch.Tensor | None
+    """[n] int64, rows to gather before the update; None for all."""
+    mask: torch.Tensor | None
+    """[R T] bool, for the update; None for all."""
+    weights: torch.Tensor | None
+    """Of the gathered rows, or of all; None for ones."""
+
+    @classmethod
+    def on(cls, device: torch.device, real: torch.Tensor | None, count: int, weights: torch.Tensor | None) -> _Chosen:
+        """Of `count` rows those at `real`, by the faster way of the device, and the weights that go with them."""
+        index, mask = real, None
+        if real is not None and not _gathers(device):
+            index, mask = None, torch.zeros(count, dtype=torch.bool).index_fill_(0, real, True)
+        elif real is not None and weights is not None:
+            weights = weights[real]
+        return cls(*(None if t is None else t.to(device, non_blocking=True) for t in (index, mask, weights)))
+
+
+def _gathers(device: torch.device) -> bool:
+    """Whether rows are gathered: on a GPU an update takes 1.8 times as long with a mask (H200, bf16, d 14336)."""
+    return device.type == "cuda"
 
 
 class _Updates:

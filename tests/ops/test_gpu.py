@@ -11,6 +11,12 @@ from kedit_fast.backends import explain, probe
 from kedit_fast.errors import InvalidArgumentError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+WIDE_KL = {  # KL of states [40, 4096] on torch's own products; worst measured on an H200
+    torch.float32: 1e-6,  # 2.7e-7
+    torch.bfloat16: 4e-6,  # 1.8e-6
+    torch.float16: 4e-6,  # 2.2e-6
+}
+WIDE_KL_GRADIENT = 4e-6  # of fp32 states: 3.1e-6; that of 16-bit states is rounded to their dtype
 
 
 @pytest.fixture(params=("cuda", "triton"))
@@ -140,19 +146,24 @@ def test_tensors_on_two_devices_are_named():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_the_head_ops_are_right_on_torchs_own_products(dtype):
-    """Which they run on by automatic choice: the values to fp32's precision, the gradients to that of the states."""
+    """Which they run on by automatic choice: the values to fp32's precision, the gradients to that of the states.
+
+    A KL divergence is a mean of differences of log probabilities, so its error is several times theirs. In 16 bits the
+    matrix unit truncates sums of 1024 terms on top.
+    """
     hidden, other = (torch.randn(40, 4096, device="cuda").to(dtype).requires_grad_(i == 0) for i in range(2))
     head = (torch.randn(40_000, 4096, device="cuda") / 40).to(dtype)
     targets = torch.randint(0, 40_000, (40,), device="cuda")
     assert explain("target_log_probs", hidden, head, targets).runs.startswith("torch")
     wide = hidden.detach().double().requires_grad_()
     log_p, log_q = (torch.log_softmax(h.double() @ head.double().T, -1) for h in (wide, other))
-    for found, expected in (
-        (target_log_probs(hidden, head, targets).log_prob, log_p.gather(1, targets[:, None])[:, 0]),
-        (distribution_kl(hidden, other, head), (log_p.exp() * (log_p - log_q)).sum(-1)),
-    ):
+    for found, expected, limit, gradient_limit in (
+        (target_log_probs(hidden, head, targets).log_prob, log_p.gather(1, targets[:, None])[:, 0],
+         HEAD[dtype], HEAD_GRADIENT[dtype]),
+        (distribution_kl(hidden, other, head), (log_p.exp() * (log_p - log_q)).sum(-1),
+         WIDE_KL[dtype], max(HEAD_GRADIENT[dtype], WIDE_KL_GRADIENT)),
+    ):  # fmt: skip
         (slope,) = torch.autograd.grad(expected.sum(), wide, retain_graph=True)
         (gradient,) = torch.autograd.grad(found.sum(), hidden)
-        print(dtype, relative_error(found, expected), relative_error(gradient, slope))
-        assert relative_error(found, expected) < HEAD[dtype]
-        assert relative_error(gradient, slope) < HEAD_GRADIENT[dtype]
+        assert relative_error(found, expected) < limit
+        assert relative_error(gradient, slope) < gradient_limit

@@ -8,11 +8,14 @@ from floors import relative_error
 from tiny_models import CONFIGS, KINDS, TEXT, make_model, make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kedit_fast import use_backend
 from kedit_fast.errors import InvalidArgumentError, StatisticsError, UnsupportedModelError
 from kedit_fast.models.view import ModelView
+from kedit_fast.statistics import collect as collecting
 from kedit_fast.statistics.collect import Job, collect_statistics
 from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.memory_plan import Group
+from kedit_fast.statistics.moments import SecondMomentAccumulator
 from kedit_fast.statistics.store import load_statistics, save_statistics
 
 TEXTS = TEXT * 3 + ["One."]
@@ -39,6 +42,43 @@ def test_moments_are_those_of_unpadded_sentences_one_at_a_time(kind, side):
         assert found.moment(layer).count == len(keys)
         assert relative_error(found.moment(layer).moment, keys.T @ keys / len(keys)) < 1e-6
         assert found.moment(layer).module == view.module_name(layer)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("weighted", (False, True), ids=("plain", "weighted"))
+@pytest.mark.parametrize("masters", ("device", "cpu"))
+def test_gathered_rows_give_the_moments_of_masked_ones(dtype, weighted, masters, monkeypatch):
+    """What a GPU does instead of masking. Where the rows are summed in the same order, the bits are the same."""
+    tokenizer, model = make_tokenizer(), make_model("llama").to(dtype)
+    weigh = (lambda ids: [1.0 + i % 3 for i in range(len(ids))]) if weighted else None
+    calls = []
+    update = SecondMomentAccumulator.update
+
+    def spy(self, rows, mask, weights, totals):
+        calls.append((len(rows), mask, totals[0]))
+        assert weights is None or len(weights) == len(rows)
+        update(self, rows, mask, weights, totals)
+
+    def collected(gathers):
+        calls.clear()
+        monkeypatch.setattr(collecting, "_gathers", lambda device: gathers)
+        result = collect(model, tokenizer, batch_tokens=400, masters=masters, token_weights=weigh)
+        assert any(mask is not None for _, mask, _ in calls) is not gathers
+        assert not gathers or all(rows == count for rows, _, count in calls)  # no padding among them
+        return result
+
+    monkeypatch.setattr(SecondMomentAccumulator, "update", spy)
+    with use_backend("torch"):
+        masked, gathered = collected(False), collected(True)
+    default = collected(True)  # C++ divides rows into chunks by their place, padding included
+    for layer in (0, 2):
+        assert torch.equal(gathered.moment(layer).moment, masked.moment(layer).moment)
+        assert relative_error(default.moment(layer).moment, masked.moment(layer).moment) < 1e-6
+        assert gathered.moment(layer).count == masked.moment(layer).count == default.moment(layer).count
+
+
+def test_rows_are_gathered_on_a_gpu_alone():
+    assert collecting._gathers(torch.device("cuda", 0)) and not collecting._gathers(torch.device("cpu"))
 
 
 def test_batching_and_limits():
