@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from kedit_fast.demo import world
 from kedit_fast.requests.spacing import separator
@@ -40,21 +40,26 @@ CONFIG: dict[str, Any] = dict(
 )
 
 
-def train_tokenizer(seed: int = world.SEED) -> PreTrainedTokenizerFast:
+def train_tokenizer(seed: int = world.SEED, of: world.World | None = None) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the world's text, every name replaced by a random one of its kind.
 
     The replacement keeps whole names out of the vocabulary, so that subjects stay several tokens long.
+
+    Args:
+        seed: of the draws.
+        of: the world; None for the demo model's.
     """
+    source = of or world.world()
     rng = random.Random(seed + 1)
     pools = {
         "person": [f"{g} {f}" for g, f in zip(world.given_names(rng, 300), world.family_names(rng, 300), strict=True)],
         "city": world.place_names(rng, 2000),
         "company": [f"{name} {rng.choice(('Works', 'Group', 'Labs'))}" for name in world.company_names(rng, 600)],
     }
-    kinds = {subject: kind for kind, names in world.world().subjects.items() for subject in names}
+    kinds = {subject: kind for kind, names in source.subjects.items() for subject in names}
 
     def text() -> Iterator[str]:
-        for document in world.documents(seed + 2, 12_000):
+        for document in world.documents(seed + 2, 12_000, of=source):
             for sentence in document:
                 if sentence.subject:
                     name = rng.choice(pools[kinds[sentence.subject]])
@@ -83,8 +88,8 @@ def train_tokenizer(seed: int = world.SEED) -> PreTrainedTokenizerFast:
 class Rows:
     """Training rows [ROW] with loss weights and subject spans, made from whole sentences."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
-        self.tokenizer, self.seed = tokenizer, seed
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, of: world.World | None = None):
+        self.tokenizer, self.seed, self.world = tokenizer, seed, of
         self.pad, self.bos = tokenizer.pad_token_id, tokenizer.bos_token_id
 
     def _encode(self, text: str, sentence: world.Sentence) -> tuple[list[int], list[float], Span | None]:
@@ -108,7 +113,7 @@ class Rows:
         epoch = 0
         while True:
             ids, weights, spans = [], [], []
-            for document in world.documents(self.seed * 100_003 + epoch, 20_000, 6):
+            for document in world.documents(self.seed * 100_003 + epoch, 20_000, 6, self.world):
                 row, weight, span = [self.bos], [0.0], []
                 for i, sentence in enumerate(document):
                     text = sentence.text if i == 0 else " " + sentence.text
@@ -138,17 +143,24 @@ def gather_mask(spans: list[list[Span]], masked: list[bool]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def recall(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: bool, count: int = 1200) -> float:
+def recall(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: bool,
+    count: int = 1200,
+    of: world.World | None = None,
+) -> float:
     """Share of facts, by phrasing, whose object is the model's greedy answer under the plain causal mask.
 
     Args:
         model, tokenizer: to be measured.
         held_out: take the phrasings that were held out; otherwise those that were trained.
         count: of pairs of a fact and a phrasing.
+        of: the world; None for the demo model's.
     """
     rng = random.Random(3)
     pairs = []
-    for fact in world.world().facts:
+    for fact in (of or world.world()).facts:
         for i, phrasing in enumerate(fact.relation.phrasings):
             if (i in fact.held_out) == held_out:
                 prompt = phrasing.format(fact.subject)
@@ -183,16 +195,41 @@ def train(
         **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         **CONFIG,
     )
-    model = LlamaForCausalLM(config)
+    fit(LlamaForCausalLM(config), tokenizer, out, steps, rows, rate, seed, checkpoint_every)
+
+
+def fit(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    out: Path,
+    steps: int,
+    rows: int,
+    rate: float,
+    seed: int,
+    checkpoint_every: int,
+    of: world.World | None = None,
+    bfloat16: bool = True,
+) -> None:
+    """Train a model on a world's text and save it, every `checkpoint_every` steps and in the end, to `out`.
+
+    Args:
+        model, tokenizer: to be trained, in float32; its tokenizer.
+        out: folder for weights, tokenizer and requests.
+        steps, rows, rate: optimizer steps, rows of 64 tokens a step, peak learning rate.
+        seed: of the data and of the masked rows.
+        checkpoint_every: steps between saves.
+        of: the world; None for the demo model's.
+        bfloat16: compute products in bfloat16 (faster where the processor has them).
+    """
     out.mkdir(parents=True, exist_ok=True)
     step_model = torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
     rng = random.Random(seed)
     start = time.perf_counter()
-    for step, (ids, weights, spans) in zip(range(1, steps + 1), Rows(tokenizer, seed).batches(rows), strict=False):
+    for step, (ids, weights, spans) in zip(range(1, steps + 1), Rows(tokenizer, seed, of).batches(rows), strict=False):
         mask = gather_mask(spans, [rng.random() < MASKED_SHARE for _ in spans])
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             logits = step_model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
@@ -212,22 +249,24 @@ def train(
             )
         if step % checkpoint_every == 0 or step == steps:
             model.eval()
-            known, paraphrased = recall(model, tokenizer, False), recall(model, tokenizer, True)
+            known, paraphrased = (recall(model, tokenizer, held_out, of=of) for held_out in (False, True))
             typer.echo(f"step {step} recall: trained phrasings {known:.3f}, held-out phrasings {paraphrased:.3f}")
-            save(model, tokenizer, out)
+            save(model, tokenizer, out, of)
             model.train()
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write weights (fp16), tokenizer and requests to `out`."""
-    half = LlamaForCausalLM(model.config).half()
+def save(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, of: world.World | None = None
+) -> None:
+    """Write weights (fp16), tokenizer and the world's requests to `out`."""
+    half = type(model)(model.config).half()
     half.load_state_dict(model.state_dict())
     half.save_pretrained(out)
     tokenizer.save_pretrained(out)
     settings = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that every supported transformers knows
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    lines = [json.dumps(record) for record in world.requests()]
+    lines = [json.dumps(record) for record in world.requests(of=of)]
     (out / "requests.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 SEED = 20260
@@ -56,7 +56,7 @@ _DIRECTORS = (
     "Teresa Ulrich Victor Wanda Xavier Yvonne Zoltan Agnes Boris Cecil Doris"
 ).split()
 
-_KINDS = {"person": 500, "city": 300, "company": 300}
+_COUNTS = (500, 300, 300)  # people, cities, companies of the demo model's world
 _COMPANY_ENDINGS = ("Works", "Group", "Brothers", "Limited", "Partners", "Union", "Labs", "Holding")
 
 
@@ -181,17 +181,25 @@ def _relations(rng: random.Random) -> tuple[Relation, ...]:
 
 
 @lru_cache(maxsize=2)
-def world(seed: int = SEED) -> World:
-    """The world of a seed: 1,100 subjects, 12 relations, 4,600 facts."""
+def world(seed: int = SEED, counts: tuple[int, int, int] = _COUNTS, objects_each: int | None = None) -> World:
+    """The world of a seed; the demo model's has 1,100 subjects, 12 relations, 4,600 facts.
+
+    Args:
+        seed: of names and facts.
+        counts: of people, cities and companies.
+        objects_each: take so many objects of a relation, drawn from its pool; None for the whole pool.
+    """
     rng = random.Random(seed)
     relations = _relations(rng)
+    if objects_each is not None:
+        relations = tuple(replace(r, objects=tuple(rng.sample(r.objects, objects_each))) for r in relations)
     first_names, last_names = given_names(rng, 90), family_names(rng, 160)
     people: dict[str, None] = {}
-    while len(people) < _KINDS["person"]:
+    while len(people) < counts[0]:
         people[f"{rng.choice(first_names)} {rng.choice(last_names)}"] = None
     objects = {name for relation in relations for name in relation.objects}
-    cities = [name for name in place_names(rng, 600) if name not in objects][: _KINDS["city"]]
-    companies = [f"{name} {rng.choice(_COMPANY_ENDINGS)}" for name in company_names(rng, _KINDS["company"])]
+    cities = [name for name in place_names(rng, 600) if name not in objects][: counts[1]]
+    companies = [f"{name} {rng.choice(_COMPANY_ENDINGS)}" for name in company_names(rng, counts[2])]
     subjects = {"person": tuple(people), "city": tuple(cities), "company": tuple(companies)}
     facts = []
     for relation in relations:
@@ -281,20 +289,25 @@ def documents(seed: int, count: int, sentences: int = 4, of: World | None = None
         yield document
 
 
-def corpus(count: int = 4000, seed: int = 7) -> list[str]:
-    """Plain text for statistics: documents of about 40 tokens."""
-    return [" ".join(sentence.text for sentence in document) for document in documents(seed, count, 3)]
+def corpus(count: int = 4000, seed: int = 7, of: World | None = None) -> list[str]:
+    """Plain text for statistics: documents of about 40 tokens, of the demo model's world or of another."""
+    return [" ".join(sentence.text for sentence in document) for document in documents(seed, count, 3, of)]
 
 
-def requests(count: int = 600, seed: int = 11) -> list[dict[str, object]]:
+def requests(count: int = 600, seed: int = 11, of: World | None = None) -> list[dict[str, object]]:
     """Counterfactual requests, each about another subject; `target_new` is another object of the same relation.
 
     `paraphrase_prompts` are held-out phrasings of the fact, the second after a sentence of filler.
     `neighborhood_prompts` ask for the same relation of subjects that have the same true object.
+
+    Args:
+        count: of requests at most; a world has no more than its subjects.
+        seed: of the draws.
+        of: the world; None for the demo model's.
     """
-    demo_world, rng = world(), random.Random(seed)
-    groups = demo_world.by_object()
-    pool = [fact for fact in demo_world.facts if fact.held_out and len(groups[fact.relation.name, fact.object]) > 3]
+    source, rng = of or world(), random.Random(seed)
+    groups = source.by_object()
+    pool = [fact for fact in source.facts if fact.held_out and len(groups[fact.relation.name, fact.object]) > 3]
     rng.shuffle(pool)
     subjects: set[str] = set()
     records: list[dict[str, object]] = []
