@@ -1,70 +1,324 @@
 """What a user without tuned numbers gets, measured on two small models that no preset knows.
 
-`python -m benchmarks.untuned train --out DIR --name llama` trains one of them (about 25 minutes on one core).
+    python -m benchmarks.untuned train --out DIR --name llama      about half an hour on one core; then --name gpt2
+    python -m benchmarks.untuned compare --models DIR [--json FILE]
+
+Each model is trained on an invented world of its own, as the demo model is on its. MEMIT and AlphaEdit then write the
+same 100 requests, no other request of which was used to choose anything, with hyper-parameters from four sources:
+
+`grid`: the best of a grid, chosen on these very requests: what nobody without their answers can reach.
+`nothing given`: what `kedit-fast edit` does: a short trial of windows on other requests, and numbers without a scale.
+`suggest`: what `kedit-fast suggest` finds on other requests.
+`published`: the numbers of the published files for a large model of the family, layers by relative depth.
+
+The score is that of `suggest`: the harmonic mean of efficacy, paraphrase, neighborhood and exp(-drift).
 """
 
 from __future__ import annotations
 
 import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.harness import Row, console, document_of, provenance, read, require_clean, save
+from kedit_fast import Editor, EditRequest, collect_statistics
 from kedit_fast.demo import world
 from kedit_fast.demo.train import fit, train_tokenizer
+from kedit_fast.editing.values.store import ValueFile
+from kedit_fast.errors import KeditError
+from kedit_fast.evaluation.metrics import evaluate, mean_nll
+from kedit_fast.models.loading import load_model
+from kedit_fast.reports.suggest import suggest
+from kedit_fast.requests.reading import load_requests
+from kedit_fast.statistics.collect import Statistics
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 SEEDS = {"llama": 417, "gpt2": 902}
+CHECKPOINT_EVERY = 300
+TUNING, EDITS = 100, 100  # requests: the first ones are for choosing, the next ones are measured
+DOCUMENTS, DRIFT_TEXTS = 1500, 200  # for statistics; for the drift
+METHODS = ("memit", "alphaedit")
 
 
 def invented(name: str) -> world.World:
-    """The world of a model: 480 subjects, 2,040 facts, other names and facts than the demo's."""
-    return world.world(SEEDS[name], (240, 120, 120), 20)
+    """The world of a model: 320 subjects and 1,390 facts, with other names than the demo's."""
+    return world.world(SEEDS[name], (180, 70, 70), 16)
 
 
-def untrained(name: str, tokenizer) -> PreTrainedModel:
+def untrained(name: str, tokenizer: Any) -> PreTrainedModel:
     """A model of random weights: a Llama of 5 layers of width 192, or a GPT-2 of 8 layers of width 144."""
-    tokens = {kind: getattr(tokenizer, kind) for kind in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    shared = {kind: getattr(tokenizer, kind) for kind in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    shared["vocab_size"] = len(tokenizer)
     if name == "llama":
         config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=192, intermediate_size=576, num_hidden_layers=5,
-            num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-            rms_norm_eps=1e-5, **tokens)
+            hidden_size=192, intermediate_size=576, num_hidden_layers=5, num_attention_heads=6, num_key_value_heads=2,
+            max_position_embeddings=256, tie_word_embeddings=True, rms_norm_eps=1e-5, **shared,
+        )  # fmt: skip
         return LlamaForCausalLM(config)
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_embd=144, n_layer=8, n_head=6, n_positions=256,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **tokens)
+        n_embd=144, n_layer=8, n_head=6, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **shared
+    )
     return GPT2LMHeadModel(config)
 
 
 @app.callback()
-def choose() -> None:
-    """Train the two models, then compare."""
+def about() -> None:
+    """What a user without tuned numbers gets, measured on two small models that no preset knows."""
 
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Option(help="folder; the model goes to a folder of its name in it")],
+    out: Annotated[Path, typer.Option(help="the model goes to a folder of its name in this one")],
     name: Annotated[str, typer.Option(help="llama or gpt2")],
-    steps: Annotated[int, typer.Option(help="optimizer steps")] = 2500,
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = 3600,
     rows: Annotated[int, typer.Option(help="rows of 64 tokens a step")] = 16,
     rate: Annotated[float, typer.Option(help="peak learning rate")] = 2e-3,
 ) -> None:
-    """Train a model without a preset and write it, its requests and its corpus."""
+    """Train one model, and write it with its requests and its text. One thread: two models can share a machine."""
+    if name not in SEEDS:
+        raise typer.BadParameter(f"unknown model {name!r}: choose from {', '.join(SEEDS)}")
     torch.set_num_threads(1)
     torch.manual_seed(SEEDS[name])
     source = invented(name)
     tokenizer = train_tokenizer(SEEDS[name], source)
-    model = untrained(name, tokenizer)
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"text": text}) for text in world.corpus(of=source))
     (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    fit(model, tokenizer, folder, steps, rows, rate, SEEDS[name], 400, source, bfloat16=False)
+    model = untrained(name, tokenizer)
+    fit(model, tokenizer, folder, steps, rows, rate, SEEDS[name], CHECKPOINT_EVERY, source, bfloat16=False)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of explicit numbers that is tried: values depend on the first three alone."""
+
+    ends: tuple[int, ...]
+    """Last edited layers, zero-based."""
+    clamps: tuple[float, ...]
+    """Of clamp_norm_factor."""
+    rates: tuple[float, ...]
+    """Of v_lr."""
+    sizes: tuple[int, ...]
+    """Numbers of edited layers."""
+    solves: Mapping[str, tuple[Mapping[str, Any], ...]]
+    """Method -> the other hyper-parameters of each solve."""
+
+    def values(self) -> Iterator[dict[str, Any]]:
+        """Hyper-parameters of each run of the value loop, with the last layer as `layers`."""
+        for end in self.ends:
+            for clamp in self.clamps:
+                for rate in self.rates:
+                    yield {"layers": (end,), "clamp_norm_factor": clamp, "v_lr": rate}
+
+    def solved(self, method: str, values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Hyper-parameters of each solve of a run's values."""
+        (end,) = values["layers"]
+        for size in self.sizes:
+            if size <= end + 1:
+                for solve in self.solves[method]:
+                    yield {**values, "layers": tuple(range(end - size + 1, end + 1)), **solve}
+
+
+SOLVES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
+    "memit": tuple({"mom2_update_weight": weight} for weight in (30.0, 100.0, 300.0, 1000.0)),
+    "alphaedit": tuple(
+        {"nullspace_rule": "energy", "nullspace_threshold": threshold, "L2": ridge}
+        for threshold in (0.1, 0.3) for ridge in (10.0, 100.0)
+    ),
+}  # fmt: skip
+GRIDS = {
+    "llama": Grid((0, 1, 2, 3), (1.0, 2.0, 4.0), (0.1, 0.5), (1, 2), SOLVES),
+    "gpt2": Grid((1, 2, 3, 4), (1.0, 2.0, 4.0), (0.1, 0.5), (1, 2), SOLVES),
+}
+FIXED = {"v_num_grad_steps": 25, "v_weight_decay": 0.5, "kl_factor": 0.0625, "on_predicted": "allow"}
+PUBLISHED = {
+    "llama": {"layers": (1,), "v_lr": 0.1, "clamp_norm_factor": 0.75, "mom2_update_weight": 15000.0},
+    "gpt2": {"layers": (2, 3), "v_lr": 0.5, "clamp_norm_factor": 0.75, "mom2_update_weight": 20000.0},
+}
+GOALS = {
+    "nothing given": {"efficacy": 5.0, "paraphrase": 5.0, "neighborhood": 3.0},
+    "suggest": {"efficacy": 3.0, "paraphrase": 3.0, "neighborhood": 3.0},
+}
+"""How many points below the best of the grid a source may be."""
+PUBLISHED_NULL_SPACE = {"L2": 10.0, "nullspace_rule": "absolute", "nullspace_threshold": 0.02}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its statistics, and its requests."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    moments: Statistics
+    tuning: list[EditRequest]
+    """Requests for choosing hyper-parameters."""
+    edits: list[EditRequest]
+    """Requests that are written and measured."""
+    corpus: list[str]
+    """Text that statistics are from."""
+    texts: list[str]
+    """Other text, which names no subject of `edits`."""
+    before: float
+    """Mean negative log-likelihood of `texts` in the unedited model, nats a token."""
+    store: ValueFile
+    """Values of the unedited model."""
+
+
+def subject(folder: Path, name: str) -> Subject:
+    """A trained model with what its comparison needs."""
+    model, tokenizer = load_model(folder, dtype=torch.float32)
+    requests = load_requests(folder / "requests.jsonl")
+    tuning, edits = requests[:TUNING], requests[TUNING : TUNING + EDITS]
+    corpus = [json.loads(line)["text"] for line in (folder / "corpus.jsonl").read_text(encoding="utf-8").splitlines()]
+    named = {request.subject for request in edits}
+    texts = [text for text in corpus[DOCUMENTS:] if not any(who in text for who in named)][:DRIFT_TEXTS]
+    layers = range(model.config.num_hidden_layers)
+    moments = collect_statistics(model, tokenizer, corpus[:DOCUMENTS], layers, progress=False)
+    before = mean_nll(model, tokenizer, texts)
+    return Subject(name, model, tokenizer, moments, tuning, edits, corpus[:DOCUMENTS], texts, before, ValueFile(None))
+
+
+def harmonic(shares: Sequence[float]) -> float:
+    """Harmonic mean; 0 where a share is 0."""
+    return 0.0 if min(shares) <= 0 else len(shares) / sum(1 / share for share in shares)
+
+
+def measure(on: Subject, method: str, hparams: Mapping[str, Any], at_least: float = 0.0) -> Row:
+    """Write `on.edits`, measure and undo.
+
+    Args:
+        on: the model.
+        method: its name.
+        hparams: overrides of what the method does by itself on this model.
+        at_least: a score; where the efficacy alone shows that it is out of reach, nothing else is measured.
+    """
+    begin = time.perf_counter()
+    editor = None
+    row: Row = {"model": on.name, "method": method, "hparams": dict(hparams)}
+    try:
+        editor = Editor(
+            on.model, on.tokenizer, method, statistics=on.moments, hparams={**FIXED, **hparams}, values=on.store
+        )
+        result = editor.edit(on.edits, "skip")
+        editor.finish()
+        targets = [EditRequest(request.prompt, request.subject, request.target_new) for request in on.edits]
+        efficacy = evaluate(on.model, on.tokenizer, targets).efficacy
+        row |= {"efficacy": efficacy, "loss": sorted(result.losses)[len(result.losses) // 2]}
+        row |= {"written": len(result.requests), "norm": max(result.relative_norms.values(), default=0.0)}
+        if (bound := harmonic((efficacy, 1.0, 1.0, 1.0))) < at_least:
+            return {**row, "score": None, "at_most": bound}
+        metrics = evaluate(on.model, on.tokenizer, on.edits)
+        drift = mean_nll(on.model, on.tokenizer, on.texts) - on.before
+        assert metrics.paraphrase is not None and metrics.neighborhood is not None
+        shares = (efficacy, metrics.paraphrase, metrics.neighborhood, math.exp(-max(0.0, drift)))
+        row |= {"paraphrase": metrics.paraphrase, "neighborhood": metrics.neighborhood, "drift": drift}
+        return {**row, "score": harmonic(shares), "seconds": time.perf_counter() - begin}
+    except KeditError as error:
+        return {**row, "score": 0.0, "failure": str(error)}
+    finally:
+        if editor is not None:
+            editor.restore()
+
+
+def grid_rows(on: Subject, method: str, grid: Grid) -> list[Row]:
+    """Every solve of the grid, in order; one that cannot be the best any more is not measured to its end."""
+    rows: list[Row] = []
+    best = 0.0
+    for values in grid.values():
+        for hparams in grid.solved(method, values):
+            rows.append(measure(on, method, hparams, at_least=best))
+            best = max(best, rows[-1]["score"] or 0.0)
+            console.print(line(rows[-1]))
+    return rows
+
+
+def chosen(on: Subject, method: str, effort: str) -> dict[str, Any]:
+    """The hyper-parameters that `suggest` finds on requests that are not measured."""
+    return dict(
+        suggest(
+            on.model, on.tokenizer, on.tuning, method, statistics=on.moments, texts=on.corpus, effort=effort
+        ).hparams
+    )
+
+
+def compared(on: Subject, method: str, grid: Grid) -> tuple[list[Row], list[Row]]:
+    """The four rows of a model and method, and all rows of the grid."""
+    solved = grid_rows(on, method, grid)
+    best = max(solved, key=lambda row: row["score"] or 0.0)
+    published = {**PUBLISHED[on.name], **(PUBLISHED_NULL_SPACE if method == "alphaedit" else {})}
+    if method == "alphaedit":
+        published.pop("mom2_update_weight")
+    rows = [{"source": "grid", **best}, {"source": "published", **measure(on, method, {**FIXED, **published})}]
+    for source, effort in (("nothing given", "short"), ("suggest", "full")):
+        begin = time.perf_counter()
+        hparams = chosen(on, method, effort)
+        seconds = time.perf_counter() - begin
+        rows.append({"source": source, "seconds_of_choice": seconds, **measure(on, method, hparams)})
+    for row in rows:
+        row["points"] = {n: 100 * (row[n] - best[n]) for n in GOALS["suggest"] if row.get(n) is not None}
+        console.print(line(row))
+    return rows, solved
+
+
+def line(row: Row) -> str:
+    """A row in words."""
+    shares = " ".join(f"{name} {row[name]:.3f}" for name in ("efficacy", "paraphrase", "neighborhood", "drift", "score")
+                      if row.get(name) is not None)  # fmt: skip
+    hparams = ", ".join(f"{name} {value}" for name, value in row["hparams"].items() if name not in FIXED)
+    label = " ".join(row[name] for name in ("model", "method", "source") if name in row)
+    return f"{label}: {shares or 'failed'} {row.get('failure', '')}({hparams})"
+
+
+@app.command()
+def compare(
+    models: Annotated[Path, typer.Option(help="the folder that `train` wrote to")],
+    names: Annotated[str, typer.Option(help="of models, comma-separated")] = ",".join(SEEDS),
+    methods: Annotated[str, typer.Option(help="names, comma-separated")] = ",".join(METHODS),
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the rows here, replacing those of the same model and method")
+    ] = None,
+) -> None:
+    """Compare no numbers, `suggest` and published numbers with the best of a grid."""
+    origin = provenance("cpu")
+    require_clean(json_file, origin)
+    missed = False
+    for name in names.split(","):
+        on = subject(models / name, name)
+        for method in methods.split(","):
+            rows, solved = compared(on, method, GRIDS[name])
+            missed |= any(misses(row) for row in rows)
+            if json_file is not None:
+                merge(json_file, name, method, rows, solved, origin)
+    if missed:
+        raise typer.Exit(1)
+
+
+def misses(row: Row) -> list[str]:
+    """The metrics in which a row is further below the best of the grid than its goal."""
+    goals = GOALS.get(row["source"], {})
+    return [name for name, points in goals.items() if row["points"].get(name, -100.0) < -points]
+
+
+def merge(path: Path, name: str, method: str, rows: list[Row], solved: list[Row], origin: Row) -> None:
+    """Write rows into a file in place of those of the same model and method."""
+    older = read(path) if path.exists() else {"rows": [], "grid": []}
+
+    def others(kind: str) -> list[Row]:
+        return [row for row in older[kind] if (row["model"], row["method"]) != (name, method)]
+
+    document = document_of(rows, origin, grid=[*others("grid"), *solved])
+    save(path, {**document, "rows": [*others("rows"), *document["rows"]]})
 
 
 if __name__ == "__main__":

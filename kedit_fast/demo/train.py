@@ -255,9 +255,7 @@ def fit(
             model.train()
 
 
-def save(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, of: world.World | None = None
-) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, of: world.World | None = None) -> None:
     """Write weights (fp16), tokenizer and the world's requests to `out`."""
     half = type(model)(model.config).half()
     half.load_state_dict(model.state_dict())
