@@ -128,7 +128,7 @@ def edit(
             statistics = load_statistics(
                 stats, loaded, tokenizer, chosen.layers, trust=trust, **requested_sample(hparams)
             )
-        spaces = None if projector is None else load_projector(projector, chosen.layers, chosen.L2, trust)
+        spaces = None if projector is None else load_projector(projector, chosen.layers, trust=trust)
         report = run_edits(
             loaded,
             tokenizer,

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,14 @@ from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.schedules import SCHEDULES
 from kedit_fast.editing.shaping import SHAPINGS
 from kedit_fast.editing.solver_state import SolverState
+from kedit_fast.editing.values.clamp import choose_clamp, trial_places
 from kedit_fast.editing.values.loop import SITES
 from kedit_fast.editing.values.protocol import ValueStore
-from kedit_fast.editing.values.shared import flush_store
-from kedit_fast.editing.values.store import open_values
+from kedit_fast.editing.values.result import Values
+from kedit_fast.editing.values.shared import find_shared_values, flush_store
+from kedit_fast.editing.values.store import ValueFile, open_values
 from kedit_fast.errors import EditError, MethodError, StatisticsError
-from kedit_fast.methods.hparams import worth_a_warning
+from kedit_fast.methods.hparams import AUTO, DECLARATIONS, Hparams, worth_a_warning
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.recipe import Recipe, ValueSites
 from kedit_fast.methods.registry import find_recipe
@@ -40,7 +42,8 @@ from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_e
 from kedit_fast.requests.reading import RequestList, as_requests, rows_of
 from kedit_fast.requests.record_fields import Notes
 from kedit_fast.requests.request import FIELDS, EditRequest
-from kedit_fast.requests.spacing import AUTO, check_separator
+from kedit_fast.requests.spacing import AUTO as AUTO_SEPARATOR
+from kedit_fast.requests.spacing import check_separator
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
@@ -110,7 +113,7 @@ class Editor:
         spec: ArchSpec | None = None,
         values: str | os.PathLike | ValueStore | None = None,
         prompt_format: PromptFormat | None = None,
-        target_separator: str = AUTO,
+        target_separator: str = AUTO_SEPARATOR,
         state_budget: StateBudget | None = None,
         progress: bool = False,
     ):
@@ -123,6 +126,9 @@ class Editor:
         self.hparams, self.origin = make_hparams(method, model.config, overrides)
         if idle := worth_a_warning(self.recipe, overrides):
             _log.warning("%s does not use %s", self.recipe.name, ", ".join(idle))
+        for name in overrides:
+            if not self.hparams.has_effect(name) and name not in idle:
+                _log.warning('%s has no effect: it needs %s = "%s"', name, _alternatives(name), AUTO)
         if self.hparams.layers:
             self.view.check_layers(self.hparams.layers)
         if self.hparams.v_loss_layer not in (-1, self.view.num_layers - 1):
@@ -133,6 +139,8 @@ class Editor:
         self.modules = self._edited_modules()
         require_editable(self.view, self.modules)
         self.value_sites: ValueSites = self.recipe.values_on(self.view.spec.post_norm)
+        self._clamp: float | None = None  # chosen at the first batch, where clamp_norm_factor is "auto"
+        self._continues = False  # whether a state was loaded, whose first batch has decided what is "auto"
         self.ledger = Ledger()
         self._final_steps: set[int] = set()  # numbers of the batches that `finish` has written
         self._written: dict[int, tuple[EditRequest, ...]] = {}  # number of a batch -> its requests
@@ -239,6 +247,8 @@ class Editor:
         with self._together(), torch.no_grad():
             try:
                 if prepared:
+                    if self.recipe.optimizes_values and self.hparams.clamp_norm_factor == AUTO:
+                        self._settle_clamp(batch)
                     SCHEDULES[self.recipe.schedule](batch)
             except BaseException:
                 with contextlib.suppress(EditError):  # the error that stopped the batch matters more
@@ -256,7 +266,47 @@ class Editor:
             if written:
                 self.solver_state.commit()
                 self._written[number] = result.requests
+                result = replace(result, resolved=self.resolved)
         return result
+
+    def _settle_clamp(self, batch: BatchRun) -> None:
+        """Choose the clamp by the first batch, and give it to this one; the values of the trial are used again."""
+        if self._clamp is None:
+            layer, places = self.hparams.layers[-1], trial_places(len(batch.prepared))
+            prepared = [batch.prepared[place] for place in places]
+            store = self.values if isinstance(self.values, ValueFile) else ValueFile(None)
+            if self.values is None:
+                batch.context = replace(batch.context, value_store=store)
+
+            def find(hparams: Hparams) -> Values:
+                return find_shared_values(
+                    self.view,
+                    self.tokenizer,
+                    prepared,
+                    layer,
+                    self.value_sites,
+                    hparams,
+                    stop_rule=self.recipe.stop_rule,
+                    groups=batch.value_groups(prepared),
+                    store=store,
+                    progress=self.progress,
+                )
+
+            with batch.timed("values"), torch.enable_grad():
+                self._clamp = choose_clamp(self.hparams, find)
+        batch.context = replace(batch.context, hparams=replace(self.hparams, clamp_norm_factor=self._clamp))
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Hyper-parameters that are "auto" -> what the first batch has made of them; {} before it.
+
+        `clamp_norm_factor` is a number; the scale of S, `mom2_update_weight` or `L2`, is a mapping from layers. A
+        `v_lr` that is "auto" is another number for every request and is not among them.
+        """
+        resolved: dict[str, Any] = {} if self._clamp is None else {"clamp_norm_factor": self._clamp}
+        if self.hparams.scale_name is not None and self.solver_state.scales:
+            resolved[self.hparams.scale_name] = dict(sorted(self.solver_state.scales.items()))
+        return resolved
 
     def _context(self) -> EditContext:
         return EditContext(
@@ -282,7 +332,13 @@ class Editor:
             with self.ledger.transaction():
                 yield
         finally:
-            self.solver_state.settle(len(self.ledger.batches))
+            self._settle()
+
+    def _settle(self) -> None:
+        """Give the solver state as many batches as the ledger has; without any, nothing stays decided."""
+        self.solver_state.settle(len(self.ledger.batches))
+        if not self.ledger.batches and not self._continues:
+            self._clamp = None
 
     @plain_torch()
     def finish(self) -> dict[str, int]:
@@ -367,7 +423,7 @@ class Editor:
             with torch.no_grad():
                 self.ledger.rollback(batches, restored)
         finally:
-            self.solver_state.settle(len(self.ledger.batches))
+            self._settle()
             self._final_steps = {number for number in self._final_steps if number <= len(self.ledger.batches)}
 
     def restore(self) -> None:
@@ -405,7 +461,7 @@ class Editor:
             targets[module] = Target(sha256(original), sha256(weight), dtype, transposed)
         requests = [r for number in range(1, len(self.ledger.batches) + 1) for r in self._written[number]]
         records = tuple({"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in requests)
-        return Patch(updates, targets, self.recipe.name, asdict(self.hparams), records)
+        return Patch(updates, targets, self.recipe.name, {**asdict(self.hparams), **self.resolved}, records)
 
     @property
     def keeps_state(self) -> bool:
@@ -424,7 +480,7 @@ class Editor:
             StatisticsError: the file cannot be written; an older one stays.
         """
         if world()[0] == 0:
-            self.solver_state.save(path, {**self._state_identity(), "prefixes": list(self.prefixes)})
+            self.solver_state.save(path, {**self._state_identity(), "prefixes": list(self.prefixes)}, self._clamp)
 
     @plain_torch()
     def load_state(self, path: str | os.PathLike) -> None:
@@ -435,7 +491,8 @@ class Editor:
                 format, model or statistics, or of a model with other edits in it.
             EditError: this editor has edited already.
         """
-        self._prefixes = tuple(self.solver_state.load(path, self._state_identity())["prefixes"])
+        identity, self._clamp = self.solver_state.load(path, self._state_identity())
+        self._prefixes, self._continues = tuple(identity["prefixes"]), True
 
     def _state_identity(self) -> dict[str, Any]:
         """What a saved state belongs to, beside the hyper-parameters."""
@@ -457,3 +514,8 @@ class Editor:
     def preconditioner(self, layer: int) -> Preconditioner:
         """S^-1 of a layer, factored on first use and cached."""
         return self.solver_state.preconditioner(layer)
+
+
+def _alternatives(name: str) -> str:
+    """The hyper-parameters of which one must be "auto" for this one to have an effect, in words."""
+    return " or ".join(DECLARATIONS[name].only_with)

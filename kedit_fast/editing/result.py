@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.solver.low_rank import Update
@@ -39,3 +40,5 @@ class EditResult:
     """The context prefixes that were used."""
     seconds: dict[str, float]
     """Seconds of each phase: values, keys, solve, write."""
+    resolved: dict[str, Any] = field(default_factory=dict)
+    """Hyper-parameters that are "auto" -> what the first batch has made of them; see `Editor.resolved`."""

@@ -7,6 +7,7 @@ drops the open batch and returns to an earlier number of batches, bit for bit. T
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,20 +17,23 @@ import torch
 
 from kedit_fast._version import __version__
 from kedit_fast.editing.gradients import ModuleGradients
-from kedit_fast.errors import EditError, StatisticsError
-from kedit_fast.methods.hparams import Hparams
+from kedit_fast.errors import EditError, MethodError, StatisticsError
+from kedit_fast.methods.hparams import AUTO, Hparams
 from kedit_fast.methods.recipe import Constraint, PreconditionerKind, Recipe
 from kedit_fast.models.view import ModelView
 from kedit_fast.solver.key_memory import Appended, KeyMemory
-from kedit_fast.solver.least_squares import merge_columns, rank_one_equality, solve_update
+from kedit_fast.solver.least_squares import merge_columns, rank_one_equality, scale_of_share, solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.normalizer import Normalizer, gradient_update
-from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace, Preconditioner
+from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace, Preconditioner, Scaled
 from kedit_fast.solver.shaping import limit_norm, limit_spectrum, spectral_norm
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.files import read_file, write_file
 
+_log = logging.getLogger("kedit_fast")
 FORMAT_VERSION = "1"
+NORM_SHARE = 0.1
+"""update_norm_lambda = "auto": lambda_n as a share of lambda times the geometric mean of C's eigenvalues."""
 
 
 @dataclass
@@ -40,6 +44,8 @@ class _PendingState:
     """Layer -> keys of the batch."""
     normalizers: dict[str, Normalizer] = field(default_factory=dict)
     """Shape of module, as "64x32" -> the normalizer with the batch's rows in it."""
+    scales: dict[int, float] = field(default_factory=dict)
+    """Layer -> scale of S that the batch's keys have decided."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class _Snapshot:
     batches: dict[int, int]
     """Layer -> number of batches in its key memory."""
     normalizers: dict[str, Normalizer]
+    scales: dict[int, float]
 
 
 class SolverState:
@@ -74,12 +81,14 @@ class SolverState:
         self.null_space_overrides = dict(null_spaces or {})
         self.memories: dict[int, KeyMemory] = {}
         self.normalizers: dict[str, Normalizer] = {}
+        self.scales: dict[int, float] = {}
+        """Layer -> lambda or L2, where the hyper-parameter is "auto"; decided by the keys of the first batch."""
         self._preconditioners: dict[int, Preconditioner] = {}
         self._history: list[_Snapshot] = []  # one per committed batch
         self._pending = _PendingState()
 
     def preconditioner(self, layer: int) -> Preconditioner:
-        """S^-1 of a layer, factored on first use and cached.
+        """S^-1 of a layer, factored on first use and cached. Where its scale is "auto" and no batch has decided it, 1.
 
         Raises:
             StatisticsError: statistics that are missing, of the wrong shape, not finite, not positive definite, rank
@@ -91,7 +100,22 @@ class SolverState:
                 self._preconditioners[layer] = build(self, layer)
             except StatisticsError as error:
                 raise StatisticsError(f"layer {layer}: {error}") from None
-        return self._preconditioners[layer]
+        base = self._preconditioners[layer]
+        scale = self._pending.scales.get(layer, self.scales.get(layer))
+        return base if scale is None else Scaled(base, scale)
+
+    def _decide_scale(self, layer: int, keys: torch.Tensor) -> None:
+        """Decide the scale of a layer's S by a batch's keys [d, u], where it is "auto" and not decided yet."""
+        hparams = self.hparams
+        if hparams.scale_name is None or layer in self.scales or layer in self._pending.scales:
+            return
+        rho = 1.0 if self.recipe.memory else RHOS[self.recipe.constraint](hparams)
+        try:
+            scale = scale_of_share(keys, self.preconditioner(layer), hparams.residual_share, rho)
+        except StatisticsError as error:
+            raise StatisticsError(f"layer {layer}: {error}") from None
+        _log.info("layer %d: %s %.4g, residual share %g", layer, hparams.scale_name, scale, hparams.residual_share)
+        self._pending.scales[layer] = scale
 
     def moment(self, layer: int) -> torch.Tensor:
         """The second moment [d, d] of a layer's inputs, on the device of its weight.
@@ -131,6 +155,7 @@ class SolverState:
             if weights is not None:
                 weights = merge_columns(keys, weights[None].to(keys), groups)[1][0]
             keys, residuals = merge_columns(keys, residuals, groups)
+        self._decide_scale(layer, keys)
         preconditioner = self.preconditioner(layer)
         if not self.recipe.memory:
             rho = RHOS[self.recipe.constraint](self.hparams)
@@ -199,22 +224,33 @@ class SolverState:
         return len(self._history)
 
     def set_key_memories(self, memories: Mapping[int, KeyMemory]) -> None:
-        """Replace the keys of earlier batches, by layer, with those of edits made outside this editor."""
+        """Replace the keys of earlier batches, by layer, with those of edits made outside this editor.
+
+        Raises:
+            MethodError: the scale of S is "auto", and so unknown for the earlier keys.
+        """
+        if self.hparams.scale_name is not None:
+            raise MethodError(
+                f'{self.hparams.scale_name} = "{AUTO}" is decided by a first batch; with the keys of earlier edits '
+                "give the number that they were made with"
+            )
         self.memories = dict(memories)
 
     def commit(self) -> None:
         """Add the open batch to the state. Its updates must be written by now."""
         pending, self._pending = self._pending, _PendingState()
         counts = {layer: len(memory.sizes) for layer, memory in self.memories.items()}
-        self._history.append(_Snapshot(counts, self.normalizers))
+        self._history.append(_Snapshot(counts, self.normalizers, self.scales))
         for layer, appended in pending.appended.items():
             self.memories[layer].commit(appended)
         self.normalizers = {**self.normalizers, **pending.normalizers}
+        self.scales = {**self.scales, **pending.scales}
 
     def settle(self, batches: int) -> None:
         """Drop the open batch, and undo what was committed beyond `batches`, also where a commit was interrupted."""
         self._pending = _PendingState()
         if batches >= len(self._history):
+            self._drop_unscaled()
             return
         snapshot = self._history[batches]
         try:
@@ -228,9 +264,15 @@ class SolverState:
             del self._history[batches:]
 
     def _restore(self, snapshot: _Snapshot) -> None:
-        self.normalizers = snapshot.normalizers
+        self.normalizers, self.scales = snapshot.normalizers, snapshot.scales
         for layer, memory in self.memories.items():
             memory.rollback(max(0, len(memory.sizes) - snapshot.batches.get(layer, 0)))
+        self._drop_unscaled()
+
+    def _drop_unscaled(self) -> None:
+        """Drop memories whose scale no batch has decided any more. They are empty."""
+        if self.hparams.scale_name is not None:
+            self.memories = {layer: memory for layer, memory in self.memories.items() if layer in self.scales}
 
     @property
     def null_spaces(self) -> dict[int, int]:
@@ -244,12 +286,13 @@ class SolverState:
         systems = [*self._preconditioners.values(), *self.memories.values()]
         return sum(s.nbytes for s in systems) + sum(n.mean.nbytes + n.squares.nbytes for n in self.normalizers.values())
 
-    def save(self, path: str | os.PathLike, identity: dict[str, Any]) -> None:
+    def save(self, path: str | os.PathLike, identity: dict[str, Any], clamp: float | None = None) -> None:
         """Write the state to one safetensors file, completely or not at all.
 
         Args:
             path: the file.
             identity: what the state belongs to, beside the hyper-parameters.
+            clamp: the clamp_norm_factor that was chosen where it is "auto".
 
         Raises:
             StatisticsError: the file cannot be written.
@@ -265,10 +308,11 @@ class SolverState:
             "kedit_fast": __version__,
             "belongs": json.dumps(self._full_identity(identity)),
             "memories": json.dumps(memories),
+            **({"resolved": json.dumps(resolved)} if (resolved := self._resolved(clamp)) else {}),
         }
         write_file(path, tensors, metadata, StatisticsError)
 
-    def load(self, path: str | os.PathLike, identity: dict[str, Any]) -> dict[str, Any]:
+    def load(self, path: str | os.PathLike, identity: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
         """Read what `save` wrote. The next updates are those of the run that wrote it.
 
         Args:
@@ -276,7 +320,7 @@ class SolverState:
             identity: what must be as it was for `save`; entries may be missing.
 
         Returns:
-            the identity in the file, with all entries.
+            the identity in the file, with all entries, and the clamp_norm_factor that was chosen, if one was.
 
         Raises:
             StatisticsError: the file cannot be read, is damaged or foreign, or is of another method, configuration,
@@ -294,7 +338,26 @@ class SolverState:
             if there.get(name) != value:
                 both = f": {there.get(name)} there, {value} here" if len(str(value)) < 80 else ""
                 raise StatisticsError(f"{path} is the state of another run: different {name}{both}")
-        memories = {
+        resolved = json.loads(metadata.get("resolved", "{}"))
+        self._pending.scales = {int(layer): float(scale) for layer, scale in resolved.get("scales", {}).items()}
+        try:
+            memories = self._read_memories(path, tensors, json.loads(metadata["memories"]))
+        finally:
+            scales, self._pending.scales = self._pending.scales, {}
+        normalizers = {}
+        for shape in {name.split(".")[1] for name in tensors if name.startswith("normaliser.")}:
+            features = sum(map(int, shape.split("x")))
+            normalizers[shape] = Normalizer.from_tensors(
+                _under(f"normaliser.{shape}.", tensors), features, f"{path}, modules of {shape},"
+            )
+        self.memories, self.normalizers, self.scales = memories, normalizers, scales
+        return there, resolved.get("clamp_norm_factor")
+
+    def _read_memories(
+        self, path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], descriptions: Mapping[str, Any]
+    ) -> dict[int, KeyMemory]:
+        """Layer -> its key memory in a saved state; `descriptions` are by layer."""
+        return {
             int(layer): KeyMemory.from_tensors(
                 self.preconditioner(int(layer)),
                 _under(f"memory.{layer}.", tensors),
@@ -302,16 +365,15 @@ class SolverState:
                 f"{path}, layer {layer},",
                 self.hparams.memory_form,
             )
-            for layer, description in json.loads(metadata["memories"]).items()
+            for layer, description in descriptions.items()
         }
-        normalizers = {}
-        for shape in {name.split(".")[1] for name in tensors if name.startswith("normaliser.")}:
-            features = sum(map(int, shape.split("x")))
-            normalizers[shape] = Normalizer.from_tensors(
-                _under(f"normaliser.{shape}.", tensors), features, f"{path}, modules of {shape},"
-            )
-        self.memories, self.normalizers = memories, normalizers
-        return there
+
+    def _resolved(self, clamp: float | None) -> dict[str, Any]:
+        """What was decided in place of "auto", as a saved state holds it."""
+        resolved: dict[str, Any] = {} if clamp is None else {"clamp_norm_factor": clamp}
+        if self.scales:
+            resolved["scales"] = {str(layer): scale for layer, scale in self.scales.items()}
+        return resolved
 
     def _full_identity(self, identity: dict[str, Any]) -> dict[str, Any]:
         """What a state belongs to, as JSON reads it back."""
@@ -335,30 +397,41 @@ def _identity(state: SolverState, layer: int) -> Preconditioner:
 
 def _covariance(state: SolverState, layer: int) -> Preconditioner:
     hparams, weight = state.hparams, state.view.weight(layer)
-    scale = hparams.mom2_update_weight if state.recipe.is_batched else 1.0
+    scale = 1.0
+    if state.recipe.is_batched and hparams.mom2_update_weight != AUTO:
+        scale = float(hparams.mom2_update_weight)
+    automatic = hparams.update_norm_lambda == AUTO
     if not hparams.mom2_adjustment:
-        return Identity(weight.shape[1], weight.device, scale + hparams.update_norm_lambda)
+        norm_lambda = NORM_SHARE * scale if automatic else float(hparams.update_norm_lambda)
+        return Identity(weight.shape[1], weight.device, scale + norm_lambda)
+    moment = state.moment(layer)
+    if automatic:
+        mean = Covariance.from_moment(moment, hparams.mom2_ridge).geometric_mean
+        norm_lambda = NORM_SHARE * scale * mean
+    else:
+        norm_lambda = float(hparams.update_norm_lambda)
     return Covariance.from_moment(
-        state.moment(layer),
+        moment,
         hparams.mom2_ridge,
         weight=scale,
-        norm_lambda=hparams.update_norm_lambda,
+        norm_lambda=norm_lambda,
         dtype=getattr(torch, hparams.factor_dtype),
     )
 
 
 def _null_space(state: SolverState, layer: int) -> Preconditioner:
     hparams, weight = state.hparams, state.view.weight(layer)
+    ridge = 1.0 if hparams.L2 == AUTO else float(hparams.L2)
     override = state.null_space_overrides.get(layer)
     if override is None:
         return NullSpace.from_covariance(
-            state.moment(layer), hparams.nullspace_threshold, hparams.nullspace_rule, hparams.L2
+            state.moment(layer), hparams.nullspace_threshold, hparams.nullspace_rule, ridge
         )
     if override.size != weight.shape[1]:
         raise StatisticsError(
             f"its null space is of {override.size} dimensions, the weight takes {weight.shape[1]} inputs"
         )
-    return replace(override, basis=override.basis.to(weight.device), l2=float(hparams.L2))
+    return replace(override, basis=override.basis.to(weight.device), l2=ridge)
 
 
 PRECONDITIONERS: dict[PreconditionerKind, Callable[[SolverState, int], Preconditioner]] = {

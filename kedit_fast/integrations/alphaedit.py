@@ -176,7 +176,7 @@ def _session(call: Call, hparams: Hparams, cache_c: torch.Tensor, P: torch.Tenso
 
 
 def _null_spaces(P: torch.Tensor, hparams: Hparams) -> NullSpaces:
-    return {layer: NullSpace.from_projection(P[i], hparams.L2) for i, layer in enumerate(hparams.layers)}
+    return {layer: NullSpace.from_projection(P[i]) for i, layer in enumerate(hparams.layers)}
 
 
 def _tensor_states(*tensors: torch.Tensor | None) -> tuple:

@@ -241,7 +241,7 @@ def _create_editor(
     spaces, statistics = None if null_spaces is None else null_spaces(), call.statistics
     reads_projector = recipe.uses_null_space and spaces is None and statistics is None
     if reads_projector and raw.get("P_loc") and Path(raw["P_loc"]).exists():
-        spaces = load_projector(raw["P_loc"], resolved.layers, resolved.L2, trust=True)
+        spaces = load_projector(raw["P_loc"], resolved.layers, trust=True)
     if resolved.uses_statistics and spaces is None and statistics is None:
         statistics = framework_statistics(
             model, tokenizer, resolved.layers, raw, call.stats_dir, options.statistics_text, options.whole_name

@@ -21,6 +21,9 @@ MemoryForm = Literal["auto", "dual", "primal"]
 GradientRows = Literal["mask", "ans"]
 OnBadPivot = Literal["raise", "skip", "allow"]
 OnPredicted = Literal["error", "allow"]
+Auto = Literal["auto"]
+AUTO: Auto = "auto"
+"""In place of a number: it is found from the model and the first batch of requests."""
 Identity = Literal["value", "state"]
 
 
@@ -41,10 +44,20 @@ class Range:
         return cls(f"one of {', '.join(accepted)}", lambda value: value in accepted)
 
 
+def _or_auto(accepted: Range) -> Range:
+    """The values of a range, and "auto"."""
+    return Range(
+        f'{accepted.description}, or "{AUTO}"',
+        lambda value: value == AUTO if isinstance(value, str) else accepted.contains(value),
+    )
+
+
 POSITIVE = Range("above 0", lambda value: value > 0)
 NOT_NEGATIVE = Range("0 or above", lambda value: value >= 0)
 AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
 SHARE = Range("above 0 and at most 1", lambda value: 0 < value <= 1)
+INNER_SHARE = Range("between 0 and 1", lambda value: 0 < value < 1)
+POSITIVE_OR_AUTO, NOT_NEGATIVE_OR_AUTO = _or_auto(POSITIVE), _or_auto(NOT_NEGATIVE)
 BOOLEAN = Range("true or false")
 ANY = Range("any")
 
@@ -62,6 +75,8 @@ class Declaration:
     """Whether a method reads it."""
     identifies: tuple[Identity, ...]
     """What depends on it, so that a stored one of another value must not be used: a value, or a method's state."""
+    only_with: tuple[str, ...] = ()
+    """Hyper-parameters of which one must be "auto" for this one to have an effect; empty where it always has."""
 
     @property
     def is_required(self) -> bool:
@@ -87,6 +102,10 @@ def _rank_one(recipe: Recipe) -> bool:
 
 def _weighing_covariance(recipe: Recipe) -> bool:
     return recipe.uses_covariance and recipe.is_batched
+
+
+def _scaling(recipe: Recipe) -> bool:
+    return _weighing_covariance(recipe) or _null_space(recipe)
 
 
 def _covariance(recipe: Recipe) -> bool:
@@ -119,9 +138,16 @@ def _declare(
     *,
     read_by: Callable[[Recipe], bool] = _every_method,
     identifies: tuple[Identity, ...] = (),
+    only_with: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """The metadata of a field of Hparams. A default outside of the accepted values stands for "not given"."""
-    return {"accepted": accepted, "meaning": meaning, "read_by": read_by, "identifies": identifies}
+    return {
+        "accepted": accepted,
+        "meaning": meaning,
+        "read_by": read_by,
+        "identifies": identifies,
+        "only_with": only_with,
+    }
 
 
 @dataclass(frozen=True)
@@ -149,10 +175,23 @@ class Hparams:
             identifies=("value",),
         ),
     )
-    v_lr: float = field(
+    v_lr: float | Auto = field(
         default=0.0,
         metadata=_declare(
-            POSITIVE, "learning rate of Adam in the value loop", read_by=_optimizing, identifies=("value",)
+            POSITIVE_OR_AUTO,
+            'learning rate of Adam in the value loop; "auto" is v_lr_scale times the root mean square of h0',
+            read_by=_optimizing,
+            identifies=("value",),
+        ),
+    )
+    v_lr_scale: float = field(
+        default=0.5,
+        metadata=_declare(
+            POSITIVE,
+            'with v_lr = "auto", the learning rate as a multiple of the root mean square of h0 at the value\'s site',
+            read_by=_optimizing,
+            identifies=("value",),
+            only_with=("v_lr",),
         ),
     )
     v_weight_decay: float = field(
@@ -161,10 +200,14 @@ class Hparams:
             NOT_NEGATIVE, "weight of the loss term |delta| / |h0|^2", read_by=_optimizing, identifies=("value",)
         ),
     )
-    clamp_norm_factor: float = field(
+    clamp_norm_factor: float | Auto = field(
         default=0.0,
         metadata=_declare(
-            POSITIVE, "largest |delta|, as a multiple of |h0|", read_by=_optimizing, identifies=("value",)
+            POSITIVE_OR_AUTO,
+            'largest |delta|, as a multiple of |h0|; "auto" is the first of 0.75, 1, 2 and 4 with which the median '
+            "loss of the first batch's values ends at 0.5 or below",
+            read_by=_optimizing,
+            identifies=("value",),
         ),
     )
     kl_factor: float = field(
@@ -182,10 +225,24 @@ class Hparams:
             identifies=("state",),
         ),
     )
-    mom2_update_weight: float = field(
+    mom2_update_weight: float | Auto = field(
         default=0.0,
         metadata=_declare(
-            POSITIVE, "lambda, the weight of C in S", read_by=_weighing_covariance, identifies=("state",)
+            POSITIVE_OR_AUTO,
+            'lambda, the weight of C in S; "auto" gives each layer the lambda of residual_share',
+            read_by=_weighing_covariance,
+            identifies=("state",),
+        ),
+    )
+    residual_share: float = field(
+        default=0.2,
+        metadata=_declare(
+            INNER_SHARE,
+            'with mom2_update_weight or L2 = "auto", the share of its residual that an edit alone leaves undone, in '
+            "the median over the first batch",
+            read_by=_scaling,
+            identifies=("state",),
+            only_with=("mom2_update_weight", "L2"),
         ),
     )
     mom2_ridge: float = field(
@@ -197,10 +254,14 @@ class Hparams:
             identifies=("state",),
         ),
     )
-    update_norm_lambda: float = field(
+    update_norm_lambda: float | Auto = field(
         default=0.0,
         metadata=_declare(
-            NOT_NEGATIVE, "ENCORE's lambda_n in S = lambda C + lambda_n I", read_by=_covariance, identifies=("state",)
+            NOT_NEGATIVE_OR_AUTO,
+            'ENCORE\'s lambda_n in S = lambda C + lambda_n I; "auto" is 0.1 lambda times the geometric mean of the '
+            "eigenvalues of C",
+            read_by=_covariance,
+            identifies=("state",),
         ),
     )
     emmet_lambda: float = field(
@@ -209,9 +270,14 @@ class Hparams:
             NOT_NEGATIVE, "EMMET's softness of the equality constraints; 0 makes them exact", read_by=_soft_equality
         ),
     )
-    L2: float = field(
+    L2: float | Auto = field(
         default=10.0,
-        metadata=_declare(POSITIVE, "ridge of AlphaEdit's solve", read_by=_null_space, identifies=("state",)),
+        metadata=_declare(
+            POSITIVE_OR_AUTO,
+            'ridge of AlphaEdit\'s solve; "auto" gives each layer the ridge of residual_share',
+            read_by=_null_space,
+            identifies=("state",),
+        ),
     )
     nullspace_threshold: float = field(
         default=2e-2,
@@ -360,6 +426,8 @@ class Hparams:
             raise self._out_of_range("inner_params", "empty: the method edits one module per layer")
         if recipe.uses_null_space and not self.mom2_adjustment:
             raise self._out_of_range("mom2_adjustment", "true: a null space is that of a second moment")
+        if self.mom2_update_weight == AUTO and self.update_norm_lambda not in (0, AUTO):
+            raise self._out_of_range("update_norm_lambda", f'0 or "{AUTO}" where mom2_update_weight is "{AUTO}"')
         for name, declaration in DECLARATIONS.items():
             optional = declaration.is_required and not declaration.read_by(recipe)
             if not optional and not declaration.accepted.contains(getattr(self, name)):
@@ -377,9 +445,25 @@ class Hparams:
         """Whether second moments of the edited layers are needed."""
         return self.mom2_adjustment and find_recipe(self.method).uses_statistics
 
+    @property
+    def scale_name(self) -> str | None:
+        """The hyper-parameter that scales S of each layer, where it is "auto": a batch's keys decide it; else None."""
+        recipe = find_recipe(self.method)
+        name = "L2" if recipe.uses_null_space else "mom2_update_weight"
+        return name if reads(recipe, name) and getattr(self, name) == AUTO else None
+
+    def has_effect(self, name: str) -> bool:
+        """Whether a hyper-parameter has an effect beside the others: some have one only where another is "auto"."""
+        needs = DECLARATIONS[name].only_with if name in DECLARATIONS else ()
+        return not needs or any(getattr(self, other) == AUTO for other in needs)
+
     def identity(self, part: Identity) -> dict[str, Any]:
         """Name -> value of the hyper-parameters that identify a stored value, or a stored state."""
-        return {name: getattr(self, name) for name, known in DECLARATIONS.items() if part in known.identifies}
+        return {
+            name: getattr(self, name)
+            for name, known in DECLARATIONS.items()
+            if part in known.identifies and self.has_effect(name)
+        }
 
 
 DECLARATIONS: Mapping[str, Declaration] = {

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from kedit_fast.errors import MethodError
-from kedit_fast.methods.hparams import Hparams
+from kedit_fast.methods.hparams import AUTO, Hparams
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.support.textfiles import Repeated, parse_json, read_text, suffix_of
 
@@ -148,7 +148,8 @@ def parse_values(
             try:
                 values[name] = _CONVERTERS.get(types[name], str)(value)
             except (TypeError, ValueError, OverflowError):
-                raise MethodError(f"{origin}: {name} = {value!r} is not a {types[name]}") from None
+                kind = types[name].replace("Auto", f'"{AUTO}"')
+                raise MethodError(f"{origin}: {name} = {value!r} is not a {kind}") from None
         elif foreign and name in _TRANSLATED:
             for ours, translated in _translated(name, value, origin, method).items():
                 if values.setdefault(ours, raw.get(ours, translated)) != translated:
@@ -222,6 +223,10 @@ def _number(value: Any) -> float:
     return number
 
 
+def _number_or_auto(value: Any) -> float | str:
+    return AUTO if isinstance(value, str) and value.strip().lower() == AUTO else _number(value)
+
+
 def parse_layers(value: Any) -> tuple[int, ...]:
     """Zero-based layers from "4-8" (both ends count), "3,5,7", an integer or a list; raises ValueError."""
     if isinstance(value, bool):
@@ -250,4 +255,5 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "bool": _boolean,
     "int": _integer,
     "float": _number,
+    "float | Auto": _number_or_auto,
 }

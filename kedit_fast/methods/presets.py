@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kedit_fast.errors import MethodError
-from kedit_fast.methods.hparams import Hparams, unused
+from kedit_fast.methods.hparams import AUTO, Hparams, unused
 from kedit_fast.methods.hparams_files import nearest_name, parse_values
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import find_recipe
@@ -44,8 +44,9 @@ def preset_hparams(recipe: Recipe, config: Any) -> tuple[dict[str, Any], str]:
                 values["layers"] = _by_depth(recipe, family, config.num_hidden_layers)
         return parse_values(values, entry["source"]), origin + ")"
     layers = _by_depth(recipe, family, config.num_hidden_layers)
-    values = parse_values(family["values"], family["source"])
-    return {**values, "layers": layers}, f"guess: layers by relative depth, values of {family['source']}"
+    values = parse_values({**family["values"], **family["guess"]}, family["source"])
+    scaled = "numbers scaled to the model, the rest of " if AUTO in values.values() else "values of "
+    return {**values, "layers": layers}, f"guess: layers by relative depth, {scaled}{family['source']}"
 
 
 def _by_depth(recipe: Recipe, family: Mapping[str, Any], count: int) -> tuple[int, ...]:
@@ -57,7 +58,8 @@ def load_presets(name: str) -> dict[str, list[dict[str, Any]]]:
     """The entries of a preset file, each merged over the entry of the same name in the file's base.
 
     In each entry, `inherited` is the base's name where this file has no such entry, else "". Of families, `override`
-    holds the values of this file alone, and `overrides_depth` says whether the depth stands in this file.
+    holds the values of this file alone, and `overrides_depth` says whether the depth stands in this file. `guess` holds
+    what replaces the values for a model without a preset.
     """
     table = tomllib.loads((PRESETS / f"{name}.toml").read_text(encoding="utf-8"))
     base = load_presets(table["base"]) if "base" in table else {}
@@ -74,6 +76,7 @@ def load_presets(name: str) -> dict[str, list[dict[str, Any]]]:
                 **below,
                 **entry,
                 "values": {**below.get("values", {}), **override},
+                "guess": {**below.get("guess", {}), **entry.get("guess", {})},
                 "inherited": "",
                 "override": override,
                 "overrides_depth": "depth" in entry,

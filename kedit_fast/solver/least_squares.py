@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 import torch
 
-from kedit_fast.errors import InvalidArgumentError, SolveError
+from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
 from kedit_fast.ops import mirror_, spd_solve, symmetric_rank_k_update_
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import Preconditioner, require_finite
@@ -81,6 +81,39 @@ def solve_update(
     right = preconditioner.unwhiten(solved)
     require_finite("the solution", right)
     return LowRankUpdate(residuals, right)
+
+
+@plain_torch()
+def scale_of_share(keys: torch.Tensor, preconditioner: Preconditioner, share: float, rho: float = 1.0) -> float:
+    """The factor of S with which an edit alone leaves `share` of its residual undone, in the median over keys.
+
+    Alone, an edit with key k leaves rho / (rho + k^T S^-1 k) of its residual. So for a factor c of S the share is
+    rho c / (rho c + q) with q = k^T S^-1 k, whatever the scale of keys and S.
+
+    Args:
+        keys: K [d, u].
+        preconditioner: S^-1.
+        share: between 0 and 1.
+        rho: as in `solve_update`; with 0 nothing is left undone, and the factor is 1.
+
+    Raises:
+        StatisticsError: the keys have no part in the directions that S leaves free, or q is not finite.
+
+    Example:
+        >>> keys = torch.randn(16, 5)
+        >>> scale = scale_of_share(keys, Identity(16), share=0.2)
+        >>> round(scale / (scale + float(keys.double().square().sum(0).median())), 3)
+        0.2
+    """
+    if rho == 0:
+        return 1.0
+    q = float(preconditioner.whiten(keys).square().sum(0).quantile(0.5))
+    if not 0 < q < float("inf"):
+        raise StatisticsError(
+            f"the median over the batch's keys of k^T S^-1 k is {q:.1e}: they have no part in the directions that the "
+            "method leaves free"
+        )
+    return share / (1 - share) * q / rho
 
 
 @plain_torch()

@@ -101,6 +101,50 @@ class Identity(Preconditioner):
 
 
 @dataclass(frozen=True)
+class Scaled(Preconditioner):
+    """S = weight S_0, over the preconditioner of S_0: one factorization serves any weight.
+
+    Example:
+        >>> Scaled(Identity(3), 4.0).apply(torch.ones(3, 1)).T
+        tensor([[0.2500, 0.2500, 0.2500]], dtype=torch.float64)
+    """
+
+    base: Preconditioner
+    """S_0^-1."""
+    weight: float
+    """What multiplies S_0; positive."""
+
+    @property
+    def size(self) -> int:
+        """d."""
+        return self.base.size
+
+    @property
+    def device(self) -> torch.device:
+        """Of the base."""
+        return self.base.device
+
+    @plain_torch()
+    def whiten(self, keys: torch.Tensor) -> torch.Tensor:
+        """T_0 K / sqrt(weight)."""
+        return self.base.whiten(keys) * self.weight**-0.5
+
+    @plain_torch()
+    def unwhiten(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """T_0^T H / sqrt(weight)."""
+        return self.base.unwhiten(coordinates) * self.weight**-0.5
+
+    def describe(self) -> dict[str, Any]:
+        """Its kind and parameters."""
+        return {**self.base.describe(), "scale": self.weight}
+
+    @property
+    def nbytes(self) -> int:
+        """Of the base."""
+        return self.base.nbytes
+
+
+@dataclass(frozen=True)
 class Covariance(Preconditioner):
     """S = weight C + lambda_n I with C = E[k k^T], stored as a Cholesky factor: one factorization serves every batch.
 
@@ -188,6 +232,11 @@ class Covariance(Preconditioner):
             )
         _log.info("float32 factor: relative error of S^-1 K at most about %.1e", bound)
         return cls(factor.float(), weight, norm_lambda, ridge, bound)
+
+    @property
+    def geometric_mean(self) -> float:
+        """The geometric mean of the eigenvalues of S."""
+        return float(self.factor.diagonal().double().log().mean().mul(2).exp())
 
     @property
     def size(self) -> int:

@@ -40,7 +40,7 @@ def clamped_step(
     square: torch.Tensor,
     count: torch.Tensor,
     active: torch.Tensor,
-    lr: float,
+    lr: float | torch.Tensor,
     max_norm: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """One step of Adam, then the clamp |delta| <= max_norm along the last dimension, in rows that are `active`.
@@ -54,7 +54,7 @@ def clamped_step(
         square: [.., h] Adam's running mean of their squares.
         count: [.., 1] number of steps, this one included.
         active: [.., 1] bool; the other rows keep what they have.
-        lr: Adam's step size.
+        lr: Adam's step size, a number or [.., 1].
         max_norm: [.., 1] bound of |delta|.
 
     Returns:

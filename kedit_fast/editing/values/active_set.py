@@ -29,6 +29,8 @@ class ActiveSet:
     """[v] int64, the first request of each request's group; None where every request has a value of its own."""
     max_norm: torch.Tensor
     """[v, sites, 1] fp32, bound of |delta|."""
+    rate: torch.Tensor | None
+    """[v, sites, 1] fp32, Adam's step size; None where one number holds for all requests."""
     delta: torch.Tensor
     """[v, sites, h] fp32; requests of one group have the same."""
     adam_mean: torch.Tensor
@@ -62,6 +64,7 @@ class ActiveSet:
         requests: Sequence[int],
         leaders: Sequence[int] | None,
         clamp_norm_factor: float,
+        v_lr_scale: float | None = None,
     ) -> ActiveSet:
         """A set of requests before their first iteration.
 
@@ -70,6 +73,7 @@ class ActiveSet:
             requests: their indices into the caller's requests.
             leaders: for each, the place in `requests` of the first one of its group; None without groups.
             clamp_norm_factor: bound of |delta| in units of |h0|; a group has its first request's bound.
+            v_lr_scale: Adam's step size in units of the root mean square of h0, likewise; None for no `rate`.
         """
         h0, device = objective.h0, objective.device
         v = len(requests)
@@ -84,6 +88,7 @@ class ActiveSet:
             request=request,
             leader=leader,
             max_norm=clamp_norm_factor * norm,
+            rate=None if v_lr_scale is None else v_lr_scale * h0.shape[2] ** -0.5 * norm,
             delta=torch.zeros_like(h0),
             adam_mean=torch.zeros_like(h0),
             adam_square=torch.zeros_like(h0),

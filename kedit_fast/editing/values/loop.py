@@ -6,9 +6,10 @@ For each request, minimize over delta in R^h, added to the site's output h0 at t
     + kl_factor KL(p_delta || p_0) at the subject's last token of "{subject} is a"
     + v_weight_decay |delta| / |h0|^2
 
-by Adam, and keep |delta| <= clamp_norm_factor |h0|. The order is the published loop's: forward pass, loss, stop if the
-loss is below v_stop_loss, else take a step; the last iteration takes no step. Requests do not depend on each other: a
-batch of them gives the same values as one request at a time.
+by Adam with the step size v_lr ("auto": v_lr_scale times the root mean square of h0), and keep |delta| <=
+clamp_norm_factor |h0|. The order is the published loop's: forward pass, loss, stop if the loss is below v_stop_loss,
+else take a step; the last iteration takes no step. Requests do not depend on each other: a batch of them gives the same
+values as one request at a time.
 
 PMET optimizes two deltas together, at the outputs of attention and MLP, each with its own decay and clamp, under a
 stopping rule of its own (see `stop_rules`).
@@ -33,7 +34,7 @@ from kedit_fast.editing.values.order import by_length, in_groups
 from kedit_fast.editing.values.result import PROBLEMS, OnProblem, Values
 from kedit_fast.editing.values.stop_rules import MOST_PROBABLE, STOP_RULES, Stopping
 from kedit_fast.errors import EditError
-from kedit_fast.methods.hparams import Hparams
+from kedit_fast.methods.hparams import AUTO, Hparams
 from kedit_fast.methods.recipe import StopRule, ValueSites
 from kedit_fast.models.forward import Site, SiteKind, evaluating
 from kedit_fast.models.view import ModelView
@@ -162,6 +163,10 @@ class ValueOptimizer:
     ):
         self.view, self.prepared, self.sites, self.hparams = view, prepared, sites, hparams
         self.on_problem, self.finished = on_problem, finished
+        if hparams.clamp_norm_factor == AUTO:
+            raise EditError(f'clamp_norm_factor is "{AUTO}": choose one with `choose_clamp`')
+        self.clamp = float(hparams.clamp_norm_factor)
+        self.rate, self.rate_scale = (0.0, hparams.v_lr_scale) if hparams.v_lr == AUTO else (float(hparams.v_lr), None)
         self.stop_rules = [stopping, MOST_PROBABLE] if hparams.most_probable_steps else [stopping]
         self.needs_top1 = any(rule.needs_top1 for rule in self.stop_rules)
         self.queue = in_groups(by_length(prepared), groups)  # groups of requests that wait
@@ -197,7 +202,7 @@ class ValueOptimizer:
             requests = [i for group in admitted for i in group]
             leaders = [requests.index(group[0]) for group in admitted for _ in group] if self.has_groups else None
             objective = Objective.build(self.view, [self.prepared[i] for i in requests], self.sites)
-            entering = ActiveSet.start(objective, requests, leaders, self.hparams.clamp_norm_factor)
+            entering = ActiveSet.start(objective, requests, leaders, self.clamp, self.rate_scale)
             active = entering if active is None else active.append(entering)
             self.last_iterations.add(self.iteration + self.hparams.v_num_grad_steps)
             self.graphed_step = None
@@ -267,7 +272,7 @@ class ValueOptimizer:
             active.adam_square,
             active.steps_taken.clamp(min=1)[:, None, None],
             running[:, None, None],
-            self.hparams.v_lr,
+            self.rate if active.rate is None else active.rate,
             active.max_norm,
         )
 
