@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -36,6 +36,41 @@ class Group:
     """Whether their sums are on the host instead of beside the layers' inputs."""
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What the passes of a collection take, known before they start."""
+
+    layers: tuple[int, ...]
+    """The layers that are collected."""
+    passes: int
+    """Passes over the text."""
+    sum_bytes: int
+    """The largest total of fp64 sums that one pass holds in memory, in each process."""
+    on_cpu: bool
+    """Whether these sums are on the host; otherwise they are beside the layers' inputs."""
+    file_bytes: int
+    """Of the files of these layers."""
+    disk_bytes: int
+    """The most that files and checkpoints take at once."""
+
+
+def needs(view: ModelView, groups: Sequence[Group]) -> Needs:
+    """What the passes of these groups (at least one) take."""
+    sizes = [sum(sum_bytes(view, layer) for layer in group.layers) for group in groups]
+    most = files = 0
+    for size in sizes:
+        most = max(most, files + 2 * size * process_group.world()[1])  # while a checkpoint replaces the one before
+        files += size
+    largest = groups[sizes.index(max(sizes))]
+    layers = tuple(sorted(layer for group in groups for layer in group.layers))
+    return Needs(layers, len(groups), max(sizes), largest.on_cpu, files, most)
+
+
+def sum_bytes(view: ModelView, layer: int) -> int:
+    """Bytes of the fp64 sum of a layer, and of its file."""
+    return 8 * view.weight(layer).shape[1] ** 2
+
+
 def check_masters(masters: str) -> None:
     """Raise InvalidArgumentError for an unknown place."""
     if masters not in MASTERS:
@@ -59,7 +94,7 @@ def plan_groups(
         StatisticsError: there is no room for the sum of a single layer.
     """
     check_masters(masters)
-    sizes = {layer: 8 * view.weight(layer).shape[1] ** 2 for layer in layers}
+    sizes = {layer: sum_bytes(view, layer) for layer in layers}
     beside_inputs = {layer: view.row_device(layer) for layer in layers}
     on_host = dict.fromkeys(layers, torch.device("cpu"))
     placements = {

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,11 @@ from kedit_fast.statistics import checkpoint
 from kedit_fast.statistics.checkpoint import Progress
 from kedit_fast.statistics.collect import Job
 from kedit_fast.statistics.corpus import Corpus, Position
-from kedit_fast.statistics.memory_plan import Group, Masters, check_masters, plan_groups
+from kedit_fast.statistics.memory_plan import Group, Masters, Needs, check_masters, needs, plan_groups
 from kedit_fast.statistics.moments import SecondMomentAccumulator
 from kedit_fast.statistics.store import MODEL_FIELDS, metadata_in, path_of, save_statistics
 from kedit_fast.support import process_group
-from kedit_fast.support.messages import comma_list
+from kedit_fast.support.messages import comma_list, size_text
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
@@ -73,6 +74,7 @@ def collect_into(
     overwrite: bool = False,
     masters: Masters = "auto",
     master_bytes: int | None = None,
+    on_plan: Callable[[Needs], None] | None = None,
     progress: bool = False,
     spec: ArchSpec | None = None,
 ) -> Collected:
@@ -95,6 +97,8 @@ def collect_into(
         masters: where the sums are: "device", "cpu", or "auto".
         master_bytes: bytes for sums on each device; None for what is free. Layers whose sums do not fit at once are
             collected in groups, with one pass over the corpus each.
+        on_plan: called before the first pass, in every process, with what this call will take; not called where all
+            layers are finished.
         progress: show a bar on stderr.
         spec: an ArchSpec for an architecture that is not known.
 
@@ -135,6 +139,8 @@ def collect_into(
         begun = [progress.layers for progress in process_group.gather(stored) if progress is not None]
         groups = _groups(job, done, begun, masters, master_bytes)
         job.check_groups(groups)
+        if groups:
+            _announce(folder, needs(job.view, groups), on_plan)
         clock, resumed = _Clock(checkpoint_every), 0
         for group in groups:
             sums = job.accumulators(group)
@@ -161,6 +167,19 @@ def collect_into(
             marker.unlink(missing_ok=True)
     resumed = sum(process_group.gather(resumed)) if groups else _tokens(done)
     return _collected(folder, job, done, resumed, len(groups), begin, clock.spent)
+
+
+def _announce(folder: Path, taken: Needs, on_plan: Callable[[Needs], None] | None) -> None:
+    """Tell the caller what the passes take, and warn where the disk has less than that."""
+    if on_plan is not None:
+        on_plan(taken)
+    free = shutil.disk_usage(folder).free
+    if taken.disk_bytes > free and process_group.world()[0] == 0:
+        _log.warning(
+            "%s has %s free, and files with checkpoints take up to %s (the files alone %s)",
+            folder,
+            *map(size_text, (free, taken.disk_bytes, taken.file_bytes)),
+        )
 
 
 @dataclass(frozen=True)

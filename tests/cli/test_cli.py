@@ -21,7 +21,9 @@ import kedit_fast
 from kedit_fast import demo, workflow
 from kedit_fast.errors import KeditError, UnsupportedModelError
 from kedit_fast.methods.hparams_files import read_hparams
+from kedit_fast.methods.windows import statistics_layers
 from kedit_fast.models import loading
+from kedit_fast.models.loading import load_config
 from kedit_fast.support.files import new_folder
 
 
@@ -769,6 +771,23 @@ def test_plan_needs_no_weights_for_bytes(place, tmp_path):
     assert found["bytes"]["keys"] == 4 * 64 * 8  # one request after another
     assert run("plan", tmp_path, "--edits", "0").returncode == 2
     assert "out of range" in run("plan", tmp_path, "--edits", "1", "--no-trial", "--layers", "9").stderr
+
+
+def test_statistics_of_all_layers_that_are_tried_are_collected_in_one_pass(place, tmp_path):
+    base = ("stats", place / "model", "--text", place / "text.txt", "--layers", "auto", "--samples", "9")
+    done = run(*base, "--out", tmp_path / "s", "--json")
+    layers = list(statistics_layers(load_config(place / "model")))
+    assert json.loads(done.stdout)["layers"] == layers and json.loads(done.stdout)["passes"] == 1
+    kib = 8 * 64 * 64 * len(layers) / 1024
+    said = " ".join(done.stderr.split())
+    assert f"layers {', '.join(map(str, layers))} ({len(layers)} in 1 pass over the text)" in said
+    assert f"fp64 sums of {kib:.1f} KiB beside the model; files of {kib:.1f} KiB, up to {2 * kib:.1f} KiB" in said
+    shown = json.loads(run("stats", "show", tmp_path / "s", "--no-draw", "--json").stdout)["layers"]
+    assert [spectrum["layer"] for spectrum in shown] == layers
+    again = run(*base, "--out", tmp_path / "s", "--resume", "--json")
+    assert json.loads(again.stdout)["passes"] == 0 and json.loads(again.stdout)["layers"] == layers
+    assert "in 1 pass" not in again.stderr
+    assert run(*base[:4], "--layers", "all", "--out", tmp_path / "t").returncode == 2
 
 
 def test_statistics_are_resumed_exchanged_and_projected(place, tmp_path):

@@ -309,6 +309,41 @@ def test_a_full_disk_is_named_and_keeps_the_last_checkpoint(tmp_path, two, monke
     assert same(tmp_path / "s", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    "room, passes, sums, disk", ((D2, 3, D2, 4 * D2), (2 * D2, 2, 2 * D2, 4 * D2), (9 * D2, 1, 3 * D2, 6 * D2))
+)
+def test_what_a_collection_takes_is_said_before_it_starts(tmp_path, two, room, passes, sums, disk):
+    heard = []
+
+    def heard_plan(needs):
+        heard.append(needs)
+        assert not [p for p in (tmp_path / "s").iterdir() if p.suffix == ".safetensors"]
+
+    common = dict(masters="device", master_bytes=room, on_plan=heard_plan, texts=DOCUMENTS[:40])
+    done = into(tmp_path / "s", two, (0, 1, 2), **common)
+    (needs,) = heard
+    assert needs.layers == (0, 1, 2) and needs.passes == passes == done.passes and not needs.on_cpu
+    assert needs.sum_bytes == sums and needs.disk_bytes == disk
+    written = sum(path.stat().st_size for path in done.files)
+    assert needs.file_bytes == 3 * D2 and 0 < written - needs.file_bytes < 3 * 8192  # headers
+    into(tmp_path / "s", two, (0, 1, 2), resume=True, **common)
+    assert len(heard) == 1  # nothing is left to do
+    into(tmp_path / "s", two, (0, 1, 2, 3), resume=True, **{**common, "on_plan": heard.append})
+    assert heard[1].layers == (3,) and heard[1].file_bytes == D2
+
+
+def test_a_disk_with_less_room_than_the_files_take_is_warned_of(tmp_path, two, monkeypatch, caplog):
+    usage = resumable.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(resumable.shutil, "disk_usage", lambda _: usage._replace(free=3 * D2))
+    into(tmp_path / "one", two, (0,), DOCUMENTS[:40])
+    assert "free" not in caplog.text
+    into(tmp_path / "two", two, (0, 1), DOCUMENTS[:40])
+    assert (
+        "two has 96.0 KiB free, and files with checkpoints take up to 128.0 KiB (the files alone 64.0 KiB)"
+        in caplog.text
+    )
+
+
 @pytest.mark.parametrize("room, passes", ((D2, 3), (2 * D2, 2), (3 * D2, 1)))
 def test_layers_in_groups_give_the_same(tmp_path, two, room, passes, monkeypatch):
     into(tmp_path / "whole", two, (0, 1, 2))

@@ -21,20 +21,25 @@ from kedit_fast.cli.options import (
     parsed_layers,
 )
 from kedit_fast.errors import KeditError
+from kedit_fast.methods.windows import statistics_layers
 from kedit_fast.models.loading import DTYPES, load_config, load_model
 from kedit_fast.statistics.corpus import Corpus
-from kedit_fast.statistics.memory_plan import MASTERS, Masters
+from kedit_fast.statistics.memory_plan import MASTERS, Masters, Needs
 from kedit_fast.statistics.resumable import check_folder, collect_into
 from kedit_fast.statistics.sources import open_texts
 from kedit_fast.support import process_group
-from kedit_fast.support.messages import comma_list
+from kedit_fast.support.messages import comma_list, size_text
+
+AUTO = "auto"
 
 
 @command
 def collect(
     model: ModelArgument,
     text: Annotated[str, typer.Option(help=TEXT_HELP)],
-    layers: Annotated[str, typer.Option(help=LAYERS_HELP)],
+    layers: Annotated[
+        str, typer.Option(help=LAYERS_HELP + "; auto: every layer that a method edits by default or tries")
+    ],
     out: Annotated[Path, typer.Option(help="folder for the statistics and, while it runs, for checkpoints")],
     field: Annotated[str, typer.Option(help="field of a record, or column, that holds the text")] = "text",
     tokens: Annotated[int | None, typer.Option(min=1, help="stop after this many tokens")] = None,
@@ -60,12 +65,15 @@ def collect(
 
     Under torchrun every process takes its share of the batches.
     """
-    layer_numbers = parsed_layers(layers)
+    layer_numbers = None if layers == AUTO else parsed_layers(layers)
     if device_map is not None and device != "cpu":
         raise KeditError("--device-map places the model: leave --device out")
     check_folder(out, resume, overwrite)
     documents = open_texts(text, field)
-    check_range(layer_numbers, load_config(model, merge_adapter))
+    config = load_config(model, merge_adapter)
+    if layer_numbers is None:
+        layer_numbers = statistics_layers(config)
+    check_range(layer_numbers, config)
     try:
         with processes(device) as (rank, place):
             if device_map is not None and process_group.world()[1] > 1:
@@ -82,6 +90,7 @@ def collect(
                 resume=resume,
                 overwrite=overwrite,
                 masters=masters,
+                on_plan=_say_needs,
                 progress=interactive(),
             )
     except KeyboardInterrupt:
@@ -109,3 +118,17 @@ def collect(
         how += f", {collected.resumed:,} tokens from a checkpoint"
     layer_list = comma_list(collected.layers)
     output.print(f"{collected.tokens:,} tokens, layers {layer_list}, {how}: {out}", markup=False)
+
+
+def _say_needs(needs: Needs) -> None:
+    """What the collection will take, on stderr before it starts."""
+    if process_group.world()[0]:
+        return
+    passes = "1 pass" if needs.passes == 1 else f"{needs.passes} passes"
+    notices.print(
+        f"kedit-fast: layers {comma_list(needs.layers)} ({len(needs.layers)} in {passes} over the text): fp64 sums of "
+        f"{'' if needs.passes == 1 else 'up to '}{size_text(needs.sum_bytes)} "
+        f"{'on the host' if needs.on_cpu else 'beside the model'}; files of {size_text(needs.file_bytes)}, up to "
+        f"{size_text(needs.disk_bytes)} with checkpoints",
+        markup=False,
+    )
