@@ -454,8 +454,8 @@ class Hparams:
 
     def has_effect(self, name: str) -> bool:
         """Whether a hyper-parameter has an effect beside the others: some have one only where another is "auto"."""
-        needs = DECLARATIONS[name].only_with if name in DECLARATIONS else ()
-        return not needs or any(getattr(self, other) == AUTO for other in needs)
+        needs, recipe = DECLARATIONS[name].only_with if name in DECLARATIONS else (), find_recipe(self.method)
+        return not needs or any(reads(recipe, other) and getattr(self, other) == AUTO for other in needs)
 
     def identity(self, part: Identity) -> dict[str, Any]:
         """Name -> value of the hyper-parameters that identify a stored value, or a stored state."""
