@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.harness import RESULTS, Row, read
+from benchmarks.plots import strongest
 from benchmarks.quality import TITLES
 from kedit_fast.methods.registry import RECIPES
 
 MACHINE = "cpu_sapphire_rapids_2_threads"
+GPU = "h200"
+WHOLE = ("collect_statistics", "find_values", "KeyMemory")  # rows of the GPU that are no single ops
 METRICS = {
     "efficacy": lambda value: f"{value:.2f}",
     "paraphrase": lambda value: f"{value:.2f}",
@@ -119,6 +122,52 @@ def statistics_rate() -> str:
     return table(("case", "tokens per second", "share of peak", "error against fp64 sums"), lines)
 
 
+def gpu_ops() -> str:
+    """Our median, and the ratio over the fastest baseline."""
+    lines = [
+        (f"`{row['op']}`", row["case"].removesuffix(f", {row['backend']}"), row["dtype"], row["backend"],
+         f"{row['median_s'] * 1e3:.3g}", f"{row['ratio']:.2f}", f"{row['error']:.0e}")
+        for row in strongest({"rows": rows_in(GPU)})
+        if row["op"] not in WHOLE
+    ]  # fmt: skip
+    return table(("op", "case", "dtype", "backend", "ms", "over the fastest baseline", "error"), lines)
+
+
+def gpu_whole() -> str:
+    """Our median, the baseline's, and their ratio."""
+    lines = [
+        (f"`{row['op']}`", row["case"], row["dtype"], row["baseline"], f"{row['median_s']:.3g}",
+         f"{row['baseline_median_s']:.3g}", f"{row['ratio']:.1f}", f"{row['error']:.0e}")
+        for row in rows_in(GPU)
+        if row["op"] in WHOLE
+    ]  # fmt: skip
+    columns = ("function", "case", "dtype", "baseline", "seconds", "seconds of the baseline", "ratio", "error")
+    return table(columns, lines)
+
+
+def gpu_heads() -> str:
+    """The head ops on Triton's kernels and on torch's products, and the fastest baseline beside each."""
+    now = {(row["op"], row["case"]): row for row in strongest({"rows": rows_in(GPU)})}
+    lines = []
+    for row in strongest({"rows": rows_in(f"{GPU}_head_kernels")}):
+        products = now[row["op"], row["case"]]
+        lines.append((
+            f"`{row['op']}`", row["case"], row["dtype"],
+            *(f"{each['median_s'] * 1e3:.3g} ({each['ratio']:.2f})" for each in (row, products)),
+        ))  # fmt: skip
+    return table(("op", "case", "dtype", "kernel: ms (ratio)", "torch's products: ms (ratio)"), lines)
+
+
+def gpu_tests() -> str:
+    """What pytest said of every file with tests that use a GPU."""
+    figures = [figure for figure in read(RESULTS / f"{GPU}.json")["figures"] if figure["stage"] == "test"]
+    lines = [
+        (figure["what"].removeprefix("tests, "), re.sub(r" in [\d.]+s.*", "", figure["result"]), figure["commit"])
+        for figure in figures
+    ]
+    return table(("tests", "result", "commit"), lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{f"quality {metric}": lambda metric=metric: quality(metric) for metric in METRICS},
     "ops ratios": ops_ratios,
@@ -129,6 +178,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "solver": lambda: seconds_and_ratio("solver"),
     "statistics": lambda: seconds_and_ratio("statistics"),
     "statistics rate": statistics_rate,
+    "gpu whole": gpu_whole,
+    "gpu ops": gpu_ops,
+    "gpu heads": gpu_heads,
+    "gpu tests": gpu_tests,
 }
 
 

@@ -188,7 +188,8 @@ def _head(case: Case, device: str, backend: str | None) -> Problem:
     products = 3 if kl else 2  # what has to be done: logits (of both), and d logits times head
     return Problem(
         ours=ours, baselines=baselines, error=error, limit=max(LIMITS[case.dtype], 2e-6),
-        flops=2 * products * rows * vocabulary * width, bytes=2 * head.nbytes, rate="fp32",
+        flops=2 * products * rows * vocabulary * width, bytes=2 * head.nbytes,
+        rate="bf16" if has_wide_product(hidden) else "fp32",
         backend=_runs(case.op, *states, head, backend=backend),
     )  # fmt: skip
 

@@ -397,7 +397,7 @@ class Hparams:
         default=False,
         metadata=_declare(
             BOOLEAN,
-            "whether iterations are replayed as a CUDA graph; not yet run on a GPU; the result is the same",
+            "whether iterations are replayed as a CUDA graph (tested on a GPU, not timed); the result is the same",
             read_by=_optimizing,
         ),
     )

@@ -93,6 +93,34 @@ def test_a_tree_is_changed_by_code_not_by_results_and_documents(tmp_path):
     assert commit_of(tmp_path) == f"{clean}-dirty"
 
 
+def test_the_document_of_the_gpu_says_what_ran_and_what_did_not():
+    """Stages without errors, right results alone, and every row with where it comes from."""
+    document = json.loads((RESULTS / "h200.json").read_text(encoding="utf-8"))
+    assert all(stage["error"] is None and stage["commit"] for stage in document["stages"].values())
+    assert {"test", "peaks", "ops", "statistics", "values", "sequential"} <= set(document["stages"])
+    for row in document["rows"]:
+        assert row["machine"] == "NVIDIA H200" and row["versions"]["torch"] and row["recorded_commit"]
+        assert 0 <= row["error"] <= row["error_limit"] and row["ratio"] > 0
+    results = {figure["what"]: figure["result"] for figure in document["figures"] if figure["stage"] == "test"}
+    assert not any("did not end" in result for result in results.values())
+    assert "107 passed" in results["tests, tests/editing/test_values.py"]
+    for skipped in (figure["what"] for figure in document["figures"] if "skipped" in figure and "result" not in figure):
+        assert not any(skipped == row["case"] for row in document["rows"])
+    assert "stage tune" in document["about"]["not_measured"]
+
+
+def test_the_routing_of_the_head_ops_rests_on_committed_rows():
+    """The kernels, as first measured, took longer than torch's products take for each case."""
+    before, after = (
+        json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+        for name in ("h200_head_kernels", "h200")
+    )
+    assert {row["backend"] for row in before} == {"triton"}
+    products = {(row["op"], row["case"]): row for row in after if row["backend"] == "torch"}
+    for row in before:
+        assert row["median_s"] > products[row["op"], row["case"]]["median_s"]
+
+
 def test_the_tables_of_the_page_are_those_of_the_committed_results():
     from benchmarks import page
 
