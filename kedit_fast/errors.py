@@ -39,6 +39,10 @@ class StatisticsError(KeditError, RuntimeError):
     """Statistics are missing, damaged, or belong to another model."""
 
 
+class NullSpaceError(StatisticsError):
+    """All directions of a layer's inputs are null space by the threshold, or none is."""
+
+
 class PatchError(KeditError, RuntimeError):
     """A patch cannot be read, written or applied; the model or checkpoint is as it was before."""
 

@@ -25,7 +25,7 @@ from kedit_fast.editing.values.protocol import ValueStore
 from kedit_fast.editing.values.result import Values
 from kedit_fast.editing.values.shared import find_shared_values, flush_store
 from kedit_fast.editing.values.store import ValueFile, open_values
-from kedit_fast.errors import EditError, MethodError, StatisticsError
+from kedit_fast.errors import EditError, MethodError, NullSpaceError, StatisticsError
 from kedit_fast.methods.hparams import AUTO, DECLARATIONS, Hparams, worth_a_warning
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.recipe import Recipe, ValueSites
@@ -76,7 +76,8 @@ class Editor:
             the method uses none (UltraEdit) or runs with `mom2_adjustment=False`.
         null_spaces: layer -> null space, for AlphaEdit, instead of statistics; see
             `kedit_fast.solver.alphaedit_projector.load_projector`.
-        layers: the layers to edit, zero-based; None for those of the preset.
+        layers: the layers to edit, zero-based; None for those of the preset. Without a preset they are a guess, which
+            layers leave with a warning where the method needs a null space and they have none.
         hparams: name -> value, overrides of the preset; see `kedit_fast.methods.hparams.Hparams`.
         seed: seed of the context prefixes.
         prefixes: context prefixes to use instead of generated ones, each ending in ". ".
@@ -163,6 +164,21 @@ class Editor:
             self._check_statistics()
         require_passes(self.view, self._sites())
         self.solver_state = SolverState(self.view, self.recipe, self.hparams, statistics, null_spaces)
+        if self.origin.startswith("guess") and "layers" not in overrides:
+            self._shrink_window()
+
+    def _shrink_window(self) -> None:
+        """Let layers without a null space leave a guessed window; raise the error of the first where none is left."""
+        reasons = self.solver_state.without_null_space(self.hparams.layers)
+        layers = tuple(layer for layer in self.hparams.layers if layer not in reasons)
+        if reasons and not layers:
+            raise NullSpaceError(next(iter(reasons.values())))
+        if reasons:
+            for reason in reasons.values():
+                _log.warning("a layer leaves the guessed window, %s: %s", comma_list(self.hparams.layers), reason)
+            self.origin += f", without {comma_list(reasons)} for want of a null space"
+            self.hparams = self.solver_state.hparams = replace(self.hparams, layers=layers)
+            self.modules = self._edited_modules()
 
     def _check_statistics(self) -> None:
         if self.statistics is None:

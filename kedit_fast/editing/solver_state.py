@@ -17,7 +17,7 @@ import torch
 
 from kedit_fast._version import __version__
 from kedit_fast.editing.gradients import ModuleGradients
-from kedit_fast.errors import EditError, MethodError, StatisticsError
+from kedit_fast.errors import EditError, MethodError, NullSpaceError, StatisticsError
 from kedit_fast.methods.hparams import AUTO, Hparams
 from kedit_fast.methods.recipe import Constraint, PreconditionerKind, Recipe
 from kedit_fast.models.view import ModelView
@@ -99,10 +99,26 @@ class SolverState:
                 build = PRECONDITIONERS[self.recipe.preconditioner]
                 self._preconditioners[layer] = build(self, layer)
             except StatisticsError as error:
-                raise StatisticsError(f"layer {layer}: {error}") from None
+                raise type(error)(f"layer {layer}: {error}") from None
         base = self._preconditioners[layer]
         scale = self._pending.scales.get(layer, self.scales.get(layer))
         return base if scale is None else Scaled(base, scale)
+
+    def without_null_space(self, layers: Sequence[int]) -> dict[int, str]:
+        """The layers whose inputs have no null space below the threshold, or nothing else -> the error's message.
+
+        The factors of the other layers are cached. A method that uses no null space has no such layers.
+
+        Raises:
+            StatisticsError: statistics that are missing or bad.
+        """
+        reasons = {}
+        for layer in layers if self.recipe.uses_null_space else ():
+            try:
+                self.preconditioner(layer)
+            except NullSpaceError as error:
+                reasons[layer] = str(error)
+        return reasons
 
     def _decide_scale(self, layer: int, keys: torch.Tensor) -> None:
         """Decide the scale of a layer's S by a batch's keys [d, u], where it is "auto" and not decided yet."""

@@ -137,7 +137,7 @@ def convergence(
             tokenizer,
             method,
             statistics=statistics,
-            hparams=overrides,
+            hparams={**overrides, "layers": chosen.layers},
             seed=seed,
             prefixes=prefixes,
             values=store,

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
+from kedit_fast.errors import InvalidArgumentError, NullSpaceError, SolveError, StatisticsError
 from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.torch_state import plain_torch
 
@@ -319,7 +319,8 @@ class NullSpace(Preconditioner):
             l2: ridge of the solve, the published `L2`.
 
         Raises:
-            StatisticsError: C is not finite or not positive semi-definite, or its null space is empty or everything.
+            NullSpaceError: the null space is empty or everything.
+            StatisticsError: C is zero, not finite or not positive semi-definite.
 
         Cost: a symmetric eigendecomposition, about 9 d^3 flops in fp64.
         Source: AlphaEdit (arXiv 2410.02355), its released `get_project`.
@@ -333,21 +334,24 @@ class NullSpace(Preconditioner):
         require_finite_moment(moment)
         values, vectors = torch.linalg.eigh(moment.double())
         d, largest = len(values), float(values[-1])
+        if largest <= 0:
+            raise StatisticsError("the second moment is zero: the layer's inputs were, or no text was counted")
         if float(values[0]) < NEGATIVE * largest:
             raise StatisticsError(
                 f"the second moment has a negative eigenvalue, {float(values[0]):.2e}: it is no second moment"
             )
         m = null_dimension(values, threshold, rule)
         spectrum = f"eigenvalues from {float(values[0]):.1e} to {largest:.1e}, median {float(values[d // 2]):.1e}"
+        scale_free = ", or set nullspace_rule to relative or energy" if rule == "absolute" else ""
         if m == 0:
-            raise StatisticsError(
+            raise NullSpaceError(
                 f"no null space: none of {d} dimensions is below {threshold:g} ({rule}; {spectrum}). Raise "
-                "nullspace_threshold, or set nullspace_rule to relative or energy"
+                f"nullspace_threshold{scale_free}"
             )
         if m == d:
-            raise StatisticsError(
+            raise NullSpaceError(
                 f"everything is null space: all {d} dimensions are below {threshold:g} ({rule}; {spectrum}), so "
-                "nothing would be protected. Lower nullspace_threshold, or set nullspace_rule to relative or energy"
+                f"nothing would be protected. Lower nullspace_threshold{scale_free}"
             )
         _log.info("null space of %d of %d dimensions (%s threshold %g; %s)", m, d, rule, threshold, spectrum)
         complement = m > d / 2

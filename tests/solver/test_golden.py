@@ -274,6 +274,42 @@ BAD_MOMENTS = {
 }  # fmt: skip
 
 
+HUGE, EQUAL, ZERO, DEFICIENT = [1.0] * 15 + [1e9], [2.0] * 16, [0.0] * 16, [0.0] * 12 + [0.5, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("spectrum", "rule", "threshold", "result"),
+    [
+        (HUGE, "relative", 0.02, 15),
+        (HUGE, "energy", 0.1, 15),
+        (EQUAL, "energy", 0.1, 1),
+        (EQUAL, "relative", 0.02, "no null space: none of 16"),
+        (DEFICIENT, "relative", 0.02, 12),
+        (DEFICIENT, "energy", 0.1, 13),
+        (ZERO, "relative", 0.02, "the second moment is zero"),
+        (ZERO, "energy", 0.1, "the second moment is zero"),
+        (ZERO, "absolute", 0.02, "the second moment is zero"),
+        ([3.0], "relative", 0.02, "no null space: none of 1"),
+        ([3.0], "energy", 0.1, "no null space: none of 1"),
+        (EQUAL, "energy", 1.5, "everything is null space: all 16"),
+    ],
+)
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_scale_free_rules_give_a_space_or_a_clear_error_on_any_spectrum(spectrum, rule, threshold, result, scale):
+    basis = torch.linalg.qr(torch.randn(len(spectrum), len(spectrum), dtype=torch.float64)).Q
+    moment = (basis * torch.tensor(spectrum, dtype=torch.float64) * scale) @ basis.T
+    moment = (moment + moment.T) / 2
+    if isinstance(result, int):
+        space = NullSpace.from_covariance(moment, threshold, rule)
+        assert space.dimension == result
+        large = basis[:, -1:]  # the direction that is used most is protected
+        assert float(space.project(large).norm()) < 1e-4 or spectrum == EQUAL
+        return
+    with pytest.raises(StatisticsError, match=result) as error:
+        NullSpace.from_covariance(moment, threshold, rule)
+    assert "set nullspace_rule" not in str(error.value)  # it is a scale-free one
+
+
 @pytest.mark.parametrize("name", BAD_MOMENTS)
 def test_bad_moments_are_named(name):
     moment, message = BAD_MOMENTS[name]
