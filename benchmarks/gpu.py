@@ -421,7 +421,7 @@ def values(place: Place) -> None:
 def values_of(place: Place, shape: Shape, tokenizer: Any, contexts: Sequence[str]) -> None:
     count, timed = (6, 1) if place.dry else (32, 1)
     fixed = {"layers": shape.layers, "v_stop_loss": 0.0, "v_num_grad_steps": 3 if place.dry else 25,
-             "on_predicted": "allow", "clamp_norm_factor": 0.75, "v_lr": 0.1}  # fmt: skip
+             "on_predicted": "allow", "clamp_norm_factor": 0.75, "v_lr": 0.1, "v_weight_decay": 0.5}  # fmt: skip
     prepared = prepare(tokenizer, requests_of(count), contexts, 1024)
     full, half = (model_of(shape, dtype, place.device) for dtype in (torch.float32, torch.bfloat16))
     half.load_state_dict(full.state_dict())  # the same numbers: a generator gives others in each dtype

@@ -60,7 +60,7 @@ from kedit_fast.editing.values.loop import find_values
 from kedit_fast.integrations import alphaedit
 from kedit_fast.integrations.sessions import detach_session
 from kedit_fast.methods.hparams import Hparams
-from kedit_fast.methods.presets import make_hparams
+from kedit_fast.methods.presets import make_hparams, published_values
 from kedit_fast.models.forward import Site
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prefixes import generate_prefixes
@@ -200,9 +200,15 @@ class Subject:
     moments: Statistics
 
     def hparams_of(self, method: str) -> Hparams:
-        """The preset or guess of a method."""
-        hparams, _ = make_hparams(method, self.model.config, {"on_predicted": "allow"})
+        """The preset of a method, or the published numbers of the model's family."""
+        hparams, _ = make_hparams(method, self.model.config, self.options_of(method))
         return hparams
+
+    def options_of(self, method: str) -> dict[str, Any]:
+        """What `hparams_of` overrides: the released code knows no number that is "auto"."""
+        _, origin = make_hparams(method, self.model.config)
+        numbers = published_values(method, self.model.config) if origin.startswith("guess") else {}
+        return {**numbers, "on_predicted": "allow"}
 
     def records(self, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
         """Requests as the released code takes them."""
@@ -353,7 +359,7 @@ def memit_rows(on: Subject, root: Path, single: int, runs: int) -> tuple[list[Ro
         checkout["rome.compute_u"].inv_mom2_cache[NAME, on.view.module_name(layer)] = inverse
     theirs, theirs_rome = on.theirs(main.MEMITHyperParams, hparams), on.theirs(rome.ROMEHyperParams, rome_hparams)
     requests, count = on.requests, len(on.requests)
-    records, options = on.records(requests), {"on_predicted": "allow"}
+    records, options, rome_options = on.records(requests), on.options_of("memit"), on.options_of("rome")
 
     def our_memit() -> None:
         editor = Editor(on.model, on.tokenizer, "memit", statistics=on.moments, prefixes=on.prefixes, hparams=options)
@@ -368,7 +374,7 @@ def memit_rows(on: Subject, root: Path, single: int, runs: int) -> tuple[list[Ro
     def our_rome() -> None:
         for request in singles:
             editor = Editor(on.model, on.tokenizer, "rome", statistics=on.moments, prefixes=on.rome_prefixes,
-                            hparams=options)  # fmt: skip
+                            hparams=rome_options)  # fmt: skip
             editor.edit([request])
 
     def their_rome() -> None:
@@ -469,7 +475,7 @@ def alphaedit_rows(on: Subject, root: Path, runs: int) -> tuple[list[Row], str]:
         detach_session(on.model)  # a first batch each time
         with fixed_prefixes(on.prefixes):
             alphaedit.apply_AlphaEdit_to_model(
-                on.model, on.tokenizer, records, {"on_predicted": "allow"}, cache_c=fresh(), P=P
+                on.model, on.tokenizer, records, on.options_of("alphaedit"), cache_c=fresh(), P=P
             )
 
     def released() -> None:

@@ -46,7 +46,7 @@ from benchmarks.harness import save as save_document
 from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.editing.values.loop import find_values
 from kedit_fast.methods.hparams import Hparams
-from kedit_fast.methods.presets import make_hparams
+from kedit_fast.methods.presets import make_hparams, published_values
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prefixes import generate_prefixes
 from kedit_fast.requests.prompts import PreparedRequest, prepare
@@ -94,7 +94,10 @@ def subject(name: str, requests: int, device: str, iterations: int | None = None
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2")).eval()
     model = model.to(device)
-    hparams, _ = make_hparams("memit", model.config, {} if iterations is None else {"v_num_grad_steps": iterations})
+    numbers = published_values("memit", model.config) if name == GPT2_SMALL else {}  # the published loop's
+    if iterations is not None:
+        numbers["v_num_grad_steps"] = iterations
+    hparams, _ = make_hparams("memit", model.config, numbers)
     prepared = prepare(tokenizer, demo.requests(requests), prefixes, 1024)
     return Subject(name, model, tokenizer, ModelView(model), prepared, hparams)
 

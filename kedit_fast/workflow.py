@@ -90,7 +90,14 @@ class Report:
         pairs["seconds"] = self.seconds
         if self.null_spaces:
             pairs["null_space_dimensions"] = self.null_spaces
+        if self.resolved:
+            pairs["resolved"] = self.resolved
         return pairs
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """Hyper-parameters that are "auto" -> what the first batch has made of them; see `Editor.resolved`."""
+        return {} if self.editor is None else self.editor.resolved
 
     @property
     def null_spaces(self) -> dict[int, int]:

@@ -26,7 +26,7 @@ REQUESTS = [
     EditRequest("{} is located in", "Autonomous University of Madrid", "Sweden"),
 ]
 
-NUMBERS = dict(v_num_grad_steps=6, v_lr=0.1, clamp_norm_factor=0.5, mom2_ridge=1e-3)
+NUMBERS = dict(v_num_grad_steps=6, v_lr=0.1, clamp_norm_factor=0.5, v_weight_decay=0.5, mom2_ridge=1e-3)
 VARIED_REQUESTS = [
     EditRequest("{} plays the", "Miles Davis", "violin and cello"),  # first, several target tokens
     EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English"),  # in the middle
@@ -82,7 +82,7 @@ def same(editor, before):
 
 
 def prepared_and_hparams(model, tokenizer, site, layer, **values):
-    numbers = dict(layers=(layer,), v_num_grad_steps=7, v_lr=0.1, clamp_norm_factor=0.5, **values)
+    numbers = dict(layers=(layer,), v_num_grad_steps=7, v_lr=0.1, clamp_norm_factor=0.5, v_weight_decay=0.5) | values
     hparams, _ = make_hparams("memit" if site == "block" else "rome", model.config, numbers)
     return prepare(tokenizer, VARIED_REQUESTS, PREFIXES, 128), hparams
 

@@ -25,6 +25,16 @@ def print_report(report: Any, title: str) -> None:
     output.print(f"Seconds: {spent}", markup=False)
     if joined := sum(request["target_separator"] != " " for request in report.requests):
         output.print(f"Targets: {joined} of {report.edits} follow their prompts without a space", markup=False)
+    if report.resolved:
+        scaled = "; ".join(f"{name} {_in_words(value)}" for name, value in report.resolved.items())
+        output.print(f"Scaled to the model: {scaled}", markup=False)
     if report.null_spaces:
         dimensions = ", ".join(f"layer {layer} {count}" for layer, count in sorted(report.null_spaces.items()))
         output.print(f"Null space dimensions: {dimensions}", markup=False)
+
+
+def _in_words(value: Any) -> str:
+    """A number, or a number for each layer."""
+    if isinstance(value, dict):
+        return ", ".join(f"{number:.4g} at layer {layer}" for layer, number in value.items())
+    return f"{value:.4g}"

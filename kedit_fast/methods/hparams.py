@@ -194,10 +194,13 @@ class Hparams:
             only_with=("v_lr",),
         ),
     )
-    v_weight_decay: float = field(
+    v_weight_decay: float | Auto = field(
         default=0.0,
         metadata=_declare(
-            NOT_NEGATIVE, "weight of the loss term |delta| / |h0|^2", read_by=_optimizing, identifies=("value",)
+            NOT_NEGATIVE_OR_AUTO,
+            'weight of the loss term |delta| / |h0|^2; "auto" is 0.005 |h0|, so that the term has no scale',
+            read_by=_optimizing,
+            identifies=("value",),
         ),
     )
     clamp_norm_factor: float | Auto = field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,7 @@ def preset_hparams(recipe: Recipe, config: Any) -> tuple[dict[str, Any], str]:
     A model that has a preset of the method's base alone gets that one, with this method's values for its family.
     """
     table = load_presets(recipe.preset)
-    families = table["family"]
-    kind = getattr(config, "model_type", None)
-    family = next((e for e in families if kind in e["model_types"]), families[-1])
+    family = _family_of(table["family"], config)
     for entry in table["preset"]:
         if not all(getattr(config, name, None) == value for name, value in entry["match"].items()):
             continue
@@ -47,6 +45,23 @@ def preset_hparams(recipe: Recipe, config: Any) -> tuple[dict[str, Any], str]:
     values = parse_values({**family["values"], **family["guess"]}, family["source"])
     scaled = "numbers scaled to the model, the rest of " if AUTO in values.values() else "values of "
     return {**values, "layers": layers}, f"guess: layers by relative depth, {scaled}{family['source']}"
+
+
+def published_values(method: str, config: Any) -> dict[str, Any]:
+    """Hyper-parameters from the published file of a model's family, for a model without a preset: nothing is "auto".
+
+    Such numbers have the scale of another model. Comparisons with released code need them, which knows no others.
+    """
+    recipe = find_recipe(method)
+    family = _family_of(load_presets(recipe.preset)["family"], config)
+    layers = _by_depth(recipe, family, config.num_hidden_layers)
+    return {**parse_values(family["values"], family["source"]), "layers": layers}
+
+
+def _family_of(families: Sequence[dict[str, Any]], config: Any) -> dict[str, Any]:
+    """The family of a model; the last one serves all that are in none."""
+    kind = getattr(config, "model_type", None)
+    return next((entry for entry in families if kind in entry["model_types"]), families[-1])
 
 
 def _by_depth(recipe: Recipe, family: Mapping[str, Any], count: int) -> tuple[int, ...]:

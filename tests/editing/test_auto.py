@@ -72,6 +72,25 @@ def test_the_rate_of_a_request_is_half_the_rms_of_its_own_state(demo_model, site
         torch.testing.assert_close(stepped, 0.3 * h0.square().mean(0).sqrt(), rtol=2e-3, atol=0)
 
 
+def test_the_decay_has_no_scale(demo_model):
+    """One request at a time, it is the published term with the weight 0.005 |h0|."""
+    from kedit_fast import demo
+
+    model, tokenizer = demo_model
+    prepared = prepare(tokenizer, demo.requests()[:3], ("", "So. "), 128)
+    numbers = {"v_num_grad_steps": 5, "clamp_norm_factor": 2.0, "layers": (1,), "v_lr": 0.5}
+    hparams, _ = make_hparams("memit", model.config, {**numbers, "v_weight_decay": AUTO})
+    together = find_values(ModelView(model), prepared, 1, "block", hparams)
+    norms = (together.targets - together.deltas).norm(dim=0)
+    for i, one in enumerate(prepared):
+        number = replace(hparams, v_weight_decay=0.005 * float(norms[i]))
+        alone = find_values(ModelView(model), [one], 1, "block", number)
+        assert float(alone.losses[0]) == pytest.approx(float(together.losses[i]), rel=1e-4)
+        assert float((alone.deltas[:, 0] - together.deltas[:, i]).norm() / alone.deltas.norm()) < 1e-4
+        without = find_values(ModelView(model), [one], 1, "block", replace(hparams, v_weight_decay=0.0))
+        assert float(without.losses[0]) < float(alone.losses[0])
+
+
 @pytest.mark.parametrize("method", SCALED)
 def test_the_median_edit_alone_leaves_the_share_undone(method):
     """Dense, in float64: one key, one layer, the method's own S and rho."""
@@ -288,7 +307,7 @@ def test_a_model_without_a_preset_gets_no_absolute_scale(method):
     config = make_model("llama").config
     hparams, origin = make_hparams(method, config)
     assert origin.startswith("guess") and "scaled to the model" in origin
-    assert hparams.v_lr == hparams.clamp_norm_factor == AUTO
+    assert hparams.v_lr == hparams.clamp_norm_factor == hparams.v_weight_decay == AUTO
     recipe = find_recipe(method)
     if recipe.is_batched:
         assert hparams.scale_name == ("L2" if recipe.uses_null_space else "mom2_update_weight")

@@ -4,7 +4,7 @@ For each request, minimize over delta in R^h, added to the site's output h0 at t
 
     mean over contexts of -(1/T) sum_t log p(target_t)
     + kl_factor KL(p_delta || p_0) at the subject's last token of "{subject} is a"
-    + v_weight_decay |delta| / |h0|^2
+    + v_weight_decay |delta| / |h0|^2 ("auto": 0.005 |delta| / |h0|)
 
 by Adam with the step size v_lr ("auto": v_lr_scale times the root mean square of h0), and keep |delta| <=
 clamp_norm_factor |h0|. The order is the published loop's: forward pass, loss, stop if the loss is below v_stop_loss,
@@ -45,6 +45,8 @@ from kedit_fast.support.torch_state import plain_torch
 _log = logging.getLogger("kedit_fast")
 RETIRE_SHARE = 0.9
 """With an empty queue, finished requests stay until at most this share of the batch still runs."""
+DECAY_SHARE = 0.005
+"""v_weight_decay = "auto": nats per |delta| / |h0|. It is the published 0.5 for states of norm 100."""
 ADMISSIONS = 4
 """Parts of a batch in which requests are admitted."""
 SITES: dict[ValueSites, tuple[SiteKind, ...]] = {
@@ -167,6 +169,8 @@ class ValueOptimizer:
             raise EditError(f'clamp_norm_factor is "{AUTO}": choose one with `choose_clamp`')
         self.clamp = float(hparams.clamp_norm_factor)
         self.rate, self.rate_scale = (0.0, hparams.v_lr_scale) if hparams.v_lr == AUTO else (float(hparams.v_lr), None)
+        scaled = hparams.v_weight_decay == AUTO
+        self.decay, self.decay_power = (DECAY_SHARE, 1) if scaled else (float(hparams.v_weight_decay), 2)
         self.stop_rules = [stopping, MOST_PROBABLE] if hparams.most_probable_steps else [stopping]
         self.needs_top1 = any(rule.needs_top1 for rule in self.stop_rules)
         self.queue = in_groups(by_length(prepared), groups)  # groups of requests that wait
@@ -201,7 +205,7 @@ class ValueOptimizer:
                 admitted.append(self.queue.pop(0))
             requests = [i for group in admitted for i in group]
             leaders = [requests.index(group[0]) for group in admitted for _ in group] if self.has_groups else None
-            objective = Objective.build(self.view, [self.prepared[i] for i in requests], self.sites)
+            objective = Objective.build(self.view, [self.prepared[i] for i in requests], self.sites, self.decay_power)
             entering = ActiveSet.start(objective, requests, leaders, self.clamp, self.rate_scale)
             active = entering if active is None else active.append(entering)
             self.last_iterations.add(self.iteration + self.hparams.v_num_grad_steps)
@@ -239,7 +243,7 @@ class ValueOptimizer:
         """The losses [v] at `delta`; requests that are done are marked before the step. Nothing is read back."""
         terms = active.objective.terms(delta, self.needs_top1)
         likelihood = active.likelihood_weight * terms.nll
-        loss = likelihood + self.hparams.kl_factor * terms.kl + self.hparams.v_weight_decay * terms.decay
+        loss = likelihood + self.hparams.kl_factor * terms.kl + self.decay * terms.decay
         self._mark_stopped(active, active.group_mean(loss.detach()), terms)
         return loss
 

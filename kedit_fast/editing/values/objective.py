@@ -24,7 +24,7 @@ class Terms(NamedTuple):
     kl: torch.Tensor
     """[v] KL(p_delta || p_0) at the subject's last token of "{subject} is a"."""
     decay: torch.Tensor
-    """[v] sum over sites of |delta| / |h0|^2."""
+    """[v] sum over sites of |delta| / |h0|^p, with p the objective's `decay_power`."""
     all_top1: torch.Tensor | None
     """[v] bool, whether every target token is the most probable one in every context; None unless requested."""
     prefixed_top1: torch.Tensor | None
@@ -81,6 +81,8 @@ class Objective:
     """[u, sites, h] fp32, the sites' outputs at the subject's last token, without a delta."""
     reference: torch.Tensor
     """[u, h] last hidden states at the subject's last token of "{subject} is a", without a delta."""
+    decay_power: int = 2
+    """Power of |h0| by which |delta| is divided: 2 as published; with 1 the term has no scale."""
     wanted: torch.Tensor = field(init=False)
     """[n + u] int64, places of all tails whose hidden states the terms need."""
 
@@ -89,7 +91,9 @@ class Objective:
         self.wanted = torch.cat([self.targets.row * length + self.targets.place, self.kl_rows * length])
 
     @classmethod
-    def build(cls, view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site]) -> Objective:
+    def build(
+        cls, view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site], decay_power: int = 2
+    ) -> Objective:
         """The objective of some requests, with deltas at `sites`; runs the full pass over their prompts."""
         rows: list[tuple[int, ...]] = []
         lookups: list[int] = []
@@ -124,6 +128,7 @@ class Objective:
             targets=TargetTokens(*(column(values) for values in zip(*targets, strict=True))),
             h0=tails.site_outputs.to(device)[column(bare_rows)].float(),
             reference=tails.reference.to(device),
+            decay_power=decay_power,
         )
 
     def __len__(self) -> int:
@@ -148,6 +153,7 @@ class Objective:
             targets=self.targets.select(tokens, row, request),
             h0=self.h0[requests],
             reference=self.reference[requests],
+            decay_power=self.decay_power,
         )
 
     def append(self, other: Objective) -> Objective:
@@ -161,6 +167,7 @@ class Objective:
             targets=self.targets.append(other.targets, rows, requests),
             h0=torch.cat([self.h0, other.h0]),
             reference=torch.cat([self.reference, other.reference]),
+            decay_power=self.decay_power,
         )
 
     def terms(self, delta: torch.Tensor, top1: bool = False) -> Terms:
@@ -172,7 +179,7 @@ class Objective:
         nll = torch.zeros(count, device=self.device, dtype=scores.log_prob.dtype)
         nll = add_by_owner_(nll, targets.request, -scores.log_prob * targets.weight.to(scores.log_prob))
         kl = distribution_kl(at_subjects, self.reference, view.head, view.head_bias, view.softcap)
-        decay = (torch.linalg.vector_norm(delta, dim=2) / self.h0.norm(dim=2) ** 2).sum(1)
+        decay = (torch.linalg.vector_norm(delta, dim=2) / self.h0.norm(dim=2) ** self.decay_power).sum(1)
         all_top1 = prefixed_top1 = None
         if top1:
             wrong = (scores.top1 != targets.token).to(torch.int32)
