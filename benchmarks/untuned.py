@@ -35,6 +35,7 @@ from kedit_fast.demo.train import fit, train_tokenizer
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import KeditError
 from kedit_fast.evaluation.metrics import evaluate, mean_nll
+from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import load_model
 from kedit_fast.reports.suggest import suggest
 from kedit_fast.requests.reading import load_requests
@@ -173,6 +174,8 @@ class Subject:
     """Mean negative log-likelihood of `texts` in the unedited model, nats a token."""
     store: ValueFile
     """Values of the unedited model."""
+    prefixes: dict[tuple, tuple[str, ...]]
+    """Lengths and counts of context prefixes -> the prefixes, generated once."""
 
 
 def subject(folder: Path, name: str) -> Subject:
@@ -186,7 +189,9 @@ def subject(folder: Path, name: str) -> Subject:
     layers = range(model.config.num_hidden_layers)
     moments = collect_statistics(model, tokenizer, corpus[:DOCUMENTS], layers, progress=False)
     before = mean_nll(model, tokenizer, texts)
-    return Subject(name, model, tokenizer, moments, tuning, edits, corpus[:DOCUMENTS], texts, before, ValueFile(None))
+    return Subject(
+        name, model, tokenizer, moments, tuning, edits, corpus[:DOCUMENTS], texts, before, ValueFile(None), {}
+    )
 
 
 def harmonic(shares: Sequence[float]) -> float:
@@ -207,9 +212,12 @@ def measure(on: Subject, method: str, hparams: Mapping[str, Any], at_least: floa
     editor = None
     row: Row = {"model": on.name, "method": method, "hparams": dict(hparams)}
     try:
+        contexts = find_recipe(method).contexts
         editor = Editor(
-            on.model, on.tokenizer, method, statistics=on.moments, hparams={**FIXED, **hparams}, values=on.store
-        )
+            on.model, on.tokenizer, method, statistics=on.moments, hparams={**FIXED, **hparams}, values=on.store,
+            prefixes=on.prefixes.get(contexts),
+        )  # fmt: skip
+        on.prefixes[contexts] = editor.prefixes
         result = editor.edit(on.edits, "skip")
         editor.finish()
         targets = [EditRequest(request.prompt, request.subject, request.target_new) for request in on.edits]
