@@ -44,7 +44,8 @@ from kedit_fast.statistics.collect import Statistics
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 SEEDS = {"llama": 417, "gpt2": 902}
-CHECKPOINT_EVERY = 300
+CHECKPOINT_EVERY, ENOUGH = 200, 0.95  # steps; share of facts that a model knows when its rate starts to fall
+SETTLING = 400  # last steps, in which half the rate falls to zero
 TUNING, EDITS = 100, 100  # requests: the first ones are for choosing, the next ones are measured
 DOCUMENTS, DRIFT_TEXTS = 1500, 200  # for statistics; for the drift
 METHODS = ("memit", "alphaedit")
@@ -96,7 +97,9 @@ def train(
     lines = (json.dumps({"text": text}) for text in world.corpus(of=source))
     (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     model = untrained(name, tokenizer)
-    fit(model, tokenizer, folder, steps, rows, rate, SEEDS[name], CHECKPOINT_EVERY, source, bfloat16=False)
+    shared = {"checkpoint_every": CHECKPOINT_EVERY, "of": source, "bfloat16": False}
+    fit(model, tokenizer, folder, steps, rows, rate, SEEDS[name], enough=ENOUGH, **shared)
+    fit(model, tokenizer, folder, min(steps, SETTLING), rows, rate / 2, SEEDS[name] + 1, **shared)
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,7 @@ def fit(
     checkpoint_every: int,
     of: world.World | None = None,
     bfloat16: bool = True,
+    enough: float | None = None,
 ) -> None:
     """Train a model on a world's text and save it, every `checkpoint_every` steps and in the end, to `out`.
 
@@ -220,6 +221,7 @@ def fit(
         checkpoint_every: steps between saves.
         of: the world; None for the demo model's.
         bfloat16: compute products in bfloat16 (faster where the processor has them).
+        enough: stop at a save with this share of the facts known in trained phrasings; None to take all steps.
     """
     out.mkdir(parents=True, exist_ok=True)
     step_model = torch.compile(model)
@@ -252,6 +254,8 @@ def fit(
             known, paraphrased = (recall(model, tokenizer, held_out, of=of) for held_out in (False, True))
             typer.echo(f"step {step} recall: trained phrasings {known:.3f}, held-out phrasings {paraphrased:.3f}")
             save(model, tokenizer, out, of)
+            if enough is not None and known >= enough:
+                break
             model.train()
 
 
