@@ -113,40 +113,6 @@ def seconds_and_ratio(name: str, op: str | None = None) -> str:
     return table(("case", "baseline", "seconds", "seconds of the baseline", "ratio"), lines)
 
 
-def grouped(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
-    """Rows by the values of some fields, in order."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return groups
-
-
-def untuned() -> str:
-    """A row for each model, method and source of hyper-parameters, with points against the best of the grid."""
-    lines = []
-    for row in rows_in("untuned"):
-        shares = [METRICS[name](row[name]) for name in ("efficacy", "paraphrase", "neighborhood", "drift")]
-        points = [f"{value:+.0f}" if row["source"] != "grid" else "" for value in row["points"].values()]
-        lines.append((row["model"], f"`{row['method']}`", row["source"], *shares, *points))
-    names = ("efficacy", "paraphrase", "neighborhood")
-    return table(("model", "method", "numbers", *names, "drift", *(f"points of {name}" for name in names)), lines)
-
-
-def untuned_grid() -> str:
-    """The values of every hyper-parameter of each grid."""
-    lines = []
-    for (model, method), rows in grouped(read(RESULTS / "untuned.json")["grid"], "model", "method").items():
-        values: dict[str, dict[str, None]] = {}
-        for row in rows:
-            for name, value in row["hparams"].items():
-                shown = "-".join(map(str, (value[0], value[-1]))) if isinstance(value, list) else f"{value}"
-                values.setdefault(name, {})[shown] = None
-        runs = {(h["layers"][-1], h["clamp_norm_factor"], h["v_lr"]) for h in (row["hparams"] for row in rows)}
-        numbers = "; ".join(f"`{name}` {', '.join(shown)}" for name, shown in values.items())
-        lines.append((model, f"`{method}`", str(len(runs)), str(len(rows)), numbers))
-    return table(("model", "method", "runs of values", "solves", "hyper-parameters"), lines)
-
-
 def statistics_rate() -> str:
     """Tokens a second of statistics."""
     lines = [
@@ -216,8 +182,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu ops": gpu_ops,
     "gpu heads": gpu_heads,
     "gpu tests": gpu_tests,
-    "untuned": untuned,
-    "untuned grid": untuned_grid,
 }
 
 

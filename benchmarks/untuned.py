@@ -47,7 +47,7 @@ SEEDS = {"llama": 417, "gpt2": 902}
 CHECKPOINT_EVERY, ENOUGH = 200, 0.95  # steps; share of facts that a model knows when its rate starts to fall
 SETTLING = 400  # last steps, in which half the rate falls to zero
 TUNING, EDITS = 100, 100  # requests: the first ones are for choosing, the next ones are measured
-DOCUMENTS, DRIFT_TEXTS = 1500, 200  # for statistics; for the drift
+DOCUMENTS, DRIFT_TEXTS = 1500, 100  # for statistics; for the drift
 METHODS = ("memit", "alphaedit")
 
 
@@ -134,15 +134,15 @@ class Grid:
 
 
 SOLVES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
-    "memit": tuple({"mom2_update_weight": weight} for weight in (30.0, 100.0, 300.0, 1000.0)),
+    "memit": tuple({"mom2_update_weight": weight} for weight in (100.0, 300.0, 900.0)),
     "alphaedit": tuple(
         {"nullspace_rule": "energy", "nullspace_threshold": threshold, "L2": ridge}
-        for threshold in (0.1, 0.3) for ridge in (10.0, 100.0)
+        for threshold in (0.05, 0.15) for ridge in (15.0, 80.0)
     ),
 }  # fmt: skip
 GRIDS = {
-    "llama": Grid((0, 1, 2, 3), (1.0, 2.0, 4.0), (0.1, 0.5), (1, 2), SOLVES),
-    "gpt2": Grid((1, 2, 3, 4), (1.0, 2.0, 4.0), (0.1, 0.5), (1, 2), SOLVES),
+    "llama": Grid((0, 1, 2), (0.75, 1.5), (0.5, 1.5), (1, 2), SOLVES),
+    "gpt2": Grid((1, 2, 3), (0.75, 1.5), (0.5, 1.5), (1, 2), SOLVES),
 }
 FIXED = {"v_num_grad_steps": 25, "v_weight_decay": 0.5, "kl_factor": 0.0625, "on_predicted": "allow"}
 PUBLISHED = {
@@ -154,6 +154,9 @@ GOALS = {
     "suggest": {"efficacy": 3.0, "paraphrase": 3.0, "neighborhood": 3.0},
 }
 """How many points below the best of the grid a source may be."""
+EFFORTS = {"nothing given": "short", "suggest": "full"}
+"""Source -> the effort of `suggest`."""
+SOURCES = ("grid", *EFFORTS, "published")
 PUBLISHED_NULL_SPACE = {"L2": 10.0, "nullspace_rule": "absolute", "nullspace_threshold": 0.02}
 
 
@@ -263,23 +266,26 @@ def chosen(on: Subject, method: str, effort: str) -> dict[str, Any]:
     )
 
 
-def compared(on: Subject, method: str, grid: Grid) -> tuple[list[Row], list[Row]]:
-    """The four rows of a model and method, and all rows of the grid."""
-    solved = grid_rows(on, method, grid)
-    best = max(solved, key=lambda row: row["score"] or 0.0)
-    published = {**PUBLISHED[on.name], **(PUBLISHED_NULL_SPACE if method == "alphaedit" else {})}
+def published(on: Subject, method: str) -> dict[str, Any]:
+    """The numbers of the published files for a large model of the family, layers by relative depth."""
+    numbers = {**FIXED, **PUBLISHED[on.name], **(PUBLISHED_NULL_SPACE if method == "alphaedit" else {})}
     if method == "alphaedit":
-        published.pop("mom2_update_weight")
-    rows = [{"source": "grid", **best}, {"source": "published", **measure(on, method, {**FIXED, **published})}]
-    for source, effort in (("nothing given", "short"), ("suggest", "full")):
-        begin = time.perf_counter()
-        hparams = chosen(on, method, effort)
-        seconds = time.perf_counter() - begin
-        rows.append({"source": source, "seconds_of_choice": seconds, **measure(on, method, hparams)})
-    for row in rows:
-        row["points"] = {n: 100 * (row[n] - best[n]) for n in GOALS["suggest"] if row.get(n) is not None}
-        console.print(line(row))
-    return rows, solved
+        numbers.pop("mom2_update_weight")
+    return numbers
+
+
+def measured(on: Subject, method: str, source: str) -> tuple[Row, list[Row]]:
+    """The row of a source of hyper-parameters, and the rows that it was chosen from where that is the grid."""
+    solved: list[Row] = []
+    begin = time.perf_counter()
+    if source == "grid":
+        solved = grid_rows(on, method, GRIDS[on.name])
+        return {**max(solved, key=lambda row: row["score"] or 0.0), "source": source}, solved
+    hparams = published(on, method) if source == "published" else chosen(on, method, EFFORTS[source])
+    seconds = time.perf_counter() - begin
+    row = {**measure(on, method, hparams), "source": source, "seconds_of_choice": seconds}
+    console.print(line(row))
+    return row, solved
 
 
 def line(row: Row) -> str:
@@ -296,40 +302,60 @@ def compare(
     models: Annotated[Path, typer.Option(help="the folder that `train` wrote to")],
     names: Annotated[str, typer.Option(help="of models, comma-separated")] = ",".join(SEEDS),
     methods: Annotated[str, typer.Option(help="names, comma-separated")] = ",".join(METHODS),
+    sources: Annotated[
+        str, typer.Option(help="of hyper-parameters, comma-separated")
+    ] = "grid,published,nothing given,suggest",
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="write the rows here, replacing those of the same model and method")
+        Path | None, typer.Option("--json", help="write the rows here, in place of those of the same sources")
     ] = None,
 ) -> None:
     """Compare no numbers, `suggest` and published numbers with the best of a grid."""
     origin = provenance("cpu")
     require_clean(json_file, origin)
-    missed = False
+    rows: list[Row] = []
+    grid: list[Row] = []
     for name in names.split(","):
         on = subject(models / name, name)
         for method in methods.split(","):
-            rows, solved = compared(on, method, GRIDS[name])
-            missed |= any(misses(row) for row in rows)
-            if json_file is not None:
-                merge(json_file, name, method, rows, solved, origin)
-    if missed:
+            for source in sources.split(","):
+                row, solved = measured(on, method, source)
+                rows, grid = [*rows, row], [*grid, *solved]
+                if json_file is not None:
+                    merge(json_file, row, solved, origin)
+    if json_file is not None:
+        rows = read(json_file)["rows"]
+    missed = {f"{row['model']}, {row['method']}, {row['source']}": misses(row, rows) for row in rows}
+    for label, metrics in missed.items():
+        if metrics:
+            console.print(f"{label}: further below the best of the grid than its goal in {', '.join(metrics)}")
+    if any(missed.values()):
         raise typer.Exit(1)
 
 
-def misses(row: Row) -> list[str]:
+def points(row: Row, rows: Sequence[Row]) -> dict[str, float]:
+    """Metric -> by how many points a row is above the best of the grid of its model and method; {} without a grid."""
+    of_grid = ((r["model"], r["method"], r["source"]) == (row["model"], row["method"], "grid") for r in rows)
+    best = next((r for r, is_it in zip(rows, of_grid, strict=True) if is_it), None)
+    return {} if best is None else {name: 100 * (row.get(name, 0.0) - best[name]) for name in GOALS["suggest"]}
+
+
+def misses(row: Row, rows: Sequence[Row]) -> list[str]:
     """The metrics in which a row is further below the best of the grid than its goal."""
-    goals = GOALS.get(row["source"], {})
-    return [name for name, points in goals.items() if row["points"].get(name, -100.0) < -points]
+    above = points(row, rows)
+    return [name for name, most in GOALS.get(row["source"], {}).items() if above and above[name] < -most]
 
 
-def merge(path: Path, name: str, method: str, rows: list[Row], solved: list[Row], origin: Row) -> None:
-    """Write rows into a file in place of those of the same model and method."""
+def merge(path: Path, row: Row, solved: list[Row], origin: Row) -> None:
+    """Write a row, and the grid that it was chosen from, in place of those of the same model, method and source."""
     older = read(path) if path.exists() else {"rows": [], "grid": []}
 
-    def others(kind: str) -> list[Row]:
-        return [row for row in older[kind] if (row["model"], row["method"]) != (name, method)]
+    def place(row: Row) -> tuple[int, int, int]:
+        return [*SEEDS].index(row["model"]), METHODS.index(row["method"]), SOURCES.index(row.get("source", "grid"))
 
-    document = document_of(rows, origin, grid=[*others("grid"), *solved])
-    save(path, {**document, "rows": [*others("rows"), *document["rows"]]})
+    document = document_of([row], origin)
+    rows = [*(old for old in older["rows"] if place(old) != place(row)), *document["rows"]]
+    grid = [old for old in older["grid"] if not solved or place(old) != place(row)] + solved
+    save(path, {**document, "rows": sorted(rows, key=place), "grid": sorted(grid, key=place)})
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def test_a_comparison_has_a_row_of_each_source_and_the_whole_grid(untuned, train
     document = json.loads(path.read_text())
     for method in untuned.METHODS:
         rows = [row for row in document["rows"] if row["method"] == method]
-        assert [row["source"] for row in rows] == ["grid", "published", "nothing given", "suggest"]
+        assert [row["source"] for row in rows] == ["grid", "nothing given", "suggest", "published"]
         assert all(row["commit"] and row["model"] == "gpt2" for row in rows)
         grid = [row for row in document["grid"] if row["method"] == method]
         assert len(grid) == 2
@@ -103,6 +103,15 @@ def test_a_solve_that_cannot_be_the_best_is_not_measured_to_its_end(untuned, tra
     ("published", 90.0, []),
 ))  # fmt: skip
 def test_goals_are_points_below_the_best_of_the_grid(untuned, source, lower, missed):
-    points = {"efficacy": -lower, "paraphrase": 2.0, "neighborhood": 0.0}
-    assert untuned.misses({"source": source, "points": points}) == missed
-    assert untuned.misses({"source": "suggest", "points": {}}) == ["efficacy", "paraphrase", "neighborhood"]
+    best = {
+        "model": "gpt2",
+        "method": "memit",
+        "source": "grid",
+        "efficacy": 0.9,
+        "paraphrase": 0.8,
+        "neighborhood": 0.9,
+    }
+    row = {**best, "source": source, "efficacy": 0.9 - lower / 100, "paraphrase": 0.9}
+    assert untuned.misses(row, [best, row]) == missed
+    assert untuned.misses({**row, "method": "alphaedit"}, [best, row]) == []  # nothing to compare with
+    assert untuned.points(row, [best, row])["paraphrase"] == pytest.approx(10)
