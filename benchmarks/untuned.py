@@ -134,10 +134,10 @@ class Grid:
 
 
 SOLVES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
-    "memit": tuple({"mom2_update_weight": weight} for weight in (100.0, 300.0, 900.0)),
+    "memit": tuple({"mom2_update_weight": weight} for weight in (30.0, 100.0, 300.0)),
     "alphaedit": tuple(
         {"nullspace_rule": "energy", "nullspace_threshold": threshold, "L2": ridge}
-        for threshold in (0.05, 0.15) for ridge in (15.0, 80.0)
+        for threshold in (0.05, 0.15) for ridge in (5.0, 40.0)
     ),
 }  # fmt: skip
 GRIDS = {
