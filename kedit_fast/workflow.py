@@ -17,7 +17,7 @@ from kedit_fast.editing.batch_run import Phase
 from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.values.memit_values import MemitCache
-from kedit_fast.errors import EditError, RequestError
+from kedit_fast.errors import EditError, KeditError, RequestError
 from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
 from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
 from kedit_fast.models.saving import save_model
@@ -28,20 +28,31 @@ from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.support.files import write_text
+from kedit_fast.support.matrix_bits import same_bits
 from kedit_fast.support.timing import timed
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 STATE_FILE = "kedit_fast_state.safetensors"
 """In the folder of an edited model: what the method keeps between batches."""
+HPARAMS_FILE = "kedit_fast_hparams.toml"
+"""In the folder of an edited model: the hyper-parameters that trials chose, for --hparams."""
 PHASES = ("statistics", *get_args(Phase), "evaluate", "total")
 """What the time of a run is counted to."""
 
 
 def save_edited(
-    model: Any, tokenizer: Any, path: str | os.PathLike, overwrite: bool = False, editor: Editor | None = None
+    model: Any,
+    tokenizer: Any,
+    path: str | os.PathLike,
+    overwrite: bool = False,
+    editor: Editor | None = None,
+    hparams: str = "",
 ) -> None:
-    """`save_model`, and in the same folder, as STATE_FILE, what the editor's method keeps between batches.
+    """`save_model`, and in the same folder what the editor's method keeps between batches, and hyper-parameters.
+
+    These files are STATE_FILE and HPARAMS_FILE.
 
     Args:
         model: the edited model.
@@ -49,13 +60,16 @@ def save_edited(
         path: the folder.
         overwrite: whether a folder that is there already is replaced.
         editor: the editor of the model; None to save the model alone.
+        hparams: the text of HPARAMS_FILE; empty for no such file.
     """
 
-    def save_state(folder: Path) -> None:
+    def write_beside(folder: Path) -> None:
         if editor is not None and editor.keeps_state:
             editor.save_state(folder / STATE_FILE)
+        if hparams:
+            write_text(folder / HPARAMS_FILE, hparams, KeditError)
 
-    save_model(model, tokenizer, path, overwrite, save_state)
+    save_model(model, tokenizer, path, overwrite, write_beside)
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,13 @@ class Report:
     def resolved(self) -> dict[str, Any]:
         """Hyper-parameters that are "auto" -> what the first batch has made of them; see `Editor.resolved`."""
         return {} if self.editor is None else self.editor.resolved
+
+    @property
+    def changed_weights(self) -> list[str]:
+        """Names of the matrices that now differ in a bit from what they were before the edits."""
+        ledger = None if self.editor is None else self.editor.ledger
+        names = [] if ledger is None else ledger.names()
+        return [name for name in names if ledger is not None and not same_bits(*ledger.original(name))]
 
     @property
     def null_spaces(self) -> dict[int, int]:

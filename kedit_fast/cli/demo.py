@@ -12,11 +12,14 @@ from rich.table import Table
 from kedit_fast import demo as bundled
 from kedit_fast.cli.console import command, interactive, output, print_json
 from kedit_fast.cli.options import JsonOption, MethodOption, SeedOption
-from kedit_fast.cli.report import print_report
+from kedit_fast.cli.report import print_report, require_change
+from kedit_fast.cli.trials import chosen_by_trials
 from kedit_fast.errors import KeditError, MethodError
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.registry import find_recipe
+from kedit_fast.methods.windows import statistics_layers
 from kedit_fast.models.saving import save_model
+from kedit_fast.reports.trials import in_memory
 from kedit_fast.statistics.collect import collect_statistics
 from kedit_fast.support.files import check_new
 from kedit_fast.support.timing import timed
@@ -44,12 +47,18 @@ def demo(
         raise MethodError(f"--edits {edits}: the demo has {len(requests)} requests")
     requests = requests[:edits]
     model, tokenizer = bundled.load()
-    hparams, _ = make_hparams(method, model.config)
+    hparams, origin = make_hparams(method, model.config)
+    tries = origin.startswith("guess")
     seconds = {"statistics": 0.0}
-    statistics = None
+    statistics, sources, overrides = None, None, None
     if hparams.uses_statistics:
+        layers = statistics_layers(model.config) if tries else hparams.layers
         with timed(seconds, "statistics"):
-            statistics = collect_statistics(model, tokenizer, bundled.corpus(), hparams.layers, progress=interactive())
+            statistics = collect_statistics(model, tokenizer, bundled.corpus(), layers, progress=interactive())
+        sources = in_memory(statistics)
+    if tries:
+        tried = chosen_by_trials(model, tokenizer, requests, recipe.name, {}, sources, None, seed=seed)
+        overrides = tried.choice.hparams
     samples = requests[:3]
     before = [complete(model, tokenizer, request.text) for request in samples]
     report = run_edits(
@@ -59,9 +68,11 @@ def demo(
         recipe.name,
         statistics=statistics,
         statistics_seconds=seconds["statistics"],
+        hparams=overrides,
         seed=seed,
         progress=interactive(),
     )
+    require_change(report)
     after = [complete(model, tokenizer, request.text) for request in samples]
     if out is not None:
         save_model(model, tokenizer, out, overwrite)

@@ -30,17 +30,22 @@ from kedit_fast.cli.options import (
     chat_options,
     choice,
 )
-from kedit_fast.cli.report import print_report
+from kedit_fast.cli.report import print_report, require_change, warn_of_efficacy
+from kedit_fast.cli.trials import chosen_by_trials
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
+from kedit_fast.methods.hparams_files import read_hparams
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import DTYPES, load_config, load_model
+from kedit_fast.reports.search import span
+from kedit_fast.reports.trials import stored_statistics
 from kedit_fast.requests.chat import chat_format
 from kedit_fast.requests.reading import load_requests
 from kedit_fast.solver.alphaedit_projector import load_projector
 from kedit_fast.statistics.store import load_statistics
 from kedit_fast.support.files import check_new
-from kedit_fast.workflow import STATE_FILE, run_edits, save_edited
+from kedit_fast.support.textfiles import read_text
+from kedit_fast.workflow import HPARAMS_FILE, STATE_FILE, run_edits, save_edited
 
 
 @command
@@ -80,6 +85,10 @@ def edit(
     go_on: Annotated[
         bool, typer.Option("--continue", help="continue from the state that an earlier edit left in the model's folder")
     ] = False,
+    trial: Annotated[
+        bool,
+        typer.Option(help="on a model without a preset, choose the layers by trials, if no option gives them"),
+    ] = True,
     on_error: OnErrorOption = "raise",
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded and saved in")] = "auto",
     device: DeviceOption = "cpu",
@@ -102,15 +111,24 @@ def edit(
     config = load_config(model, merge_adapter)
     chosen, origin = make_hparams(method, config, overrides)
     check_range(chosen.layers, config)
-    if origin.startswith("guess") and hparams is None and layers is None:
-        notices.print(
-            f"kedit-fast: no preset for this model: {origin}; layers {','.join(map(str, chosen.layers))}", markup=False
-        )
+    is_guess = origin.startswith("guess") and hparams is None and not {"layers", "inner_params"} & set(overrides)
+    earlier = Path(model) / HPARAMS_FILE
+    toml = ""
+    if is_guess and go_on and earlier.exists():
+        toml = read_text(earlier, KeditError)
+        overrides = {**read_hparams(earlier, method), **overrides}
+        chosen, _ = make_hparams(method, config, overrides)
+        notices.print(f"kedit-fast: hyper-parameters of the earlier edit: {earlier}", markup=False)
+        is_guess = False
+    tries = is_guess and trial and projector is None and not go_on
+    if is_guess and not tries:
+        notices.print(f"kedit-fast: no preset for this model: {origin}; layers {span(chosen.layers)}", markup=False)
     if chosen.uses_statistics and stats is None and projector is None:
-        span = ",".join(map(str, chosen.layers))
+        layer_option = "auto" if tries else span(chosen.layers)
         raise StatisticsError(
-            f"{recipe.name} needs statistics of this model for layers {span}; collect them once, then pass --stats:\n"
-            f"  kedit-fast stats {model} --text FILE --layers {span} --out DIR"
+            f"{recipe.name} needs statistics of this model for "
+            f"{'the layers that trials choose from' if tries else f'layers {layer_option}'}; collect them once, then "
+            f"pass --stats:\n  kedit-fast stats {model} --text FILE --layers {layer_option} --out DIR"
         )
     state = Path(model) / STATE_FILE
     if go_on and not state.exists():
@@ -123,7 +141,26 @@ def edit(
     with processes(device) as (rank, place):
         loaded, tokenizer = load_model(model, DTYPES[dtype], place, merge_adapter=merge_adapter)
         prompt_format = None if chatting is None else chat_format(tokenizer, **chatting)
-        statistics = None
+        statistics, tried = None, None
+        if tries:
+            sources = None
+            if chosen.uses_statistics and stats:
+                sources = stored_statistics(stats, loaded, tokenizer, trust=trust, **requested_sample(hparams))
+            tried = chosen_by_trials(
+                loaded,
+                tokenizer,
+                records,
+                recipe.name,
+                overrides,
+                sources,
+                stats,
+                seed=seed,
+                prompt_format=prompt_format,
+                target_separator=target_separator,
+                on_error=on_error,
+            )
+            overrides, toml = {**overrides, **tried.choice.hparams}, tried.choice.toml
+            chosen, _ = make_hparams(method, config, overrides)
         if chosen.uses_statistics and stats:
             statistics = load_statistics(
                 stats, loaded, tokenizer, chosen.layers, trust=trust, **requested_sample(hparams)
@@ -146,16 +183,20 @@ def edit(
             on_error=on_error,
             progress=interactive(),
         )
+        require_change(report)
         if rank:
             return  # the first process saves and speaks
         if out is not None:
-            save_edited(loaded, tokenizer, out, overwrite, report.editor)
+            save_edited(loaded, tokenizer, out, overwrite, report.editor, toml)
         if patch is not None and report.editor is not None:
             report.editor.patch().save(patch)
     say_skipped(report.skipped, records.total)
+    warn_of_efficacy(report, model)
     if as_json:
         places = {name: str(path) for name, path in (("out", out), ("patch", patch)) if path is not None}
-        print_json({**report.as_dict(), "layers": list(chosen.layers), **places})
+        chosen_entry = {} if tried is None else {"chosen": tried.as_dict()}
+        layers_edited = chosen.layers if report.editor is None else report.editor.hparams.layers
+        print_json({**report.as_dict(), "layers": list(layers_edited), **chosen_entry, **places})
         return
     print_report(report, f"{recipe.name.upper()}: {report.edits} edits of {model}")
     output.print(f"Saved to {', '.join(str(path) for path in (out, patch) if path is not None)}", markup=False)

@@ -19,7 +19,7 @@ COMMANDS = {
     ),
     "suggest": (
         "kedit_fast.cli.suggest:suggest",
-        "Try layers and lambda on a few requests, and print a configuration for --hparams.",
+        "Try layers and other hyper-parameters on a few requests, and print the best configuration for --hparams.",
     ),
     "methods": (
         "kedit_fast.cli.methods:methods",

@@ -32,10 +32,12 @@ from kedit_fast.cli.options import (
     chat_options,
     choice,
 )
+from kedit_fast.cli.trials import chosen_by_trials
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import DTYPES, empty_model, load_config, load_model
 from kedit_fast.reports.plan import plan as estimate
+from kedit_fast.reports.trials import stored_statistics
 from kedit_fast.requests.chat import chat_format
 from kedit_fast.requests.reading import as_requests, load_requests
 
@@ -48,6 +50,13 @@ def plan(
     requests: Annotated[
         Path | None, typer.Option(help=f"for the trial, the demo's by default; {REQUESTS_HELP}")
     ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(help="for a model without a preset, with --requests: choose the layers by trials, as `edit` does"),
+    ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="accept files that do not record their model, as this model's")
+    ] = False,
     layers: Annotated[str | None, typer.Option(help="zero-based, 4-8 or 3,5,7")] = None,
     hparams: HparamsOption = None,
     set_: SetOption = None,
@@ -68,7 +77,7 @@ def plan(
     overrides = overridden_hparams(hparams, set_, layers, method)
     warn_of_ignored_settings(hparams, dtype)
     config = load_config(model, merge_adapter)
-    chosen, _ = make_hparams(method, config, overrides)
+    chosen, origin = make_hparams(method, config, overrides)
     check_range(chosen.layers, config)
     records = as_requests(bundled.requests() if trial else [])
     if requests is not None:
@@ -78,6 +87,26 @@ def plan(
     else:
         loaded, tokenizer = empty_model(config, DTYPES[dtype]), None
     prompt_format = None if chatting is None or tokenizer is None else chat_format(tokenizer, **chatting)
+    is_guess = origin.startswith("guess") and hparams is None and "layers" not in overrides
+    if is_guess and trial and stats is not None and requests is not None:
+        sources = None
+        if chosen.uses_statistics:
+            sources = stored_statistics(stats, loaded, tokenizer, trust=trust)
+        tried = chosen_by_trials(
+            loaded,
+            tokenizer,
+            records,
+            method,
+            overrides,
+            sources,
+            stats,
+            off="without --stats the layers are a guess",
+            prompt_format=prompt_format,
+            target_separator=target_separator,
+            on_error=on_error,
+        )
+        overrides = {**overrides, **tried.choice.hparams}
+        is_guess = False
     planned = estimate(
         loaded,
         tokenizer,
@@ -104,6 +133,8 @@ def plan(
         table.add_row(f"free on {planned.device}, with the weights loaded", _size(planned.free_bytes))
     output.print(table)
     output.print(f"Numbers: {planned.hparams_from}", markup=False)
+    if is_guess:
+        output.print("The layers are a guess: `edit` chooses them by trials, and so does --stats with --requests")
     if planned.seconds is None:
         output.print("No trial: the batch and the time are unknown", markup=False)
         return

@@ -7,7 +7,30 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from kedit_fast.cli.console import output
+from kedit_fast.cli.console import notices, output
+from kedit_fast.errors import EditError
+
+LOW_EFFICACY = 0.5
+"""Below it, a run warns."""
+
+
+def require_change(report: Any) -> None:
+    """Raise EditError when a `workflow.Report` is of edits that changed no bit of any weight."""
+    if not report.changed_weights:
+        raise EditError(
+            f"the {report.edits} edits changed no weight: the model says their targets already, or the updates are too "
+            "small for the dtype of the weights; nothing was saved"
+        )
+
+
+def warn_of_efficacy(report: Any, model: str) -> None:
+    """Warn on stderr when fewer than half of the targets came through."""
+    if report.after.efficacy < LOW_EFFICACY:
+        notices.print(
+            f"kedit-fast: efficacy is {report.after.efficacy:.2f}: most targets did not come through; `kedit-fast "
+            f"suggest {model} --method {report.method} --requests FILE` looks for better hyper-parameters",
+            markup=False,
+        )
 
 
 def print_report(report: Any, title: str) -> None:

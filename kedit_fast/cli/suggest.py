@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from kedit_fast.cli.checks import check_file, check_range, checked_device
 from kedit_fast.cli.console import command, interactive, output, print_json, say_skipped
@@ -33,14 +31,15 @@ from kedit_fast.cli.options import (
     choice,
     parsed_layers,
 )
+from kedit_fast.cli.trials import table_of_trials
 from kedit_fast.errors import KeditError
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import DTYPES, load_config, load_model
 from kedit_fast.reports.suggest import suggest as sweep
+from kedit_fast.reports.trials import stored_statistics
 from kedit_fast.requests.chat import chat_format
 from kedit_fast.requests.reading import load_requests
 from kedit_fast.statistics.sources import open_texts
-from kedit_fast.statistics.store import load_statistics
 from kedit_fast.support.files import write_text
 
 
@@ -55,12 +54,18 @@ def suggest(
     field: Annotated[str, typer.Option(help="field of a record, or column, that holds the text")] = "text",
     tokens: Annotated[int, typer.Option(min=100, help="tokens of the text to use for statistics")] = 100_000,
     stats: Annotated[
-        Path | None, typer.Option(help="folder that `kedit-fast stats` wrote, for all layers tried")
+        Path | None, typer.Option(help="folder that `kedit-fast stats --layers auto` wrote; other layers are not tried")
     ] = None,
-    edits: Annotated[int, typer.Option(min=1, help="how many of the requests to try on, from the first")] = 16,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="accept files that do not record their model, as this model's")
+    ] = False,
+    edits: Annotated[
+        int,
+        typer.Option(min=1, help="how many of the requests to use, from the first; a third of six or more is held out"),
+    ] = 48,
     layers: Annotated[
         str | None,
-        typer.Option(help="last edited layers to try; by default eight, within the first 60 % of the model's depth"),
+        typer.Option(help="last edited layers to try; by default over the depth of the method's presets"),
     ] = None,
     hparams: HparamsOption = None,
     set_: SetOption = None,
@@ -76,7 +81,7 @@ def suggest(
     on_error: OnErrorOption = "raise",
     as_json: JsonOption = False,
 ) -> None:
-    """Try layers and lambda on a few requests, and print a configuration for --hparams."""
+    """Try layers and other hyper-parameters on a few requests, and print the best configuration for --hparams."""
     chatting = chat_options(chat, system, template, template_arg)
     if out is not None:
         check_file(out)
@@ -87,7 +92,9 @@ def suggest(
     documents = [] if text is None else open_texts(text, field)
     check_range(last_layers or (), load_config(model, merge_adapter))
     loaded, tokenizer = load_model(model, DTYPES[dtype], checked_device(device), merge_adapter=merge_adapter)
-    statistics = None if stats is None else load_statistics(stats, loaded, tokenizer, **requested_sample(hparams))
+    statistics = None
+    if stats is not None:
+        statistics = stored_statistics(stats, loaded, tokenizer, trust=trust, **requested_sample(hparams))
     suggestion = sweep(
         loaded,
         tokenizer,
@@ -109,20 +116,20 @@ def suggest(
     if as_json:
         print_json(suggestion.as_dict())
         return
-    table = Table(
-        title=escape(f"{suggestion.method.upper()}: {suggestion.edits} edits of {model}"), title_justify="left"
-    )
-    for column in ("layers", suggestion.swept, "efficacy", "paraphrase", "neighborhood", "drift", "norm", "score"):
-        table.add_column(column, justify="left" if column == "layers" else "right")
-    for trial in suggestion.trials:
-        mark = " *" if trial is suggestion.best else ""
-        cells = [
-            "" if v is None else f"{v:.3f}"
-            for v in (trial.efficacy, trial.paraphrase, trial.neighborhood, trial.drift, trial.norm)
-        ]
-        value = "" if trial.value is None else f"{trial.value:g}"
-        table.add_row(",".join(map(str, trial.layers)), value, *cells, f"{trial.score:.3f}{mark}")
-    output.print(table)
-    output.print(suggestion.toml(), markup=False, end="")
+    best = suggestion.trials.index(suggestion.best)
+    fields = suggestion.as_dict()
+    title = f"{suggestion.method.upper()}: {suggestion.edits} edits of {model}"
+    tables = [table_of_trials(title, fields["trials"], best)]
+    if suggestion.held_out:
+        scores = [trial.score for trial in suggestion.held_out]
+        title = f"The best with {suggestion.held_out_edits} requests more, scored on these"
+        tables.append(table_of_trials(title, fields["held_out"], scores.index(suggestion.score)))
+    for table, reasons in tables:
+        output.print(table)
+        for reason in reasons:
+            output.print(reason, markup=False)
+    for note in suggestion.notes:
+        output.print(f"Note: {note}", markup=False)
+    output.print(suggestion.toml().rstrip(), markup=False)
     if out is not None:
         output.print(f"Saved to {out}: kedit-fast edit --hparams {out}", markup=False)

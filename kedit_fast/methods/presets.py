@@ -47,6 +47,12 @@ def preset_hparams(recipe: Recipe, config: Any) -> tuple[dict[str, Any], str]:
     return {**values, "layers": layers}, f"guess: layers by relative depth, {scaled}{family['source']}"
 
 
+def guessed_numbers(recipe: Recipe, config: Any) -> dict[str, Any]:
+    """What replaces the published numbers that have a scale, for a model without a preset: most are "auto"."""
+    family = _family_of(load_presets(recipe.preset)["family"], config)
+    return parse_values(family["guess"], family["source"])
+
+
 def published_values(method: str, config: Any) -> dict[str, Any]:
     """Hyper-parameters from the published file of a model's family, for a model without a preset: nothing is "auto".
 

@@ -12,6 +12,7 @@ from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.batch_size import BatchSize, fitting_batch, request_bytes
 from kedit_fast.editing.values.loop import SITES, find_values
 from kedit_fast.errors import MethodError
+from kedit_fast.methods.hparams import AUTO as FROM_BATCH
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.recipe import Recipe, ValueSites
@@ -38,6 +39,8 @@ TRIAL = 16
 """Requests of the trial, at most."""
 ITERATIONS = (1, 4)
 """Iterations of the two trial runs; their difference is the time of an iteration."""
+CLAMP = 1.0
+"""The clamp of the trial where the first batch would choose it; an iteration takes as long with any."""
 ASSUMED_TOKENS = 24
 """Tokens of a prompt with its prefix, where there is no tokenizer."""
 
@@ -220,8 +223,13 @@ def _seconds(
     together = trial if recipe.is_batched else 1
     last = hparams.layers[-1]
     # No request stops early, and the loop checks after every iteration: it ends at a check.
-    full_length = dict(
-        v_stop_loss=-1.0, most_probable_steps=0, values_batch=together, check_every=1, values_graph=False
+    full_length: dict[str, Any] = dict(
+        clamp_norm_factor=CLAMP if hparams.clamp_norm_factor == FROM_BATCH else hparams.clamp_norm_factor,
+        v_stop_loss=-1.0,
+        most_probable_steps=0,
+        values_batch=together,
+        check_every=1,
+        values_graph=False,
     )
     short, long = (replace(hparams, v_num_grad_steps=count, **full_length) for count in ITERATIONS)
     options: dict[str, Any] = dict(stop_rule=recipe.stop_rule, on_problem="keep")

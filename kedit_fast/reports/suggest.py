@@ -1,68 +1,42 @@
-"""Hyper-parameters for a model without a preset: try layers and lambda on a few requests, and choose the best."""
+"""Hyper-parameters for a model without a preset: try windows of layers and more on a few requests, choose the best."""
 
 from __future__ import annotations
 
 import json
-import math
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from kedit_fast.editing.editor import Editor
-from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import KeditError, MethodError
-from kedit_fast.evaluation.metrics import evaluate, mean_nll, unusable
-from kedit_fast.methods.hparams import Hparams, unused
-from kedit_fast.methods.presets import make_hparams
+from kedit_fast.evaluation.metrics import unusable
+from kedit_fast.methods.hparams import AUTO as FROM_MODEL
+from kedit_fast.methods.hparams import Hparams, reads, unused, worth_a_warning
+from kedit_fast.methods.presets import guessed_numbers, make_hparams
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import find_recipe
+from kedit_fast.methods.windows import windows
 from kedit_fast.models.view import ModelView
+from kedit_fast.reports.search import SEARCHES, Effort, Search, span
+from kedit_fast.reports.trials import StoredStatistics, Trial, Trials, in_memory
 from kedit_fast.requests.problems import OnError, require_no_problems, skipped_records
-from kedit_fast.requests.prompts import PromptFormat
+from kedit_fast.requests.prompts import PreparedRequest, PromptFormat
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.statistics.collect import Statistics, collect_statistics
-from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
 
-DEEPEST, PLACES = 0.6, 8
-"""The last edited layer is tried at so many places, up to this share of the depth."""
-SPREAD_SHARE, MOST_LAYERS = 0.16, 5
-"""Edited layers: this share of the depth, at least 2 and at most 5, as for the published models."""
-LAMBDAS = (10.0, 100.0, 1000.0, 15000.0)
-RIDGES = (1.0, 10.0, 100.0)
-"""Values of AlphaEdit's L2."""
-RATES = (1e-6, 1e-4, 1e-3, 3e-3, 1e-2)
-"""Values of UltraEdit's lr."""
+_log = logging.getLogger("kedit_fast")
 DRIFT_TEXTS = 64
 """Documents on which the drift is measured, at most."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One configuration and the effect of its edits. Shares are those of `evaluate`; None where the trial failed."""
-
-    layers: tuple[int, ...]
-    """Edited layers, zero-based."""
-    value: float | None
-    """Value of the hyper-parameter that is swept beside the layers; None where none is."""
-    efficacy: float | None
-    """Share of requests whose target is now the most probable continuation."""
-    paraphrase: float | None
-    """The same of paraphrases; None without any."""
-    neighborhood: float | None
-    """Share of neighborhood prompts that still give the true object; None without any."""
-    drift: float | None
-    """Increase of the loss on unrelated text, in nats per token; None without texts."""
-    norm: float | None
-    """The largest |Delta| / |W| of the edited matrices."""
-    score: float
-    """Harmonic mean of the shares there are and of exp(-drift); 0 where the trial failed."""
-    failure: str = ""
-    """The message of the error that ended the trial."""
+FEW, TO_HOLD_OUT = 32, 6
+"""A full search on fewer requests than the first says so; with fewer than the second none is held out."""
+EVERY = 3
+"""One of so many requests is held out."""
+FINALISTS = 3
+"""The best configurations, which are tried again with the requests that were held out."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +48,23 @@ class Suggestion:
     edits: int
     """Requests that were written in each trial."""
     swept: str
-    """The hyper-parameter that is swept beside the layers; "lambda" where none is and the trials have no value."""
+    """The hyper-parameters that were varied, separated by commas."""
     trials: tuple[Trial, ...]
     """All trials, in the order they ran."""
     best: Trial
-    """The trial with the highest score."""
+    """The trial that is suggested: the best one on the requests that were held out, else that of the highest score."""
     hparams: dict[str, Any]
     """Hyper-parameters of the best trial that differ from the defaults."""
     skipped: dict[int, str] = field(default_factory=dict)
     """Index of a request, or of a file's record -> why it could not be used."""
+    held_out: tuple[Trial, ...] = ()
+    """The best configurations again, with all requests written and those scored that no trial before had seen."""
+    held_out_edits: int = 0
+    """Requests that were held out."""
+    score: float = 0.0
+    """Of the suggested configuration: on the requests that were held out, else that of its trial."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing of the search: best values at an edge, and what could not be measured."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints, in which `numbers` are the hyper-parameters."""
@@ -94,7 +76,8 @@ class Suggestion:
         """The best configuration as a file for --hparams."""
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in self.hparams.items()}
         lines = [f"{name} = {json.dumps(value)}" for name, value in plain.items()]  # JSON of such values is also TOML
-        title = f"# {self.method}: the best of {len(self.trials)} on {self.edits} requests, score {self.best.score:.3f}"
+        title = f"# {self.method}: the best of {len(self.trials)} on {self.edits} requests, score {self.score:.3f}"
+        title += f" on {self.held_out_edits} others" if self.held_out else ""
         return "\n".join([title, *lines]) + "\n"
 
 
@@ -105,7 +88,7 @@ def suggest(
     requests: Iterable[EditRequest | Mapping[str, Any]],
     method: str = "memit",
     *,
-    statistics: Statistics | None = None,
+    statistics: Statistics | StoredStatistics | None = None,
     texts: Sequence[str] = (),
     max_tokens: int = 100_000,
     last_layers: Sequence[int] | None = None,
@@ -114,94 +97,176 @@ def suggest(
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
     on_error: OnError = "raise",
+    effort: Effort = "full",
+    most: int | None = None,
     progress: bool = False,
 ) -> Suggestion:
-    """Edit with every combination of layers and lambda (AlphaEdit: L2, UltraEdit: lr), measure, and undo.
+    """Edit with one configuration after another, measure, undo, and choose the best.
+
+    The search goes from coarse to fine, one hyper-parameter after another, around the best configuration so far:
+    windows of layers, then the clamp, the learning rate and the residual share (AlphaEdit: also the threshold of its
+    null space; UltraEdit: its rate and token). Where the best value is the smallest or largest one, it goes on past it.
 
     Args:
         model: its weights are the same afterwards, bit for bit.
         tokenizer: its tokenizer.
-        requests: a few; paraphrase and neighborhood prompts make the choice better informed.
+        requests: 48 or more make a good choice; so do paraphrase and neighborhood prompts.
         method: a method's name.
-        statistics: second moments of every layer that is tried.
+        statistics: second moments of the layers to try; a window without them is not tried.
         texts: documents to collect statistics from where none are given; the last ones also measure the drift.
         max_tokens: tokens to collect statistics from.
-        last_layers: the last edited layers to try; by default eight up to 60 % of the depth.
-        hparams: values that override the preset's or the guess's.
+        last_layers: try windows that end at these layers alone; by default those of `methods.windows`, and their
+            neighbors.
+        hparams: values that override the preset's or the guess's. What is given is not varied.
         seed: seed of the context prefixes.
         prompt_format, target_separator: as in `Editor`.
         on_error: "raise" at requests that cannot be written or measured, or "skip" them and name them in the result.
-        progress: show a bar on stderr.
+        effort: "full"; or "short", which varies the layers alone (UltraEdit: also its rate and token), holds no
+            requests out, and where no target comes through still names the likeliest window.
+        most: use so many of the requests, the first usable ones; None for all.
+        progress: show the number of trials on stderr.
+
+    Returns:
+        the suggestion. A full search of six requests or more holds a third of them out: the three best configurations
+        are tried again with all requests written, and the best one by the held-out third is suggested. A trial that
+        fails is one of the trials, with its reason.
 
     Raises:
-        MethodError: no statistics and no text for a method that needs them, or every trial failed.
+        MethodError: no statistics and no text for a method that needs them, no statistics of any window, every trial
+            failed, or (with effort "full") no target came through in any.
         RequestError: requests that cannot be written.
 
-    Cost: the values of all requests once per last layer; one edit and one evaluation per combination.
+    Cost: the values of all requests once per last layer, clamp and rate; a solve, a write and an evaluation per trial.
+        In a process group all processes make the same calls and get the same result.
     """
     view, recipe = ModelView(model), find_recipe(method)
-    chosen, _ = make_hparams(method, model.config, hparams or {})
-    windows = [_window(last, recipe, view.num_layers) for last in last_layers or _places(view.num_layers)]
-    every = sorted({layer for window in windows for layer in window})
+    given = dict(hparams or {})
+    if idle := worth_a_warning(recipe, given):
+        _log.warning("%s does not use %s", recipe.name, ", ".join(idle))
+    given = {name: value for name, value in given.items() if reads(recipe, name)}
+    preset, origin = make_hparams(method, model.config, given)
+    base = given if effort == "short" else _freed(recipe, model.config, given)
+    chosen, _ = make_hparams(method, model.config, base)
+    candidates, can_move = _windows(recipe, view.num_layers, chosen, given, last_layers)
     drift_texts = list(texts[-DRIFT_TEXTS:]) if texts else []
-    if chosen.uses_statistics and statistics is None:
-        if not texts:
-            raise MethodError(
-                f"{recipe.name} needs statistics: give --stats of layers {every}, or --text to collect them"
-            )
-        statistics = collect_statistics(
-            model, tokenizer, texts[: -len(drift_texts)] or texts, every, max_tokens=max_tokens, progress=progress
-        )
-    before = mean_nll(model, tokenizer, drift_texts) if drift_texts else None
-    name, values = _swept(recipe)
-    if name in (hparams or {}):
-        values = (getattr(chosen, name),)  # the caller's value is not swept
-    prefixes: tuple[str, ...] | None = None
-    usable: list[EditRequest] = []
-    skipped: dict[int, str] = {}
-    trials: list[Trial] = []
-    with tqdm(total=len(windows) * len(values), desc="trials", disable=not progress, leave=False) as bar:
-        for window in windows:
-            store = ValueFile(None)  # values do not depend on lambda
-            for value in values:
-                overrides = {**(hparams or {}), "layers": window}
-                overrides |= {} if value is None else {name: value}
-                editor = Editor(
-                    model,
-                    tokenizer,
-                    method,
-                    statistics=statistics,
-                    hparams=overrides,
-                    seed=seed,
-                    prefixes=prefixes,
-                    values=store,
-                    prompt_format=prompt_format,
-                    target_separator=target_separator,
+    stored, available = None, frozenset(range(view.num_layers))
+    if chosen.uses_statistics:
+        if statistics is None:
+            layers = sorted({layer for window in candidates for layer in window})
+            if not texts:
+                raise MethodError(
+                    f"{recipe.name} needs statistics: give --stats of layers {span(layers)}, or --text to collect them"
                 )
-                prefixes = editor.prefixes
-                if not trials:
-                    usable, skipped = _usable(editor, requests, on_error)
-                trials.append(_run_trial(editor, usable, window, value, drift_texts, before))
-                bar.update()
-    best = max(trials, key=lambda trial: trial.score)
-    if not best.score:
-        failures = [trial.failure for trial in trials if trial.failure]
-        why = f"; the last failure: {failures[-1]}" if failures else ": no target or paraphrase came through"
-        raise MethodError(f"none of {len(trials)} configurations works on these requests{why}")
-    best_hparams = {
-        **_changed_hparams(chosen, recipe),
-        "layers": best.layers,
-        **({} if recipe.optimizes_values else {"inner_params": ()}),
-    }
-    if best.value is not None:
-        best_hparams[name] = best.value
-    return Suggestion(recipe.name, len(usable), name, tuple(trials), best, best_hparams, skipped)
+            statistics = collect_statistics(
+                model, tokenizer, texts[: -len(drift_texts)] or texts, layers, max_tokens=max_tokens, progress=progress
+            )
+        stored = statistics if isinstance(statistics, StoredStatistics) else in_memory(statistics)
+        available = frozenset(stored.layers)
+        candidates = _inside(candidates, available, recipe)
+    options = {"seed": seed, "prompt_format": prompt_format, "target_separator": target_separator}
+    trials = Trials(model, tokenizer, recipe.name, base, stored, drift_texts, options, progress)
+    with trials.bar:
+        usable, skipped = _usable(trials, candidates, requests, on_error)
+        usable = usable[:most]
+        tried, held = _split(usable) if effort == "full" else (usable, [])
+        start = chosen.layers if chosen.layers in candidates else candidates[0]
+        search = Search(trials, tried, recipe, chosen, frozenset(given), candidates, start, available, can_move)
+        if effort == "full" and origin.startswith("preset") and preset.layers and available >= set(preset.layers):
+            trials.run("preset", None, _differing(preset, chosen), tried)
+        search.run(SEARCHES[effort, recipe.optimizes_values])
+        sweep = tuple(trials.done)
+        best = _require_best(sweep, effort)
+        finals = ()
+        if held:
+            by_rank = sorted((t for t in sweep if t.score), key=lambda trial: trial.rank, reverse=True)
+            finals = tuple(
+                trials.run(trial.stage, trial.value, _settled(trial), usable, held) for trial in by_rank[:FINALISTS]
+            )
+            index = max(range(len(finals)), key=lambda i: finals[i].rank)  # the first of equals
+            best = by_rank[index]
+            if finals[index].failure:
+                failures = [(trial.layers, trial.failure) for trial in finals]
+                raise MethodError(_distinct(f"the best configurations fail with all {len(usable)} requests", failures))
+    changes = best.hparams if effort == "short" else _settled(best)
+    return Suggestion(
+        recipe.name,
+        len(tried),
+        ", ".join(dict.fromkeys(trial.stage for trial in sweep)),
+        sweep,
+        best,
+        _described(make_hparams(method, model.config, base, changes)[0], recipe),
+        skipped,
+        finals,
+        len(held),
+        max((t for t in finals), key=lambda trial: trial.rank).score if finals else best.score,
+        (*search.edges.values(), *_notes(best, len(usable), effort, held)),
+    )
+
+
+def _freed(recipe: Recipe, config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, with the numbers of a model without a preset in place of a preset's, as a full search varies these."""
+    freed = {name: value for name, value in guessed_numbers(recipe, config).items() if reads(recipe, name)}
+    if {"nullspace_rule", "nullspace_threshold"} & set(given):  # a threshold is of a rule
+        freed = {name: value for name, value in freed.items() if not name.startswith("nullspace_")}
+    if given.get("update_norm_lambda", 0) not in (0, FROM_MODEL):
+        freed.pop("mom2_update_weight", None)
+    return {**freed, **given}
+
+
+def _differing(preset: Hparams, chosen: Hparams) -> dict[str, Any]:
+    """The hyper-parameters of a preset that differ from those of a search, and the layers."""
+    names = [f.name for f in fields(Hparams) if f.name != "method"]
+    differing = {name: getattr(preset, name) for name in names if getattr(preset, name) != getattr(chosen, name)}
+    return {"layers": preset.layers, **differing}
+
+
+def _windows(
+    recipe: Recipe,
+    num_layers: int,
+    chosen: Hparams,
+    given: Mapping[str, Any],
+    last_layers: Sequence[int] | None,
+) -> tuple[list[tuple[int, ...]], bool]:
+    """The windows to try, and whether others may be tried beside them."""
+    coarse = windows(recipe, num_layers)
+    if last_layers is not None:
+        size = max(map(len, coarse))
+        return [tuple(range(max(0, last - size + 1), last + 1)) for last in last_layers], False
+    if given.get("layers"):
+        return [tuple(given["layers"])], False
+    if chosen.layers and chosen.layers not in coarse:
+        coarse = sorted([*coarse, chosen.layers], key=lambda window: (window[-1], -len(window)))
+    return coarse, True
+
+
+def _inside(candidates: Sequence[tuple[int, ...]], available: frozenset[int], recipe: Recipe) -> list[tuple[int, ...]]:
+    """The windows whose layers all have statistics."""
+    inside = [window for window in candidates if available >= set(window)]
+    if not inside:
+        raise MethodError(
+            f"the statistics are of layers {span(sorted(available))}: {recipe.name} would try windows such as "
+            f"{span(candidates[0])} or {span(candidates[-1])}; `kedit-fast stats MODEL --text FILE --layers auto --out "
+            "DIR` collects them for all"
+        )
+    return inside
 
 
 def _usable(
-    editor: Editor, requests: Iterable[EditRequest | Mapping[str, Any]], on_error: OnError
-) -> tuple[list[EditRequest], dict[int, str]]:
+    trials: Trials,
+    candidates: Sequence[tuple[int, ...]],
+    requests: Iterable[EditRequest | Mapping[str, Any]],
+    on_error: OnError,
+) -> tuple[list[PreparedRequest], dict[int, str]]:
     """The requests that can be written and measured, and the others by index."""
+    editor, problems = None, []
+    for window in candidates:
+        try:
+            editor = trials.editor({"layers": window})
+            break
+        except KeditError as error:
+            problems.append((window, str(error)))
+    if editor is None:
+        raise MethodError(_distinct("no window can be edited", problems))
     prepared, skipped = editor.check(requests, on_error)
     places = [place for place in range(len(prepared) + len(skipped)) if place not in skipped]
     by_place = dict(zip(places, prepared, strict=True))
@@ -214,69 +279,71 @@ def _usable(
     }
     if on_error == "raise" or len(bad) == len(by_place):
         require_no_problems(skipped | bad if len(bad) == len(by_place) else bad)
-    return [p.request for place, p in by_place.items() if place not in bad], skipped | bad
+    return [p for place, p in by_place.items() if place not in bad], skipped | bad
 
 
-def _run_trial(
-    editor: Editor,
-    requests: Sequence[EditRequest],
-    layers: tuple[int, ...],
-    value: float | None,
-    texts: Sequence[str],
-    before: float | None,
-) -> Trial:
-    model, tokenizer = editor.view.model, editor.tokenizer
-    try:
-        result = editor.edit(requests, "skip")
-        if not result.batch:
-            raise MethodError(next(iter(result.skipped.values())))
-        editor.finish()
-        metrics = evaluate(
-            model, tokenizer, requests, prompt_format=editor.prompt_format, target_separator=editor.target_separator
-        )
-        drift = None if before is None else mean_nll(model, tokenizer, texts) - before
-    except KeditError as error:
-        return Trial(layers, value, None, None, None, None, None, 0.0, first_line(error))
-    finally:
-        editor.restore()
-    norm = max(result.relative_norms.values())
-    shares = (metrics.efficacy, metrics.paraphrase, metrics.neighborhood)
-    unharmed = None if drift is None else math.exp(-max(0.0, drift))
-    score = _harmonic([share for share in (*shares, unharmed) if share is not None])
-    return Trial(layers, value, *shares, drift=drift, norm=norm, score=score)
+def _split(usable: list[PreparedRequest]) -> tuple[list[PreparedRequest], list[PreparedRequest]]:
+    """The requests of the trials, and those that are held out: every third one."""
+    if len(usable) < TO_HOLD_OUT:
+        return usable, []
+    held = usable[EVERY - 1 :: EVERY]
+    return [request for index, request in enumerate(usable) if index % EVERY != EVERY - 1], held
 
 
-def _harmonic(shares: Sequence[float]) -> float:
-    return 0.0 if min(shares) <= 0 else len(shares) / sum(1 / share for share in shares)
+def _require_best(sweep: Sequence[Trial], effort: Effort) -> Trial:
+    """The best trial; raises MethodError when all failed, or when a full search taught the model nothing."""
+    best = max(sweep, key=lambda trial: trial.rank)  # the first of equals
+    if not best.failure and (best.score or effort == "short"):
+        return best
+    headline = f"none of {len(sweep)} configurations works on these requests"
+    failures = [(trial.layers, trial.failure) for trial in sweep if trial.failure]
+    if len(failures) < len(sweep):
+        failures.append(((), "no target or paraphrase came through, or no neighborhood prompt was left as it was"))
+    raise MethodError(_distinct(headline, failures))
 
 
-def _places(count: int) -> list[int]:
-    """Last edited layers to try: evenly spread over the lower part of the model."""
-    deepest = max(1, round(DEEPEST * (count - 1)))
-    step = max(1.0, deepest / PLACES)
-    return sorted({round(deepest - i * step) for i in range(PLACES) if deepest - i * step >= 0})
+def _distinct(headline: str, failures: Sequence[tuple[tuple[int, ...], str]]) -> str:
+    """A headline, and each reason once, with the windows it was given for."""
+    layers: dict[str, list[str]] = {}
+    for window, reason in failures:
+        layers.setdefault(reason, []).append(span(window))
+    lines = []
+    for reason, spans in layers.items():
+        names = list(dict.fromkeys(filter(None, spans)))
+        lines.append(f"  layers {', '.join(names)}: {reason}" if names else f"  {reason}")
+    return "\n".join([f"{headline}:", *lines])
 
 
-def _window(last: int, recipe: Recipe, count: int) -> tuple[int, ...]:
-    """The edited layers that end at `last`."""
-    size = 1 if recipe.edits_one_layer else min(MOST_LAYERS, max(2, round(SPREAD_SHARE * count)))
-    return tuple(range(max(0, last - size + 1), last + 1))
+def _settled(trial: Trial) -> dict[str, Any]:
+    """What a trial changes, with the clamp as a number: other requests could resolve another one."""
+    clamp = trial.resolved.get("clamp_norm_factor")
+    return {**trial.hparams, **({} if clamp is None else {"clamp_norm_factor": clamp})}
 
 
-def _swept(recipe: Recipe) -> tuple[str, tuple[float | None, ...]]:
-    """The hyper-parameter that is swept beside the layers, and its values."""
-    if not recipe.optimizes_values:
-        return "lr", RATES
-    if not recipe.is_batched:
-        return "lambda", (None,)
-    if recipe.uses_null_space:
-        return "L2", RIDGES
-    return "mom2_update_weight", LAMBDAS
-
-
-def _changed_hparams(chosen: Hparams, recipe: Recipe) -> dict[str, Any]:
-    """The hyper-parameters that the method reads and that differ from the defaults."""
-    names = [field.name for field in fields(Hparams) if field.name not in ("method", "v_loss_layer")]
-    defaults = {field.name: field.default for field in fields(Hparams)}
+def _described(chosen: Hparams, recipe: Recipe) -> dict[str, Any]:
+    """The hyper-parameters that the method reads, have an effect and differ from the defaults; always the layers."""
+    names = [f.name for f in fields(Hparams) if f.name not in ("method", "v_loss_layer")]
+    defaults = {f.name: f.default for f in fields(Hparams)}
     idle = set(unused(recipe, names))
-    return {n: getattr(chosen, n) for n in names if n not in idle and getattr(chosen, n) != defaults[n]}
+    differing = {
+        name: getattr(chosen, name)
+        for name in names
+        if name not in idle and chosen.has_effect(name) and getattr(chosen, name) != defaults[name]
+    }
+    return {"layers": chosen.layers, **differing, **({} if recipe.optimizes_values else {"inner_params": ()})}
+
+
+def _notes(best: Trial, usable: int, effort: Effort, held: Sequence[PreparedRequest]) -> list[str]:
+    """What the score lacks."""
+    notes = []
+    if effort == "full" and not held:
+        notes.append(f"{usable} requests are fewer than {TO_HOLD_OUT}: none is held out, and the score flatters")
+    elif effort == "full" and usable < FEW:
+        notes.append(f"{usable} requests: {FEW} or more choose better")
+    lacking = {
+        "paraphrase": ("no paraphrase prompts", best.paraphrase),
+        "neighborhood": ("no neighborhood prompts with a target_true", best.neighborhood),
+        "drift": ("no text", best.drift),
+    }
+    notes += [f"{why}: {name} is not in the score" for name, (why, value) in lacking.items() if value is None]
+    return notes

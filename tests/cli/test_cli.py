@@ -382,7 +382,7 @@ def test_suggest_tries_layers_and_lambda_and_writes_a_configuration(tmp_path, me
     assert done.returncode == 0, done.stderr
     assert "does not use" not in done.stderr
     found = json.loads(done.stdout)
-    assert len(found["trials"]) == {"memit": 4, "rome": 1, "ultraedit": 5}[method]
+    assert len(found["trials"]) > 5 and len({trial["stage"] for trial in found["trials"]}) > 2
     assert found["best"]["score"] == max(trial["score"] for trial in found["trials"]) > 0
     numbers = read_hparams(tmp_path / "best.toml")
     assert list(numbers["layers"]) == found["best"]["layers"]
