@@ -37,7 +37,9 @@ from kedit_fast.errors import KeditError
 from kedit_fast.evaluation.metrics import evaluate, mean_nll
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import load_model
+from kedit_fast.reports.choice import choose
 from kedit_fast.reports.suggest import suggest
+from kedit_fast.reports.trials import in_memory
 from kedit_fast.requests.reading import load_requests
 from kedit_fast.statistics.collect import Statistics
 
@@ -133,17 +135,22 @@ class Grid:
                     yield {**values, "layers": tuple(range(end - size + 1, end + 1)), **solve}
 
 
-SOLVES: Mapping[str, tuple[Mapping[str, Any], ...]] = {
-    "memit": tuple({"mom2_update_weight": weight} for weight in (30.0, 100.0, 300.0)),
-    "alphaedit": tuple(
-        {"nullspace_rule": "energy", "nullspace_threshold": threshold, "L2": ridge}
-        for threshold in (0.05, 0.15) for ridge in (5.0, 40.0)
-    ),
-}  # fmt: skip
+def solves(ridges: Sequence[float]) -> Mapping[str, tuple[Mapping[str, Any], ...]]:
+    """What is varied beside the values: weights of MEMIT, thresholds and ridges of AlphaEdit."""
+    return {
+        "memit": tuple({"mom2_update_weight": weight} for weight in (30.0, 100.0, 300.0)),
+        "alphaedit": tuple(
+            {"nullspace_rule": "energy", "nullspace_threshold": threshold, "L2": ridge}
+            for threshold in (0.05, 0.15) for ridge in ridges
+        ),
+    }  # fmt: skip
+
+
 GRIDS = {
-    "llama": Grid((0, 1, 2), (0.75, 1.5), (0.5, 1.5), (1, 2), SOLVES),
-    "gpt2": Grid((1, 2, 3), (0.75, 1.5), (0.5, 1.5), (1, 2), SOLVES),
+    "llama": Grid((0, 1, 2), (0.75, 1.5), (0.5, 1.5), (1, 2), solves((5.0, 40.0))),
+    "gpt2": Grid((1, 2, 3), (0.75, 1.5), (0.5, 1.5), (1, 2), solves((0.2, 1.0))),
 }
+"""Ridges are of the scale of each model's keys, of which AlphaEdit's L2 is a multiple."""
 FIXED = {"v_num_grad_steps": 25, "v_weight_decay": 0.5, "kl_factor": 0.0625, "on_predicted": "allow"}
 PUBLISHED = {
     "llama": {"layers": (1,), "v_lr": 0.1, "clamp_norm_factor": 0.75, "mom2_update_weight": 15000.0},
@@ -154,9 +161,7 @@ GOALS = {
     "suggest": {"efficacy": 3.0, "paraphrase": 3.0, "neighborhood": 3.0},
 }
 """How many points below the best of the grid a source may be."""
-EFFORTS = {"nothing given": "short", "suggest": "full"}
-"""Source -> the effort of `suggest`."""
-SOURCES = ("grid", *EFFORTS, "published")
+SOURCES = ("grid", "nothing given", "suggest", "published")
 PUBLISHED_NULL_SPACE = {"L2": 10.0, "nullspace_rule": "absolute", "nullspace_threshold": 0.02}
 
 
@@ -257,13 +262,12 @@ def grid_rows(on: Subject, method: str, grid: Grid) -> list[Row]:
     return rows
 
 
-def chosen(on: Subject, method: str, effort: str) -> dict[str, Any]:
-    """The hyper-parameters that `suggest` finds on requests that are not measured."""
-    return dict(
-        suggest(
-            on.model, on.tokenizer, on.tuning, method, statistics=on.moments, texts=on.corpus, effort=effort
-        ).hparams
-    )
+def chosen(on: Subject, method: str, source: str) -> dict[str, Any]:
+    """The hyper-parameters that trials on `on.tuning` find: those of an edit without numbers, or of `suggest`."""
+    stored = in_memory(on.moments)
+    if source == "nothing given":
+        return dict(choose(on.model, on.tokenizer, on.tuning, method, statistics=stored)[0].hparams)
+    return dict(suggest(on.model, on.tokenizer, on.tuning, method, statistics=stored, texts=on.corpus).hparams)
 
 
 def published(on: Subject, method: str) -> dict[str, Any]:
@@ -281,7 +285,7 @@ def measured(on: Subject, method: str, source: str) -> tuple[Row, list[Row]]:
     if source == "grid":
         solved = grid_rows(on, method, GRIDS[on.name])
         return {**max(solved, key=lambda row: row["score"] or 0.0), "source": source}, solved
-    hparams = published(on, method) if source == "published" else chosen(on, method, EFFORTS[source])
+    hparams = published(on, method) if source == "published" else chosen(on, method, source)
     seconds = time.perf_counter() - begin
     row = {**measure(on, method, hparams), "source": source, "seconds_of_choice": seconds}
     console.print(line(row))

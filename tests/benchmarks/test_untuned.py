@@ -43,10 +43,10 @@ def small(untuned, monkeypatch):
     for name, value in {"TUNING": 4, "EDITS": 3, "DOCUMENTS": 200, "DRIFT_TEXTS": 4}.items():
         monkeypatch.setattr(untuned, name, value)
     monkeypatch.setattr(untuned, "FIXED", {**untuned.FIXED, "v_num_grad_steps": 2})
-    solves = {method: solves[:1] for method, solves in untuned.SOLVES.items()}
+    solves = {method: several[:1] for method, several in untuned.solves((1.0,)).items()}
     grids = {name: untuned.Grid((1,), (2.0,), (0.5,), (1, 2), solves) for name in untuned.SEEDS}
     monkeypatch.setattr(untuned, "GRIDS", grids)
-    monkeypatch.setattr(untuned, "chosen", lambda on, method, effort: {"layers": (1,), **untuned.FIXED})
+    monkeypatch.setattr(untuned, "chosen", lambda on, method, source: {"layers": (1,), **untuned.FIXED})
 
 
 def test_the_models_are_of_other_shapes_and_facts_than_the_demo(untuned, trained):
