@@ -207,8 +207,8 @@ class Subject:
     def options_of(self, method: str) -> dict[str, Any]:
         """What `hparams_of` overrides: the released code knows no number that is "auto"."""
         _, origin = make_hparams(method, self.model.config)
-        numbers = published_values(method, self.model.config) if origin.startswith("guess") else {}
-        return {**numbers, "on_predicted": "allow"}
+        published = published_values(method, self.model.config) if origin.startswith("guess") else {}
+        return {**published, "on_predicted": "allow"}
 
     def records(self, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:
         """Requests as the released code takes them."""

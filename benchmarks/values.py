@@ -94,10 +94,10 @@ def subject(name: str, requests: int, device: str, iterations: int | None = None
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2")).eval()
     model = model.to(device)
-    numbers = published_values("memit", model.config) if name == GPT2_SMALL else {}  # the published loop's
+    published = published_values("memit", model.config) if name == GPT2_SMALL else {}  # the published loop's
     if iterations is not None:
-        numbers["v_num_grad_steps"] = iterations
-    hparams, _ = make_hparams("memit", model.config, numbers)
+        published["v_num_grad_steps"] = iterations
+    hparams, _ = make_hparams("memit", model.config, published)
     prepared = prepare(tokenizer, demo.requests(requests), prefixes, 1024)
     return Subject(name, model, tokenizer, ModelView(model), prepared, hparams)
 

@@ -108,8 +108,8 @@ def chosen_by_trials(
     if speaks := world()[0] == 0:
         count = min(REQUESTS, len(records))
         notices.print(
-            f"kedit-fast: no preset for this model: trials on {count} of {len(records)} requests choose its layers "
-            f"({off})",
+            f"kedit-fast: no preset for this model: trials on {count} of {len(records)} requests choose its "
+            f"hyper-parameters ({off})",
             markup=False,
         )
     choice, where = choose(

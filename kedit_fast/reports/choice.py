@@ -31,7 +31,7 @@ from kedit_fast.support.process_group import gather, world
 from kedit_fast.support.torch_state import plain_torch
 
 FORMAT_VERSION = "1"
-REQUESTS = 12
+REQUESTS = 48
 """The trials run on so many of the requests, at most."""
 
 
@@ -40,7 +40,8 @@ class Choice:
     """Hyper-parameters that trials chose, for one model and method."""
 
     hparams: dict[str, Any]
-    """Name -> value of what was chosen: the layers; of UltraEdit also its rate and token."""
+    """Name -> value of what was chosen: the layers, the clamp and the residual share; of UltraEdit also its rate and
+    token."""
     toml: str
     """The whole configuration as a file for --hparams."""
     edits: int
@@ -53,6 +54,8 @@ class Choice:
     """As in `Suggestion`."""
     records: int = 0
     """Records that the trials could choose their requests from, at most REQUESTS."""
+    expected: int = 0
+    """Edits that the scores of the trials were projected to."""
 
 
 @plain_torch()
@@ -71,12 +74,12 @@ def choose(
     on_error: OnError = "raise",
     progress: bool = False,
 ) -> tuple[Choice, str]:
-    """`suggest` with effort "short" on at most 12 of the requests, or what it chose before.
+    """`suggest` with effort "short" on at most 48 of the requests, or what it chose before.
 
     Args:
         folder: where the choice is looked up and written, beside the statistics; None for nowhere. An earlier one is
             used when the model, the method, the hyper-parameters, the statistics, the format of the prompts and this
-            package's version are the same, and it was made from as many requests.
+            package's version are the same, and it was made from as many requests and for half as many edits or more.
         model, tokenizer, requests, method, statistics, hparams, seed, prompt_format, target_separator, on_error,
             progress: as in `suggest`.
 
@@ -102,7 +105,7 @@ def choose(
     path = None if folder is None else Path(folder) / f"trials_{find_recipe(method).name}_{digest[:16]}.json"
     records = min(REQUESTS, len(rows))
     choice, problem = gather(_read(path, digest, method, model, given))[0]  # of the first process
-    if choice is not None and choice.records >= records:
+    if choice is not None and choice.records >= records and 2 * choice.expected >= len(rows):
         return choice, f"chosen earlier, {path}"
     suggestion = suggest(
         model,
@@ -117,6 +120,7 @@ def choose(
         on_error=on_error,
         effort="short",
         most=REQUESTS,
+        expected=len(rows),
         progress=progress,
     )
     best = suggestion.best
@@ -128,6 +132,7 @@ def choose(
         suggestion.trials.index(best),
         suggestion.notes,
         records,
+        len(rows),
     )
     if path is None:
         return choice, "not stored: there is no folder of statistics"

@@ -13,9 +13,11 @@ from kedit_fast.reports.trials import Trial, Trials
 from kedit_fast.requests.prompts import PreparedRequest
 
 Effort = Literal["short", "full"]
-Part = Literal["coarse", "ends", "sizes"]
+Part = Literal["coarse", "best", "ends", "sizes"]
 PAST_EDGE = 3
 """Steps past an edge, at most, while the trials get better."""
+BEST_WINDOWS = 3
+"""Windows that the part "best" tries."""
 SAME = 1e-9
 """Relative difference below which two values are one."""
 
@@ -36,6 +38,8 @@ class Numbers:
     """The smallest value that is tried."""
     high: float = math.inf
     """The largest one."""
+    least_gain: float = 0.0
+    """What the score must rise by for another value to be better: one that does more harm must earn it."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,11 @@ class Windows:
     """A stage that varies the edited layers."""
 
     part: Part
-    """Which windows: "coarse", over the whole depth; "ends", those that end beside the best one, and deeper ones where
-    the best is the deepest; "sizes", as the best one with fewer or more layers below the last one."""
+    """Which windows: "coarse", over the whole depth; "best", the best ones so far, with `residual_share`; "ends", those
+    that end beside the best one, and deeper ones where the best is the deepest; "sizes", as the best one with fewer or
+    more layers below the last one."""
+    residual_share: float = 0.0
+    """Of the part "best": a window of one layer needs a smaller share than one of several, which all take a part."""
 
 
 Stage = Numbers | Windows
@@ -53,7 +60,15 @@ _WINDOWS = (Windows("coarse"), Windows("ends"), Windows("sizes"))
 _SHORT_RATE = Numbers("lr", (1e-6, 1e-5, 1e-4, 1e-3, 1e-2), ratio=10.0, low=1e-9, high=10.0)
 _TOKEN = Numbers("token", ("mask", "ans"))
 SEARCHES: dict[tuple[Effort, bool], tuple[Stage, ...]] = {
-    ("short", True): _WINDOWS,
+    ("short", True): (
+        Windows("coarse"),
+        Windows("best", residual_share=0.1),
+        Windows("ends"),
+        Windows("sizes"),
+        Numbers("residual_share", factors=(0.5, 2.0), low=0.005, high=0.95),
+        Numbers("clamp_norm_factor", factors=(0.7, 1.4), least_gain=0.02),
+        Numbers("residual_share", factors=(0.7, 1.4), low=0.005, high=0.95),
+    ),
     ("full", True): (
         *_WINDOWS,
         Numbers("clamp_norm_factor", (0.75, 1.0, 2.0, 4.0), ratio=2.0, low=0.1, high=16.0),
@@ -124,10 +139,12 @@ class Search:
     def _varies(self, name: str) -> bool:
         return name not in self.fixed and reads(self.recipe, name) and self.hparams.has_effect(name)
 
-    def attempt(self, stage: str, value: Any, changes: Mapping[str, Any]) -> bool:
+    def attempt(self, stage: str, value: Any, changes: Mapping[str, Any], least_gain: float = 0.0) -> bool:
         """Run a trial; whether it is the best one now. Of numbers with one score, the first one is as good as any."""
         trial, best = self.trials.run(stage, value, changes, self.requests), self.best
         if best is not None and (trial.rank <= best.rank or (stage != "layers" and trial.score == best.score > 0)):
+            return False
+        if best is not None and trial.score < best.score + least_gain:
             return False
         if trial.failure:
             return False
@@ -154,7 +171,7 @@ class Search:
                 continue
             if not any(_same(value, other) for other in tried):
                 tried.append(value)
-                self.attempt(name, value, {**self._changes(), name: value})
+                self.attempt(name, value, {**self._changes(), name: value}, stage.least_gain)
         if not stage.ratio or self.best is None:
             return
         for _ in range(PAST_EDGE):
@@ -172,6 +189,9 @@ class Search:
             )
 
     def _run_windows(self, stage: Windows) -> None:
+        if stage.part == "best":
+            self._run_best(stage.residual_share)
+            return
         if stage.part == "coarse":
             candidates = list(self.windows)
         elif not self.moves or self.best is None:
@@ -186,6 +206,14 @@ class Search:
                 if deeper is None or not self._attempt_window(deeper):
                     break
             self._say_depth()
+
+    def _run_best(self, share: float) -> None:
+        """Try the best windows so far with another residual share."""
+        if self.best is None or not self._varies("residual_share"):
+            return
+        ranked = sorted((t for t in self.trials.done if t.score), key=lambda trial: trial.rank, reverse=True)
+        for trial in ranked[:BEST_WINDOWS]:
+            self.attempt("residual_share", share, {**trial.hparams, "residual_share": share})
 
     def _attempt_window(self, window: tuple[int, ...]) -> bool:
         """Try a window, unless the same configuration was tried with it."""

@@ -99,6 +99,7 @@ def suggest(
     on_error: OnError = "raise",
     effort: Effort = "full",
     most: int | None = None,
+    expected: int = 0,
     progress: bool = False,
 ) -> Suggestion:
     """Edit with one configuration after another, measure, undo, and choose the best.
@@ -121,9 +122,11 @@ def suggest(
         seed: seed of the context prefixes.
         prompt_format, target_separator: as in `Editor`.
         on_error: "raise" at requests that cannot be written or measured, or "skip" them and name them in the result.
-        effort: "full"; or "short", which varies the layers alone (UltraEdit: also its rate and token), holds no
-            requests out, and where no target comes through still names the likeliest window.
+        effort: "full"; or "short", which varies layers, residual share and clamp (UltraEdit: layers, rate and
+            token), holds no requests out, and where no target comes through still names the likeliest window.
         most: use so many of the requests, the first usable ones; None for all.
+        expected: edits that the configuration is for, where they are more than a trial writes: the loss of neighborhood
+            and the drift are projected to as many.
         progress: show the number of trials on stderr.
 
     Returns:
@@ -164,7 +167,7 @@ def suggest(
         available = frozenset(stored.layers)
         candidates = _inside(candidates, available, recipe)
     options = {"seed": seed, "prompt_format": prompt_format, "target_separator": target_separator}
-    trials = Trials(model, tokenizer, recipe.name, base, stored, drift_texts, options, progress)
+    trials = Trials(model, tokenizer, recipe.name, base, stored, drift_texts, options, expected, progress)
     with trials.bar:
         usable, skipped = _usable(trials, candidates, requests, on_error)
         usable = usable[:most]

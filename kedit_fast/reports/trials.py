@@ -51,7 +51,8 @@ class Trial:
     norm: float | None = None
     """The largest |Delta| / |W| of the edited matrices."""
     score: float = 0.0
-    """Harmonic mean of the shares there are and of exp(-drift); 0 where the trial failed."""
+    """Harmonic mean of the shares there are and of exp(-drift); 0 where the trial failed. For more edits than the trial
+    wrote, neighborhood and drift are projected: their loss is taken to grow with the number of edits."""
     margin: float = 0.0
     """The same with mean probabilities in place of shares: it decides between equal scores."""
     resolved: dict[str, Any] = field(default_factory=dict)
@@ -134,6 +135,7 @@ class Trials:
         statistics: second moments of the layers that are tried; None where the method uses none.
         texts: documents on which the drift is measured.
         options: further arguments of every `Editor`: seed, prompt_format, target_separator.
+        expected: edits that the configuration is for; 0 for as many as a trial writes.
         progress: show a bar on stderr.
     """
 
@@ -146,12 +148,15 @@ class Trials:
         statistics: StoredStatistics | None,
         texts: Sequence[str],
         options: Mapping[str, Any],
+        expected: int = 0,
         progress: bool = False,
     ):
         self.model, self.tokenizer, self.method = model, tokenizer, method
         self.view = ModelView(model)
         self.hparams, self.statistics, self.texts, self.options = dict(hparams), statistics, texts, dict(options)
+        self.expected = expected
         self.values = ValueFile(None)
+        self._unedited: dict[tuple[PreparedRequest, ...], float | None] = {}  # neighborhood before any edit
         self.loss = mean_nll(model, tokenizer, texts) if texts else None
         self.done: list[Trial] = []
         self.bar = tqdm(
@@ -207,6 +212,10 @@ class Trials:
         self, changes: Mapping[str, Any], requests: Sequence[PreparedRequest], scored: Sequence[PreparedRequest]
     ) -> dict[str, Any]:
         """The fields of a trial that are measured."""
+        formats = {name: self.options[name] for name in ("prompt_format", "target_separator")}
+        if tuple(scored) not in self._unedited:
+            unedited = evaluate_each(self.model, self.tokenizer, [p.request for p in scored], **formats)
+            self._unedited[tuple(scored)] = summary(unedited).neighborhood
         editor = self.editor(changes)
         if reasons := editor.solver_state.without_null_space(editor.hparams.layers):
             return {"failure": next(iter(reasons.values())), "no_null_space": tuple(reasons)}
@@ -216,7 +225,6 @@ class Trials:
             if not result.batch:
                 raise MethodError(next(iter(result.skipped.values())))
             editor.finish()
-            formats = {name: self.options[name] for name in ("prompt_format", "target_separator")}
             scores = evaluate_each(self.model, self.tokenizer, [p.request for p in scored], **formats)
             drift = None if self.loss is None else mean_nll(self.model, self.tokenizer, self.texts) - self.loss
             resolved = editor.resolved
@@ -232,12 +240,14 @@ class Trials:
         probabilities = [_mean_probability(continuations) for continuations in prompts]
         if not all(math.isfinite(number) for number in (norm, drift or 0.0, *(p or 0.0 for p in probabilities))):
             raise MethodError("the edited model computes numbers that are not finite")
-        unharmed = None if drift is None else math.exp(-max(0.0, drift))
+        times = max(1.0, self.expected / len(requests))
+        unharmed = None if drift is None else math.exp(-max(0.0, times * drift))
+        projected = [*shares[:2], projected_share(shares[2], self._unedited[tuple(scored)], times)]
         return {
             **dict(zip(("efficacy", "paraphrase", "neighborhood"), shares, strict=True)),
             "drift": drift,
             "norm": norm,
-            "score": harmonic_mean([*shares, unharmed]),
+            "score": harmonic_mean([*projected, unharmed]),
             "margin": harmonic_mean([*probabilities, unharmed]),
             "resolved": resolved,
         }
@@ -262,6 +272,13 @@ def harmonic_mean(shares: Sequence[float | None]) -> float:
     """n / (1/a + 1/b + ...) of the shares that are not None; 0 where one of them is."""
     known = [share for share in shares if share is not None]
     return 0.0 if min(known) <= 0 else len(known) / sum(1 / share for share in known)
+
+
+def projected_share(share: float | None, before: float | None, times: float) -> float | None:
+    """The neighborhood share after `times` as many edits, when each loses as much of it; `before` is without edits."""
+    if share is None or before is None or share >= before:
+        return share
+    return max(0.0, before - times * (before - share))
 
 
 def _mean_probability(continuations: Sequence[Continuation]) -> float | None:

@@ -308,6 +308,7 @@ def test_committed_pictures_are_those_of_the_committed_numbers():
         f"{NAME}_ratios": plots.ratio_figure(committed()), f"{NAME}_roofline": plots.roofline_figure(committed()),
         f"{NAME}_values_savings": plots.saving_figure(committed("_values")),
         f"{NAME}_solver_sequence": plots.sequence_figure(committed("_solver")),
+        "h200_ratios": plots.ratio_figure(json.loads((RESULTS / "h200.json").read_text(encoding="utf-8"))),
     }  # fmt: skip
     assert {path.stem for path in RESULTS.glob("*.svg")} == {path.stem for path in RESULTS.glob("*.png")} == set(drawn)
     for stem, figure in drawn.items():

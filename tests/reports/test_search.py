@@ -12,7 +12,7 @@ from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.methods.windows import windows
 from kedit_fast.reports.search import SEARCHES, Numbers, Search, Windows, span
-from kedit_fast.reports.trials import Trial, harmonic_mean
+from kedit_fast.reports.trials import Trial, harmonic_mean, projected_share
 
 CLAMPS = Numbers("clamp_norm_factor", (1.0, 2.0, 4.0), ratio=2.0, low=0.5, high=16.0)
 SHARES = Numbers("residual_share", (0.1, 0.2, 0.4), ratio=2.0, high=0.9)
@@ -162,3 +162,36 @@ def test_the_harmonic_mean_leaves_out_what_was_not_measured():
 
 def test_layers_are_written_as_the_option_takes_them():
     assert [span(layers) for layers in ((4, 5, 6), (3, 5), (2,), [0, 1])] == ["4-6", "3,5", "2", "0-1"]
+
+
+def test_the_best_windows_are_tried_with_another_share():
+    """One layer alone is best with a small share, though two are with the usual one."""
+
+    def score(layers, residual_share=0.2):
+        alone = 0.9 - 4 * abs(residual_share - 0.1) if layers == (0,) else 0.7
+        return alone if layers[-1] < 3 else 0.0
+
+    search = search_of(score)
+    search.run((Windows("coarse"), Windows("best", residual_share=0.1)))
+    assert search.best.hparams == {"layers": (0,), "residual_share": 0.1}
+    again = [trial.layers for trial in search.trials.done if trial.stage == "residual_share"]
+    assert len(again) == 3 and (0,) in again
+    given = search_of(lambda layers: 0.5, fixed=("residual_share",))
+    given.run((Windows("coarse"), Windows("best", residual_share=0.1)))
+    assert not values_of(given, "residual_share")
+
+
+def test_a_value_that_does_more_harm_must_earn_it():
+    stage = Numbers("clamp_norm_factor", factors=(2.0, 4.0), least_gain=0.02)
+    for gain, chosen in ((0.015, 2.0), (0.03, 8.0)):
+        search = search_of(
+            lambda layers, clamp_norm_factor=2.0, gain=gain: 0.5 + gain * math.log2(clamp_norm_factor / 2) / 2
+        )
+        search.run((Windows("coarse"), stage))
+        assert search.value("clamp_norm_factor") == chosen
+
+
+def test_the_loss_of_neighborhood_is_projected_to_the_number_of_edits():
+    assert projected_share(0.9, 1.0, 1.0) == 0.9 and projected_share(None, None, 5.0) is None
+    assert projected_share(0.9, 1.0, 3.0) == pytest.approx(0.7) and projected_share(0.5, 0.9, 9.0) == 0.0
+    assert projected_share(0.95, 0.9, 9.0) == 0.95  # no loss
