@@ -151,7 +151,8 @@ GRIDS = {
     "gpt2": Grid((1, 2, 3), (0.75, 1.5), (0.5, 1.5), (1, 2), solves((0.2, 1.0))),
 }
 """Ridges are of the scale of each model's keys, of which AlphaEdit's L2 is a multiple."""
-FIXED = {"v_num_grad_steps": 25, "v_weight_decay": 0.5, "kl_factor": 0.0625, "on_predicted": "allow"}
+FIXED = {"v_num_grad_steps": 25, "v_weight_decay": 0.5, "kl_factor": 0.0625}
+"""Of the grid and of the published numbers."""
 PUBLISHED = {
     "llama": {"layers": (1,), "v_lr": 0.1, "clamp_norm_factor": 0.75, "mom2_update_weight": 15000.0},
     "gpt2": {"layers": (2, 3), "v_lr": 0.5, "clamp_norm_factor": 0.75, "mom2_update_weight": 20000.0},
@@ -225,7 +226,7 @@ def measure(on: Subject, method: str, hparams: Mapping[str, Any], at_least: floa
     try:
         contexts = find_recipe(method).contexts
         editor = Editor(
-            on.model, on.tokenizer, method, statistics=on.moments, hparams={**FIXED, **hparams}, values=on.store,
+            on.model, on.tokenizer, method, statistics=on.moments, hparams=hparams, values=on.store,
             prefixes=on.prefixes.get(contexts),
         )  # fmt: skip
         on.prefixes[contexts] = editor.prefixes
@@ -234,7 +235,11 @@ def measure(on: Subject, method: str, hparams: Mapping[str, Any], at_least: floa
         targets = [EditRequest(request.prompt, request.subject, request.target_new) for request in on.edits]
         efficacy = evaluate(on.model, on.tokenizer, targets).efficacy
         row |= {"efficacy": efficacy, "loss": sorted(result.losses)[len(result.losses) // 2]}
-        row |= {"written": len(result.requests), "norm": max(result.relative_norms.values(), default=0.0)}
+        row |= {
+            "resolved": result.resolved,
+            "written": len(result.requests),
+            "norm": max(result.relative_norms.values(), default=0.0),
+        }
         if (bound := harmonic((efficacy, 1.0, 1.0, 1.0))) < at_least:
             return {**row, "score": None, "at_most": bound}
         metrics = evaluate(on.model, on.tokenizer, on.edits)
@@ -256,7 +261,7 @@ def grid_rows(on: Subject, method: str, grid: Grid) -> list[Row]:
     best = 0.0
     for values in grid.values():
         for hparams in grid.solved(method, values):
-            rows.append(measure(on, method, hparams, at_least=best))
+            rows.append(measure(on, method, {**FIXED, **hparams}, at_least=best))
             best = max(best, rows[-1]["score"] or 0.0)
             console.print(line(rows[-1]))
     return rows
