@@ -133,6 +133,20 @@ class SolverState:
         _log.info("layer %d: %s %.4g, residual share %g", layer, hparams.scale_name, scale, hparams.residual_share)
         self._pending.scales[layer] = scale
 
+    def adopt(self, other: SolverState) -> None:
+        """Take over the factored preconditioners of another state on the same model and statistics, where they fit.
+
+        Those of the same layers and hyper-parameters do; the scale of S is no part of them where it is "auto".
+        """
+        apart = ("layers", "residual_share")
+        here, there = (
+            {name: value for name, value in state.hparams.identity("state").items() if name not in apart}
+            for state in (self, other)
+        )
+        if self.view.model is other.view.model and self.recipe == other.recipe and here == there:
+            common = set(self.hparams.layers) & set(other._preconditioners)
+            self._preconditioners |= {layer: other._preconditioners[layer] for layer in common}
+
     def moment(self, layer: int) -> torch.Tensor:
         """The second moment [d, d] of a layer's inputs, on the device of its weight.
 

@@ -67,6 +67,7 @@ SEARCHES: dict[tuple[Effort, bool], tuple[Stage, ...]] = {
         Windows("sizes"),
         Numbers("residual_share", factors=(0.5, 2.0), low=0.005, high=0.95),
         Numbers("clamp_norm_factor", factors=(0.7, 1.4), least_gain=0.02),
+        Numbers("nullspace_threshold", factors=(0.5, 2.0), low=1e-4, high=0.95),
         Numbers("residual_share", factors=(0.7, 1.4), low=0.005, high=0.95),
     ),
     ("full", True): (

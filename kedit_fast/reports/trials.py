@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from kedit_fast.editing.editor import Editor
+from kedit_fast.editing.solver_state import SolverState
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
 from kedit_fast.evaluation.metrics import Continuation, evaluate_each, mean_nll, summary
@@ -156,6 +157,7 @@ class Trials:
         self.hparams, self.statistics, self.texts, self.options = dict(hparams), statistics, texts, dict(options)
         self.expected = expected
         self.values = ValueFile(None)
+        self._last: SolverState | None = None  # of the last trial, whose factors the next one may use
         self._unedited: dict[tuple[PreparedRequest, ...], float | None] = {}  # neighborhood before any edit
         self.loss = mean_nll(model, tokenizer, texts) if texts else None
         self.done: list[Trial] = []
@@ -176,6 +178,9 @@ class Trials:
             **self.options,
         )
         self.options["prefixes"] = editor.prefixes  # generated once
+        if self._last is not None:
+            editor.solver_state.adopt(self._last)
+        self._last = editor.solver_state
         return editor
 
     def run(

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from support import PREFIXES, REQUESTS, make_editor, same, weights
 from tiny_models import make_model
 
+from kedit_fast import Editor
 from kedit_fast.editing.values import clamp
 from kedit_fast.editing.values.clamp import CLAMPS, choose_clamp, trial_places
 from kedit_fast.editing.values.loop import find_values
@@ -24,6 +25,7 @@ from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.registry import RECIPES, find_recipe
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import prepare
+from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.solver.value_descent import Status
 
 SCALED = ("memit", "memit-sequential", "emmet", "pmet", "rect", "encore", "alphaedit")
@@ -328,3 +330,26 @@ def test_a_patch_records_what_was_decided(tmp_path):
     assert configuration["mom2_update_weight"] == {
         str(layer): scale for layer, scale in editor.resolved["mom2_update_weight"].items()
     }
+
+
+def test_another_state_on_the_same_model_can_be_used_again(monkeypatch):
+    """As trials do: the factors of the same layers and numbers, whatever the residual share."""
+    first = editor_of("alphaedit", residual_share=0.3)
+    first.edit(REQUESTS)
+    first.restore()
+
+    def editor(**numbers):
+        hparams = {**vars(first.hparams), **numbers}
+        hparams.pop("method")
+        other = Editor(first.view.model, first.tokenizer, "alphaedit", statistics=first.statistics, hparams=hparams,
+                       prefixes=PREFIXES)  # fmt: skip
+        other.solver_state.adopt(first.solver_state)
+        return other
+
+    monkeypatch.setattr(NullSpace, "from_covariance", lambda *args: pytest.fail("factored again"))
+    editor(residual_share=0.1).edit(REQUESTS)
+    first.view.model.load_state_dict(make_model("llama", torch.float64).state_dict())
+    editor(layers=(1,)).edit(REQUESTS)
+    first.view.model.load_state_dict(make_model("llama", torch.float64).state_dict())
+    with pytest.raises(pytest.fail.Exception):
+        editor(nullspace_threshold=0.2).edit(REQUESTS)
