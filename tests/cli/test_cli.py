@@ -899,3 +899,33 @@ def test_of_several_sample_sizes_an_option_or_the_frameworks_file_chooses(place,
     (tmp_path / "h.json").write_text(json.dumps({"mom2_n_samples": 7}))
     refused = run(*edit, "--overwrite")
     assert refused.returncode == 1 and "mom2_n_samples = 7 names 0 of them" in " ".join(refused.stderr.split())
+
+
+def test_edit_without_numbers_chooses_layers_by_trials_and_uses_the_choice_again(place, tmp_path):
+    stats = tmp_path / "stats"
+    shutil.copytree(place / "stats", stats)
+    args = ("edit", place / "model", "--requests", place / "requests.json", "--set", "v_num_grad_steps=3")
+    args += ("--set", "mom2_ridge=1e-3", "--json")
+    done = run(*args, "--stats", stats, "--out", tmp_path / "out", COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+    printed = json.loads(done.stdout)
+    layers = printed["layers"]
+    assert printed["chosen"]["numbers"] == {"layers": layers} and len(printed["chosen"]["trials"]) > 2
+    assert "trials on 2 of 2 requests" in done.stderr and "chose layers" in done.stderr and " * " in done.stderr
+    assert list(read_hparams(tmp_path / "out" / "kedit_fast_hparams.toml")["layers"]) == layers
+    again = run(*args, "--stats", stats, "--patch", tmp_path / "p.safetensors")
+    assert again.returncode == 0 and "chosen earlier" in again.stderr and json.loads(again.stdout)["layers"] == layers
+    guess = run(*args, "--stats", stats, "--patch", tmp_path / "q.safetensors", "--no-trial")
+    assert guess.returncode == 0 and "guess" in guess.stderr and "chosen" not in json.loads(guess.stdout)
+    assert "efficacy is 0.00" in guess.stderr and "kedit-fast suggest" in guess.stderr
+    named = run(*args, "--stats", stats, "--patch", tmp_path / "r.safetensors", "--layers", "0-1")
+    assert named.returncode == 0 and "trials" not in named.stderr
+    missing = run(*args, "--out", tmp_path / "no")
+    assert missing.returncode == 1 and "--layers auto --out DIR" in missing.stderr
+
+
+def test_edits_that_change_no_weight_are_an_error_and_save_nothing(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(workflow.Report, "changed_weights", property(lambda report: []))
+    args = ("edit", place / "model", "--requests", place / "requests.json", "--stats", place / "stats", *FAST)
+    done = run(*args, "--out", tmp_path / "out")
+    assert done.returncode == 1 and "changed no weight" in done.stderr and not (tmp_path / "out").exists()
