@@ -18,6 +18,9 @@ PAST_EDGE = 3
 """Steps past an edge, at most, while the trials get better."""
 BEST_WINDOWS = 3
 """Windows that the part "best" tries."""
+ENOUGH = 0.9
+"""Efficacy at which a short search leaves the clamp as it is: a larger one costs neighborhood at many edits, which the
+few requests of a trial hardly show."""
 SAME = 1e-9
 """Relative difference below which two values are one."""
 
@@ -38,8 +41,8 @@ class Numbers:
     """The smallest value that is tried."""
     high: float = math.inf
     """The largest one."""
-    least_gain: float = 0.0
-    """What the score must rise by for another value to be better: one that does more harm must earn it."""
+    efficacy_below: float = math.inf
+    """The stage is passed over where the best efficacy so far is not below this: what could only do harm."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ SEARCHES: dict[tuple[Effort, bool], tuple[Stage, ...]] = {
         Windows("ends"),
         Windows("sizes"),
         Numbers("residual_share", factors=(0.5, 2.0), low=0.005, high=0.95),
-        Numbers("clamp_norm_factor", factors=(0.7, 1.4), least_gain=0.02),
+        Numbers("clamp_norm_factor", factors=(1.4, 2.0), efficacy_below=ENOUGH),
         Numbers("nullspace_threshold", factors=(0.5, 2.0), low=1e-4, high=0.95),
         Numbers("residual_share", factors=(0.7, 1.4), low=0.005, high=0.95),
     ),
@@ -130,7 +133,7 @@ class Search:
         """
         for stage in stages:
             if isinstance(stage, Numbers):
-                if self._varies(stage.name):
+                if self._varies(stage.name) and (self.best is None or (self.best.efficacy or 0) < stage.efficacy_below):
                     self._run_numbers(stage)
             else:
                 self._run_windows(stage)
@@ -140,12 +143,10 @@ class Search:
     def _varies(self, name: str) -> bool:
         return name not in self.fixed and reads(self.recipe, name) and self.hparams.has_effect(name)
 
-    def attempt(self, stage: str, value: Any, changes: Mapping[str, Any], least_gain: float = 0.0) -> bool:
+    def attempt(self, stage: str, value: Any, changes: Mapping[str, Any]) -> bool:
         """Run a trial; whether it is the best one now. Of numbers with one score, the first one is as good as any."""
         trial, best = self.trials.run(stage, value, changes, self.requests), self.best
         if best is not None and (trial.rank <= best.rank or (stage != "layers" and trial.score == best.score > 0)):
-            return False
-        if best is not None and trial.score < best.score + least_gain:
             return False
         if trial.failure:
             return False
@@ -172,7 +173,7 @@ class Search:
                 continue
             if not any(_same(value, other) for other in tried):
                 tried.append(value)
-                self.attempt(name, value, {**self._changes(), name: value}, stage.least_gain)
+                self.attempt(name, value, {**self._changes(), name: value})
         if not stage.ratio or self.best is None:
             return
         for _ in range(PAST_EDGE):

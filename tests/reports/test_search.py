@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -181,12 +182,12 @@ def test_the_best_windows_are_tried_with_another_share():
     assert not values_of(given, "residual_share")
 
 
-def test_a_value_that_does_more_harm_must_earn_it():
-    stage = Numbers("clamp_norm_factor", factors=(2.0, 4.0), least_gain=0.02)
-    for gain, chosen in ((0.015, 2.0), (0.03, 8.0)):
-        search = search_of(
-            lambda layers, clamp_norm_factor=2.0, gain=gain: 0.5 + gain * math.log2(clamp_norm_factor / 2) / 2
-        )
+def test_a_stage_is_passed_over_where_efficacy_is_high_enough(monkeypatch):
+    stage = Numbers("clamp_norm_factor", factors=(2.0, 4.0), efficacy_below=0.9)
+    for efficacy, chosen in ((0.95, 2.0), (0.85, 8.0), (None, 8.0)):
+        search = search_of(lambda layers, clamp_norm_factor=2.0: 0.1 * clamp_norm_factor)
+        plain = search.trials.run
+        search.trials.run = lambda *a, plain=plain, efficacy=efficacy: replace(plain(*a), efficacy=efficacy)
         search.run((Windows("coarse"), stage))
         assert search.value("clamp_norm_factor") == chosen
 
