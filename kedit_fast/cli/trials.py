@@ -53,13 +53,13 @@ def table_of_trials(
 
 
 def label(trial: Mapping[str, Any]) -> str:
-    """What a trial varied: "layers 4-8", or "residual_share 0.35"."""
+    """What a trial varied: "layers 4-8", or "residual_share 0.35, 4-8" with its layers."""
     if trial["stage"] == "layers":
         return f"{'layer' if len(trial['layers']) == 1 else 'layers'} {span(trial['layers'])}"
     if trial["stage"] == "preset":
         return f"preset, layers {span(trial['layers'])}"
     value = trial["value"]
-    return f"{trial['stage']} {value if isinstance(value, str) else format(value, '.3g')}"
+    return f"{trial['stage']} {value if isinstance(value, str) else format(value, '.3g')}, {span(trial['layers'])}"
 
 
 @dataclass(frozen=True)

@@ -167,7 +167,7 @@ class Search:
         start = self.value(name)
         if self.best is not None:
             tried.append(start)
-        candidates = [*stage.values, *(start * factor for factor in stage.factors)]
+        candidates = [*stage.values, *(float(f"{start * factor:.3g}") for factor in stage.factors)]
         for value in candidates:
             if _is_number(value) and not stage.low <= value <= stage.high:
                 continue
