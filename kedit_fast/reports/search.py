@@ -59,7 +59,6 @@ class Windows:
 
 Stage = Numbers | Windows
 
-_WINDOWS = (Windows("coarse"), Windows("ends"), Windows("sizes"))
 _SHORT_RATE = Numbers("lr", (1e-6, 1e-5, 1e-4, 1e-3, 1e-2), ratio=10.0, low=1e-9, high=10.0)
 _TOKEN = Numbers("token", ("mask", "ans"))
 SEARCHES: dict[tuple[Effort, bool], tuple[Stage, ...]] = {
@@ -74,15 +73,18 @@ SEARCHES: dict[tuple[Effort, bool], tuple[Stage, ...]] = {
         Numbers("residual_share", factors=(0.7, 1.4), low=0.005, high=0.95),
     ),
     ("full", True): (
-        *_WINDOWS,
+        Windows("coarse"),
+        Windows("best", residual_share=0.1),
+        Windows("ends"),
+        Windows("sizes"),
+        Numbers("residual_share", (0.05, 0.1, 0.2, 0.35, 0.5), ratio=1.6, low=0.005, high=0.95),
         Numbers("clamp_norm_factor", (0.75, 1.0, 2.0, 4.0), ratio=2.0, low=0.1, high=16.0),
         Numbers("v_lr_scale", factors=(0.5, 2.0), ratio=2.0, low=0.02, high=8.0),
         Numbers("nullspace_threshold", factors=(0.25, 0.5, 2.0, 4.0), ratio=2.0, low=1e-4, high=0.95),
-        Numbers("residual_share", (0.05, 0.1, 0.2, 0.35, 0.5), ratio=1.6, low=0.005, high=0.95),
         Windows("ends"),
         Windows("sizes"),
         Numbers("clamp_norm_factor", factors=(0.7, 1.4)),
-        Numbers("residual_share", factors=(0.8, 1.25), low=0.005, high=0.95),
+        Numbers("residual_share", factors=(0.6, 0.8, 1.25, 1.6), low=0.005, high=0.95),
     ),
     ("short", False): (_SHORT_RATE, Windows("coarse"), _TOKEN, Numbers("lr", factors=(0.1, 0.3, 3.0), ratio=3.0)),
     ("full", False): (
@@ -144,7 +146,12 @@ class Search:
         return name not in self.fixed and reads(self.recipe, name) and self.hparams.has_effect(name)
 
     def attempt(self, stage: str, value: Any, changes: Mapping[str, Any]) -> bool:
-        """Run a trial; whether it is the best one now. Of numbers with one score, the first one is as good as any."""
+        """Run a trial, unless it was run before; whether it is the best one now.
+
+        Of numbers with one score, the first one is as good as any.
+        """
+        if any(trial.hparams == changes for trial in self.trials.done):
+            return False
         trial, best = self.trials.run(stage, value, changes, self.requests), self.best
         if best is not None and (trial.rank <= best.rank or (stage != "layers" and trial.score == best.score > 0)):
             return False
