@@ -277,10 +277,10 @@ def chosen(on: Subject, method: str, source: str) -> dict[str, Any]:
 
 def published(on: Subject, method: str) -> dict[str, Any]:
     """The numbers of the published files for a large model of the family, layers by relative depth."""
-    numbers = {**FIXED, **PUBLISHED[on.name], **(PUBLISHED_NULL_SPACE if method == "alphaedit" else {})}
+    hparams = {**FIXED, **PUBLISHED[on.name], **(PUBLISHED_NULL_SPACE if method == "alphaedit" else {})}
     if method == "alphaedit":
-        numbers.pop("mom2_update_weight")
-    return numbers
+        hparams.pop("mom2_update_weight")
+    return hparams
 
 
 def measured(on: Subject, method: str, source: str) -> tuple[Row, list[Row]]:
