@@ -173,7 +173,7 @@ def passes():
     model, tokenizer, _ = parts()
     view = ModelView(model)
     prepared = prepare(tokenizer, REQUESTS, ("The old tower. ", "Because. "), 128)
-    hparams, _ = make_hparams("pmet", model.config, dict(NUMBERS))
+    hparams, _ = make_hparams("pmet", model.config, dict(NUMBERS, clamp_norm_factor=0.75))
     found = []
     for site, rule in (("block", "below_loss"), ("mlp", "below_loss"), ("attention and mlp", "pmet")):
         values = find_values(view, prepared, 1, site, replace(hparams, most_probable_steps=2), stop_rule=rule)
