@@ -257,9 +257,9 @@ class SolverState:
         """Replace the keys of earlier batches, by layer, with those of edits made outside this editor.
 
         Raises:
-            MethodError: the scale of S is "auto", and so unknown for the earlier keys.
+            MethodError: there are earlier keys, and the scale of S is "auto", so unknown for them.
         """
-        if self.hparams.scale_name is not None:
+        if memories and self.hparams.scale_name is not None:
             raise MethodError(
                 f'{self.hparams.scale_name} = "{AUTO}" is decided by a first batch; with the keys of earlier edits '
                 "give the number that they were made with"

@@ -25,6 +25,7 @@ from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.registry import RECIPES, find_recipe
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import prepare
+from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.solver.value_descent import Status
 
@@ -288,7 +289,8 @@ def test_what_contradicts_auto_is_refused_or_said(caplog):
     assert "residual_share has no effect" in caplog.text and "v_lr_scale has no effect" in caplog.text
     editor = editor_of("alphaedit")
     with pytest.raises(MethodError, match='L2 = "auto"'):
-        editor.set_key_memories({})
+        editor.set_key_memories({0: KeyMemory(editor.preconditioner(0))})
+    editor.set_key_memories({})  # no earlier keys
     view = ModelView(make_model("llama"))
     hparams = editor_of("memit", clamp_norm_factor=AUTO).hparams
     prepared = prepare(editor.tokenizer, REQUESTS[:1], PREFIXES, 128)
