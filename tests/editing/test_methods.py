@@ -273,7 +273,7 @@ def test_requests_on_one_subject_share_the_published_joint_value(size, every):
     view = ModelView(model)
     numbers, _ = make_hparams("memit-merge", model.config, {
         "layers": (1,), "v_num_grad_steps": 8, "v_lr": 0.1, "clamp_norm_factor": 0.6, "values_batch": size,
-        "check_every": every, "kl_factor": 0.1,
+        "check_every": every, "kl_factor": 0.1, "v_weight_decay": 0.5,
     })  # fmt: skip
     prepared = prepare(tokenizer, SHARED, PREFIXES, 128)
     groups = [request.subject for request in SHARED]
