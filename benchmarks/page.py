@@ -12,10 +12,12 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import RESULTS, Row, read
 from benchmarks.plots import strongest
 from benchmarks.quality import TITLES
+from benchmarks.untuned import FIXED, points
 from kedit_fast.methods.registry import RECIPES
 
 MACHINE = "cpu_sapphire_rapids_2_threads"
@@ -113,6 +115,45 @@ def seconds_and_ratio(name: str, op: str | None = None) -> str:
     return table(("case", "baseline", "seconds", "seconds of the baseline", "ratio"), lines)
 
 
+def grouped(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
+    """Rows by the values of some fields, in order."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups
+
+
+def untuned() -> str:
+    """A row for each model, method and source of hyper-parameters, with points against the best of the grid."""
+    lines, rows = [], rows_in("untuned")
+    for row in rows:
+        shares = [METRICS[name](row[name]) for name in ("efficacy", "paraphrase", "neighborhood", "drift")]
+        above = [f"{value:+.0f}" if row["source"] != "grid" else "" for value in points(row, rows).values()]
+        lines.append((row["model"], f"`{row['method']}`", row["source"], *shares, *above))
+    names = ("efficacy", "paraphrase", "neighborhood")
+    return table(("model", "method", "numbers", *names, "drift", *(f"points of {name}" for name in names)), lines)
+
+
+def untuned_grid() -> str:
+    """The values of every hyper-parameter of each grid."""
+    lines = []
+    for (model, method), rows in grouped(read(RESULTS / "untuned.json")["grid"], "model", "method").items():
+        chosen = [{name: value for name, value in row["hparams"].items() if name not in FIXED} for row in rows]
+        runs = {(hparams["layers"][-1], hparams["clamp_norm_factor"], hparams["v_lr"]) for hparams in chosen}
+        values = (f"`{name}` {', '.join(dict.fromkeys(shown(h[name]) for h in chosen))}" for name in chosen[0])
+        lines.append((model, f"`{method}`", str(len(runs)), str(len(rows)), "; ".join(values)))
+    return table(("model", "method", "runs of values", "solves", "hyper-parameters"), lines)
+
+
+def shown(value: Any) -> str:
+    """A hyper-parameter; layers as first-last."""
+    return (
+        "-".join(str(layer) for layer in dict.fromkeys((value[0], value[-1])))
+        if isinstance(value, list)
+        else f"{value}"
+    )
+
+
 def statistics_rate() -> str:
     """Tokens a second of statistics."""
     lines = [
@@ -178,6 +219,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "solver": lambda: seconds_and_ratio("solver"),
     "statistics": lambda: seconds_and_ratio("statistics"),
     "statistics rate": statistics_rate,
+    "untuned": untuned,
+    "untuned grid": untuned_grid,
     "gpu whole": gpu_whole,
     "gpu ops": gpu_ops,
     "gpu heads": gpu_heads,

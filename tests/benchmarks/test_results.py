@@ -46,7 +46,7 @@ def test_every_row_and_every_curve_says_its_commit():
 
 
 @pytest.mark.parametrize("commit", ("abc1234-dirty", ""))
-@pytest.mark.parametrize("name", ("run", "values", "solver", "second_moments", "quality", "gpu"))
+@pytest.mark.parametrize("name", ("run", "values", "solver", "second_moments", "quality", "gpu", "untuned"))
 def test_a_result_of_a_changed_tree_is_refused_before_anything_is_measured(name, commit, monkeypatch, tmp_path):
     import importlib
 
@@ -61,12 +61,29 @@ def test_a_result_of_a_changed_tree_is_refused_before_anything_is_measured(name,
             monkeypatch.setattr(module, measure, lambda *a, **k: pytest.fail("it measured"))
     target = tmp_path / "results" / ("sub" if name == "gpu" else "new.json")
     arguments = ["--out", str(target), "--dry-run"] if name == "gpu" else ["--json", str(target)]
+    if name == "untuned":
+        arguments = ["compare", "--models", str(tmp_path), *arguments]
     done = CliRunner().invoke(module.app, arguments)
     assert done.exit_code != 0 and "commit first, or write elsewhere" in str(done.exception), done.output
     assert (commit or "none") in str(done.exception) and not target.exists()
     harness.require_clean(tmp_path / "elsewhere.json", about)  # where it is marked by its commit
     harness.require_clean(target, about | {"commit": "abc1234"})
     harness.require_clean(None, about)
+
+
+def test_no_numbers_and_suggest_are_as_near_to_the_best_of_the_grid_as_the_page_says():
+    from benchmarks import untuned
+
+    rows = json.loads((RESULTS / "untuned.json").read_text(encoding="utf-8"))["rows"]
+    sources = {(row["model"], row["method"]): set() for row in rows}
+    for row in rows:
+        sources[row["model"], row["method"]].add(row["source"])
+    assert set(sources) == {(name, method) for name in untuned.SEEDS for method in untuned.METHODS}
+    assert all(measured >= {"grid", "nothing given", "published"} for measured in sources.values())
+    missed = {(row["model"], row["method"], row["source"]): untuned.misses(row, rows) for row in rows}
+    assert {place: metrics for place, metrics in missed.items() if metrics} == {
+        ("gpt2", "alphaedit", "nothing given"): ["neighborhood"]
+    }
 
 
 def test_a_tree_is_changed_by_code_not_by_results_and_documents(tmp_path):
