@@ -21,6 +21,9 @@ BEST_WINDOWS = 3
 ENOUGH = 0.9
 """Efficacy at which a short search leaves the clamp as it is: a larger one costs neighborhood at many edits, which the
 few requests of a trial hardly show."""
+WORTH = 0.025
+"""Gain of the score for which a short search takes another residual share: a smaller one, too, costs more at many edits
+than at the few of a trial."""
 SAME = 1e-9
 """Relative difference below which two values are one."""
 
@@ -43,6 +46,8 @@ class Numbers:
     """The largest one."""
     efficacy_below: float = math.inf
     """The stage is passed over where the best efficacy so far is not below this: what could only do harm."""
+    least_gain: float = 0.0
+    """What the score must rise by for another value to be taken."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,9 @@ SEARCHES: dict[tuple[Effort, bool], tuple[Stage, ...]] = {
         Windows("best", residual_share=0.1),
         Windows("ends"),
         Windows("sizes"),
-        Numbers("residual_share", factors=(0.5, 2.0), low=0.005, high=0.95),
+        Numbers("residual_share", factors=(0.5, 2.0), low=0.005, high=0.95, least_gain=WORTH),
         Numbers("clamp_norm_factor", factors=(1.4, 2.0), efficacy_below=ENOUGH),
         Numbers("nullspace_threshold", factors=(0.5, 2.0), low=1e-4, high=0.95),
-        Numbers("residual_share", factors=(0.7, 1.4), low=0.005, high=0.95),
     ),
     ("full", True): (
         Windows("coarse"),
@@ -145,7 +149,7 @@ class Search:
     def _varies(self, name: str) -> bool:
         return name not in self.fixed and reads(self.recipe, name) and self.hparams.has_effect(name)
 
-    def attempt(self, stage: str, value: Any, changes: Mapping[str, Any]) -> bool:
+    def attempt(self, stage: str, value: Any, changes: Mapping[str, Any], least_gain: float = 0.0) -> bool:
         """Run a trial, unless it was run before; whether it is the best one now.
 
         Of numbers with one score, the first one is as good as any.
@@ -155,7 +159,7 @@ class Search:
         trial, best = self.trials.run(stage, value, changes, self.requests), self.best
         if best is not None and (trial.rank <= best.rank or (stage != "layers" and trial.score == best.score > 0)):
             return False
-        if trial.failure:
+        if trial.failure or (best is not None and trial.score < best.score + least_gain):
             return False
         self.best = trial
         return True
@@ -180,7 +184,7 @@ class Search:
                 continue
             if not any(_same(value, other) for other in tried):
                 tried.append(value)
-                self.attempt(name, value, {**self._changes(), name: value})
+                self.attempt(name, value, {**self._changes(), name: value}, stage.least_gain)
         if not stage.ratio or self.best is None:
             return
         for _ in range(PAST_EDGE):

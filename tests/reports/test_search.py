@@ -192,6 +192,14 @@ def test_a_stage_is_passed_over_where_efficacy_is_high_enough(monkeypatch):
         assert search.value("clamp_norm_factor") == chosen
 
 
+def test_another_value_must_be_worth_it():
+    stage = Numbers("residual_share", factors=(0.5, 2.0), least_gain=0.02)
+    for gain, chosen in ((0.015, 0.2), (0.03, 0.1)):
+        search = search_of(lambda layers, residual_share=0.2, gain=gain: 0.5 - gain * math.log2(residual_share / 0.2))
+        search.run((Windows("coarse"), stage))
+        assert search.value("residual_share") == chosen
+
+
 def test_the_loss_of_neighborhood_is_projected_to_the_number_of_edits():
     assert projected_share(0.9, 1.0, 1.0) == 0.9 and projected_share(None, None, 5.0) is None
     assert projected_share(0.9, 1.0, 3.0) == pytest.approx(0.7) and projected_share(0.5, 0.9, 9.0) == 0.0
