@@ -914,7 +914,9 @@ def test_edit_without_numbers_chooses_layers_by_trials_and_uses_the_choice_again
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     layers = printed["layers"]
-    assert printed["chosen"]["numbers"] == {"layers": layers} and len(printed["chosen"]["trials"]) > 2
+    chosen = printed["chosen"]
+    assert chosen["numbers"]["layers"] == layers and len(chosen["trials"]) > 2
+    assert set(chosen["numbers"]) <= {"layers", "residual_share", "clamp_norm_factor"}
     assert "trials on 2 of 2 requests" in done.stderr and "chose layers" in done.stderr and " * " in done.stderr
     assert list(read_hparams(tmp_path / "out" / "kedit_fast_hparams.toml")["layers"]) == layers
     again = run(*args, "--stats", stats, "--patch", tmp_path / "p.safetensors")
