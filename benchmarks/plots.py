@@ -86,20 +86,22 @@ def ratio_figure(document: Document) -> Any:
         )  # fmt: skip
         if row.get("floor"):
             axes.plot([row["floor"]] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
-    axes.set_yticks(
-        places,
-        [f"{row['op']}  {row['case'].split(', forward')[0]}  {row['dtype']}"
-         + (f"  ({row['backend']})" if several else "") for row in rows],
-    )  # fmt: skip
+    axes.set_yticks(places, [_label(row, several) for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the first row on top
     axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1, color="black", linewidth=0.8)
     floors = "; black mark: floor" if any(row.get("floor") for row in rows) else ""
-    axes.set_xlabel(
-        f"median of the fastest torch baseline / our median\n(log scale; right of 1: ours is faster{floors})"
-    )
+    axes.set_xlabel(f"median of the fastest baseline / our median\n(log scale; right of 1: ours is faster{floors})")
     figure.suptitle(_machine(rows))
     return figure
+
+
+def _label(row: dict[str, Any], several: bool) -> str:
+    """Op, case, dtype, and the backend where there are several; what a case's name says is not said again."""
+    case = row["case"].split(", forward")[0]
+    for said in (row["dtype"], row["backend"]):
+        case = case.removesuffix(f", {said}")
+    return f"{row['op']}  {case}  {row['dtype']}" + (f"  ({row['backend']})" if several else "")
 
 
 def _powers_of_two(least: float, most: float) -> tuple[float, float]:

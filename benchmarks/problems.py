@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import kedit_fast
 from benchmarks.cases import Case
+from kedit_fast.reference.wide_product import has_wide_product
 
 # Relative Frobenius errors against float64 that a result may have; the tests hold the ops to tighter ones.
 LIMITS = {"float32": 1e-6, "bfloat16": 4e-3, "float16": 5e-4, "float64": 1e-11}
@@ -192,11 +193,6 @@ def _head(case: Case, device: str, backend: str | None) -> Problem:
         rate="bf16" if has_wide_product(hidden) else "fp32",
         backend=_runs(case.op, *states, head, backend=backend),
     )  # fmt: skip
-
-
-def has_wide_product(x: torch.Tensor) -> bool:
-    """Whether torch multiplies 16-bit matrices on this device into an fp32 one."""
-    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and hasattr(torch.ops.aten.mm, "dtype")
 
 
 def half_product_step(

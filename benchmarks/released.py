@@ -60,7 +60,7 @@ from kedit_fast.editing.values.loop import find_values
 from kedit_fast.integrations import alphaedit
 from kedit_fast.integrations.sessions import detach_session
 from kedit_fast.methods.hparams import Hparams
-from kedit_fast.methods.presets import make_hparams, published_values
+from kedit_fast.methods.presets import is_guess, make_hparams, published_values
 from kedit_fast.models.forward import Site
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prefixes import generate_prefixes
@@ -207,7 +207,7 @@ class Subject:
     def options_of(self, method: str) -> dict[str, Any]:
         """What `hparams_of` overrides: the released code knows no number that is "auto"."""
         _, origin = make_hparams(method, self.model.config)
-        published = published_values(method, self.model.config) if origin.startswith("guess") else {}
+        published = published_values(method, self.model.config) if is_guess(origin) else {}
         return {**published, "on_predicted": "allow"}
 
     def records(self, requests: Sequence[EditRequest]) -> list[dict[str, Any]]:

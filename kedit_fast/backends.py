@@ -246,7 +246,7 @@ def explain(op: str, *args: Any, backend: str | None = None) -> Explanation:
     reasons = {}
     for name in BACKENDS:
         if name != runs:
-            reasons[name] = _refusal(op, name, *args) or _slower(op, name, *args)
+            reasons[name] = _refusal(op, name, *args) or _reason_not_chosen(op, name, *args)
     return Explanation(op, f"{runs} ({detail(runs)})", reasons)
 
 
@@ -262,7 +262,7 @@ def backends() -> list[BackendStatus]:
     return [BackendStatus(name, not probe(name).reason, detail(name)) for name in BACKENDS]
 
 
-def _slower(op: str, backend: str, *args: Any) -> str:
+def _reason_not_chosen(op: str, backend: str, *args: Any) -> str:
     """Why an implementation that could run does not."""
     if probe(backend).explicit_only:
         return _EXPLICIT_ONLY

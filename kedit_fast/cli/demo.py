@@ -15,7 +15,7 @@ from kedit_fast.cli.options import JsonOption, MethodOption, SeedOption
 from kedit_fast.cli.report import print_report, require_change
 from kedit_fast.cli.trials import chosen_by_trials
 from kedit_fast.errors import KeditError, MethodError
-from kedit_fast.methods.presets import make_hparams
+from kedit_fast.methods.presets import is_guess, make_hparams
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.methods.windows import statistics_layers
 from kedit_fast.models.saving import save_model
@@ -48,7 +48,7 @@ def demo(
     requests = requests[:edits]
     model, tokenizer = bundled.load()
     hparams, origin = make_hparams(method, model.config)
-    tries = origin.startswith("guess")
+    tries = is_guess(origin)
     seconds = {"statistics": 0.0}
     statistics, sources, overrides = None, None, None
     if hparams.uses_statistics:

@@ -34,7 +34,7 @@ from kedit_fast.cli.report import print_report, require_change, warn_of_efficacy
 from kedit_fast.cli.trials import chosen_by_trials
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
 from kedit_fast.methods.hparams_files import read_hparams
-from kedit_fast.methods.presets import make_hparams
+from kedit_fast.methods.presets import is_guess, make_hparams
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import DTYPES, load_config, load_model
 from kedit_fast.reports.search import span
@@ -87,7 +87,10 @@ def edit(
     ] = False,
     trial: Annotated[
         bool,
-        typer.Option(help="on a model without a preset, choose the layers by trials, if no option gives them"),
+        typer.Option(
+            help="on a model without a preset, choose layers, residual share and clamp by trials, unless --layers or "
+            "--hparams is given"
+        ),
     ] = True,
     on_error: OnErrorOption = "raise",
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded and saved in")] = "auto",
@@ -111,17 +114,17 @@ def edit(
     config = load_config(model, merge_adapter)
     chosen, origin = make_hparams(method, config, overrides)
     check_range(chosen.layers, config)
-    is_guess = origin.startswith("guess") and hparams is None and not {"layers", "inner_params"} & set(overrides)
+    guessed = is_guess(origin) and hparams is None and not {"layers", "inner_params"} & set(overrides)
     earlier = Path(model) / HPARAMS_FILE
     toml = ""
-    if is_guess and go_on and earlier.exists():
+    if guessed and go_on and earlier.exists():
         toml = read_text(earlier, KeditError)
         overrides = {**read_hparams(earlier, method), **overrides}
         chosen, _ = make_hparams(method, config, overrides)
         notices.print(f"kedit-fast: hyper-parameters of the earlier edit: {earlier}", markup=False)
-        is_guess = False
-    tries = is_guess and trial and projector is None and not go_on
-    if is_guess and not tries:
+        guessed = False
+    tries = guessed and trial and projector is None and not go_on
+    if guessed and not tries:
         notices.print(f"kedit-fast: no preset for this model: {origin}; layers {span(chosen.layers)}", markup=False)
     if chosen.uses_statistics and stats is None and projector is None:
         layer_option = "auto" if tries else span(chosen.layers)

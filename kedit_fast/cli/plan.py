@@ -33,13 +33,14 @@ from kedit_fast.cli.options import (
     choice,
 )
 from kedit_fast.cli.trials import chosen_by_trials
-from kedit_fast.methods.presets import make_hparams
+from kedit_fast.methods.presets import is_guess, make_hparams
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import DTYPES, empty_model, load_config, load_model
 from kedit_fast.reports.plan import plan as estimate
 from kedit_fast.reports.trials import stored_statistics
 from kedit_fast.requests.chat import chat_format
 from kedit_fast.requests.reading import as_requests, load_requests
+from kedit_fast.support.messages import size_text
 
 
 @command
@@ -87,8 +88,8 @@ def plan(
     else:
         loaded, tokenizer = empty_model(config, DTYPES[dtype]), None
     prompt_format = None if chatting is None or tokenizer is None else chat_format(tokenizer, **chatting)
-    is_guess = origin.startswith("guess") and hparams is None and "layers" not in overrides
-    if is_guess and trial and stats is not None and requests is not None:
+    guessed = is_guess(origin) and hparams is None and "layers" not in overrides
+    if guessed and trial and stats is not None and requests is not None:
         sources = None
         if chosen.uses_statistics:
             sources = stored_statistics(stats, loaded, tokenizer, trust=trust)
@@ -106,7 +107,7 @@ def plan(
             on_error=on_error,
         )
         overrides = {**overrides, **tried.choice.hparams}
-        is_guess = False
+        guessed = False
     planned = estimate(
         loaded,
         tokenizer,
@@ -126,14 +127,14 @@ def plan(
     table = Table("memory", "", title=escape(title), title_justify="left")
     table.columns[1].justify = "right"
     for name, size in planned.bytes.items():
-        table.add_row(name, _size(size))
+        table.add_row(name, size_text(size))
     table.add_section()
-    table.add_row("in all", _size(sum(planned.bytes.values())))
+    table.add_row("in all", size_text(sum(planned.bytes.values())))
     if planned.free_bytes is not None:
-        table.add_row(f"free on {planned.device}, with the weights loaded", _size(planned.free_bytes))
+        table.add_row(f"free on {planned.device}, with the weights loaded", size_text(planned.free_bytes))
     output.print(table)
     output.print(f"Numbers: {planned.hparams_from}", markup=False)
-    if is_guess:
+    if guessed:
         output.print("The layers are a guess: `edit` chooses them by trials, and so does --stats with --requests")
     if planned.seconds is None:
         output.print("No trial: the batch and the time are unknown", markup=False)
@@ -141,11 +142,3 @@ def plan(
     output.print(f"Values of {planned.values_batch} requests at a time", markup=False)
     spent = ", ".join(f"{phase} {seconds:,.1f}" for phase, seconds in planned.seconds.items())
     output.print(f"Seconds, at most: {spent}", markup=False)
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:,.2f} GiB"

@@ -27,7 +27,7 @@ from kedit_fast.editing.values.shared import find_shared_values, flush_store
 from kedit_fast.editing.values.store import ValueFile, open_values
 from kedit_fast.errors import EditError, MethodError, NullSpaceError, StatisticsError
 from kedit_fast.methods.hparams import AUTO, DECLARATIONS, Hparams, worth_a_warning
-from kedit_fast.methods.presets import make_hparams
+from kedit_fast.methods.presets import is_guess, make_hparams
 from kedit_fast.methods.recipe import Recipe, ValueSites
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.architectures import ArchSpec
@@ -164,7 +164,7 @@ class Editor:
             self._check_statistics()
         require_passes(self.view, self._sites())
         self.solver_state = SolverState(self.view, self.recipe, self.hparams, statistics, null_spaces)
-        if self.origin.startswith("guess") and "layers" not in overrides:
+        if is_guess(self.origin) and "layers" not in overrides:
             self._shrink_window()
 
     def _shrink_window(self) -> None:

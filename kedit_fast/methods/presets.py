@@ -20,6 +20,8 @@ else:
     import tomli as tomllib
 
 PRESETS = Path(__file__).parent / "presets"
+GUESS = "guess"
+"""What the origin of hyper-parameters begins with where no preset has them."""
 
 
 def preset_hparams(recipe: Recipe, config: Any) -> tuple[dict[str, Any], str]:
@@ -44,13 +46,18 @@ def preset_hparams(recipe: Recipe, config: Any) -> tuple[dict[str, Any], str]:
     layers = _by_depth(recipe, family, config.num_hidden_layers)
     values = parse_values({**family["values"], **family["guess"]}, family["source"])
     scaled = "numbers scaled to the model, the rest of " if AUTO in values.values() else "values of "
-    return {**values, "layers": layers}, f"guess: layers by relative depth, {scaled}{family['source']}"
+    return {**values, "layers": layers}, f"{GUESS}: layers by relative depth, {scaled}{family['source']}"
 
 
 def guessed_numbers(recipe: Recipe, config: Any) -> dict[str, Any]:
     """What replaces the published numbers that have a scale, for a model without a preset: most are "auto"."""
     family = _family_of(load_presets(recipe.preset)["family"], config)
     return parse_values(family["guess"], family["source"])
+
+
+def is_guess(origin: str) -> bool:
+    """Whether an origin, as `make_hparams` tells it, is that of a model without a preset."""
+    return origin.startswith(GUESS)
 
 
 def published_values(method: str, config: Any) -> dict[str, Any]:

@@ -51,8 +51,8 @@ def distribution_kl(
         GradientError: hidden_ref, head or bias requires grad.
 
     Cost: 4 rows V h flops. Where a gradient is wanted it is computed with the value and stored, [rows, h]: 4 rows V h
-    flops more (triton: 6 rows V h). Logits in memory at a time: 8,192 per row and distribution on a CPU and 16,384 on a
-    GPU (torch); none for the value and 64 MiB for the gradient (triton).
+    flops more (triton: 6 rows V h, 16-bit states on a GPU: 8). Logits in memory at a time: 8,192 per row and
+    distribution on a CPU and 16,384 on a GPU (torch); none for the value and 64 MiB for the gradient (triton).
 
     Example:
         >>> hidden, hidden_ref, head = torch.randn(3, 8), torch.randn(3, 8), torch.randn(50, 8)

@@ -172,9 +172,10 @@ def _declines_float64(*tensors: torch.Tensor | None) -> str:
     return "float64 weights or factors" if wide else ""
 
 
-def _cuda_is_slower(weight: torch.Tensor, left: torch.Tensor, *_: object) -> str:
+def _cuda_is_slower(weight: torch.Tensor, left: torch.Tensor | None = None, *_: object) -> str:
     """Its threads multiply without the matrix unit; measured on an H200: see benchmarks."""
-    return f"Triton's kernel is faster above rank {CUDA_RANKS}" if left.shape[1] > CUDA_RANKS else ""
+    is_slower = left is not None and left.shape[1] > CUDA_RANKS
+    return f"Triton's kernel is faster above rank {CUDA_RANKS}" if is_slower else ""
 
 
 register(Implementation(OP, "torch", reference.rank_k_update_))

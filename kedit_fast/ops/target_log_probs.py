@@ -65,8 +65,8 @@ def target_log_probs(
         GradientError: head or bias requires grad.
 
     Cost: 2 rows V h flops. Where a gradient is wanted it is computed with the value and stored, [rows, h]: 2 rows V h
-    flops more (triton: 4 rows V h). Logits in memory at a time: 8,192 per row on a CPU and 16,384 on a GPU (torch);
-    none for the value and 64 MiB for the gradient (triton).
+    flops more (triton, and 16-bit states on a GPU: 4 rows V h). Logits in memory at a time: 8,192 per row on a CPU and
+    16,384 on a GPU (torch); none for the value and 64 MiB for the gradient (triton).
 
     Example:
         >>> hidden, head = torch.randn(3, 8), torch.randn(50, 8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kedit_fast.reference.wide_product import has_wide_product, wide_product
+from kedit_fast.reference.wide_product import HALVES, has_wide_product, wide_product
 from kedit_fast.support.dtypes import accumulation_dtype
 
 DEPTH = 1024
@@ -16,22 +16,24 @@ def default_chunk(tensor: torch.Tensor) -> int:
     return 8192 if tensor.device.type == "cpu" else 16384
 
 
+def product_dtype(hidden: torch.Tensor, head: torch.Tensor) -> torch.dtype:
+    """The dtype of states and head in their products: their own where torch has wide products, else that of sums."""
+    return hidden.dtype if has_wide_product(hidden, head) else accumulation_dtype(hidden)
+
+
 def raw_logits(states: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """states [rows, h] times part [c, h] of the head, transposed, in the states' accumulation dtype."""
-    if has_wide_product(states, part):
-        return wide_product(states, part.T, DEPTH)
-    dtype = accumulation_dtype(states)
-    return states.to(dtype) @ part.to(dtype).T
+    """states [rows, h] times part [c, h] of the head, transposed; both of the product dtype. fp32 or fp64."""
+    return wide_product(states, part.T, DEPTH) if part.dtype in HALVES else states @ part.T
 
 
 def add_product_(total: torch.Tensor, weights: torch.Tensor, part: torch.Tensor) -> None:
-    """total += weights [rows, c], in fp32 or fp64, times part [c, h] of the head.
+    """total += weights [rows, c], in fp32 or fp64, times part [c, h] of the head, of the product dtype.
 
-    Where torch has 16-bit products with fp32 results, the weights are written as two terms of the head's dtype: an
-    error of 2^-16 of each weight in bf16, of 2^-22 in fp16.
+    Beside a 16-bit head the weights are written as two terms of its dtype: an error of 2^-16 of each weight in bf16, of
+    2^-22 in fp16.
     """
-    if not has_wide_product(part):
-        total.addmm_(weights, part.to(weights.dtype))
+    if part.dtype not in HALVES:
+        total.addmm_(weights, part)
         return
     upper = weights.to(part.dtype)
     for term in (upper, (weights - upper).to(part.dtype)):
@@ -47,9 +49,9 @@ def capped(logits: torch.Tensor, bias: torch.Tensor | None, softcap: float) -> t
     return logits
 
 
-def cap_slope(logits: torch.Tensor, softcap: float) -> torch.Tensor | float:
-    """d capped / d raw logit, from the capped logits."""
-    return 1 - (logits / softcap) ** 2 if softcap > 0 else 1.0
+def through_cap(slopes: torch.Tensor, logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Slopes by capped logits -> slopes by raw ones, from the capped logits; `slopes` itself without a cap."""
+    return slopes * (1 - (logits / softcap) ** 2) if softcap > 0 else slopes
 
 
 class OnlineSum:

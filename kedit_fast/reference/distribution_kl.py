@@ -10,8 +10,15 @@ from __future__ import annotations
 
 import torch
 
-from kedit_fast.reference._lm_head import OnlineSum, add_product_, cap_slope, capped, default_chunk, raw_logits
-from kedit_fast.support.dtypes import accumulation_dtype
+from kedit_fast.reference._lm_head import (
+    OnlineSum,
+    add_product_,
+    capped,
+    default_chunk,
+    product_dtype,
+    raw_logits,
+    through_cap,
+)
 
 
 def distribution_kl(
@@ -28,13 +35,14 @@ def distribution_kl(
     The gradient is [rows, h], or [0, h] where `gradient` is false.
     """
     rows, width = hidden.shape
-    states, step = torch.cat([hidden, hidden_ref]), chunk or default_chunk(hidden)
+    dtype, step = product_dtype(hidden, head), chunk or default_chunk(hidden)
+    states = torch.cat([hidden, hidden_ref]).to(dtype)
     total, total_ref = OnlineSum(rows, hidden), OnlineSum(rows, hidden)
     level: torch.Tensor | None = None
     apart = torch.zeros_like(total.sum)  # sum of exp(z - peak) (D - level)
-    sums = torch.zeros(2 if gradient else 0, rows, width, dtype=accumulation_dtype(hidden), device=hidden.device)
+    sums = torch.zeros(2 if gradient else 0, rows, width, dtype=total.sum.dtype, device=hidden.device)
     for begin in range(0, head.shape[0], step):
-        part = head[begin : begin + step]  # [c, h]
+        part = head[begin : begin + step].to(dtype)  # [c, h]
         both = capped(raw_logits(states, part), None if bias is None else bias[begin : begin + step], softcap)
         logits, logits_ref = both[:rows], both[rows:]  # [rows, c]
         weights, fade = total.add(logits)
@@ -45,9 +53,9 @@ def distribution_kl(
         weighted = weights * (logits - logits_ref - level[:, None])
         apart = apart * fade + weighted.sum(dim=1)
         if gradient:
-            slope = cap_slope(logits, softcap)
             sums *= fade[:, None]
-            add_product_(sums.view(2 * rows, width), torch.cat([weighted * slope, weights * slope]), part)
+            slopes = torch.cat([through_cap(part_of, logits, softcap) for part_of in (weighted, weights)])
+            add_product_(sums.view(2 * rows, width), slopes, part)
     mean = apart / total.sum  # E_p[D] - level
     kl = mean - ((total.log() - total_ref.log()) - (0.0 if level is None else level))
     if not gradient:

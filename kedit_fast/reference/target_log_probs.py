@@ -9,8 +9,15 @@ from __future__ import annotations
 
 import torch
 
-from kedit_fast.reference._lm_head import OnlineSum, add_product_, cap_slope, capped, default_chunk, raw_logits
-from kedit_fast.support.dtypes import accumulation_dtype
+from kedit_fast.reference._lm_head import (
+    OnlineSum,
+    add_product_,
+    capped,
+    default_chunk,
+    product_dtype,
+    raw_logits,
+    through_cap,
+)
 
 
 def target_log_probs(
@@ -27,14 +34,15 @@ def target_log_probs(
     The gradient is [rows, h], or [0, h] where `gradient` is false.
     """
     rows, width = hidden.shape
-    dtype, step = accumulation_dtype(hidden), chunk or default_chunk(hidden)
+    dtype, step = product_dtype(hidden, head), chunk or default_chunk(hidden)
+    states = hidden.to(dtype)
     total = OnlineSum(rows, hidden)
     at_target = torch.full_like(total.peak, torch.nan)  # NaN: outside the vocabulary
     best_id = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
-    expected = torch.zeros(rows if gradient else 0, width, dtype=dtype, device=hidden.device)
+    expected = torch.zeros(rows if gradient else 0, width, dtype=total.sum.dtype, device=hidden.device)
     for begin in range(0, head.shape[0], step):
-        part = head[begin : begin + step]  # [c, h]
-        logits = capped(raw_logits(hidden, part), None if bias is None else bias[begin : begin + step], softcap)
+        part = head[begin : begin + step].to(dtype)  # [c, h]
+        logits = capped(raw_logits(states, part), None if bias is None else bias[begin : begin + step], softcap)
         inside = (targets >= begin) & (targets < begin + part.shape[0])
         index = torch.where(inside, targets - begin, 0)[:, None]
         at_target = torch.where(inside, logits.gather(1, index)[:, 0], at_target)
@@ -43,11 +51,10 @@ def target_log_probs(
         weights, fade = total.add(logits, value)
         if gradient:
             expected *= fade[:, None]
-            add_product_(expected, weights * cap_slope(logits, softcap) if softcap > 0 else weights, part)
+            add_product_(expected, through_cap(weights, logits, softcap), part)
     if gradient:
         known = targets.clamp(0, head.shape[0] - 1)
-        slope = cap_slope(at_target, softcap)
-        chosen = head[known].to(dtype) * (slope[:, None] if isinstance(slope, torch.Tensor) else 1.0)
+        chosen = through_cap(head[known].to(expected.dtype), at_target[:, None], softcap)
         expected = chosen - expected / total.sum[:, None]
     log_sum = total.log()
     return at_target - log_sum, best_id, total.peak - log_sum, expected

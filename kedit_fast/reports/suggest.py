@@ -105,7 +105,7 @@ def suggest(
     """Edit with one configuration after another, measure, undo, and choose the best.
 
     The search goes from coarse to fine, one hyper-parameter after another, around the best configuration so far:
-    windows of layers, then the clamp, the learning rate and the residual share (AlphaEdit: also the threshold of its
+    windows of layers, then the residual share, the clamp and the learning rate (AlphaEdit: also the threshold of its
     null space; UltraEdit: its rate and token). Where the best value is the smallest or largest one, it goes on past it.
 
     Args:
@@ -179,6 +179,8 @@ def suggest(
         search.run(SEARCHES[effort, recipe.optimizes_values])
         sweep = tuple(trials.done)
         best = _require_best(sweep, effort)
+        if effort == "short" and search.best is not None:
+            best = search.best  # a stage may want more than the higher score
         finals = ()
         if held:
             by_rank = sorted((t for t in sweep if t.score), key=lambda trial: trial.rank, reverse=True)

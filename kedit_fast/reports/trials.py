@@ -18,7 +18,7 @@ from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.solver_state import SolverState
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
-from kedit_fast.evaluation.metrics import Continuation, evaluate_each, mean_nll, summary
+from kedit_fast.evaluation.metrics import Continuation, RequestScores, evaluate_each, mean_nll, summary
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.statistics.collect import Statistics
@@ -217,10 +217,8 @@ class Trials:
         self, changes: Mapping[str, Any], requests: Sequence[PreparedRequest], scored: Sequence[PreparedRequest]
     ) -> dict[str, Any]:
         """The fields of a trial that are measured."""
-        formats = {name: self.options[name] for name in ("prompt_format", "target_separator")}
-        if tuple(scored) not in self._unedited:
-            unedited = evaluate_each(self.model, self.tokenizer, [p.request for p in scored], **formats)
-            self._unedited[tuple(scored)] = summary(unedited).neighborhood
+        times = max(1.0, self.expected / len(requests))
+        unedited = self._neighborhood_before(scored) if times > 1 else None
         editor = self.editor(changes)
         if reasons := editor.solver_state.without_null_space(editor.hparams.layers):
             return {"failure": next(iter(reasons.values())), "no_null_space": tuple(reasons)}
@@ -230,7 +228,7 @@ class Trials:
             if not result.batch:
                 raise MethodError(next(iter(result.skipped.values())))
             editor.finish()
-            scores = evaluate_each(self.model, self.tokenizer, [p.request for p in scored], **formats)
+            scores = self._evaluated(scored)
             drift = None if self.loss is None else mean_nll(self.model, self.tokenizer, self.texts) - self.loss
             resolved = editor.resolved
         finally:
@@ -245,9 +243,8 @@ class Trials:
         probabilities = [_mean_probability(continuations) for continuations in prompts]
         if not all(math.isfinite(number) for number in (norm, drift or 0.0, *(p or 0.0 for p in probabilities))):
             raise MethodError("the edited model computes numbers that are not finite")
-        times = max(1.0, self.expected / len(requests))
         unharmed = None if drift is None else math.exp(-max(0.0, times * drift))
-        projected = [*shares[:2], projected_share(shares[2], self._unedited[tuple(scored)], times)]
+        projected = [*shares[:2], projected_share(shares[2], unedited, times)]
         return {
             **dict(zip(("efficacy", "paraphrase", "neighborhood"), shares, strict=True)),
             "drift": drift,
@@ -256,6 +253,18 @@ class Trials:
             "margin": harmonic_mean([*probabilities, unharmed]),
             "resolved": resolved,
         }
+
+    def _neighborhood_before(self, requests: Sequence[PreparedRequest]) -> float | None:
+        """The neighborhood share of requests in the unedited model."""
+        known = tuple(requests)
+        if known not in self._unedited:
+            self._unedited[known] = summary(self._evaluated(requests)).neighborhood
+        return self._unedited[known]
+
+    def _evaluated(self, requests: Sequence[PreparedRequest]) -> list[RequestScores]:
+        """What the model as it is says to the prompts of requests."""
+        formats = {name: self.options[name] for name in ("prompt_format", "target_separator")}
+        return evaluate_each(self.model, self.tokenizer, [p.request for p in requests], **formats)
 
 
 @contextlib.contextmanager

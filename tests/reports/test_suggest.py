@@ -15,6 +15,7 @@ from kedit_fast.reports import choice as choices
 from kedit_fast.reports import suggest as suggestions
 from kedit_fast.reports import trials
 from kedit_fast.reports.choice import choose
+from kedit_fast.reports.search import Numbers, Windows
 from kedit_fast.reports.suggest import Suggestion, suggest
 from kedit_fast.reports.trials import StoredStatistics, Trial, in_memory
 
@@ -54,6 +55,21 @@ def test_a_short_search_varies_the_layers_that_have_statistics(place, tmp_path):
     names = {"layers", "stage", "value", "hparams", "edits", "efficacy", "paraphrase", "neighborhood", "drift", "norm"}
     names |= {"score", "margin", "resolved", "failure", "no_null_space"}
     assert all(set(trial) == names for trial in json.loads(json.dumps(suggestion.as_dict()))["trials"])
+
+
+@pytest.mark.parametrize(("least_gain", "chosen"), ((0.2, None), (0.05, 0.02)))
+def test_a_short_search_suggests_where_it_ended(place, monkeypatch, least_gain, chosen):
+    """Where a stage wants more than the higher score, the trial of the highest score is not the one suggested."""
+
+    def measured(self, changes, requests, scored):
+        return {"efficacy": 0.8, "score": 0.9 if "residual_share" in changes else 0.8}
+
+    monkeypatch.setattr(trials.Trials, "_measured", measured)
+    stages = (Windows("coarse"), Numbers("residual_share", (0.02,), least_gain=least_gain))
+    monkeypatch.setitem(suggestions.SEARCHES, ("short", True), stages)
+    suggestion = short(place, hparams={**FAST, "mom2_update_weight": "auto"})
+    assert suggestion.best.hparams.get("residual_share") == suggestion.hparams.get("residual_share") == chosen
+    assert max(trial.score for trial in suggestion.trials) == 0.9
 
 
 def test_a_third_is_held_out_and_the_best_three_are_scored_on_it(place, monkeypatch):
