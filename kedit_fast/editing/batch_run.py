@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,10 +16,12 @@ from kedit_fast.editing.ledger import Ledger
 from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.shaping import SHAPINGS
 from kedit_fast.editing.solver_state import SolverState
+from kedit_fast.editing.values.clamp import choose_clamp, trial_places
 from kedit_fast.editing.values.loop import SITES
 from kedit_fast.editing.values.protocol import ValueStore
 from kedit_fast.editing.values.result import PROBLEMS, Values
 from kedit_fast.editing.values.shared import find_shared_values
+from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import Recipe, ValueSites
 from kedit_fast.models.forward import SiteKind
@@ -108,19 +110,7 @@ class BatchRun:
         """Values of some requests, and which of them can be written; the others are skipped or raised."""
         context = self.context
         prepared = [self.prepared[i] for i in indices]
-        with self.timed("values"), torch.enable_grad():
-            values = find_shared_values(
-                context.view,
-                context.tokenizer,
-                prepared,
-                layer,
-                context.value_sites,
-                context.hparams,
-                stop_rule=context.recipe.stop_rule,
-                groups=self.value_groups(prepared),
-                store=context.value_store,
-                progress=context.progress,
-            )
+        values = self._optimized(prepared, layer, context.hparams, context.value_store)
         allowed = {Status.PREDICTED} if context.hparams.on_predicted == "allow" else set()
         problems = {
             place: f"{prepared[place].name}: {PROBLEMS[code]}"
@@ -132,6 +122,41 @@ class BatchRun:
         self.skipped |= {indices[place]: reason for place, reason in problems.items()}
         usable = [place for place in range(len(prepared)) if place not in problems]
         return [prepared[place] for place in usable], values.select(usable)
+
+    def _optimized(
+        self, prepared: Sequence[PreparedRequest], layer: int, hparams: Hparams, store: ValueStore | None
+    ) -> Values:
+        """The values of requests at a layer, by these hyper-parameters."""
+        context = self.context
+        with self.timed("values"), torch.enable_grad():
+            return find_shared_values(
+                context.view,
+                context.tokenizer,
+                prepared,
+                layer,
+                context.value_sites,
+                hparams,
+                stop_rule=context.recipe.stop_rule,
+                groups=self.value_groups(prepared),
+                store=store,
+                progress=context.progress,
+            )
+
+    def settle_clamp(self, clamp: float | None) -> float:
+        """Edit with this clamp in place of "auto", and return it; None chooses one on some of the requests.
+
+        The values of these are used again: they go to the value store, or into memory where there is none.
+        """
+        context = self.context
+        if clamp is None:
+            prepared = [self.prepared[place] for place in trial_places(len(self.prepared))]
+            store = context.value_store if isinstance(context.value_store, ValueFile) else ValueFile(None)
+            if context.value_store is None:
+                context = replace(context, value_store=store)
+            layer = context.hparams.layers[-1]
+            clamp = choose_clamp(context.hparams, lambda hparams: self._optimized(prepared, layer, hparams, store))
+        self.context = replace(context, hparams=replace(context.hparams, clamp_norm_factor=clamp))
+        return clamp
 
     def record(self, values: Values) -> None:
         """Note losses and steps of values that are written."""

@@ -19,14 +19,13 @@ from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.schedules import SCHEDULES
 from kedit_fast.editing.shaping import SHAPINGS
 from kedit_fast.editing.solver_state import SolverState
-from kedit_fast.editing.values.clamp import choose_clamp, trial_places
 from kedit_fast.editing.values.loop import SITES
 from kedit_fast.editing.values.protocol import ValueStore
-from kedit_fast.editing.values.result import Values
-from kedit_fast.editing.values.shared import find_shared_values, flush_store
-from kedit_fast.editing.values.store import ValueFile, open_values
+from kedit_fast.editing.values.shared import flush_store
+from kedit_fast.editing.values.store import open_values
 from kedit_fast.errors import EditError, MethodError, NullSpaceError, StatisticsError
-from kedit_fast.methods.hparams import AUTO, DECLARATIONS, Hparams, worth_a_warning
+from kedit_fast.methods.declaration import AUTO
+from kedit_fast.methods.hparams import DECLARATIONS, worth_a_warning
 from kedit_fast.methods.presets import is_guess, make_hparams
 from kedit_fast.methods.recipe import Recipe, ValueSites
 from kedit_fast.methods.registry import find_recipe
@@ -129,7 +128,8 @@ class Editor:
             _log.warning("%s does not use %s", self.recipe.name, ", ".join(idle))
         for name in overrides:
             if not self.hparams.has_effect(name) and name not in idle:
-                _log.warning('%s has no effect: it needs %s = "%s"', name, _alternatives(name), AUTO)
+                needs = " or ".join(DECLARATIONS[name].only_with)
+                _log.warning('%s has no effect: it needs %s = "%s"', name, needs, AUTO)
         if self.hparams.layers:
             self.view.check_layers(self.hparams.layers)
         if self.hparams.v_loss_layer not in (-1, self.view.num_layers - 1):
@@ -264,7 +264,7 @@ class Editor:
             try:
                 if prepared:
                     if self.recipe.optimizes_values and self.hparams.clamp_norm_factor == AUTO:
-                        self._settle_clamp(batch)
+                        self._clamp = batch.settle_clamp(self._clamp)
                     SCHEDULES[self.recipe.schedule](batch)
             except BaseException:
                 with contextlib.suppress(EditError):  # the error that stopped the batch matters more
@@ -284,33 +284,6 @@ class Editor:
                 self._written[number] = result.requests
                 result = replace(result, resolved=self.resolved)
         return result
-
-    def _settle_clamp(self, batch: BatchRun) -> None:
-        """Choose the clamp by the first batch, and give it to this one; the values of the trial are used again."""
-        if self._clamp is None:
-            layer, places = self.hparams.layers[-1], trial_places(len(batch.prepared))
-            prepared = [batch.prepared[place] for place in places]
-            store = self.values if isinstance(self.values, ValueFile) else ValueFile(None)
-            if self.values is None:
-                batch.context = replace(batch.context, value_store=store)
-
-            def find(hparams: Hparams) -> Values:
-                return find_shared_values(
-                    self.view,
-                    self.tokenizer,
-                    prepared,
-                    layer,
-                    self.value_sites,
-                    hparams,
-                    stop_rule=self.recipe.stop_rule,
-                    groups=batch.value_groups(prepared),
-                    store=store,
-                    progress=self.progress,
-                )
-
-            with batch.timed("values"), torch.enable_grad():
-                self._clamp = choose_clamp(self.hparams, find)
-        batch.context = replace(batch.context, hparams=replace(self.hparams, clamp_norm_factor=self._clamp))
 
     @property
     def resolved(self) -> dict[str, Any]:
@@ -530,8 +503,3 @@ class Editor:
     def preconditioner(self, layer: int) -> Preconditioner:
         """S^-1 of a layer, factored on first use and cached."""
         return self.solver_state.preconditioner(layer)
-
-
-def _alternatives(name: str) -> str:
-    """The hyper-parameters of which one must be "auto" for this one to have an effect, in words."""
-    return " or ".join(DECLARATIONS[name].only_with)

@@ -18,7 +18,8 @@ import torch
 from kedit_fast._version import __version__
 from kedit_fast.editing.gradients import ModuleGradients
 from kedit_fast.errors import EditError, MethodError, NullSpaceError, StatisticsError
-from kedit_fast.methods.hparams import AUTO, Hparams
+from kedit_fast.methods.declaration import AUTO
+from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import Constraint, PreconditionerKind, Recipe
 from kedit_fast.models.view import ModelView
 from kedit_fast.solver.key_memory import Appended, KeyMemory

@@ -7,11 +7,28 @@ To add one, add a field to `Hparams`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from kedit_fast.errors import MethodError
+from kedit_fast.methods.declaration import (
+    ANY,
+    AT_LEAST_ONE,
+    AUTO,
+    BOOLEAN,
+    INNER_SHARE,
+    NOT_NEGATIVE,
+    NOT_NEGATIVE_OR_AUTO,
+    POSITIVE,
+    POSITIVE_OR_AUTO,
+    SHARE,
+    Auto,
+    Declaration,
+    Identity,
+    Range,
+    declare,
+)
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import find_recipe
 
@@ -21,71 +38,6 @@ MemoryForm = Literal["auto", "dual", "primal"]
 GradientRows = Literal["mask", "ans"]
 OnBadPivot = Literal["raise", "skip", "allow"]
 OnPredicted = Literal["error", "allow"]
-Auto = Literal["auto"]
-AUTO: Auto = "auto"
-"""In place of a number: it is found from the model and the first batch of requests."""
-Identity = Literal["value", "state"]
-
-
-@dataclass(frozen=True)
-class Range:
-    """The values that a hyper-parameter takes."""
-
-    description: str
-    """In words, as in "it must be ..."."""
-    contains: Callable[[Any], bool] = lambda value: True
-    """Whether a value is one of them. By default every value is: what it must be is seen beside other hyper-parameters
-    or beside the model, and checked there."""
-
-    @classmethod
-    def choices(cls, literal: Any) -> Range:
-        """The values of a Literal."""
-        accepted = get_args(literal)
-        return cls(f"one of {', '.join(accepted)}", lambda value: value in accepted)
-
-
-def _or_auto(accepted: Range) -> Range:
-    """The values of a range, and "auto"."""
-    return Range(
-        f'{accepted.description}, or "{AUTO}"',
-        lambda value: value == AUTO if isinstance(value, str) else accepted.contains(value),
-    )
-
-
-POSITIVE = Range("above 0", lambda value: value > 0)
-NOT_NEGATIVE = Range("0 or above", lambda value: value >= 0)
-AT_LEAST_ONE = Range("at least 1", lambda value: value >= 1)
-SHARE = Range("above 0 and at most 1", lambda value: 0 < value <= 1)
-INNER_SHARE = Range("between 0 and 1", lambda value: 0 < value < 1)
-POSITIVE_OR_AUTO, NOT_NEGATIVE_OR_AUTO = _or_auto(POSITIVE), _or_auto(NOT_NEGATIVE)
-BOOLEAN = Range("true or false")
-ANY = Range("any")
-
-
-@dataclass(frozen=True)
-class Declaration:
-    """What is known of one hyper-parameter."""
-
-    name: str
-    default: Any
-    """None where it has none: the preset or the caller gives it."""
-    accepted: Range
-    meaning: str
-    read_by: Callable[[Recipe], bool]
-    """Whether a method reads it."""
-    identifies: tuple[Identity, ...]
-    """What depends on it, so that a stored one of another value must not be used: a value, or a method's state."""
-    only_with: tuple[str, ...] = ()
-    """Hyper-parameters of which one must be "auto" for this one to have an effect; empty where it always has."""
-
-    @property
-    def is_required(self) -> bool:
-        """Whether methods that read it need a value. Methods that do not read it take any."""
-        return self.default is None or not self.accepted.contains(self.default)
-
-
-def _every_method(recipe: Recipe) -> bool:
-    return True
 
 
 def _optimizing(recipe: Recipe) -> bool:
@@ -132,24 +84,6 @@ def _masking(recipe: Recipe) -> bool:
     return recipe.masks_updates
 
 
-def _declare(
-    accepted: Range,
-    meaning: str,
-    *,
-    read_by: Callable[[Recipe], bool] = _every_method,
-    identifies: tuple[Identity, ...] = (),
-    only_with: tuple[str, ...] = (),
-) -> dict[str, Any]:
-    """The metadata of a field of Hparams. A default outside of the accepted values stands for "not given"."""
-    return {
-        "accepted": accepted,
-        "meaning": meaning,
-        "read_by": read_by,
-        "identifies": identifies,
-        "only_with": only_with,
-    }
-
-
 @dataclass(frozen=True)
 class Hparams:
     """The hyper-parameters of a method. Names are those of the memit repository's files.
@@ -160,7 +94,7 @@ class Hparams:
 
     method: str
     layers: tuple[int, ...] = field(
-        metadata=_declare(
+        metadata=declare(
             Range("at least one layer, or inner_params"),
             "edited layers, zero-based; the value is optimized at the last one",
             identifies=("state",),
@@ -168,7 +102,7 @@ class Hparams:
     )
     v_num_grad_steps: int = field(
         default=0,
-        metadata=_declare(
+        metadata=declare(
             AT_LEAST_ONE,
             "iterations of the value loop; the last one measures the loss and takes no step",
             read_by=_optimizing,
@@ -177,7 +111,7 @@ class Hparams:
     )
     v_lr: float | Auto = field(
         default=0.0,
-        metadata=_declare(
+        metadata=declare(
             POSITIVE_OR_AUTO,
             'learning rate of Adam in the value loop; "auto" is v_lr_scale times the root mean square of h0',
             read_by=_optimizing,
@@ -186,7 +120,7 @@ class Hparams:
     )
     v_lr_scale: float = field(
         default=0.5,
-        metadata=_declare(
+        metadata=declare(
             POSITIVE,
             'with v_lr = "auto", the learning rate as a multiple of the root mean square of h0 at the value\'s site',
             read_by=_optimizing,
@@ -196,7 +130,7 @@ class Hparams:
     )
     v_weight_decay: float | Auto = field(
         default=0.0,
-        metadata=_declare(
+        metadata=declare(
             NOT_NEGATIVE_OR_AUTO,
             'weight of the loss term |delta| / |h0|^2; "auto" is 0.005 |h0|, so that the term has no scale',
             read_by=_optimizing,
@@ -205,7 +139,7 @@ class Hparams:
     )
     clamp_norm_factor: float | Auto = field(
         default=0.0,
-        metadata=_declare(
+        metadata=declare(
             POSITIVE_OR_AUTO,
             'largest |delta|, as a multiple of |h0|; "auto" is the first of 0.75, 1, 2 and 4 with which the median '
             "loss of the first batch's values ends at 0.5 or below",
@@ -215,13 +149,16 @@ class Hparams:
     )
     kl_factor: float = field(
         default=0.0,
-        metadata=_declare(
-            NOT_NEGATIVE, 'weight of the KL divergence at "{subject} is a"', read_by=_optimizing, identifies=("value",)
+        metadata=declare(
+            NOT_NEGATIVE,
+            'weight of the KL divergence at "{subject} is a"',
+            read_by=_optimizing,
+            identifies=("value",),
         ),
     )
     mom2_adjustment: bool = field(
         default=True,
-        metadata=_declare(
+        metadata=declare(
             BOOLEAN,
             "whether S is made from the second moment C; with false S = I and no statistics are needed",
             read_by=_statistics,
@@ -230,7 +167,7 @@ class Hparams:
     )
     mom2_update_weight: float | Auto = field(
         default=0.0,
-        metadata=_declare(
+        metadata=declare(
             POSITIVE_OR_AUTO,
             'lambda, the weight of C in S; "auto" gives each layer the lambda of residual_share',
             read_by=_weighing_covariance,
@@ -239,7 +176,7 @@ class Hparams:
     )
     residual_share: float = field(
         default=0.2,
-        metadata=_declare(
+        metadata=declare(
             INNER_SHARE,
             'with mom2_update_weight or L2 = "auto", the share of its residual that an edit alone leaves undone, in '
             "the median over the first batch",
@@ -250,7 +187,7 @@ class Hparams:
     )
     mom2_ridge: float = field(
         default=0.0,
-        metadata=_declare(
+        metadata=declare(
             NOT_NEGATIVE,
             "ridge added to C, as a multiple of its mean diagonal",
             read_by=_covariance,
@@ -259,7 +196,7 @@ class Hparams:
     )
     update_norm_lambda: float | Auto = field(
         default=0.0,
-        metadata=_declare(
+        metadata=declare(
             NOT_NEGATIVE_OR_AUTO,
             'ENCORE\'s lambda_n in S = lambda C + lambda_n I; "auto" is 0.1 lambda times the geometric mean of the '
             "eigenvalues of C",
@@ -269,13 +206,13 @@ class Hparams:
     )
     emmet_lambda: float = field(
         default=0.1,
-        metadata=_declare(
+        metadata=declare(
             NOT_NEGATIVE, "EMMET's softness of the equality constraints; 0 makes them exact", read_by=_soft_equality
         ),
     )
     L2: float | Auto = field(
         default=10.0,
-        metadata=_declare(
+        metadata=declare(
             POSITIVE_OR_AUTO,
             'ridge of AlphaEdit\'s solve; "auto" gives each layer the ridge of residual_share',
             read_by=_null_space,
@@ -284,7 +221,7 @@ class Hparams:
     )
     nullspace_threshold: float = field(
         default=2e-2,
-        metadata=_declare(
+        metadata=declare(
             POSITIVE,
             "bound of the eigenvalues of C below which their directions are null space",
             read_by=_null_space,
@@ -293,7 +230,7 @@ class Hparams:
     )
     nullspace_rule: NullSpaceRule = field(
         default="absolute",
-        metadata=_declare(
+        metadata=declare(
             Range.choices(NullSpaceRule),
             "meaning of the threshold: an eigenvalue, a share of the largest one, or a share of the energy",
             read_by=_null_space,
@@ -302,7 +239,7 @@ class Hparams:
     )
     factor_dtype: FactorDtype = field(
         default="float64",
-        metadata=_declare(
+        metadata=declare(
             Range.choices(FactorDtype),
             "dtype of the factor of S; float32 takes half the memory and has a bounded error",
             read_by=_covariance,
@@ -311,41 +248,39 @@ class Hparams:
     )
     memory_form: MemoryForm = field(
         default="auto",
-        metadata=_declare(
+        metadata=declare(
             Range.choices(MemoryForm),
             "system of earlier keys: dual (n x n) or primal (d x d); the update is the same",
             read_by=_memory,
         ),
     )
     rect_keep: float = field(
-        default=0.4, metadata=_declare(SHARE, "share of the entries that RECT writes", read_by=_masking)
+        default=0.4, metadata=declare(SHARE, "share of the entries that RECT writes", read_by=_masking)
     )
     frobenius_limit: float = field(
         default=0.0,
-        metadata=_declare(NOT_NEGATIVE, "largest |Delta| / |W| of a write, reached by scaling; 0 for no limit"),
+        metadata=declare(NOT_NEGATIVE, "largest |Delta| / |W| of a write, reached by scaling; 0 for no limit"),
     )
     spectral_limit: float = field(
         default=0.0,
-        metadata=_declare(
+        metadata=declare(
             NOT_NEGATIVE,
             "largest ratio of the largest singular values of Delta and W, reached by clipping; 0 for no limit",
         ),
     )
     inner_params: tuple[str, ...] = field(
         default=(),
-        metadata=_declare(
+        metadata=declare(
             Range("paths of modules"),
             "modules that UltraEdit edits; empty for the edited module of each layer",
             read_by=_gradient,
             identifies=("state",),
         ),
     )
-    lr: float = field(
-        default=0.0, metadata=_declare(POSITIVE, "UltraEdit's factor of the gradients", read_by=_gradient)
-    )
+    lr: float = field(default=0.0, metadata=declare(POSITIVE, "UltraEdit's factor of the gradients", read_by=_gradient))
     token: GradientRows = field(
         default="mask",
-        metadata=_declare(
+        metadata=declare(
             Range.choices(GradientRows),
             "tokens whose gradients UltraEdit takes: of prompt and answer (mask), or of the answer alone (ans)",
             read_by=_gradient,
@@ -354,13 +289,13 @@ class Hparams:
     )
     v_stop_loss: float = field(
         default=0.05,
-        metadata=_declare(
+        metadata=declare(
             ANY, "loss below which a value takes no further step", read_by=_optimizing, identifies=("value",)
         ),
     )
     context_template_length_params: tuple[tuple[int, int], ...] = field(
         default=(),
-        metadata=_declare(
+        metadata=declare(
             Range("pairs of numbers"),
             "(tokens, count) of the generated context prefixes",
             identifies=("state",),
@@ -368,13 +303,15 @@ class Hparams:
     )
     on_bad_pivot: OnBadPivot = field(
         default="raise",
-        metadata=_declare(
-            Range.choices(OnBadPivot), "what rank-one methods do with a request whose pivot is bad", read_by=_rank_one
+        metadata=declare(
+            Range.choices(OnBadPivot),
+            "what rank-one methods do with a request whose pivot is bad",
+            read_by=_rank_one,
         ),
     )
     on_predicted: OnPredicted = field(
         default="error",
-        metadata=_declare(
+        metadata=declare(
             Range.choices(OnPredicted),
             "what happens to a target that the model says already: an error, or a value without a delta, as published",
             read_by=_optimizing,
@@ -382,7 +319,7 @@ class Hparams:
     )
     values_batch: int = field(
         default=0,
-        metadata=_declare(
+        metadata=declare(
             NOT_NEGATIVE,
             "requests optimized together, 0 for what memory allows (on a CPU at most 64); the result is the same",
             read_by=_optimizing,
@@ -390,7 +327,7 @@ class Hparams:
     )
     check_every: int = field(
         default=0,
-        metadata=_declare(
+        metadata=declare(
             NOT_NEGATIVE,
             "iterations between checks of which values are done; 0 for 1 on a CPU, 4 on a GPU; the result is the same",
             read_by=_optimizing,
@@ -398,7 +335,7 @@ class Hparams:
     )
     values_graph: bool = field(
         default=False,
-        metadata=_declare(
+        metadata=declare(
             BOOLEAN,
             "whether iterations are replayed as a CUDA graph (tested on a GPU, not timed); the result is the same",
             read_by=_optimizing,
@@ -406,7 +343,7 @@ class Hparams:
     )
     most_probable_steps: int = field(
         default=0,
-        metadata=_declare(
+        metadata=declare(
             NOT_NEGATIVE,
             "ENCORE's stop this many steps after all target tokens are the most probable ones; 0 for no such stop",
             read_by=_optimizing,
@@ -415,7 +352,7 @@ class Hparams:
     )
     v_loss_layer: int = field(
         default=-1,
-        metadata=_declare(
+        metadata=declare(
             Range("-1 or the last layer"),
             "layer after which the loss is taken, as in the published files; only the last one is implemented",
         ),

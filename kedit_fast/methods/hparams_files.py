@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from kedit_fast.errors import MethodError
-from kedit_fast.methods.hparams import AUTO, Hparams
+from kedit_fast.methods.declaration import AUTO
+from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.support.textfiles import Repeated, parse_json, read_text, suffix_of
 

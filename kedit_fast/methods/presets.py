@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kedit_fast.errors import MethodError
-from kedit_fast.methods.hparams import AUTO, Hparams, unused
+from kedit_fast.methods.declaration import AUTO
+from kedit_fast.methods.hparams import Hparams, unused
 from kedit_fast.methods.hparams_files import nearest_name, parse_values
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import find_recipe

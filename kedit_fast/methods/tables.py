@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from kedit_fast.methods.hparams import DECLARATIONS, Declaration
+from kedit_fast.methods.declaration import Declaration
+from kedit_fast.methods.hparams import DECLARATIONS
 from kedit_fast.methods.presets import load_presets
 from kedit_fast.methods.registry import RECIPES
 

@@ -12,7 +12,7 @@ from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.batch_size import BatchSize, fitting_batch, request_bytes
 from kedit_fast.editing.values.loop import SITES, find_values
 from kedit_fast.errors import MethodError
-from kedit_fast.methods.hparams import AUTO as FROM_BATCH
+from kedit_fast.methods.declaration import AUTO as FROM_BATCH
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.recipe import Recipe, ValueSites

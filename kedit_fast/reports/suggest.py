@@ -12,7 +12,7 @@ import torch
 
 from kedit_fast.errors import KeditError, MethodError
 from kedit_fast.evaluation.metrics import unusable
-from kedit_fast.methods.hparams import AUTO as FROM_MODEL
+from kedit_fast.methods.declaration import AUTO as FROM_MODEL
 from kedit_fast.methods.hparams import Hparams, reads, unused, worth_a_warning
 from kedit_fast.methods.presets import guessed_numbers, make_hparams
 from kedit_fast.methods.recipe import Recipe

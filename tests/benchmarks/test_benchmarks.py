@@ -161,7 +161,8 @@ def test_the_published_pipeline_is_what_the_editor_does(harness):
     from kedit_fast import Editor, EditRequest
 
     requests = [EditRequest("{} plays the", "Miles Davis", "violin"), EditRequest("{} is in", "Ebro", "Spain")]
-    numbers = dict(v_num_grad_steps=4, v_lr=0.1, clamp_norm_factor=0.75, mom2_update_weight=2.0, mom2_adjustment=False)
+    numbers = dict(v_num_grad_steps=4, v_lr=0.1, clamp_norm_factor=0.75, v_weight_decay=0.5, mom2_update_weight=2.0,
+                   mom2_adjustment=False)  # fmt: skip
     editor = Editor(make_model("llama"), make_tokenizer(), "memit", layers=[0, 1], hparams=numbers,
                     prefixes=("The old tower. ", "I saw. "))  # fmt: skip
     view = Editor(make_model("llama"), make_tokenizer(), "memit", layers=[0, 1], hparams=numbers, prefixes=()).view

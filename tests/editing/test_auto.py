@@ -19,7 +19,8 @@ from kedit_fast.editing.values.loop import find_values
 from kedit_fast.editing.values.result import Values
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import EditError, KeditError, MethodError, StatisticsError
-from kedit_fast.methods.hparams import AUTO, Hparams
+from kedit_fast.methods.declaration import AUTO
+from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.hparams_files import parse_values
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.registry import RECIPES, find_recipe

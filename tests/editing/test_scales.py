@@ -16,7 +16,7 @@ from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, collect_statistics
 from kedit_fast.editing.values.loop import find_values
-from kedit_fast.methods.hparams import AUTO
+from kedit_fast.methods.declaration import AUTO
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import prepare
 

@@ -34,7 +34,8 @@ from kedit_fast.editing.values.order import by_length, in_groups
 from kedit_fast.editing.values.result import PROBLEMS, OnProblem, Values
 from kedit_fast.editing.values.stop_rules import MOST_PROBABLE, STOP_RULES, Stopping
 from kedit_fast.errors import EditError
-from kedit_fast.methods.hparams import AUTO, Hparams
+from kedit_fast.methods.declaration import AUTO
+from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import StopRule, ValueSites
 from kedit_fast.models.forward import Site, SiteKind, evaluating
 from kedit_fast.models.view import ModelView
