@@ -5,10 +5,13 @@ To add an architecture, add one ArchSpec to ARCHITECTURES.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import os
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
-from kedit_fast.errors import UnsupportedModelError
+from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
+from kedit_fast.support.textfiles import Repeated, parse_json, read_text
 
 
 @dataclass(frozen=True)
@@ -87,3 +90,58 @@ def find_architecture(config: Any) -> ArchSpec:
         f"unknown architecture {kind!r}: known are {known}. "
         "To add it, pass an ArchSpec (kedit_fast.models.architectures.ArchSpec) with its module names."
     )
+
+
+_JSON_KINDS = {"str": "a text", "bool": "true or false", "tuple[str, ...]": "a list of texts"}
+_MAY_BE_EMPTY = ("attention", "norm")
+
+
+def spec_as_json(spec: ArchSpec) -> str:
+    """The text that `spec_from_json` reads: one JSON object with the fields of an ArchSpec."""
+    return json.dumps(asdict(spec), indent=2)
+
+
+def spec_from_json(path: str | os.PathLike) -> ArchSpec:
+    """An ArchSpec from a file with one JSON object, whose names are the fields; those with a default may be left out.
+
+    Args:
+        path: the file, as text or compressed by gzip; `-` for the standard input.
+
+    Raises:
+        InvalidArgumentError: the file cannot be read or is no JSON object; or a field is missing, unknown, given
+            twice, of another type, or no path. The message names the file and the field.
+    """
+    values = parse_json(read_text(path, InvalidArgumentError), str(path), InvalidArgumentError)
+    if not isinstance(values, dict):
+        raise InvalidArgumentError(
+            f"{path} must hold one JSON object with the fields of an ArchSpec; got {type(values).__name__}"
+        )
+    if isinstance(values, Repeated):
+        raise InvalidArgumentError(f"{path} gives {values.names[0]!r} twice")
+    kinds = {field.name: str(field.type) for field in fields(ArchSpec)}
+    if unknown := [name for name in values if name not in kinds]:
+        raise InvalidArgumentError(f"{path}: unknown field {unknown[0]!r}; an ArchSpec has {', '.join(kinds)}")
+    required = [field.name for field in fields(ArchSpec) if field.default is MISSING]
+    if missing := [name for name in required if name not in values]:
+        raise InvalidArgumentError(f"{path} lacks the field {missing[0]!r}; an ArchSpec needs {', '.join(required)}")
+    for name, value in values.items():
+        _check_field(path, name, kinds[name], value)
+    return ArchSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def _check_field(path: str | os.PathLike, name: str, kind: str, value: Any) -> None:
+    """Raise InvalidArgumentError unless the value of a file's field is what the field takes."""
+    if kind == "bool":
+        right = isinstance(value, bool)
+    elif kind == "str":
+        right = isinstance(value, str)
+    else:
+        right = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+    if not right:
+        raise InvalidArgumentError(f"{path}: {name!r} must be {_JSON_KINDS[kind]}; got {json.dumps(value)}")
+    if kind != "str" or name == "name" or (not value and name in _MAY_BE_EMPTY):
+        return
+    if not value:
+        raise InvalidArgumentError(f"{path}: {name!r} is empty; it is the path of a module, as in model.layers")
+    if not all(value.split(".")) or value != "".join(value.split()):
+        raise InvalidArgumentError(f"{path}: {name!r} is no path of a module, as model.layers is one; got {value!r}")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,13 @@ import torch
 from tiny_models import KINDS, make_model, make_tokenizer
 
 from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
-from kedit_fast.models.architectures import ArchSpec, find_architecture
+from kedit_fast.models.architectures import (
+    ARCHITECTURES,
+    ArchSpec,
+    find_architecture,
+    spec_as_json,
+    spec_from_json,
+)
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, capture, last_hidden, pad
 from kedit_fast.models.view import ModelView
@@ -132,3 +139,61 @@ def test_a_containers_limit_counts_without_pages_that_can_be_given_back(tmp_path
     assert free_memory.free_bytes(torch.device("cpu")) == 600000
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory.free_bytes(torch.device("cpu")) > everything / 2
+
+
+def test_a_spec_survives_its_file(tmp_path):
+    file = tmp_path / "spec.json"
+    for spec in ARCHITECTURES:
+        file.write_text(spec_as_json(spec), encoding="utf-8")
+        assert spec_from_json(file) == spec
+
+
+def test_fields_with_a_default_may_be_left_out_of_a_file(tmp_path):
+    spec = ArchSpec("Homemade", ("homemade",), "model.layers", "self_attn", "mlp", "mlp.down_proj", False, "model.norm")
+    values = json.loads(spec_as_json(spec))
+    del values["post_norm"]
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps(values), encoding="utf-8")
+    assert spec_from_json(file) == spec
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        ({"block": "h"}, "unknown field 'block'; an ArchSpec has name, model_types, blocks"),
+        ({"blocks": None}, "'blocks' must be a text; got null"),
+        ({"blocks": ""}, "'blocks' is empty"),
+        ({"edit": "mlp..down_proj"}, "'edit' is no path of a module, .*'mlp..down_proj'"),
+        ({"mlp": "mlp "}, "'mlp' is no path of a module"),
+        ({"transposed": 0}, "'transposed' must be true or false; got 0"),
+        ({"model_types": "llama"}, "'model_types' must be a list of texts; got \"llama\""),
+        ({"model_types": [1]}, "'model_types' must be a list of texts"),
+        ({"name": ["Llama"]}, "'name' must be a text"),
+    ),
+)
+def test_a_wrong_field_of_a_file_is_named(tmp_path, change, message):
+    file = tmp_path / "spec.json"
+    file.write_text(json.dumps(json.loads(spec_as_json(ARCHITECTURES[0])) | change), encoding="utf-8")
+    with pytest.raises(InvalidArgumentError, match=f"spec.json: {message}"):
+        spec_from_json(file)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    (
+        ("{", "malformed JSON"),
+        ("[]", "must hold one JSON object .* got list"),
+        ('{"name": "A", "name": "B"}', "gives 'name' twice"),
+        ('{"name": "A"}', "lacks the field 'model_types'; an ArchSpec needs name, model_types, blocks"),
+    ),
+)
+def test_a_file_that_holds_no_spec_is_named(tmp_path, text, message):
+    file = tmp_path / "spec.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InvalidArgumentError, match=f"spec.json.*{message}"):
+        spec_from_json(file)
+
+
+def test_a_spec_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InvalidArgumentError, match=r"cannot read .*none\.json: No such file"):
+        spec_from_json(tmp_path / "none.json")
