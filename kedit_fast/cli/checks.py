@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import KeditError, MethodError
+from kedit_fast.methods.presets import text_config
 from kedit_fast.support import process_group
 from kedit_fast.support.messages import first_line
 
@@ -33,9 +34,10 @@ def make_folder(path: Path) -> None:
 
 def check_range(layers: tuple[int, ...], config: Any) -> None:
     """Raise MethodError when a model has no such layer."""
-    outside = [layer for layer in layers if layer >= config.num_hidden_layers]
+    count = text_config(config).num_hidden_layers
+    outside = [layer for layer in layers if layer >= count]
     if outside:
-        raise MethodError(f"layer {outside[0]} is out of range: the model has layers 0-{config.num_hidden_layers - 1}")
+        raise MethodError(f"layer {outside[0]} is out of range: the model has layers 0-{count - 1}")
 
 
 def checked_device(name: str) -> str:

@@ -25,15 +25,23 @@ GUESS = "guess"
 """What the origin of hyper-parameters begins with where no preset has them."""
 
 
+def text_config(config: Any) -> Any:
+    """The part of a model's configuration that describes its text decoder; of a text-only model the whole of it."""
+    get = getattr(config, "get_text_config", None)
+    return config if get is None else get(decoder=True)
+
+
 def preset_hparams(recipe: Recipe, config: Any) -> tuple[dict[str, Any], str]:
     """Published hyper-parameters for a model, and where they are from. Without a preset, a guess by relative depth.
 
-    A model that has a preset of the method's base alone gets that one, with this method's values for its family.
+    A model that has a preset of the method's base alone gets that one, with this method's values for its family. A
+    multimodal model is one of the family and sizes that its text part has.
     """
+    config = text_config(config)
     table = load_presets(recipe.preset)
     family = _family_of(table["family"], config)
     for entry in table["preset"]:
-        if not all(getattr(config, name, None) == value for name, value in entry["match"].items()):
+        if not _matches(entry["match"], config):
             continue
         values, origin = dict(entry["values"]), f"preset {entry['name']} ({entry['source']}"
         if entry["inherited"]:
@@ -52,7 +60,7 @@ def preset_hparams(recipe: Recipe, config: Any) -> tuple[dict[str, Any], str]:
 
 def guessed_numbers(recipe: Recipe, config: Any) -> dict[str, Any]:
     """What replaces the published numbers that have a scale, for a model without a preset: most are "auto"."""
-    family = _family_of(load_presets(recipe.preset)["family"], config)
+    family = _family_of(load_presets(recipe.preset)["family"], text_config(config))
     return parse_values(family["guess"], family["source"])
 
 
@@ -66,10 +74,16 @@ def published_values(method: str, config: Any) -> dict[str, Any]:
 
     Such numbers have the scale of another model. Comparisons with released code need them, which knows no others.
     """
-    recipe = find_recipe(method)
+    recipe, config = find_recipe(method), text_config(config)
     family = _family_of(load_presets(recipe.preset)["family"], config)
     layers = _by_depth(recipe, family, config.num_hidden_layers)
     return {**parse_values(family["values"], family["source"]), "layers": layers}
+
+
+def _matches(match: Mapping[str, Any], config: Any) -> bool:
+    """Whether a configuration has each value of a preset's `match`; of a list, any."""
+    accepted = {name: value if isinstance(value, list) else [value] for name, value in match.items()}
+    return all(getattr(config, name, None) in values for name, values in accepted.items())
 
 
 def _family_of(families: Sequence[dict[str, Any]], config: Any) -> dict[str, Any]:

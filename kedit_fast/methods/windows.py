@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kedit_fast.methods.presets import preset_hparams
+from kedit_fast.methods.presets import preset_hparams, text_config
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import RECIPES
 
@@ -45,4 +45,5 @@ def statistics_layers(config: Any) -> tuple[int, ...]:
         config: the configuration of the model.
     """
     preset = (preset_hparams(recipe, config)[0] for recipe in RECIPES.values() if recipe.uses_statistics)
-    return tuple(sorted({*tried_layers(config.num_hidden_layers), *(n for values in preset for n in values["layers"])}))
+    tried = tried_layers(text_config(config).num_hidden_layers)
+    return tuple(sorted({*tried, *(n for values in preset for n in values["layers"])}))

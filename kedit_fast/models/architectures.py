@@ -63,6 +63,12 @@ _EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_n
 _OTHER_INPUTS = ("vision_config", "audio_config", "vision_tower", "image_token_id", "audio_token_id")
 
 
+def text_config(config: Any) -> Any:
+    """The part of a model's configuration that is about its text decoder: of a model of text alone, the whole."""
+    get = getattr(config, "get_text_config", None)
+    return config if get is None else get(decoder=True)
+
+
 def find_architecture(config: Any) -> ArchSpec:
     """The ArchSpec for a model configuration.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import UnsupportedModelError
-from kedit_fast.models.architectures import find_architecture
+from kedit_fast.models.architectures import find_architecture, text_config
+from kedit_fast.models.multimodal import is_multimodal, model_class
 from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
 
+_log = logging.getLogger("kedit_fast")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 ADAPTER = "adapter_config.json"  # a folder with it holds a peft adapter
 
@@ -52,7 +55,7 @@ def load_model(
     device_map: Any = None,
     merge_adapter: bool = False,
 ) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer from a folder or a hub name.
+    """A causal language model and its tokenizer from a folder or a hub name; a multimodal one with all its parts.
 
     Args:
         path: a local folder, or the name of a model on the hub.
@@ -65,21 +68,22 @@ def load_model(
             peft.
 
     Raises:
-        UnsupportedModelError: there is no model, it cannot be read, or its architecture is not supported; or there is
-            an adapter, and it may not or cannot be merged.
+        UnsupportedModelError: there is no model, it cannot be read, or its architecture is not supported; or the class
+            that loads it has no place for some weights of a multimodal model; or there is an adapter, and it may not
+            or cannot be merged.
     """
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()
     if merge_adapter and (Path(path) / ADAPTER).exists():
         return _merged(Path(path), dtype, device, device_map)
-    load_config(path)
+    config = load_config(path)
     name = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        model, loading = model_class(config).from_pretrained(
             str(path), trust_remote_code=False, output_loading_info=True, device_map=device_map, **{name: dtype}
-        )  # pyright: ignore[reportGeneralTypeIssues]  with output_loading_info it is a pair
+        )
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # damaged files make the loaders raise errors of many types
         raise UnsupportedModelError(f"cannot load a model from {path}: {first_line(error)}") from error
@@ -87,6 +91,11 @@ def load_model(
         raise UnsupportedModelError(f"{path} has no weights for {missing[0]} ({len(missing)} tensors are missing)")
     if getattr(model, "_hf_peft_config_loaded", False):  # from the hub
         raise _is_an_adapter(path)
+    if extra := sorted(loading["unexpected_keys"]):
+        lost = f"{path} has weights that {type(model).__name__} has no place for: {extra[0]} ({len(extra)} tensors)"
+        if is_multimodal(config):
+            raise UnsupportedModelError(f"{lost}. A saved model would be without them")
+        _log.warning("%s: a saved model will be without them", lost)
     return (model if device_map is not None else model.to(device)).eval(), tokenizer
 
 
@@ -156,14 +165,16 @@ def _is_an_adapter(path: str | os.PathLike) -> UnsupportedModelError:
 @plain_torch()
 def empty_model(config: Any, dtype: Any = "auto") -> torch.nn.Module:
     """A model without memory, on torch's "meta" device: for what follows from shapes alone."""
-    from transformers import AutoModelForCausalLM
-
     if dtype == "auto":
-        dtype = getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+        stated = (
+            getattr(part, name, None) for part in (config, text_config(config)) for name in ("dtype", "torch_dtype")
+        )
+        dtype = next((dtype for dtype in stated if dtype), torch.float32)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
+    kind = model_class(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).to(dtype)
+        return (kind.from_config(config) if hasattr(kind, "from_config") else kind(config)).to(dtype)
 
 
 def _version(text: str) -> tuple[int, int]:

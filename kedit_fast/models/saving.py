@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from kedit_fast.errors import KeditError
 from kedit_fast.models.editable import plain_model
+from kedit_fast.models.multimodal import bare_name, copy_processor_files, is_multimodal
 from kedit_fast.support.files import new_folder, tensor_files
 from kedit_fast.support.matrix_bits import same_bits
 from kedit_fast.support.messages import first_line
@@ -34,7 +35,8 @@ def save_model(
 ) -> None:
     """Write a model and its tokenizer so that from_pretrained loads them; all or nothing.
 
-    Every tensor is read back and compared with the model's, bit for bit, before the folder appears.
+    Every tensor is read back and compared with the model's, bit for bit, before the folder appears. The
+    processor's files of a multimodal model are copied from where it was loaded; a warning says if they are not there.
 
     Args:
         model: what is written, of any dtype.
@@ -54,6 +56,10 @@ def save_model(
             model.save_pretrained(work)
             tokenizer.save_pretrained(work)
             _read_back(model, work)
+            if is_multimodal(model.config) and (problem := copy_processor_files(model, work)):
+                _log.warning(
+                    "the files of the processor are not in %s, so AutoProcessor may not load there: %s", path, problem
+                )
             if write_beside is not None:
                 write_beside(work)
         except (OSError, KeditError):
@@ -106,6 +112,8 @@ def _read_back(model: Any, folder: Path) -> None:
 
     def equals(name_in_file: str, tensor: torch.Tensor) -> bool:
         with safe_open(files[name_in_file], framework="pt") as file:
+            if file.get_slice(name_in_file).get_shape() != list(tensor.shape):
+                return False
             return same_bits(file.get_tensor(name_in_file), tensor)
 
     def fail(name: str, problem: str) -> NoReturn:
@@ -120,13 +128,18 @@ def _read_back(model: Any, folder: Path) -> None:
             fail(name, "is not what the model has")
         written.add((tensors[name].data_ptr(), tensors[name].numel()))
     renamed_names = files.keys() - in_memory.keys()  # transformers renames tensors of some architectures
+    likely: dict[str, list[str]] = {}
+    for other in renamed_names:
+        likely.setdefault(bare_name(other), []).append(other)
     has_renamed = False
-    for name in sorted(tensors.keys() - files.keys()):
+    for name in sorted(tensors.keys() - files.keys(), key=lambda name: (bare_name(name) not in likely, name)):
         tensor = tensors[name]
         if (tensor.data_ptr(), tensor.numel()) in written or _made_on_loading(model, name):
             continue
-        if not any(equals(other, tensor) for other in renamed_names):
+        first = likely.get(bare_name(name), [])
+        if not any(equals(other, tensor) for other in (*first, *sorted(renamed_names.difference(first)))):
             fail(name, "is missing")
+        written.add((tensor.data_ptr(), tensor.numel()))
         has_renamed = True
     if has_renamed:  # whether loading finds them by those names, only transformers knows
         nowhere = {"": "meta"} if importlib.util.find_spec("accelerate") else None

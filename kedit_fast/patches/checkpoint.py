@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kedit_fast.errors import PatchError
+from kedit_fast.models.multimodal import bare_name
 from kedit_fast.patches.patch import Patch, patched
 from kedit_fast.support.files import locked, replacing
 from kedit_fast.support.matrix_bits import sha256
@@ -130,13 +131,19 @@ class Checkpoint:
             )
 
     def stored(self, module: str) -> StoredMatrix:
-        """Where a module's weight is stored. Files of a bare decoder lack the first part of its path.
+        """Where a module's weight is stored. Files of a bare decoder lack the first part of its path, and those of a
+        multimodal model have its parts in other modules than it has in memory.
 
         Raises:
-            PatchError: there is no such matrix, or it is quantized.
+            PatchError: there is no such matrix, or several may be it, or it is quantized.
         """
         name = f"{module}.weight"
         tensor = next((n for n in (name, name.partition(".")[2]) if n in self._files), None)
+        if tensor is None:
+            alike = sorted(n for n in self._files if bare_name(n) == bare_name(name))
+            if len(alike) > 1:
+                raise PatchError(f"{self.folder} has no {name}, and {' and '.join(alike)} may both be it")
+            tensor = next(iter(alike), None)
         if tensor is None:
             others = sorted(n for n in self._files if n.startswith(f"{module}."))
             hint = f" (it has {others[0]}: a quantized layer)" if others else ""
