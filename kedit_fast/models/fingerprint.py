@@ -67,12 +67,14 @@ def difference(stored: dict[str, str], current: dict[str, str]) -> str:
 
 
 def _samples(view: ModelView) -> dict[str, list[float]]:
-    edited = {view.weight_name(layer) for layer in range(view.num_layers)}
+    edited = {view.module_name(layer) for layer in range(view.num_layers)}
     samples = {}
     for name, tensor in view.model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):  # a module's "extra state" may be anything
             continue
-        if name in edited or not tensor.is_floating_point() or tensor.numel() == 0:
+        if any(path in edited for path in _prefixes(name)) and not name.endswith(".bias"):
+            continue  # the weight, or what a quantizer stores of it
+        if not tensor.is_floating_point() or tensor.numel() == 0:
             continue
         tensor = with_values(view, name, tensor)
         count = min(_SAMPLES, tensor.numel())
@@ -83,6 +85,12 @@ def _samples(view: ModelView) -> dict[str, list[float]]:
         values = tensor[tuple(i.to(tensor.device) for i in where)]
         samples[name] = [float(f"{v:.6g}") for v in values.float().tolist()]
     return samples
+
+
+def _prefixes(name: str) -> list[str]:
+    """The paths of the modules that a tensor may belong to: "a.b" and "a" of "a.b.c"."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
 def with_values(view: ModelView, name: str, tensor: torch.Tensor) -> torch.Tensor:

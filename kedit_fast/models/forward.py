@@ -224,7 +224,7 @@ def require_passes(view: ModelView, sites: Sequence[Site]) -> None:
     """
 
     def see(site: Site, states: torch.Tensor) -> None:
-        if site.kind == "key" and states.shape[-1] != (size := view.weight(site.layer).shape[1]):
+        if site.kind == "key" and states.shape[-1] != (size := view.edited_shape(site.layer)[1]):
             raise UnsupportedModelError(f"{name_of(view, site)} takes {states.shape[-1]} inputs, its weight {size}")
 
     with evaluating(view):

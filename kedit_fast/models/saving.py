@@ -17,6 +17,8 @@ from safetensors import safe_open
 from kedit_fast.errors import KeditError
 from kedit_fast.models.editable import plain_model
 from kedit_fast.models.multimodal import bare_name, copy_processor_files, is_multimodal
+from kedit_fast.models.quantized import require_same_modules
+from kedit_fast.models.schemes import scheme_of
 from kedit_fast.support.files import new_folder, tensor_files
 from kedit_fast.support.matrix_bits import same_bits
 from kedit_fast.support.messages import first_line
@@ -74,7 +76,8 @@ def _require_loadable(model: Any) -> None:
     if getattr(model, "_hf_peft_config_loaded", False):
         raise KeditError(f"what is saved would be an adapter, not this {kind}: merge it first (merge_and_unload())")
     if getattr(model, "hf_quantizer", None) is not None:
-        return  # its modules depend on the files
+        require_same_modules(model)
+        return  # the names of its tensors depend on the files
     try:
         with torch.device("meta"):
             fresh = set(type(model)(copy.deepcopy(model.config)).state_dict())
@@ -91,14 +94,20 @@ def _require_loadable(model: Any) -> None:
 
 
 def _stored(model: Any) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, as they are in memory, past hooks on state_dict."""
+    """Parameters, persistent buffers and what quantizers store beside them, by name, past hooks on state_dict."""
     persistent = {
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules(remove_duplicate=False)
         for name in module._buffers.keys() - module._non_persistent_buffers_set
     }
     buffers = {name: t for name, t in model.named_buffers(remove_duplicate=False) if name in persistent}
-    return {**dict(model.named_parameters(remove_duplicate=False)), **buffers}
+    quantized = {
+        f"{path}.{name}": tensor
+        for path, module in model.named_modules(remove_duplicate=False)
+        if (scheme := scheme_of(module))
+        for name, tensor in scheme.companions(module).items()
+    }
+    return {**dict(model.named_parameters(remove_duplicate=False)), **buffers, **quantized}
 
 
 def _read_back(model: Any, folder: Path) -> None:

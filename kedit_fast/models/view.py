@@ -10,6 +10,7 @@ import torch
 from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
 from kedit_fast.models.architectures import ArchSpec, find_architecture
 from kedit_fast.models.editable import is_adapter, plain_model
+from kedit_fast.models.schemes import scheme_of
 from kedit_fast.support.dtypes import FLOATS
 
 T = TypeVar("T")
@@ -30,6 +31,11 @@ def check_weight(name: str, module: torch.nn.Module) -> None:
     weight = getattr(module, "weight", None)
     plain = weight if isinstance(weight, torch.Tensor) and type(weight) in (torch.Tensor, torch.nn.Parameter) else None
     if plain is None or plain.dtype not in FLOATS or plain.ndim != 2:
+        if scheme := scheme_of(module):
+            raise UnsupportedModelError(
+                f"{name} is quantized ({scheme.name}, a {type(module).__name__}): make the edited matrices alone "
+                "16-bit, with --dequantize-edited or kedit_fast.models.quantized.dequantize_edited(model, layers)"
+            )
         kind = f"{type(weight).__name__}, {weight.dtype}" if isinstance(weight, torch.Tensor) else "no weight"
         raise UnsupportedModelError(
             f"{name} is a {type(module).__name__} with a quantized or sharded weight ({kind}): "
@@ -77,7 +83,7 @@ class ModelView:
 
     Raises:
         UnsupportedModelError: it is no causal language model of transformers, its architecture is not supported, or an
-            edited matrix is quantized or sharded; by name.
+            edited matrix is sharded, or quantized by another scheme than those of `models.schemes`; by name.
     """
 
     model: Any
@@ -115,7 +121,8 @@ class ModelView:
                     f"block {layer} is a {type(self.block(layer)).__name__} that does not have the modules of "
                     f"{self.spec.name} ({error}): is it wrapped? Pass the model without wrappers inside"
                 ) from None
-            check_weight(self.weight_name(layer), module)
+            if scheme_of(module) is None:  # else its inputs can be read, and `weight` refuses it
+                check_weight(self.weight_name(layer), module)
         head = self.model.get_output_embeddings()
         if not isinstance(getattr(head, "weight", None), torch.Tensor):
             raise UnsupportedModelError(
@@ -212,9 +219,24 @@ class ModelView:
         """The name of the edited weight in the state dict."""
         return f"{self.module_name(layer)}.weight"
 
+    def edited_shape(self, layer: int) -> tuple[int, int]:
+        """Rows and columns [out, in] of the edited matrix, also where it is quantized."""
+        module = self.edited_module(layer)
+        if scheme_of(module):
+            return module.out_features, module.in_features
+        out, size = self.weight(layer).shape
+        return out, size
+
     def weight(self, layer: int) -> torch.Tensor:
-        """The edited weight as [out, in], a view on the model's memory whatever the stored orientation."""
-        weight = self.edited_module(layer).weight.detach()
+        """The edited weight as [out, in], a view on the model's memory whatever the stored orientation.
+
+        Raises:
+            UnsupportedModelError: it is quantized.
+        """
+        module = self.edited_module(layer)
+        if scheme_of(module):
+            check_weight(self.weight_name(layer), module)
+        weight = module.weight.detach()
         return weight.T if self.spec.transposed else weight
 
     def linear(self, path: str) -> tuple[Any, torch.Tensor]:

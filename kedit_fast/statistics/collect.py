@@ -216,7 +216,7 @@ class Job:
         """Empty sums of a group's layers."""
         sums = {}
         for layer in group.layers:
-            device, size = self.view.row_device(layer), self.view.weight(layer).shape[1]
+            device, size = self.view.row_device(layer), self.view.edited_shape(layer)[1]
             master = torch.device("cpu") if group.on_cpu else device
             sums[layer] = SecondMomentAccumulator(self.view.module_name(layer), size, device, master)
         return sums

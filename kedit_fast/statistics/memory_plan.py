@@ -68,7 +68,7 @@ def needs(view: ModelView, groups: Sequence[Group]) -> Needs:
 
 def sum_bytes(view: ModelView, layer: int) -> int:
     """Bytes of the fp64 sum of a layer, and of its file."""
-    return 8 * view.weight(layer).shape[1] ** 2
+    return 8 * view.edited_shape(layer)[1] ** 2
 
 
 def check_masters(masters: str) -> None:
@@ -125,7 +125,7 @@ def plan_groups(
 def _room(view: ModelView, device: torch.device, batch_tokens: int, layer: int, budget: int | None) -> int:
     if budget is not None:
         return budget
-    out, d = view.weight(layer).shape
+    out, d = view.edited_shape(layer)
     batch = batch_tokens * STATES * (d + out) * computing_dtype(view.base).itemsize  # bytes
     share = SHARE
     if device.type == "cpu":

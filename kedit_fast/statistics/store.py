@@ -155,7 +155,7 @@ def load_statistics(
             )
         if file.model and (changed := difference(file.model, current)):
             raise StatisticsError(f"{file.path} holds statistics of another model: different {changed}")
-        size, moment = view.weight(layer).shape[1], file.second.moment
+        size, moment = view.edited_shape(layer)[1], file.second.moment
         if tuple(moment.shape) != (size, size):
             raise StatisticsError(
                 f"{file.path}: second_moment is {list(moment.shape)}, the layer takes [{size}, {size}]"

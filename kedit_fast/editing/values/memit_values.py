@@ -43,7 +43,7 @@ class MemitCache:
             raise EditError(f"memit's value files are named by case id, and several requests have the id {twice[0]!r}")
         self._sites = run.sites
         self._layer, self._clamp = run.layer, run.hparams.clamp_norm_factor
-        self._size = run.view.weight(run.layer).shape[0]
+        self._size = run.view.edited_shape(run.layer)[0]
 
     def load(self, request: PreparedRequest) -> Values | None:
         """The value of a request, or None. The files hold no delta: `all_deltas` is NaN."""
