@@ -12,7 +12,6 @@ from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, stubs
 from kedit_fast.models.patching import replaced_forwards
 from kedit_fast.models.tail_runner import at_slots, keys_values
 from kedit_fast.models.view import ModelView
-from kedit_fast.ops import distribution_kl, target_log_probs
 from kedit_fast.requests.prompts import PreparedRequest
 
 SAVINGS = ("batching", "depth", "cached prefix", "target rows")
@@ -73,7 +72,7 @@ class _Group:
         if "depth" in with_:
             self._enter()
         with torch.no_grad():
-            hidden, logits = self._forward(torch.zeros(len(rows), view.head.shape[1], device=device))
+            hidden, logits = self._forward(torch.zeros(len(rows), view.head.matrix.shape[1], device=device))
             at = self.lookup[self.kl]
             self.reference = hidden[self.kl, at]
             self.reference_logs = None if logits is None else torch.log_softmax(logits[self.kl, at].float(), -1)
@@ -134,14 +133,14 @@ class _Group:
     def gradients(self) -> torch.Tensor:
         """dL/d(delta) of each request [v, h] at delta = 0."""
         view = self.view
-        delta = torch.zeros(self.count, view.head.shape[1], device=view.head.device, requires_grad=True)
+        delta = torch.zeros(self.count, view.head.matrix.shape[1], device=view.head.device, requires_grad=True)
         with torch.enable_grad():
             hidden, logits = self._forward(delta[self.owner])
             at = self.lookup[self.kl]
             if logits is None:
                 states = hidden[self.row, self.token]
-                scores = target_log_probs(states, view.head, self.target, view.head_bias, view.softcap).log_prob
-                kl = distribution_kl(hidden[self.kl, at], self.reference, view.head, view.head_bias, view.softcap)
+                scores = view.head.target_log_probs(states, self.target).log_prob
+                kl = view.head.distribution_kl(hidden[self.kl, at], self.reference)
             else:  # as published: the head once for the divergence and once more for the targets
                 again = view.model.get_output_embeddings()(hidden)
                 scores = torch.log_softmax(again.float(), -1)[self.row, self.token, self.target]

@@ -19,7 +19,7 @@ from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.values.memit_values import MemitCache
 from kedit_fast.errors import EditError, KeditError, RequestError
 from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
-from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
+from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
 from kedit_fast.models.saving import save_model
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.problems import OnError, first_problems, require_no_problems, skipped_records
@@ -311,7 +311,7 @@ def complete(
     begin = len(ids)
     with evaluating(view), torch.no_grad():
         for _ in range(tokens):
-            states = last_hidden(view, pad([ids], view.device))[:, -1]
-            ids.append(int(view.logits(states).argmax()))
+            states = last_states(view, pad([ids], view.device))[:, -1]
+            ids.append(int(view.head.logits(states).argmax()))
     text = tokenizer.decode(ids[begin:], skip_special_tokens=True).strip()
     return text.split(".")[0].strip()

@@ -11,10 +11,9 @@ import torch
 
 from kedit_fast.editing.values.result import OnProblem
 from kedit_fast.errors import EditError, InvalidArgumentError
-from kedit_fast.models.forward import evaluating, last_hidden, pad
+from kedit_fast.models.forward import evaluating, last_states, pad
 from kedit_fast.models.patching import output_hooks
 from kedit_fast.models.view import ModelView
-from kedit_fast.ops import target_log_probs
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.sums import add_by_owner_
 from kedit_fast.support.torch_state import plain_torch
@@ -163,11 +162,11 @@ def _one_pass(
             yield
 
     with torch.enable_grad(), recording():
-        hidden = last_hidden(view, batch)
+        hidden = last_states(view, batch)
         row, token = at_answers.to(hidden.device)
         states = hidden[row, token].to(view.head.device)
         targets = torch.tensor([t for request in prepared for t in request.target], device=view.head.device)
-        log_probs = target_log_probs(states, view.head, targets, view.head_bias, view.softcap).log_prob
+        log_probs = view.head.target_log_probs(states, targets).log_prob
         weights = torch.tensor(
             [1 / len(request.target) for request in prepared], dtype=torch.float32, device=log_probs.device
         )

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kedit_fast.methods.recipe import KeyWeights
-from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, evaluating, pad
+from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, evaluating, pad, starts_midway
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest, Prompt
 from kedit_fast.support.free_memory import free_bytes
@@ -177,8 +177,9 @@ class KeyPass:
         """Keys [R, d] of a chunk, and for bare prompts the outputs [R, h] of the site."""
         key = Site(layer, "key")
         sites = [key, self.site] if chunk.bare else [key]
+        carried = layer if self.view.once(starts_midway) else 0
         captured, entering = capture(
-            self.view, chunk.batch, sites, chunk.positions, entering=self._entering(chunk), capture_entering=layer
+            self.view, chunk.batch, sites, chunk.positions, entering=self._entering(chunk), capture_entering=carried
         )
         self._store(chunk, entering)
         return captured[key], captured[self.site] if chunk.bare else None

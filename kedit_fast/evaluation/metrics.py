@@ -10,9 +10,8 @@ import torch
 
 from kedit_fast.errors import RequestError
 from kedit_fast.models.architectures import ArchSpec
-from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
+from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
 from kedit_fast.models.view import ModelView
-from kedit_fast.ops import target_log_probs
 from kedit_fast.requests.problems import require_no_problems
 from kedit_fast.requests.prompts import PromptFormat, continuation, requested_separator
 from kedit_fast.requests.reading import as_requests
@@ -175,11 +174,11 @@ def mean_nll(
         while rows:
             size = max(1, BATCH_TOKENS // len(rows[0]))
             chunk, rows = rows[:size], rows[size:]
-            hidden = last_hidden(view, pad(chunk, view.device))
+            hidden = last_states(view, pad(chunk, view.device))
             index = torch.tensor([(r, t) for r, row in enumerate(chunk) for t in range(len(row) - 1)])
             targets = torch.tensor([token for row in chunk for token in row[1:]], device=view.head.device)
             states = hidden[index[:, 0].to(hidden.device), index[:, 1].to(hidden.device)].to(view.head.device)
-            scored = target_log_probs(states, view.head, targets, view.head_bias, view.softcap)
+            scored = view.head.target_log_probs(states, targets)
             total -= float(scored.log_prob.double().sum())
             count += targets.numel()
     return total / count
@@ -275,12 +274,12 @@ def _rows(
 
 
 def _score_batch(view: ModelView, rows: Sequence[tuple[list[int], tuple[int, ...]]]) -> list[Continuation]:
-    hidden = last_hidden(view, pad([(*ids, *target[:-1]) for ids, target in rows], view.device))
+    hidden = last_states(view, pad([(*ids, *target[:-1]) for ids, target in rows], view.device))
     where = [(r, len(ids) - 1 + t) for r, (ids, target) in enumerate(rows) for t in range(len(target))]
     index = torch.tensor(where, device=hidden.device)
     targets = torch.tensor([token for _, target in rows for token in target], device=view.head.device)
     states = hidden[index[:, 0], index[:, 1]].to(view.head.device)
-    scored = target_log_probs(states, view.head, targets, view.head_bias, view.softcap, return_top1=True)
+    scored = view.head.target_log_probs(states, targets, return_top1=True)
     assert scored.top1 is not None
     lengths = [len(target) for _, target in rows]
     log_probs = scored.log_prob.cpu().split(lengths)

@@ -130,10 +130,8 @@ def _one_batch(
 
     hooks = [(view.linear(name)[0], hook_for(name)) for name in modules]
     with output_hooks(hooks), torch.enable_grad():
-        hidden = view.base(input_ids=ids.to(view.device), attention_mask=mask.to(view.device), use_cache=False)[0]
-        logits = view.logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
-        if view.softcap:
-            logits = view.softcap * torch.tanh(logits / view.softcap)
+        states = view.entry(input_ids=ids.to(view.device), attention_mask=mask.to(view.device), use_cache=False)[0]
+        logits = view.head.logits(states.flatten(0, 1)).unflatten(0, states.shape[:2])
         if shift:
             logits = logits[:, :-1]
             width = min(logits.shape[1], labels.shape[1])

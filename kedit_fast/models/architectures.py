@@ -1,6 +1,7 @@
-"""What editing must know about an architecture, as data; and the refusal of architectures that are not known.
+"""What editing must know about an architecture, as data; and the refusal of models that are no plain decoders.
 
-To add an architecture, add one ArchSpec to ARCHITECTURES.
+An architecture that is not listed is read from the model's own modules (`models.introspection`). One that this does not
+read right needs one ArchSpec in ARCHITECTURES.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ class ArchSpec:
     blocks: str
     """Path of the list of decoder blocks."""
     attention: str
-    """Path of the attention inside a block."""
+    """Path of the attention inside a block; "" where not every block has one."""
     mlp: str
-    """Path of the MLP inside a block: a function of each position, whose output is added to the residual stream."""
+    """Path of the MLP inside a block: a function of each position, whose output is added to the residual stream. It may
+    be the edited layer itself, where no module of its own computes the MLP (OPT)."""
     edit: str
     """Path, inside a block, of the linear layer whose weight is edited."""
     transposed: bool
     """Whether that weight is stored [in, out] (transformers' Conv1D)."""
-    norm: str
-    """Path of the norm before the head."""
+    norm: str = ""
+    """Path of the norm before the head; "" where there is none."""
     post_norm: bool = False
-    """Whether a norm stands between the MLP and the residual sum: values are then optimized before it, at the MLP."""
+    """Whether a norm or a multiplier stands between the MLP and the residual sum: values are then optimized before it,
+    at the MLP."""
 
 
 def _llama_like(name: str, *model_types: str, post_norm: bool = False) -> ArchSpec:
@@ -60,7 +63,6 @@ ARCHITECTURES = (
 )  # fmt: skip
 
 _EXPERT_FIELDS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_OTHER_INPUTS = ("vision_config", "audio_config", "vision_tower", "image_token_id", "audio_token_id")
 
 
 def text_config(config: Any) -> Any:
@@ -69,33 +71,28 @@ def text_config(config: Any) -> Any:
     return config if get is None else get(decoder=True)
 
 
-def find_architecture(config: Any) -> ArchSpec:
-    """The ArchSpec for a model configuration.
+def known_architecture(config: Any) -> ArchSpec | None:
+    """The ArchSpec in ARCHITECTURES for a model configuration, or None."""
+    kind = getattr(config, "model_type", None)
+    return next((spec for spec in ARCHITECTURES if kind in spec.model_types), None)
 
-    Raises:
-        UnsupportedModelError: mixture-of-experts, multimodal, encoder-decoder and unknown models, each by name.
-    """
-    kind = getattr(config, "model_type", None) or type(config).__name__
-    experts = [field for field in _EXPERT_FIELDS if (getattr(config, field, None) or 0) > 1]
-    if experts or "moe" in kind:
-        raise UnsupportedModelError(
-            f"{kind!r} is a mixture-of-experts model{f' ({experts[0]} > 1)' if experts else ''}: a fact is not stored "
-            "in one matrix there, so closed-form editing does not apply. Use a dense model."
-        )
-    if any(getattr(config, field, None) is not None for field in _OTHER_INPUTS):
-        raise UnsupportedModelError(
-            f"{kind!r} is a multimodal model: edit its text model alone, loaded as a causal language model."
-        )
-    if getattr(config, "is_encoder_decoder", False):
+
+def names_experts(config: Any) -> bool:
+    """Whether a configuration has more than one expert; not all such models have any (`find_spec` sees the modules)."""
+    text = text_config(config)
+    return any((getattr(text, field, None) or 0) > 1 for field in _EXPERT_FIELDS)
+
+
+def require_decoder(config: Any) -> None:
+    """Raise UnsupportedModelError, by name, for the configuration of an encoder-decoder, or one without layers."""
+    text = text_config(config)
+    kind = getattr(text, "model_type", None) or type(text).__name__
+    if getattr(config, "is_encoder_decoder", False) or getattr(text, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{kind!r} is an encoder-decoder model: closed-form editing needs a decoder.")
-    for spec in ARCHITECTURES:
-        if kind in spec.model_types:
-            return spec
-    known = ", ".join(sorted(t for spec in ARCHITECTURES for t in spec.model_types))
-    raise UnsupportedModelError(
-        f"unknown architecture {kind!r}: known are {known}. "
-        "To add it, pass an ArchSpec (kedit_fast.models.architectures.ArchSpec) with its module names."
-    )
+    if not (getattr(text, "num_hidden_layers", None) or getattr(text, "n_layer", None)):
+        raise UnsupportedModelError(
+            f"the configuration of {kind!r} has no num_hidden_layers: it is of no decoder of transformers"
+        )
 
 
 _JSON_KINDS = {"str": "a text", "bool": "true or false", "tuple[str, ...]": "a list of texts"}

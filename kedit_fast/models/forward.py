@@ -6,6 +6,7 @@ Batches are padded on the right by this module, whatever the tokenizer's own sid
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import torch
 
 from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models import fused
+from kedit_fast.models.head import error_limit, relative_error, sample_rows
 from kedit_fast.models.patching import (
     Forward,
     evaluation_mode,
@@ -24,8 +26,10 @@ from kedit_fast.models.patching import (
 )
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import Widening, computing
+from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
 
+_log = logging.getLogger("kedit_fast")
 SiteKind = Literal["key", "attention", "mlp", "block"]
 
 
@@ -85,6 +89,13 @@ def hidden_of(output: Any) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def as_rows(states: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """States [R, T, size]; some modules take the tokens of all rows as [R * T, size]. Others stay as they are."""
+    if states.ndim == 2 and states.shape[0] == shape[0] * shape[1]:
+        return states.unflatten(0, tuple(shape))
+    return states
+
+
 def with_hidden(output: Any, hidden: torch.Tensor) -> Any:
     """A block's output with other hidden states."""
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
@@ -101,21 +112,6 @@ def module_at(view: ModelView, site: Site) -> torch.nn.Module:
     return {"attention": view.attention, "mlp": view.mlp, "block": view.block}[site.kind](site.layer)
 
 
-def stubs(
-    view: ModelView, count: int, states: torch.Tensor | None, as_tuple: bool
-) -> dict[torch.nn.Module, Callable[..., Any]]:
-    """Forward functions for the first `count` blocks that compute nothing; the last of them returns `states`."""
-
-    def stub(result: torch.Tensor | None) -> Callable[..., Any]:
-        def forward(hidden_states, *args, **kwargs):
-            out = hidden_states if result is None else result
-            return (out, None) if as_tuple else out
-
-        return forward
-
-    return {view.block(layer): stub(states if layer == count - 1 else None) for layer in range(count)}
-
-
 @dataclass(frozen=True)
 class Entering:
     """The hidden states that enter a block."""
@@ -125,6 +121,20 @@ class Entering:
     """[R, T, h] of all positions."""
     as_tuple: bool
     """Whether blocks of this version of transformers return their states in a tuple."""
+
+
+def stubs(view: ModelView, entering: Entering) -> dict[torch.nn.Module, Callable[..., Any]]:
+    """Forward functions for the blocks below a layer that compute nothing; the last one returns the states."""
+
+    def stub(result: torch.Tensor | None) -> Callable[..., Any]:
+        def forward(hidden_states, *args, **kwargs):
+            out = hidden_states if result is None else result
+            return (out, None) if entering.as_tuple else out
+
+        return forward
+
+    last = entering.layer - 1
+    return {view.block(layer): stub(entering.states if layer == last else None) for layer in range(entering.layer)}
 
 
 @torch.no_grad()
@@ -169,7 +179,7 @@ def capture(
         if capture_entering:
             stack.enter_context(output_hooks([(view.block(capture_entering - 1), capture_states)]))
         if entering is not None:
-            stack.enter_context(replaced_forwards(stubs(view, entering.layer, entering.states, entering.as_tuple)))
+            stack.enter_context(replaced_forwards(stubs(view, entering)))
         visit(view, batch, sites, capture_site)
     if capture_entering and not entered:
         raise did_not_run(view, Site(capture_entering - 1, "block"))
@@ -190,6 +200,8 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
     missing = set(sites)
 
     def pass_on(site: Site, states: Any) -> None:
+        if isinstance(states, torch.Tensor):
+            states = as_rows(states, batch.input_ids.shape)
         if not isinstance(states, torch.Tensor) or states.shape[:2] != batch.input_ids.shape:
             shape = list(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
             raise UnsupportedModelError(
@@ -210,7 +222,7 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
     on_inputs = [(module_at(view, site), see_input(site)) for site in missing if site.kind == "key"]
     on_outputs = [(module_at(view, site), see_output(site)) for site in missing if site.kind != "key"]
     with input_hooks(on_inputs), output_hooks(on_outputs), contextlib.suppress(_AllSeen):
-        _run_base(view, batch)
+        last_states(view, batch)
     if missing:
         raise did_not_run(view, min(missing, key=lambda site: (site.layer, site.kind)))
 
@@ -248,21 +260,51 @@ def did_not_run(view: ModelView, site: Site) -> UnsupportedModelError:
 
 
 @plain_torch()
-def last_hidden(view: ModelView, batch: TokenBatch) -> torch.Tensor:
-    """The states [R, T, h] after all blocks and the final norm, which the head takes."""
-    return _run_base(view, batch).last_hidden_state
+def last_states(view: ModelView, batch: TokenBatch) -> torch.Tensor:
+    """What the head takes: the states [R, T, h] after all blocks and the final norm.
 
-
-def _run_base(view: ModelView, batch: TokenBatch):
+    Where the model runs whole (`Head.matrix` is None), its logits [R, T, V]; `view.head` takes either.
+    """
     faster = view.once(fused_forwards) if fused.can_run() else {}
+    given = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids, "use_cache": False}
+    runs_whole = view.head.matrix is None
+    if runs_whole:
+        del given["position_ids"]  # the model counts them itself, by its own rule
+    else:
+        given = {name: value for name, value in given.items() if name in view.base_takes}
     # The caller may have replaced some modules' forward functions itself: those stay.
     with replaced_forwards({module: f for module, f in faster.items() if not has_replaced_forward(module)}):
-        return view.base(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
+        output = view.entry(input_ids=batch.input_ids, **given)
+    return output.logits if runs_whole else output.last_hidden_state
+
+
+def starts_midway(view: ModelView) -> bool:
+    """Whether blocks need nothing from those below them but the hidden states, tried with a few tokens.
+
+    Not so in models whose blocks share keys, states or the embeddings.
+    """
+    last = view.num_layers - 1
+    if last == 0:
+        return True
+    batch = pad(sample_rows(view.model.config, view.vocabulary), view.device)
+    site = Site(last, "block")
+    with evaluating(view):
+        try:
+            whole, entering = capture(view, batch, [site], capture_entering=1)
+            part, _ = capture(view, batch, [site], entering=entering)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # it may be any code
+            _log.info("the blocks of %s do not start midway: %s", view.spec.name, first_line(error))
+            return False
+    assert batch.attention_mask is not None
+    valid = batch.attention_mask.bool()
+    states = whole[site][valid.to(whole[site].device)]
+    error = relative_error(part[site][valid.to(states.device)], states)
+    if not error <= error_limit(states.dtype):
+        _log.info("the blocks of %s do not start midway: states differ by %.1g", view.spec.name, error)
+        return False
+    return True
 
 
 def fused_forwards(view: ModelView) -> dict[torch.nn.Module, Forward]:
@@ -273,5 +315,5 @@ def fused_forwards(view: ModelView) -> dict[torch.nn.Module, Forward]:
 @contextlib.contextmanager
 def evaluating(view: ModelView) -> Iterator[Widening | None]:
     """Inside the block: evaluation mode, no gradients of parameters, and passes in their `computing_dtype`."""
-    with evaluation_mode(view.model), computing(view.base) as widening:
+    with evaluation_mode(view.model), computing(view.entry) as widening:
         yield widening

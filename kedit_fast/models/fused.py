@@ -107,10 +107,10 @@ def _run(module: torch.nn.Module, stand_in: Any, x: torch.Tensor) -> torch.Tenso
 
 
 def _norm(module: Any, plus_one: bool, round_first: bool) -> Forward:
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(hidden_states: torch.Tensor, *gate: Any, **gates: Any) -> torch.Tensor:
         weight = module.weight
-        if hidden_states.dtype != weight.dtype or not _takes(hidden_states):
-            return _class_forward(module)(hidden_states)
+        if gate or gates or hidden_states.dtype != weight.dtype or not _takes(hidden_states):
+            return _class_forward(module)(hidden_states, *gate, **gates)  # Mamba 2's norm may get a gate as well
         return rms_norm(hidden_states, _norm_weight(weight, plus_one), _eps(module), round_first=round_first)
 
     return forward

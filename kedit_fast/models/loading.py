@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import UnsupportedModelError
-from kedit_fast.models.architectures import find_architecture, text_config
+from kedit_fast.models.architectures import names_experts, require_decoder, text_config
+from kedit_fast.models.introspection import find_spec
 from kedit_fast.models.multimodal import is_multimodal, model_class
 from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
@@ -43,7 +44,9 @@ def load_config(path: str | os.PathLike, merge_adapter: bool = False) -> Any:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"cannot load a model from {path}: {first_line(error)}") from error
-    find_architecture(config)
+    require_decoder(config)
+    if names_experts(config):  # refused before weights are loaded, if the modules are experts
+        find_spec(empty_model(config))
     return config
 
 

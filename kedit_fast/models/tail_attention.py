@@ -27,6 +27,7 @@ def usable(view: ModelView) -> bool:
     return (
         takes_attention_functions(view.base, view.config)
         and not getattr(view.config, "use_bidirectional_attention", False)
+        and bool(view.spec.attention)
         and all(hasattr(view.attention(layer), "scaling") for layer in range(view.num_layers))
     )
 
@@ -72,6 +73,11 @@ class Layout:
         self.is_key = torch.cat([slots >= 0, inside], 1)
         self.queries_at = positions
         self._bias: dict[int | None, torch.Tensor] = {}
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The sliding windows that attention was called with; None for calls without one."""
+        return set(self._bias)
 
     def bias(self, window: int | None) -> torch.Tensor:
         """[R, 1, S, P + S] added to scores: 0, or the lowest fp32 number where a query does not attend to a key.

@@ -23,12 +23,12 @@ from transformers import DynamicCache
 
 from kedit_fast.models import tail_attention
 from kedit_fast.models.forward import (
+    Entering,
     Site,
     TokenBatch,
     did_not_run,
     hidden_of,
     module_at,
-    pad,
     stubs,
     with_hidden,
 )
@@ -43,7 +43,8 @@ PACK_BELOW = 0.9  # an MLP runs on picked tokens when they are fewer than this s
 class TailRunner:
     """R prompts with the states that do not change, ready to run their tails of at most S tokens again and again.
 
-    `record_tails` makes one. The model must stay in evaluation mode, with the same weights, as long as it is used.
+    `record_tails` makes one, for models whose tails can run (`prompt_runner.pass_kind`). The model must stay in
+    evaluation mode, with the same weights, as long as it is used.
     """
 
     view: ModelView
@@ -206,7 +207,7 @@ class TailRunner:
             states = states.flatten(0, 1)[self.tokens.to(states.device)][None]
         if self.sites[0].kind == "block":
             states = _added(states, delta[:, 0], first)
-        return stubs(self.view, self.first_live, states, self.returns_tuple)
+        return stubs(self.view, Entering(self.first_live, states, self.returns_tuple))
 
     def _hooks(self, delta: torch.Tensor, first: torch.Tensor) -> contextlib.AbstractContextManager:
         """The deltas of sites inside a block, added to their modules' outputs."""
@@ -218,35 +219,26 @@ class TailRunner:
         return output_hooks([(module_at(self.view, site), add(i)) for i, site in sites if site.kind != "block"])
 
 
-class RecordedTails(NamedTuple):
-    """What one full pass over R prompts gives."""
-
-    runner: TailRunner
-    """Ready to run their tails."""
-    site_outputs: torch.Tensor
-    """[R, sites, h] the sites' outputs at the lookup tokens, without deltas."""
-    reference: torch.Tensor
-    """[references, h] last hidden states of the reference rows at the lookup token, without deltas."""
-
-
 @plain_torch()
 @torch.no_grad()
 def record_tails(
     view: ModelView,
-    rows: Sequence[Sequence[int]],
+    batch: TokenBatch,
     lookups: Sequence[int],
     sites: Sequence[Site],
-    references: Sequence[int] = (),
-) -> RecordedTails:
-    """Run R prompts once and record the states that deltas at their lookup tokens do not change.
+    references: Sequence[int],
+    packs_rows: bool,
+) -> tuple[TailRunner, torch.Tensor, torch.Tensor]:
+    """A runner of R prompts; the sites' outputs [R, sites, h] at their lookup tokens; last hidden states of references.
 
     Args:
         view: the model, in evaluation mode.
-        rows: token ids of each prompt.
+        batch: R prompts.
         lookups: index of the lookup token in each; the tail starts there.
         sites: of one layer, where deltas will be added at the lookup token: the output of the block, or of its MLP,
             or of its attention and its MLP.
         references: rows whose last hidden state at the lookup token is returned.
+        packs_rows: whether the tail tokens of all rows are to run as one row, under `tail_attention`.
 
     Raises:
         UnsupportedModelError: a site, or the block below the first live one, did not run.
@@ -254,7 +246,6 @@ def record_tails(
     Cost: one forward pass, without the head.
     """
     sites = tuple(sites)
-    batch = pad(rows, view.device)
     assert batch.attention_mask is not None
     lookup = torch.tensor(list(lookups), device=view.device)
     lengths = batch.attention_mask.sum(1)
@@ -266,7 +257,6 @@ def record_tails(
     slots = torch.arange(prefix, device=view.device) - (prefix - lookup)[:, None]  # [R, P] positions
     rows_of_references = torch.tensor(list(references), dtype=torch.int64, device=view.device)
     full_pass = _full_pass(view, batch, sites, lookup, places, rows_of_references)
-    packs_rows = tail_attention.usable(view)
     caches = {}
     for layer in range(_first_live(sites), view.num_layers):
         keys, values = (at_slots(part, slots.clamp(min=0)) for part in keys_values(full_pass.cache, layer))
@@ -285,7 +275,7 @@ def record_tails(
         entering=full_pass.entering,
         caches=caches,
     )
-    return RecordedTails(runner, full_pass.site_outputs, full_pass.reference)
+    return runner, full_pass.site_outputs, full_pass.reference
 
 
 class _FullPass(NamedTuple):
@@ -424,7 +414,8 @@ def _packed_mlps(view: ModelView, picks: dict[int, torch.Tensor]) -> dict[torch.
 
         return run
 
-    return {view.mlp(layer): packed(view.mlp(layer).forward, index) for layer, index in picks.items()}
+    mlps = {layer: view.mlp(layer) for layer in picks if layer in view.editable}
+    return {mlp: packed(mlp.forward, picks[layer]) for layer, mlp in mlps.items()}
 
 
 def at_slots(part: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
-from kedit_fast.models.architectures import ArchSpec, find_architecture
+from kedit_fast.models.architectures import ARCHITECTURES, ArchSpec, text_config
 from kedit_fast.models.editable import is_adapter, plain_model
+from kedit_fast.models.head import Head, checked_head, head_as_configured
+from kedit_fast.models.introspection import find_spec
 from kedit_fast.models.schemes import scheme_of
 from kedit_fast.support.dtypes import FLOATS
+from kedit_fast.support.messages import comma_list
 
 T = TypeVar("T")
 
@@ -79,74 +84,95 @@ def linear_weight(model: torch.nn.Module, path: str) -> tuple[torch.Tensor, bool
 class ModelView:
     """A causal language model seen through its ArchSpec: its blocks, edited matrices and head by what they are.
 
-    Nothing in the model is changed.
+    Nothing in the model is changed. What the configuration says of the head is checked by a few short passes when the
+    head is first asked for; see `models.head`.
+
+    Args:
+        model: a causal language model of transformers; of a multimodal one, its text decoder is seen.
+        spec: its module names; None for those that ARCHITECTURES lists, or else that `find_spec` reads from the model.
 
     Raises:
-        UnsupportedModelError: it is no causal language model of transformers, its architecture is not supported, or an
-            edited matrix is sharded, or quantized by another scheme than those of `models.schemes`; by name.
+        UnsupportedModelError: it is no causal language model of transformers, it does not have the modules of the spec,
+            or an edited matrix is sharded, or quantized by another scheme than those of `models.schemes`; by name.
     """
 
     model: Any
     """The model itself, without wrappers of torch.compile."""
     config: Any
+    """Its configuration; of a multimodal model, that of the text decoder."""
     spec: ArchSpec
     blocks: torch.nn.ModuleList
     base: torch.nn.Module
     """The decoder without its head."""
-    norm: torch.nn.Module
-    """The norm before the head."""
-    head_bias: torch.Tensor | None
-    """[V] of the head."""
-    softcap: float
-    """Logits z are replaced by softcap * tanh(z / softcap); 0 for none."""
+    editable: tuple[int, ...]
+    """The layers whose block has the edited module: all, but in models with blocks of several kinds."""
 
     def __init__(self, model: Any, spec: ArchSpec | None = None):
         self.model = model = plain_model(model)
-        self.config = self.model.config
-        self.spec = spec or find_architecture(self.config)
-        try:
-            self.blocks = cast(torch.nn.ModuleList, model.get_submodule(self.spec.blocks))
-            self.base = model.get_submodule(self.spec.blocks.rpartition(".")[0])
-            self.norm = model.get_submodule(self.spec.norm)
-        except AttributeError as error:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} does not have the modules of {self.spec.name} ({error}): "
-                "load it with AutoModelForCausalLM"
-            ) from None
-        for layer in range(len(self.blocks)):
-            try:
-                _, _, module = self.attention(layer), self.mlp(layer), self.edited_module(layer)
-            except AttributeError as error:
-                raise UnsupportedModelError(
-                    f"block {layer} is a {type(self.block(layer)).__name__} that does not have the modules of "
-                    f"{self.spec.name} ({error}): is it wrapped? Pass the model without wrappers inside"
-                ) from None
-            if scheme_of(module) is None:  # else its inputs can be read, and `weight` refuses it
-                check_weight(self.weight_name(layer), module)
+        self.config = text_config(self.model.config)
         head = self.model.get_output_embeddings()
         if not isinstance(getattr(head, "weight", None), torch.Tensor):
             raise UnsupportedModelError(
                 f"{type(model).__name__} has no head that gives logits of tokens: load it with AutoModelForCausalLM"
             )
-        self._head_module, self._head = head, head.weight.detach()  # [V, h]
-        self.head_bias = None if getattr(head, "bias", None) is None else head.bias.detach()
+        self.spec = spec or find_spec(model)
+        try:
+            self.blocks = cast(torch.nn.ModuleList, model.get_submodule(self.spec.blocks))
+            self.base = model.get_submodule(self.spec.blocks.rpartition(".")[0])
+            if self.spec.norm:
+                model.get_submodule(self.spec.norm)
+        except AttributeError as error:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not have the modules of {self.spec.name} ({error}): "
+                "load it with AutoModelForCausalLM"
+            ) from None
+        problems = {layer: problem for layer in range(len(self.blocks)) if (problem := self._problem(layer))}
+        if problems and (self.spec in ARCHITECTURES or len(problems) == len(self.blocks)):
+            raise UnsupportedModelError(next(iter(problems.values())))
+        self._not_editable = problems
+        self.editable = tuple(layer for layer in range(len(self.blocks)) if layer not in problems)
+        for layer in self.editable:
+            if scheme_of(self.edited_module(layer)) is None:  # else its inputs can be read, and `weight` refuses it
+                check_weight(self.weight_name(layer), self.edited_module(layer))
         self._computed: dict[Callable[[ModelView], Any], Any] = {}
-        self.softcap = float(getattr(self.config, "final_logit_softcapping", None) or 0.0)
 
-    @property
-    def head(self) -> torch.Tensor:
-        """The head's matrix [V, h].
+    def _problem(self, layer: int) -> str:
+        """Why a layer cannot be edited; "" if it can."""
+        try:
+            _, _, _ = self.attention(layer), self.mlp(layer), self.edited_module(layer)
+        except AttributeError as error:
+            return (
+                f"block {layer} is a {type(self.block(layer)).__name__} that does not have the modules of "
+                f"{self.spec.name} ({error}): is it wrapped? Pass the model without wrappers inside"
+            )
+        return ""
+
+    @cached_property
+    def head(self) -> Head:
+        """From the last states of passes to logits, checked against the model's own.
 
         Raises:
-            UnsupportedModelError: it is offloaded, quantized or sharded.
+            UnsupportedModelError: the head is offloaded, or the model is no causal language model.
         """
-        check_weight("the model's head", self._head_module)
-        if self._head.device.type == "meta":
+        weight = self.model.get_output_embeddings().weight
+        if self.device.type == "meta":
+            return head_as_configured(self.model)
+        if weight.device.type == "meta":
             raise UnsupportedModelError(
                 "the model's head has no values on a device: it is offloaded, or the model is not loaded. Load the "
                 "model with its head on a device (without device_map, or with more max_memory)"
             )
-        return self._head
+        return checked_head(self.model, self.base, self.base_takes, self.vocabulary, self.device)
+
+    @property
+    def entry(self) -> Any:
+        """The module that passes run: the decoder, or the whole model where its logits are taken as they are."""
+        return self.model if self.head.matrix is None else self.base
+
+    @cached_property
+    def base_takes(self) -> frozenset[str]:
+        """Names of the arguments of the decoder's forward function."""
+        return frozenset(inspect.signature(type(self.base).forward).parameters)
 
     @property
     def num_layers(self) -> int:
@@ -171,7 +197,8 @@ class ModelView:
     @property
     def vocabulary(self) -> int:
         """Number of tokens that the model knows: larger ids have no embedding, or no row of the head."""
-        return min(self.model.get_input_embeddings().weight.shape[0], self._head.shape[0])
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        return min(embedding.weight.shape[0], head.weight.shape[0])
 
     @property
     def max_length(self) -> int:
@@ -186,21 +213,12 @@ class ModelView:
             return int(short or getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
         return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """The head's outputs [n, V] for last hidden states [n, h], in the states' dtype, before the softcap."""
-        states = states.to(self.head.device)
-        if states.dtype == self.head.dtype:
-            logits = states @ self.head.T
-        else:  # a 16-bit head of a model that is computed in fp32
-            logits = torch.cat([states @ part.to(states.dtype).T for part in self.head.split(8192)], 1)
-        return logits if self.head_bias is None else logits + self.head_bias
-
     def block(self, layer: int) -> torch.nn.Module:
         """Decoder block `layer`."""
         return self.blocks[layer]
 
     def attention(self, layer: int) -> torch.nn.Module:
-        """The attention of block `layer`."""
+        """The attention of block `layer`; where the spec names none, the block itself."""
         return self.block(layer).get_submodule(self.spec.attention)
 
     def mlp(self, layer: int) -> torch.nn.Module:
@@ -258,5 +276,10 @@ class ModelView:
             if not 0 <= layer < self.num_layers:
                 raise InvalidArgumentError(
                     f"layer {layer} is out of range: the model has layers 0-{self.num_layers - 1}"
+                )
+            if layer in self._not_editable:
+                raise InvalidArgumentError(
+                    f"layer {layer} cannot be edited: it has no {self.spec.edit}. Layers that have one: "
+                    f"{comma_list(self.editable)}"
                 )
         return tuple(sorted(set(layers)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import EditError
-from kedit_fast.models.forward import evaluating, last_hidden, pad, unknown_token
+from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import without_closing
 from kedit_fast.requests.tokens import chat_markers, special_tokens
@@ -45,10 +45,10 @@ def generate_prefixes(
         start_lengths = [len(row) for row in rows]
         with evaluating(view), torch.no_grad():
             for _ in range(max(1, tokens - 1)):
-                hidden = last_hidden(view, pad(rows, view.device))
+                hidden = last_states(view, pad(rows, view.device))
                 ends = torch.tensor([len(row) - 1 for row in rows], device=hidden.device)
                 states = hidden[torch.arange(len(rows), device=hidden.device), ends]  # [count, h]
-                logits = view.logits(states).float().cpu()
+                logits = view.head.logits(states).float().cpu()
                 if not bool(torch.isfinite(logits).all()):
                     raise EditError("the model's output is not finite (NaN or overflow in its weights?)")
                 logits[:, special[special < logits.shape[1]]] = -torch.inf

@@ -18,7 +18,7 @@ from kedit_fast.errors import EditError, PatchError, UnsupportedModelError
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, capture, pad, require_passes
-from kedit_fast.models.tail_runner import record_tails
+from kedit_fast.models.prompt_runner import record_prompts
 from kedit_fast.models.view import ModelView
 from kedit_fast.workflow import run_edits
 
@@ -510,7 +510,7 @@ def test_every_pass_names_a_module_that_did_not_run():
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp did not run"):
         capture(view, batch, [Site(0, "key"), Site(1, "mlp")])
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.mlp did not run"):
-        record_tails(view, [[1, 2, 3]], [1], [Site(1, "mlp")])
+        record_prompts(view, [[1, 2, 3]], [1], [Site(1, "mlp")])
     leaves_a_block_out(model)
     with pytest.raises(UnsupportedModelError, match=r"layers\.3 did not run"):
         capture(view, batch, [Site(2, "block")], capture_entering=4)

@@ -9,7 +9,7 @@ from tiny_models import KINDS, make_model
 
 from kedit_fast.backends import use_backend
 from kedit_fast.models import fused
-from kedit_fast.models.forward import fused_forwards, last_hidden, pad
+from kedit_fast.models.forward import fused_forwards, last_states, pad
 from kedit_fast.models.view import ModelView
 
 ROWS = [[5, 6, 7, 8, 9], [10, 11, 12], [20] * 7]
@@ -26,7 +26,7 @@ def native(cpu_module):
 
 @torch.no_grad()
 def states(model):
-    return last_hidden(ModelView(model), pad(ROWS, torch.device("cpu")))
+    return last_states(ModelView(model), pad(ROWS, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,7 +99,7 @@ def test_a_subclass_is_asked_itself():
 
 def test_gradients_take_the_modules_own_code():
     model = make_model("llama")
-    loss = last_hidden(ModelView(model), pad(ROWS, torch.device("cpu"))).square().mean()
+    loss = last_states(ModelView(model), pad(ROWS, torch.device("cpu"))).square().mean()
     loss.backward()
     assert all(p.grad is not None for p in model.model.layers.parameters())
 
@@ -125,9 +125,9 @@ def test_an_instance_that_was_changed_runs_its_own_code():
     assert len(fused_forwards(view)) == RECOGNISED["llama"]
     model.model.layers[1].mlp.act_fn = torch.nn.GELU()
     with torch.no_grad():
-        found = last_hidden(view, pad(ROWS, torch.device("cpu")))
+        found = last_states(view, pad(ROWS, torch.device("cpu")))
         with use_backend("torch"):
-            plain = last_hidden(view, pad(ROWS, torch.device("cpu")))
+            plain = last_states(view, pad(ROWS, torch.device("cpu")))
     assert relative_error(found, plain) < 1e-5
     calls = []
     handle = torch.nn.modules.module.register_module_forward_hook(lambda m, a, o: calls.append(type(m).__name__))

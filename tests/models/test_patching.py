@@ -12,7 +12,7 @@ from tiny_models import make_model
 
 import kedit_fast
 from kedit_fast.models import patching
-from kedit_fast.models.forward import Site, evaluating, last_hidden, pad, visit
+from kedit_fast.models.forward import Site, evaluating, last_states, pad, visit
 from kedit_fast.models.view import ModelView
 
 ROOT = Path(kedit_fast.__file__).parent
@@ -165,10 +165,10 @@ def test_the_attention_function_is_used_and_its_name_is_free_again(model):
     before = [set(registry) for registry in registries]
     ids = torch.tensor([[1, 2, 3]])
     with patching.evaluation_mode(model), torch.no_grad():
-        plain = model.model(ids).last_hidden_state
+        plain = model.model(ids).last_states_state
         with patching.replaced_attention(model.model, attention):
-            assert not torch.equal(model.model(ids).last_hidden_state, plain)
-        assert torch.equal(model.model(ids).last_hidden_state, plain)
+            assert not torch.equal(model.model(ids).last_states_state, plain)
+        assert torch.equal(model.model(ids).last_states_state, plain)
     assert [set(registry) for registry in registries] == before
 
 
@@ -179,7 +179,7 @@ def test_a_pass_has_its_patches_in_the_model_and_takes_them_out(model, monkeypat
     batch = pad([[1, 2, 3]], view.device)
     with evaluating(view):
         visit(view, batch, [Site(1, "key")], lambda site, states: inside.extend(patching.patches_on(model)))
-        last_hidden(view, batch)
+        last_states(view, batch)
     assert {"hook on inputs", "hook on outputs"} <= {line.split(": ")[1] for line in inside}
     assert state(model) == before and not patching.patches_on(model)
 

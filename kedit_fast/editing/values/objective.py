@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 
 from kedit_fast.models.forward import Site
-from kedit_fast.models.tail_runner import TailRunner, record_tails
+from kedit_fast.models.prompt_runner import PromptRunner, record_prompts
 from kedit_fast.models.view import ModelView
-from kedit_fast.ops import distribution_kl, target_log_probs
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.sums import add_by_owner_
 
@@ -69,7 +68,7 @@ class Objective:
 
     view: ModelView
     """The model."""
-    runner: TailRunner
+    runner: PromptRunner
     """The R rows: of each request its contexts with the target, then "{subject} is a"."""
     owner: torch.Tensor
     """[R] int64, the request of each row."""
@@ -80,7 +79,8 @@ class Objective:
     h0: torch.Tensor
     """[u, sites, h] fp32, the sites' outputs at the subject's last token, without a delta."""
     reference: torch.Tensor
-    """[u, h] last hidden states at the subject's last token of "{subject} is a", without a delta."""
+    """[u, h] last states at the subject's last token of "{subject} is a", without a delta; logits [u, V] where passes
+    give these."""
     decay_power: int = 2
     """Power of |h0| by which |delta| is divided: 2 as published; with 1 the term has no scale."""
     wanted: torch.Tensor = field(init=False)
@@ -114,7 +114,7 @@ class Objective:
             rows.append(request.kl.cut().ids)
             lookups.append(request.kl.lookup)
             owner.append(i)
-        tails = record_tails(view, rows, lookups, sites, kl_rows)
+        recorded = record_prompts(view, rows, lookups, sites, kl_rows)
         device = view.head.device
 
         def column(values: Sequence[float]) -> torch.Tensor:
@@ -122,12 +122,12 @@ class Objective:
 
         return cls(
             view=view,
-            runner=tails.runner,
+            runner=recorded.runner,
             owner=column(owner),
             kl_rows=column(kl_rows),
             targets=TargetTokens(*(column(values) for values in zip(*targets, strict=True))),
-            h0=tails.site_outputs.to(device)[column(bare_rows)].float(),
-            reference=tails.reference.to(device),
+            h0=recorded.site_outputs.to(device)[column(bare_rows)].float(),
+            reference=recorded.reference.to(device),
             decay_power=decay_power,
         )
 
@@ -175,10 +175,10 @@ class Objective:
         view, targets, count = self.view, self.targets, len(self)
         hidden = self.runner.run(delta[self.owner], self.wanted).to(self.device)  # [n + u, h]
         at_targets, at_subjects = hidden[: targets.token.numel()], hidden[targets.token.numel() :]
-        scores = target_log_probs(at_targets, view.head, targets.token, view.head_bias, view.softcap, top1)
+        scores = view.head.target_log_probs(at_targets, targets.token, top1)
         nll = torch.zeros(count, device=self.device, dtype=scores.log_prob.dtype)
         nll = add_by_owner_(nll, targets.request, -scores.log_prob * targets.weight.to(scores.log_prob))
-        kl = distribution_kl(at_subjects, self.reference, view.head, view.head_bias, view.softcap)
+        kl = view.head.distribution_kl(at_subjects, self.reference)
         decay = (torch.linalg.vector_norm(delta, dim=2) / self.h0.norm(dim=2) ** self.decay_power).sum(1)
         all_top1 = prefixed_top1 = None
         if top1:

@@ -1,0 +1,254 @@
+"""From a decoder's last states to the probabilities of tokens: checked against the model's own logits.
+
+Most models compute logits = scale * (states W^T + b), and some cap them. What a model's configuration says of scale and
+cap is believed only after a few short rows gave the model's own logits. Where they do not (an adapter on the head, a
+function that is no matrix product, a decoder that gets more than tokens and masks), the model runs whole, and its own
+logits are taken.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kedit_fast.errors import UnsupportedModelError
+from kedit_fast.models.architectures import text_config
+from kedit_fast.models.patching import evaluation_mode
+from kedit_fast.models.widened import HALVES, computing
+from kedit_fast.ops import distribution_kl, target_log_probs
+from kedit_fast.ops.target_log_probs import TargetLogProbs
+from kedit_fast.support.dtypes import accumulation_dtype
+
+_log = logging.getLogger("kedit_fast")
+_CAPS = ("final_logit_softcapping",)
+_ROWS = (7, 4, 5)  # lengths; the second row is the beginning of the first
+_LONGEST = 64  # of a row that is longer than the model's sliding window
+NARROW_ERROR, WIDE_ERROR = 0.1, 1e-3
+"""Largest relative difference that is rounding, of 16-bit models and of others: 30 times what deep models show, a tenth
+of what a wrong position, mask or scale makes."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """From last states to logits: cap(scale * (states matrix^T + bias)), or the states are the logits."""
+
+    device: torch.device
+    """Where logits are computed."""
+    matrix: torch.Tensor | None
+    """[V, h]; None where the states that passes return are the model's own logits."""
+    bias: torch.Tensor | None = None
+    """[V] or None."""
+    scale: float = 1.0
+    """Logits are multiplied by it."""
+    softcap: float = 0.0
+    """Logits z are replaced by softcap * tanh(z / softcap); 0 for none."""
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """The model's logits [n, V] for last states [n, h], in the states' dtype."""
+        states = states.to(self.device)
+        if self.matrix is None:
+            return states
+        if states.dtype == self.matrix.dtype:
+            logits = states @ self.matrix.T
+        else:  # a 16-bit head of a model that is computed in fp32
+            logits = torch.cat([states @ part.to(states.dtype).T for part in self.matrix.split(8192)], 1)
+        logits = logits if self.bias is None else logits + self.bias
+        logits = logits if self.scale == 1 else logits * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def target_log_probs(
+        self, states: torch.Tensor, targets: torch.Tensor, return_top1: bool = False
+    ) -> TargetLogProbs:
+        """Log probabilities [n] of targets [n] at states [n, h]; see `kedit_fast.ops.target_log_probs`."""
+        if self.matrix is not None:
+            return target_log_probs(*self._scaled(states), targets, self._scaled_bias(), self.softcap, return_top1)
+        log_probs = _log_softmax(states)
+        log_prob = log_probs.gather(1, targets[:, None])[:, 0]
+        if not return_top1:
+            return TargetLogProbs(log_prob, None, None)
+        best, top1 = log_probs.detach().max(1)
+        return TargetLogProbs(log_prob, top1, best)
+
+    def distribution_kl(self, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """KL(p(states) || p(reference)) [n]; see `kedit_fast.ops.distribution_kl`."""
+        if self.matrix is not None:
+            states, matrix = self._scaled(states)
+            return distribution_kl(states, self._scaled(reference)[0], matrix, self._scaled_bias(), self.softcap)
+        log_p, log_q = _log_softmax(states), _log_softmax(reference)
+        return (log_p.exp() * (log_p - log_q)).sum(1)
+
+    def _scaled(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.matrix is not None
+        return states if self.scale == 1 else states * self.scale, self.matrix
+
+    def _scaled_bias(self) -> torch.Tensor | None:
+        return self.bias if self.bias is None or self.scale == 1 else self.bias * self.scale
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(logits.to(accumulation_dtype(logits)), -1)
+
+
+def sample_rows(config: Any, vocabulary: int) -> list[list[int]]:
+    """Short rows of ordinary tokens for checks of a model; one of them is the beginning of another.
+
+    Tokens that the configuration gives a meaning of their own (images, padding) are left out.
+    """
+    special = {value for part in (config, text_config(config)) for value in _token_ids(part)}
+    wanted = sum(_ROWS)
+    ordinary: list[int] = []
+    for k in range(4 * wanted):
+        token = (k * 7919 + 11) % vocabulary
+        if token not in special and token not in ordinary:
+            ordinary.append(token)
+    ordinary = (ordinary or [0]) * wanted  # of a vocabulary of a few tokens
+    window = getattr(text_config(config), "sliding_window", None) or 0
+    first = ordinary[: _ROWS[0]]
+    if _ROWS[0] <= window + 2 <= _LONGEST:
+        first = [*first, *(ordinary * _LONGEST)[: window + 2 - _ROWS[0]]]
+    return [first, first[: _ROWS[1]], ordinary[_ROWS[0] : _ROWS[0] + _ROWS[2]]]
+
+
+def _token_ids(config: Any) -> Iterable[int]:
+    for name, value in vars(config).items():
+        if name.endswith(("_token_id", "_token_index", "_token_ids")):
+            yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, int))
+
+
+def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """|result - expected| / |expected - its mean over rows|; NaN if either is not finite."""
+    result, expected = (part.detach().cpu().double() for part in (result, expected))
+    centered = expected - expected.mean(0, keepdim=True)
+    size = float(torch.linalg.vector_norm(centered)) or float(torch.linalg.vector_norm(expected)) or 1.0
+    return float(torch.linalg.vector_norm(result - expected)) / size
+
+
+def error_limit(dtype: torch.dtype) -> float:
+    """The largest `relative_error` that is rounding, of models in a dtype."""
+    return NARROW_ERROR if dtype in HALVES else WIDE_ERROR
+
+
+@torch.no_grad()
+def checked_head(
+    model: Any, base: torch.nn.Module, base_takes: frozenset[str], vocabulary: int, device: torch.device
+) -> Head:
+    """The head of a model, after short rows through decoder and head gave the logits of the whole model.
+
+    Args:
+        model: the causal language model, with values.
+        base: its decoder.
+        base_takes: the names of the arguments that passes give the decoder.
+        vocabulary: number of tokens that the model knows.
+        device: where tokens go.
+
+    Returns:
+        a Head whose `matrix` is None where the model must run whole.
+
+    Raises:
+        UnsupportedModelError: the model does not run on token ids alone, its logits are not finite or have no
+            vocabulary, or rows that are padded together do not give what each of them gives alone.
+
+    Cost: a pass of a few tokens for each of three rows, and two passes of all together.
+    """
+    kind = type(model).__name__
+    module = model.get_output_embeddings()
+    rows = sample_rows(model.config, vocabulary)
+    with evaluation_mode(model), computing(model):
+        try:
+            alone = [_logits(model, torch.tensor([row], device=device), None)[0] for row in rows]
+        except Exception as error:  # it may be any code
+            raise UnsupportedModelError(
+                f"{kind} does not run on token ids alone ({type(error).__name__}: {error})"
+            ) from error
+        expected = torch.cat(alone)
+        if not bool(torch.isfinite(expected).all()):
+            return _as_configured(model, module)  # whoever needs the values says so, with the request's name
+        limit = error_limit(module.weight.dtype if module.weight.is_floating_point() else torch.float16)
+        if relative_error(alone[0][: len(rows[1])], alone[1]) > limit:
+            raise UnsupportedModelError(
+                f"{kind} is no causal language model: its logits at a token depend on later tokens"
+            )
+        ids, mask = _padded(rows, device)
+        valid = mask.bool()
+        reason = "its decoder does not run alone"
+        head = _as_configured(model, module)
+        if head.matrix is not None:
+            try:
+                states = _states(base, base_takes, ids, mask)[valid]
+                reason = "decoder and head alone do not give its logits"
+                for candidate in _candidates(model, head, states, expected):
+                    if relative_error(candidate.logits(states), expected) <= limit:
+                        return candidate
+            except Exception as error:  # it may be any code
+                reason = f"its decoder does not run alone ({type(error).__name__}: {error})"
+        else:
+            reason = f"its head is a {type(module).__name__}"
+        together = _logits(model, ids, mask)[valid.to(expected.device)]
+        if not relative_error(together, expected) <= limit:
+            raise UnsupportedModelError(
+                f"{kind} gives other logits to rows that are padded on the right than to each row alone: such a model "
+                "cannot be edited in batches"
+            )
+    _log.info("%s runs whole, and its own logits are used: %s", kind, reason)
+    return Head(device=together.device, matrix=None)
+
+
+def head_as_configured(model: Any) -> Head:
+    """The head as the model's configuration describes it, not checked: of models without values."""
+    return _as_configured(model, model.get_output_embeddings())
+
+
+def _as_configured(model: Any, module: Any) -> Head:
+    """A head with the configuration's cap, without a scale."""
+    weight = module.weight.detach()
+    cap = next((value for name in _CAPS if (value := getattr(text_config(model.config), name, None))), 0.0)
+    is_matrix = (
+        type(module) is torch.nn.Linear
+        and weight.ndim == 2
+        and weight.is_floating_point()
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+    bias = None if getattr(module, "bias", None) is None else module.bias.detach()
+    return Head(weight.device, weight if is_matrix else None, bias, softcap=float(cap))
+
+
+def _candidates(model: Any, head: Head, states: torch.Tensor, expected: torch.Tensor) -> Iterable[Head]:
+    """The head with the scales that explain logits: 1, then numbers of the configuration and their inverses."""
+    yield head
+    plain = Head(head.device, head.matrix, head.bias).logits(states).double().cpu().flatten()
+    wanted = expected.double().cpu().flatten()
+    for cap in dict.fromkeys((head.softcap, 0.0)):
+        inside = wanted if not cap else cap * torch.atanh((wanted / cap).clamp(-1 + 1e-6, 1 - 1e-6))
+        if plain.shape != inside.shape or not float(plain.square().sum()):
+            return
+        fitted = float(plain @ inside / plain.square().sum())
+        numbers = [v for part in (text_config(model.config), model.config) for v in vars(part).values()]
+        numbers = [float(v) for v in numbers if isinstance(v, int | float) and not isinstance(v, bool) and v]
+        scales = [scale for v in numbers for scale in (v, 1 / v) if abs(scale / fitted - 1) < NARROW_ERROR]
+        for scale in sorted(dict.fromkeys(scales), key=lambda s: abs(s / fitted - 1)):
+            yield Head(head.device, head.matrix, head.bias, scale, cap)
+
+
+def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.int64, device=device)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row, device=device), 1
+    return ids, mask
+
+
+def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    masked = {} if mask is None else {"attention_mask": mask}
+    return model(input_ids=ids, use_cache=False, **masked).logits
+
+
+def _states(base: Any, takes: frozenset[str], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    given = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
+    return base(input_ids=ids, **{name: value for name, value in given.items() if name in takes}).last_hidden_state
