@@ -24,7 +24,7 @@ from kedit_fast.ops.target_log_probs import TargetLogProbs
 from kedit_fast.support.dtypes import accumulation_dtype
 
 _log = logging.getLogger("kedit_fast")
-_CAPS = ("final_logit_softcapping",)
+_CAPS = ("final_logit_softcapping", "logits_soft_cap")
 _ROWS = (7, 4, 5)  # lengths; the second row is the beginning of the first
 _LONGEST = 64  # of a row that is longer than the model's sliding window
 NARROW_ERROR, WIDE_ERROR = 0.1, 1e-3
