@@ -97,8 +97,8 @@ def require_editable(view: ModelView, paths: Iterable[str]) -> None:
             raise UnsupportedModelError(f"{name} {_INFERENCE}")
         if parameter.device.type == "meta" and not any(_offloads(hook) for hook in _hooks(model, name)):
             raise UnsupportedModelError(f"{name} has no values: the model is not loaded")
-    _ = view.head  # refuses by name
     require_own(model, paths)
+    _ = view.head  # refuses by name
 
 
 def require_own(model: torch.nn.Module, paths: Iterable[str]) -> None:

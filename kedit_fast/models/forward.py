@@ -86,7 +86,7 @@ def unknown_token(tokenizer: Any, ids: Sequence[int], vocabulary: int | None) ->
 
 def hidden_of(output: Any) -> torch.Tensor:
     """The hidden states in a block's output: the output itself, or the first of a tuple in older transformers."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def as_rows(states: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -98,7 +98,7 @@ def as_rows(states: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 def with_hidden(output: Any, hidden: torch.Tensor) -> Any:
     """A block's output with other hidden states."""
-    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    return type(output)([hidden, *output[1:]]) if isinstance(output, tuple | list) else hidden
 
 
 class _AllSeen(Exception):
@@ -163,12 +163,13 @@ def capture(
 
     Cost: the blocks from the first one needed to the last site; the head never runs.
     """
+    _ = view.head  # checked before anything is put into the model
     captured: dict[Site, torch.Tensor] = {}
     entered: list[Entering] = []
     rows = torch.arange(batch.input_ids.shape[0], device=batch.input_ids.device)
 
     def capture_states(module, args, output):
-        entered.append(Entering(capture_entering, hidden_of(output), isinstance(output, tuple)))
+        entered.append(Entering(capture_entering, hidden_of(output), isinstance(output, tuple | list)))
 
     def capture_site(site: Site, states: torch.Tensor) -> None:
         if positions is not None:
@@ -197,6 +198,7 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
     Raises:
         UnsupportedModelError: a site's module did not run, or not on all tokens.
     """
+    _ = view.head  # checked before anything is put into the model
     missing = set(sites)
 
     def pass_on(site: Site, states: Any) -> None:

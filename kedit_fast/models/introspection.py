@@ -165,29 +165,28 @@ def _mlp(block: torch.nn.Module, size: int) -> _Mlp | None:
     if not usable:
         return None
     path, linears = max(usable.items(), key=lambda item: bool(_MLP.search(_words(block, item[0]))))
-    narrowing = [linear for linear in linears if linear.outputs == size and _widens_to(linears, linear.inputs, size)]
-    last = narrowing[-1]
+    last = [linear for linear in linears if _narrows(linear, linears, size)][-1]
     return _Mlp(path or last.path, last.path, type(last.module).__name__ == "Conv1D")
 
 
 def _experts(block: torch.nn.Module) -> str:
     """Path of the experts inside a block; "" where it has none."""
     for path, module in block.named_modules():
-        if re.search("experts?$", path.rpartition(".")[2], re.IGNORECASE) and any(module.parameters()):
+        if re.search("experts?$", path.rpartition(".")[2], re.IGNORECASE) and any(True for _ in module.parameters()):
             return path
     return ""
 
 
 def _words(block: torch.nn.Module, path: str) -> str:
-    """The name and the class of a module inside a block; "" for the block itself."""
-    return f"{path.rpartition('.')[2]} {type(block.get_submodule(path)).__name__}" if path else ""
+    """The name of a module inside a block, and its class, if that is not the class of a block."""
+    kind = type(block.get_submodule(path)).__name__
+    is_block = kind.endswith(("Layer", "Block"))  # a whole block inside a block, named after its attention (Zamba 2)
+    return f"{path.rpartition('.')[2]} {'' if is_block else kind}"
 
 
 def _is_mlp(block: torch.nn.Module, path: str, linears: list[_Linear], size: int) -> bool:
     """Whether the linear layers of one container widen the residual stream, narrow it again, and are no mixer."""
-    return not _mixes(block, path) and any(
-        linear.outputs == size and _widens_to(linears, linear.inputs, size) for linear in linears
-    )
+    return any(_narrows(linear, linears, size) for linear in linears) and not _mixes(block, path)
 
 
 def _mixes(block: torch.nn.Module, path: str) -> bool:
@@ -197,9 +196,10 @@ def _mixes(block: torch.nn.Module, path: str) -> bool:
     return any(_MIXER.search(word) and not _MLP.search(word) for word in words)
 
 
-def _widens_to(linears: list[_Linear], inner: int, size: int) -> bool:
-    """Whether a layer goes from the residual stream to `inner` numbers, or to as many gates and ups together."""
-    return any(linear.inputs == size and linear.outputs in (inner, 2 * inner) for linear in linears)
+def _narrows(linear: _Linear, linears: list[_Linear], size: int) -> bool:
+    """Whether a layer leads back to the residual stream from what another (gate and up in one, perhaps) has widened."""
+    widened = [other.outputs for other in linears if other is not linear and other.inputs == size]
+    return linear.outputs == size and any(outputs in (linear.inputs, 2 * linear.inputs) for outputs in widened)
 
 
 def _attention(blocks: torch.nn.ModuleList) -> str:
@@ -245,7 +245,7 @@ def _tried(model: Any, spec: ArchSpec, layer: int) -> ArchSpec:
 
     def record(name: str):
         def hook(module: torch.nn.Module, args: tuple, output: Any) -> Any:
-            states = output[0] if isinstance(output, tuple) else output
+            states = output[0] if isinstance(output, tuple | list) else output
             changed = None
             if name == "edit" and change is not None:
                 states = changed = states + change.to(states).view(1, *[1] * (states.ndim - 2), -1)

@@ -176,7 +176,7 @@ def record_whole(
     if first > 0 and view.once(starts_midway):
 
         def record_entering(module: torch.nn.Module, args: tuple, output: Any) -> None:
-            entered.append(Entering(first, hidden_of(output), isinstance(output, tuple)))
+            entered.append(Entering(first, hidden_of(output), isinstance(output, tuple | list)))
 
         hooks.append((view.block(first - 1), record_entering))
     with output_hooks(hooks):
