@@ -205,6 +205,8 @@ def head_as_configured(model: Any) -> Head:
 def _as_configured(model: Any, module: Any) -> Head:
     """A head with the configuration's cap, without a scale."""
     weight = module.weight.detach()
+    if weight.device.type == "meta":  # offloaded by accelerate: fetched once, for as long as the view is used
+        weight = getattr(getattr(module, "_hf_hook", None), "weights_map", {}).get("weight", weight)
     cap = next((value for name in _CAPS if (value := getattr(text_config(model.config), name, None))), 0.0)
     is_matrix = (
         type(module) is torch.nn.Linear

@@ -152,16 +152,10 @@ class ModelView:
         """From the last states of passes to logits, checked against the model's own.
 
         Raises:
-            UnsupportedModelError: the head is offloaded, or the model is no causal language model.
+            UnsupportedModelError: the model does not run on token ids, or is no causal language model.
         """
-        weight = self.model.get_output_embeddings().weight
         if self.device.type == "meta":
             return head_as_configured(self.model)
-        if weight.device.type == "meta":
-            raise UnsupportedModelError(
-                "the model's head has no values on a device: it is offloaded, or the model is not loaded. Load the "
-                "model with its head on a device (without device_map, or with more max_memory)"
-            )
         return checked_head(self.model, self.base, self.base_takes, self.vocabulary, self.device)
 
     @property
@@ -198,7 +192,7 @@ class ModelView:
     def vocabulary(self) -> int:
         """Number of tokens that the model knows: larger ids have no embedding, or no row of the head."""
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        return min(embedding.weight.shape[0], head.weight.shape[0])
+        return min(embedding.weight.shape[0], getattr(head, "out_features", head.weight.shape[0]))
 
     @property
     def max_length(self) -> int:
