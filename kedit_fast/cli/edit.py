@@ -30,6 +30,7 @@ from kedit_fast.cli.options import (
     chat_options,
     choice,
 )
+from kedit_fast.cli.quantized import DequantizeEdited, dequantize_for
 from kedit_fast.cli.report import print_report, require_change, warn_of_efficacy
 from kedit_fast.cli.trials import chosen_by_trials
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
@@ -96,6 +97,7 @@ def edit(
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded and saved in")] = "auto",
     device: DeviceOption = "cpu",
     merge_adapter: MergeAdapter = False,
+    dequantize: DequantizeEdited = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -144,6 +146,7 @@ def edit(
     with processes(device) as (rank, place):
         loaded, tokenizer = load_model(model, DTYPES[dtype], place, merge_adapter=merge_adapter)
         prompt_format = None if chatting is None else chat_format(tokenizer, **chatting)
+        plain = dequantize_for(loaded, chosen, any_layer=tries) if dequantize else None
         statistics, tried = None, None
         if tries:
             sources = None
@@ -164,6 +167,8 @@ def edit(
             )
             overrides, toml = {**overrides, **tried.choice.hparams}, tried.choice.toml
             chosen, _ = make_hparams(method, config, overrides)
+            if plain is not None:
+                plain.put_back(except_layers=chosen.layers)
         if chosen.uses_statistics and stats:
             statistics = load_statistics(
                 stats, loaded, tokenizer, chosen.layers, trust=trust, **requested_sample(hparams)

@@ -32,6 +32,7 @@ from kedit_fast.cli.options import (
     chat_options,
     choice,
 )
+from kedit_fast.cli.quantized import DequantizeEdited, dequantize_for
 from kedit_fast.cli.trials import chosen_by_trials
 from kedit_fast.methods.presets import is_guess, make_hparams
 from kedit_fast.methods.registry import find_recipe
@@ -69,12 +70,15 @@ def plan(
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
     device: DeviceOption = "cpu",
     merge_adapter: MergeAdapter = False,
+    dequantize: DequantizeEdited = False,
     trial: Annotated[bool, typer.Option(help="load the model and try; without, bytes from its configuration")] = True,
     on_error: OnErrorOption = "raise",
     as_json: JsonOption = False,
 ) -> None:
     """Estimate the memory, the batch and the time of a run of edits before it is started."""
     chatting = chat_options(chat, system, template, template_arg)
+    if dequantize and not trial:
+        raise typer.BadParameter("--no-trial counts all matrices as 16-bit: leave --dequantize-edited out")
     overrides = overridden_hparams(hparams, set_, layers, method)
     warn_of_ignored_settings(hparams, dtype)
     config = load_config(model, merge_adapter)
@@ -89,7 +93,9 @@ def plan(
         loaded, tokenizer = empty_model(config, DTYPES[dtype]), None
     prompt_format = None if chatting is None or tokenizer is None else chat_format(tokenizer, **chatting)
     guessed = is_guess(origin) and hparams is None and "layers" not in overrides
-    if guessed and trial and stats is not None and requests is not None:
+    tries = guessed and trial and stats is not None and requests is not None
+    plain = dequantize_for(loaded, chosen, any_layer=tries) if dequantize else None
+    if tries and stats is not None:
         sources = None
         if chosen.uses_statistics:
             sources = stored_statistics(stats, loaded, tokenizer, trust=trust)
@@ -108,6 +114,8 @@ def plan(
         )
         overrides = {**overrides, **tried.choice.hparams}
         guessed = False
+        if plain is not None:
+            plain.put_back(except_layers=make_hparams(method, config, overrides)[0].layers)
     planned = estimate(
         loaded,
         tokenizer,

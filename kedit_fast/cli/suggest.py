@@ -31,6 +31,7 @@ from kedit_fast.cli.options import (
     choice,
     parsed_layers,
 )
+from kedit_fast.cli.quantized import DequantizeEdited, dequantize_for
 from kedit_fast.cli.trials import table_of_trials
 from kedit_fast.errors import KeditError
 from kedit_fast.methods.registry import find_recipe
@@ -77,6 +78,7 @@ def suggest(
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
     device: DeviceOption = "cpu",
     merge_adapter: MergeAdapter = False,
+    dequantize: DequantizeEdited = False,
     out: Annotated[Path | None, typer.Option(help="write the configuration to this .toml")] = None,
     on_error: OnErrorOption = "raise",
     as_json: JsonOption = False,
@@ -92,6 +94,8 @@ def suggest(
     documents = [] if text is None else open_texts(text, field)
     check_range(last_layers or (), load_config(model, merge_adapter))
     loaded, tokenizer = load_model(model, DTYPES[dtype], checked_device(device), merge_adapter=merge_adapter)
+    if dequantize:
+        dequantize_for(loaded, None, any_layer=True)
     statistics = None
     if stats is not None:
         statistics = stored_statistics(stats, loaded, tokenizer, trust=trust, **requested_sample(hparams))

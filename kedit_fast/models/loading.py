@@ -17,6 +17,7 @@ from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.architectures import names_experts, require_decoder, text_config
 from kedit_fast.models.introspection import find_spec
 from kedit_fast.models.multimodal import is_multimodal, model_class
+from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
 
@@ -82,6 +83,9 @@ def load_model(
     if merge_adapter and (Path(path) / ADAPTER).exists():
         return _merged(Path(path), dtype, device, device_map)
     config = load_config(path)
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and device_map is None:
+        device_map = {"": device}  # some quantized models cannot be moved
     name = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
     try:
         model, loading = model_class(config).from_pretrained(
@@ -99,6 +103,14 @@ def load_model(
         if is_multimodal(config):
             raise UnsupportedModelError(f"{lost}. A saved model would be without them")
         _log.warning("%s: a saved model will be without them", lost)
+    if quantization is not None and getattr(model, "hf_quantizer", None) is None:
+        _log.warning(
+            "%s is quantized, and transformers has no way to compute in that format here: it has made all matrices %s, "
+            "and a saved model will have them so. `kedit-fast edit --patch` and then `kedit-fast patch apply "
+            "--dequantize-into` leave all but the edited ones quantized",
+            path,
+            dtype_name(model.dtype),
+        )
     return (model if device_map is not None else model.to(device)).eval(), tokenizer
 
 

@@ -8,20 +8,20 @@ loads as what was saved.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from kedit_fast.errors import KeditError, UnsupportedModelError
+from kedit_fast.errors import InvalidArgumentError, KeditError, UnsupportedModelError
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.schemes import Scheme, scheme_of
-from kedit_fast.models.view import ModelView, check_weight
+from kedit_fast.models.view import ModelView
 from kedit_fast.support.dtypes import FLOATS, dtype_name
-from kedit_fast.support.messages import comma_list
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
@@ -31,29 +31,32 @@ _log = logging.getLogger("kedit_fast")
 class Dequantized:
     """What `dequantize_edited` did to a model."""
 
-    model: Any
+    view: ModelView
+    """The model."""
     modules: dict[str, torch.nn.Module] = field(default_factory=dict)
     """Path -> the quantized module that was there; empty if none of the edited ones is quantized."""
     listed: list[str] | None = None
     """The exceptions of the quantization config from before."""
 
-    def put_back(self, paths: Iterable[str] | None = None) -> None:
+    def put_back(self, except_layers: Sequence[int] = ()) -> None:
         """Put quantized modules back as they were; what was written into the plain ones is lost.
 
         Args:
-            paths: of the modules; None for all. Others than those in `modules` are ignored.
+            except_layers: whose edited matrices stay plain.
         """
-        chosen = set(self.modules if paths is None else paths) & self.modules.keys()
-        for path in chosen:
+        staying = {self.view.module_name(layer) for layer in except_layers}
+        for path in [path for path in self.modules if path not in staying]:
             module = self.modules.pop(path)
-            self.model.set_submodule(path, module)
             scheme = scheme_of(module)
             assert scheme is not None, "only modules of a scheme are replaced"
-            _list_exceptions(self.model, scheme, self.listed, self.modules)
+            self.view.model.set_submodule(path, module)
+            _list_exceptions(self.view.model, scheme, self.listed, self.modules)
 
 
 @plain_torch()
-def dequantize_edited(model: Any, layers: Sequence[int] | None = None, spec: ArchSpec | None = None) -> Dequantized:
+def dequantize_edited(
+    model: Any, layers: Sequence[int] | None = None, modules: Sequence[str] = (), spec: ArchSpec | None = None
+) -> Dequantized:
     """Give the edited modules of a quantized model plain matrices in the model's own dtype, in place.
 
     W = dequantize(W_q), rounded once to the dtype of the embeddings (bfloat16 or float16 of most models). The
@@ -62,6 +65,7 @@ def dequantize_edited(model: Any, layers: Sequence[int] | None = None, spec: Arc
     Args:
         model: a causal language model that bitsandbytes (4 or 8 bits) or transformers' fp8 has quantized.
         layers: whose edited matrices become plain; None for those of all layers.
+        modules: paths of other linear modules, for methods that edit modules by name (`inner_params`).
         spec: the model's module names, where they are not found by themselves.
 
     Returns:
@@ -74,36 +78,44 @@ def dequantize_edited(model: Any, layers: Sequence[int] | None = None, spec: Arc
     Cost: 2 bytes for each entry of the edited matrices; the quantized ones stay in memory while the result does.
     """
     view = ModelView(model, spec)
-    chosen = range(view.num_layers) if layers is None else view.check_layers(tuple(layers))
-    embeddings = model.get_input_embeddings().weight
-    replaced: dict[str, tuple[torch.nn.Module, torch.nn.Module]] = {}
-    schemes: set[Scheme] = set()
-    for path in (view.module_name(layer) for layer in chosen):
-        module = view.model.get_submodule(path)
-        scheme = scheme_of(module)
-        if scheme is None:
-            check_weight(path, module)  # refuses other quantizers by name
-            continue
-        if embeddings.dtype not in FLOATS:
-            raise UnsupportedModelError(
-                f"the embeddings are {dtype_name(embeddings.dtype)}, so it is not known which dtype {path} computes in"
-            )
-        if module.weight.device.type == "meta":
-            raise UnsupportedModelError(f"{path} is offloaded: load the model with this layer on a device")
-        schemes.add(scheme)
-        replaced[path] = (module, _plain(module, scheme.matrix(module), embeddings.dtype))
-    if not replaced:
+    chosen = range(view.num_layers) if layers is None else view.check_layers(tuple(layers)) if layers else ()
+    paths = [*(view.module_name(layer) for layer in chosen), *modules]
+    quantized = {path: scheme for path in paths if (scheme := _scheme_at(view, path))}
+    if not quantized:
         _log.info("no edited matrix of this %s is quantized", type(view.model).__name__)
-        return Dequantized(view.model)
-    listed = {scheme: _exceptions(view.model, scheme) for scheme in schemes}  # before anything is changed
-    for path, (_, plain) in replaced.items():
-        view.model.set_submodule(path, plain)
-    for scheme, exceptions in listed.items():
-        _list_exceptions(view.model, scheme, exceptions, replaced)
-    names = {scheme.name for scheme in schemes}
-    _log.info("%s: %d matrices are %s now", comma_list(names), len(replaced), dtype_name(embeddings.dtype))
-    modules = {path: module for path, (module, _) in replaced.items()}
-    return Dequantized(view.model, modules, next(iter(listed.values())))
+        return Dequantized(view)
+    scheme = next(iter(quantized.values()))
+    if others := [path for path in quantized if quantized[path] != scheme]:
+        raise UnsupportedModelError(f"{others[0]} is quantized by another scheme than {next(iter(quantized))}")
+    listed = _exceptions(view.model, scheme)
+    dtype = view.model.get_input_embeddings().weight.dtype
+    if dtype not in FLOATS:
+        raise UnsupportedModelError(f"the embeddings are {dtype_name(dtype)}: the dtype to compute in is not known")
+    old = {path: view.model.get_submodule(path) for path in quantized}
+    plain = {path: _plain(module, scheme.matrix(module), dtype) for path, module in old.items()}
+    for path, module in plain.items():  # all of them are there before the model changes
+        view.model.set_submodule(path, module)
+    _list_exceptions(view.model, scheme, listed, old)
+    _log.info("%s: %d edited matrices are %s now", scheme.name, len(plain), dtype_name(dtype))
+    return Dequantized(view, old, listed)
+
+
+def _scheme_at(view: ModelView, path: str) -> Scheme | None:
+    """The scheme that the module at a path is quantized by; None if it is plain.
+
+    Raises:
+        UnsupportedModelError, InvalidArgumentError: it is neither, or offloaded.
+    """
+    try:
+        module: Any = view.model.get_submodule(path)
+    except AttributeError:
+        raise InvalidArgumentError(f"the model has no module {path!r}") from None
+    scheme = scheme_of(module)
+    if scheme is None:
+        view.linear(path)
+    elif module.weight.device.type == "meta":
+        raise UnsupportedModelError(f"{path} is offloaded: load the model with this layer on a device")
+    return scheme
 
 
 def _plain(module: Any, matrix: torch.Tensor, dtype: torch.dtype) -> torch.nn.Module:
@@ -159,6 +171,28 @@ def _list_exceptions(model: Any, scheme: Scheme, listed: list[str] | None, paths
             config[scheme.exceptions] = exceptions
         elif config is not None:
             setattr(config, scheme.exceptions, exceptions)
+
+
+@contextlib.contextmanager
+def saved_as_quantized(model: Any) -> Iterator[None]:
+    """Inside the block, save_pretrained writes the tensors of quantized modules as they are.
+
+    transformers 5 undoes on saving what it did on loading, and cannot undo how bitsandbytes' tensors are put together,
+    which needs no undoing: the modules write what they read.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None or getattr(model, "hf_quantizer", None) is None:
+        yield
+        return
+    model._weight_conversions = [
+        conversion
+        for conversion in conversions
+        if not any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
+    ]
+    try:
+        yield
+    finally:
+        model._weight_conversions = conversions
 
 
 def require_same_modules(model: Any) -> None:

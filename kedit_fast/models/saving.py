@@ -17,7 +17,7 @@ from safetensors import safe_open
 from kedit_fast.errors import KeditError
 from kedit_fast.models.editable import plain_model
 from kedit_fast.models.multimodal import bare_name, copy_processor_files, is_multimodal
-from kedit_fast.models.quantized import require_same_modules
+from kedit_fast.models.quantized import require_same_modules, saved_as_quantized
 from kedit_fast.models.schemes import scheme_of
 from kedit_fast.support.files import new_folder, tensor_files
 from kedit_fast.support.matrix_bits import same_bits
@@ -55,7 +55,8 @@ def save_model(
     _require_loadable(model)
     with new_folder(path, overwrite, KeditError) as work:
         try:
-            model.save_pretrained(work)
+            with saved_as_quantized(model):
+                model.save_pretrained(work)
             tokenizer.save_pretrained(work)
             _read_back(model, work)
             if is_multimodal(model.config) and (problem := copy_processor_files(model, work)):
