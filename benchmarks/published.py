@@ -198,22 +198,27 @@ def serial_value(
 
 
 @torch.no_grad()
-def keys_at(model: torch.nn.Module, module: torch.nn.Module, prompts: Sequence[Any], output: bool) -> torch.Tensor:
+def keys_at(
+    model: torch.nn.Module, module: torch.nn.Module, prompts: Sequence[Any], output: bool, side: str | None = "right"
+) -> torch.Tensor:
     """Input (or output) of `module` at the lookup token of every prompt [n, size]: full passes of 128 prompts, head
-    and all, as repr_tools does."""
+    and all, as repr_tools does; for side None every prompt alone, without padding."""
     device = model.get_input_embeddings().weight.device
     states = []
-    for begin in range(0, len(prompts), 128):
-        chunk = prompts[begin : begin + 128]
+    together = 1 if side is None else 128
+    for begin in range(0, len(prompts), together):
+        chunk = prompts[begin : begin + together]
         captured: list[torch.Tensor] = []
         if output:
             handle = module.register_forward_hook(lambda _, __, out, captured=captured: captured.append(first(out)))
         else:
             handle = module.register_forward_pre_hook(lambda _, args, captured=captured: captured.append(args[0]))
-        model(**padded([prompt.ids for prompt in chunk], "right", device), use_cache=False)
+        rows = [list(prompt.ids) for prompt in chunk]
+        inputs = {"input_ids": torch.tensor(rows, device=device)} if side is None else padded(rows, side, device)
+        model(**inputs, use_cache=False)
         handle.remove()
-        rows = torch.arange(len(chunk), device=device)
-        states.append(captured[0][rows, torch.tensor([p.lookup for p in chunk], device=device)])
+        every = torch.arange(len(chunk), device=device)
+        states.append(captured[0][every, torch.tensor([p.lookup for p in chunk], device=device)])
     return torch.cat(states)
 
 
@@ -227,6 +232,7 @@ def memit(
     hparams: Any,
     *,
     targets: torch.Tensor | None = None,
+    side: str | None = "right",
 ) -> dict[int, torch.Tensor]:
     """The published MEMIT pipeline: serial values, a full pass a layer for keys and for outputs, dense fp64 solves.
 
@@ -238,23 +244,28 @@ def memit(
         prepared: u requests.
         hparams: as in kedit_fast.
         targets: values [h, u] to use instead of optimizing them.
+        side: of the padding, as `serial_value` and `keys_at` take it.
 
     Returns:
         layer -> Delta [out, d] that was added, fp64.
     """
     last = hparams.layers[-1]
     if targets is None:
-        values = [serial_value(model, [blocks[last]], request, hparams) for request in prepared]
+        values = [serial_value(model, [blocks[last]], request, hparams, side=side) for request in prepared]
         targets = torch.stack([value.targets[0] for value in values], 1)
     written = {}
     contexts = len(prepared[0].rewriting)
     for i, layer in enumerate(hparams.layers):
         every = [prompt for request in prepared for prompt in request.rewriting]
-        keys = keys_at(model, edited[layer], every, output=False).double().unflatten(0, (len(prepared), contexts))
+        keys = (
+            keys_at(model, edited[layer], every, output=False, side=side)
+            .double()
+            .unflatten(0, (len(prepared), contexts))
+        )
         mean = keys[:, 0] if contexts == 1 else (keys[:, 0] + keys[:, 1:].mean(1)) / 2
         keys = mean.T  # [d, u]
         bare = [request.rewriting[0] for request in prepared]
-        current = keys_at(model, blocks[last], bare, output=True).double().T
+        current = keys_at(model, blocks[last], bare, output=True, side=side).double().T
         residual = (targets.to(current) - current) / (len(hparams.layers) - i)
         adjusted = torch.linalg.solve(hparams.mom2_update_weight * moments[layer] + keys @ keys.T, keys)
         written[layer] = residual @ adjusted.T

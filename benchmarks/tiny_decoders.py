@@ -1,19 +1,20 @@
 """A tiny random model of any decoder of the installed transformers.
 
 One set of small numbers serves every configuration, each number where the configuration has a field of that name;
-`OVERRIDES` has what a type needs besides, as data. The vocabulary has 400 tokens, as that of the tests' tokenizer, of
-which TOKENS are never those of a text: the bytes that UTF-8 does not use.
+`OVERRIDES` has what a type needs besides, as data. The vocabulary has 400 tokens, like those of `tiny_tokenizer` and of
+the tests; TOKENS of them stand in no text: they are the bytes that UTF-8 does not use.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -24,7 +25,7 @@ except ImportError:  # a transformers without them
     AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES = None, {}
 
 WINDOW = 5  # shorter than prompts
-TOKENS = range(180, 191)  # bytes 0xF5 to 0xFF in the tests' tokenizer
+TOKENS = range(180, 191)  # bytes 0xF5 to 0xFF
 MOST_PARAMETERS = 4_000_000  # a larger model has a size that no small number reaches
 SPREAD = 0.16  # standard deviation of the entries of matrices: large enough for outputs to depend on everything
 
@@ -104,6 +105,13 @@ OVERRIDES: Mapping[str, dict[str, Any]] = {
     "qwen3_5_text": dict(layer_types=_EVERY_OTHER),
     "olmo_hybrid": dict(layer_types=_EVERY_OTHER),
     "granitemoehybrid": dict(layer_types=("mamba", "attention"), num_local_experts=0),
+    # Latent attention has as many keys as queries; mrope's sections are halves of the rotated dimensions.
+    **{kind: dict(num_key_value_heads=4) for kind in (
+        "axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3",
+        "youtu", "mistral4", "mistral_large4_text", "dots3_note_text", "glm5_next_text")},
+    **{kind: dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5,
+                                       mrope_section=[1, 1, 0]))
+       for kind in ("glm4v_text", "glm4v_moe_text", "glm_ocr_text")},
     # Others.
     "gemma4_text": dict(_WINDOWS, num_experts=None, global_head_dim=8),
     "gemma4_unified_text": dict(_WINDOWS, num_experts=None, global_head_dim=8),
@@ -212,3 +220,16 @@ def tiny_decoder(
             elif parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.to(dtype).eval()
+
+
+def tiny_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most 400 tokens, trained on texts; its ids 0, 1 and 2 are `<s>`, `</s>` and `<pad>`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TEXT["vocab_size"], special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
