@@ -44,6 +44,7 @@ from kedit_fast.methods.presets import make_hparams
 from kedit_fast.models.architectures import known_architecture
 from kedit_fast.models.forward import Site
 from kedit_fast.models.loading import load_model
+from kedit_fast.models.prompt_runner import pass_kind
 from kedit_fast.models.saving import save_model
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest, prepare
@@ -164,11 +165,11 @@ def same_after_saving(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]])
     return ""
 
 
-def path_of(view: ModelView, lines: Sequence[str]) -> str:
-    """By which passes values were optimized, as the log says."""
+def path_of(view: ModelView) -> str:
+    """By which passes values are optimized."""
     if view.head.matrix is None:
         return "logits"
-    return "whole" if any("runs whole" in line or "run whole" in line for line in lines) else "tails"
+    return "whole" if view.once(pass_kind) == "whole prompts" else "tails"
 
 
 def head_in_words(view: ModelView) -> str:
@@ -210,7 +211,7 @@ def examine(kind: str, row: Row) -> Row:
         return {**row, "verdict": "not built", "reason": first_line(error)}
     row["class"] = type(model).__name__
     try:
-        tried(model, tokenizer, row, log)
+        tried(model, tokenizer, row)
     except UnsupportedModelError as error:
         refused = "no decoder" if any(words in str(error) for words in NO_DECODER) else "refused"
         row |= {"verdict": refused, "reason": first_line(error)}
@@ -219,7 +220,7 @@ def examine(kind: str, row: Row) -> Row:
     return {**row, "log": log.lines}
 
 
-def tried(model: Any, tokenizer: Any, row: Row, log: Lines) -> None:
+def tried(model: Any, tokenizer: Any, row: Row) -> None:
     """Everything that editing needs of a model, compared; the results go into the row."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     view = ModelView(model)
@@ -252,7 +253,7 @@ def tried(model: Any, tokenizer: Any, row: Row, log: Lines) -> None:
     sites = ("mlp",) if spec.post_norm else ("mlp", "block")
     for site in sites:
         compare(f"values {site}", lambda site=site: value_errors(view, prepared, layers[-1], site, hparams))
-    row |= {"path": path_of(view, log.lines), "head": head_in_words(view)}
+    row |= {"path": path_of(view), "passes": view.once(pass_kind), "head": head_in_words(view)}
     compare("keys", lambda: key_error(view, prepared, layers))
     moments = collect_statistics(model, tokenizer, TEXTS, layers, progress=False)
     rows = [tokenizer(text)["input_ids"] for text in TEXTS]

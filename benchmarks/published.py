@@ -33,8 +33,10 @@ class Value:
 
 
 def first(output: Any) -> torch.Tensor:
-    """The hidden states in what a module returns."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden states in what a module returns [rows, T, size]; those of a module that sees all tokens of one row as
+    rows of their own (OPT's MLP) get a dimension, on the same memory."""
+    states = output[0] if isinstance(output, tuple) else output
+    return states[None] if states.ndim == 2 else states
 
 
 def padded(rows: Sequence[Sequence[int]], side: str, device: torch.device) -> dict[str, torch.Tensor]:
@@ -57,10 +59,11 @@ def deltas_at(modules: Sequence[torch.nn.Module], deltas: Sequence[torch.Tensor]
 
     def hook_for(delta: torch.Tensor):
         def hook(module, args, output):
-            hidden = first(output).clone()
+            states = (output[0] if isinstance(output, tuple) else output).clone()
+            hidden = first(states)
             rows = torch.arange(hidden.shape[0], device=hidden.device)
             hidden[rows, at] = hidden[rows, at] + delta.to(hidden.dtype)
-            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+            return (states, *output[1:]) if isinstance(output, tuple) else states
 
         return hook
 
@@ -210,9 +213,9 @@ def keys_at(
         chunk = prompts[begin : begin + together]
         captured: list[torch.Tensor] = []
         if output:
-            handle = module.register_forward_hook(lambda _, __, out, captured=captured: captured.append(first(out)))
+            handle = module.register_forward_hook(lambda _, __, out, at=captured: at.append(first(out).clone()))
         else:
-            handle = module.register_forward_pre_hook(lambda _, args, captured=captured: captured.append(args[0]))
+            handle = module.register_forward_pre_hook(lambda _, args, at=captured: at.append(first(args).clone()))
         rows = [list(prompt.ids) for prompt in chunk]
         inputs = {"input_ids": torch.tensor(rows, device=device)} if side is None else padded(rows, side, device)
         model(**inputs, use_cache=False)
