@@ -32,6 +32,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from kedit_fast.models.prompt_runner import pass_kind
 
 from benchmarks.harness import Row, console, document_of, provenance, require_clean, save
 from benchmarks.published import keys_at, memit, serial_value
@@ -44,7 +45,6 @@ from kedit_fast.methods.presets import make_hparams
 from kedit_fast.models.architectures import known_architecture
 from kedit_fast.models.forward import Site
 from kedit_fast.models.loading import load_model
-from kedit_fast.models.prompt_runner import pass_kind
 from kedit_fast.models.saving import save_model
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest, prepare
