@@ -26,7 +26,7 @@ except ImportError:  # a transformers without them
 
 WINDOW = 5  # shorter than prompts
 TOKENS = range(180, 191)  # bytes 0xF5 to 0xFF
-MOST_PARAMETERS = 4_000_000  # a larger model has a size that no small number reaches
+MOST_PARAMETERS = 10_000_000  # a larger model has a size that no small number reaches
 SPREAD = 0.16  # standard deviation of the entries of matrices: large enough for outputs to depend on everything
 
 TEXT = dict(
@@ -44,7 +44,7 @@ TEXT = dict(
     lm_head_multiplier=0.6, final_logit_softcapping=5.0, logits_soft_cap=5.0, attn_logit_softcapping=4.0,
     hidden_size_per_layer_input=4, vocab_size_per_layer_input=400, num_kv_shared_layers=0, laurel_rank=4,
     q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8, index_head_dim=8,
-    index_n_heads=2, index_topk=4, type_vocab_size=2,
+    index_n_heads=2, index_topk=64, type_vocab_size=2,
     mamba_n_heads=4, mamba_d_head=8, mamba_d_ssm=32, mamba_d_state=8, mamba_d_conv=3, mamba_expand=1, mamba_n_groups=1,
     mamba_chunk_size=8, mamba_ngroups=1, n_mamba_heads=2, mamba_num_heads=4, mamba_head_dim=8, mamba_dt_rank=4,
     ssm_state_size=8, state_size=8, conv_kernel=3, expand=1, n_groups=1, chunk_size=8, time_step_rank=4, lru_width=32,
@@ -60,7 +60,7 @@ TEXT = dict(
     is_decoder=True, use_cache=True,
 )  # fmt: skip
 """Fields of a text model's configuration, in small."""
-DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
 """Fields that say how many blocks there are."""
 
 VISION = dict(
@@ -91,7 +91,7 @@ OVERRIDES: Mapping[str, dict[str, Any]] = {
     # Windows on every other layer.
     **{kind: _WINDOWS for kind in (
         "gemma2", "gemma3_text", "gemma3n_text", "cohere2", "olmo3", "exaone4",
-        "ministral", "smollm3", "vaultgemma", "modernbert-decoder", "gpt_oss", "cwm", "qwen2", "qwen3")},
+        "ministral", "smollm3", "vaultgemma", "modernbert-decoder", "gpt_oss", "cwm", "qwen2", "qwen3", "cohere_compass_text")},
     # Hybrids.
     "bamba": dict(attn_layer_indices=[1, 3]),
     "jamba": dict(num_experts=1, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1),
@@ -128,7 +128,13 @@ OVERRIDES: Mapping[str, dict[str, Any]] = {
     "llava": dict(text_config=_LLAMA_TEXT, vision_config=dict(model_type="clip_vision_model"), image_seq_length=4),
     "qwen2_vl_vision": dict(hidden_size=32),  # of the text model
     **{kind: dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2]))
-       for kind in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")},
+       for kind in ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "paddleocr_vl_text", "cosmos3_edge_text",
+                    "qwen2_5_omni_text")},
+    "hunyuan_vl_text": dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, xdrope_section=[1, 1, 1, 1])),
+    "molmo2_vision": dict(image_size=[16, 16]),
+    "molmo2_adapter": dict(vision_feature_layer=[1, 0]),
+    "qwen2_5_omni_audio_encoder": dict(encoder_attention_heads=2),
+    "kimi_linear": dict(layer_types=_EVERY_OTHER, num_key_value_heads=4),
 }  # fmt: skip
 """Type of a configuration -> fields that replace or complete the small numbers; tuples are repeated over the layers."""
 
@@ -195,7 +201,7 @@ def tiny_decoder(
     nothing in its window.
 
     Raises:
-        ValueError: no such type, or a model of more than 4 million parameters.
+        ValueError: no such type, or a model of more than 10 million parameters.
         Exception: whatever transformers says to the configuration.
     """
     if model_type not in decoder_types():

@@ -46,7 +46,9 @@ def test_every_row_and_every_curve_says_its_commit():
 
 
 @pytest.mark.parametrize("commit", ("abc1234-dirty", ""))
-@pytest.mark.parametrize("name", ("run", "values", "solver", "second_moments", "quality", "gpu", "untuned"))
+@pytest.mark.parametrize(
+    "name", ("run", "values", "solver", "second_moments", "quality", "gpu", "untuned", "architectures")
+)
 def test_a_result_of_a_changed_tree_is_refused_before_anything_is_measured(name, commit, monkeypatch, tmp_path):
     import importlib
 
@@ -56,7 +58,7 @@ def test_a_result_of_a_changed_tree_is_refused_before_anything_is_measured(name,
     about = {"machine": "m", "versions": {"torch": "2"}, "commit": commit}
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(module, "provenance", lambda device: about)
-    for measure in ("measured_peaks", "subject", "batch_rows", "memit_rows", "Bench", "demo"):
+    for measure in ("measured_peaks", "subject", "batch_rows", "memit_rows", "Bench", "demo", "in_child"):
         if hasattr(module, measure):
             monkeypatch.setattr(module, measure, lambda *a, **k: pytest.fail("it measured"))
     target = tmp_path / "results" / ("sub" if name == "gpu" else "new.json")
