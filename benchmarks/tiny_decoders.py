@@ -91,7 +91,7 @@ OVERRIDES: Mapping[str, dict[str, Any]] = {
     # Windows on every other layer.
     **{kind: _WINDOWS for kind in (
         "gemma2", "gemma3_text", "gemma3n_text", "cohere2", "olmo3", "exaone4",
-        "ministral", "smollm3", "vaultgemma", "modernbert-decoder", "gpt_oss", "cwm", "qwen2", "qwen3", "cohere_compass_text")},
+        "ministral", "smollm3", "vaultgemma", "modernbert-decoder", "gpt_oss", "cwm", "qwen2", "qwen3")},
     # Hybrids.
     "bamba": dict(attn_layer_indices=[1, 3]),
     "jamba": dict(num_experts=1, num_experts_per_tok=1, attn_layer_period=2, attn_layer_offset=1),
