@@ -140,6 +140,11 @@ class Editor:
         self.modules = self._edited_modules()
         require_editable(self.view, self.modules)
         self.value_sites: ValueSites = self.recipe.values_on(self.view.spec.post_norm)
+        if "attention" in SITES[self.value_sites] and not self.view.spec.attention:
+            raise MethodError(
+                f"{self.recipe.name} optimizes values at the outputs of attention, and not every block of "
+                f"{self.view.spec.name} has an attention of the same name: use another method"
+            )
         self._clamp: float | None = None  # chosen at the first batch, where clamp_norm_factor is "auto"
         self._continues = False  # whether a state was loaded, whose first batch has decided what is "auto"
         self.ledger = Ledger()

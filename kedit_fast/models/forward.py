@@ -232,9 +232,11 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
 def require_passes(view: ModelView, sites: Sequence[Site]) -> None:
     """Run two tokens through all blocks, and check that hooks see every block and all `sites`.
 
+    A change of what an edited layer puts out must come out of the site of values, in the same layer, as it is.
+
     Raises:
         UnsupportedModelError: a module, named by its path, that does not run, not on all tokens, or on rows of another
-            size than its weight.
+            size than its weight; or a site where the edited layer's output is not one of the terms of a sum.
     """
 
     def see(site: Site, states: torch.Tensor) -> None:
@@ -243,7 +245,34 @@ def require_passes(view: ModelView, sites: Sequence[Site]) -> None:
 
     with evaluating(view):
         blocks = [Site(layer, "block") for layer in range(view.num_layers)]
-        visit(view, pad([[0, 0]], view.device), [*blocks, *sites], see)
+        batch = pad([[0, 0]], view.device)
+        visit(view, batch, [*blocks, *sites], see)
+        for site in sites:
+            if site.kind in ("mlp", "block") and module_at(view, site) is not view.edited_module(site.layer):
+                _require_sum(view, batch, site)
+
+
+def _require_sum(view: ModelView, batch: TokenBatch, site: Site) -> None:
+    """Raise UnsupportedModelError unless the edited layer's output is a term of a site's output."""
+    before = capture(view, batch, [site])[0][site]
+    generator = torch.Generator().manual_seed(0)
+    change = before.float().square().mean().sqrt() * torch.randn(before.shape[-1], generator=generator).to(
+        before.device
+    )
+
+    def add(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output + change.to(output)
+
+    with output_hooks([(view.edited_module(site.layer), add)]):
+        after = capture(view, batch, [site])[0][site]
+    seen = (after - before).float()
+    if float((seen - change).norm()) > error_limit(before.dtype) * float(change.expand_as(seen).norm()):
+        edited = view.module_name(site.layer)
+        raise UnsupportedModelError(
+            f"what {edited} puts out does not reach the output of {name_of(view, site)} as it is: a norm or a "
+            "multiplier stands between them. Pass an ArchSpec with post_norm = true"
+            + ("" if site.kind == "block" else f", and {view.spec.edit} as its mlp")
+        )
 
 
 def name_of(view: ModelView, site: Site) -> str:

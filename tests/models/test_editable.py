@@ -69,7 +69,7 @@ def a_pipeline(model):
         (lambda model: torch.nn.Linear(4, 4), "a Linear has no config"),
         (
             lambda model: AutoModel.from_config(model.config),
-            "not have the modules of Llama .*AutoModelForCausalLM",
+            "LlamaModel has no head that gives logits of tokens: load it with AutoModelForCausalLM",
         ),
         (lambda model: AutoModelForSequenceClassification.from_config(model.config), "has no head that gives logits"),
     ),

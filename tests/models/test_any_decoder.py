@@ -1,0 +1,274 @@
+"""Decoders that nobody listed: one for each mechanism; `python -m benchmarks.architectures` tries all of transformers."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from support import NUMBERS, PREFIXES, REQUESTS, prepared_and_hparams
+from tiny_models import TEXT, make_model, make_tokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from benchmarks.published import serial_value
+from benchmarks.tiny_decoders import tiny_decoder
+from kedit_fast import Editor, collect_statistics, evaluate
+from kedit_fast.editing.keys import KeyPass
+from kedit_fast.editing.values.loop import find_values
+from kedit_fast.errors import InvalidArgumentError, MethodError, UnsupportedModelError
+from kedit_fast.models.architectures import ARCHITECTURES, ArchSpec
+from kedit_fast.models.forward import Site, pad, starts_midway
+from kedit_fast.models.introspection import find_spec
+from kedit_fast.models.prompt_runner import pass_kind
+from kedit_fast.models.view import ModelView
+
+MECHANISMS = {
+    # model type: how passes run, whether something follows the MLP, which layers can be edited
+    "cohere": ("packed tails", False, (0, 1, 2, 3)),  # scaled logits, parallel blocks
+    "granite": ("packed tails", True, (0, 1, 2, 3)),  # scaled logits, a multiplier behind the MLP
+    "olmo3": ("packed tails", True, (0, 1, 2, 3)),  # norms behind the MLP, windows by layer
+    "gemma4_text": ("packed tails", True, (0, 1, 2, 3)),  # a scalar behind the block, inputs by layer, a soft cap
+    "phi": ("packed tails", False, (0, 1, 2, 3)),  # biases, also of the head; parallel blocks
+    "falcon": ("padded tails", False, (0, 1, 2, 3)),  # shared queries, keys and values
+    "opt": ("whole prompts", False, (0, 1, 2, 3)),  # learned positions, no module for the MLP
+    "bloom": ("whole prompts", False, (0, 1, 2, 3)),  # ALiBi, the MLP adds the residual
+    "qwen3_5_text": ("whole prompts", False, (0, 1, 2, 3)),  # linear attention
+    "nemotron_h": ("whole prompts", False, None),  # Mamba, attention and MLP in blocks of their own
+    "qwen2_vl": ("packed tails", False, (0, 1, 2, 3)),  # multimodal, positions of three axes
+}
+
+
+def available(kind):
+    """A tiny model of a type; skipped where this version of transformers has none."""
+    if kind != "qwen2_vl" and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"this version of transformers has no {kind}")
+    return tiny_decoder(kind)
+
+
+@pytest.mark.parametrize("kind", MECHANISMS)
+def test_values_equal_the_serial_loop(kind):
+    model, tokenizer = available(kind), make_tokenizer()
+    view = ModelView(model)
+    passes, post_norm, layers = MECHANISMS[kind]
+    assert view.spec not in ARCHITECTURES
+    assert (view.once(pass_kind), view.spec.post_norm) == (passes, post_norm)
+    assert view.editable == layers or (layers is None and 0 < len(view.editable) < view.num_layers)
+    below_the_last = view.editable[1] if view.editable[1] < view.num_layers - 1 else view.editable[0]
+    for site, layer in (("mlp", view.editable[0]), ("block", below_the_last)):
+        if site == "block" and post_norm:
+            continue
+        prepared, hparams = prepared_and_hparams(model, tokenizer, site, layer, v_num_grad_steps=4)
+        prepared = prepared[:3]
+        values = find_values(view, prepared, layer, site, hparams)
+        module = view.block(layer) if site == "block" else view.mlp(layer)
+        errors = []
+        for i, request in enumerate(prepared):
+            alone = serial_value(model, [module], request, hparams, side=None)
+            assert int(values.steps[i]) == alone.steps
+            assert abs(float(values.losses[i]) - alone.loss) < 1e-3 * max(1.0, alone.loss)
+            errors.append(float((values.targets[:, i] - alone.targets[0]).norm() / values.deltas[:, i].norm()))
+        assert statistics.median(errors) < 3e-5 and max(errors) < 1e-4, (site, errors)
+
+
+@pytest.mark.parametrize("kind", MECHANISMS)
+def test_edits_are_written_measured_and_undone(kind):
+    model, tokenizer = available(kind), make_tokenizer()
+    layers = ModelView(model).editable[:2]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    collected = collect_statistics(model, tokenizer, TEXT * 2, layers, progress=False)
+    numbers = {**NUMBERS, "mom2_update_weight": 10.0}
+    editor = Editor(model, tokenizer, "memit", statistics=collected, layers=layers, hparams=numbers, prefixes=PREFIXES)
+    result = editor.edit(REQUESTS)
+    written = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert written == {editor.view.weight_name(layer) for layer in layers} == set(result.updates)
+    assert result.residual < 0.9  # the last layer puts out what was wanted, or most of it
+    assert evaluate(model, tokenizer, REQUESTS).efficacy is not None
+    editor.rollback()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ("opt", "qwen3_5_text", "granite"))
+def test_keys_are_those_of_each_prompt_alone(kind):
+    model, tokenizer = available(kind), make_tokenizer()
+    view = ModelView(model)
+    prepared, _ = prepared_and_hparams(model, tokenizer, "mlp", 2)
+    site = Site(2, "mlp")
+    keys = KeyPass(view, prepared, site, "mean")
+    keys.at(1)
+    carried = keys.at(2)  # starts from the states that entered block 1
+    for i, request in enumerate(prepared):
+        alone = []
+        for prompt in request.rewriting:
+            seen = []
+            hook = view.edited_module(2).register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0].detach()))
+            with torch.no_grad():
+                model(torch.tensor([prompt.ids]))
+            hook.remove()
+            alone.append(seen[0].reshape(len(prompt.ids), -1)[prompt.lookup])
+        torch.testing.assert_close(carried.keys[:, i].float(), torch.stack(alone).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_scaled_logits_are_those_of_the_model():
+    for kind, scale in (("granite", None), ("cohere", None)):
+        model = available(kind)
+        view, rows = ModelView(model), torch.tensor([[5, 9, 300, 41]])
+        assert view.head.scale != 1
+        with torch.no_grad():
+            states = view.base(input_ids=rows).last_hidden_state[0]
+            torch.testing.assert_close(view.head.logits(states), model(rows).logits[0], rtol=1e-4, atol=1e-4)
+
+
+class Tempered(torch.nn.Linear):
+    """A head that is no matrix product."""
+
+    def forward(self, states):
+        return super().forward(states).tanh() * 3 + 0.1 * states.sum(-1, keepdim=True)
+
+
+def test_a_head_that_is_no_matrix_product_is_left_to_the_model(caplog):
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    head = Tempered(32, 400, bias=False)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    view = ModelView(model)
+    with caplog.at_level(logging.INFO, logger="kedit_fast"):
+        assert view.head.matrix is None and view.once(pass_kind) == "whole prompts"
+    assert "runs whole, and its own logits are used: its head is a Tempered" in caplog.text
+    prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1, v_num_grad_steps=4)
+    values = find_values(view, prepared, 1, "mlp", hparams)
+    for i, request in enumerate(prepared):
+        alone = serial_value(model, [view.mlp(1)], request, hparams, side=None)
+        assert float((values.targets[:, i] - alone.targets[0]).norm() / values.deltas[:, i].norm()) < 1e-4
+    scores = evaluate(model, tokenizer, REQUESTS)
+    assert scores.efficacy is not None
+
+
+def test_a_hook_on_the_head_counts():
+    model = make_model("llama")
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 2)
+    assert ModelView(model).head.matrix is None
+
+
+def test_models_whose_blocks_hand_on_more_than_states_do_not_start_midway():
+    model = make_model("llama")
+    view = ModelView(model)
+    assert view.once(starts_midway)
+    stored, first = {}, model.model.layers[0].forward
+
+    def storing(hidden, *args, **kwargs):
+        stored["embeddings"] = hidden
+        return first(hidden, *args, **kwargs)
+
+    def adding(module, args, output):
+        return output + stored.pop("embeddings")
+
+    model.model.layers[0].forward = storing
+    model.model.layers[3].mlp.register_forward_hook(adding)
+    view, tokenizer = ModelView(model), make_tokenizer()
+    assert not view.once(starts_midway) and view.once(pass_kind) == "whole prompts"
+    prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1, v_num_grad_steps=3)
+    values = find_values(view, prepared[:2], 1, "mlp", hparams)
+    for i, request in enumerate(prepared[:2]):
+        alone = serial_value(model, [view.mlp(1)], request, hparams, side=None)
+        assert float((values.targets[:, i] - alone.targets[0]).norm() / values.deltas[:, i].norm()) < 1e-4
+    keys = KeyPass(view, prepared, Site(2, "mlp"), "mean")
+    _, second = keys.at(1), keys.at(2)
+    again = KeyPass(view, prepared, Site(2, "mlp"), "mean").at(2)
+    torch.testing.assert_close(second.keys, again.keys)
+
+
+def test_logits_that_depend_on_later_tokens_are_refused():
+    model = make_model("llama")
+    model.model.register_forward_hook(
+        lambda module, args, output: output.__setitem__("last_hidden_state", output[0] + output[0].mean(1, True))
+    )
+    with pytest.raises(UnsupportedModelError, match="its logits at a token depend on later tokens"):
+        _ = ModelView(model).head
+
+
+def test_rows_that_padding_changes_are_refused():
+    model = make_model("llama")
+    model.model.embed_tokens.register_forward_hook(lambda module, args, output: output * (1 + args[0].shape[0]))
+    with pytest.raises(UnsupportedModelError, match="other logits to rows that are padded on the right than to each"):
+        _ = ModelView(model).head
+
+
+def test_a_listed_architecture_that_is_not_what_its_name_says_runs_whole():
+    model = make_model("llama")
+    attention = model.model.layers[2].self_attn
+    attention.register_forward_hook(lambda m, a, o: (o[0] * (1 + o[0].shape[1]), *o[1:]))
+    with pytest.raises(UnsupportedModelError):  # its rows depend on how long they are
+        _ = ModelView(model).head
+    model = make_model("gpt2")
+    mlp = model.transformer.h[2].mlp
+    mlp.register_forward_hook(lambda m, a, o: o + 0.5 * torch.cumsum(a[0], 1))  # no function of one position
+    assert ModelView(model).once(pass_kind) == "whole prompts"
+
+
+def test_experts_and_models_without_an_mlp_are_refused_by_what_is_missing():
+    for kind, message in (
+        ("mixtral", r"'mixtral' is a mixture-of-experts model \(model\.layers\.0\..*experts\)"),
+        ("mamba", "unknown architecture 'mamba': no linear layer that ends an MLP was seen in backbone.layers.0"),
+        ("bert", "unknown architecture 'bert': no list of 4 decoder blocks stands beside the input embedding"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=message):
+            ModelView(available(kind))
+
+
+def test_blocks_without_an_mlp_cannot_be_edited_and_are_named():
+    view = ModelView(available("nemotron_h"))
+    layer = next(layer for layer in range(view.num_layers) if layer not in view.editable)
+    with pytest.raises(InvalidArgumentError, match=f"layer {layer} cannot be edited: it has no mixer.down_proj"):
+        view.check_layers((layer,))
+
+
+def test_pmet_needs_attention_in_every_block():
+    model, tokenizer = available("qwen3_5_text"), make_tokenizer()
+    with pytest.raises((UnsupportedModelError, MethodError), match="attention"):
+        Editor(model, tokenizer, "pmet", layers=(1,), hparams={"mom2_adjustment": False})
+
+
+def test_what_is_found_is_what_is_listed():
+    """The listed architectures, found anew from their modules."""
+    for spec in ARCHITECTURES:
+        model = make_model(spec.model_types[0])
+        model.config.model_type = "homemade"
+        found = find_spec(model)
+        assert replace(found, name=spec.name, model_types=spec.model_types) == spec
+
+
+def test_a_spec_with_a_wrong_path_is_named_at_construction():
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    right = find_spec(model)
+    for field, path, message in (
+        ("blocks", "model.stages", "does not have the modules of Llama .*stages"),
+        ("mlp", "feed_forward", "block 0 is a LlamaDecoderLayer that does not have the modules .*feed_forward"),
+        ("edit", "mlp.down", "does not have the modules .*down"),
+        ("norm", "model.last_norm", "does not have the modules .*last_norm"),
+        ("edit", "mlp.act_fn", "quantized or sharded weight|no weight"),
+        ("attention", "attn", "does not have the modules .*attn"),
+    ):
+        spec = replace(right, name="Llama", **{field: path})
+        with pytest.raises(UnsupportedModelError, match=message):
+            Editor(model, tokenizer, "rome", layers=(1,), hparams={"mom2_adjustment": False}, spec=spec)
+    assert isinstance(right, ArchSpec)
+
+
+def test_the_specs_promise_about_norms_is_tried():
+    """A spec made by hand that leaves out the norm behind the MLP is corrected by no one; it is refused."""
+    model, tokenizer = make_model("olmo2"), make_tokenizer()
+    spec = replace(find_spec(model), name="By hand", post_norm=False)
+    numbers = {"mom2_adjustment": False, **NUMBERS}
+    with pytest.raises(UnsupportedModelError, match=r"what model\.layers\.1\.mlp\.down_proj puts out .*post_norm"):
+        Editor(model, tokenizer, "memit", layers=(1,), hparams={**numbers, "mom2_update_weight": 1.0}, spec=spec)
+
+
+def test_padded_batches_go_through_models_of_flat_tokens():
+    view = ModelView(available("opt"))
+    batch = pad([[5, 6, 7], [8, 9]], view.device)
+    from kedit_fast.models.forward import capture
+
+    seen, _ = capture(view, batch, [Site(1, "key"), Site(1, "mlp")])
+    assert seen[Site(1, "key")].shape == (2, 3, 64) and seen[Site(1, "mlp")].shape == (2, 3, 32)
