@@ -1,4 +1,4 @@
-"""Decoders that nobody listed: one for each mechanism; `python -m benchmarks.architectures` tries all of transformers."""
+"""Decoders that nobody listed, one for each mechanism. `python -m benchmarks.architectures` tries all others."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_keys_are_those_of_each_prompt_alone(kind):
 
 
 def test_scaled_logits_are_those_of_the_model():
-    for kind, scale in (("granite", None), ("cohere", None)):
+    for kind in ("granite", "cohere"):
         model = available(kind)
         view, rows = ModelView(model), torch.tensor([[5, 9, 300, 41]])
         assert view.head.scale != 1
