@@ -19,6 +19,7 @@ from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.values.memit_values import MemitCache
 from kedit_fast.errors import EditError, KeditError, RequestError
 from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
+from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
 from kedit_fast.models.saving import save_model
 from kedit_fast.models.view import ModelView
@@ -144,6 +145,7 @@ def run_edits(
     target_separator: str = AUTO,
     on_error: OnError = "raise",
     progress: bool = False,
+    spec: ArchSpec | None = None,
 ) -> Report:
     """Measure, edit in batches, and measure again.
 
@@ -164,6 +166,7 @@ def run_edits(
         target_separator: the text between prompt and target of requests that do not name one.
         on_error: "raise" at requests that cannot be written, or "skip" them.
         progress: show progress bars on stderr.
+        spec: an ArchSpec for an architecture that is not known.
 
     Returns:
         the report. Requests that were skipped are in `skipped`, by their index in `requests` or in the file that
@@ -194,6 +197,7 @@ def run_edits(
         prompt_format=prompt_format,
         target_separator=target_separator,
         progress=progress,
+        spec=spec,
     )
     if state is not None:
         editor.load_state(state)
@@ -203,9 +207,9 @@ def run_edits(
     prepared, skipped = _usable_requests(editor, requests, on_error)
     if isinstance(editor.values, MemitCache):
         _require_single_ids(prepared)
-    text_options: dict[str, Any] = {"prompt_format": prompt_format, "target_separator": target_separator}
+    options: dict[str, Any] = {"spec": spec, "prompt_format": prompt_format, "target_separator": target_separator}
     with timed(seconds, "evaluate"):
-        measured = evaluate_each(model, tokenizer, [p.request for p in prepared.values()], **text_options)
+        measured = evaluate_each(model, tokenizer, [p.request for p in prepared.values()], **options)
     before = dict(zip(prepared, measured, strict=True))
     indices = list(prepared)
     size = batch_size or max(1, len(indices))
@@ -228,7 +232,7 @@ def run_edits(
         raise
     try:
         with timed(seconds, "evaluate"):
-            after = evaluate(model, tokenizer, [prepared[i].request for i in written], **text_options)
+            after = evaluate(model, tokenizer, [prepared[i].request for i in written], **options)
             editor.require_untouched()
     except BaseException:
         editor.overwrite()
@@ -290,7 +294,12 @@ def _request_entry(tokenizer: Any, index: int, prepared: PreparedRequest) -> dic
 
 @plain_torch()
 def complete(
-    model: Any, tokenizer: Any, prompt: str, tokens: int = 6, prompt_format: PromptFormat | None = None
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    tokens: int = 6,
+    prompt_format: PromptFormat | None = None,
+    spec: ArchSpec | None = None,
 ) -> str:
     """The greedy continuation of a prompt, up to the end of its first sentence.
 
@@ -300,11 +309,12 @@ def complete(
         prompt: the text to continue.
         tokens: most tokens to generate.
         prompt_format: from a prompt to the text that the model reads.
+        spec: an ArchSpec for an architecture that is not known.
 
     Raises:
         RequestError: the prompt has no tokens, or one that the model has no embedding for.
     """
-    view = ModelView(model)
+    view = ModelView(model, spec)
     ids, _ = continuation(tokenizer, prompt, "", prompt_format)
     if why := unknown_token(tokenizer, ids, view.vocabulary) or ("" if ids else "it has no tokens"):
         raise RequestError(f"the prompt {prompt!r}: {why}")

@@ -50,6 +50,16 @@ def checked_device(name: str) -> str:
     return name
 
 
+def check_device_map(device_map: str | None, device: str) -> None:
+    """Raise KeditError when --device-map is given together with a --device, or under torchrun."""
+    if device_map is None:
+        return
+    if device != "cpu":
+        raise KeditError("--device-map places the model: leave --device out")
+    if process_group.described_size() > 1:
+        raise KeditError("--device-map spreads one process over all devices: use it without torchrun")
+
+
 @contextlib.contextmanager
 def processes(device: str) -> Iterator[tuple[int, str]]:
     """The rank of this process and its device, in the group that torchrun describes if there is one."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kedit_fast.cli.checks import check_file, check_range, processes
+from kedit_fast.cli.checks import check_device_map, check_file, check_range, processes
 from kedit_fast.cli.console import command, interactive, notices, output, print_json, say_skipped
 from kedit_fast.cli.hparams import overridden_hparams, requested_sample, warn_of_ignored_settings
 from kedit_fast.cli.options import (
@@ -15,6 +15,7 @@ from kedit_fast.cli.options import (
     REQUESTS_HELP,
     ArgumentsOption,
     ChatOption,
+    DeviceMapOption,
     DeviceOption,
     HparamsOption,
     JsonOption,
@@ -25,10 +26,12 @@ from kedit_fast.cli.options import (
     SeedOption,
     SeparatorOption,
     SetOption,
+    SpecOption,
     SystemOption,
     TemplateOption,
     chat_options,
     choice,
+    read_spec,
 )
 from kedit_fast.cli.quantized import DequantizeEdited, dequantize_for
 from kedit_fast.cli.report import print_report, require_change, warn_of_efficacy
@@ -96,14 +99,18 @@ def edit(
     on_error: OnErrorOption = "raise",
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded and saved in")] = "auto",
     device: DeviceOption = "cpu",
+    device_map: DeviceMapOption = None,
     merge_adapter: MergeAdapter = False,
     dequantize: DequantizeEdited = False,
+    spec: SpecOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write facts into a model and save it."""
     recipe = find_recipe(method)
     chatting = chat_options(chat, system, template, template_arg)
+    check_device_map(device_map, device)
+    architecture = read_spec(spec)
     if out is None and patch is None:
         raise MethodError("give --out for the edited model, --patch for its edits as a file, or both")
     if out is not None:
@@ -144,14 +151,16 @@ def edit(
             markup=False,
         )
     with processes(device) as (rank, place):
-        loaded, tokenizer = load_model(model, DTYPES[dtype], place, merge_adapter=merge_adapter)
+        loaded, tokenizer = load_model(model, DTYPES[dtype], place, device_map, merge_adapter)
         prompt_format = None if chatting is None else chat_format(tokenizer, **chatting)
-        plain = dequantize_for(loaded, chosen, any_layer=tries) if dequantize else None
+        plain = dequantize_for(loaded, chosen, any_layer=tries, spec=architecture) if dequantize else None
         statistics, tried = None, None
         if tries:
             sources = None
             if chosen.uses_statistics and stats:
-                sources = stored_statistics(stats, loaded, tokenizer, trust=trust, **requested_sample(hparams))
+                sources = stored_statistics(
+                    stats, loaded, tokenizer, trust=trust, spec=architecture, **requested_sample(hparams)
+                )
             tried = chosen_by_trials(
                 loaded,
                 tokenizer,
@@ -164,6 +173,7 @@ def edit(
                 prompt_format=prompt_format,
                 target_separator=target_separator,
                 on_error=on_error,
+                spec=architecture,
             )
             overrides, toml = {**overrides, **tried.choice.hparams}, tried.choice.toml
             chosen, _ = make_hparams(method, config, overrides)
@@ -171,7 +181,7 @@ def edit(
                 plain.put_back(except_layers=chosen.layers)
         if chosen.uses_statistics and stats:
             statistics = load_statistics(
-                stats, loaded, tokenizer, chosen.layers, trust=trust, **requested_sample(hparams)
+                stats, loaded, tokenizer, chosen.layers, architecture, trust, **requested_sample(hparams)
             )
         spaces = None if projector is None else load_projector(projector, chosen.layers, trust=trust)
         report = run_edits(
@@ -190,6 +200,7 @@ def edit(
             target_separator=target_separator,
             on_error=on_error,
             progress=interactive(),
+            spec=architecture,
         )
         require_change(report)
         if rank:

@@ -11,6 +11,7 @@ import typer
 
 from kedit_fast.errors import KeditError
 from kedit_fast.methods.hparams_files import parse_layers, parse_values
+from kedit_fast.models.architectures import ArchSpec, spec_from_json
 from kedit_fast.models.loading import DTYPES
 from kedit_fast.requests.problems import OnError
 from kedit_fast.requests.spacing import check_separator
@@ -78,9 +79,23 @@ ModelArgument = Annotated[str, typer.Argument(help="model folder or hub name")]
 HparamsOption = Annotated[Path | None, typer.Option(help="our .toml, EasyEdit's .yaml or memit's .json")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="hyper-parameter, key=value; repeatable")]
 DeviceOption = Annotated[str, typer.Option(help="torch device")]
+DeviceMapOption = Annotated[
+    str | None, typer.Option(help="spread the model over devices: auto, balanced, sequential (needs accelerate)")
+]
+SpecOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="names of the model's modules as JSON, such as `kedit-fast spec` prints; else they are looked for"
+    ),
+]
 MethodOption = Annotated[str, typer.Option(help="a method's name, see `kedit-fast methods`")]
 SeedOption = Annotated[int, typer.Option(help="seed of the context prefixes")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+def read_spec(path: Path | None) -> ArchSpec | None:
+    """The ArchSpec in the file of --spec; None without one."""
+    return None if path is None else spec_from_json(path)
 
 
 def parsed_layers(text: str) -> tuple[int, ...]:

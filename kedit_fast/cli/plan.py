@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kedit_fast import demo as bundled
-from kedit_fast.cli.checks import check_range, checked_device
+from kedit_fast.cli.checks import check_device_map, check_range, checked_device
 from kedit_fast.cli.console import command, output, print_json, say_skipped
 from kedit_fast.cli.hparams import overridden_hparams, warn_of_ignored_settings
 from kedit_fast.cli.options import (
@@ -18,6 +18,7 @@ from kedit_fast.cli.options import (
     REQUESTS_HELP,
     ArgumentsOption,
     ChatOption,
+    DeviceMapOption,
     DeviceOption,
     HparamsOption,
     JsonOption,
@@ -27,10 +28,12 @@ from kedit_fast.cli.options import (
     OnErrorOption,
     SeparatorOption,
     SetOption,
+    SpecOption,
     SystemOption,
     TemplateOption,
     chat_options,
     choice,
+    read_spec,
 )
 from kedit_fast.cli.quantized import DequantizeEdited, dequantize_for
 from kedit_fast.cli.trials import chosen_by_trials
@@ -69,8 +72,10 @@ def plan(
     template_arg: ArgumentsOption = None,
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
     device: DeviceOption = "cpu",
+    device_map: DeviceMapOption = None,
     merge_adapter: MergeAdapter = False,
     dequantize: DequantizeEdited = False,
+    spec: SpecOption = None,
     trial: Annotated[bool, typer.Option(help="load the model and try; without, bytes from its configuration")] = True,
     on_error: OnErrorOption = "raise",
     as_json: JsonOption = False,
@@ -79,6 +84,8 @@ def plan(
     chatting = chat_options(chat, system, template, template_arg)
     if dequantize and not trial:
         raise typer.BadParameter("--no-trial counts all matrices as 16-bit: leave --dequantize-edited out")
+    check_device_map(device_map, device)
+    architecture = read_spec(spec)
     overrides = overridden_hparams(hparams, set_, layers, method)
     warn_of_ignored_settings(hparams, dtype)
     config = load_config(model, merge_adapter)
@@ -88,17 +95,17 @@ def plan(
     if requests is not None:
         records = load_requests(requests, on_error, find_recipe(method).needs_subject)
     if trial:
-        loaded, tokenizer = load_model(model, DTYPES[dtype], checked_device(device), merge_adapter=merge_adapter)
+        loaded, tokenizer = load_model(model, DTYPES[dtype], checked_device(device), device_map, merge_adapter)
     else:
         loaded, tokenizer = empty_model(config, DTYPES[dtype]), None
     prompt_format = None if chatting is None or tokenizer is None else chat_format(tokenizer, **chatting)
     guessed = is_guess(origin) and hparams is None and "layers" not in overrides
     tries = guessed and trial and stats is not None and requests is not None
-    plain = dequantize_for(loaded, chosen, any_layer=tries) if dequantize else None
+    plain = dequantize_for(loaded, chosen, any_layer=tries, spec=architecture) if dequantize else None
     if tries and stats is not None:
         sources = None
         if chosen.uses_statistics:
-            sources = stored_statistics(stats, loaded, tokenizer, trust=trust)
+            sources = stored_statistics(stats, loaded, tokenizer, trust=trust, spec=architecture)
         tried = chosen_by_trials(
             loaded,
             tokenizer,
@@ -111,6 +118,7 @@ def plan(
             prompt_format=prompt_format,
             target_separator=target_separator,
             on_error=on_error,
+            spec=architecture,
         )
         overrides = {**overrides, **tried.choice.hparams}
         guessed = False
@@ -126,6 +134,7 @@ def plan(
         prompt_format=prompt_format,
         target_separator=target_separator,
         on_error=on_error,
+        spec=architecture,
     )
     say_skipped(planned.skipped, records.total)
     if as_json:

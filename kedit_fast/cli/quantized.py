@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from kedit_fast.cli.console import notices
+from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.quantized import Dequantized, dequantize_edited
 from kedit_fast.support.process_group import world
 
@@ -19,17 +20,18 @@ DequantizeEdited = Annotated[
 ]
 
 
-def dequantize_for(model: Any, hparams: Any, any_layer: bool = False) -> Dequantized:
+def dequantize_for(model: Any, hparams: Any, any_layer: bool = False, spec: ArchSpec | None = None) -> Dequantized:
     """Make plain what hyper-parameters edit in a model, and say on stderr where nothing is quantized.
 
     Args:
         model: the model; changed in place.
         hparams: name the layers or the modules.
         any_layer: trials will choose the layers, so all of them are made plain.
+        spec: that of --spec.
     """
     modules = () if any_layer else tuple(name.removesuffix(".weight") for name in hparams.inner_params)
     layers = None if any_layer else () if modules else hparams.layers
-    done = dequantize_edited(model, layers, modules)
+    done = dequantize_edited(model, layers, modules, spec)
     if not done.modules and world()[0] == 0:
         notices.print("kedit-fast: --dequantize-edited: no edited matrix of this model is quantized", markup=False)
     return done

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kedit_fast.cli.checks import check_file, check_range, checked_device
+from kedit_fast.cli.checks import check_device_map, check_file, check_range, checked_device
 from kedit_fast.cli.console import command, interactive, output, print_json, say_skipped
 from kedit_fast.cli.hparams import overridden_hparams, requested_sample, warn_of_ignored_settings
 from kedit_fast.cli.options import (
@@ -16,6 +16,7 @@ from kedit_fast.cli.options import (
     TEXT_HELP,
     ArgumentsOption,
     ChatOption,
+    DeviceMapOption,
     DeviceOption,
     HparamsOption,
     JsonOption,
@@ -25,11 +26,13 @@ from kedit_fast.cli.options import (
     OnErrorOption,
     SeparatorOption,
     SetOption,
+    SpecOption,
     SystemOption,
     TemplateOption,
     chat_options,
     choice,
     parsed_layers,
+    read_spec,
 )
 from kedit_fast.cli.quantized import DequantizeEdited, dequantize_for
 from kedit_fast.cli.trials import table_of_trials
@@ -77,14 +80,18 @@ def suggest(
     template_arg: ArgumentsOption = None,
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
     device: DeviceOption = "cpu",
+    device_map: DeviceMapOption = None,
     merge_adapter: MergeAdapter = False,
     dequantize: DequantizeEdited = False,
+    spec: SpecOption = None,
     out: Annotated[Path | None, typer.Option(help="write the configuration to this .toml")] = None,
     on_error: OnErrorOption = "raise",
     as_json: JsonOption = False,
 ) -> None:
     """Try layers and other hyper-parameters on a few requests, and print the best configuration for --hparams."""
     chatting = chat_options(chat, system, template, template_arg)
+    check_device_map(device_map, device)
+    architecture = read_spec(spec)
     if out is not None:
         check_file(out)
     records = load_requests(requests, on_error, find_recipe(method).needs_subject).first(edits)
@@ -93,12 +100,13 @@ def suggest(
     last_layers = None if layers is None else parsed_layers(layers)
     documents = [] if text is None else open_texts(text, field)
     check_range(last_layers or (), load_config(model, merge_adapter))
-    loaded, tokenizer = load_model(model, DTYPES[dtype], checked_device(device), merge_adapter=merge_adapter)
+    loaded, tokenizer = load_model(model, DTYPES[dtype], checked_device(device), device_map, merge_adapter)
     if dequantize:
-        dequantize_for(loaded, None, any_layer=True)
+        dequantize_for(loaded, None, any_layer=True, spec=architecture)
     statistics = None
     if stats is not None:
-        statistics = stored_statistics(stats, loaded, tokenizer, trust=trust, **requested_sample(hparams))
+        sample = requested_sample(hparams)
+        statistics = stored_statistics(stats, loaded, tokenizer, trust=trust, spec=architecture, **sample)
     suggestion = sweep(
         loaded,
         tokenizer,
@@ -113,6 +121,7 @@ def suggest(
         prompt_format=None if chatting is None else chat_format(tokenizer, **chatting),
         on_error=on_error,
         progress=interactive(),
+        spec=architecture,
     )
     say_skipped(suggestion.skipped, records.total)
     if out is not None:

@@ -103,7 +103,7 @@ def chosen_by_trials(
         statistics: of the layers to try; None where the method uses none.
         folder: where the choice is stored.
         off: what to do instead, for the message.
-        options: seed, prompt_format, target_separator and on_error of `choose`.
+        options: seed, prompt_format, target_separator, on_error and spec of `choose`.
     """
     if speaks := world()[0] == 0:
         count = min(REQUESTS, len(records))

@@ -123,7 +123,7 @@ class Editor:
         overrides = dict(hparams or {})
         if layers is not None:
             overrides["layers"] = tuple(layers)
-        self.hparams, self.origin = make_hparams(method, model.config, overrides)
+        self.hparams, self.origin = make_hparams(method, self.view.config, overrides)
         if idle := worth_a_warning(self.recipe, overrides):
             _log.warning("%s does not use %s", self.recipe.name, ", ".join(idle))
         for name in overrides:

@@ -27,6 +27,7 @@ from kedit_fast.integrations.sessions import (
 from kedit_fast.integrations.signatures import documented, memit_function
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.presets import make_hparams
+from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.view import ModelView
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.preconditioner import NullSpace
@@ -54,6 +55,7 @@ def apply_AlphaEdit_to_model(
     stats_dir: str = "data/stats",
     statistics_text: Text | None = None,
     target_separator: str | None = None,
+    spec: ArchSpec | str | None = None,
 ) -> tuple[torch.nn.Module, torch.Tensor]:
     """Write a batch with AlphaEdit.
 
@@ -63,7 +65,7 @@ def apply_AlphaEdit_to_model(
     Raises:
         KeditError: the model and `cache_c` are as they were before the call.
     """
-    options = Options(statistics_text, target_separator=target_separator)
+    options = Options(statistics_text, target_separator=target_separator, spec=spec)
     call = Call("alphaedit", model, tok, requests, hparams, cache_template, statistics, stats_dir, options)
     return _apply_with_cache(call, cache_c, P)
 
@@ -87,6 +89,7 @@ def apply_memit_seq_to_model(
     stats_dir: str = "data/stats",
     statistics_text: Text | None = None,
     target_separator: str | None = None,
+    spec: ArchSpec | str | None = None,
 ) -> tuple[torch.nn.Module, torch.Tensor]:
     """Write a batch with MEMIT whose system holds the keys of earlier batches.
 
@@ -101,7 +104,7 @@ def apply_memit_seq_to_model(
         raise InvalidArgumentError(
             "copy=True is not implemented for sequential editing: copy the model before the first"
         )
-    options = Options(statistics_text, target_separator=target_separator)
+    options = Options(statistics_text, target_separator=target_separator, spec=spec)
     call = Call("memit-sequential", model, tok, requests, hparams, cache_template, statistics, stats_dir, options)
     return _apply_with_cache(call, cache_c, None)
 
@@ -113,9 +116,10 @@ apply_memit_rect_to_model = memit_function("rect", "apply_memit_rect_to_model")
 def _apply_with_cache(
     call: Call, cache_c: torch.Tensor | None, P: torch.Tensor | None
 ) -> tuple[torch.nn.Module, torch.Tensor]:
-    parsed, _ = parse_hparams(call.hparams)
-    hparams, _ = make_hparams(call.method, call.model.config, parsed)
-    cache_c = _checked_cache(call.model, hparams, cache_c, P)
+    parsed, raw = parse_hparams(call.hparams)
+    view = ModelView(call.model, call.options.with_hparams(raw).architecture)
+    hparams, _ = make_hparams(call.method, view.config, parsed)
+    cache_c = _checked_cache(view, hparams, cache_c, P)
     session = _session(call, hparams, cache_c, P)
     layers = hparams.layers
     keys: dict[int, torch.Tensor] = {}  # of the batch, [d, u]; writing a layer changes no keys at it or below
@@ -137,11 +141,11 @@ def _apply_with_cache(
 
 
 def _checked_cache(
-    model: torch.nn.Module, hparams: Hparams, cache_c: torch.Tensor | None, P: torch.Tensor | None
+    view: ModelView, hparams: Hparams, cache_c: torch.Tensor | None, P: torch.Tensor | None
 ) -> torch.Tensor:
     """`cache_c`, or one of zeros; raises InvalidArgumentError where it or `P` cannot be used."""
     layers = hparams.layers
-    size = ModelView(model).weight(layers[-1]).shape[1]
+    size = view.weight(layers[-1]).shape[1]
     for name, tensor in (("cache_c", cache_c), ("P", P)):
         if tensor is not None and tuple(tensor.shape) != (len(layers), size, size):
             raise InvalidArgumentError(

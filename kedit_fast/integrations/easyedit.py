@@ -40,6 +40,7 @@ from kedit_fast.integrations.framework_statistics import Text
 from kedit_fast.integrations.options import OUR_HPARAMS, Options, UltraEditRows
 from kedit_fast.integrations.signatures import Applied, easyedit_function
 from kedit_fast.methods.hparams_files import parse_values, read_raw
+from kedit_fast.models.architectures import ArchSpec
 
 ADDED = {
     "MEMIT-Seq": "memit-sequential",
@@ -111,6 +112,7 @@ def install(
     statistics_text: Text | None = None,
     ultraedit_rows: UltraEditRows | None = None,
     target_separator: str | None = None,
+    spec: ArchSpec | str | None = None,
 ) -> None:
     """Put our functions into EasyEdit's table; editors that are made afterwards use them.
 
@@ -126,14 +128,15 @@ def install(
             for ours.
         target_separator: between prompts and targets: " " as EasyEdit's code and metrics have it, "" for nothing, or
             "auto" (None): decided from the text.
+        spec: an ArchSpec for an architecture that is not known, or the path of its JSON file.
 
-    An argument of a call, or a hyper-parameter of the same name, overrides each of the last three.
+    An argument of a call, or a hyper-parameter of the same name, overrides each of the last four.
 
     Raises:
-        MethodError: an unknown `ultraedit_rows` or `target_separator`, an EasyEdit whose parts have other names, or an
-            earlier call with other options; nothing is changed.
+        MethodError: an unknown `ultraedit_rows`, `target_separator` or `spec`, an EasyEdit whose parts have other
+            names, or an earlier call with other options; nothing is changed.
     """
-    defaults = Options(statistics_text, ultraedit_rows, target_separator).with_hparams({})
+    defaults = Options(statistics_text, ultraedit_rows, target_separator, spec).with_hparams({})
     algorithms: MutableMapping[str, Any] = _part("util.alg_dict", "ALG_DICT") if table is None else table
     is_easyedits = algorithms is getattr(sys.modules.get("easyeditor.util.alg_dict"), "ALG_DICT", None)
     for installation in _installations:

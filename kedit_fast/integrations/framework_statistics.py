@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import MethodError, StatisticsError
+from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.view import ModelView
 from kedit_fast.statistics import memit_npz
 from kedit_fast.statistics.collect import Statistics, collect_statistics
@@ -50,6 +51,7 @@ def framework_statistics(
     stats_dir: str | os.PathLike | None = None,
     text: Text | None = None,
     whole_name: bool = False,
+    spec: ArchSpec | None = None,
 ) -> Statistics:
     """Statistics of layers from a framework's folder or one of ours; missing ones are computed and stored.
 
@@ -62,12 +64,13 @@ def framework_statistics(
         text: a file or `datasets:` name for `open_texts`, or documents. None: what the environment variable
             KEDIT_FAST_STATISTICS_TEXT names, or the data set of `raw`.
         whole_name: a new folder is named by the whole path of the model with "_" for "/" (memit), not its last part.
+        spec: an ArchSpec for an architecture that is not known.
 
     Raises:
         StatisticsError: there are no statistics, and no text to compute them from; several files match; or a file is of
             another model or text. Nothing is written then.
     """
-    view = ModelView(model)
+    view = ModelView(model, spec)
     samples, precision = requested_sample(raw)
     root = Path(stats_dir or raw.get("stats_dir") or "data/stats")
     folders = _folders(root, model, raw, whole_name)
@@ -78,7 +81,9 @@ def framework_statistics(
         return [layer for layer, module in modules.items() if _has(folder, module, samples, precision, exact)]
 
     def read(folder: Path) -> Statistics:
-        statistics = load_statistics(folder, model, tokenizer, layers, trust=True, samples=samples, precision=precision)
+        statistics = load_statistics(
+            folder, model, tokenizer, layers, trust=True, samples=samples, precision=precision, spec=spec
+        )
         _check_source(folder, modules, samples, precision, text)
         return statistics
 
@@ -106,7 +111,7 @@ def framework_statistics(
         "statistics of layers %s are computed from %s (once; they are kept in %s)", comma_list(missing), source, folder
     )
     seed = SEED if isinstance(documents, Sequence) else None
-    new = collect_statistics(model, tokenizer, documents, tuple(missing), max_samples=samples, seed=seed)
+    new = collect_statistics(model, tokenizer, documents, tuple(missing), max_samples=samples, seed=seed, spec=spec)
     precision = precision or "float32"
     for second in new.layers.values():
         memit_npz.sum_in(second, precision)  # raises where a sum does not fit, before any file is written

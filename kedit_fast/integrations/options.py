@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from kedit_fast.errors import MethodError, RequestError
 from kedit_fast.integrations.framework_statistics import Text
+from kedit_fast.models.architectures import ArchSpec, spec_from_json
 from kedit_fast.requests.spacing import AUTO, check_separator
 
-OUR_HPARAMS = ("statistics_text", "ultraedit_rows", "target_separator")
+OUR_HPARAMS = ("statistics_text", "ultraedit_rows", "target_separator", "spec")
 """Hyper-parameters of frameworks' files that no framework has."""
 UltraEditRows = Literal["own", "easyedit"]
 
@@ -26,6 +27,8 @@ class Options:
     """UltraEdit's labels and tokens: EasyEdit's, or ours ("own", also for None)."""
     target_separator: str | None = None
     """As in `Editor`; None is "auto": decided from the text."""
+    spec: ArchSpec | str | os.PathLike | None = None
+    """The modules of an architecture that is not known, or the path of a JSON file of them."""
     whole_name: bool = False
     """Whether a new folder of statistics is named by the model's whole path (memit), not by its last part."""
     defaults: Options | None = None
@@ -35,13 +38,14 @@ class Options:
         text = self.statistics_text
         is_name = text is None or isinstance(text, str | os.PathLike)
         separator = AUTO if self.target_separator is None else self.target_separator
-        return str(text) if is_name else id(text), self.ultraedit_rows or "own", separator, self.whole_name
+        return str(text) if is_name else id(text), self.ultraedit_rows or "own", separator, self.spec, self.whole_name
 
     def with_hparams(self, raw: Mapping[str, Any]) -> Options:
         """These options, filled up from hyper-parameters and defaults.
 
         Raises:
-            MethodError: an unknown `ultraedit_rows` or `target_separator`.
+            MethodError: an unknown `ultraedit_rows` or `target_separator`, or a `spec` that is none and no path.
+            InvalidArgumentError: a file of an ArchSpec that is not one.
         """
         filled: dict[str, Any] = {}
         for name in OUR_HPARAMS:
@@ -53,7 +57,17 @@ class Options:
             check_separator(AUTO if filled["target_separator"] is None else filled["target_separator"])
         except RequestError as error:
             raise MethodError(str(error)) from None
-        return Options(**filled, whole_name=self.whole_name)
+        options = Options(**filled, whole_name=self.whole_name)
+        return replace(options, spec=options.architecture)
+
+    @property
+    def architecture(self) -> ArchSpec | None:
+        """`spec`, read where it is a path."""
+        if isinstance(self.spec, str | os.PathLike):
+            return spec_from_json(self.spec)
+        if not isinstance(self.spec, ArchSpec | None):
+            raise MethodError(f"spec must be an ArchSpec or the path of its file; got {type(self.spec).__name__}")
+        return self.spec
 
     def given(self) -> dict[str, Any]:
         """The options that are not None."""

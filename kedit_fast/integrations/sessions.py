@@ -229,9 +229,10 @@ def _create_editor(
     earlier: Session | None,
 ) -> Editor:
     """An editor with the statistics, null spaces and values that the hyper-parameters name."""
-    model, tokenizer = call.model, call.tokenizer
-    resolved, _ = make_hparams(call.method, model.config, hparams)
-    check_modules(model, resolved, raw)
+    model, tokenizer, spec = call.model, call.tokenizer, options.architecture
+    view = ModelView(model, spec)
+    resolved, _ = make_hparams(call.method, view.config, hparams)
+    check_modules(view, resolved, raw)
     with_easyedit_rows = options.ultraedit_rows == "easyedit" and not recipe.optimizes_values
     if with_easyedit_rows and options.target_separator == "":
         raise MethodError(
@@ -244,7 +245,7 @@ def _create_editor(
         spaces = load_projector(raw["P_loc"], resolved.layers, trust=True)
     if resolved.uses_statistics and spaces is None and statistics is None:
         statistics = framework_statistics(
-            model, tokenizer, resolved.layers, raw, call.stats_dir, options.statistics_text, options.whole_name
+            model, tokenizer, resolved.layers, raw, call.stats_dir, options.statistics_text, options.whole_name, spec
         )
     same_tokenizer = earlier is not None and earlier.editor.tokenizer is tokenizer
     editor = Editor(
@@ -257,6 +258,7 @@ def _create_editor(
         values=_usable_template(call.cache_template, recipe),
         prefixes=earlier.editor.prefixes if earlier is not None and same_tokenizer else None,
         target_separator=AUTO if options.target_separator is None else options.target_separator,
+        spec=spec,
     )
     if with_easyedit_rows:
         editor.gradients = easyedit_rows.gatherer(tokenizer, raw)
@@ -291,9 +293,9 @@ def _warn_of_half(model: torch.nn.Module, raw: Mapping[str, Any]) -> None:
             _log.warning("%s = true: the model is %s and is edited as it is; load it in float16 to follow", name, shown)
 
 
-def check_modules(model: torch.nn.Module, hparams: Hparams, raw: Mapping[str, Any]) -> None:
+def check_modules(view: ModelView, hparams: Hparams, raw: Mapping[str, Any]) -> None:
     """Raise MethodError when a file's `rewrite_module_tmp` is not the module that is edited here."""
-    template, view = raw.get("rewrite_module_tmp"), ModelView(model)
+    template = raw.get("rewrite_module_tmp")
     for layer in hparams.layers:
         if template and template.format(layer) != view.module_name(layer):
             raise MethodError(

@@ -16,6 +16,7 @@ import torch
 from kedit_fast.integrations.framework_statistics import Text
 from kedit_fast.integrations.options import OUR_HPARAMS, Options
 from kedit_fast.integrations.sessions import Call, apply_batch
+from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.statistics.collect import Statistics
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -38,6 +39,7 @@ ARGUMENTS = {
     "statistics_text": "a file, a `datasets:` name or documents; missing statistics are computed from it.",
     "target_separator": 'between prompt and target: " " as there, "" for nothing, or "auto" (None): decided from the '
     "text. Also a hyper-parameter.",
+    "spec": "an ArchSpec for an architecture that is not known, or the path of its JSON file. Also a hyper-parameter.",
 }
 
 
@@ -89,6 +91,7 @@ def memit_function(method: str, name: str, whole_name: bool = False) -> Callable
         stats_dir: str = "data/stats",
         statistics_text: Text | None = None,
         target_separator: str | None = None,
+        spec: ArchSpec | str | None = None,
     ) -> Applied:
         """Write a batch.
 
@@ -98,7 +101,7 @@ def memit_function(method: str, name: str, whole_name: bool = False) -> Callable
         Raises:
             KeditError: the model is as it was before the call.
         """
-        options = Options(statistics_text, target_separator=target_separator, whole_name=whole_name)
+        options = Options(statistics_text, target_separator=target_separator, spec=spec, whole_name=whole_name)
         call = Call(method, model, tok, requests, hparams, cache_template, statistics, stats_dir, options)
         return apply_batch(call, copy=copy, return_orig_weights=return_orig_weights)
 
@@ -121,9 +124,9 @@ def easyedit_function(method: str, name: str, defaults: Options | None = None) -
         hparams="an object of EasyEdit's class, a mapping, or the path of one of its yaml files.",
         cache_template="path of memit's npz files of values, with three {}; requests then need a case_id.",
         keep_original_weight="has no effect here: `return_orig_weights` asks for copies.",
-        kwargs="`statistics` of kedit_fast, instead of those in `stats_dir`; `statistics_text`, `ultraedit_rows` and "
-        "`target_separator`, see `install`; `reset_cache`, to forget earlier batches. Anything else that EasyEdit "
-        "passes is ignored.",
+        kwargs="`statistics` of kedit_fast, instead of those in `stats_dir`; `statistics_text`, `ultraedit_rows`, "
+        "`target_separator` and `spec`, see `install`; `reset_cache`, to forget earlier batches. Anything else that "
+        "EasyEdit passes is ignored.",
     )
     def apply_to_model(
         model: torch.nn.Module,

@@ -17,6 +17,7 @@ from kedit_fast.errors import KeditError, MethodError
 from kedit_fast.methods.hparams_files import parse_values
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.registry import find_recipe
+from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.fingerprint import fingerprint
 from kedit_fast.models.view import ModelView
 from kedit_fast.reports.suggest import suggest
@@ -73,15 +74,17 @@ def choose(
     target_separator: str = AUTO,
     on_error: OnError = "raise",
     progress: bool = False,
+    spec: ArchSpec | None = None,
 ) -> tuple[Choice, str]:
     """`suggest` with effort "short" on at most 48 of the requests, or what it chose before.
 
     Args:
         folder: where the choice is looked up and written, beside the statistics; None for nowhere. An earlier one is
-            used when the model, the method, the hyper-parameters, the statistics, the format of the prompts and this
+            used when the model, the method, the hyper-parameters, the statistics, the format of the prompts, the
+            ArchSpec and this
             package's version are the same, and it was made from as many requests and for half as many edits or more.
         model, tokenizer, requests, method, statistics, hparams, seed, prompt_format, target_separator, on_error,
-            progress: as in `suggest`.
+            progress, spec: as in `suggest`.
 
     Returns:
         the choice, and where it is from or what became of its file, as half a sentence.
@@ -90,11 +93,12 @@ def choose(
         MethodError, RequestError: as `suggest`. A file that cannot be read or written is no error.
     """
     rows, given = rows_of(requests), dict(hparams or {})
-    view = ModelView(model)
+    view = ModelView(model, spec)
     identity = {
         "kedit_fast": __version__,
         "method": find_recipe(method).name,
         "model": fingerprint(view, tokenizer),
+        "architecture": asdict(view.spec),
         "hparams": given,
         "statistics": None if statistics is None else statistics.identity,
         "seed": seed,
@@ -104,7 +108,7 @@ def choose(
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
     path = None if folder is None else Path(folder) / f"trials_{find_recipe(method).name}_{digest[:16]}.json"
     records = min(REQUESTS, len(rows))
-    choice, problem = gather(_read(path, digest, method, model, given))[0]  # of the first process
+    choice, problem = gather(_read(path, digest, method, view, given))[0]  # of the first process
     if choice is not None and choice.records >= records and 2 * choice.expected >= len(rows):
         return choice, f"chosen earlier, {path}"
     suggestion = suggest(
@@ -122,6 +126,7 @@ def choose(
         most=REQUESTS,
         expected=len(rows),
         progress=progress,
+        spec=spec,
     )
     best = suggestion.best
     choice = Choice(
@@ -146,7 +151,7 @@ def choose(
 
 
 def _read(
-    path: Path | None, digest: str, method: str, model: torch.nn.Module, given: Mapping[str, Any]
+    path: Path | None, digest: str, method: str, view: ModelView, given: Mapping[str, Any]
 ) -> tuple[Choice | None, str]:
     """The choice in a file; or None, and what is to be said of the file."""
     if path is None or world()[0] or not path.exists():
@@ -158,8 +163,8 @@ def _read(
         content["hparams"] = parse_values(content["hparams"], str(path))
         content |= {name: tuple(content[name]) for name in ("trials", "notes")}
         choice = Choice(**content)
-        make_hparams(method, model.config, given, choice.hparams)
-        ModelView(model).check_layers(choice.hparams["layers"])
+        make_hparams(method, view.config, given, choice.hparams)
+        view.check_layers(choice.hparams["layers"])
         if not (isinstance(choice.toml, str) and choice.trials[choice.best]["efficacy"] is not None):
             raise ValueError("it has no trial")
         return choice, ""

@@ -19,6 +19,8 @@ from kedit_fast.errors import MethodError, StatisticsError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.registry import RECIPES, find_recipe
+from kedit_fast.models.architectures import ArchSpec
+from kedit_fast.models.view import ModelView
 from kedit_fast.requests.problems import OnError, require_no_problems
 from kedit_fast.requests.prompts import PromptFormat
 from kedit_fast.requests.reading import rows_of
@@ -84,6 +86,7 @@ def convergence(
     target_separator: str = AUTO,
     on_error: OnError = "raise",
     progress: bool = False,
+    spec: ArchSpec | None = None,
 ) -> Rows:
     """Compute an update from statistics of more and more tokens of one text, and compare.
 
@@ -105,6 +108,7 @@ def convergence(
         prompt_format, target_separator: as in `Editor`.
         on_error: "raise" at requests that cannot be written, or "skip" them, as in `Editor.edit`.
         progress: show a bar on stderr.
+        spec: an ArchSpec for an architecture that is not known.
 
     Returns:
         a row for each count and layer.
@@ -117,10 +121,11 @@ def convergence(
     """
     recipe = find_recipe(method)
     overrides = {**(hparams or {}), **({} if layers is None else {"layers": tuple(layers)})}
-    chosen, _ = make_hparams(method, model.config, overrides)
+    config = ModelView(model, spec).config
+    chosen, _ = make_hparams(method, config, overrides)
     if not chosen.uses_statistics or recipe.masks_updates or not recipe.is_batched:
         raise MethodError(f"{recipe.name} has no update of low rank that depends on statistics")
-    rule = _null_rule(model, overrides, chosen)
+    rule = _null_rule(config, overrides, chosen)
     if counts is not None and (not counts or sorted(set(counts)) != list(counts) or counts[0] < 1):
         raise StatisticsError(f"counts of tokens must grow; got {list(counts)}")
     store, prefixes = ValueFile(None), None
@@ -129,7 +134,7 @@ def convergence(
     rows: list[Row] = []
     updates: list[dict[int, LowRankUpdate | None]] = []
     spaces: dict[int, torch.Tensor] = {}
-    growing = growing_statistics(model, tokenizer, corpus, chosen.layers, counts or _doubling(), batch_tokens)
+    growing = growing_statistics(model, tokenizer, corpus, chosen.layers, counts or _doubling(), batch_tokens, spec)
     for statistics in tqdm(growing, desc="counts", disable=not progress, leave=False):
         note, layer_updates = "", dict.fromkeys(chosen.layers)
         editor = Editor(
@@ -143,6 +148,7 @@ def convergence(
             values=store,
             prompt_format=prompt_format,
             target_separator=target_separator,
+            spec=spec,
         )
         prefixes = editor.prefixes
         try:
@@ -174,10 +180,10 @@ def convergence(
     return report
 
 
-def _null_rule(model: torch.nn.Module, overrides: Mapping[str, Any], hparams: Hparams) -> tuple[float, NullSpaceRule]:
+def _null_rule(config: Any, overrides: Mapping[str, Any], hparams: Hparams) -> tuple[float, NullSpaceRule]:
     """Threshold and rule of the null space: the caller's, or else AlphaEdit's for this model."""
     alphaedit = next(recipe for recipe in RECIPES.values() if recipe.uses_null_space)
-    preset, _ = make_hparams(alphaedit.name, model.config, {"layers": hparams.layers})
+    preset, _ = make_hparams(alphaedit.name, config, {"layers": hparams.layers})
     names = ("nullspace_threshold", "nullspace_rule")
     threshold, rule = (overrides.get(name, getattr(preset, name)) for name in names)
     return float(threshold), cast(NullSpaceRule, rule)

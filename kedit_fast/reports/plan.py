@@ -17,6 +17,7 @@ from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.recipe import Recipe, ValueSites
 from kedit_fast.methods.registry import find_recipe
+from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype, copy_bytes
@@ -92,6 +93,7 @@ def plan(
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
     on_error: OnError = "raise",
+    spec: ArchSpec | None = None,
 ) -> Plan:
     """Estimate the memory and the time of `edits` edits in one batch.
 
@@ -104,6 +106,7 @@ def plan(
         hparams: values that override the preset's.
         prompt_format, target_separator: as in `Editor`.
         on_error: "raise" at requests of the trial that cannot be written, or "skip" them and name them in the result.
+        spec: an ArchSpec for an architecture that is not known.
 
     Raises:
         MethodError: no edits, a method that optimizes no values, or a loaded model without requests.
@@ -114,8 +117,8 @@ def plan(
     """
     if edits < 1:
         raise MethodError(f"cannot plan {edits} edits")
-    view, recipe = ModelView(model), find_recipe(method)
-    chosen, origin = make_hparams(method, model.config, hparams or {})
+    view, recipe = ModelView(model, spec), find_recipe(method)
+    chosen, origin = make_hparams(method, view.config, hparams or {})
     if not recipe.optimizes_values:
         raise MethodError(
             f"plan knows methods that optimize values; {recipe.name} takes one backward pass per batch instead"

@@ -18,6 +18,7 @@ from kedit_fast.methods.presets import guessed_numbers, make_hparams
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.methods.windows import windows
+from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.view import ModelView
 from kedit_fast.reports.search import SEARCHES, Effort, Search, span
 from kedit_fast.reports.trials import StoredStatistics, Trial, Trials, in_memory
@@ -101,6 +102,7 @@ def suggest(
     most: int | None = None,
     expected: int = 0,
     progress: bool = False,
+    spec: ArchSpec | None = None,
 ) -> Suggestion:
     """Edit with one configuration after another, measure, undo, and choose the best.
 
@@ -128,6 +130,7 @@ def suggest(
         expected: edits that the configuration is for, where they are more than a trial writes: the loss of neighborhood
             and the drift are projected to as many.
         progress: show the number of trials on stderr.
+        spec: an ArchSpec for an architecture that is not known.
 
     Returns:
         the suggestion. A full search of six requests or more holds a third of them out: the three best configurations
@@ -142,14 +145,14 @@ def suggest(
     Cost: the values of all requests once per last layer, clamp and rate; a solve, a write and an evaluation per trial.
         In a process group all processes make the same calls and get the same result.
     """
-    view, recipe = ModelView(model), find_recipe(method)
+    view, recipe = ModelView(model, spec), find_recipe(method)
     given = dict(hparams or {})
     if idle := worth_a_warning(recipe, given):
         _log.warning("%s does not use %s", recipe.name, ", ".join(idle))
     given = {name: value for name, value in given.items() if reads(recipe, name)}
-    preset, origin = make_hparams(method, model.config, given)
-    base = given if effort == "short" else _freed(recipe, model.config, given)
-    chosen, _ = make_hparams(method, model.config, base)
+    preset, origin = make_hparams(method, view.config, given)
+    base = given if effort == "short" else _freed(recipe, view.config, given)
+    chosen, _ = make_hparams(method, view.config, base)
     candidates, can_move = _windows(recipe, view.num_layers, chosen, given, last_layers)
     drift_texts = list(texts[-DRIFT_TEXTS:]) if texts else []
     stored, available = None, frozenset(range(view.num_layers))
@@ -160,13 +163,14 @@ def suggest(
                 raise MethodError(
                     f"{recipe.name} needs statistics: give --stats of layers {span(layers)}, or --text to collect them"
                 )
+            documents = texts[: -len(drift_texts)] or texts
             statistics = collect_statistics(
-                model, tokenizer, texts[: -len(drift_texts)] or texts, layers, max_tokens=max_tokens, progress=progress
+                model, tokenizer, documents, layers, max_tokens=max_tokens, progress=progress, spec=spec
             )
         stored = statistics if isinstance(statistics, StoredStatistics) else in_memory(statistics)
         available = frozenset(stored.layers)
         candidates = _inside(candidates, available, recipe)
-    options = {"seed": seed, "prompt_format": prompt_format, "target_separator": target_separator}
+    options = {"seed": seed, "prompt_format": prompt_format, "target_separator": target_separator, "spec": spec}
     trials = Trials(model, tokenizer, recipe.name, base, stored, drift_texts, options, expected, progress)
     with trials.bar:
         usable, skipped = _usable(trials, candidates, requests, on_error)
@@ -199,7 +203,7 @@ def suggest(
         ", ".join(dict.fromkeys(trial.stage for trial in sweep)),
         sweep,
         best,
-        _described(make_hparams(method, model.config, base, changes)[0], recipe),
+        _described(make_hparams(method, view.config, base, changes)[0], recipe),
         skipped,
         finals,
         len(held),

@@ -104,13 +104,13 @@ def stored_statistics(
 
     Args:
         folder, model, tokenizer: as in `load_statistics`.
-        options: of `load_statistics`: trust, samples, precision.
+        options: of `load_statistics`: trust, samples, precision, spec.
 
     Raises:
         StatisticsError: there is no such folder, or it has no statistics. What is wrong with a file is raised when it
             is read.
     """
-    view, modules = ModelView(model), set(modules_in(folder))
+    view, modules = ModelView(model, options.get("spec")), set(modules_in(folder))
     layers = [layer for layer in range(view.num_layers) if view.module_name(layer) in modules]
     if not layers:
         raise StatisticsError(f"{folder} holds no statistics of a {view.spec.name} model")
@@ -135,7 +135,7 @@ class Trials:
         hparams: the overrides that all trials have.
         statistics: second moments of the layers that are tried; None where the method uses none.
         texts: documents on which the drift is measured.
-        options: further arguments of every `Editor`: seed, prompt_format, target_separator.
+        options: further arguments of every `Editor`: seed, prompt_format, target_separator, spec.
         expected: edits that the configuration is for; 0 for as many as a trial writes.
         progress: show a bar on stderr.
     """
@@ -153,13 +153,13 @@ class Trials:
         progress: bool = False,
     ):
         self.model, self.tokenizer, self.method = model, tokenizer, method
-        self.view = ModelView(model)
+        self.view = ModelView(model, options.get("spec"))
         self.hparams, self.statistics, self.texts, self.options = dict(hparams), statistics, texts, dict(options)
         self.expected = expected
         self.values = ValueFile(None)
         self._last: SolverState | None = None  # of the last trial, whose factors the next one may use
         self._unedited: dict[tuple[PreparedRequest, ...], float | None] = {}  # neighborhood before any edit
-        self.loss = mean_nll(model, tokenizer, texts) if texts else None
+        self.loss = self._mean_nll() if texts else None
         self.done: list[Trial] = []
         self.bar = tqdm(
             desc="trials", unit="", disable=not progress, leave=False, bar_format="{desc}: {n_fmt}{postfix}"
@@ -229,7 +229,7 @@ class Trials:
                 raise MethodError(next(iter(result.skipped.values())))
             editor.finish()
             scores = self._evaluated(scored)
-            drift = None if self.loss is None else mean_nll(self.model, self.tokenizer, self.texts) - self.loss
+            drift = None if self.loss is None else self._mean_nll() - self.loss
             resolved = editor.resolved
         finally:
             editor.restore()
@@ -254,6 +254,10 @@ class Trials:
             "resolved": resolved,
         }
 
+    def _mean_nll(self) -> float:
+        """The loss of the model as it is on the texts."""
+        return mean_nll(self.model, self.tokenizer, self.texts, spec=self.view.spec)
+
     def _neighborhood_before(self, requests: Sequence[PreparedRequest]) -> float | None:
         """The neighborhood share of requests in the unedited model."""
         known = tuple(requests)
@@ -264,7 +268,7 @@ class Trials:
     def _evaluated(self, requests: Sequence[PreparedRequest]) -> list[RequestScores]:
         """What the model as it is says to the prompts of requests."""
         formats = {name: self.options[name] for name in ("prompt_format", "target_separator")}
-        return evaluate_each(self.model, self.tokenizer, [p.request for p in requests], **formats)
+        return evaluate_each(self.model, self.tokenizer, [p.request for p in requests], self.view.spec, **formats)
 
 
 @contextlib.contextmanager

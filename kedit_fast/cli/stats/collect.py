@@ -7,20 +7,22 @@ from typing import Annotated
 
 import typer
 
-from kedit_fast.cli.checks import check_range, processes
+from kedit_fast.cli.checks import check_device_map, check_range, processes
 from kedit_fast.cli.console import command, interactive, notices, output, print_json
 from kedit_fast.cli.options import (
     DTYPE_NAMES,
     LAYERS_HELP,
     TEXT_HELP,
+    DeviceMapOption,
     DeviceOption,
     JsonOption,
     MergeAdapter,
     ModelArgument,
+    SpecOption,
     choice,
     parsed_layers,
+    read_spec,
 )
-from kedit_fast.errors import KeditError
 from kedit_fast.methods.windows import statistics_layers
 from kedit_fast.models.loading import DTYPES, load_config, load_model
 from kedit_fast.statistics.corpus import Corpus
@@ -54,10 +56,9 @@ def collect(
     masters: Annotated[Masters, choice(MASTERS, "where the fp64 sums are kept")] = "auto",
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model runs in")] = "auto",
     device: DeviceOption = "cpu",
+    device_map: DeviceMapOption = None,
     merge_adapter: MergeAdapter = False,
-    device_map: Annotated[
-        str | None, typer.Option(help="spread the model over devices: auto, balanced, sequential (needs accelerate)")
-    ] = None,
+    spec: SpecOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="start anew in an existing --out")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -66,8 +67,8 @@ def collect(
     Under torchrun every process takes its share of the batches.
     """
     layer_numbers = None if layers == AUTO else parsed_layers(layers)
-    if device_map is not None and device != "cpu":
-        raise KeditError("--device-map places the model: leave --device out")
+    check_device_map(device_map, device)
+    architecture = read_spec(spec)
     check_folder(out, resume, overwrite)
     documents = open_texts(text, field)
     config = load_config(model, merge_adapter)
@@ -76,8 +77,6 @@ def collect(
     check_range(layer_numbers, config)
     try:
         with processes(device) as (rank, place):
-            if device_map is not None and process_group.world()[1] > 1:
-                raise KeditError("--device-map spreads one process over all devices: use it without torchrun")
             loaded, tokenizer = load_model(model, DTYPES[dtype], place, device_map, merge_adapter)
             collected = collect_into(
                 out,
@@ -92,6 +91,7 @@ def collect(
                 masters=masters,
                 on_plan=_say_needs,
                 progress=interactive(),
+                spec=architecture,
             )
     except KeyboardInterrupt:
         notices.print(f"kedit-fast: interrupted; --resume continues from the last checkpoint in {out}", markup=False)

@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from kedit_fast.cli.checks import checked_device, make_folder
+from kedit_fast.cli.checks import check_device_map, checked_device, make_folder
 from kedit_fast.cli.console import command, interactive, notices, output, print_json, say_skipped
 from kedit_fast.cli.options import (
     DTYPE_NAMES,
@@ -18,6 +18,7 @@ from kedit_fast.cli.options import (
     TEXT_HELP,
     ArgumentsOption,
     ChatOption,
+    DeviceMapOption,
     DeviceOption,
     JsonOption,
     MergeAdapter,
@@ -25,12 +26,14 @@ from kedit_fast.cli.options import (
     OnErrorOption,
     SeparatorOption,
     SetOption,
+    SpecOption,
     SystemOption,
     TemplateOption,
     assignments,
     chat_options,
     choice,
     parsed_layers,
+    read_spec,
 )
 from kedit_fast.errors import KeditError
 from kedit_fast.models.loading import DTYPES, load_model
@@ -63,14 +66,18 @@ def converge(
     template_arg: ArgumentsOption = None,
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model runs in")] = "auto",
     device: DeviceOption = "cpu",
+    device_map: DeviceMapOption = None,
     on_error: OnErrorOption = "raise",
     merge_adapter: MergeAdapter = False,
+    spec: SpecOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the report in an existing --out")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Report how an update, the null space and the condition change as statistics see more text."""
 
     chatting = chat_options(chat, system, template, template_arg)
+    check_device_map(device_map, device)
+    architecture = read_spec(spec)
     table_path, picture_path = out / "convergence.csv", out / "convergence.png"
     if not overwrite and (table_path.exists() or picture_path.exists()):
         raise KeditError(f"{out} has a report: choose another --out or pass --overwrite")
@@ -78,7 +85,7 @@ def converge(
     overrides = assignments(set_)
     make_folder(out)
     documents = open_texts(text, field)
-    loaded, tokenizer = load_model(model, DTYPES[dtype], checked_device(device), merge_adapter=merge_adapter)
+    loaded, tokenizer = load_model(model, DTYPES[dtype], checked_device(device), device_map, merge_adapter)
     rows = convergence.convergence(
         loaded,
         tokenizer,
@@ -92,6 +99,7 @@ def converge(
         prompt_format=None if chatting is None else chat_format(tokenizer, **chatting),
         target_separator=target_separator,
         progress=interactive(),
+        spec=architecture,
     )
     say_skipped(rows.skipped, records.total)
     convergence.write_csv(rows, table_path)

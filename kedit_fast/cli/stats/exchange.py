@@ -9,7 +9,16 @@ import typer
 
 from kedit_fast.cli.checks import check_file, make_folder
 from kedit_fast.cli.console import command, output, print_json
-from kedit_fast.cli.options import LAYERS_HELP, JsonOption, MergeAdapter, ModelArgument, choice, parsed_layers
+from kedit_fast.cli.options import (
+    LAYERS_HELP,
+    JsonOption,
+    MergeAdapter,
+    ModelArgument,
+    SpecOption,
+    choice,
+    parsed_layers,
+    read_spec,
+)
 from kedit_fast.errors import KeditError, StatisticsError
 from kedit_fast.methods.hparams import DECLARATIONS
 from kedit_fast.models.loading import load_model
@@ -37,16 +46,18 @@ def import_(
         bool, typer.Option("--trust", help="accept the files as this model's; they do not record their model")
     ] = False,
     merge_adapter: MergeAdapter = False,
+    spec: SpecOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Take over statistics of memit, AlphaEdit or EasyEdit."""
     if out.exists():
         raise KeditError(f"{out} exists: choose another --out")
+    architecture = read_spec(spec)
     make_folder(out.absolute().parent)
     loaded, tokenizer = load_model(model, merge_adapter=merge_adapter)
     layer_numbers = None if layers is None else parsed_layers(layers)
     statistics = load_statistics(
-        source, loaded, tokenizer, layer_numbers, trust=trust, samples=samples, precision=precision
+        source, loaded, tokenizer, layer_numbers, architecture, trust, samples=samples, precision=precision
     )
     _written(save_statistics(statistics, out), as_json)
 
