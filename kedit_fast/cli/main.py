@@ -17,6 +17,10 @@ COMMANDS = {
         "kedit_fast.cli.plan:plan",
         "Estimate the memory, the batch and the time of a run of edits before it is started.",
     ),
+    "spec": (
+        "kedit_fast.cli.spec:spec",
+        "Print the names of a model's modules as JSON, for --spec; with --spec, check those of a file.",
+    ),
     "suggest": (
         "kedit_fast.cli.suggest:suggest",
         "Try layers and other hyper-parameters on a few requests, and print the best configuration for --hparams.",

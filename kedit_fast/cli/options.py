@@ -84,9 +84,7 @@ DeviceMapOption = Annotated[
 ]
 SpecOption = Annotated[
     Path | None,
-    typer.Option(
-        help="names of the model's modules as JSON, such as `kedit-fast spec` prints; else they are looked for"
-    ),
+    typer.Option(help="JSON file of the names of the model's modules, as `kedit-fast spec` prints it"),
 ]
 MethodOption = Annotated[str, typer.Option(help="a method's name, see `kedit-fast methods`")]
 SeedOption = Annotated[int, typer.Option(help="seed of the context prefixes")]

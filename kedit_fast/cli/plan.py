@@ -151,6 +151,8 @@ def plan(
         table.add_row(f"free on {planned.device}, with the weights loaded", size_text(planned.free_bytes))
     output.print(table)
     output.print(f"Numbers: {planned.hparams_from}", markup=False)
+    where = f"{planned.architecture.blocks}.{planned.layers[0]}.{planned.architecture.edit}"
+    output.print(f"Architecture: {planned.architecture.name}, edits {where}", markup=False)
     if guessed:
         output.print("The layers are a guess: `edit` chooses them by trials, and so does --stats with --requests")
     if planned.seconds is None:

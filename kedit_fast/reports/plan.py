@@ -56,6 +56,8 @@ class Plan:
     """Requests of the one batch."""
     layers: tuple[int, ...]
     """Edited layers, zero-based."""
+    architecture: ArchSpec
+    """Where the model's modules are."""
     hparams_from: str
     """Where the hyper-parameters are from: the name of a preset, or how they were guessed."""
     device: str
@@ -165,6 +167,7 @@ def plan(
         method=recipe.name,
         edits=edits,
         layers=layers,
+        architecture=view.spec,
         hparams_from=origin,
         device=str(view.device),
         dtype=dtype_name(weight.dtype),

@@ -22,12 +22,17 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+def described_size() -> int:
+    """How many processes torchrun says there are; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def start() -> bool:
     """Join the process group that torchrun describes, unless one exists; True when this call created it.
 
     It uses nccl and gloo where there is a GPU, otherwise only gloo.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available() or dist.is_initialized():
+    if described_size() < 2 or not dist.is_available() or dist.is_initialized():
         return False
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
