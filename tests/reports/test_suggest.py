@@ -125,7 +125,7 @@ def test_an_error_or_interrupt_after_a_write_leaves_the_model_as_it_was(place, m
 
 def test_a_model_that_computes_no_numbers_afterwards_is_a_failure(place, monkeypatch):
     losses = iter((1.0, float("nan"), 1.5, 1.0))
-    monkeypatch.setattr(trials, "mean_nll", lambda *arguments: next(losses))
+    monkeypatch.setattr(trials, "mean_nll", lambda *arguments, **options: next(losses))
     suggestion = short(place, texts=("a text",))
     assert [bool(trial.failure) for trial in suggestion.trials] == [True, False, False]
     assert "not finite" in suggestion.trials[0].failure and suggestion.trials[1].drift == 0.5
