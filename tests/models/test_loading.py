@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from tiny_models import KINDS, TEXT, make_model, make_tokenizer
 from torch.nn.utils import prune
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from kedit_fast import Editor, EditRequest, collect_statistics, load_statistics, save_statistics
 from kedit_fast.editing.values.memit_values import MemitCache
@@ -147,6 +147,30 @@ def disk_is_full(model):
         raise OSError(28, "No space left on device")
 
     model.save_pretrained = save
+
+
+def test_experts_that_transformers_writes_one_by_one_are_compared_after_loading(tmp_path):
+    """Transformers 5 has all experts of a layer in one tensor, and writes them under the names of the checkpoints."""
+    small = dict(vocab_size=400, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, num_local_experts=3, max_position_embeddings=64)  # fmt: skip
+    model = MixtralForCausalLM(MixtralConfig(**small, bos_token_id=0, eos_token_id=1, pad_token_id=2)).eval()
+    save_model(model, make_tokenizer(), tmp_path / "right")
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path / "right")
+    before = model.state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+    experts = [name for name in before if "experts" in name]
+    whole = model.save_pretrained
+
+    def alters_an_expert(folder):
+        with torch.no_grad():
+            before[experts[-1]].mul_(2)
+            whole(folder)
+            before[experts[-1]].div_(2)
+
+    model.save_pretrained = alters_an_expert
+    with pytest.raises(KeditError, match="experts.* is not what the model has"):
+        save_model(model, make_tokenizer(), tmp_path / "wrong")
+    assert os.listdir(tmp_path) == ["right"]
 
 
 @pytest.mark.parametrize(
