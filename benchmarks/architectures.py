@@ -32,9 +32,8 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from kedit_fast.models.prompt_runner import pass_kind
 
-from benchmarks.harness import Row, console, document_of, provenance, require_clean, save
+from benchmarks.harness import Row, console, document_of, provenance, read, require_clean, save
 from benchmarks.published import keys_at, memit, serial_value
 from benchmarks.tiny_decoders import decoder_types, tiny_decoder, tiny_tokenizer
 from kedit_fast import Editor, EditRequest, collect_statistics
@@ -45,6 +44,7 @@ from kedit_fast.methods.presets import make_hparams
 from kedit_fast.models.architectures import known_architecture
 from kedit_fast.models.forward import Site
 from kedit_fast.models.loading import load_model
+from kedit_fast.models.prompt_runner import pass_kind
 from kedit_fast.models.saving import save_model
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest, prepare
@@ -218,7 +218,10 @@ def examine(kind: str, row: Row) -> Row:
         row |= {"verdict": refused, "reason": first_line(error)}
     except Exception as error:
         row |= {"verdict": "wrong", "reason": first_line(error)}
-    return {**row, "log": log.lines}
+    return {
+        **row,
+        "log": list(dict.fromkeys(line for line in log.lines if "runs whole" in line or "values of " in line)),
+    }
 
 
 def tried(model: Any, tokenizer: Any, row: Row) -> None:
@@ -310,22 +313,34 @@ def line(row: Row) -> str:
     return f"{row['type']:26} {row['verdict']:10} {row.get('spec', ''):5} {errors} {row.get('reason', '')}"
 
 
+def merge(path: Path, row: Row, origin: Row) -> None:
+    """Write a row into a file, in place of the older one of its type."""
+    document = document_of([row], origin)
+    older = read(path)["rows"] if path.exists() else []
+    rows = [old for old in older if old["type"] != row["type"]] + document["rows"]
+    order = {kind: place for place, kind in enumerate(decoder_types())}
+    save(path, {**document, "rows": sorted(rows, key=lambda row: order.get(row["type"], len(order)))})
+
+
 @app.command()
 def main(
     only: Annotated[list[str] | None, typer.Option(help="a type; repeat it for several; all without")] = None,
     seconds: Annotated[float, typer.Option(help="time of a type")] = SECONDS,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the rows here, in place of those of the same types")
+    ] = None,
 ) -> None:
     """Which decoders of the installed transformers can be edited, tried one by one on tiny random models."""
     origin = provenance("cpu")
     origin["versions"] = {**origin["versions"], "transformers": transformers.__version__}
     require_clean(json_file, origin)
     torch.set_num_threads(1)
-    rows = []
+    rows: list[Row] = []
     for kind in only or decoder_types():
         rows.append(in_child(kind, seconds))
         console.print(line(rows[-1]), soft_wrap=True)
-    save(json_file, document_of(rows, origin))
+        if json_file is not None:
+            merge(json_file, rows[-1], origin)
     if any(row["verdict"] == "wrong" for row in rows):
         raise typer.Exit(1)
 

@@ -168,7 +168,7 @@ def test_experts_that_transformers_writes_one_by_one_are_compared_after_loading(
             before[experts[-1]].div_(2)
 
     model.save_pretrained = alters_an_expert
-    with pytest.raises(KeditError, match="experts.* is not what the model has"):
+    with pytest.raises(KeditError, match=r"experts.* is not what the model has"):
         save_model(model, make_tokenizer(), tmp_path / "wrong")
     assert os.listdir(tmp_path) == ["right"]
 
