@@ -332,7 +332,7 @@ def starts_midway(view: ModelView) -> bool:
     valid = batch.attention_mask.bool()
     states = whole[site][valid.to(whole[site].device)]
     error = relative_error(part[site][valid.to(states.device)], states)
-    if not error <= error_limit(states.dtype):
+    if not error <= error_limit(states.dtype, view.head.rounding):
         _log.info("the blocks of %s do not start midway: states differ by %.1g", view.spec.name, error)
         return False
     return True

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,9 +27,10 @@ _log = logging.getLogger("kedit_fast")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 _ROWS = (7, 4, 5)  # lengths; the second row is the beginning of the first
 _LONGEST = 64  # of a row that is longer than the model's sliding window
-NARROW_ERROR, WIDE_ERROR = 0.1, 1e-3
-"""Largest relative difference that is rounding, of 16-bit models and of others: 30 times what deep models show, a tenth
-of what a wrong position, mask or scale makes."""
+NARROW_ERROR, WIDE_ERROR = 0.05, 1e-3
+"""Relative differences that are rounding, of 16-bit models and of others, where the same products are rounded."""
+NARROW_CHANGE = 0.5
+"""The largest relative difference that other shapes of the same products may make, of 16-bit models."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Head:
     """Logits are multiplied by it."""
     softcap: float = 0.0
     """Logits z are replaced by softcap * tanh(z / softcap); 0 for none."""
+    rounding: float = 0.0
+    """Relative difference of logits between rows alone and rows padded together, which is rounding."""
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """The model's logits [n, V] for last states [n, h], in the states' dtype."""
@@ -127,9 +130,9 @@ def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(result - expected)) / size
 
 
-def error_limit(dtype: torch.dtype) -> float:
-    """The largest `relative_error` that is rounding, of models in a dtype."""
-    return NARROW_ERROR if dtype in HALVES else WIDE_ERROR
+def error_limit(dtype: torch.dtype, rounding: float = 0.0) -> float:
+    """The largest `relative_error` that is rounding, of models in a dtype; see `Head.rounding`."""
+    return max(NARROW_ERROR if dtype in HALVES else WIDE_ERROR, 3 * rounding)
 
 
 @torch.no_grad()
@@ -168,33 +171,34 @@ def checked_head(
         if not bool(torch.isfinite(expected).all()):
             return _as_configured(model, module)  # whoever needs the values says so, with the request's name
         limit = error_limit(module.weight.dtype if module.weight.is_floating_point() else torch.float16)
-        if relative_error(alone[0][: len(rows[1])], alone[1]) > limit:
+        largest = NARROW_CHANGE if limit == NARROW_ERROR else WIDE_ERROR
+        if not relative_error(alone[0][: len(rows[1])], alone[1]) <= largest:
             raise UnsupportedModelError(
                 f"{kind} is no causal language model: its logits at a token depend on later tokens"
             )
         ids, mask = _padded(rows, device)
         valid = mask.bool()
-        reason = "its decoder does not run alone"
+        together = _logits(model, ids, mask)[valid.to(expected.device)]
+        rounding = relative_error(together, expected)
+        if not rounding <= largest:
+            raise UnsupportedModelError(
+                f"{kind} gives other logits to rows that are padded on the right than to each row alone: such a model "
+                "cannot be edited in batches"
+            )
         head = _as_configured(model, module)
         if head.matrix is not None:
             try:
                 states = _states(base, base_takes, ids, mask)[valid]
                 reason = "decoder and head alone do not give its logits"
-                for candidate in _candidates(model, head, states, expected):
-                    if relative_error(candidate.logits(states), expected) <= limit:
-                        return candidate
+                for candidate in _candidates(model, head, states, together):
+                    if relative_error(candidate.logits(states), together) <= limit:
+                        return replace(candidate, rounding=rounding)
             except Exception as error:  # it may be any code
                 reason = f"its decoder does not run alone ({type(error).__name__}: {error})"
         else:
             reason = f"its head is a {type(module).__name__}"
-        together = _logits(model, ids, mask)[valid.to(expected.device)]
-        if not relative_error(together, expected) <= limit:
-            raise UnsupportedModelError(
-                f"{kind} gives other logits to rows that are padded on the right than to each row alone: such a model "
-                "cannot be edited in batches"
-            )
     _log.info("%s runs whole, and its own logits are used: %s", kind, reason)
-    return Head(device=together.device, matrix=None)
+    return Head(device=together.device, matrix=None, rounding=rounding)
 
 
 def head_as_configured(model: Any) -> Head:
@@ -231,7 +235,7 @@ def _candidates(model: Any, head: Head, states: torch.Tensor, expected: torch.Te
         fitted = float(plain @ inside / plain.square().sum())
         numbers = [v for part in (text_config(model.config), model.config) for v in vars(part).values()]
         numbers = [float(v) for v in numbers if isinstance(v, int | float) and not isinstance(v, bool) and v]
-        scales = [scale for v in numbers for scale in (v, 1 / v) if abs(scale / fitted - 1) < NARROW_ERROR]
+        scales = [scale for v in numbers for scale in (v, 1 / v) if abs(scale / fitted - 1) < 2 * NARROW_ERROR]
         for scale in sorted(dict.fromkeys(scales), key=lambda s: abs(s / fitted - 1)):
             yield Head(head.device, head.matrix, head.bias, scale, cap)
 

@@ -44,6 +44,11 @@ def load_config(path: str | os.PathLike, merge_adapter: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"{path} brings code of its own, which is not run: load the model yourself, with "
+                "trust_remote_code=True, if you trust it, and pass it to Editor or run_edits"
+            ) from error
         raise UnsupportedModelError(f"cannot load a model from {path}: {first_line(error)}") from error
     require_decoder(config)
     if names_experts(config):  # refused before weights are loaded, if the modules are experts

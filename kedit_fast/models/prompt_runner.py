@@ -112,7 +112,7 @@ def pass_kind(view: ModelView) -> PassKind:
         wanted = [r * tail + t for r in range(len(rows)) for t in range(lengths[r] - lookups[r])]
         at = torch.tensor(wanted, device=view.device)
         expected = whole.runner.run(delta, at)
-        limit = error_limit(expected.dtype)
+        limit = error_limit(expected.dtype, view.head.rounding)
         obstacle = _obstacle(view)
         kinds: list[PassKind] = ["packed tails", "padded tails"] if tail_attention.usable(view) else ["padded tails"]
         for kind in kinds if not obstacle else ():

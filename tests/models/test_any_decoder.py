@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import statistics
 from dataclasses import replace
@@ -19,8 +20,9 @@ from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.loop import find_values
 from kedit_fast.errors import InvalidArgumentError, MethodError, UnsupportedModelError
 from kedit_fast.models.architectures import ARCHITECTURES, ArchSpec
-from kedit_fast.models.forward import Site, pad, starts_midway
+from kedit_fast.models.forward import Site, capture, pad, starts_midway
 from kedit_fast.models.introspection import find_spec
+from kedit_fast.models.loading import load_config
 from kedit_fast.models.prompt_runner import pass_kind
 from kedit_fast.models.view import ModelView
 
@@ -265,10 +267,17 @@ def test_the_specs_promise_about_norms_is_tried():
         Editor(model, tokenizer, "memit", layers=(1,), hparams={**numbers, "mom2_update_weight": 1.0}, spec=spec)
 
 
+def test_code_that_a_folder_brings_is_not_run(tmp_path):
+    names = {"AutoConfig": "configuration_mine.Mine", "AutoModelForCausalLM": "modeling_mine.Mine"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": names}))
+    with pytest.raises(
+        UnsupportedModelError, match="brings code of its own, which is not run: load the model yourself"
+    ):
+        load_config(tmp_path)
+
+
 def test_padded_batches_go_through_models_of_flat_tokens():
     view = ModelView(available("opt"))
     batch = pad([[5, 6, 7], [8, 9]], view.device)
-    from kedit_fast.models.forward import capture
-
     seen, _ = capture(view, batch, [Site(1, "key"), Site(1, "mlp")])
     assert seen[Site(1, "key")].shape == (2, 3, 64) and seen[Site(1, "mlp")].shape == (2, 3, 32)

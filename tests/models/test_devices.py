@@ -49,7 +49,7 @@ def on_two_devices(model, kind: str) -> None:
     view = ModelView(model)
     if kind == "gpt2":  # its head is the embedding unless it is told otherwise
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    spread(model, view.blocks, 2, (view.norm, model.get_output_embeddings()))
+    spread(model, view.blocks, 2, (model.get_submodule(view.spec.norm), model.get_output_embeddings()))
 
 
 @pytest.mark.parametrize("method", ("memit", "memit-merge", "pmet", "rome", "r-rome", "rect", "alphaedit", "ultraedit"))
@@ -134,7 +134,7 @@ def test_a_model_on_two_gpus_is_edited_as_on_one(kind, method):
     if kind == "gpt2":
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     names = {module: name for name, module in model.named_modules()}
-    later = [*view.blocks[2:], view.norm, model.get_output_embeddings()]
+    later = [*view.blocks[2:], model.get_submodule(view.spec.norm), model.get_output_embeddings()]
     expected = edited(model.cuda(), tokenizer, statistics, method)
     places = {name: 0 for name, module in model.named_modules() if not list(module.children())}
     places = {name: 0 for name in places if not any(name.startswith(names[m]) for m in later)}
