@@ -23,6 +23,7 @@ from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+_COMPUTED = (".position_ids", ".inv_freq", ".masked_bias")  # buffers that older versions of transformers stored
 ADAPTER = "adapter_config.json"  # a folder with it holds a peft adapter
 
 
@@ -103,7 +104,7 @@ def load_model(
         raise UnsupportedModelError(f"{path} has no weights for {missing[0]} ({len(missing)} tensors are missing)")
     if getattr(model, "_hf_peft_config_loaded", False):  # from the hub
         raise _is_an_adapter(path)
-    if extra := sorted(loading["unexpected_keys"]):
+    if extra := sorted(key for key in loading["unexpected_keys"] if not key.endswith(_COMPUTED)):
         lost = f"{path} has weights that {type(model).__name__} has no place for: {extra[0]} ({len(extra)} tensors)"
         if is_multimodal(config):
             raise UnsupportedModelError(f"{lost}. A saved model would be without them")

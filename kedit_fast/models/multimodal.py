@@ -55,6 +55,11 @@ def model_class(config: Any) -> Any:
     )
 
 
+def source_of(model: Any) -> str:
+    """The folder, or the name on the hub, that a model was loaded from; "" where it does not say."""
+    return str(getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "") or "")
+
+
 def copy_processor_files(model: Any, folder: Path) -> str:
     """Copy into a saved model's folder what AutoProcessor needs of the folder that the model was loaded from.
 
@@ -66,7 +71,7 @@ def copy_processor_files(model: Any, folder: Path) -> str:
     """
     from transformers.utils.hub import cached_file
 
-    source = getattr(model, "name_or_path", "") or getattr(model.config, "_name_or_path", "")
+    source = source_of(model)
     if not source:
         return "the model does not say where it was loaded from"
     for name in PROCESSOR_FILES:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import transformers
 from safetensors import safe_open
 
 from kedit_fast.errors import KeditError
 from kedit_fast.models.editable import plain_model
-from kedit_fast.models.multimodal import bare_name, copy_processor_files, is_multimodal
+from kedit_fast.models.multimodal import bare_name, copy_processor_files, is_multimodal, source_of
 from kedit_fast.models.quantized import require_same_modules, saved_as_quantized
 from kedit_fast.models.schemes import scheme_of
 from kedit_fast.support.files import new_folder, tensor_files
@@ -59,6 +60,11 @@ def save_model(
                 model.save_pretrained(work)
             tokenizer.save_pretrained(work)
             _read_back(model, work)
+            if lost := _left_out(model, work):
+                _log.warning(
+                    "%s is in %s and will not be in %s: a %s has no place for it (%d such tensors)",
+                    lost[0], source_of(model), path, type(model).__name__, len(lost),
+                )  # fmt: skip
             if is_multimodal(model.config) and (problem := copy_processor_files(model, work)):
                 _log.warning(
                     "the files of the processor are not in %s, so AutoProcessor may not load there: %s", path, problem
@@ -156,7 +162,8 @@ def _read_back(model: Any, folder: Path) -> None:
     if has_renamed:  # whether loading finds them by those names, only transformers knows
         if lost := [name for name in converted if tensors[name].ndim < 3]:  # of others, experts stand in one tensor
             fail(lost[0], "is missing")
-        nowhere = {"": "meta"} if not converted and importlib.util.find_spec("accelerate") else None
+        without_memory = not converted and int(transformers.__version__.split(".")[0]) >= 5  # older ones cannot
+        nowhere = {"": "meta"} if without_memory and importlib.util.find_spec("accelerate") else None
         loaded, loading = type(model).from_pretrained(folder, device_map=nowhere, output_loading_info=True)
         if missing := sorted(loading["missing_keys"]):
             fail(missing[0], "is missing")
@@ -164,6 +171,22 @@ def _read_back(model: Any, folder: Path) -> None:
         for name in converted:
             if name not in values or not same_bits(values[name].to(tensors[name].dtype), tensors[name].cpu()):
                 fail(name, "is not what the model has")
+
+
+def _left_out(model: Any, folder: Path) -> list[str]:
+    """Weights in the folder that the model was loaded from which are not in `folder`, as those of heads for drafts.
+
+    They are told from renamed ones by what is left of a name without the modules that only wrap others.
+    """
+    source = Path(source_of(model) or os.devnull)
+    try:
+        names = tensor_files(source, KeditError).keys()
+    except KeditError:  # on the hub, or not in safetensors files
+        return []
+    prefix = f"{model.base_model_prefix}."
+    present = {*tensor_files(folder, KeditError), *_stored(model)}
+    bare = {bare_name(part) for name in present for part in (name, name.removeprefix(prefix))}
+    return sorted(name for name in names if name.endswith(".weight") and bare_name(name) not in bare)
 
 
 def _made_on_loading(model: Any, name: str) -> bool:

@@ -138,16 +138,15 @@ class Checkpoint:
             PatchError: there is no such matrix, or several may be it, or it is quantized.
         """
         name = f"{module}.weight"
-        tensor = next((n for n in (name, name.partition(".")[2]) if n in self._files), None)
-        if tensor is None:
-            alike = sorted(n for n in self._files if bare_name(n) == bare_name(name))
-            if len(alike) > 1:
-                raise PatchError(f"{self.folder} has no {name}, and {' and '.join(alike)} may both be it")
-            tensor = next(iter(alike), None)
-        if tensor is None:
+        alike = (n for n in self._files if n == name.partition(".")[2] or bare_name(n) == bare_name(name))
+        candidates = [name] if name in self._files else sorted(alike)
+        if len(candidates) > 1:
+            raise PatchError(f"{self.folder} has no {name}, and {' and '.join(candidates)} may each be it")
+        if not candidates:
             others = sorted(n for n in self._files if n.startswith(f"{module}."))
             hint = f" (it has {others[0]}: a quantized layer)" if others else ""
             raise PatchError(f"{self.folder} has no {name}{hint}")
+        (tensor,) = candidates
         return self._stored(self._files[tensor], tensor)
 
     def _stored(self, file: Path, tensor: str) -> StoredMatrix:
