@@ -166,6 +166,8 @@ class BatchRun:
     def write(self, module: str, update: LowRankUpdate) -> LowRankUpdate:
         """Add an update to a module's weight, within the limits of its norm; returns what was written."""
         name, weight = f"{module}.weight", self.context.modules[module]
+        left, right = (factor.to(weight.device) for factor in (update.left, update.right))
+        update = LowRankUpdate(left, right)  # a weight that is offloaded to the host is written there
         self._weight_norms.setdefault(name, _norm(weight))
         with self.timed("solve"):
             limited = self.context.solver_state.limited(update, weight)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kedit_fast.errors import UnsupportedModelError
+from kedit_fast.models.offloaded import hooks_on, offloads, on_host
 
 if TYPE_CHECKING:
     from kedit_fast.models.view import ModelView
@@ -95,7 +96,7 @@ def require_editable(view: ModelView, paths: Iterable[str]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.is_inference():
             raise UnsupportedModelError(f"{name} {_INFERENCE}")
-        if parameter.device.type == "meta" and not any(_offloads(hook) for hook in _hooks(model, name)):
+        if parameter.device.type == "meta" and not any(offloads(hook) for _, hook in hooks_on(model, name)):
             raise UnsupportedModelError(f"{name} has no values: the model is not loaded")
     require_own(model, paths)
     _ = view.head  # refuses by name
@@ -130,12 +131,19 @@ def _require_own(
             f"{name} is computed again in every pass (from {', '.join(sorted(n for n in beside if n != 'bias'))}), so "
             f"what an edit writes would be lost: {cure} first"
         )
+    if weight.device.type == "meta":
+        weight = on_host(model, name)
+        if weight is None:
+            raise UnsupportedModelError(
+                f"{name} is offloaded to disk, so what an edit writes would be lost: load the model with this layer on "
+                'a device or the host (without device_map, or with more max_memory for it or for "cpu")'
+            )
     if weight.is_inference():
         raise UnsupportedModelError(f"{name} {_INFERENCE}")
-    if weight.device.type == "meta" or any(_moves(hook) for hook in _hooks(model, name)):
+    if any(_moves(hook) for _, hook in hooks_on(model, name)):
         raise UnsupportedModelError(
-            f"{name} is offloaded, so what an edit writes would be lost: load the model with this layer and the head "
-            "on a device (without device_map, or with more max_memory)"
+            f"{name} is offloaded, and moves to another place in every pass, so what an edit writes would be lost: "
+            "take the hook of cpu_offload_with_hook off (hook.remove()), or use cpu_offload"
         )
     (inner, step), (outer, stride) = sorted(zip(weight.shape, weight.stride(), strict=True), key=lambda pair: pair[1])
     if weight.numel() and ((inner > 1 and step == 0) or (outer > 1 and stride < inner * max(step, 1))):
@@ -163,8 +171,13 @@ def _uncompiled(model: Any) -> Any:
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    """Parameters and buffers by name; of those that are offloaded to the host, the tensors there."""
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        held = on_host(model, name) if tensor.device.type == "meta" else None
+        yield name, tensor if held is None else held
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
@@ -200,20 +213,6 @@ def _is_compiled(module: torch.nn.Module) -> bool:
     forward = vars(module).get("forward")
     wrapped = hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False)
     return type(module).__name__ == "OptimizedModule" or bool(getattr(module, "_compiled_call_impl", None) or wrapped)
-
-
-def _hooks(model: torch.nn.Module, name: str) -> Iterator[Any]:
-    """accelerate's hooks on the modules that contain a tensor, from the model down."""
-    module: Any = model
-    for part in ("", *name.split(".")[:-1]):
-        module = getattr(module, part) if part else module
-        hook = getattr(module, "_hf_hook", None)
-        yield from getattr(hook, "hooks", () if hook is None else (hook,))
-
-
-def _offloads(hook: Any) -> bool:
-    """Whether a hook loads weights for a pass and drops them after it."""
-    return getattr(hook, "weights_map", None) is not None
 
 
 def _moves(hook: Any) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import UnsupportedModelError
+from kedit_fast.models.offloaded import fetched
 from kedit_fast.models.view import ModelView
 from kedit_fast.support.torch_state import plain_torch
 
@@ -101,9 +102,7 @@ def with_values(view: ModelView, name: str, tensor: torch.Tensor) -> torch.Tenso
     """
     if tensor.device.type != "meta":
         return tensor
-    path, _, attribute = name.rpartition(".")
-    hook = getattr(view.model.get_submodule(path), "_hf_hook", None)
-    weights = getattr(hook, "weights_map", None)
-    if weights is None:
+    values = fetched(view.model, name)
+    if values is None:
         raise UnsupportedModelError(f"{name} has no values: the model is not loaded")
-    return weights[attribute]
+    return values

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from kedit_fast.errors import KeditError
 from kedit_fast.models.editable import plain_model
 from kedit_fast.models.multimodal import bare_name, copy_processor_files, is_multimodal, source_of
+from kedit_fast.models.offloaded import on_host
 from kedit_fast.models.quantized import require_same_modules, saved_as_quantized
 from kedit_fast.models.schemes import scheme_of
 from kedit_fast.support.files import new_folder, tensor_files
@@ -57,7 +58,7 @@ def save_model(
     with new_folder(path, overwrite, KeditError) as work:
         try:
             with saved_as_quantized(model):
-                model.save_pretrained(work)
+                model.save_pretrained(work, state_dict=_state_on_host(model))
             tokenizer.save_pretrained(work)
             _read_back(model, work)
             if lost := _left_out(model, work):
@@ -117,6 +118,16 @@ def _stored(model: Any) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **buffers, **quantized}
 
 
+def _state_on_host(model: Any) -> dict[str, torch.Tensor] | None:
+    """The state dict with what accelerate offloads to the host; None where nothing is, or other parts are on disk."""
+    state = model.state_dict()
+    offloaded = [
+        name for name, tensor in state.items() if isinstance(tensor, torch.Tensor) and tensor.device.type == "meta"
+    ]
+    held = {name: tensor for name in offloaded if (tensor := on_host(model, name)) is not None}
+    return {**state, **held} if offloaded and len(held) == len(offloaded) else None
+
+
 def _read_back(model: Any, folder: Path) -> None:
     """Raise KeditError unless the files of a folder hold what the model has, tensor by tensor.
 
@@ -125,7 +136,11 @@ def _read_back(model: Any, folder: Path) -> None:
     """
     files = tensor_files(folder, KeditError)
     in_memory = _stored(model)
-    tensors = {name: tensor.detach() for name, tensor in in_memory.items() if tensor.device.type != "meta"}
+    held = {
+        name: on_host(model, name) if tensor.device.type == "meta" else tensor.detach()
+        for name, tensor in in_memory.items()
+    }
+    tensors = {name: tensor for name, tensor in held.items() if tensor is not None}
 
     def equals(name_in_file: str, tensor: torch.Tensor) -> bool:
         with safe_open(files[name_in_file], framework="pt") as file:

@@ -14,6 +14,7 @@ from kedit_fast.models.architectures import ARCHITECTURES, ArchSpec, text_config
 from kedit_fast.models.editable import is_adapter, plain_model
 from kedit_fast.models.head import Head, checked_head, head_as_configured
 from kedit_fast.models.introspection import find_spec
+from kedit_fast.models.offloaded import on_host
 from kedit_fast.models.schemes import scheme_of
 from kedit_fast.support.dtypes import FLOATS
 from kedit_fast.support.messages import comma_list
@@ -71,13 +72,20 @@ def linear_module(model: torch.nn.Module, path: str) -> Any:
 def linear_weight(model: torch.nn.Module, path: str) -> tuple[torch.Tensor, bool]:
     """The weight of a linear module as [out, in], a view on the model's memory; and whether it is stored transposed.
 
+    Of a weight that accelerate offloads to the host, it is the view on the memory there.
+
     Raises:
-        InvalidArgumentError, UnsupportedModelError: see `linear_module`; or the weight is offloaded.
+        InvalidArgumentError, UnsupportedModelError: see `linear_module`; or the weight is offloaded to disk.
     """
     module = linear_module(model, path)
     weight = module.weight.detach()
     if weight.device.type == "meta":
-        raise UnsupportedModelError(f"{path!r} has no values on a device: it is offloaded, or the model is not loaded")
+        held = on_host(model, f"{path}.weight")
+        if held is None:
+            raise UnsupportedModelError(
+                f"{path!r} has no values in memory: it is offloaded to disk, or the model is not loaded"
+            )
+        weight = held
     return (weight.T, True) if type(module).__name__ == "Conv1D" else (weight, False)
 
 
@@ -242,6 +250,8 @@ class ModelView:
     def weight(self, layer: int) -> torch.Tensor:
         """The edited weight as [out, in], a view on the model's memory whatever the stored orientation.
 
+        Of one that accelerate offloads to the host, it is the view on the memory there.
+
         Raises:
             UnsupportedModelError: it is quantized.
         """
@@ -249,6 +259,8 @@ class ModelView:
         if scheme_of(module):
             check_weight(self.weight_name(layer), module)
         weight = module.weight.detach()
+        if weight.device.type == "meta" and (held := on_host(self.model, self.weight_name(layer))) is not None:
+            weight = held
         return weight.T if self.spec.transposed else weight
 
     def linear(self, path: str) -> tuple[Any, torch.Tensor]:

@@ -68,6 +68,27 @@ def test_a_model_on_two_devices_is_edited_as_on_one(kind, method):
     assert not places.atomics, "a GPU would add these in any order"
 
 
+@pytest.mark.parametrize("method", ("memit", "pmet", "rome", "rect", "alphaedit", "ultraedit"))
+def test_matrices_on_the_host_of_a_model_that_runs_elsewhere_are_edited_as_there(method, monkeypatch):
+    """As where accelerate offloads to the host: passes run on a device, and the matrices stay on the host."""
+    tokenizer, model = make_tokenizer(), make_model("llama")
+    statistics = collect_statistics(model, tokenizer, TEXT * 4, (1, 2), progress=False)
+    expected = edited(model, tokenizer, statistics, method)
+    on_two_devices(model, "llama")
+    weight, linear = ModelView.weight, ModelView.linear
+
+    def on_host(self, layer):
+        return put(weight(self, layer).view(32, 64), torch.device("cpu"))
+
+    monkeypatch.setattr(ModelView, "weight", on_host)
+    monkeypatch.setattr(ModelView, "linear", lambda self, path: (linear(self, path)[0], on_host(self, int(path[13]))))
+    with Places():
+        assert ModelView(model).weight(1).device.type == "cpu" != ModelView(model).row_device(1).type
+        found = edited(model, tokenizer, statistics, method)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ("llama", "gpt2"))
 def test_a_model_on_two_devices_is_measured_patched_and_collected_from_as_on_one(kind):
     tokenizer, model = make_tokenizer(), make_model(kind)

@@ -18,8 +18,11 @@ from kedit_fast.errors import EditError, PatchError, UnsupportedModelError
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, capture, pad, require_passes
+from kedit_fast.models.loading import load_model
 from kedit_fast.models.prompt_runner import record_prompts
+from kedit_fast.models.saving import save_model
 from kedit_fast.models.view import ModelView
+from kedit_fast.patches.patch import Patch
 from kedit_fast.workflow import run_edits
 
 REQUEST = EditRequest("{} plays the", "Miles Davis", "violin")
@@ -261,14 +264,75 @@ def test_a_write_that_is_put_back_at_the_end_of_a_run_takes_the_whole_run_back(m
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("part", ("lm_head", "model.layers.1.mlp.down_proj", "model.layers.2"))
-def test_offloaded_heads_and_edited_layers_are_refused_by_name(part):
+def offloaded_to_host(model, part=""):
+    """The model, whose part is on the host between passes, as a device_map with "cpu" beside a GPU leaves it."""
     accelerate = pytest.importorskip("accelerate")
-    model = make_model("llama")
     accelerate.cpu_offload(model.get_submodule(part), execution_device=torch.device("cpu"))
-    name = "head" if part == "lm_head" else r"layers\.[12]\.mlp\.down_proj\.weight is offloaded"
-    with pytest.raises(UnsupportedModelError, match=name):
-        editor_of(model)
+    model.hf_device_map = {part: "cpu"}
+    return model
+
+
+@pytest.mark.parametrize("method", ("memit", "rome", "ultraedit"))
+@pytest.mark.parametrize("part", ("lm_head", "model.layers.1.mlp.down_proj", "model.layers.2", ""))
+def test_a_head_and_matrices_on_the_host_are_edited_as_on_a_device(part, method, tmp_path):
+    layers = (1,) if method == "rome" else (1, 2)
+    model, whole = offloaded_to_host(make_model("llama"), part), make_model("llama")
+    ids = torch.tensor([[5, 6, 7]])
+    before = [weight.clone() for weight in editor_of(model, method, layers).modules.values()]
+    unedited = model(ids).logits
+    editor, expected = (editor_of(one, method, layers) for one in (model, whole))
+    for one in (editor, expected):
+        one.edit([REQUEST])
+    for name, weight in editor.modules.items():
+        torch.testing.assert_close(weight, expected.modules[name], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(ids).logits, whole(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(model(ids).logits, unedited), "passes do not see the edit"
+    save_model(model, make_tokenizer(), tmp_path / "saved")
+    loaded, _ = load_model(tmp_path / "saved")
+    for name, weight in editor.modules.items():
+        assert torch.equal(loaded.get_submodule(name).weight, weight)
+    editor.patch().save(tmp_path / "edits.safetensors")
+    editor.rollback()
+    assert same(editor.modules.values(), before) and torch.equal(model(ids).logits, unedited)
+    patch = Patch.load(tmp_path / "edits.safetensors")
+    applied = patch.apply_(model)
+    torch.testing.assert_close(model(ids).logits, whole(ids).logits, rtol=1e-4, atol=1e-5)
+    applied.revert_()
+    assert same(editor.modules.values(), before)
+
+
+def test_matrices_on_disk_are_refused_by_name(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    make_model("llama").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    places = {name: "cpu" for name in ("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head")}
+    places |= {f"model.layers.{layer}": "disk" if layer == 3 else "cpu" for layer in range(4)}
+    model, tokenizer = load_model(tmp_path / "model", device_map=places)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.3\S+ is offloaded to disk.*max_memory"):
+        editor_of(model, layers=(2, 3))
+    editor = editor_of(model)
+    editor.edit([REQUEST])
+    save_model(model, tokenizer, tmp_path / "edited")
+    found, _ = load_model(tmp_path / "edited")
+    assert all(torch.equal(found.get_submodule(name).weight, weight) for name, weight in editor.modules.items())
+    whole = make_model("llama")
+    for found_weight, expected in zip(editor.modules.values(), edited(whole), strict=True):
+        torch.testing.assert_close(found_weight, expected, rtol=1e-5, atol=1e-6)
+    patch = editor_of(whole, layers=(3,))
+    patch.edit([REQUEST])
+    with pytest.raises(PatchError, match=r"layers\.3\.mlp\.down_proj.*offloaded to disk"):
+        patch.patch().apply_(model)
+    whole = make_model("llama")
+    accelerate.disk_offload(whole, tmp_path / "all", execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedModelError, match="is offloaded to disk"):
+        editor_of(whole)
+
+
+def test_matrices_on_the_host_that_others_share_are_refused_by_both_names():
+    model = make_model("llama")
+    model.model.layers[3].mlp.down_proj.weight = model.model.layers[1].mlp.down_proj.weight
+    with pytest.raises(UnsupportedModelError, match=r"layers\.1\S+ and \S+layers\.3\S+ share memory"):
+        editor_of(offloaded_to_host(model))
 
 
 def test_a_model_that_a_hook_moves_for_every_pass_is_refused_by_name():
@@ -281,15 +345,7 @@ def test_a_model_that_a_hook_moves_for_every_pass_is_refused_by_name():
         editor_of(model)
 
 
-def test_a_model_that_is_offloaded_whole_is_refused_by_name(tmp_path):
-    accelerate = pytest.importorskip("accelerate")
-    for offload in (accelerate.cpu_offload, lambda model, **_: accelerate.disk_offload(model, tmp_path)):
-        model = make_model("llama")
-        offload(model, execution_device=torch.device("cpu"))
-        with pytest.raises(UnsupportedModelError, match="offloaded"):
-            editor_of(model)
-        with pytest.raises(UnsupportedModelError, match="the model's head has no values on a device"):
-            evaluate(model, make_tokenizer(), [REQUEST])
+def test_a_model_without_values_is_refused_by_name():
     with torch.device("meta"):
         empty = make_model("llama")
     with pytest.raises(UnsupportedModelError, match="has no values: the model is not loaded"):
@@ -303,7 +359,7 @@ def test_other_offloaded_blocks_are_fetched_and_the_edit_is_the_same(kind, tmp_p
     view = ModelView(model)
     for layer in (0, 3):
         accelerate.cpu_offload(view.block(layer), execution_device=torch.device("cpu"))
-    assert view.weight(3).device.type == "meta"
+    assert view.edited_module(3).weight.device.type == "meta" and view.weight(3).device.type == "cpu"
     assert edited_hash(view) == edited_hash(ModelView(whole))
     assert difference(fingerprint(view, make_tokenizer()), fingerprint(ModelView(whole), make_tokenizer())) == ""
     for found, expected in zip(edited(model), edited(whole), strict=True):
