@@ -17,6 +17,7 @@ import torch
 
 from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.architectures import text_config
+from kedit_fast.models.offloaded import device_of, fetched
 from kedit_fast.models.patching import evaluation_mode
 from kedit_fast.models.widened import HALVES, computing
 from kedit_fast.ops import distribution_kl, target_log_probs
@@ -208,9 +209,8 @@ def head_as_configured(model: Any) -> Head:
 
 def _as_configured(model: Any, module: Any) -> Head:
     """A head with the configuration's cap, without a scale."""
-    weight = module.weight.detach()
-    if weight.device.type == "meta":  # offloaded by accelerate: fetched once, for as long as the view is used
-        weight = getattr(getattr(module, "_hf_hook", None), "weights_map", {}).get("weight", weight)
+    weight, bias = _values(model, module, "weight"), _values(model, module, "bias")
+    assert weight is not None
     cap = next((value for name in _CAPS if (value := getattr(text_config(model.config), name, None))), 0.0)
     is_matrix = (
         type(module) is torch.nn.Linear
@@ -219,8 +219,17 @@ def _as_configured(model: Any, module: Any) -> Head:
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )
-    bias = None if getattr(module, "bias", None) is None else module.bias.detach()
     return Head(weight.device, weight if is_matrix else None, bias, softcap=float(cap))
+
+
+def _values(model: Any, module: Any, attribute: str) -> torch.Tensor | None:
+    """A parameter of the head where it runs; if accelerate offloads it, fetched for as long as the view is used."""
+    tensor = getattr(module, attribute, None)
+    if tensor is None or tensor.device.type != "meta":
+        return None if tensor is None else tensor.detach()
+    path = next(path for path, other in model.named_modules() if other is module)
+    values = fetched(model, f"{path}.{attribute}")
+    return tensor.detach() if values is None else values.detach().to(device_of(module))
 
 
 def _candidates(model: Any, head: Head, states: torch.Tensor, expected: torch.Tensor) -> Iterable[Head]:

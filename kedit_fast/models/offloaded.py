@@ -24,9 +24,22 @@ def hooks_on(model: torch.nn.Module, name: str) -> Iterator[tuple[str, Any]]:
     parts = name.split(".")
     for depth, part in enumerate(("", *parts[:-1])):
         module = getattr(module, part) if part else module
-        hook = getattr(module, "_hf_hook", None)
-        for one in getattr(hook, "hooks", () if hook is None else (hook,)):
-            yield ".".join(parts[depth:]), one
+        for hook in _own_hooks(module):
+            yield ".".join(parts[depth:]), hook
+
+
+def _own_hooks(module: Any) -> tuple[Any, ...]:
+    hook = getattr(module, "_hf_hook", None)
+    return tuple(getattr(hook, "hooks", () if hook is None else (hook,)))
+
+
+def device_of(module: Any) -> torch.device:
+    """The device that a module with a weight runs on: the weight's, or where accelerate brings an offloaded one."""
+    if module.weight.device.type != "meta":
+        return module.weight.device
+    devices = [getattr(hook, "execution_device", None) for hook in _own_hooks(module)]
+    device = next((device for device in devices if device is not None), module.weight.device)  # meta: without values
+    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 def offloads(hook: Any) -> bool:

@@ -14,22 +14,12 @@ from kedit_fast.models.architectures import ARCHITECTURES, ArchSpec, text_config
 from kedit_fast.models.editable import is_adapter, plain_model
 from kedit_fast.models.head import Head, checked_head, head_as_configured
 from kedit_fast.models.introspection import find_spec
-from kedit_fast.models.offloaded import on_host
+from kedit_fast.models.offloaded import device_of, on_host
 from kedit_fast.models.schemes import scheme_of
 from kedit_fast.support.dtypes import FLOATS
 from kedit_fast.support.messages import comma_list
 
 T = TypeVar("T")
-
-
-def device_of(module: Any) -> torch.device:
-    """The device that a module with a weight runs on: the weight's, or where accelerate brings an offloaded one."""
-    if module.weight.device.type != "meta":
-        return module.weight.device
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    if device is None:
-        return module.weight.device  # a model without values
-    return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 
 def check_weight(name: str, module: torch.nn.Module) -> None:

@@ -280,6 +280,7 @@ def test_a_head_and_matrices_on_the_host_are_edited_as_on_a_device(part, method,
     ids = torch.tensor([[5, 6, 7]])
     before = [weight.clone() for weight in editor_of(model, method, layers).modules.values()]
     unedited = model(ids).logits
+    assert torch.equal(ModelView(model).head.matrix, whole.lm_head.weight)
     editor, expected = (editor_of(one, method, layers) for one in (model, whole))
     for one in (editor, expected):
         one.edit([REQUEST])
@@ -324,6 +325,7 @@ def test_matrices_on_disk_are_refused_by_name(tmp_path):
         patch.patch().apply_(model)
     whole = make_model("llama")
     accelerate.disk_offload(whole, tmp_path / "all", execution_device=torch.device("cpu"))
+    assert torch.equal(ModelView(whole).head.matrix, make_model("llama").lm_head.weight)
     with pytest.raises(UnsupportedModelError, match="is offloaded to disk"):
         editor_of(whole)
 
