@@ -13,6 +13,7 @@ from kedit_fast.cli.checks import check_file
 from kedit_fast.cli.console import command, output, print_json
 from kedit_fast.cli.options import JsonOption, choice
 from kedit_fast.patches.checkpoint import Checkpoint
+from kedit_fast.patches.dequantized import apply_dequantized
 from kedit_fast.patches.lora import export_lora
 from kedit_fast.patches.patch import Patch
 from kedit_fast.patches.patch import merge as merge_patches
@@ -70,11 +71,22 @@ def apply(
             "--keep/--no-keep", help="keep what the matrices were in the folder, so that `revert` gives back their bits"
         ),
     ] = True,
+    dequantize_into: Annotated[
+        Path | None,
+        typer.Option(
+            help="of a quantized checkpoint (fp8, bitsandbytes): leave it, and write a copy to this folder in which "
+            "the patched matrices alone are 16-bit"
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a patch into a checkpoint on disk, all of it or nothing."""
     loaded = Patch.load(patch)
-    number = Checkpoint(model).apply(loaded, patch.name, force, keep_originals)
+    if dequantize_into is None:
+        number = Checkpoint(model).apply(loaded, patch.name, force, keep_originals)
+    else:
+        number = apply_dequantized(loaded, model, dequantize_into, patch.name, force, keep_originals)
+        model = dequantize_into
     if as_json:
         print_json({"patch": str(patch), "model": str(model), "number": number, "modules": sorted(loaded.updates)})
         return

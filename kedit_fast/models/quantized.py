@@ -78,7 +78,7 @@ def dequantize_edited(
     Cost: 2 bytes for each entry of the edited matrices; the quantized ones stay in memory while the result does.
     """
     view = ModelView(model, spec)
-    chosen = range(view.num_layers) if layers is None else view.check_layers(tuple(layers)) if layers else ()
+    chosen = view.editable if layers is None else view.check_layers(tuple(layers)) if layers else ()
     paths = [*(view.module_name(layer) for layer in chosen), *modules]
     quantized = {path: scheme for path in paths if (scheme := _scheme_at(view, path))}
     if not quantized:

@@ -131,11 +131,20 @@ class Checkpoint:
             )
 
     def stored(self, module: str) -> StoredMatrix:
-        """Where a module's weight is stored. Files of a bare decoder lack the first part of its path, and those of a
-        multimodal model have its parts in other modules than it has in memory.
+        """Where a module's weight is stored.
 
         Raises:
             PatchError: there is no such matrix, or several may be it, or it is quantized.
+        """
+        tensor = self.tensor_of(module)
+        return self._stored(self._files[tensor], tensor)
+
+    def tensor_of(self, module: str) -> str:
+        """The name of a module's weight. Files of a bare decoder lack the first part of its path, and those of a
+        multimodal model have its parts in other modules than it has in memory.
+
+        Raises:
+            PatchError: there is no such tensor, or several may be it.
         """
         name = f"{module}.weight"
         alike = (n for n in self._files if n == name.partition(".")[2] or bare_name(n) == bare_name(name))
@@ -147,7 +156,7 @@ class Checkpoint:
             hint = f" (it has {others[0]}: a quantized layer)" if others else ""
             raise PatchError(f"{self.folder} has no {name}{hint}")
         (tensor,) = candidates
-        return self._stored(self._files[tensor], tensor)
+        return tensor
 
     def _stored(self, file: Path, tensor: str) -> StoredMatrix:
         begin, header = self._header(file)
@@ -155,7 +164,11 @@ class Checkpoint:
             raise PatchError(f"{file} has no {tensor}, which the index says is in it")
         dtype, shape, (first, last) = (header[tensor][field] for field in ("dtype", "shape", "data_offsets"))
         if dtype not in DTYPES:
-            raise PatchError(f"{tensor} is quantized ({dtype}): patches go into float checkpoints")
+            raise PatchError(
+                f"{tensor} is quantized ({dtype}): patches go into float matrices. --dequantize-into FOLDER "
+                "(`patches.dequantized.apply_dequantized`) copies an fp8 or bitsandbytes checkpoint with the patched "
+                "matrices in 16 bits"
+            )
         if len(shape) != 2:
             raise PatchError(f"{tensor} is no matrix: {shape}")
         return StoredMatrix(file, tensor, begin + first, last - first, dtype, tuple(shape))

@@ -13,7 +13,7 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import NUMBERS, PREFIXES, REQUESTS, run
+from support import NUMBERS, PREFIXES, REQUESTS, random_patch, run
 from tiny_models import TEXT, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -87,6 +87,29 @@ def edit_and_compare(model, load, tmp_path):
     dequantize_edited(model, LAYERS)
     patch.apply_(model)
     assert torch.equal(logits(model), after)
+
+
+def patch_and_compare(model, folder, load, tmp_path):
+    """An edit of a quantized model, as a patch that is applied to a copy of its folder on disk."""
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    statistics = collect_statistics(model, make_tokenizer(), TEXT, layers=LAYERS)
+    dequantize_edited(model, LAYERS)
+    before = logits(model)
+    editor = editor_of(model, statistics)
+    editor.edit(REQUESTS)
+    editor.patch().save(tmp_path / "edit.safetensors")
+    command = ("patch", "apply", tmp_path / "edit.safetensors", folder)
+    refused = run(*command)
+    assert refused.returncode == 1 and "--dequantize-into" in refused.stderr
+    done = run(*command, "--dequantize-into", tmp_path / "copy")
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(logits(load(tmp_path / "copy")), logits(model))
+    assert run("patch", "revert", tmp_path / "copy").returncode == 0
+    assert torch.equal(logits(load(tmp_path / "copy")), before)
+    left = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".")}
+    assert left == files
+    twice = run(*command, "--dequantize-into", tmp_path / "copy")
+    assert twice.returncode == 1 and "exists" in twice.stderr
 
 
 # bitsandbytes
@@ -206,6 +229,20 @@ def test_what_a_quantizer_stores_beside_the_weights_is_read_back(tmp_path):
         save_model(model, make_tokenizer(), tmp_path / "out")
 
 
+def test_a_head_that_is_quantized_gives_the_models_own_logits(tmp_path):
+    folder = bitsandbytes_folder(tmp_path / "model", "llama", "nf4", llm_int8_skip_modules=["nothing"])
+    model, _ = load_model(folder)
+    assert type(model.lm_head).__name__ == "Linear4bit" and ModelView(model).head.matrix is None
+    edit_and_compare(model, lambda place: load_model(place)[0], tmp_path)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_patch_goes_into_a_copy_of_a_folder_of_bitsandbytes(mode, tmp_path):
+    folder = bitsandbytes_folder(tmp_path / "model", "llama", mode)
+    model, _ = load_model(folder)
+    patch_and_compare(model, folder, lambda place: load_model(place)[0], tmp_path)
+
+
 # fp8, by hand
 
 
@@ -291,6 +328,36 @@ def test_without_a_gpu_transformers_makes_all_of_an_fp8_model_plain_and_that_is_
     dequantize_edited(other)
     for layer in range(4):  # the same bits
         assert sha256(ModelView(model).weight(layer)) == sha256(ModelView(other).weight(layer))
+
+
+@pytest.mark.parametrize("shards", (False, True))
+def test_a_patch_goes_into_a_copy_of_an_fp8_folder_without_a_gpu(shards, tmp_path, monkeypatch):
+    folder = fp8_folder(tmp_path / "model", (16, 32))
+    if shards:
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        places = {name: f"model-{1 + i % 2:05}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+        for file in set(places.values()):
+            part = {name: tensor for name, tensor in tensors.items() if places[name] == file}
+            save_file(part, folder / file, {"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    model, _ = load_model(folder)
+    patch_and_compare(model, folder, lambda place: load_model(place)[0], tmp_path)
+    saved = json.loads((tmp_path / "copy" / "config.json").read_text())["quantization_config"]
+    assert set(saved["modules_to_not_convert"]) == {"lm_head", DOWN.format(1), DOWN.format(2)}
+    with as_on_a_gpu(monkeypatch):
+        there, _ = load_model(tmp_path / "copy")
+        kinds = [type(there.get_submodule(DOWN.format(layer))).__name__ for layer in range(4)]
+        assert kinds == ["FP8Linear", "Linear", "Linear", "FP8Linear"] and type(there.lm_head) is torch.nn.Linear
+
+
+def test_a_plain_folder_needs_no_copy(tmp_path):
+    model = make_model("llama", torch.bfloat16)
+    save_model(model, make_tokenizer(), tmp_path / "model")
+    random_patch(model).save(tmp_path / "patch.safetensors")
+    refused = run("patch", "apply", tmp_path / "patch.safetensors", tmp_path / "model", "--dequantize-into",
+                  tmp_path / "copy")  # fmt: skip
+    assert refused.returncode == 1 and "is not quantized" in refused.stderr and not (tmp_path / "copy").exists()
 
 
 # Refusals
