@@ -288,6 +288,23 @@ def test_a_missing_processor_is_told_and_a_failed_copy_leaves_no_folder(kind, fo
     assert sorted(place.name for place in tmp_path.iterdir()) == ["model", "other", "out"]
 
 
+@pytest.mark.parametrize("kind", ("llava",))
+def test_a_processor_of_a_model_on_the_hub_comes_from_its_cache(kind, folder, tmp_path, caplog, monkeypatch):
+    def cached_file(source, name, **options):
+        if source != "someone/model":
+            raise OSError(f"{source} is not a local folder and is not a valid model identifier")
+        return str(folder / name) if (folder / name).exists() else None
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
+    model, tokenizer = load_model(folder)
+    for source in ("someone/model", "gone/away"):
+        model.config._name_or_path = model.name_or_path = source
+        save_model(model, tokenizer, tmp_path / source.replace("/", "-"))
+    assert (tmp_path / "someone-model" / "preprocessor_config.json").exists()
+    assert not (tmp_path / "gone-away" / "preprocessor_config.json").exists()
+    assert "gone/away is no folder and no model on the hub" in caplog.text and "someone/model" not in caplog.text
+
+
 def test_a_processor_finds_its_files_in_the_saved_folder(tmp_path):
     clip = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
     tokenizer = make_tokenizer()
