@@ -124,6 +124,8 @@ class Editor:
         if layers is not None:
             overrides["layers"] = tuple(layers)
         self.hparams, self.origin = make_hparams(method, self.view.config, overrides)
+        if is_guess(self.origin) and "layers" not in overrides:
+            self.hparams = replace(self.hparams, layers=self.view.nearest_editable(self.hparams.layers))
         if idle := worth_a_warning(self.recipe, overrides):
             _log.warning("%s does not use %s", self.recipe.name, ", ".join(idle))
         for name in overrides:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from kedit_fast.methods.presets import preset_hparams, text_config
@@ -37,13 +38,16 @@ def tried_layers(num_layers: int) -> tuple[int, ...]:
     return tuple(sorted({layer for window in tried for layer in window}))
 
 
-def statistics_layers(config: Any) -> tuple[int, ...]:
+def statistics_layers(config: Any, editable: Sequence[int] | None = None) -> tuple[int, ...]:
     """The layers whose statistics let every method run on a model, ascending: those of its presets or guesses, and all
     that are tried.
 
     Args:
         config: the configuration of the model.
+        editable: the layers that can be edited; None for all.
     """
+    places = range(text_config(config).num_hidden_layers) if editable is None else editable
     preset = (preset_hparams(recipe, config)[0] for recipe in RECIPES.values() if recipe.uses_statistics)
-    tried = tried_layers(text_config(config).num_hidden_layers)
-    return tuple(sorted({*tried, *(n for values in preset for n in values["layers"])}))
+    tried = [places[place] for place in tried_layers(len(places))]
+    named = {min(places, key=lambda other: abs(other - layer)) for values in preset for layer in values["layers"]}
+    return tuple(sorted({*tried, *named}))

@@ -68,7 +68,7 @@ def difference(stored: dict[str, str], current: dict[str, str]) -> str:
 
 
 def _samples(view: ModelView) -> dict[str, list[float]]:
-    edited = {view.module_name(layer) for layer in range(view.num_layers)}
+    edited = {view.module_name(layer) for layer in view.editable}
     samples = {}
     for name, tensor in view.model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):  # a module's "extra state" may be anything

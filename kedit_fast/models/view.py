@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
@@ -263,6 +263,11 @@ class ModelView:
         if module is self.model.get_output_embeddings():
             raise InvalidArgumentError(f"{path!r} is the model's head: edit a module inside its blocks")
         return module, weight
+
+    def nearest_editable(self, layers: Sequence[int]) -> tuple[int, ...]:
+        """The nearest layers that can be edited, sorted and without repetition: for layers that are a guess."""
+        nearest = {min(self.editable, key=lambda other, layer=layer: abs(other - layer)) for layer in layers}
+        return tuple(sorted(nearest))
 
     def check_layers(self, layers: tuple[int, ...]) -> tuple[int, ...]:
         """Sorted layers without repetition; raises InvalidArgumentError when one is out of range."""

@@ -14,7 +14,7 @@ from kedit_fast.editing.values.loop import SITES, find_values
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.declaration import AUTO as FROM_BATCH
 from kedit_fast.methods.hparams import Hparams
-from kedit_fast.methods.presets import make_hparams
+from kedit_fast.methods.presets import is_guess, make_hparams
 from kedit_fast.methods.recipe import Recipe, ValueSites
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.architectures import ArchSpec
@@ -125,6 +125,8 @@ def plan(
         raise MethodError(
             f"plan knows methods that optimize values; {recipe.name} takes one backward pass per batch instead"
         )
+    if is_guess(origin) and "layers" not in (hparams or {}):
+        chosen = replace(chosen, layers=view.nearest_editable(chosen.layers))
     layers = view.check_layers(chosen.layers)
     value_sites = recipe.values_on(view.spec.post_norm)
     sites = [Site(layers[-1], name) for name in SITES[value_sites]]

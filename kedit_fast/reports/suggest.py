@@ -153,9 +153,9 @@ def suggest(
     preset, origin = make_hparams(method, view.config, given)
     base = given if effort == "short" else _freed(recipe, view.config, given)
     chosen, _ = make_hparams(method, view.config, base)
-    candidates, can_move = _windows(recipe, view.num_layers, chosen, given, last_layers)
+    candidates, can_move = _windows(recipe, view, chosen, given, last_layers)
     drift_texts = list(texts[-DRIFT_TEXTS:]) if texts else []
-    stored, available = None, frozenset(range(view.num_layers))
+    stored, available = None, frozenset(view.editable)
     if chosen.uses_statistics:
         if statistics is None:
             layers = sorted({layer for window in candidates for layer in window})
@@ -168,7 +168,7 @@ def suggest(
                 model, tokenizer, documents, layers, max_tokens=max_tokens, progress=progress, spec=spec
             )
         stored = statistics if isinstance(statistics, StoredStatistics) else in_memory(statistics)
-        available = frozenset(stored.layers)
+        available &= frozenset(stored.layers)
         candidates = _inside(candidates, available, recipe)
     options = {"seed": seed, "prompt_format": prompt_format, "target_separator": target_separator, "spec": spec}
     trials = Trials(model, tokenizer, recipe.name, base, stored, drift_texts, options, expected, progress)
@@ -231,20 +231,21 @@ def _differing(preset: Hparams, chosen: Hparams) -> dict[str, Any]:
 
 def _windows(
     recipe: Recipe,
-    num_layers: int,
+    view: ModelView,
     chosen: Hparams,
     given: Mapping[str, Any],
     last_layers: Sequence[int] | None,
 ) -> tuple[list[tuple[int, ...]], bool]:
     """The windows to try, and whether others may be tried beside them."""
-    coarse = windows(recipe, num_layers)
+    coarse = [tuple(view.editable[place] for place in window) for window in windows(recipe, len(view.editable))]
     if last_layers is not None:
         size = max(map(len, coarse))
         return [tuple(range(max(0, last - size + 1), last + 1)) for last in last_layers], False
     if given.get("layers"):
         return [tuple(given["layers"])], False
-    if chosen.layers and chosen.layers not in coarse:
-        coarse = sorted([*coarse, chosen.layers], key=lambda window: (window[-1], -len(window)))
+    start = view.nearest_editable(chosen.layers)
+    if start and start not in coarse:
+        coarse = sorted([*coarse, start], key=lambda window: (window[-1], -len(window)))
     return coarse, True
 
 

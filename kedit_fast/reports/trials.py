@@ -111,7 +111,7 @@ def stored_statistics(
             is read.
     """
     view, modules = ModelView(model, options.get("spec")), set(modules_in(folder))
-    layers = [layer for layer in range(view.num_layers) if view.module_name(layer) in modules]
+    layers = [layer for layer in view.editable if view.module_name(layer) in modules]
     if not layers:
         raise StatisticsError(f"{folder} holds no statistics of a {view.spec.name} model")
     identity = {}

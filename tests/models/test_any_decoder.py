@@ -19,12 +19,14 @@ from kedit_fast import Editor, collect_statistics, evaluate
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.loop import find_values
 from kedit_fast.errors import InvalidArgumentError, MethodError, UnsupportedModelError
+from kedit_fast.methods.windows import statistics_layers
 from kedit_fast.models.architectures import ARCHITECTURES, ArchSpec
 from kedit_fast.models.forward import Site, capture, pad, starts_midway
 from kedit_fast.models.introspection import find_spec
 from kedit_fast.models.loading import load_config
 from kedit_fast.models.prompt_runner import pass_kind
 from kedit_fast.models.view import ModelView
+from kedit_fast.reports.suggest import suggest
 
 MECHANISMS = {
     # model type: how passes run, whether something follows the MLP, which layers can be edited
@@ -224,6 +226,21 @@ def test_blocks_without_an_mlp_cannot_be_edited_and_are_named():
     layer = next(layer for layer in range(view.num_layers) if layer not in view.editable)
     with pytest.raises(InvalidArgumentError, match=f"layer {layer} cannot be edited: it has no mixer.down_proj"):
         view.check_layers((layer,))
+
+
+def test_guessed_layers_and_windows_are_of_layers_that_can_be_edited():
+    model, tokenizer = available("nemotron_h"), make_tokenizer()
+    view = ModelView(model)
+    layers = statistics_layers(view.config, view.editable)
+    assert layers and set(layers) <= set(view.editable)
+    collected = collect_statistics(model, tokenizer, TEXT * 2, layers, progress=False)
+    editor = Editor(model, tokenizer, "memit", statistics=collected, hparams={"v_num_grad_steps": 2}, prefixes=PREFIXES)
+    assert set(editor.hparams.layers) <= set(view.editable)
+    short = {"v_num_grad_steps": 2, "v_lr": 0.1, "clamp_norm_factor": 0.5, "v_weight_decay": 0.5}
+    suggestion = suggest(
+        model, tokenizer, REQUESTS, "memit", statistics=collected, hparams=short, effort="short", on_error="skip"
+    )
+    assert set(suggestion.best.hparams["layers"]) <= set(view.editable)
 
 
 def test_pmet_needs_attention_in_every_block():

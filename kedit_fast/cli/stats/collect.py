@@ -25,6 +25,7 @@ from kedit_fast.cli.options import (
 )
 from kedit_fast.methods.windows import statistics_layers
 from kedit_fast.models.loading import DTYPES, load_config, load_model
+from kedit_fast.models.view import ModelView
 from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.memory_plan import MASTERS, Masters, Needs
 from kedit_fast.statistics.resumable import check_folder, collect_into
@@ -72,12 +73,12 @@ def collect(
     check_folder(out, resume, overwrite)
     documents = open_texts(text, field)
     config = load_config(model, merge_adapter)
-    if layer_numbers is None:
-        layer_numbers = statistics_layers(config)
-    check_range(layer_numbers, config)
+    check_range(layer_numbers or (), config)
     try:
         with processes(device) as (rank, place):
             loaded, tokenizer = load_model(model, DTYPES[dtype], place, device_map, merge_adapter)
+            if layer_numbers is None:
+                layer_numbers = statistics_layers(config, ModelView(loaded, architecture).editable)
             collected = collect_into(
                 out,
                 loaded,

@@ -165,7 +165,7 @@ def open_values(path: str | os.PathLike) -> ValueFile | MemitCache:
 def edited_hash(view: ModelView, layers: Sequence[int] | None = None) -> str:
     """`edit_fingerprint` of the matrices that editing writes in `layers`; None for all layers."""
     matrices = []
-    for layer in range(view.num_layers) if layers is None else layers:
+    for layer in view.editable if layers is None else layers:
         weight = with_values(view, view.weight_name(layer), view.edited_module(layer).weight.detach())
         matrices.append(weight.T if view.spec.transposed else weight)
     return edit_fingerprint(matrices)
