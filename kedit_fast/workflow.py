@@ -22,6 +22,7 @@ from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summ
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
 from kedit_fast.models.saving import save_model
+from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.problems import OnError, first_problems, require_no_problems, skipped_records
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, continuation
@@ -64,9 +65,11 @@ def save_edited(
         hparams: the text of HPARAMS_FILE; empty for no such file.
     """
 
+    write_state = editor.state_writer() if editor is not None and editor.keeps_state else None
+
     def write_beside(folder: Path) -> None:
-        if editor is not None and editor.keeps_state:
-            editor.save_state(folder / STATE_FILE)
+        if write_state is not None:
+            write_state(folder / STATE_FILE)
         if hparams:
             write_text(folder / HPARAMS_FILE, hparams, KeditError)
 
@@ -119,7 +122,7 @@ class Report:
         """Names of the matrices that now differ in a bit from what they were before the edits."""
         ledger = None if self.editor is None else self.editor.ledger
         names = [] if ledger is None else ledger.names()
-        return [name for name in names if ledger is not None and not same_bits(*ledger.original(name))]
+        return [name for name in names if ledger is not None and not same_bits(*map(whole, ledger.original(name)))]
 
     @property
     def null_spaces(self) -> dict[int, int]:

@@ -25,6 +25,7 @@ from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import Recipe, ValueSites
 from kedit_fast.models.forward import SiteKind
+from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.problems import OnError, require_no_problems
 from kedit_fast.requests.prompts import PreparedRequest
@@ -50,7 +51,7 @@ class EditContext:
     recipe: Recipe
     hparams: Hparams
     modules: Mapping[str, torch.Tensor]
-    """Path of an edited module -> its weight [out, in], a view on the model's memory."""
+    """Path of an edited module -> its weight [out, in], a view on the model's memory (a DTensor where it is split)."""
     value_sites: ValueSites
     """Where values are optimized."""
     ledger: Ledger
@@ -188,7 +189,7 @@ class BatchRun:
         for name, updates in list(self._unshaped.items()):
             weight = context.modules[name.removesuffix(".weight")]
             with self.timed("solve"):
-                shaped = [self._shape(update, weight, context.hparams) for update in updates]
+                shaped = [self._shape(update, whole(weight), context.hparams) for update in updates]
             del self._unshaped[name]
             with self.timed("write"):
                 for update in shaped:
@@ -251,7 +252,7 @@ def request_weights(prepared: Sequence[PreparedRequest]) -> torch.Tensor | None:
 
 
 def _norm(weight: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(weight, dtype=accumulation_dtype(weight)))
+    return float(torch.linalg.vector_norm(whole(weight), dtype=accumulation_dtype(weight)))
 
 
 def _total_norm(updates: Sequence[Update]) -> float:

@@ -33,6 +33,7 @@ from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.editable import require_editable
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, require_passes
+from kedit_fast.models.sharded import local, whole
 from kedit_fast.models.view import ModelView, linear_weight
 from kedit_fast.patches.patch import Patch, Target
 from kedit_fast.requests.prefixes import generate_prefixes
@@ -91,7 +92,9 @@ class Editor:
         progress: show progress bars on stderr.
 
     Where torch.distributed is initialized (`kedit_fast.support.process_group.start()` under torchrun), every process
-    makes the same calls. Each process optimizes its share of the values, and all write the same updates.
+    makes the same calls. Each process optimizes its share of the values, and all write the same updates. Processes that
+    hold a tensor-parallel model together (`kedit_fast.models.sharded`) do everything together instead, and each writes
+    its own columns.
 
     Raises:
         UnsupportedModelError, MethodError, RequestError, StatisticsError: see the messages.
@@ -199,7 +202,7 @@ class Editor:
             raise StatisticsError(f"the statistics are of another model: different {different}")
 
     def _edited_modules(self) -> dict[str, torch.Tensor]:
-        """Path of each edited module -> its weight [out, in], a view on the model's memory."""
+        """Path of each edited module -> its weight [out, in], a view on the model's memory; a DTensor where split."""
         if self.hparams.inner_params:
             paths = [name.removesuffix(".weight") for name in self.hparams.inner_params]
             return {path: self.view.linear(path)[1] for path in paths}
@@ -214,7 +217,8 @@ class Editor:
     def in_place(self) -> bool:
         """Whether the edited matrices are still those of the model. Moving or casting a model replaces them."""
         return all(
-            weight.data_ptr() == self.modules[name].data_ptr() and weight.dtype == self.modules[name].dtype
+            local(weight).data_ptr() == local(self.modules[name]).data_ptr()
+            and weight.dtype == self.modules[name].dtype
             for name, weight in self._edited_modules().items()
         )
 
@@ -357,7 +361,7 @@ class Editor:
                 original, weight = self.ledger.original(name)
                 edits = self.ledger.total(name, without=earlier_steps)
                 earlier = self.ledger.total(name, only=earlier_steps)
-                change = restrain(edits, original)
+                change = restrain(edits, whole(original))
                 restrained[name] = change.rank
                 if change.rank or earlier.rank:
                     wrote = True
@@ -431,7 +435,7 @@ class Editor:
         with torch.no_grad():
             for name in self.ledger.names():
                 original, weight = self.ledger.original(name)
-                weight.copy_(original)
+                local(weight).copy_(local(original))
         self.rollback(len(self.ledger.batches), restored=True)
 
     @plain_torch()
@@ -449,7 +453,7 @@ class Editor:
         for name in self.ledger.names():
             module = name.removesuffix(".weight")
             self.ledger.require_untouched(name)
-            original, weight = self.ledger.original(name)
+            original, weight = map(whole, self.ledger.original(name))
             of_layer = any(module == self.view.module_name(layer) for layer in self.hparams.layers)
             transposed = self.view.spec.transposed if of_layer else linear_weight(self.view.model, module)[1]
             dtype = dtype_name(weight.dtype)
@@ -475,8 +479,22 @@ class Editor:
         Raises:
             StatisticsError: the file cannot be written; an older one stays.
         """
-        if world()[0] == 0:
-            self.solver_state.save(path, {**self._state_identity(), "prefixes": list(self.prefixes)}, self._clamp)
+        self.state_writer()(path)
+
+    @plain_torch()
+    def state_writer(self) -> Callable[[str | os.PathLike], None]:
+        """A function that does what `save_state` does, and needs no other process.
+
+        Of a tensor-parallel model the parts are gathered here: all processes call this, and the first one what it
+        returns.
+        """
+        identity = {**self._state_identity(), "prefixes": list(self.prefixes)}
+
+        def write(path: str | os.PathLike) -> None:
+            if world()[0] == 0:
+                self.solver_state.save(path, identity, self._clamp)
+
+        return write
 
     @plain_torch()
     def load_state(self, path: str | os.PathLike) -> None:
@@ -496,7 +514,7 @@ class Editor:
         identity: dict[str, Any] = {"model": fingerprint(self.view, self.tokenizer), "prompt format": example}
         if self._requested_prefixes is not None:
             identity["prefixes"] = list(self._requested_prefixes)
-        return {**identity, "edited matrices": edit_fingerprint(list(self.modules.values()))}
+        return {**identity, "edited matrices": edit_fingerprint(map(whole, self.modules.values()))}
 
     def set_key_memories(self, memories: Mapping[int, KeyMemory]) -> None:
         """Replace the keys that a method with a memory has of earlier edits, for edits made outside this editor.

@@ -16,6 +16,7 @@ import torch
 
 from kedit_fast.methods.recipe import KeyWeights
 from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, evaluating, pad, starts_midway
+from kedit_fast.models.sharded import agreed_minimum
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest, Prompt
 from kedit_fast.support.free_memory import free_bytes
@@ -98,9 +99,9 @@ class KeyPass:
         device = view.device
         on_device, on_host = budget.device, 0 if device.type == "cpu" else budget.host
         if on_device is None:
-            on_device = int(DEVICE_SHARE * free_bytes(device))
+            on_device = agreed_minimum(view.model, int(DEVICE_SHARE * free_bytes(device)))
         if on_host is None:
-            on_host = int(HOST_SHARE * free_bytes(torch.device("cpu")))
+            on_host = agreed_minimum(view.model, int(HOST_SHARE * free_bytes(torch.device("cpu"))))
         self.free = {"device": on_device, "host": on_host}
         """Place -> bytes that are left for states."""
         self.stored_bytes = {"device": 0, "host": 0, "recomputed": 0}

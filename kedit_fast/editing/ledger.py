@@ -2,7 +2,8 @@
 
 M_0 = fp32(W_0); M_t = M_{t-1} + fp32(L_t R_t^T) in batch order; W = round_nearest(M_t). An fp32 (or fp64) weight is its
 own master. Undoing batches replays the others from M_0 with the same op and the same backends, which gives the same
-bits as if they had never been applied. A batch is all or nothing: `transaction()` restores every matrix on any failure.
+bits as if they had never been applied. Of a matrix that is split over processes (`models.sharded`), each process has
+its own columns here, and whole updates. A batch is all or nothing: `transaction()` restores every matrix on any failure.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import torch
 
 from kedit_fast.backends import requested, select
 from kedit_fast.errors import EditError, InvalidArgumentError
+from kedit_fast.models.sharded import columns, like, local
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.matrix_bits import quick_sum
+from kedit_fast.support.process_group import in_any
 from kedit_fast.support.torch_state import plain_torch
 
 
@@ -36,30 +39,45 @@ class Entry:
 
 @dataclass
 class _Matrix:
+    of_model: torch.Tensor
+    """[out, in], as the model has it: whole, or split over processes."""
     weight: torch.Tensor
-    """[out, in], a view on the model's memory."""
+    """[out, c] this process's columns of it, a view on the model's memory."""
     original: torch.Tensor
-    """[out, in], its value before the first write, in its dtype."""
+    """[out, c], its value before the first write, in its dtype."""
     master: torch.Tensor | None
-    """[out, in] fp32, for a 16-bit weight."""
+    """[out, c] fp32, for a 16-bit weight."""
+    own: slice | None
+    """Which columns these are; None for all."""
     bits: int = 0
     """Sum of the weight's bits after the last write."""
 
     def mark(self) -> None:
         self.bits = quick_sum(self.weight)
 
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> _Matrix:
+        part = local(weight)
+        wide = part.dtype in (torch.float32, torch.float64)
+        return cls(weight, part, part.clone(), None if wide else part.float(), columns(weight))
+
+    def in_any(self, flag: bool) -> bool:
+        """Whether a condition holds in one of the processes that have a part of the matrix."""
+        return flag if self.own is None else in_any(flag)
+
     def require_untouched(self, name: str) -> None:
-        if quick_sum(self.weight) != self.bits:
+        if self.in_any(quick_sum(self.weight) != self.bits):
             raise EditError(
                 f"{name} was changed by something else since this editor last wrote it (another editor, training, "
                 "load_state_dict): take edits back in the reverse order they were made, or start a new Editor"
             )
 
     def write(self, entry: Entry) -> None:
+        update = entry.update if self.own is None else entry.update.columns(self.own)
         if self.master is None:
-            entry.update.apply_(self.weight, backend=entry.backend)
+            update.apply_(self.weight, backend=entry.backend)
         else:
-            entry.update.apply_(self.master, copy=self.weight, backend=entry.backend)
+            update.apply_(self.master, copy=self.weight, backend=entry.backend)
 
     def reset(self) -> None:
         self.weight.copy_(self.original)
@@ -98,7 +116,7 @@ class Ledger:
 
         Args:
             name: of the matrix; the same name must always come with the same weight.
-            weight: [out, in] view on the model's memory; written.
+            weight: [out, in] view on the model's memory, or a DTensor split over its inputs; written.
             update: the factors.
 
         Raises:
@@ -109,9 +127,8 @@ class Ledger:
         if not update.is_finite():
             raise EditError(f"the update of {name} is not finite")
         if name not in self._matrices:
-            wide = weight.dtype in (torch.float32, torch.float64)
-            self._matrices[name] = _Matrix(weight, weight.clone(), None if wide else weight.float())
-        elif self._matrices[name].weight.data_ptr() != weight.data_ptr():
+            self._matrices[name] = _Matrix.of(weight)
+        elif self._matrices[name].weight.data_ptr() != local(weight).data_ptr():
             raise EditError(f"{name} has moved in memory since its first edit: restore before moving the model")
         else:
             self._matrices[name].require_untouched(name)
@@ -119,15 +136,15 @@ class Ledger:
         factors = update.compacted().to(accumulation_dtype(weight))
         if not factors.is_finite():
             raise EditError(f"the update of {name} overflows float32")
-        target = weight if matrix.master is None else matrix.master
-        copy = None if matrix.master is None else weight
+        target = matrix.weight if matrix.master is None else matrix.master
+        copy = None if matrix.master is None else matrix.weight
         args = (target, factors.left, factors.right, copy)
         runs = select("rank_k_update_", requested(None), *args).backend
         entry = Entry(name, factors, runs)
         self._open.append(entry)  # before the write, so that an interrupt in the middle of it is undone too
         matrix.write(entry)
         matrix.mark()
-        if not bool(torch.isfinite(weight).all()):
+        if matrix.in_any(not bool(torch.isfinite(matrix.weight).all())):
             raise EditError(f"{name} is not finite after the update")
 
     @plain_torch(leave_inference_mode=False)
@@ -159,13 +176,14 @@ class Ledger:
             return
         remaining = len(self.batches) - count
         names = {entry.name for batch in self.batches[remaining:] for entry in batch}
-        before = {name: self._matrices[name].weight.clone() for name in names} if restored else {}
-        for name in names - before.keys():
+        before = {name: self._matrices[name].weight.clone() for name in sorted(names)} if restored else {}
+        for name in sorted(names - before.keys()):
             self._matrices[name].require_untouched(name)
         try:
             self._replay(names, self.batches[:remaining])
             for name, weight in before.items():
-                if not torch.equal(weight, self._matrices[name].weight):
+                matrix = self._matrices[name]
+                if matrix.in_any(not torch.equal(weight, matrix.weight)):
                     raise EditError(f"{name} is not what it was before the batches to be undone")
         except BaseException:
             self._replay(names, self.batches)  # also after an interrupt in the middle: nothing is undone
@@ -188,9 +206,9 @@ class Ledger:
         return list(self._matrices)
 
     def original(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A matrix as it was before its first write, and the view on the model's memory."""
+        """A matrix as it was before its first write, and the view on the model's memory; both split where that is."""
         matrix = self._matrices[name]
-        return matrix.original, matrix.weight
+        return like(matrix.of_model, matrix.original), matrix.of_model
 
     @plain_torch(leave_inference_mode=False)
     def total(self, name: str, *, only: Container[int] | None = None, without: Container[int] = ()) -> Update:
@@ -200,7 +218,7 @@ class Ledger:
             if entry.name == name and number not in without and (only is None or number in only)
         ]  # fmt: skip
         if not updates:
-            weight = self._matrices[name].weight
+            weight = self._matrices[name].of_model
             wide = accumulation_dtype(weight)
             return LowRankUpdate(*(torch.zeros(n, 0, dtype=wide, device=weight.device) for n in weight.shape))
         if len(updates) == 1:

@@ -21,6 +21,7 @@ from kedit_fast.errors import EditError, MethodError, NullSpaceError, Statistics
 from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import Constraint, PreconditionerKind, Recipe
+from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
 from kedit_fast.solver.key_memory import Appended, KeyMemory
 from kedit_fast.solver.least_squares import merge_columns, rank_one_equality, scale_of_share, solve_update
@@ -243,9 +244,9 @@ class SolverState:
         """The update, reduced to `spectral_limit` and `frobenius_limit` of `weight` [out, in]."""
         hparams = self.hparams
         if hparams.spectral_limit:
-            update = limit_spectrum(update, hparams.spectral_limit * spectral_norm(weight))
+            update = limit_spectrum(update, hparams.spectral_limit * spectral_norm(whole(weight)))
         if hparams.frobenius_limit:
-            norm = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+            norm = float(torch.linalg.vector_norm(whole(weight), dtype=torch.float64))
             update = limit_norm(update, hparams.frobenius_limit * norm)
         return update
 

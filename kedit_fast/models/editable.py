@@ -15,6 +15,7 @@ import torch
 
 from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.offloaded import hooks_on, offloads, on_host
+from kedit_fast.models.sharded import local
 
 if TYPE_CHECKING:
     from kedit_fast.models.view import ModelView
@@ -138,6 +139,7 @@ def _require_own(
                 f"{name} is offloaded to disk, so what an edit writes would be lost: load the model with this layer on "
                 'a device or the host (without device_map, or with more max_memory for it or for "cpu")'
             )
+    weight = local(weight)
     if weight.is_inference():
         raise UnsupportedModelError(f"{name} {_INFERENCE}")
     if any(_moves(hook) for _, hook in hooks_on(model, name)):
@@ -171,13 +173,13 @@ def _uncompiled(model: Any) -> Any:
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters and buffers by name; of those that are offloaded to the host, the tensors there."""
+    """Parameters and buffers by name, in this process; of those that are offloaded to the host, the tensors there."""
     for name, tensor in (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ):
         held = on_host(model, name) if tensor.device.type == "meta" else None
-        yield name, tensor if held is None else held
+        yield name, local(tensor if held is None else held)
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

@@ -14,6 +14,7 @@ import torch
 
 from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.offloaded import fetched
+from kedit_fast.models.sharded import elements
 from kedit_fast.models.view import ModelView
 from kedit_fast.support.torch_state import plain_torch
 
@@ -83,7 +84,7 @@ def _samples(view: ModelView) -> dict[str, list[float]]:
         if tensor.ndim == 0:  # a scalar, which has no index
             tensor = tensor[None]
         where = torch.unravel_index(index, tensor.shape)
-        values = tensor[tuple(i.to(tensor.device) for i in where)]
+        values = elements(tensor, where)
         samples[name] = [float(f"{v:.6g}") for v in values.float().tolist()]
     return samples
 

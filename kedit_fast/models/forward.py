@@ -24,6 +24,7 @@ from kedit_fast.models.patching import (
     output_hooks,
     replaced_forwards,
 )
+from kedit_fast.models.sharded import whole_inputs
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import Widening, computing
 from kedit_fast.support.messages import first_line
@@ -192,6 +193,8 @@ def capture(
 def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callable[[Site, torch.Tensor], None]) -> None:
     """Run the model up to the last of some sites, and call `see` with each site and its states [R, T, size].
 
+    Inputs of a layer that processes hold together (`models.sharded`) are gathered.
+
     States are freed as the pass continues, unless `see` stores them. Cost: the blocks up to the last site; the head
     never runs.
 
@@ -210,7 +213,7 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
                 f"{name_of(view, site)} was seen with {shape}, not with all {list(batch.input_ids.shape)} tokens of a "
                 "batch: a model that cuts batches into parts or packs their tokens cannot be edited"
             )
-        see(site, states)
+        see(site, whole_inputs(states, view.weight(site.layer)) if site.kind == "key" else states)
         missing.discard(site)
         if not missing:
             raise _AllSeen

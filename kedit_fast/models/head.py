@@ -19,6 +19,7 @@ from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.architectures import text_config
 from kedit_fast.models.offloaded import device_of, fetched
 from kedit_fast.models.patching import evaluation_mode
+from kedit_fast.models.sharded import whole
 from kedit_fast.models.widened import HALVES, computing
 from kedit_fast.ops import distribution_kl, target_log_probs
 from kedit_fast.ops.target_log_probs import TargetLogProbs
@@ -223,10 +224,13 @@ def _as_configured(model: Any, module: Any) -> Head:
 
 
 def _values(model: Any, module: Any, attribute: str) -> torch.Tensor | None:
-    """A parameter of the head where it runs; if accelerate offloads it, fetched for as long as the view is used."""
+    """A parameter of the head where it runs.
+
+    If accelerate offloads it, or processes hold it together, fetched for as long as the view is used.
+    """
     tensor = getattr(module, attribute, None)
     if tensor is None or tensor.device.type != "meta":
-        return None if tensor is None else tensor.detach()
+        return None if tensor is None else whole(tensor.detach())
     path = next(path for path, other in model.named_modules() if other is module)
     values = fetched(model, f"{path}.{attribute}")
     return tensor.detach() if values is None else values.detach().to(device_of(module))

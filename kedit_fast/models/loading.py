@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -17,6 +18,8 @@ from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.architectures import names_experts, require_decoder, text_config
 from kedit_fast.models.introspection import find_spec
 from kedit_fast.models.multimodal import is_multimodal, model_class
+from kedit_fast.models.sharded import is_sharded
+from kedit_fast.support import process_group
 from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
@@ -64,6 +67,7 @@ def load_model(
     device: str = "cpu",
     device_map: Any = None,
     merge_adapter: bool = False,
+    tp_plan: Any = None,
 ) -> tuple[Any, Any]:
     """A causal language model and its tokenizer from a folder or a hub name; a multimodal one with all its parts.
 
@@ -76,17 +80,22 @@ def load_model(
         merge_adapter: accept a local folder of a peft adapter as the path. Its update is added to the weights of the
             model that its configuration names, or that is in the same folder, and rounded to their dtype. It needs
             peft.
+        tp_plan: "auto" splits the model over the processes of torchrun, each on a device of its own, by the plan of its
+            architecture (`models.sharded`); or a plan of your own. `device` is then ignored.
 
     Raises:
         UnsupportedModelError: there is no model, it cannot be read, or its architecture is not supported; or the class
             that loads it has no place for some weights of a multimodal model; or there is an adapter, and it may not
-            or cannot be merged.
+            or cannot be merged; or the model cannot be split over the processes.
     """
     import transformers
     from transformers import AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()
+    split = {} if tp_plan is None else _split_over_processes(path, tp_plan, device_map)
     if merge_adapter and (Path(path) / ADAPTER).exists():
+        if split:
+            raise UnsupportedModelError(f"{path} holds an adapter: merge and save it in one process, and split that")
         return _merged(Path(path), dtype, device, device_map)
     config = load_config(path)
     quantization = getattr(config, "quantization_config", None)
@@ -95,7 +104,12 @@ def load_model(
     name = "dtype" if _version(transformers.__version__) >= (4, 56) else "torch_dtype"
     try:
         model, loading = model_class(config).from_pretrained(
-            str(path), trust_remote_code=False, output_loading_info=True, device_map=device_map, **{name: dtype}
+            str(path),
+            trust_remote_code=False,
+            output_loading_info=True,
+            device_map=device_map,
+            **{name: dtype},
+            **split,
         )
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # damaged files make the loaders raise errors of many types
@@ -117,7 +131,30 @@ def load_model(
             path,
             dtype_name(model.dtype),
         )
-    return (model if device_map is not None else model.to(device)).eval(), tokenizer
+    if split and not is_sharded(model):
+        raise UnsupportedModelError(
+            f"transformers has not split {path} ({type(model).__name__}): it has no tensor-parallel plan, or this "
+            "version of transformers does not give DTensors (4.51 to 5.0 and 5.23 do)"
+        )
+    return (model if device_map is not None or split else model.to(device)).eval(), tokenizer
+
+
+def _split_over_processes(path: str | os.PathLike, plan: Any, device_map: Any) -> dict[str, Any]:
+    """The arguments of from_pretrained that split a model over the processes of torchrun, which are joined here."""
+    import transformers
+
+    process_group.start()
+    size = process_group.world()[1]
+    if size < 2:
+        raise UnsupportedModelError(
+            f"{path} cannot be split: there is one process. Start several: torchrun --nproc-per-node 2 SCRIPT"
+        )
+    if device_map is not None:
+        raise UnsupportedModelError("tp_plan splits a model over processes, device_map over devices: give one of them")
+    config = getattr(getattr(transformers, "distributed", None), "DistributedConfig", None)
+    if config is None or "tp_plan" not in {field.name for field in dataclasses.fields(config)}:
+        return {"tp_plan": plan}
+    return {"distributed_config": config(tp_plan=plan, tp_size=size)}
 
 
 def _merged(path: Path, dtype: Any, device: str, device_map: Any) -> tuple[Any, Any]:

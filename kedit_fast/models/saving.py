@@ -21,9 +21,11 @@ from kedit_fast.models.multimodal import bare_name, copy_processor_files, is_mul
 from kedit_fast.models.offloaded import on_host
 from kedit_fast.models.quantized import require_same_modules, saved_as_quantized
 from kedit_fast.models.schemes import scheme_of
+from kedit_fast.models.sharded import is_sharded, whole_state, with_state
 from kedit_fast.support.files import new_folder, tensor_files
 from kedit_fast.support.matrix_bits import same_bits
 from kedit_fast.support.messages import first_line
+from kedit_fast.support.process_group import from_all
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
@@ -42,18 +44,41 @@ def save_model(
     Every tensor is read back and compared with the model's, bit for bit, before the folder appears. The
     processor's files of a multimodal model are copied from where it was loaded; a warning says if they are not there.
 
+    Of a tensor-parallel model (`models.sharded`) all processes call this with the same arguments. The first one gets the
+    whole model on its host and writes it.
+
     Args:
         model: what is written, of any dtype.
         tokenizer: its tokenizer.
         path: the folder.
         overwrite: replace a folder that exists.
-        write_beside: called with the folder before it appears, for other files that belong to the model.
+        write_beside: called with the folder before it appears, for other files that belong to the model; by the process
+            that writes.
 
     Raises:
         KeditError: the folder exists, or cannot be written; or it would not load as this model (adapters, modules that
             the model's class does not have, weights that save_pretrained drops or changes), by the tensor's name.
     """
     model = plain_model(model)
+    if not is_sharded(model):
+        _save(model, tokenizer, path, overwrite, write_beside)
+        return
+    tensors = whole_state(model)
+
+    def save_whole() -> None:
+        if tensors:
+            _save(with_state(model, tensors), tokenizer, path, overwrite, write_beside)
+
+    from_all(save_whole)
+
+
+def _save(
+    model: Any,
+    tokenizer: Any,
+    path: str | os.PathLike,
+    overwrite: bool,
+    write_beside: Callable[[Path], None] | None,
+) -> None:
     _require_loadable(model)
     with new_folder(path, overwrite, KeditError) as work:
         try:

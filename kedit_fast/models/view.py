@@ -16,6 +16,7 @@ from kedit_fast.models.head import Head, checked_head, head_as_configured
 from kedit_fast.models.introspection import find_spec
 from kedit_fast.models.offloaded import device_of, on_host
 from kedit_fast.models.schemes import scheme_of
+from kedit_fast.models.sharded import is_sharded, require_whole_world, splits_inputs, work_share
 from kedit_fast.support.dtypes import FLOATS
 from kedit_fast.support.messages import comma_list
 
@@ -23,9 +24,14 @@ T = TypeVar("T")
 
 
 def check_weight(name: str, module: torch.nn.Module) -> None:
-    """Raise UnsupportedModelError unless a module's weight is a plain float matrix that can be written."""
+    """Raise UnsupportedModelError unless a module's weight is a float matrix that can be written.
+
+    It is plain, or split over its inputs (`models.sharded`).
+    """
     weight = getattr(module, "weight", None)
     plain = weight if isinstance(weight, torch.Tensor) and type(weight) in (torch.Tensor, torch.nn.Parameter) else None
+    if isinstance(weight, torch.Tensor) and splits_inputs(weight) and isinstance(module, torch.nn.Linear):
+        plain = weight
     if plain is None or plain.dtype not in FLOATS or plain.ndim != 2:
         if scheme := scheme_of(module):
             raise UnsupportedModelError(
@@ -63,6 +69,7 @@ def linear_weight(model: torch.nn.Module, path: str) -> tuple[torch.Tensor, bool
     """The weight of a linear module as [out, in], a view on the model's memory; and whether it is stored transposed.
 
     Of a weight that accelerate offloads to the host, it is the view on the memory there.
+    Of a tensor-parallel model it is a DTensor, see `models.sharded`.
 
     Raises:
         InvalidArgumentError, UnsupportedModelError: see `linear_module`; or the weight is offloaded to disk.
@@ -108,6 +115,7 @@ class ModelView:
     def __init__(self, model: Any, spec: ArchSpec | None = None):
         self.model = model = plain_model(model)
         self.config = text_config(self.model.config)
+        require_whole_world(model)
         head = self.model.get_output_embeddings()
         if not isinstance(getattr(head, "weight", None), torch.Tensor):
             raise UnsupportedModelError(
@@ -165,6 +173,16 @@ class ModelView:
     def base_takes(self) -> frozenset[str]:
         """Names of the arguments of the decoder's forward function."""
         return frozenset(inspect.signature(type(self.base).forward).parameters)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold the model together, so that each pass needs all of them (`models.sharded`)."""
+        return self.once(_is_sharded)
+
+    @property
+    def work_share(self) -> tuple[int, int]:
+        """Which part of the work on many prompts or texts this process takes, of how many parts; see `models.sharded`."""
+        return work_share(self.model)
 
     @property
     def num_layers(self) -> int:
@@ -241,6 +259,7 @@ class ModelView:
         """The edited weight as [out, in], a view on the model's memory whatever the stored orientation.
 
         Of one that accelerate offloads to the host, it is the view on the memory there.
+        Of a tensor-parallel model it is a DTensor, with the shape of the whole matrix (`models.sharded`).
 
         Raises:
             UnsupportedModelError: it is quantized.
@@ -284,3 +303,7 @@ class ModelView:
                     f"{comma_list(self.editable)}"
                 )
         return tuple(sorted(set(layers)))
+
+
+def _is_sharded(view: ModelView) -> bool:
+    return is_sharded(view.model)

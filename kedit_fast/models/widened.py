@@ -22,6 +22,7 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.models.patching import attribute_slot, surrounded_calls, tensor_slots
+from kedit_fast.models.sharded import is_sharded
 from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.free_memory import free_bytes
 
@@ -59,7 +60,7 @@ def has_units(dtype: torch.dtype) -> bool:
 def is_widened(module: torch.nn.Module, meta_is_cpu: bool = False) -> bool:
     """Whether passes over a module compute in fp32 in place of a 16-bit dtype.
 
-    A module with parts elsewhere (on a GPU, or offloaded) computes in its own dtype. `meta_is_cpu` treats a module
+    A module with parts elsewhere (on a GPU, offloaded, or in another process) computes in its own dtype. `meta_is_cpu` treats a module
     without memory as if it were loaded on the CPU.
 
     The environment variable KEDIT_FAST_16BIT decides: "auto" (modules on the CPU in a dtype that the processor has no
@@ -74,7 +75,7 @@ def is_widened(module: torch.nn.Module, meta_is_cpu: bool = False) -> bool:
     tensors = [*module.parameters(), *module.buffers()]
     halves = {t.dtype for t in tensors if t.dtype in HALVES}
     places = {"cpu" if meta_is_cpu and t.device.type == "meta" else t.device.type for t in tensors}
-    if choice == "native" or not halves or places != {"cpu"}:
+    if choice == "native" or not halves or places != {"cpu"} or is_sharded(module):
         return False
     missing = sorted(dtype_name(dtype) for dtype in halves if not has_units(dtype))
     if choice == "auto" and missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, PatchError, UnsupportedModelError
+from kedit_fast.models.sharded import is_split
 from kedit_fast.models.view import linear_weight
 from kedit_fast.support.timing import synchronize
 from kedit_fast.support.torch_state import plain_torch
@@ -76,9 +77,14 @@ class Applied:
 def linear_weight_of(model: torch.nn.Module, name: str) -> tuple[torch.Tensor, bool]:
     """A module's weight as [out, in], and whether it is stored transposed; raises PatchError where it has none."""
     try:
-        return linear_weight(model, name)
+        weight, transposed = linear_weight(model, name)
     except (InvalidArgumentError, UnsupportedModelError) as error:
         raise PatchError(str(error)) from None
+    if is_split(weight):
+        raise PatchError(
+            f"{name} is split over processes: patches go into whole models. Apply it to the folder, and load that"
+        )
+    return weight, transposed
 
 
 def _unchanged_weight(model: torch.nn.Module, name: str, expected: torch.Tensor, when: str) -> torch.Tensor:

@@ -70,6 +70,10 @@ class LowRankUpdate(_Factors):
         """The factors on the host."""
         return LowRankUpdate(self.left.cpu(), self.right.cpu())
 
+    def columns(self, part: slice) -> LowRankUpdate:
+        """The same of some columns of Delta alone."""
+        return LowRankUpdate(self.left, self.right[part])
+
     def compacted(self) -> LowRankUpdate:
         """Factors no larger than Delta: where k > out in / (out + in), one factor becomes Delta and the other I."""
         out, inner = self.left.shape[0], self.right.shape[0]
@@ -134,6 +138,10 @@ class MaskedUpdate(_Factors):
     def cpu(self) -> MaskedUpdate:
         """The factors and the mask on the host."""
         return MaskedUpdate(self.left.cpu(), self.right.cpu(), self.bits.cpu())
+
+    def columns(self, part: slice) -> MaskedUpdate:
+        """The same of some columns of Delta alone."""
+        return MaskedUpdate.from_mask(LowRankUpdate(self.left, self.right[part]), self.mask[:, part])
 
     def compacted(self) -> MaskedUpdate:
         """Itself: the mask belongs to these factors."""

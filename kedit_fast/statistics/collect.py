@@ -88,7 +88,8 @@ def collect_statistics(
     """Second moments of the inputs of the edited linear layers over a corpus, in memory.
 
     `collect_into` does the same into a folder, with checkpoints. In a process group every process takes its share of
-    the batches, and all of them get the result.
+    the batches, and all of them get the result. Processes that hold the model together (`models.sharded`) run every
+    batch together; each has the sums of all layers.
 
     Args:
         model: a causal language model of a known architecture, on one device or several. It runs in its own dtype and
@@ -196,7 +197,8 @@ class Job:
         self.corpus, self.batch_tokens = corpus, batch_tokens
         self.model = fingerprint(self.view, tokenizer)
         self.dtype = dtype_name(computing_dtype(self.view.base))
-        self.reader = Reader(tokenizer, corpus, batch_tokens, self.view.max_length, self.view.vocabulary)
+        view = self.view
+        self.reader = Reader(tokenizer, corpus, batch_tokens, view.max_length, view.vocabulary, view.work_share)
 
     @property
     def settings(self) -> dict[str, str]:
@@ -243,7 +245,7 @@ class Job:
         self.reader.prepare()
         start = end = start or Position()
         bar = tqdm(
-            total=self.corpus.max_tokens if process_group.world()[1] == 1 else None,
+            total=self.corpus.max_tokens if self.view.work_share[1] == 1 else None,
             initial=next(iter(sums.values())).count,
             unit="tok",
             unit_scale=True,
@@ -307,7 +309,8 @@ class Job:
         if len(ends) > 1:
             raise StatisticsError("the processes were given different texts")
         for layer, total in sums.items():
-            total.reduce_()
+            if not self.view.is_sharded:  # otherwise each process has counted every token
+                total.reduce_()
             if total.count == 0:
                 raise StatisticsError(
                     "no tokens were counted: the corpus has no text, or none of its tokens has a weight"

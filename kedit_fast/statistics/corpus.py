@@ -147,14 +147,21 @@ class Reader:
         batch_tokens: tokens of a batch; a window has several batches.
         max_length: longest sequence that the model takes.
         vocabulary: number of the model's embeddings, for a check of tokens; None for no check.
+        share: which part of the windows this process takes, of how many; None for its rank, of all processes.
     """
 
     def __init__(
-        self, tokenizer: Any, corpus: Corpus, batch_tokens: int, max_length: int, vocabulary: int | None = None
+        self,
+        tokenizer: Any,
+        corpus: Corpus,
+        batch_tokens: int,
+        max_length: int,
+        vocabulary: int | None = None,
+        share: tuple[int, int] | None = None,
     ):
         self.tokenizer, self.corpus, self.vocabulary = tokenizer, corpus, vocabulary
         self.max_length = min(corpus.max_length, max_length)
-        self._rank, self._world = process_group.world()
+        self._rank, self._world = share or process_group.world()
         self._characters = max(LEAST_WINDOW, BATCHES_A_WINDOW * CHARACTERS_A_TOKEN * batch_tokens)
         self._documents = corpus.max_samples  # how many to read; None for all
         self._last_tokens: int | None = None  # of the last of them; None for all

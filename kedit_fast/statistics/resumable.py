@@ -123,6 +123,11 @@ def collect_into(
     check_folder(folder, resume, overwrite)
     rank, _ = process_group.world()
     job = Job(model, tokenizer, corpus, layers, batch_tokens, spec)
+    if job.view.is_sharded:
+        raise StatisticsError(
+            "checkpoints are for models that are whole in each process; this one is tensor-parallel: use "
+            "collect_statistics, and save_statistics in the first process"
+        )
     marker = folder / checkpoint.OVERWRITING
     if resume and not marker.exists() and len(done := _finished_layers(folder, job, False)) == len(job.layers):
         return _collected(folder, job, done, _tokens(done), 0, begin, 0.0)

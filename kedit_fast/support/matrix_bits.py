@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 
@@ -52,7 +52,7 @@ def row_checksum(tensor: torch.Tensor) -> str:
     return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 
-def edit_fingerprint(matrices: Sequence[torch.Tensor]) -> str:
+def edit_fingerprint(matrices: Iterable[torch.Tensor]) -> str:
     """A hash of matrices, from sums of each row's bits weighted by their places.
 
     Cost: one pass over the matrices, 1,024 rows at a time.

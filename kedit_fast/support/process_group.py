@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from kedit_fast.errors import KeditError
 from kedit_fast.support.messages import first_line
+
+Result = TypeVar("Result")
 
 
 def world() -> tuple[int, int]:
@@ -67,6 +69,31 @@ def sum_(tensor: torch.Tensor) -> None:
         return
     with _connected():
         dist.all_reduce(tensor)
+
+
+def in_any(flag: bool) -> bool:
+    """Whether a condition holds in one of the processes."""
+    return any(gather(flag))
+
+
+def from_all(run: Callable[[], Result], error_type: type[KeditError] = KeditError) -> list[Result]:
+    """What `run` returns in every process, by rank; when it raises in one, all raise.
+
+    Raises:
+        KeditError: of `error_type`, in the processes where `run` has not failed, with the name of one where it has.
+    """
+    result, message, error = None, "", None
+    try:
+        result = run()
+    except BaseException as raised:
+        message, error = f"{type(raised).__name__}: {raised}", raised
+    answers = gather((result, message))
+    if error is not None:
+        raise error
+    for rank, (_, failure) in enumerate(answers):
+        if failure:
+            raise error_type(f"process {rank} failed: {failure}")
+    return [value for value, _ in answers]
 
 
 def wait_for_all() -> None:

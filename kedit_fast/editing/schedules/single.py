@@ -10,6 +10,7 @@ from kedit_fast.editing.batch_run import BatchRun
 from kedit_fast.editing.keys import KeyPass, KeysAndOutputs
 from kedit_fast.methods.recipe import ValueKey
 from kedit_fast.models.forward import Site
+from kedit_fast.models.sharded import whole
 from kedit_fast.support.dtypes import accumulation_dtype
 
 
@@ -25,7 +26,7 @@ def _at_mean_key(
     """No prompt shows what the layer puts out at the mean key, so it is computed from the output at the bare key."""
     key = measured.keys[:, 0]
     dtype = accumulation_dtype(weight)
-    difference = weight.to(dtype) @ (key - measured.bare_keys[:, 0]).to(weight.device, dtype)
+    difference = whole(weight).to(dtype) @ (key - measured.bare_keys[:, 0]).to(weight.device, dtype)
     return key, residual - difference.to(residual)
 
 

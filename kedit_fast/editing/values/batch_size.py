@@ -10,6 +10,7 @@ import torch
 
 from kedit_fast.editing.values.objective import Objective
 from kedit_fast.models.forward import Site, evaluating
+from kedit_fast.models.sharded import agreed_minimum, local
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import Streamed, Widening
 from kedit_fast.requests.prompts import PreparedRequest
@@ -61,7 +62,7 @@ def fitting_batch(
         return BatchSize(max(1, most), 0)
     each = request_bytes(view, prepared, sites)
     free = int(SHARE * free_bytes(view.head.device))
-    return BatchSize(max(1, min(most, free // each)), each)
+    return BatchSize(agreed_minimum(view.model, max(1, min(most, free // each))), each)
 
 
 @plain_torch()
@@ -70,14 +71,14 @@ def request_bytes(view: ModelView, prepared: Sequence[PreparedRequest], sites: S
     longest = sorted(prepared, key=lambda r: sum(len(p.ids) for p in r.rewriting) + len(r.target))[-TRIAL:]
     with evaluating(view) as widening:
         objective = Objective.build(view, longest, sites)
-        parameters = {p.untyped_storage().data_ptr() for p in view.model.parameters()}
+        parameters = {local(p).untyped_storage().data_ptr() for p in view.model.parameters()}
         saved: dict[int, int] = {}  # bytes by address
 
         def count(tensor: torch.Tensor) -> Any:
             packed = tensor.detach() if widening is None else widening.pack(tensor)
             if isinstance(packed, Streamed) or (widening is not None and widening.owns(tensor)):
                 return packed  # a weight's copy, which all requests share
-            storage = tensor.untyped_storage()
+            storage = local(tensor).untyped_storage()
             if storage.data_ptr() not in parameters:
                 saved[storage.data_ptr()] = storage.nbytes()
             return packed

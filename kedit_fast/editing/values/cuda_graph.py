@@ -53,6 +53,8 @@ def graph_obstacle(view: ModelView) -> str:
         return (
             f"a model that is not dispatched by accelerate, which moves tensors between devices ({hooked[0] or 'it'})"
         )
+    if view.is_sharded:
+        return "a model that is whole in one process; this one is tensor-parallel"
     if view.head.device.type != "cuda":
         return f"a CUDA device; the model is on {view.head.device}"
     if view.once(pass_kind) == "whole prompts":

@@ -41,6 +41,7 @@ from kedit_fast.models.forward import Site, SiteKind, evaluating
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.solver.value_descent import Status, clamped_step
+from kedit_fast.support.process_group import gather
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
@@ -288,6 +289,8 @@ class ValueOptimizer:
             EditError: with `on_problem` "raise", a request whose loss or gradient is not finite.
         """
         status = active.status.tolist()
+        if self.view.is_sharded:
+            status = gather(status)[0]  # processes that hold the model together stop together
         if self.on_problem == "raise":
             for i, code in zip(active.request.tolist(), status, strict=True):
                 if code in (Status.BAD_LOSS, Status.BAD_GRADIENT):

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from kedit_fast.editing.values.loop import SITES, find_values
 from kedit_fast.editing.values.order import by_length, in_groups
@@ -19,11 +19,10 @@ from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import StopRule, ValueSites
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
-from kedit_fast.support.process_group import gather, world
+from kedit_fast.support.process_group import from_all, world
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
-Result = TypeVar("Result")
 
 
 @plain_torch()
@@ -43,7 +42,8 @@ def find_shared_values(
     """`find_values` of requests that `store` does not have; each process of a process group takes its share.
 
     The store takes values when they are done (in a process group when all are done); the caller flushes it. In a
-    process group only the first process reads and writes it. Values that several requests share are not stored. A
+    process group only the first process reads and writes it. Processes that hold the model together
+    (`models.sharded`) optimize all of them together, and take those of the first process. Values that several requests share are not stored. A
     request whose loss is not finite does not raise: its `Values.status` says so.
 
     Args:
@@ -59,9 +59,11 @@ def find_shared_values(
     is_alone = [groups is None or members[groups[i]] == 1 for i in range(len(prepared))]
 
     def look_up() -> dict[int, Values]:
-        if store is None or rank > 0:
+        if store is None or (rank > 0 and not view.is_sharded):
             return {}
-        store.begin(ValueRun(view, tokenizer, layer, SITES[site_kind], stop_rule, hparams, prepared))
+        store.begin(ValueRun(view, tokenizer, layer, SITES[site_kind], stop_rule, hparams, prepared))  # takes all parts
+        if rank > 0:
+            return {}
         values = {i: store.load(request) for i, request in enumerate(prepared) if is_alone[i]}
         return {i: value for i, value in values.items() if value is not None}
 
@@ -93,9 +95,11 @@ def find_shared_values(
             optimized.append((missing, values))
     else:
         identity = repr([(p.rewriting, p.kl, p.target) for p in prepared])
-        identity += repr((layer, site_kind, stop_rule, hparams, groups)) + edited_hash(view, hparams.layers)
+        identity += repr((layer, site_kind, stop_rule, hparams, groups))
+        if not view.is_sharded:
+            identity += edited_hash(view, hparams.layers)
         digest = hashlib.sha256(identity.encode()).hexdigest()
-        answers = _from_all(lambda: (digest, look_up()))
+        answers = from_all(lambda: (digest, look_up()), EditError)
         if len({other for other, _ in answers}) > 1:
             raise EditError(
                 "the processes have different requests, hyper-parameters or models: start them all with the same "
@@ -105,10 +109,11 @@ def find_shared_values(
         missing = [i for i in range(len(prepared)) if i not in stored]
         order = by_length([prepared[i] for i in missing])
         units = in_groups([missing[i] for i in order], None if all(is_alone) else groups)
-        share = [i for unit in units[rank::size] for i in unit]
-        shares = _from_all(lambda: (share, _on_cpu(optimize(share, None)) if share else None))
-        optimized = [(indices, values) for indices, values in shares if values is not None]
-        _from_all(lambda: [save(indices, values) for indices, values in optimized])
+        first, parts = view.work_share
+        share = [i for unit in units[first::parts] for i in unit]
+        shares = from_all(lambda: (share, _on_cpu(optimize(share, None)) if share else None), EditError)
+        optimized = [(indices, values) for indices, values in shares[:parts] if values is not None]
+        from_all(lambda: [save(indices, values) for indices, values in optimized], EditError)
     if stored:
         _log.info("%d of %d values were there already", len(stored), len(prepared))
     return Values.in_order([*(([i], value) for i, value in stored.items()), *optimized], view.head.device)
@@ -121,23 +126,7 @@ def flush_store(store: ValueStore | None) -> None:
     if world()[1] == 1:
         store.flush()
     else:
-        _from_all(lambda: store.flush() if world()[0] == 0 else None)
-
-
-def _from_all(run: Callable[[], Result]) -> list[Result]:
-    """What `run` returns in every process, by rank; when it raises in one, all raise."""
-    result, message, error = None, "", None
-    try:
-        result = run()
-    except BaseException as raised:
-        message, error = f"{type(raised).__name__}: {raised}", raised
-    answers = gather((result, message))
-    if error is not None:
-        raise error
-    for rank, (_, failure) in enumerate(answers):
-        if failure:
-            raise EditError(f"process {rank} failed: {failure}")
-    return [value for value, _ in answers]
+        from_all(lambda: store.flush() if world()[0] == 0 else None, EditError)
 
 
 def _on_cpu(values: Values) -> Values:

@@ -25,6 +25,7 @@ from kedit_fast.editing.values.result import Values
 from kedit_fast.errors import EditError
 from kedit_fast.methods.recipe import StopRule
 from kedit_fast.models.fingerprint import fingerprint, with_values
+from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
 from kedit_fast.requests.prompts import PreparedRequest
@@ -164,8 +165,9 @@ def open_values(path: str | os.PathLike) -> ValueFile | MemitCache:
 
 def edited_hash(view: ModelView, layers: Sequence[int] | None = None) -> str:
     """`edit_fingerprint` of the matrices that editing writes in `layers`; None for all layers."""
-    matrices = []
-    for layer in view.editable if layers is None else layers:
-        weight = with_values(view, view.weight_name(layer), view.edited_module(layer).weight.detach())
-        matrices.append(weight.T if view.spec.transposed else weight)
-    return edit_fingerprint(matrices)
+
+    def matrix(layer: int) -> torch.Tensor:
+        weight = whole(with_values(view, view.weight_name(layer), view.edited_module(layer).weight.detach()))
+        return weight.T if view.spec.transposed else weight
+
+    return edit_fingerprint(map(matrix, view.editable if layers is None else layers))
