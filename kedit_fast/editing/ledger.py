@@ -2,8 +2,9 @@
 
 M_0 = fp32(W_0); M_t = M_{t-1} + fp32(L_t R_t^T) in batch order; W = round_nearest(M_t). An fp32 (or fp64) weight is its
 own master. Undoing batches replays the others from M_0 with the same op and the same backends, which gives the same
-bits as if they had never been applied. Of a matrix that is split over processes (`models.sharded`), each process has
-its own columns here, and whole updates. A batch is all or nothing: `transaction()` restores every matrix on any failure.
+bits as if they had never been applied. A batch is all or nothing: `transaction()` restores every matrix on any failure.
+
+Of a matrix that is split over processes (`models.sharded`), each process writes its own columns, by the same updates.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class _Matrix:
     """[out, c], its value before the first write, in its dtype."""
     master: torch.Tensor | None
     """[out, c] fp32, for a 16-bit weight."""
-    own: slice | None
+    held: slice | None
     """Which columns these are; None for all."""
     bits: int = 0
     """Sum of the weight's bits after the last write."""
@@ -63,7 +64,7 @@ class _Matrix:
 
     def in_any(self, flag: bool) -> bool:
         """Whether a condition holds in one of the processes that have a part of the matrix."""
-        return flag if self.own is None else in_any(flag)
+        return flag if self.held is None else in_any(flag)
 
     def require_untouched(self, name: str) -> None:
         if self.in_any(quick_sum(self.weight) != self.bits):
@@ -73,7 +74,7 @@ class _Matrix:
             )
 
     def write(self, entry: Entry) -> None:
-        update = entry.update if self.own is None else entry.update.columns(self.own)
+        update = entry.update if self.held is None else entry.update.columns(self.held)
         if self.master is None:
             update.apply_(self.weight, backend=entry.backend)
         else:

@@ -44,8 +44,8 @@ def save_model(
     Every tensor is read back and compared with the model's, bit for bit, before the folder appears. The
     processor's files of a multimodal model are copied from where it was loaded; a warning says if they are not there.
 
-    Of a tensor-parallel model (`models.sharded`) all processes call this with the same arguments. The first one gets the
-    whole model on its host and writes it.
+    Of a tensor-parallel model (`models.sharded`) all processes call this with the same arguments. The first one gets
+    the whole model on its host and writes it.
 
     Args:
         model: what is written, of any dtype.

@@ -124,10 +124,10 @@ def whole_inputs(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Cost: the shares of the other processes are received.
     """
-    own = columns(weight)
+    held = columns(weight)
     if is_split(states):  # older versions of transformers
         return states.full_tensor()
-    if own is None or states.shape[-1] != own.stop - own.start:
+    if held is None or states.shape[-1] != held.stop - held.start:
         return states
     shape = (*states.shape[:-1], weight.shape[1])
     stride = torch.empty(shape, device="meta").stride()

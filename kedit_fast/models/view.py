@@ -181,7 +181,7 @@ class ModelView:
 
     @property
     def work_share(self) -> tuple[int, int]:
-        """Which part of the work on many prompts or texts this process takes, of how many parts; see `models.sharded`."""
+        """Which part of the work on many prompts or texts this process takes, of how many (`models.sharded`)."""
         return work_share(self.model)
 
     @property

@@ -60,8 +60,8 @@ def has_units(dtype: torch.dtype) -> bool:
 def is_widened(module: torch.nn.Module, meta_is_cpu: bool = False) -> bool:
     """Whether passes over a module compute in fp32 in place of a 16-bit dtype.
 
-    A module with parts elsewhere (on a GPU, offloaded, or in another process) computes in its own dtype. `meta_is_cpu` treats a module
-    without memory as if it were loaded on the CPU.
+    A module with parts elsewhere (on a GPU, offloaded, or in another process) computes in its own dtype. `meta_is_cpu`
+    treats a module without memory as if it were loaded on the CPU.
 
     The environment variable KEDIT_FAST_16BIT decides: "auto" (modules on the CPU in a dtype that the processor has no
     matrix units for), "float32" (all 16-bit modules on the CPU) or "native" (none).

@@ -78,6 +78,15 @@ def measure(folder: Path, out: Path, split: bool) -> dict[str, Any]:
         results[f"{method} rolled back"] = all(torch.equal(local(view.weight(x)), middle[x]) for x in LAYERS)
         editor.restore()
         results[f"{method} restored"] = all(torch.equal(local(view.weight(x)), before[x]) for x in LAYERS)
+    for dtype in (torch.float32, torch.bfloat16):  # fused modules; a master beside the weight
+        model, _ = load_model(folder, dtype, tp_plan="auto" if split else None)
+        view = ModelView(model)
+        before = local(view.weight(1)).clone()
+        editor = Editor(model, tokenizer, "rome", statistics=statistics, hparams=METHODS["rome"], prefixes=PREFIXES)
+        editor.edit(REQUESTS[:2])
+        results[str(dtype)] = whole(view.weight(1)).double()
+        editor.rollback()
+        results[f"{dtype} restored"] = torch.equal(local(view.weight(1)), before)
     results["shape"], results["columns"] = tuple(local(view.weight(1)).shape), columns(view.weight(1))
     return results
 
@@ -150,13 +159,21 @@ def test_keys_and_statistics_are_those_of_one_process(results, rank):
 def test_edits_are_those_of_one_process(results, method, rank):
     alone, part = results[0], results[1 + rank]
     for name in (method, f"{method} twice"):
-        for layer, weight in alone[name].items():
+        for layer in alone[name]:
             change, other = (run[name][layer] - run["original"][layer] for run in (alone, part))
-            print("GAP", method, layer, float(change.norm()), gap(change, other))
             assert float(change.norm()) > 0 and gap(change, other) < LIMIT
     assert part[f"{method} losses"] == pytest.approx(alone[f"{method} losses"], rel=LIMIT)
     assert part[f"{method} norms"] == pytest.approx(alone[f"{method} norms"], rel=LIMIT)
     assert part[f"{method} rolled back"] and part[f"{method} restored"]
+
+
+@pytest.mark.parametrize(("dtype", "limit"), ((torch.float32, 1e-3), (torch.bfloat16, 0.5)))
+def test_models_of_other_dtypes_are_edited_and_restored(results, dtype, limit):
+    alone, first, second = results
+    change = alone[str(dtype)] - alone["original"][1]
+    assert gap(change, first[str(dtype)] - alone["original"][1]) < limit
+    assert torch.equal(first[str(dtype)], second[str(dtype)])
+    assert first[f"{dtype} restored"] and second[f"{dtype} restored"]
 
 
 def test_the_saved_folder_is_that_of_one_process(results):

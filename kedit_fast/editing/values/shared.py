@@ -42,9 +42,11 @@ def find_shared_values(
     """`find_values` of requests that `store` does not have; each process of a process group takes its share.
 
     The store takes values when they are done (in a process group when all are done); the caller flushes it. In a
-    process group only the first process reads and writes it. Processes that hold the model together
-    (`models.sharded`) optimize all of them together, and take those of the first process. Values that several requests share are not stored. A
+    process group only the first process reads and writes it. Values that several requests share are not stored. A
     request whose loss is not finite does not raise: its `Values.status` says so.
+
+    Processes that hold the model together (`models.sharded`) optimize all values together, and all take those of the
+    first process.
 
     Args:
         tokenizer: the model's; it is part of what identifies a stored value.
