@@ -10,20 +10,22 @@ called in all processes, with the same arguments.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.support import process_group
 
+DTensor: Any
+Shard: Any
 try:
     from torch.distributed.tensor import DTensor, Shard
 except ImportError:  # a torch without torch.distributed has no such tensors
     DTensor = Shard = None
 
 
-def is_split(tensor: Any) -> bool:
+def is_split(tensor: Any) -> TypeGuard[Any]:
     """Whether a tensor is one process's part of a tensor that several hold together."""
     return DTensor is not None and isinstance(tensor, DTensor)
 
@@ -124,10 +126,10 @@ def whole_inputs(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Cost: the shares of the other processes are received.
     """
-    held = columns(weight)
     if is_split(states):  # older versions of transformers
         return states.full_tensor()
-    if held is None or states.shape[-1] != held.stop - held.start:
+    held = columns(weight)
+    if not is_split(weight) or held is None or states.shape[-1] != held.stop - held.start:
         return states
     shape = (*states.shape[:-1], weight.shape[1])
     stride = torch.empty(shape, device="meta").stride()

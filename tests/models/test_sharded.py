@@ -115,7 +115,8 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CONFIGS, "llama", {**CONFIGS["llama"], "intermediate_size": INNER})
-        make_model("llama").save_pretrained(path)
+        model: Any = make_model("llama")
+        model.save_pretrained(path)
     make_tokenizer().save_pretrained(path)
     return path
 
