@@ -246,9 +246,9 @@ def _candidates(model: Any, head: Head, states: torch.Tensor, expected: torch.Te
         if plain.shape != inside.shape or not float(plain.square().sum()):
             return
         fitted = float(plain @ inside / plain.square().sum())
-        numbers = [v for part in (text_config(model.config), model.config) for v in vars(part).values()]
-        numbers = [float(v) for v in numbers if isinstance(v, int | float) and not isinstance(v, bool) and v]
-        scales = [scale for v in numbers for scale in (v, 1 / v) if abs(scale / fitted - 1) < 2 * NARROW_ERROR]
+        values = [v for part in (text_config(model.config), model.config) for v in vars(part).values()]
+        values = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v]
+        scales = [scale for v in values for scale in (v, 1 / v) if abs(scale / fitted - 1) < 2 * NARROW_ERROR]
         for scale in sorted(dict.fromkeys(scales), key=lambda s: abs(s / fitted - 1)):
             yield Head(head.device, head.matrix, head.bias, scale, cap)
 

@@ -165,10 +165,10 @@ def test_the_attention_function_is_used_and_its_name_is_free_again(model):
     before = [set(registry) for registry in registries]
     ids = torch.tensor([[1, 2, 3]])
     with patching.evaluation_mode(model), torch.no_grad():
-        plain = model.model(ids).last_states_state
+        plain = model.model(ids).last_hidden_state
         with patching.replaced_attention(model.model, attention):
-            assert not torch.equal(model.model(ids).last_states_state, plain)
-        assert torch.equal(model.model(ids).last_states_state, plain)
+            assert not torch.equal(model.model(ids).last_hidden_state, plain)
+        assert torch.equal(model.model(ids).last_hidden_state, plain)
     assert [set(registry) for registry in registries] == before
 
 
