@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from kedit_fast.models.architectures import ArchSpec, known_architecture, requir
 from kedit_fast.models.head import error_limit, sample_rows
 from kedit_fast.models.patching import evaluation_mode, output_hooks
 from kedit_fast.models.widened import computing
+from kedit_fast.support.messages import first_line
 
 _MLP = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff($|_)", re.IGNORECASE)
 _MIXER = re.compile(r"attn|attention|mixer|mamba|ssm|conv|delta|recurrent|rwkv|lstm|router|experts|lora", re.IGNORECASE)
@@ -60,7 +62,7 @@ def find_spec(model: Any) -> ArchSpec:
         UnsupportedModelError: a mixture of experts, an encoder-decoder, or a model in which a part cannot be told; the
             message names the part.
 
-    Cost: nothing for a listed architecture; else a pass of a few tokens, twice.
+    Cost: nothing for a listed architecture; else a pass of a few tokens, twice for each class of blocks.
     """
     require_decoder(model.config)
     listed = known_architecture(text_config(model.config))
@@ -103,7 +105,10 @@ def find_spec(model: Any) -> ArchSpec:
     )
     if next(blocks.parameters()).device.type == "meta":
         return spec
-    return _tried(model, spec, first)
+    kinds = {type(block): layer for layer, block in reversed([*enumerate(blocks)]) if per_block[layer] == mlp}
+    tried = [_tried(model, spec, layer) for layer in sorted(kinds.values())]
+    mlps_alone = all(each.mlp == spec.mlp for each in tried)
+    return replace(tried[0], mlp=spec.mlp if mlps_alone else spec.edit, post_norm=any(each.post_norm for each in tried))
 
 
 def _has(model: torch.nn.Module, path: str) -> bool:
@@ -265,7 +270,7 @@ def _tried(model: Any, spec: ArchSpec, layer: int) -> ArchSpec:
         ids = torch.tensor([row], device=_device(model))
         for _ in range(2):
             with output_hooks(hooks):
-                model(input_ids=ids, use_cache=False)
+                _run(model, ids)
             if any(len(states) == 0 for name, states in outputs.items() if name != "mlp" or mlp is not edit):
                 raise UnsupportedModelError(
                     f"{spec.blocks}.{layer}.{spec.edit} did not run in a forward pass of {type(model).__name__}. "
@@ -289,6 +294,15 @@ def _tried(model: Any, spec: ArchSpec, layer: int) -> ArchSpec:
         spec.name, spec.model_types, spec.blocks, spec.attention, spec.mlp if is_alone else spec.edit, spec.edit,
         spec.transposed, norms[-1] if norms else "", not passes_on("block"),
     )  # fmt: skip
+
+
+def _run(model: Any, ids: torch.Tensor) -> None:
+    try:
+        model(input_ids=ids, use_cache=False)
+    except Exception as error:  # it may be any code
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run on token ids alone ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def _device(model: Any) -> torch.device:

@@ -298,3 +298,18 @@ def test_padded_batches_go_through_models_of_flat_tokens():
     batch = pad([[5, 6, 7], [8, 9]], view.device)
     seen, _ = capture(view, batch, [Site(1, "key"), Site(1, "mlp")])
     assert seen[Site(1, "key")].shape == (2, 3, 64) and seen[Site(1, "mlp")].shape == (2, 3, 32)
+
+
+def test_every_class_of_blocks_is_tried():
+    """Olmo Hybrid has norms behind the MLP in its blocks with attention, and none in the others, which come first."""
+    view = ModelView(available("olmo_hybrid"))
+    assert len({type(block) for block in view.blocks}) == 2
+    assert view.spec.post_norm and view.spec.mlp == "mlp"
+
+
+def test_a_model_that_needs_more_than_tokens_is_refused():
+    model = available("starcoder2")
+    forward = model.forward
+    model.forward = lambda input_ids, pixels, use_cache=False: forward(input_ids)
+    with pytest.raises(UnsupportedModelError, match=r"does not run on token ids alone .*pixels"):
+        ModelView(model)
