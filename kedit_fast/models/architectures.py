@@ -129,7 +129,8 @@ def spec_from_json(path: str | os.PathLike) -> ArchSpec:
         raise InvalidArgumentError(f"{path} lacks the field {missing[0]!r}; an ArchSpec needs {', '.join(required)}")
     for name, value in values.items():
         _check_field(path, name, kinds[name], value)
-    return ArchSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    checked: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return ArchSpec(**checked)
 
 
 def _check_field(path: str | os.PathLike, name: str, kind: str, value: Any) -> None:
@@ -146,5 +147,5 @@ def _check_field(path: str | os.PathLike, name: str, kind: str, value: Any) -> N
         return
     if not value:
         raise InvalidArgumentError(f"{path}: {name!r} is empty; it is the path of a module, as in model.layers")
-    if not all(value.split(".")) or value != "".join(value.split()):
+    if not all(str(value).split(".")) or value != "".join(str(value).split()):
         raise InvalidArgumentError(f"{path}: {name!r} is no path of a module, as model.layers is one; got {value!r}")
