@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from tiny_models import CONFIGS, TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, collect_statistics
-from kedit_fast.errors import UnsupportedModelError
+from kedit_fast.errors import PatchError, UnsupportedModelError
 from kedit_fast.models.forward import Site, capture, evaluating, pad
 from kedit_fast.models.loading import load_model
 from kedit_fast.models.saving import save_model
 from kedit_fast.models.sharded import columns, local, whole
 from kedit_fast.models.view import ModelView
+from kedit_fast.patches.swap import linear_weight_of
 from kedit_fast.support import process_group
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
@@ -94,6 +95,11 @@ def measure(folder: Path, out: Path, split: bool) -> dict[str, Any]:
 def of_two_processes(folder: Path, out: Path) -> None:
     """What torchrun runs."""
     results = measure(folder, out, split=True)
+    with pytest.raises(UnsupportedModelError) as refusal:
+        load_model(folder.parent / "without_plan", tp_plan="auto")
+    results["refusal"] = str(refusal.value)
+    with pytest.raises(PatchError, match="split over processes"):
+        linear_weight_of(load_model(folder, tp_plan="auto")[0], "model.layers.1.mlp.down_proj")
     torch.save(results, out / f"rank{process_group.world()[0]}.pt")
     process_group.stop()
 
@@ -112,7 +118,10 @@ def under_torchrun(call: str, *args: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("whole")
+    path = tmp_path_factory.mktemp("models") / "llama"
+    gpt2: Any = make_model("gpt2")
+    gpt2.save_pretrained(path.parent / "without_plan")
+    make_tokenizer().save_pretrained(path.parent / "without_plan")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(CONFIGS, "llama", {**CONFIGS["llama"], "intermediate_size": INNER})
         model: Any = make_model("llama")
@@ -192,6 +201,10 @@ def test_the_saved_folder_is_that_of_one_process(results):
     assert {name: target["original"] for name, target in first["patch"].items()} == {
         name: target["original"] for name, target in alone["patch"].items()
     }
+
+
+def test_a_model_without_a_plan_is_refused_by_name(results):
+    assert "GPT2LMHeadModel" in results[1]["refusal"] and "plan" in results[1]["refusal"]
 
 
 def test_one_process_cannot_split(folder):
