@@ -251,7 +251,8 @@ def require_passes(view: ModelView, sites: Sequence[Site]) -> None:
         batch = pad([[0, 0]], view.device)
         visit(view, batch, [*blocks, *sites], see)
         for site in sites:
-            if site.kind in ("mlp", "block") and module_at(view, site) is not view.edited_module(site.layer):
+            summed = site.kind == "mlp" or (site.kind == "block" and not view.spec.post_norm)
+            if summed and module_at(view, site) is not view.edited_module(site.layer):
                 _require_sum(view, batch, site)
 
 

@@ -161,7 +161,7 @@ class Objective:
         rows, requests = self.owner.numel(), len(self)
         return Objective(
             view=self.view,
-            runner=self.runner.append(other.runner),
+            runner=self.runner.append(other.runner),  # pyright: ignore[reportArgumentType]  one kind in one model
             owner=torch.cat([self.owner, other.owner + requests]),
             kl_rows=torch.cat([self.kl_rows, other.kl_rows + rows]),
             targets=self.targets.append(other.targets, rows, requests),
