@@ -83,7 +83,8 @@ def _save(
     with new_folder(path, overwrite, KeditError) as work:
         try:
             with saved_as_quantized(model):
-                model.save_pretrained(work, state_dict=_state_on_host(model))
+                on_host = _state_on_host(model)
+                model.save_pretrained(work, **({} if on_host is None else {"state_dict": on_host}))
             tokenizer.save_pretrained(work)
             _read_back(model, work)
             if lost := _left_out(model, work):
@@ -189,7 +190,7 @@ def _read_back(model: Any, folder: Path) -> None:
     for other in renamed_names:
         likely.setdefault(bare_name(other), []).append(other)
     has_renamed = False
-    converted: list[str] = []  # tensors that no tensor of the files equals
+    converted: list[str] = []  # of which the files have parts, or which are parts of theirs
     for name in sorted(tensors.keys() - files.keys(), key=lambda name: (bare_name(name) not in likely, name)):
         tensor = tensors[name]
         if (tensor.data_ptr(), tensor.numel()) in written or _made_on_loading(model, name):
@@ -200,8 +201,6 @@ def _read_back(model: Any, folder: Path) -> None:
         written.add((tensor.data_ptr(), tensor.numel()))
         has_renamed = True
     if has_renamed:  # whether loading finds them by those names, only transformers knows
-        if lost := [name for name in converted if tensors[name].ndim < 3]:  # of others, experts stand in one tensor
-            fail(lost[0], "is missing")
         without_memory = not converted and int(transformers.__version__.split(".")[0]) >= 5  # older ones cannot
         nowhere = {"": "meta"} if without_memory and importlib.util.find_spec("accelerate") else None
         loaded, loading = type(model).from_pretrained(folder, device_map=nowhere, output_loading_info=True)
