@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.architectures import VERDICTS
 from benchmarks.harness import RESULTS, Row, read
 from benchmarks.plots import strongest
 from benchmarks.quality import TITLES
@@ -31,6 +32,16 @@ METRICS = {
     "seconds": lambda value: f"{value:.0f}",
     "retention": lambda value: f"{value:.2f}",
 }
+
+CAUSES = {
+    "is a mixture-of-experts model": "a mixture of experts without a dense block",
+    "decoder blocks stands beside the input embedding": "no list of decoder blocks stands beside the input embedding",
+    "share memory": "blocks share their MLP: an edit of one changes the others",
+    "no linear layer that ends an MLP": "no MLP was found in its blocks",
+    "a size that no small number reaches": "a size that no small number reaches",
+    "validation error": "its configuration refuses the small numbers",
+}
+"""Words of a reason -> how the page says it."""
 
 
 def rows_in(name: str) -> list[Row]:
@@ -163,6 +174,57 @@ def statistics_rate() -> str:
     return table(("case", "tokens per second", "share of peak", "error against fp64 sums"), lines)
 
 
+MEANINGS = {
+    "tails": "the fast path: the tail of each prompt, from the subject on",
+    "whole": "whole prompts in every step, probabilities from the head's matrix",
+    "logits": "whole prompts in every step, probabilities from the model's own logits",
+    "wrong": "see below",
+    "refused": "see below",
+    "no decoder": "encoder-decoders, and models in which later tokens change earlier ones",
+    "not built": "no tiny model could be made",
+}
+
+
+def architectures() -> str:
+    """The types of each verdict; those whose modules were found and not listed in `ARCHITECTURES` in italics."""
+    lines = []
+    for verdict in VERDICTS:
+        rows = [row for row in rows_in("architectures") if row["verdict"] == verdict]
+        types = (f"*{row['type']}*" if row.get("spec") == "found" else row["type"] for row in rows)
+        if rows:
+            lines.append((verdict, MEANINGS[verdict], str(len(rows)), ", ".join(types)))
+    return table(("values", "by", "types", "which"), lines)
+
+
+def architectures_errors() -> str:
+    """The worst relative errors among the types of each path."""
+    lines = []
+    for verdict in VERDICTS[:3]:
+        rows = [row for row in rows_in("architectures") if row["verdict"] == verdict]
+        names = ("values mlp_error", "values block_error", "keys_error", "statistics_error", "update_error")
+        worst = [max((row[name] for row in rows if name in row), default=None) for name in names]
+        if rows:
+            lines.append((verdict, *("" if error is None else f"{error:.0e}" for error in worst)))
+    return table(("path", "values at the MLP", "values at the block", "keys", "statistics", "MEMIT's update"), lines)
+
+
+def architectures_refused() -> str:
+    """Why types are refused, and what is wrong: the beginning of each reason, and the types."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows_in("architectures"):
+        if row["verdict"] in ("wrong", "refused", "not built"):
+            reasons.setdefault((row["verdict"], cause(row)), []).append(row["type"])
+    return table(("verdict", "reason", "types"), ((v, reason, ", ".join(t)) for (v, reason), t in reasons.items()))
+
+
+def cause(row: Row) -> str:
+    """A reason without the names and numbers of one model."""
+    for words, text in CAUSES.items():
+        if words in row["reason"]:
+            return text
+    return row["reason"].split(". ")[0].replace("|", "/")
+
+
 def gpu_ops() -> str:
     """Our median, and the ratio over the fastest baseline."""
     lines = [
@@ -221,6 +283,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "statistics rate": statistics_rate,
     "untuned": untuned,
     "untuned grid": untuned_grid,
+    "architectures": architectures,
+    "architectures errors": architectures_errors,
+    "architectures refused": architectures_refused,
     "gpu whole": gpu_whole,
     "gpu ops": gpu_ops,
     "gpu heads": gpu_heads,

@@ -94,3 +94,23 @@ def test_a_child_that_dies_is_a_wrong_row(survey, monkeypatch):
 
     monkeypatch.setattr(survey, "examine", lambda kind, row: os._exit(9))
     assert survey.in_child("llama", 30)["reason"] == "the process ended with 9"
+
+
+PROMISED = (
+    "gpt2 gptj gpt_neox llama mistral qwen2 qwen3 phi3 gemma2 gemma3_text olmo2 gemma gemma4_text olmo olmo3 smollm3 "
+    "phi starcoder2 falcon glm4 exaone4 nemotron stablelm granite cohere cohere2 ministral ministral3 seed_oss "
+    "ernie4_5 hunyuan_v1_dense apertus opt bloom mpt qwen3_5_text qwen3_next lfm2 granitemoehybrid falcon_h1 bamba "
+    "nemotron_h jamba gemma3 mistral3 qwen2_vl qwen2_5_vl qwen3_vl llava"
+)
+
+
+def test_the_decoders_that_the_package_promises_are_right_in_the_committed_rows():
+    document = json.loads((ROOT / "benchmarks" / "results" / "architectures.json").read_text(encoding="utf-8"))
+    rows = {row["type"]: row for row in document["rows"]}
+    for kind in PROMISED.split():
+        row = rows[kind]
+        assert row["verdict"] in ("tails", "whole", "logits"), (kind, row)
+        assert row["values mlp_error"] < 1e-4 and row["keys_error"] < 1e-4 and row["update_error"] < 1e-4, kind
+        assert row["post_norm"] or row["values block_error"] < 1e-4, kind
+    assert rows["granite"]["head"] == "scale 0.4" and rows["cohere"]["head"] == "scale 0.5"
+    assert all(row["reason"] for row in rows.values() if row["verdict"] not in ("tails", "whole", "logits"))
