@@ -153,7 +153,10 @@ def same_after_saving(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         save_model(model, tokenizer, path)
-        loaded, _ = load_model(path)
+        try:
+            loaded, _ = load_model(path)
+        except KeditError as error:
+            return f"saving: {first_line(error).replace(str(path), 'its folder')}"
     if type(loaded) is not type(model):
         return f"it was saved as a {type(loaded).__name__}"
     loaded.set_attn_implementation("eager")
