@@ -120,7 +120,7 @@ class _Group:
         if isinstance(self.states, Entering):
             states = self.states.states.clone()
             states[rows, self.lookup] = states[rows, self.lookup] + delta
-            with replaced_forwards(stubs(self.view, self.layer + 1, states, self.states.as_tuple)):
+            with replaced_forwards(stubs(self.view, Entering(self.layer + 1, states, self.states.as_tuple))):
                 hidden = self.view.base(**inputs).last_hidden_state
         else:
             with deltas_at([self.view.block(self.layer)], [delta], self.lookup):
