@@ -173,7 +173,7 @@ def path_of(view: ModelView) -> str:
     """By which passes values are optimized."""
     if view.head.matrix is None:
         return "logits"
-    return "whole" if view.once(pass_kind) == "whole prompts" else "tails"
+    return "whole" if pass_kind(view, (Site(view.editable[0], "mlp"),)) == "whole prompts" else "tails"
 
 
 def head_in_words(view: ModelView) -> str:
@@ -257,7 +257,8 @@ def tried(model: Any, tokenizer: Any, row: Row) -> None:
     sites = ("mlp",) if spec.post_norm else ("mlp", "block")
     for site in sites:
         compare(f"values {site}", lambda site=site: value_errors(view, prepared, layers[-1], site, hparams))
-    row |= {"path": path_of(view), "passes": view.once(pass_kind), "head": head_in_words(view)}
+    kind = pass_kind(view, (Site(view.editable[0], "mlp"),))
+    row |= {"path": path_of(view), "passes": kind, "head": head_in_words(view)}
     compare("keys", lambda: key_error(view, prepared, layers))
     moments = collect_statistics(model, tokenizer, TEXTS, layers, progress=False)
     rows = [tokenizer(text)["input_ids"] for text in TEXTS]

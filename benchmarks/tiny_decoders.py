@@ -195,12 +195,12 @@ def tiny_config(
 
 
 def tiny_decoder(
-    model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 4
+    model_type: str, dtype: torch.dtype = torch.float32, seed: int = 0, layers: int = 4, **overrides: Any
 ) -> PreTrainedModel:
     """A random model of a type, its attention computed eagerly, with rows large enough for outputs to depend on all.
 
     In float64 windows are longer than prompts: transformers' softmax is of float32, and gives NaN where padding has
-    nothing in its window.
+    nothing in its window. `overrides` are fields of the configuration.
 
     Raises:
         ValueError: no such type, or a model of more than 10 million parameters.
@@ -208,7 +208,7 @@ def tiny_decoder(
     """
     if model_type not in decoder_types():
         raise ValueError(f"{model_type!r} is no decoder of the installed transformers")
-    config = tiny_config(model_type, layers)
+    config = tiny_config(model_type, layers, **overrides)
     if dtype == torch.float64:
         for part in (config, *(part for _, part in _parts(config))):
             if getattr(part, "sliding_window", None):

@@ -6,6 +6,7 @@ Batches are padded on the right by this module, whatever the tokenizer's own sid
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -248,7 +249,7 @@ def require_passes(view: ModelView, sites: Sequence[Site]) -> None:
 
     with evaluating(view):
         blocks = [Site(layer, "block") for layer in range(view.num_layers)]
-        batch = pad([[0, 0]], view.device)
+        batch = pad([sample_rows(view.model.config, view.vocabulary)[0][:2]], view.device)
         visit(view, batch, [*blocks, *sites], see)
         for site in sites:
             summed = site.kind == "mlp" or (site.kind == "block" and not view.spec.post_norm)
@@ -260,9 +261,14 @@ def _require_sum(view: ModelView, batch: TokenBatch, site: Site) -> None:
     """Raise UnsupportedModelError unless the edited layer's output is a term of a site's output."""
     before = capture(view, batch, [site])[0][site]
     generator = torch.Generator().manual_seed(0)
-    change = before.float().square().mean().sqrt() * torch.randn(before.shape[-1], generator=generator).to(
-        before.device
-    )
+    scale = float(before.float().square().mean().sqrt()) or 1.0
+    change = scale * torch.randn(before.shape[-1], generator=generator).to(before.device)
+    edited, size = view.module_name(site.layer), view.edited_shape(site.layer)[0]
+    if size != len(change):
+        raise UnsupportedModelError(
+            f"{edited} puts out {size} numbers, and {name_of(view, site)} {len(change)}: it is not the last linear "
+            "layer of the MLP. Pass an ArchSpec whose `edit` is"
+        )
 
     def add(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         return output + change.to(output)
@@ -270,8 +276,9 @@ def _require_sum(view: ModelView, batch: TokenBatch, site: Site) -> None:
     with output_hooks([(view.edited_module(site.layer), add)]):
         after = capture(view, batch, [site])[0][site]
     seen = (after - before).float()
-    if float((seen - change).norm()) > error_limit(before.dtype) * float(change.expand_as(seen).norm()):
-        edited = view.module_name(site.layer)
+    if not float((seen - change).norm()) <= error_limit(before.dtype) * float(change.expand_as(seen).norm()):
+        if not bool(torch.isfinite(seen).all()):
+            return  # whoever needs the values says so, with the request's name
         raise UnsupportedModelError(
             f"what {edited} puts out does not reach the output of {name_of(view, site)} as it is: a norm or a "
             "multiplier stands between them. Pass an ArchSpec with post_norm = true"
@@ -314,31 +321,35 @@ def last_states(view: ModelView, batch: TokenBatch) -> torch.Tensor:
 
 
 def starts_midway(view: ModelView) -> bool:
-    """Whether blocks need nothing from those below them but the hidden states, tried with a few tokens.
+    """Whether every block needs nothing from those below it but the hidden states, tried with a few tokens.
 
     Not so in models whose blocks share keys, states or the embeddings.
+
+    Cost: two passes of a few tokens, the second one block by block.
     """
-    last = view.num_layers - 1
-    if last == 0:
-        return True
     batch = pad(sample_rows(view.model.config, view.vocabulary), view.device)
-    site = Site(last, "block")
-    with evaluating(view):
-        try:
-            whole, entering = capture(view, batch, [site], capture_entering=1)
-            part, _ = capture(view, batch, [site], entering=entering)
-        except UnsupportedModelError:
-            raise
-        except Exception as error:  # it may be any code
-            _log.info("the blocks of %s do not start midway: %s", view.spec.name, first_line(error))
-            return False
     assert batch.attention_mask is not None
     valid = batch.attention_mask.bool()
-    states = whole[site][valid.to(whole[site].device)]
-    error = relative_error(part[site][valid.to(states.device)], states)
-    if not error <= error_limit(states.dtype, view.head.rounding):
-        _log.info("the blocks of %s do not start midway: states differ by %.1g", view.spec.name, error)
-        return False
+    sites = [Site(layer, "block") for layer in range(view.num_layers)]
+    with evaluating(view):
+        whole, entering = capture(view, batch, sites, capture_entering=1 if len(sites) > 1 else 0)
+        for below, site in itertools.pairwise(sites):
+            assert entering is not None
+            start = Entering(site.layer, whole[below], entering.as_tuple)
+            try:
+                part, _ = capture(view, batch, [site], entering=start)
+            except UnsupportedModelError:
+                raise
+            except Exception as error:  # it may be any code
+                problem = first_line(error)
+            else:
+                states = whole[site][valid.to(whole[site].device)]
+                error = relative_error(part[site][valid.to(part[site].device)], states)
+                if error <= error_limit(states.dtype, view.head.rounding) or not bool(torch.isfinite(states).any()):
+                    continue
+                problem = f"its states differ by {error:.1g}"
+            _log.info("the blocks of %s do not start midway: block %d: %s", view.spec.name, site.layer, problem)
+            return False
     return True
 
 

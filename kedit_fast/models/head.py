@@ -20,7 +20,7 @@ from kedit_fast.models.architectures import text_config
 from kedit_fast.models.offloaded import device_of, fetched
 from kedit_fast.models.patching import evaluation_mode
 from kedit_fast.models.sharded import whole
-from kedit_fast.models.widened import HALVES, computing
+from kedit_fast.models.widened import HALVES, computing, computing_dtype
 from kedit_fast.ops import distribution_kl, target_log_probs
 from kedit_fast.ops.target_log_probs import TargetLogProbs
 from kedit_fast.support.dtypes import accumulation_dtype
@@ -99,9 +99,10 @@ def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def sample_rows(config: Any, vocabulary: int) -> list[list[int]]:
-    """Short rows of ordinary tokens for checks of a model; one of them is the beginning of another.
+    """Short rows of ordinary tokens for checks of a model; the second one is the beginning of the first.
 
-    Tokens that the configuration gives a meaning of their own (images, padding) are left out.
+    Tokens that the configuration gives a meaning of their own (images, padding) are left out. A row is no longer than
+    the model takes, and the first one is longer than a short sliding window.
     """
     special = {value for part in (config, text_config(config)) for value in _token_ids(part)}
     wanted = sum(_ROWS)
@@ -115,7 +116,10 @@ def sample_rows(config: Any, vocabulary: int) -> list[list[int]]:
     first = ordinary[: _ROWS[0]]
     if _ROWS[0] <= window + 2 <= _LONGEST:
         first = [*first, *(ordinary * _LONGEST)[: window + 2 - _ROWS[0]]]
-    return [first, first[: _ROWS[1]], ordinary[_ROWS[0] : _ROWS[0] + _ROWS[2]]]
+    text = text_config(config)
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    rows = [first, first[: _ROWS[1]], ordinary[_ROWS[0] : _ROWS[0] + _ROWS[2]]]
+    return [row[: longest if isinstance(longest, int) else None] for row in rows]
 
 
 def _token_ids(config: Any) -> Iterable[int]:
@@ -125,11 +129,16 @@ def _token_ids(config: Any) -> Iterable[int]:
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """|result - expected| / |expected - its mean over rows|; NaN if either is not finite."""
+    """|result - expected| / |expected - its mean over rows|, over finite entries of `expected`; NaN where none is."""
     result, expected = (part.detach().cpu().double() for part in (result, expected))
-    centered = expected - expected.mean(0, keepdim=True)
-    size = float(torch.linalg.vector_norm(centered)) or float(torch.linalg.vector_norm(expected)) or 1.0
-    return float(torch.linalg.vector_norm(result - expected)) / size
+    finite = torch.isfinite(expected)
+    if result.shape != expected.shape or not bool(finite.any()):
+        return float("nan")
+    counts = finite.sum(0, keepdim=True).clamp(min=1)
+    known = expected.where(finite, 0.0)
+    centered = (known - known.sum(0, keepdim=True) / counts).where(finite, 0.0)
+    size = float(torch.linalg.vector_norm(centered)) or float(torch.linalg.vector_norm(known)) or 1.0
+    return float(torch.linalg.vector_norm((result - expected).where(finite, 0.0))) / size
 
 
 def error_limit(dtype: torch.dtype, rounding: float = 0.0) -> float:
@@ -154,14 +163,16 @@ def checked_head(
         a Head whose `matrix` is None where the model must run whole.
 
     Raises:
-        UnsupportedModelError: the model does not run on token ids alone, its logits are not finite or have no
-            vocabulary, or rows that are padded together do not give what each of them gives alone.
+        UnsupportedModelError: the model does not run on token ids alone, its logits at a token depend on later tokens,
+            or rows that are padded together do not give what each of them gives alone.
 
     Cost: a pass of a few tokens for each of three rows, and two passes of all together.
     """
     kind = type(model).__name__
     module = model.get_output_embeddings()
     rows = sample_rows(model.config, vocabulary)
+    head, limit = _as_configured(model, module), error_limit(computing_dtype(model))
+    largest = NARROW_CHANGE if limit == NARROW_ERROR else WIDE_ERROR
     with evaluation_mode(model), computing(model):
         try:
             alone = [_logits(model, torch.tensor([row], device=device), None)[0] for row in rows]
@@ -170,11 +181,9 @@ def checked_head(
                 f"{kind} does not run on token ids alone ({type(error).__name__}: {error})"
             ) from error
         expected = torch.cat(alone)
-        if not bool(torch.isfinite(expected).all()):
-            return _as_configured(model, module)  # whoever needs the values says so, with the request's name
-        limit = error_limit(module.weight.dtype if module.weight.is_floating_point() else torch.float16)
-        largest = NARROW_CHANGE if limit == NARROW_ERROR else WIDE_ERROR
-        if not relative_error(alone[0][: len(rows[1])], alone[1]) <= largest:
+        if not bool(torch.isfinite(expected).any()):
+            return head  # whoever needs the values says so, with the request's name
+        if relative_error(alone[0][: len(rows[1])], alone[1]) > largest:
             raise UnsupportedModelError(
                 f"{kind} is no causal language model: its logits at a token depend on later tokens"
             )
@@ -182,12 +191,11 @@ def checked_head(
         valid = mask.bool()
         together = _logits(model, ids, mask)[valid.to(expected.device)]
         rounding = relative_error(together, expected)
-        if not rounding <= largest:
+        if rounding > largest:
             raise UnsupportedModelError(
                 f"{kind} gives other logits to rows that are padded on the right than to each row alone: such a model "
                 "cannot be edited in batches"
             )
-        head = _as_configured(model, module)
         if head.matrix is not None:
             try:
                 states = _states(base, base_takes, ids, mask)[valid]
@@ -241,9 +249,13 @@ def _candidates(model: Any, head: Head, states: torch.Tensor, expected: torch.Te
     yield head
     plain = Head(head.device, head.matrix, head.bias).logits(states).double().cpu().flatten()
     wanted = expected.double().cpu().flatten()
+    if plain.shape != wanted.shape:
+        return
+    finite = torch.isfinite(wanted) & torch.isfinite(plain)
+    plain, wanted = plain[finite], wanted[finite]
     for cap in dict.fromkeys((head.softcap, 0.0)):
         inside = wanted if not cap else cap * torch.atanh((wanted / cap).clamp(-1 + 1e-6, 1 - 1e-6))
-        if plain.shape != inside.shape or not float(plain.square().sum()):
+        if not float(plain.square().sum()):
             return
         fitted = float(plain @ inside / plain.square().sum())
         values = [v for part in (text_config(model.config), model.config) for v in vars(part).values()]

@@ -245,6 +245,7 @@ def _tried(model: Any, spec: ArchSpec, layer: int) -> ArchSpec:
     row = sample_rows(model.config, model.get_input_embeddings().weight.shape[0])[0]
     outputs: dict[str, list[torch.Tensor]] = {"block": [], "mlp": [], "edit": []}
     norms: list[str] = []  # that ran, in order
+    dtypes: list[torch.dtype] = []
     calls: list[int] = []
     change: torch.Tensor | None = None
 
@@ -256,6 +257,7 @@ def _tried(model: Any, spec: ArchSpec, layer: int) -> ArchSpec:
                 states = changed = states + change.to(states).view(1, *[1] * (states.ndim - 2), -1)
             if name == "mlp":
                 calls.append(sum(isinstance(value, torch.Tensor) for value in args))
+            dtypes.append(states.dtype)
             outputs[name].append(states.detach().float().flatten(0, -2).cpu())
             return changed
 
@@ -281,7 +283,7 @@ def _tried(model: Any, spec: ArchSpec, layer: int) -> ArchSpec:
                 generator = torch.Generator().manual_seed(0)
                 change = scale * torch.randn(outputs["edit"][0].shape[-1], generator=generator)
     assert change is not None
-    limit = error_limit(edit.weight.dtype if edit.weight.is_floating_point() else torch.bfloat16)
+    limit = error_limit(dtypes[0])
 
     def passes_on(name: str) -> bool:
         before, after = outputs[name][:2]

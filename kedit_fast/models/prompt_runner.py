@@ -60,9 +60,10 @@ def record_prompts(
     Raises:
         UnsupportedModelError: a site did not run.
 
-    Cost: one forward pass, without the head; for the first call of a view, a few passes of a few tokens more.
+    Cost: one forward pass, without the head; for the first call of a view with these sites, a few passes of a few
+        tokens more.
     """
-    return _record(view, pad(rows, view.device), lookups, sites, references, view.once(pass_kind))
+    return _record(view, pad(rows, view.device), lookups, sites, references, pass_kind(view, tuple(sites)))
 
 
 def _record(
@@ -78,20 +79,28 @@ def _record(
     return RecordedPrompts(*record_tails(view, batch, lookups, sites, references, kind == "packed tails"))
 
 
-@plain_torch()
-@torch.no_grad()
-def pass_kind(view: ModelView) -> PassKind:
-    """How passes with deltas run in a model, tried with a few tokens; said at INFO where whole prompts run.
+def pass_kind(view: ModelView, sites: tuple[Site, ...]) -> PassKind:
+    """How passes with deltas at sites of one layer run in a model; tried once for a view, with a few tokens.
 
     Raises:
-        UnsupportedModelError: an MLP does not run, or not on all tokens.
-
-    Cost: a few passes of a few tokens.
+        UnsupportedModelError: a site's module does not run, or not on all tokens.
     """
-    layer = next((layer for layer in view.editable if layer > 0), view.editable[0])
-    sites = [Site(layer, "mlp")]
+    kinds = view.once(_tried_kinds)
+    if sites not in kinds:
+        kinds[sites] = _try(view, sites)
+    return kinds[sites]
+
+
+def _tried_kinds(view: ModelView) -> dict[tuple[Site, ...], PassKind]:
+    return {}
+
+
+@plain_torch()
+@torch.no_grad()
+def _try(view: ModelView, sites: tuple[Site, ...]) -> PassKind:
+    """How passes run; said at INFO where whole prompts do. Cost: a few passes of a few tokens."""
     rows = sample_rows(view.model.config, view.vocabulary)
-    lookups = [1, 2, 0]
+    lookups = [min(place, len(row) - 1) for place, row in zip((1, 2, 0), rows, strict=True)]
     with evaluating(view):
         batch = pad(rows, view.device)
         try:
@@ -119,7 +128,7 @@ def pass_kind(view: ModelView) -> PassKind:
             try:
                 tails = _record(view, batch, lookups, sites, [0], kind)
                 error = relative_error(tails.runner.run(delta, at), expected)
-                if kind == "packed tails" and not _sees_windows(view, layer, tails.runner):
+                if kind == "packed tails" and not _sees_windows(view, tails.runner):
                     obstacle = "its attention does not say its sliding window"
                 elif error <= limit or not bool(torch.isfinite(expected).all()):
                     return kind
@@ -142,7 +151,7 @@ def _obstacle(view: ModelView) -> str:
     return ""
 
 
-def _sees_windows(view: ModelView, layer: int, runner: Any) -> bool:
+def _sees_windows(view: ModelView, runner: Any) -> bool:
     """Whether the attention of live layers was called with the sliding windows that the configuration names.
 
     A window longer than a few tokens changes nothing in a small pass, so its length is compared.
@@ -152,7 +161,7 @@ def _sees_windows(view: ModelView, layer: int, runner: Any) -> bool:
     if not window or runner.layout is None:
         return True
     if kinds is not None:
-        expected = {window if kind == "sliding_attention" else None for kind in kinds[layer:]}
+        expected = {window if kind == "sliding_attention" else None for kind in kinds[runner.first_live :]}
     else:
         expected = {window} if getattr(view.config, "use_sliding_window", True) else {None}
     return expected <= runner.layout.windows

@@ -132,6 +132,10 @@ class ModelView:
                 f"{type(model).__name__} does not have the modules of {self.spec.name} ({error}): "
                 "load it with AutoModelForCausalLM"
             ) from None
+        if not isinstance(self.blocks, torch.nn.ModuleList):
+            raise UnsupportedModelError(
+                f"{self.spec.blocks} is a {type(self.blocks).__name__}, not the list of blocks of {self.spec.name}"
+            )
         problems = {layer: problem for layer in range(len(self.blocks)) if (problem := self._problem(layer))}
         if problems and (self.spec in ARCHITECTURES or len(problems) == len(self.blocks)):
             raise UnsupportedModelError(next(iter(problems.values())))
@@ -145,11 +149,16 @@ class ModelView:
     def _problem(self, layer: int) -> str:
         """Why a layer cannot be edited; "" if it can."""
         try:
-            _, _, _ = self.attention(layer), self.mlp(layer), self.edited_module(layer)
+            _, _, edited = self.attention(layer), self.mlp(layer), self.edited_module(layer)
         except AttributeError as error:
             return (
                 f"block {layer} is a {type(self.block(layer)).__name__} that does not have the modules of "
                 f"{self.spec.name} ({error}): is it wrapped? Pass the model without wrappers inside"
+            )
+        if self.spec.transposed != (type(edited).__name__ == "Conv1D"):
+            return (
+                f"{self.module_name(layer)} is a {type(edited).__name__}, and the spec of {self.spec.name} says "
+                f"transposed = {self.spec.transposed}: true is for transformers' Conv1D alone"
             )
         return ""
 

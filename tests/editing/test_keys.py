@@ -8,7 +8,7 @@ from tiny_models import KINDS, make_model, make_tokenizer
 
 from benchmarks.published import keys_at
 from kedit_fast.editing.keys import KeyPass, StateBudget
-from kedit_fast.models.forward import Site
+from kedit_fast.models.forward import Site, starts_midway
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import prepare
 from kedit_fast.requests.request import EditRequest
@@ -58,7 +58,7 @@ def test_the_incremental_pass_equals_whole_passes(kind, budget, monkeypatch):
 def test_blocks_below_the_last_layer_do_not_run_again():
     view = ModelView(make_model("llama"))
     prepared = prepare(make_tokenizer(), REQUESTS, PREFIXES, 128)
-    runs = [0] * view.num_layers
+    runs, _ = [0] * view.num_layers, (view.head, view.once(starts_midway))  # what is tried once runs too
     for layer in range(view.num_layers):
 
         def count(*_, layer=layer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -717,10 +718,12 @@ def test_presets_are_complete_and_say_where_they_are_from(name):
         assert entry["source"] and entry["values"]
     methods = [recipe.name for recipe in RECIPES.values() if recipe.preset == name]
     for entry in tables["preset"]:
-        config = SimpleNamespace(**{"num_hidden_layers": 48, **entry["match"]})
-        for method in methods:
-            _, origin = make_hparams(method, config)
-            assert origin.startswith(f"preset {entry['name']} ")
+        lists = [value if isinstance(value, list) else [value] for value in entry["match"].values()]
+        for values in itertools.product(*lists):
+            config = SimpleNamespace(**{"num_hidden_layers": 48, **dict(zip(entry["match"], values, strict=True))})
+            for method in methods:
+                _, origin = make_hparams(method, config)
+                assert origin.startswith(f"preset {entry['name']} ")
     for method in methods:
         _, origin = make_hparams(method, SimpleNamespace(model_type="qwen3", num_hidden_layers=36))
         assert origin.startswith("guess")

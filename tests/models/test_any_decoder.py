@@ -62,7 +62,7 @@ def test_values_equal_the_serial_loop(kind):
     assert view.spec not in ARCHITECTURES
     if passes == "packed tails" and not tail_attention.usable(view):  # transformers before 4.53
         passes = "padded tails"
-    assert (view.once(pass_kind), view.spec.post_norm) == (passes, post_norm)
+    assert (pass_kind(view, (Site(view.editable[0], "mlp"),)), view.spec.post_norm) == (passes, post_norm)
     assert view.editable == layers or (layers is None and 0 < len(view.editable) < view.num_layers)
     below_the_last = view.editable[1] if view.editable[1] < view.num_layers - 1 else view.editable[0]
     for site, layer in (("mlp", view.editable[0]), ("block", below_the_last)):
@@ -129,6 +129,44 @@ def test_scaled_logits_are_those_of_the_model():
             torch.testing.assert_close(view.head.logits(states), model(rows).logits[0], rtol=1e-4, atol=1e-4)
 
 
+def test_scales_are_seen_beside_tokens_that_are_never_said():
+    model = available("granite")
+    expected = ModelView(model).head.scale
+    model.lm_head.weight.data[5:9] = 0
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(400).index_fill(0, torch.tensor([7]), -torch.inf))
+    assert ModelView(model).head.scale == expected != 1
+    model.get_input_embeddings().weight.data[11] = torch.nan  # a token of the rows that are tried
+    assert ModelView(model).head.scale == expected
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
+def test_heads_and_tails_are_trusted_in_other_dtypes(dtype):
+    for kind in ("llama", "gpt2"):
+        view = ModelView(make_model(kind, dtype))
+        assert view.head.matrix is not None
+        assert pass_kind(view, (Site(1, "mlp"),)).endswith("tails") and view.once(starts_midway)
+
+
+def test_blocks_that_take_keys_of_lower_blocks_run_from_the_embeddings():
+    pytest.importorskip("transformers.models.gemma4")
+    model = tiny_decoder("gemma4_text", num_kv_shared_layers=2)
+    view, tokenizer = ModelView(model), make_tokenizer()
+    assert not view.once(starts_midway)
+    for layer in (0, 3):
+        prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", layer, v_num_grad_steps=3)
+        values = find_values(view, prepared[:2], layer, "mlp", hparams)
+        for i, request in enumerate(prepared[:2]):
+            alone = serial_value(model, [view.mlp(layer)], request, hparams, side=None)
+            assert float((values.targets[:, i] - alone.targets[0]).norm() / values.deltas[:, i].norm()) < 1e-4
+
+
+def test_models_of_one_layer_and_of_short_rows():
+    model = make_model("llama", layers=1)
+    view = ModelView(model)
+    assert view.once(starts_midway) and view.head.matrix is not None
+    assert pass_kind(view, (Site(0, "mlp"),)).endswith("tails")
+
+
 class Tempered(torch.nn.Linear):
     """A head that is no matrix product."""
 
@@ -143,7 +181,7 @@ def test_a_head_that_is_no_matrix_product_is_left_to_the_model(caplog):
     model.lm_head = head
     view = ModelView(model)
     with caplog.at_level(logging.INFO, logger="kedit_fast"):
-        assert view.head.matrix is None and view.once(pass_kind) == "whole prompts"
+        assert view.head.matrix is None and pass_kind(view, (Site(1, "mlp"),)) == "whole prompts"
     assert "runs whole, and its own logits are used: its head is a Tempered" in caplog.text
     prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1, v_num_grad_steps=4)
     values = find_values(view, prepared, 1, "mlp", hparams)
@@ -176,7 +214,7 @@ def test_models_whose_blocks_hand_on_more_than_states_do_not_start_midway():
     model.model.layers[0].forward = storing
     model.model.layers[3].mlp.register_forward_hook(adding)
     view, tokenizer = ModelView(model), make_tokenizer()
-    assert not view.once(starts_midway) and view.once(pass_kind) == "whole prompts"
+    assert not view.once(starts_midway) and pass_kind(view, (Site(1, "mlp"),)) == "whole prompts"
     prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1, v_num_grad_steps=3)
     values = find_values(view, prepared[:2], 1, "mlp", hparams)
     for i, request in enumerate(prepared[:2]):
@@ -213,7 +251,7 @@ def test_a_listed_architecture_that_is_not_what_its_name_says_runs_whole():
     model = make_model("gpt2")
     mlp = model.transformer.h[2].mlp
     mlp.register_forward_hook(lambda m, a, o: o + 0.5 * torch.cumsum(a[0], 1))  # no function of one position
-    assert ModelView(model).once(pass_kind) == "whole prompts"
+    assert pass_kind(ModelView(model), (Site(1, "mlp"),)) == "whole prompts"
 
 
 def test_experts_and_models_without_an_mlp_are_refused_by_what_is_missing():
@@ -267,16 +305,20 @@ def test_a_spec_with_a_wrong_path_is_named_at_construction():
     model, tokenizer = make_model("llama"), make_tokenizer()
     right = find_spec(model)
     for field, path, message in (
-        ("blocks", "model.stages", "does not have the modules of Llama .*stages"),
+        ("blocks", "model.stages", "does not have the modules of By hand .*stages"),
         ("mlp", "feed_forward", "block 0 is a LlamaDecoderLayer that does not have the modules .*feed_forward"),
         ("edit", "mlp.down", "does not have the modules .*down"),
         ("norm", "model.last_norm", "does not have the modules .*last_norm"),
         ("edit", "mlp.act_fn", "quantized or sharded weight|no weight"),
+        ("edit", "mlp.up_proj", r"up_proj puts out 64 numbers, and model\.layers\.1\.mlp 32"),
+        ("blocks", "model.layers.0", "is a LlamaDecoderLayer, not the list of blocks"),
         ("attention", "attn", "does not have the modules .*attn"),
     ):
-        spec = replace(right, name="Llama", **{field: path})
+        spec = replace(right, name="By hand", **{field: path})
         with pytest.raises(UnsupportedModelError, match=message):
             Editor(model, tokenizer, "rome", layers=(1,), hparams={"mom2_adjustment": False}, spec=spec)
+    with pytest.raises(UnsupportedModelError, match="the spec of By hand says transposed = True"):
+        ModelView(model, replace(right, name="By hand", transposed=True))
     assert isinstance(right, ArchSpec)
 
 

@@ -198,6 +198,7 @@ def test_nothing_of_the_size_of_the_vocabulary_and_no_second_sum_is_made(monkeyp
     tokenizer, model = make_tokenizer(), make_model("llama")
     assert model.config.vocab_size == 400
     job = Job(model, tokenizer, Corpus(TEXTS), (0, 2), 60)  # its fingerprint reads the head's weights
+    _ = job.view.head  # tried with a few tokens
     with torch.no_grad(), Made() as seen:
         sums = job.accumulators(Group((0, 2), False))
         found = dict(job.finish(sums, job.run(sums)))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 
-from kedit_fast.models.prompt_runner import pass_kind
 from kedit_fast.models.view import ModelView
 
 WARM_UP = 2  # iterations before a graph is recorded: libraries choose their kernels in them
@@ -57,8 +56,6 @@ def graph_obstacle(view: ModelView) -> str:
         return "a model that is whole in one process; this one is tensor-parallel"
     if view.head.device.type != "cuda":
         return f"a CUDA device; the model is on {view.head.device}"
-    if view.once(pass_kind) == "whole prompts":
-        return "a model whose tails of prompts can run alone"
     rope = getattr(view.config, "rope_parameters", None) or getattr(view.config, "rope_scaling", None) or {}
     if (rope.get("rope_type") or rope.get("type")) == "dynamic":
         return "a model whose rotary embedding does not look at every pass's length (its rope type is dynamic)"

@@ -38,6 +38,7 @@ from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import StopRule, ValueSites
 from kedit_fast.models.forward import Site, SiteKind, evaluating
+from kedit_fast.models.prompt_runner import pass_kind
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.solver.value_descent import Status, clamped_step
@@ -183,6 +184,8 @@ class ValueOptimizer:
         self.uses_graph = hparams.values_graph
         if self.uses_graph and (obstacle := graph_obstacle(view)):
             raise EditError(f"values_graph needs {obstacle}")
+        if self.uses_graph and pass_kind(view, tuple(sites)) == "whole prompts":
+            raise EditError("values_graph needs a model in which the tails of prompts can run alone")
         self.graphed_step: GraphedStep | None = None  # of the requests that are active now
         self.iteration = 0
         self.last_iterations: set[int] = set()  # of requests that were admitted together and do not stop before
