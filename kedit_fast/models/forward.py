@@ -25,7 +25,7 @@ from kedit_fast.models.patching import (
     output_hooks,
     replaced_forwards,
 )
-from kedit_fast.models.sharded import whole_inputs
+from kedit_fast.models.sharded import is_split, whole_inputs
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import Widening, computing
 from kedit_fast.support.messages import first_line
@@ -214,7 +214,9 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
                 f"{name_of(view, site)} was seen with {shape}, not with all {list(batch.input_ids.shape)} tokens of a "
                 "batch: a model that cuts batches into parts or packs their tokens cannot be edited"
             )
-        see(site, whole_inputs(states, view.weight(site.layer)) if site.kind == "key" else states)
+        if site.kind == "key" and is_split(view.edited_module(site.layer).weight):
+            states = whole_inputs(states, view.weight(site.layer))
+        see(site, states)
         missing.discard(site)
         if not missing:
             raise _AllSeen

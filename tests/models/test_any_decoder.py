@@ -152,12 +152,14 @@ def test_blocks_that_take_keys_of_lower_blocks_run_from_the_embeddings():
     model = tiny_decoder("gemma4_text", num_kv_shared_layers=2)
     view, tokenizer = ModelView(model), make_tokenizer()
     assert not view.once(starts_midway)
-    for layer in (0, 3):
-        prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", layer, v_num_grad_steps=3)
-        values = find_values(view, prepared[:2], layer, "mlp", hparams)
-        for i, request in enumerate(prepared[:2]):
-            alone = serial_value(model, [view.mlp(layer)], request, hparams, side=None)
-            assert float((values.targets[:, i] - alone.targets[0]).norm() / values.deltas[:, i].norm()) < 1e-4
+    prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 0, v_num_grad_steps=3)
+    values = find_values(view, prepared[:2], 0, "mlp", hparams)
+    for i, request in enumerate(prepared[:2]):
+        alone = serial_value(model, [view.mlp(0)], request, hparams, side=None)
+        assert float((values.targets[:, i] - alone.targets[0]).norm() / values.deltas[:, i].norm()) < 1e-4
+    keys = KeyPass(view, prepared, Site(3, "mlp"), "mean")
+    _, second = keys.at(2), keys.at(3)
+    torch.testing.assert_close(second.keys, KeyPass(view, prepared, Site(3, "mlp"), "mean").at(3).keys)
 
 
 def test_models_of_one_layer_and_of_short_rows():
