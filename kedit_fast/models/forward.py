@@ -322,6 +322,7 @@ def last_states(view: ModelView, batch: TokenBatch) -> torch.Tensor:
     return output.logits if runs_whole else output.last_hidden_state
 
 
+@plain_torch()
 def starts_midway(view: ModelView) -> bool:
     """Whether every block needs nothing from those below it but the hidden states, tried with a few tokens.
 

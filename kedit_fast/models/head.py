@@ -24,10 +24,12 @@ from kedit_fast.models.widened import HALVES, computing, computing_dtype
 from kedit_fast.ops import distribution_kl, target_log_probs
 from kedit_fast.ops.target_log_probs import TargetLogProbs
 from kedit_fast.support.dtypes import accumulation_dtype
+from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap")
 _ROWS = (7, 4, 5)  # lengths; the second row is the beginning of the first
+_LEAST_CHANGE = 1e-4
 _LONGEST = 64  # of a row that is longer than the model's sliding window
 NARROW_ERROR, WIDE_ERROR = 0.05, 1e-3
 """Relative differences that are rounding, of 16-bit models and of others, where the same products are rounded."""
@@ -114,7 +116,7 @@ def sample_rows(config: Any, vocabulary: int) -> list[list[int]]:
     ordinary = (ordinary or [0]) * wanted  # of a vocabulary of a few tokens
     window = getattr(text_config(config), "sliding_window", None) or 0
     first = ordinary[: _ROWS[0]]
-    if _ROWS[0] <= window + 2 <= _LONGEST:
+    if isinstance(window, int) and _ROWS[0] <= window + 2 <= _LONGEST:
         first = [*first, *(ordinary * _LONGEST)[: window + 2 - _ROWS[0]]]
     text = text_config(config)
     longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
@@ -137,15 +139,17 @@ def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
     counts = finite.sum(0, keepdim=True).clamp(min=1)
     known = expected.where(finite, 0.0)
     centered = (known - known.sum(0, keepdim=True) / counts).where(finite, 0.0)
-    size = float(torch.linalg.vector_norm(centered)) or float(torch.linalg.vector_norm(known)) or 1.0
+    least = _LEAST_CHANGE * float(torch.linalg.vector_norm(known))  # of states that hardly change from token to token
+    size = max(float(torch.linalg.vector_norm(centered)), least) or 1.0
     return float(torch.linalg.vector_norm((result - expected).where(finite, 0.0))) / size
 
 
 def error_limit(dtype: torch.dtype, rounding: float = 0.0) -> float:
     """The largest `relative_error` that is rounding, of models in a dtype; see `Head.rounding`."""
-    return max(NARROW_ERROR if dtype in HALVES else WIDE_ERROR, 3 * rounding)
+    return max(NARROW_ERROR if dtype in HALVES else WIDE_ERROR, min(3 * rounding, NARROW_CHANGE))
 
 
+@plain_torch()
 @torch.no_grad()
 def checked_head(
     model: Any, base: torch.nn.Module, base_takes: frozenset[str], vocabulary: int, device: torch.device
@@ -189,7 +193,12 @@ def checked_head(
             )
         ids, mask = _padded(rows, device)
         valid = mask.bool()
-        together = _logits(model, ids, mask)[valid.to(expected.device)]
+        try:
+            together = _logits(model, ids, mask)[valid.to(expected.device)]
+        except Exception as error:  # it may be any code
+            raise UnsupportedModelError(
+                f"{kind} does not take rows that are padded on the right ({type(error).__name__}: {error})"
+            ) from error
         rounding = relative_error(together, expected)
         if rounding > largest:
             raise UnsupportedModelError(
@@ -200,13 +209,18 @@ def checked_head(
             try:
                 states = _states(base, base_takes, ids, mask)[valid]
                 reason = "decoder and head alone do not give its logits"
-                for candidate in _candidates(model, head, states, together):
-                    if relative_error(candidate.logits(states), together) <= limit:
-                        return replace(candidate, rounding=rounding)
+                errors = [
+                    (relative_error(candidate.logits(states), together), candidate)
+                    for candidate in _candidates(model, head, states, together)
+                ]
+                error, best = min(errors, key=lambda pair: pair[0])  # the first of the smallest
+                if error <= limit:
+                    return replace(best, rounding=rounding)
             except Exception as error:  # it may be any code
                 reason = f"its decoder does not run alone ({type(error).__name__}: {error})"
         else:
-            reason = f"its head is a {type(module).__name__}"
+            hooked = " that something is hooked to" if module._forward_hooks or module._forward_pre_hooks else ""
+            reason = f"its head is a {type(module).__name__}{hooked}"
     _log.info("%s runs whole, and its own logits are used: %s", kind, reason)
     return Head(device=together.device, matrix=None, rounding=rounding)
 

@@ -21,6 +21,7 @@ from kedit_fast.models.head import error_limit, sample_rows
 from kedit_fast.models.patching import evaluation_mode, output_hooks
 from kedit_fast.models.widened import computing
 from kedit_fast.support.messages import first_line
+from kedit_fast.support.torch_state import plain_torch
 
 _MLP = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff($|_)", re.IGNORECASE)
 _MIXER = re.compile(r"attn|attention|mixer|mamba|ssm|conv|delta|recurrent|rwkv|lstm|router|experts|lora", re.IGNORECASE)
@@ -51,6 +52,7 @@ class _Mlp(NamedTuple):
     transposed: bool
 
 
+@plain_torch()
 def find_spec(model: Any) -> ArchSpec:
     """The ArchSpec of a model: the listed one of its configuration, or what its own modules show.
 

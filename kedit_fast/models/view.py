@@ -145,6 +145,7 @@ class ModelView:
             if scheme_of(self.edited_module(layer)) is None:  # else its inputs can be read, and `weight` refuses it
                 check_weight(self.weight_name(layer), self.edited_module(layer))
         self._computed: dict[Callable[[ModelView], Any], Any] = {}
+        self._head: tuple[torch.Tensor, Head] | None = None  # of which weight
 
     def _problem(self, layer: int) -> str:
         """Why a layer cannot be edited; "" if it can."""
@@ -162,16 +163,22 @@ class ModelView:
             )
         return ""
 
-    @cached_property
+    @property
     def head(self) -> Head:
         """From the last states of passes to logits, checked against the model's own.
 
         Raises:
             UnsupportedModelError: the model does not run on token ids, or is no causal language model.
         """
-        if self.device.type == "meta":
-            return head_as_configured(self.model)
-        return checked_head(self.model, self.base, self.base_takes, self.vocabulary, self.device)
+        weight = self.model.get_output_embeddings().weight
+        is_replaced = self._head is not None and self._head[0] is not weight and weight.device.type != "meta"
+        if self._head is None or is_replaced:  # accelerate makes a new meta tensor for an offloaded one after each pass
+            if self.device.type == "meta":
+                head = head_as_configured(self.model)
+            else:
+                head = checked_head(self.model, self.base, self.base_takes, self.vocabulary, self.device)
+            self._head = weight, head
+        return self._head[1]
 
     @property
     def entry(self) -> Any:
