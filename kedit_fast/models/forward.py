@@ -283,7 +283,7 @@ def _require_sum(view: ModelView, batch: TokenBatch, site: Site) -> None:
             return  # whoever needs the values says so, with the request's name
         raise UnsupportedModelError(
             f"what {edited} puts out does not reach the output of {name_of(view, site)} as it is: a norm or a "
-            "multiplier stands between them. Pass an ArchSpec with post_norm = true"
+            "multiplier stands between them, or it is no layer of the MLP. Pass an ArchSpec with post_norm = true"
             + ("" if site.kind == "block" else f", and {view.spec.edit} as its mlp")
         )
 
