@@ -290,7 +290,8 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.
 
 def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     masked = {} if mask is None else {"attention_mask": mask}
-    return model(input_ids=ids, use_cache=False, **masked).logits
+    # As model(...) but for model.compile(), which would compile anew for each of these shapes.
+    return model._call_impl(input_ids=ids, use_cache=False, **masked).logits
 
 
 def _states(base: Any, takes: frozenset[str], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

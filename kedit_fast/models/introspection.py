@@ -302,7 +302,7 @@ def _tried(model: Any, spec: ArchSpec, layer: int) -> ArchSpec:
 
 def _run(model: Any, ids: torch.Tensor) -> None:
     try:
-        model(input_ids=ids, use_cache=False)
+        model._call_impl(input_ids=ids, use_cache=False)  # without what model.compile() made
     except Exception as error:  # it may be any code
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run on token ids alone ({type(error).__name__}: {first_line(error)})"

@@ -21,6 +21,8 @@ from kedit_fast.models.patching import replaced_attention, takes_attention_funct
 from kedit_fast.models.view import ModelView
 from kedit_fast.support.dtypes import accumulation_dtype
 
+_POSITIONS = ("position_ids", "cache_position")  # tensors that models pass on and attention does not use
+
 
 def usable(view: ModelView) -> bool:
     """Whether the model takes its attention from transformers' registry, and states its scaling."""
@@ -142,6 +144,9 @@ def _attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
+    unknown = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in _POSITIONS]
+    if unknown:  # sinks, biases of positions: `prompt_runner` then runs the model's own attention
+        raise NotImplementedError(f"attention that takes {unknown[0]}")
     scale = module.scaling if scaling is None else scaling
     bias = key.layout.bias(sliding_window)
     packed = (part[0].transpose(0, 1) for part in (query, key.keys, value))  # [N, heads, size]

@@ -194,6 +194,24 @@ def test_a_head_that_is_no_matrix_product_is_left_to_the_model(caplog):
     assert scores.efficacy is not None
 
 
+@pytest.mark.parametrize("kind", ("llama", "granite"))
+def test_nothing_is_compiled_for_what_is_tried(kind):
+    model, graphs = make_model("llama") if kind == "llama" else available(kind), []
+    model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    view = ModelView(model)
+    assert view.head.matrix is not None and pass_kind(view, (Site(1, "mlp"),)).endswith("tails") and not graphs
+
+
+def test_attention_that_takes_more_tensors_is_the_models_own():
+    model = make_model("llama")
+    view = ModelView(model)
+    for layer in range(4):
+        model.model.layers[layer].self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: (args, {**kwargs, "s_aux": torch.zeros(4)}), with_kwargs=True
+        )
+    assert pass_kind(view, (Site(1, "mlp"),)) == "padded tails"
+
+
 def test_a_hook_on_the_head_counts():
     model = make_model("llama")
     model.lm_head.register_forward_hook(lambda module, args, output: output * 2)
