@@ -140,7 +140,7 @@ def test_a_device_map_excludes_a_device_and_torchrun(place, tmp_path):
 
 def test_a_spec_is_printed_checked_and_planned_with(names, place, tmp_path):
     done = run("spec", place / "model")
-    assert "Llama (known); edits model.layers.0.mlp.down_proj [32 x 64]" in done.stderr
+    assert "Llama (known); edits model.layers.*.mlp.down_proj [32 x 64]" in done.stderr
     file = tmp_path / "printed.json"
     file.write_text(done.stdout, encoding="utf-8")
     assert spec_from_json(file) == LLAMA
@@ -149,6 +149,9 @@ def test_a_spec_is_printed_checked_and_planned_with(names, place, tmp_path):
     file.write_text(spec_as_json(replace(SPEC, blocks="model.stages")), encoding="utf-8")
     done = run("spec", place / "model", "--spec", file)
     assert done.returncode == 1 and "stages" in done.stderr and not done.stdout
+    file.write_text(spec_as_json(replace(SPEC, edit="mlp.up_proj")), encoding="utf-8")
+    done = run("spec", place / "model", "--spec", file)
+    assert done.returncode == 1 and "puts out 64 numbers, and the model's states have 32" in done.stderr
     file.write_text('{"name": "A"}', encoding="utf-8")
     done = run("edit", place / "model", "--requests", place / "requests.json", "--out", tmp_path / "e", "--spec", file)
     assert done.returncode == 1 and "printed.json lacks the field 'model_types'" in done.stderr
