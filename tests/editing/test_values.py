@@ -305,6 +305,7 @@ def test_a_graph_needs_a_model_that_stays_on_one_device():
 def test_a_graph_needs_a_rotary_embedding_that_does_not_look_at_lengths(monkeypatch):
     model = make_model("llama")
     monkeypatch.setattr(ModelView, "head", SimpleNamespace(device=torch.device("cuda")), raising=False)
+    monkeypatch.setattr(ModelView, "is_sharded", False)
     view = ModelView.__new__(ModelView)
     view.model, view.config = model, SimpleNamespace(rope_scaling={"type": "dynamic"})
     assert "dynamic" in graph_obstacle(view)
