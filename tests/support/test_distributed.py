@@ -93,7 +93,7 @@ def test_processes_share_a_store_and_refuse_to_differ(tmp_path):
 
 
 STATISTICS = """
-import os, signal, sys
+import os, signal, sys, time
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
@@ -114,6 +114,8 @@ if "die" in sys.argv and rank == 1:
         before(*args)
         count.append(1)
         if len(count) == 3:
+            while not os.path.exists(os.path.join(sys.argv[1], "checkpoint-1-of-2.safetensors")):
+                time.sleep(0.01)  # of the other process, which ends with this one
             os.kill(os.getpid(), signal.SIGKILL)
     checkpoint.save = save
 numbers = dict(max_tokens=2000) if "tokens" in sys.argv else dict(seed=3)
