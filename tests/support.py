@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 from tiny_models import TEXT, make_model, make_tokenizer
 
+from benchmarks.published import serial_value
 from kedit_fast import Editor, EditRequest, LowRankUpdate, collect_statistics
 from kedit_fast.cli import main
 from kedit_fast.methods.presets import make_hparams
@@ -85,6 +86,17 @@ def prepared_and_hparams(model, tokenizer, site, layer, **values):
     numbers = dict(layers=(layer,), v_num_grad_steps=7, v_lr=0.1, clamp_norm_factor=0.5, v_weight_decay=0.5) | values
     hparams, _ = make_hparams("memit" if site == "block" else "rome", model.config, numbers)
     return prepare(tokenizer, VARIED_REQUESTS, PREFIXES, 128), hparams
+
+
+def serial_errors(values, prepared, model, module, hparams):
+    """|value - that of the serial loop| / |delta| of each request, whose steps and loss must be those of the loop."""
+    errors = []
+    for i, request in enumerate(prepared):
+        alone = serial_value(model, [module], request, hparams, side=None)
+        assert int(values.steps[i]) == alone.steps
+        assert abs(float(values.losses[i]) - alone.loss) < 1e-3 * max(1.0, alone.loss)
+        errors.append(float((values.targets[:, i] - alone.targets[0]).norm() / values.deltas[:, i].norm()))
+    return errors
 
 
 def random_patch(model, rank=3, scale=0.05, seed=1, layers=(0, 1)):

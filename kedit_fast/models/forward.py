@@ -16,7 +16,7 @@ import torch
 
 from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models import fused
-from kedit_fast.models.head import error_limit, relative_error, sample_rows
+from kedit_fast.models.head import decoder_states, error_limit, model_logits, relative_error, sample_rows
 from kedit_fast.models.patching import (
     Forward,
     evaluation_mode,
@@ -310,16 +310,12 @@ def last_states(view: ModelView, batch: TokenBatch) -> torch.Tensor:
     Where the model runs whole (`Head.matrix` is None), its logits [R, T, V]; `view.head` takes either.
     """
     faster = view.once(fused_forwards) if fused.can_run() else {}
-    given = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids, "use_cache": False}
     runs_whole = view.head.matrix is None
-    if runs_whole:
-        del given["position_ids"]  # the model counts them itself, by its own rule
-    else:
-        given = {name: value for name, value in given.items() if name in view.base_takes}
     # The caller may have replaced some modules' forward functions itself: those stay.
     with replaced_forwards({module: f for module, f in faster.items() if not has_replaced_forward(module)}):
-        output = view.entry(input_ids=batch.input_ids, **given)
-    return output.logits if runs_whole else output.last_hidden_state
+        if runs_whole:
+            return model_logits(view.model, batch.input_ids, batch.attention_mask)
+        return decoder_states(view.base, view.base_takes, batch.input_ids, batch.attention_mask)
 
 
 @plain_torch()

@@ -8,14 +8,15 @@ logits are taken.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from kedit_fast.errors import UnsupportedModelError
+from kedit_fast.errors import KeditError, UnsupportedModelError
 from kedit_fast.models.architectures import text_config
 from kedit_fast.models.offloaded import device_of, fetched
 from kedit_fast.models.patching import evaluation_mode
@@ -24,6 +25,7 @@ from kedit_fast.models.widened import HALVES, computing, computing_dtype
 from kedit_fast.ops import distribution_kl, target_log_probs
 from kedit_fast.ops.target_log_probs import TargetLogProbs
 from kedit_fast.support.dtypes import accumulation_dtype
+from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
@@ -86,7 +88,8 @@ class Head:
             states, matrix = self._scaled(states)
             return distribution_kl(states, self._scaled(reference)[0], matrix, self._scaled_bias(), self.softcap)
         log_p, log_q = _log_softmax(states), _log_softmax(reference)
-        return (log_p.exp() * (log_p - log_q)).sum(1)
+        difference = torch.where(log_p.isinf(), 0.0, log_p - log_q)  # tokens that are never said
+        return (log_p.exp() * difference).sum(1)
 
     def _scaled(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.matrix is not None
@@ -178,12 +181,8 @@ def checked_head(
     head, limit = _as_configured(model, module), error_limit(computing_dtype(model))
     largest = NARROW_CHANGE if limit == NARROW_ERROR else WIDE_ERROR
     with evaluation_mode(model), computing(model):
-        try:
-            alone = [_logits(model, torch.tensor([row], device=device), None)[0] for row in rows]
-        except Exception as error:  # it may be any code
-            raise UnsupportedModelError(
-                f"{kind} does not run on token ids alone ({type(error).__name__}: {error})"
-            ) from error
+        with refused_by_name(model, "token ids alone"):
+            alone = [model_logits(model, torch.tensor([row], device=device))[0] for row in rows]
         expected = torch.cat(alone)
         if not bool(torch.isfinite(expected).any()):
             return head  # whoever needs the values says so, with the request's name
@@ -193,12 +192,8 @@ def checked_head(
             )
         ids, mask = _padded(rows, device)
         valid = mask.bool()
-        try:
-            together = _logits(model, ids, mask)[valid.to(expected.device)]
-        except Exception as error:  # it may be any code
-            raise UnsupportedModelError(
-                f"{kind} does not take rows that are padded on the right ({type(error).__name__}: {error})"
-            ) from error
+        with refused_by_name(model, "rows that are padded on the right"):
+            together = model_logits(model, ids, mask)[valid.to(expected.device)]
         rounding = relative_error(together, expected)
         if rounding > largest:
             raise UnsupportedModelError(
@@ -207,7 +202,7 @@ def checked_head(
             )
         if head.matrix is not None:
             try:
-                states = _states(base, base_takes, ids, mask)[valid]
+                states = decoder_states(base, base_takes, ids, mask)[valid]
                 reason = "decoder and head alone do not give its logits"
                 errors = [
                     (relative_error(candidate.logits(states), together), candidate)
@@ -288,13 +283,32 @@ def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.
     return ids, mask
 
 
-def _logits(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+@contextlib.contextmanager
+def refused_by_name(model: Any, given: str) -> Iterator[None]:
+    """Inside the block, an error of the model's own code is an UnsupportedModelError that says what it was given."""
+    try:
+        yield
+    except KeditError:
+        raise
+    except Exception as error:  # it may be any code
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run on {given} ({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def model_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """The whole model's logits [R, T, V] for tokens [R, T], whose positions it counts itself.
+
+    What model.compile() made is not run: it would be made anew for each shape.
+    """
     masked = {} if mask is None else {"attention_mask": mask}
-    # As model(...) but for model.compile(), which would compile anew for each of these shapes.
     return model._call_impl(input_ids=ids, use_cache=False, **masked).logits
 
 
-def _states(base: Any, takes: frozenset[str], ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def decoder_states(
+    base: Any, takes: frozenset[str], ids: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A decoder's last states [R, T, h] for tokens [R, T], given what it `takes` of mask and positions."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     given = {"attention_mask": mask, "position_ids": positions, "use_cache": False}
     return base(input_ids=ids, **{name: value for name, value in given.items() if name in takes}).last_hidden_state

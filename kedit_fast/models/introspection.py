@@ -17,10 +17,10 @@ import torch
 
 from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.architectures import ArchSpec, known_architecture, require_decoder, text_config
-from kedit_fast.models.head import error_limit, sample_rows
+from kedit_fast.models.head import error_limit, model_logits, refused_by_name, sample_rows
+from kedit_fast.models.offloaded import device_of
 from kedit_fast.models.patching import evaluation_mode, output_hooks
 from kedit_fast.models.widened import computing
-from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
 
 _MLP = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff($|_)", re.IGNORECASE)
@@ -271,10 +271,10 @@ def _tried(model: Any, spec: ArchSpec, layer: int) -> ArchSpec:
             hooks.append((mlp, record("mlp")))
         for path, norm in _norms(model, spec.blocks.rpartition(".")[0]).items():
             hooks.append((norm, lambda module, args, output, path=path: norms.append(path)))
-        ids = torch.tensor([row], device=_device(model))
+        ids = torch.tensor([row], device=device_of(model.get_input_embeddings()))
         for _ in range(2):
-            with output_hooks(hooks):
-                _run(model, ids)
+            with output_hooks(hooks), refused_by_name(model, "token ids alone"):
+                model_logits(model, ids)
             if any(len(states) == 0 for name, states in outputs.items() if name != "mlp" or mlp is not edit):
                 raise UnsupportedModelError(
                     f"{spec.blocks}.{layer}.{spec.edit} did not run in a forward pass of {type(model).__name__}. "
@@ -298,21 +298,3 @@ def _tried(model: Any, spec: ArchSpec, layer: int) -> ArchSpec:
         spec.name, spec.model_types, spec.blocks, spec.attention, spec.mlp if is_alone else spec.edit, spec.edit,
         spec.transposed, norms[-1] if norms else "", not passes_on("block"),
     )  # fmt: skip
-
-
-def _run(model: Any, ids: torch.Tensor) -> None:
-    try:
-        model._call_impl(input_ids=ids, use_cache=False)  # without what model.compile() made
-    except Exception as error:  # it may be any code
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not run on token ids alone ({type(error).__name__}: {first_line(error)})"
-        ) from error
-
-
-def _device(model: Any) -> torch.device:
-    device = model.get_input_embeddings().weight.device
-    if device.type != "meta":
-        return device
-    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
-    execution = getattr(hook, "execution_device", "cpu")
-    return torch.device("cuda", execution) if isinstance(execution, int) else torch.device(execution)

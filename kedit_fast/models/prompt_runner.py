@@ -13,10 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models import tail_attention
 from kedit_fast.models.forward import Site, TokenBatch, evaluating, name_of, pad
-from kedit_fast.models.head import error_limit, relative_error, sample_rows
+from kedit_fast.models.head import error_limit, refused_by_name, relative_error, sample_rows
 from kedit_fast.models.tail_runner import TailRunner, record_tails
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.whole_runner import WholeRunner, record_whole
@@ -92,6 +91,7 @@ def pass_kind(view: ModelView, sites: tuple[Site, ...]) -> PassKind:
 
 
 def _tried_kinds(view: ModelView) -> dict[tuple[Site, ...], PassKind]:
+    """What has been tried: nothing when a view is new."""
     return {}
 
 
@@ -103,15 +103,8 @@ def _try(view: ModelView, sites: tuple[Site, ...]) -> PassKind:
     lookups = [min(place, len(row) - 1) for place, row in zip((1, 2, 0), rows, strict=True)]
     with evaluating(view):
         batch = pad(rows, view.device)
-        try:
+        with refused_by_name(view.model, f"hooks on {name_of(view, sites[0])}"):
             whole = _record(view, batch, lookups, sites, [0], "whole prompts")
-        except UnsupportedModelError:
-            raise
-        except Exception as error:  # it may be any code
-            raise UnsupportedModelError(
-                f"{type(view.model).__name__} does not run with hooks on {name_of(view, sites[0])} "
-                f"({type(error).__name__}: {first_line(error)})"
-            ) from error
         size = whole.site_outputs.float().square().mean().sqrt()
         generator = torch.Generator().manual_seed(0)
         delta = size * torch.randn(whole.site_outputs.shape, generator=generator).to(size.device)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.patching import replaced_attention, takes_attention_functions
 from kedit_fast.models.view import ModelView
 from kedit_fast.support.dtypes import accumulation_dtype
@@ -146,7 +147,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     unknown = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in _POSITIONS]
     if unknown:  # sinks, biases of positions: `prompt_runner` then runs the model's own attention
-        raise NotImplementedError(f"attention that takes {unknown[0]}")
+        raise UnsupportedModelError(f"attention that takes {unknown[0]} does not run over packed tails")
     scale = module.scaling if scaling is None else scaling
     bias = key.layout.bias(sliding_window)
     packed = (part[0].transpose(0, 1) for part in (query, key.keys, value))  # [N, heads, size]

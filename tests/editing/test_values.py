@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 import torch
-from support import prepared_and_hparams
+from support import prepared_and_hparams, serial_errors
 from tiny_models import KINDS, POST_NORM, make_model, make_tokenizer
 
 from benchmarks.published import serial_value
@@ -46,12 +46,7 @@ def test_values_equal_the_published_serial_loop(kind, site, layer, bos):
         return
     values = find_values(view, prepared, layer, site, hparams)
     module = view.block(layer) if site == "block" else view.mlp(layer)
-    errors = []
-    for i, request in enumerate(prepared):
-        alone = serial_value(model, [module], request, hparams, side=None)
-        assert int(values.steps[i]) == alone.steps
-        assert abs(float(values.losses[i]) - alone.loss) < 1e-3 * max(1.0, alone.loss)
-        errors.append(float((values.targets[:, i] - alone.targets[0]).norm() / values.deltas[:, i].norm()))
+    errors = serial_errors(values, prepared, model, module, hparams)
     assert statistics.median(errors) < 3e-5 and max(errors) < 1e-4
 
 
