@@ -108,14 +108,16 @@ documents = [f"{{text}} Number {{i}}." for i, text in enumerate(TEXT * 20)]
 process_group.start()
 rank, _ = process_group.world()
 model, tokenizer = make_model("gpt2"), make_tokenizer()
-if "die" in sys.argv and rank == 1:
+if "die" in sys.argv:
     before, count = checkpoint.save, []
     def save(*args):
         before(*args)
         count.append(1)
+        if rank == 0:
+            time.sleep(600)  # it ends with the other, and is not writing then
         if len(count) == 3:
             while not os.path.exists(os.path.join(sys.argv[1], "checkpoint-1-of-2.safetensors")):
-                time.sleep(0.01)  # of the other process, which ends with this one
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
     checkpoint.save = save
 numbers = dict(max_tokens=2000) if "tokens" in sys.argv else dict(seed=3)
