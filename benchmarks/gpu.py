@@ -1,6 +1,6 @@
 """Everything a GPU has to show, in stages, each in a process of its own.
 
-    python -m benchmarks.gpu --out DIR [--stage build --stage test ...] [--budget SECONDS] [--dry-run]
+    python -m benchmarks.gpu --out DIR [--stage build --stage test ...] [--shape GPT-J] [--budget SECONDS] [--dry-run]
 
     build       the CUDA module with nvcc, in place
     test        every test file that uses a GPU, whole, and compute-sanitizer over the kernels where the machine has it
@@ -154,6 +154,8 @@ class Place:
     device: str
     dry: bool
     deadline: float
+    shape: str = ""
+    """Part of the names of the shapes to run; "" for all."""
     rows: list[Row] = field(default_factory=list)
     figures: list[Row] = field(default_factory=list)
     peaks: Row = field(default_factory=dict)
@@ -162,7 +164,7 @@ class Place:
 
     @property
     def shapes(self) -> Sequence[Shape]:
-        return TINY if self.dry else SHAPES
+        return [shape for shape in (TINY if self.dry else SHAPES) if self.shape in shape.name]
 
     @property
     def runs(self) -> int:
@@ -628,6 +630,7 @@ def show(document: dict[str, Any]) -> None:
 def run(
     out: Annotated[Path, typer.Option(help="folder for the files")],
     stage: Annotated[list[Stage] | None, typer.Option(help="which; all by default; repeatable")] = None,
+    shape: Annotated[str, typer.Option(help="part of the names of the shapes to run; all by default")] = "",
     budget: Annotated[float, typer.Option(min=1, help="seconds for all of them")] = 540.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="tiny shapes on the CPU, the same code")] = False,
     until: Annotated[float, typer.Option(hidden=True)] = 0.0,
@@ -641,7 +644,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.time() + budget
     if until:  # a stage, in its own process
-        place = Place("cpu" if dry_run else "cuda", dry_run, until)
+        place = Place("cpu" if dry_run else "cuda", dry_run, until, shape)
         raise typer.Exit(0 if run_stage(stages[0], place, out) else 1)
     failed = False
     for chosen in stages:
@@ -651,7 +654,7 @@ def run(
             failed = True
             continue
         command = [sys.executable, "-m", "benchmarks.gpu", "--until", str(deadline - 5), "--stage", chosen.value,
-                   "--out", str(out), *(["--dry-run"] if dry_run else [])]  # fmt: skip
+                   "--out", str(out), "--shape", shape, *(["--dry-run"] if dry_run else [])]  # fmt: skip
         path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
         child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, start_new_session=True)
         try:
