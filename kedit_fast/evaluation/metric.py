@@ -1,0 +1,111 @@
+"""A metric is a record: which prompts, how each is scored, how scores are averaged, and in which states of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kedit_fast.evaluation.asks import Answer, Ask
+from kedit_fast.requests.request import EditRequest
+
+State = Literal["pre", "post", "final"]
+"""The unedited model; right after the batch that wrote a request; after all batches."""
+Within = Literal["mean", "mean of names", "any", "all"]
+"""How the scores of one record's cases become its score; "mean of names": the mean of each name's cases first."""
+Unit = Literal["request", "group", "prompt"]
+"""What is averaged over: requests, groups of requests (a case of MQuAKE), or single prompts."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to score."""
+
+    prompt: str
+    new: str | None = None
+    """The answer that the edit should bring."""
+    true: str | None = None
+    """The answer before the edit, or, for prompts beside the edit, the one to preserve."""
+    answers: tuple[tuple[str, ...], ...] = ()
+    """Of questions with several right answers: each group must be met, by any of its alternatives."""
+    name: str = ""
+    """What kind of probe it is, as the data set calls it."""
+    record: Any = None
+    """The EditRequest, Choice or text that it belongs to."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Where a metric's cases come from."""
+
+    over: Literal["requests", "texts", "choices"]
+    cases: Callable[[Any], tuple[Case, ...]]
+    """From one record; none where the record has nothing of the kind: it is absent, not zero."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a case is scored."""
+
+    asks: Callable[[Case, Any], tuple[Ask, ...]]
+    """What the model is asked, from the case and the tokenizer."""
+    score: Callable[[Case, Mapping[str, tuple[Answer, ...]]], float | None]
+    """From the case and the answers by state: "now", and those of `states`. None: this case does not count."""
+    states: tuple[State, ...] = ()
+    """The states that a score compares "now" with."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number, by one definition."""
+
+    id: str
+    """Definition and prompts, as "cf.success/paraphrase"."""
+    prompts: str
+    """A name of PROMPTS."""
+    scoring: str
+    """A name of SCORINGS."""
+    definition: str
+    """One sentence that says what is counted."""
+    source: str
+    """Where the definition is from, and what it is called there."""
+    within: Within = "mean"
+    unit: Unit = "request"
+    scale: float = 1.0
+    """Factor of the reported value: 100 for percent."""
+    better: Literal["higher", "lower", ""] = "higher"
+    """Which values are good; "" where it depends."""
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A number made of other metrics' values."""
+
+    id: str
+    of: tuple[str, ...]
+    """Ids of the metrics."""
+    combine: Callable[[tuple[float, ...]], float]
+    definition: str
+    source: str
+    scale: float = 1.0
+    better: Literal["higher", "lower", ""] = "higher"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A metric's value in one state of a model."""
+
+    value: float | None
+    """None where no record has what the metric needs."""
+    records: int
+    """Number of records (requests, groups, texts or items) that count."""
+    prompts: int
+    """Number of cases that count."""
+    interval: tuple[float, float] | None
+    """95 %: Wilson's for shares, by bootstrap over records for means; None of derived numbers and of no records."""
+
+
+def request_of(case: Case) -> EditRequest:
+    """The request that a case belongs to."""
+    assert isinstance(case.record, EditRequest)
+    return case.record
