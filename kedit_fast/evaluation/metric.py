@@ -1,16 +1,17 @@
-"""A metric is a record: which prompts, how each is scored, how scores are averaged, and in which states of the model."""
+"""A metric is a record: which prompts, how each is scored, how scores are averaged, in which states of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from kedit_fast.evaluation.asks import Answer, Ask
 from kedit_fast.requests.request import EditRequest
 
-State = Literal["pre", "post", "final"]
-"""The unedited model; right after the batch that wrote a request; after all batches."""
+State = Literal["pre", "post", "final", "context"]
+"""The unedited model; right after the batch that wrote a request; after all batches; the unedited model with the new
+fact of each request in front of its prompts."""
 Within = Literal["mean", "mean of names", "any", "all"]
 """How the scores of one record's cases become its score; "mean of names": the mean of each name's cases first."""
 Unit = Literal["request", "group", "prompt"]
@@ -53,6 +54,8 @@ class Scoring:
     """From the case and the answers by state: "now", and those of `states`. None: this case does not count."""
     states: tuple[State, ...] = ()
     """The states that a score compares "now" with."""
+    fit: Callable[[Any, Sequence[str]], Scoring] | None = None
+    """The scoring to use in a run, from its tokenizer and its texts; None where this one needs neither."""
 
 
 @dataclass(frozen=True)

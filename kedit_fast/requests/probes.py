@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 ProbeKind = Literal[
-    "paraphrase", "neighborhood", "locality", "portability", "generation", "tied", "multi_hop", "conflict"
+    "paraphrase", "neighborhood", "locality", "portability", "generation", "tied", "multi_hop", "conflict", "reference"
 ]
 """paraphrase: the edited fact in other words; neighborhood, locality: facts that must stay; portability: what follows
-from the edit; generation: prompts to continue freely; tied: facts that hang on the old answer; multi_hop: questions over
-several facts; conflict: passages that say something else."""
+from the edit; generation: prompts to continue freely; tied: facts that hang on the old answer; multi_hop: questions
+over several facts; conflict: passages that say something else; reference: texts about the new answer, each the prompt
+of a question, that what the model writes is compared with ("consistency"), or about the subject ("essence")."""
 
 
 @dataclass(frozen=True)
