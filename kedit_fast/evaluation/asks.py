@@ -24,6 +24,10 @@ class Forced:
     """What stands between prompt and target: "auto", " " or ""."""
     plain: bool = False
     """Whether the prompt is read as it stands, without the prompt format of the run."""
+    special: bool = False
+    """Whether the special tokens that the tokenizer puts before a text (BOS) are scored as the target's first ones, as
+    published code does: the model reads the plain target, and the i-th of all these tokens is scored where the target's
+    i-th one is, or would be."""
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Any, Literal
 from kedit_fast.evaluation.asks import Answer, Ask
 from kedit_fast.requests.request import EditRequest
 
-State = Literal["pre", "post", "final", "context"]
-"""The unedited model; right after the batch that wrote a request; after all batches; the unedited model with the new
-fact of each request in front of its prompts."""
+State = Literal["pre", "context", "first", "post", "final"]
+"""The unedited model; the unedited model with the new fact of each request in front of its prompts; right after the
+batch that wrote the first request of a group; right after the batch that wrote a request, or the last one of a group;
+after all batches. Of a request by itself, "first" is "post"."""
 Within = Literal["mean", "mean of names", "any", "all"]
 """How the scores of one record's cases become its score; "mean of names": the mean of each name's cases first."""
 Unit = Literal["request", "group", "prompt"]
@@ -39,9 +40,14 @@ class Case:
 class Prompts:
     """Where a metric's cases come from."""
 
-    over: Literal["requests", "texts", "choices"]
-    cases: Callable[[Any], tuple[Case, ...]]
-    """From one record; none where the record has nothing of the kind: it is absent, not zero."""
+    over: Literal["requests", "groups", "texts", "choices"]
+    """The records: requests, tuples of the requests that share a group, in order (one without a group is no record
+    here), texts, or multiple-choice items."""
+    cases: Callable[..., tuple[Case, ...]]
+    """From one record, and from all records as second argument where `beside`; none where the record has nothing of the
+    kind: it is absent, not zero."""
+    beside: bool = False
+    """Whether cases are made of one record and of the others of its file (other answers of the same relation)."""
 
 
 @dataclass(frozen=True)
