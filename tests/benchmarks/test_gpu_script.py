@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="no source tree")
 
 
 def gpu(*arguments):
-    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)], capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path},
-    )  # fmt: skip
+    """The script in this process; it starts its stages."""
+    from benchmarks.gpu import app
+
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_the_dry_run_runs_every_stage(tmp_path):
+class StageHere:
+    """A stage run in this process, which has torch already, instead of in one of its own."""
+
+    def __init__(self, command):
+        self.status = gpu(*command[3:]).exit_code
+
+    def wait(self, left):
+        return self.status
+
+
+def test_the_dry_run_runs_every_stage(tmp_path, monkeypatch):
+    from benchmarks import gpu as script
+
+    real, kernels = subprocess.Popen, script.FIRST_TESTS[:1]
+    monkeypatch.setattr(script.subprocess, "Popen", lambda command, **how: (
+        StageHere(command) if "benchmarks.gpu" in command else real(command, **how)))  # fmt: skip
+    monkeypatch.setattr(script, "gpu_tests", lambda: kernels)  # the others are collected by whoever runs them
     done = gpu("--dry-run", "--out", tmp_path)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert done.exit_code == 0, done.output[-4000:]
     document = json.loads((tmp_path / "gpu.json").read_text())
     assert list(document["stages"]) == ["build", "test", "peaks", "ops", "tune", "sequential", "statistics", "values"]
     assert all(stage["error"] is None for stage in document["stages"].values())
@@ -39,9 +53,16 @@ def test_the_dry_run_runs_every_stage(tmp_path):
     assert (tmp_path / "gpu_ratios.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_a_stage_is_a_process_of_its_own(tmp_path):
+    done = gpu("--dry-run", "--stage", "peaks", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "gpu.json").read_text())
+    assert document["stages"]["peaks"]["error"] is None and document["peaks"]["fp32_flops_per_s"] > 0
+
+
 def test_a_stage_that_fails_or_has_no_time_says_so(tmp_path):
     done = gpu("--dry-run", "--stage", "peaks", "--stage", "values", "--budget", 1, "--out", tmp_path)
-    assert done.returncode == 1
+    assert done.exit_code == 1
     document = json.loads((tmp_path / "gpu.json").read_text())
     assert document["stages"]["values"]["error"] == "it did not end"
 
@@ -49,4 +70,4 @@ def test_a_stage_that_fails_or_has_no_time_says_so(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_to_do(tmp_path):
     done = gpu("--out", tmp_path)
-    assert done.returncode == 2 and "--dry-run" in done.stdout and not list(tmp_path.iterdir())
+    assert done.exit_code == 2 and "--dry-run" in done.output and not list(tmp_path.iterdir())
