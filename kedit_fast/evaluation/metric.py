@@ -14,7 +14,8 @@ State = Literal["pre", "context", "first", "post", "final"]
 batch that wrote the first request of a group; right after the batch that wrote a request, or the last one of a group;
 after all batches. Of a request by itself, "first" is "post"."""
 Within = Literal["mean", "mean of names", "any", "all"]
-"""How the scores of one record's cases become its score; "mean of names": the mean of each name's cases first."""
+"""How the scores of one record's cases become its score; "mean of names": the mean of each name's cases first; "any":
+the largest; "all": the smallest."""
 Unit = Literal["request", "group", "prompt"]
 """What is averaged over: requests, groups of requests (a case of MQuAKE), or single prompts."""
 
@@ -59,7 +60,9 @@ class Scoring:
     score: Callable[[Case, Mapping[str, tuple[Answer, ...]]], float | None]
     """From the case and the answers by state: "now", and those of `states`. None: this case does not count."""
     states: tuple[State, ...] = ()
-    """The states that a score compares "now" with."""
+    """The states that a score compares "now" with; "context" is not among them."""
+    weight: Callable[[Case, Mapping[str, tuple[Answer, ...]]], float] | None = None
+    """How much a case counts beside others in every mean (a text by its tokens); None: all alike."""
     fit: Callable[[Any, Sequence[str]], Scoring] | None = None
     """The scoring to use in a run, from its tokenizer and its texts; None where this one needs neither."""
 
@@ -94,6 +97,7 @@ class Derived:
     of: tuple[str, ...]
     """Ids of the metrics."""
     combine: Callable[[tuple[float, ...]], float]
+    """From their values in one state, as they are reported; not called where one is absent."""
     definition: str
     source: str
     scale: float = 1.0

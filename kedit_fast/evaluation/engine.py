@@ -1,0 +1,179 @@
+"""What a model answers to asks: one plan of rows for everything that all metrics of a run ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from kedit_fast.errors import KeditError
+from kedit_fast.evaluation.asks import (
+    Answer,
+    Ask,
+    Distributions,
+    DistributionsAnswer,
+    Forced,
+    ForcedAnswer,
+    Generated,
+    Likelihood,
+    LikelihoodAnswer,
+)
+from kedit_fast.evaluation.generation import generate
+from kedit_fast.evaluation.rows import Row, batches, prompt_of, rows_of
+from kedit_fast.models.forward import evaluating, last_states, pad
+from kedit_fast.models.view import ModelView
+from kedit_fast.requests.problems import require_no_problems
+from kedit_fast.requests.prompts import PromptFormat
+from kedit_fast.requests.spacing import AUTO, check_separator
+from kedit_fast.support.torch_state import plain_torch
+
+BATCH_TOKENS = 4096
+
+
+class Store(Protocol):
+    """Where answers are written as they come, so that a run that was killed goes on where it was."""
+
+    def get(self, ask: Ask, row: Row) -> Answer | None:
+        """An answer of an earlier run; None if there is none."""
+        ...
+
+    def add(self, answers: Mapping[Ask, Answer], rows: Mapping[Ask, Row]) -> None:
+        """Write the answers of one batch."""
+        ...
+
+
+@plain_torch()
+def answer(
+    view: ModelView,
+    tokenizer: Any,
+    asks: Iterable[Ask],
+    prompt_format: PromptFormat | None = None,
+    target_separator: str = AUTO,
+    progress: Callable[[int], Any] | None = None,
+    store: Store | None = None,
+) -> dict[Ask, Answer]:
+    """Answers of a model, as it is now, to asks; equal asks are answered once.
+
+    Args:
+        view: the model; nothing in it changes.
+        tokenizer: its tokenizer.
+        asks: in any order.
+        prompt_format: what makes prompts into the text that the model reads, but for asks that are `plain`.
+        target_separator: what stands between prompts and targets of asks that say "auto".
+        progress: called with the number of asks that were answered since the last call.
+        store: where answers are read and written.
+
+    Raises:
+        RequestError: asks that cannot be measured, all of them, by prompt; nothing has run.
+        KeditError: the model gives no finite probabilities for a prompt, which is named.
+    """
+    check_separator(target_separator)
+    rows, problems = rows_of(view, tokenizer, asks, prompt_format, target_separator)
+    require_no_problems(dict(enumerate(problems.values())))
+    return answer_rows(view, tokenizer, rows, progress, store)
+
+
+@plain_torch()
+def answer_rows(
+    view: ModelView,
+    tokenizer: Any,
+    rows: Mapping[Ask, Row],
+    progress: Callable[[int], Any] | None = None,
+    store: Store | None = None,
+) -> dict[Ask, Answer]:
+    """`answer` for asks whose rows were made and checked before."""
+    answers: dict[Ask, Answer] = {}
+    if store is not None:
+        answers = {ask: known for ask, row in rows.items() if (known := store.get(ask, row)) is not None}
+        if progress is not None and answers:
+            progress(len(answers))
+
+    def put(new: Mapping[Ask, Answer]) -> None:
+        answers.update(new)
+        if store is not None:
+            store.add(new, rows)
+        if progress is not None:
+            progress(len(new))
+
+    open_rows = {ask: row for ask, row in rows.items() if ask not in answers}
+    with evaluating(view), torch.no_grad():
+        _force(view, {ask: row for ask, row in open_rows.items() if isinstance(ask, Forced)}, put)
+        _read(view, {ask: row for ask, row in open_rows.items() if isinstance(ask, Likelihood | Distributions)}, put)
+        said = {ask: row for ask, row in open_rows.items() if isinstance(ask, Generated)}
+        generate(view, tokenizer, said, put)
+    return answers
+
+
+Put = Callable[[Mapping[Ask, Answer]], None]
+
+
+def _force(view: ModelView, rows: Mapping[Forced, Row], put: Put) -> None:
+    asks = list(rows)
+    for chunk in batches(range(len(asks)), lambda i: _length(rows[asks[i]]), BATCH_TOKENS):
+        part = [rows[asks[i]] for i in chunk]
+        hidden = last_states(view, pad([(*row.prompt, *row.target[:-1]) for row in part], view.device))
+        where = [(r, len(row.prompt) - 1 + t) for r, row in enumerate(part) for t in range(len(row.target))]
+        index = torch.tensor(where, device=hidden.device)
+        targets = torch.tensor([token for row in part for token in row.target], device=view.head.device)
+        states = hidden[index[:, 0], index[:, 1]].to(view.head.device)
+        log_probs, top = scored(view, states, targets, [asks[i] for i in chunk], [len(row.target) for row in part])
+        put({asks[i]: ForcedAnswer(rows[asks[i]].target, log_probs[j], top[j]) for j, i in enumerate(chunk)})
+
+
+def scored(
+    view: ModelView, states: torch.Tensor, targets: torch.Tensor, asks: Sequence[Ask], lengths: Sequence[int]
+) -> tuple[list[tuple[float, ...]], list[tuple[int, ...]]]:
+    """Of asks with so many states each: the log probabilities of their targets, and the most probable tokens.
+
+    Raises:
+        KeditError: a log probability that is not finite, by the prompt.
+    """
+    result = view.head.target_log_probs(states, targets, return_top1=True)
+    assert result.top1 is not None
+    require_finite(result.log_prob, asks, lengths)
+    log_probs = result.log_prob.cpu().split(list(lengths))
+    top = result.top1.cpu().split(list(lengths))
+    return [tuple(part.tolist()) for part in log_probs], [tuple(part.tolist()) for part in top]
+
+
+def require_finite(values: torch.Tensor, asks: Sequence[Ask], lengths: Sequence[int]) -> None:
+    """Raise KeditError unless all values are finite; `lengths` says how many belong to each ask."""
+    finite = torch.isfinite(values)
+    if bool(finite.all()):
+        return
+    owners = [ask for ask, length in zip(asks, lengths, strict=True) for _ in range(length)]
+    first = owners[int((~finite).int().argmax())]
+    raise KeditError(
+        f"the model gives no finite probabilities (NaN or infinite) for the prompt {prompt_of(first)[:80]!r}: its "
+        "weights hold such values, or its passes overflow in its dtype"
+    )
+
+
+def _read(view: ModelView, rows: Mapping[Ask, Row], put: Put) -> None:
+    asks = list(rows)
+    for chunk in batches(range(len(asks)), lambda i: len(rows[asks[i]].prompt), BATCH_TOKENS):
+        part = [rows[asks[i]].prompt for i in chunk]
+        hidden = last_states(view, pad(part, view.device))
+        texts = [j for j, i in enumerate(chunk) if isinstance(asks[i], Likelihood)]
+        answers: dict[Ask, Answer] = {}
+        if texts:
+            index = torch.tensor([(j, t) for j in texts for t in range(len(part[j]) - 1)], device=hidden.device)
+            targets = torch.tensor([token for j in texts for token in part[j][1:]], device=view.head.device)
+            states = hidden[index[:, 0], index[:, 1]].to(view.head.device)
+            asked = [asks[chunk[j]] for j in texts]
+            log_probs, _ = scored(view, states, targets, asked, [len(part[j]) - 1 for j in texts])
+            for j, log_prob in zip(texts, log_probs, strict=True):
+                answers[asks[chunk[j]]] = LikelihoodAnswer(part[j][1:], log_prob)
+        for j, i in enumerate(chunk):
+            ask = asks[i]
+            if isinstance(ask, Distributions):
+                states = hidden[j, : len(part[j])]
+                states = (states[-1:] if ask.last else states).cpu().clone()
+                require_finite(states.sum(1), [ask], [len(states)])
+                answers[ask] = DistributionsAnswer(states, view.head)
+        put(answers)
+
+
+def _length(row: Row) -> int:
+    return len(row.prompt) + max(len(row.target) - 1, 0)

@@ -1,0 +1,374 @@
+"""Metrics of a model before and after edits: what they ask, collected once, asked in each state, and averaged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+
+from kedit_fast.errors import InvalidArgumentError, RequestError
+from kedit_fast.evaluation.asks import Answer, Ask
+from kedit_fast.evaluation.engine import answer_rows
+from kedit_fast.evaluation.metric import Case, Derived, Measured, Metric, State, Unit
+from kedit_fast.evaluation.registry import PROMPTS, SCORINGS, select
+from kedit_fast.evaluation.results import STATES, CaseScore, Evaluation, RecordScore, Result, measured, record_score
+from kedit_fast.evaluation.rows import Row, rows_of
+from kedit_fast.models.architectures import ArchSpec
+from kedit_fast.models.view import ModelView
+from kedit_fast.patches.patch import Patch, merge
+from kedit_fast.requests.problems import require_no_problems
+from kedit_fast.requests.prompts import PromptFormat
+from kedit_fast.requests.reading import as_requests
+from kedit_fast.requests.request import EditRequest
+from kedit_fast.requests.spacing import AUTO, check_separator
+from kedit_fast.support.torch_state import plain_torch
+
+Average = Literal["record", "prompt"]
+Context = Callable[[EditRequest, str], str]
+"""From a request and one of its prompts to the prompt with the new fact in front."""
+Source = Literal["requests", "texts", "choices"]
+
+
+class Evaluator:
+    """Metrics of a model, state by state.
+
+    Everything is checked when it is made: names of metrics, and every prompt and target as tokens. `measure` then asks
+    the model, as it is at that moment, what all metrics need, each thing once; `result` averages.
+
+    Args:
+        model: a causal language model; nothing in it changes.
+        tokenizer: its tokenizer.
+        requests: as `Editor.edit` takes them.
+        metrics: see `registry.select`.
+        texts: for metrics over natural text.
+        choices: for metrics over multiple choice.
+        context: for the state "context": puts the new fact in front of a prompt.
+        prompt_format: what makes each prompt into the text that the model reads, for example `chat_format(tokenizer)`.
+        target_separator: what stands between prompts and targets of requests that say "auto".
+        spec: module names of an architecture that is not known.
+        average: "record": the mean of each record first; "prompt": over all prompts alike; None: as each metric says.
+        folder: where answers are written as they come, so that a run that was killed goes on; see `stored.py`.
+        progress: show a bar on stderr.
+
+    Raises:
+        RequestError: prompts that cannot be measured; it names all of them, by request.
+        InvalidArgumentError: no such metric or mean.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        requests: Iterable[EditRequest | Mapping[str, Any]],
+        metrics: str | Iterable[str] = "default",
+        *,
+        texts: Sequence[str] = (),
+        choices: Sequence[Any] = (),
+        context: Context | None = None,
+        prompt_format: PromptFormat | None = None,
+        target_separator: str = AUTO,
+        spec: ArchSpec | None = None,
+        average: Average | None = None,
+        folder: str | os.PathLike | None = None,
+        progress: bool = False,
+    ):
+        if average not in (None, "record", "prompt"):
+            raise InvalidArgumentError(f"average = {average!r}: choose record, prompt or None")
+        check_separator(target_separator)
+        self.model, self.tokenizer, self.spec = model, tokenizer, spec
+        self.requests = list(as_requests(requests))
+        self.metrics = select(metrics)
+        self.average: Average | None = average
+        self.progress = progress
+        self._context = context
+        self._settings = {"target_separator": target_separator, "prompt_format": prompt_format is not None}
+        self._records: dict[Source, Sequence[Any]] = {
+            "requests": self.requests,
+            "texts": tuple(texts),
+            "choices": tuple(choices),
+        }
+        self._answers: dict[tuple[State, Source, int], Mapping[Ask, Answer]] = {}
+        self._measured: set[State] = set()
+        self._check(ModelView(model, spec), prompt_format, target_separator)
+
+    @plain_torch()
+    def _check(self, view: ModelView, prompt_format: PromptFormat | None, target_separator: str) -> None:
+        """Collect cases and asks, and make rows of them; raises RequestError that names all that cannot be measured."""
+        self._cases: dict[str, list[tuple[Case, ...]]] = {}
+        self._asks: dict[tuple[str, str, bool], list[tuple[tuple[Ask, ...], ...]]] = {}
+        owners: dict[Ask, tuple[Source, int]] = {}
+        problems: dict[int, str] = {}
+        for metric in (metric for metric in self.metrics if isinstance(metric, Metric)):
+            source = PROMPTS[metric.prompts].over
+            if metric.prompts not in self._cases:
+                self._cases[metric.prompts] = [PROMPTS[metric.prompts].cases(r) for r in self._records[source]]
+            for in_context in (False, True)[: 2 if self._context is not None and source == "requests" else 1]:
+                key = metric.prompts, metric.scoring, in_context
+                if key in self._asks:
+                    continue
+                scoring = SCORINGS[metric.scoring]
+                self._asks[key] = []
+                for index, cases in enumerate(self._cases[metric.prompts]):
+                    try:
+                        asked = tuple(
+                            scoring.asks(self._in_context(case) if in_context else case, self.tokenizer)
+                            for case in cases
+                        )
+                    except RequestError as error:
+                        problems[len(problems)] = f"{self._name(source, index)}: {error}"
+                        asked = tuple(() for _ in cases)
+                    self._asks[key].append(asked)
+                    for ask in (ask for asks in asked for ask in asks):
+                        owners.setdefault(ask, (source, index))
+        self._rows, unusable = rows_of(view, self.tokenizer, owners, prompt_format, target_separator)
+        order: dict[Source, int] = {"requests": 0, "texts": 1, "choices": 2}
+        for ask in sorted(unusable, key=lambda ask: (order[owners[ask][0]], owners[ask][1])):
+            problems[len(problems)] = f"{self._name(*owners[ask])}: {unusable[ask]}"
+        require_no_problems(problems)
+
+    def _in_context(self, case: Case) -> Case:
+        assert self._context is not None
+        if not isinstance(case.record, EditRequest):
+            return case
+        return replace(case, prompt=self._context(case.record, case.prompt))
+
+    def _name(self, source: Source, index: int) -> str:
+        record = self._records[source][index]
+        kind = {"requests": "request", "texts": "text", "choices": "item"}[source]
+        id = getattr(record, "id", None)
+        return f"{kind} {index + 1}" if id is None else f"{kind} {id!r}"
+
+    @plain_torch()
+    def measure(
+        self, state: State = "final", requests: Sequence[int] | None = None, model: torch.nn.Module | None = None
+    ) -> None:
+        """Ask the model, as it is now, what all metrics need.
+
+        Args:
+            state: what to call it: "pre", "post", "final"; or "context", which puts the new fact in front.
+            requests: indices, from 0, of the requests to measure, and nothing but requests; None for everything.
+            model: another one of the same tokenizer, such as the unedited one; None for that of the evaluator.
+
+        Raises:
+            KeditError: the model gives no finite probabilities for a prompt, which is named.
+        """
+        if state not in STATES:
+            raise InvalidArgumentError(f"state {state!r}: choose {', '.join(STATES)}")
+        if state == "context" and self._context is None:
+            raise InvalidArgumentError('the state "context" needs what puts facts in front of prompts: context=')
+        view = ModelView(self.model if model is None else model, self.spec)
+        chosen = self._chosen(state, requests)
+        asks = dict.fromkeys(
+            ask
+            for (prompts, _, in_context), by_record in self._asks.items()
+            if in_context == (state == "context")
+            for index in chosen[PROMPTS[prompts].over]
+            for case_asks in by_record[index]
+            for ask in case_asks
+        )
+        rows: dict[Ask, Row] = {ask: self._rows[ask] for ask in asks}
+        with tqdm(total=len(rows), desc=f"evaluating ({state})", unit="ask", disable=not self.progress) as bar:
+            answers = answer_rows(view, self.tokenizer, rows, bar.update)
+        for source, indices in chosen.items():
+            for index in indices:
+                self._answers[state, source, index] = answers
+        self._measured.add(state)
+
+    def _chosen(self, state: State, requests: Sequence[int] | None) -> dict[Source, Sequence[int]]:
+        everything: dict[Source, Sequence[int]] = {s: range(len(records)) for s, records in self._records.items()}
+        if requests is None:
+            return everything if state != "context" else {**everything, "texts": (), "choices": ()}
+        if outside := [index for index in requests if not 0 <= index < len(self.requests)]:
+            raise InvalidArgumentError(f"request {outside[0]} is out of range: there are {len(self.requests)}, from 0")
+        return {"requests": tuple(requests), "texts": (), "choices": ()}
+
+    def result(self) -> Evaluation:
+        """The metrics of all states that were measured."""
+        results: dict[str, Result] = {}
+        scores: dict[str, tuple[RecordScore, ...]] = {}
+        for metric in (metric for metric in self.metrics if isinstance(metric, Metric)):
+            results[metric.id], scores[metric.id] = self._of(metric)
+        pending = [metric for metric in self.metrics if isinstance(metric, Derived)]
+        while pending:
+            ready = [metric for metric in pending if all(part in results for part in metric.of)]
+            if not ready:
+                raise InvalidArgumentError(f"{pending[0].id} is derived from itself")
+            for metric in ready:
+                results[metric.id] = _derived(metric, results)
+            pending = [metric for metric in pending if metric.id not in results]
+        context = {
+            "model": getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__,
+            "requests": len(self.requests),
+            "texts": len(self._records["texts"]),
+            "choices": len(self._records["choices"]),
+            "average": self.average or "as each metric says",
+            **self._settings,
+        }
+        ordered = {metric.id: results[metric.id] for metric in self.metrics}
+        return Evaluation(ordered, scores, context)
+
+    def _of(self, metric: Metric) -> tuple[Result, tuple[RecordScore, ...]]:
+        source = PROMPTS[metric.prompts].over
+        needed = SCORINGS[metric.scoring].states
+        missing = [state for state in needed if state not in self._measured]
+        states: list[State] = [state for state in STATES if state in self._measured]
+        if source != "requests":
+            states = [state for state in states if any(key[:2] == (state, source) for key in self._answers)]
+        reason = f"it compares with the state {missing[0]}, which was not measured" if missing else ""
+        states = [] if missing else states
+        unit = self._unit(metric)
+        records = [self._record(metric, source, indices, states) for indices in self._groups(source, unit)]
+        result: dict[State, Measured] = {}
+        for state in states:
+            counting = [
+                (record.scores[state], sum(c.weights[state] for c in record.cases if state in c.scores))
+                for record in records
+                if state in record.scores
+            ]
+            cases = sum(state in c.scores for record in records for c in record.cases)
+            result[state] = measured(counting, cases, unit, metric.scale)
+        return Result(metric, result, unit, reason), tuple(r for r in records if r.scores)
+
+    def _unit(self, metric: Metric) -> Unit:
+        if self.average == "prompt":
+            return "prompt"
+        return "request" if self.average == "record" and metric.unit == "prompt" else metric.unit
+
+    def _groups(self, source: Source, unit: Unit) -> list[tuple[int, ...]]:
+        """Records that are scored together, by index."""
+        records = self._records[source]
+        if unit != "group" or source != "requests":
+            return [(index,) for index in range(len(records))]
+        groups: dict[Any, list[int]] = {}
+        for index, record in enumerate(records):
+            name = getattr(record, "group", None)
+            groups.setdefault(("group", name) if name is not None else ("request", index), []).append(index)
+        return [tuple(indices) for indices in groups.values()]
+
+    def _record(self, metric: Metric, source: Source, indices: Sequence[int], states: Sequence[State]) -> RecordScore:
+        cases = [one for index in indices for one in self._case_scores(metric, source, index, states)]
+        scores: dict[State, float] = {}
+        for state in states:
+            counting = [(c.case.name, c.scores[state], c.weights[state]) for c in cases if state in c.scores]
+            if counting and all((state, source, index) in self._answers for index in indices):
+                scores[state] = record_score(metric.within, counting)[0]
+        first = self._records[source][indices[0]]
+        group = getattr(first, "group", None) if len(indices) > 1 else None
+        id = group if group is not None else getattr(first, "id", None)
+        name = str(id) if id is not None else first.label if isinstance(first, EditRequest) else ""
+        return RecordScore(indices[0] + 1, name, scores, tuple(cases))
+
+    def _case_scores(self, metric: Metric, source: Source, index: int, states: Sequence[State]) -> Iterable[CaseScore]:
+        scoring = SCORINGS[metric.scoring]
+        plain = self._asks[metric.prompts, metric.scoring, False][index]
+        for place, case in enumerate(self._cases[metric.prompts][index]):
+            answers: dict[State, tuple[Answer, ...]] = {}
+            for state in STATES:
+                if (known := self._answers.get((state, source, index))) is None:
+                    continue
+                in_context = state == "context"
+                asks = self._asks[metric.prompts, metric.scoring, True][index] if in_context else plain
+                answers[state] = tuple(known[ask] for ask in asks[place])
+            scores: dict[State, float] = {}
+            weights: dict[State, float] = {}
+            for state in (state for state in states if state in answers):
+                if any(other not in answers for other in scoring.states):
+                    continue
+                given: dict[str, tuple[Answer, ...]] = {"now": answers[state], **{other: answers[other] for other in scoring.states}}
+                score = scoring.score(case, given)
+                if score is not None:
+                    scores[state] = float(score)
+                    weights[state] = 1.0 if scoring.weight is None else float(scoring.weight(case, given))
+            yield CaseScore(case, scores, answers, weights)
+
+
+def _derived(metric: Derived, results: Mapping[str, Result]) -> Result:
+    states: dict[State, Measured] = {}
+    for state in STATES:
+        parts = [results[name].states.get(state) for name in metric.of]
+        if any(part is None for part in parts):
+            continue
+        there = [part for part in parts if part is not None]
+        values = [part.value for part in there if part.value is not None]
+        value = metric.combine(tuple(values)) * metric.scale if len(values) == len(parts) else None
+        records = min((part.records for part in there), default=0)
+        states[state] = Measured(value, records, sum(part.prompts for part in there), None)
+    return Result(metric, states, None)
+
+
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    requests: Iterable[EditRequest | Mapping[str, Any]],
+    metrics: str | Iterable[str] = "default",
+    *,
+    base: torch.nn.Module | None = None,
+    patches: Sequence[Patch | str | os.PathLike] = (),
+    texts: Sequence[str] = (),
+    choices: Sequence[Any] = (),
+    context: Context | None = None,
+    prompt_format: PromptFormat | None = None,
+    target_separator: str = AUTO,
+    spec: ArchSpec | None = None,
+    average: Average | None = None,
+    folder: str | os.PathLike | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure what edits did to a model: each metric before and after.
+
+    Args:
+        model: the edited model; with `patches`, the unedited one, which has them for as long as it is measured.
+        tokenizer: its tokenizer.
+        requests, metrics, texts, choices, context, prompt_format, target_separator, spec, average, folder, progress:
+            see `Evaluator`.
+        base: the unedited model; None: there are no values of before, unless `patches` are given.
+        patches: patches of the model, or their files, in the order they were made.
+
+    Returns:
+        `Evaluation`: of `base`, or the model without its patches, as "pre"; of the edited model as "final"; with
+        `context`, of the unedited one with the new facts in front of the prompts as "context".
+
+    Raises:
+        RequestError: prompts that cannot be measured; nothing has run.
+        PatchError: patches of another model, or that do not follow each other; nothing has run.
+        KeditError: the model gives no finite probabilities for a prompt, which is named.
+    """
+    if base is not None and len(patches):
+        raise InvalidArgumentError("give the unedited model as base, or patches of the model, not both")
+    evaluator = Evaluator(
+        model,
+        tokenizer,
+        requests,
+        metrics,
+        texts=texts,
+        choices=choices,
+        context=context,
+        prompt_format=prompt_format,
+        target_separator=target_separator,
+        spec=spec,
+        average=average,
+        folder=folder,
+        progress=progress,
+    )
+    prepared = None
+    if len(patches):
+        loaded = [patch if isinstance(patch, Patch) else Patch.load(patch) for patch in patches]
+        prepared = (loaded[0] if len(loaded) == 1 else merge(loaded)).prepare(model)
+    unedited = model if prepared is not None else base
+    if unedited is not None:
+        evaluator.measure("pre", model=unedited)
+    if context is not None:
+        evaluator.measure("context", model=unedited)
+    if prepared is None:
+        evaluator.measure("final")
+    else:
+        applied = prepared.swap_()
+        try:
+            evaluator.measure("final")
+        finally:
+            applied.revert_()
+    return evaluator.result()

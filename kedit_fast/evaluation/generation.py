@@ -1,0 +1,136 @@
+"""How a model continues prompts: in batches that finished texts leave, with draws that depend on the prompt alone."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from kedit_fast.errors import KeditError
+from kedit_fast.evaluation.asks import Answer, Ask, Generated, GeneratedAnswer
+from kedit_fast.evaluation.rows import Row, batches
+from kedit_fast.models.forward import last_states, pad
+from kedit_fast.models.view import ModelView
+
+BATCH_TOKENS = 4096
+
+
+def generate(
+    view: ModelView,
+    tokenizer: Any,
+    rows: Mapping[Generated, Row],
+    put: Callable[[Mapping[Ask, Answer]], None],
+) -> None:
+    """Continue prompts, and `put` the answers as they come.
+
+    Greedy texts take the lowest of the most probable tokens. Drawn ones take the token in whose share of the `top_k`
+    probabilities, the largest first, a uniform number falls; numbers are those of a generator for each prompt.
+
+    Raises:
+        KeditError: the model gives no finite probabilities for a prompt, which is named.
+    """
+    asks = list(rows)
+    ends = end_tokens(view, tokenizer)
+    for chunk in batches(range(len(asks)), lambda i: len(rows[asks[i]].prompt) + rows[asks[i]].new, BATCH_TOKENS):
+        texts = [Text(tokenizer, asks[i], rows[asks[i]], ends) for i in chunk]
+        active = [text for text in texts if not text.is_done]
+        put({text.ask: text.answer() for text in texts if text.is_done})
+        while active:
+            hidden = last_states(view, pad([text.ids for text in active], view.device))
+            at = torch.tensor([len(text.ids) - 1 for text in active], device=hidden.device)
+            tokens = next_tokens(view, hidden[torch.arange(len(active), device=hidden.device), at], active)
+            for text, token in zip(active, tokens, strict=True):
+                text.take(token)
+            put({text.ask: text.answer() for text in active if text.is_done})
+            active = [text for text in active if not text.is_done]
+
+
+class Text:
+    """One text while it is generated."""
+
+    def __init__(self, tokenizer: Any, ask: Generated, row: Row, ends: Collection[int]):
+        self.ask = ask
+        self._tokenizer = tokenizer
+        self._prompt = row.prompt
+        self._new: list[int] = []
+        self._limit = row.new
+        self._ends = ends
+        self._ended = False
+        draws = row.new if ask.top_k > 1 else 0
+        generator = torch.Generator().manual_seed(_seed(ask.seed, row.prompt))
+        self._draws = torch.rand(draws, generator=generator, dtype=torch.float64).tolist()
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The tokens so far."""
+        return (*self._prompt, *self._new)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is to be added."""
+        return self._ended or len(self._new) >= self._limit
+
+    @property
+    def draw(self) -> float:
+        """The uniform number for the next token."""
+        return self._draws[len(self._new)]
+
+    def take(self, token: int) -> None:
+        """Add a token, or end."""
+        if token in self._ends:
+            self._ended = True
+            return
+        self._new.append(token)
+        if self.ask.stops and _stop(self._said(), self.ask.stops) is not None:
+            self._ended = True
+
+    def answer(self) -> GeneratedAnswer:
+        """The text as it is."""
+        said = self._said()
+        return GeneratedAnswer(self._prompt, tuple(self._new), said[: _stop(said, self.ask.stops)], self._ended)
+
+    def _said(self) -> str:
+        return self._tokenizer.decode(self._new, skip_special_tokens=True)
+
+
+def _seed(seed: int, prompt: Sequence[int]) -> int:
+    digest = hashlib.sha256(repr((seed, tuple(prompt))).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def _stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the first stop begins; None if there is none."""
+    return min((place for stop in stops if stop and (place := text.find(stop)) >= 0), default=None)
+
+
+def end_tokens(view: ModelView, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end a text: of the model's generation configuration, of its configuration, of the tokenizer."""
+    named = [
+        getattr(owner, "eos_token_id", None)
+        for owner in (getattr(view.model, "generation_config", None), view.config, tokenizer)
+    ]
+    lists = (ids if isinstance(ids, list | tuple) else [ids] for ids in named)
+    return frozenset(token for token in itertools.chain.from_iterable(lists) if isinstance(token, int))
+
+
+def next_tokens(view: ModelView, states: torch.Tensor, texts: Sequence[Text]) -> list[int]:
+    """The next token of each text from its last state [R, h]."""
+    logits = view.head.logits(states)
+    greedy = logits.argmax(1)
+    if not bool((finite := torch.isfinite(logits.gather(1, greedy[:, None])[:, 0])).all()):
+        first = texts[int((~finite).int().argmax())]
+        raise KeditError(
+            f"the model gives no finite probabilities (NaN or infinite) for the prompt {first.ask.prompt[:80]!r}: its "
+            "weights hold such values, or its passes overflow in its dtype"
+        )
+    tokens = greedy.tolist()
+    for r, text in enumerate(texts):
+        if text.ask.top_k > 1:
+            best = logits[r].topk(min(text.ask.top_k, logits.shape[1]))
+            shares = torch.softmax(best.values.double(), 0).cumsum(0).cpu()
+            place = int(torch.searchsorted(shares, text.draw * float(shares[-1]), right=True))
+            tokens[r] = int(best.indices[min(place, len(shares) - 1)])
+    return tokens

@@ -1,0 +1,104 @@
+"""Asks as rows of token ids, and which of them a model cannot take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kedit_fast.errors import RequestError
+from kedit_fast.evaluation.asks import Ask, Distributions, Forced, Generated, Likelihood
+from kedit_fast.models.forward import unknown_token
+from kedit_fast.models.view import ModelView
+from kedit_fast.requests.prompts import PromptFormat, continuation
+from kedit_fast.requests.spacing import AUTO
+
+
+@dataclass(frozen=True)
+class Row:
+    """An ask as token ids."""
+
+    prompt: tuple[int, ...]
+    """The tokens of a prompt, or of a text."""
+    target: tuple[int, ...] = ()
+    """Of a forced target."""
+    new: int = 0
+    """The largest number of tokens to generate."""
+
+
+def rows_of(
+    view: ModelView,
+    tokenizer: Any,
+    asks: Iterable[Ask],
+    prompt_format: PromptFormat | None = None,
+    target_separator: str = AUTO,
+) -> tuple[dict[Ask, Row], dict[Ask, str]]:
+    """Rows of asks, each once, in order; and for each ask that cannot be measured why not, with its prompt.
+
+    Args:
+        view: the model that will run.
+        tokenizer: its tokenizer.
+        asks: any number of equal ones count as one.
+        prompt_format: what makes prompts into the text that the model reads.
+        target_separator: what stands between prompts and targets of asks that say "auto".
+    """
+    rows: dict[Ask, Row] = {}
+    problems: dict[Ask, str] = {}
+    for ask in dict.fromkeys(asks):
+        try:
+            rows[ask] = _row(view, tokenizer, ask, prompt_format, target_separator)
+        except RequestError as error:
+            problems[ask] = str(error)
+    return rows, problems
+
+
+def _row(view: ModelView, tokenizer: Any, ask: Ask, prompt_format: PromptFormat | None, target_separator: str) -> Row:
+    if isinstance(ask, Likelihood | Distributions):
+        length = min(ask.max_tokens, view.max_length)
+        ids = tuple(tokenizer(ask.text, truncation=True, max_length=length)["input_ids"])
+        least = 2 if isinstance(ask, Likelihood) else 1
+        if len(ids) < least:
+            raise RequestError(f"the text {ask.text[:40]!r} has {len(ids)} tokens, and {least} are needed")
+        if problem := unknown_token(tokenizer, ids, view.vocabulary):
+            raise RequestError(f"the text that begins {ask.text[:40]!r}: {problem}")
+        return Row(ids)
+    written = None if ask.plain else prompt_format
+    target, separator = (ask.target, ask.separator) if isinstance(ask, Forced) else ("", AUTO)
+    if isinstance(ask, Forced) and not target.strip():
+        raise RequestError(f"the prompt {ask.prompt!r} has an empty target")
+    separator = target_separator if separator == AUTO else separator
+    prompt, tokens = continuation(tokenizer, ask.prompt, target, written, separator)
+    if not prompt:
+        raise RequestError(f"the prompt {ask.prompt!r} has no tokens")
+    if problem := unknown_token(tokenizer, [*prompt, *tokens], view.vocabulary):
+        raise RequestError(f"the prompt {ask.prompt!r} with its target: {problem}")
+    new, length = 0, len(prompt) + len(tokens) - 1
+    if isinstance(ask, Generated):
+        new = max(0, ask.tokens - len(prompt) if ask.total else ask.tokens)
+        length = len(prompt) + max(new - 1, 0)
+    if length > view.max_length:
+        beside = "target" if tokens else "those to generate"
+        raise RequestError(
+            f"{length} tokens with {beside} in a prompt that begins {ask.prompt[:40]!r}, the model takes "
+            f"{view.max_length}"
+        )
+    return Row(tuple(prompt), tokens, new)
+
+
+def prompt_of(ask: Ask) -> str:
+    """The text that an ask begins with."""
+    return ask.text if isinstance(ask, Likelihood | Distributions) else ask.prompt
+
+
+def batches(rows: Sequence[int], length: Callable[[int], int], tokens: int) -> Iterable[list[int]]:
+    """Row numbers in batches of at most `tokens` tokens with padding, the longest first; at least one row each."""
+    order = sorted(rows, key=length, reverse=True)
+    begin = 0
+    while begin < len(order):
+        count = max(1, tokens // max(1, length(order[begin])))
+        yield order[begin : begin + count]
+        begin += count
+
+
+Names = Mapping[Ask, str]
+"""Whose prompt an ask is, for messages."""
