@@ -110,9 +110,9 @@ Put = Callable[[Mapping[Ask, Answer]], None]
 
 def _force(view: ModelView, rows: Mapping[Forced, Row], put: Put) -> None:
     asks = list(rows)
-    for chunk in batches(range(len(asks)), lambda i: _length(rows[asks[i]]), BATCH_TOKENS):
+    for chunk in batches(range(len(asks)), lambda i: rows[asks[i]].length, BATCH_TOKENS):
         part = [rows[asks[i]] for i in chunk]
-        hidden = last_states(view, pad([(*row.prompt, *row.target[:-1]) for row in part], view.device))
+        hidden = last_states(view, pad([(*row.prompt, *row.read) for row in part], view.device))
         where = [(r, len(row.prompt) - 1 + t) for r, row in enumerate(part) for t in range(len(row.target))]
         index = torch.tensor(where, device=hidden.device)
         targets = torch.tensor([token for row in part for token in row.target], device=view.head.device)
@@ -173,7 +173,3 @@ def _read(view: ModelView, rows: Mapping[Ask, Row], put: Put) -> None:
                 require_finite(states.sum(1), [ask], [len(states)])
                 answers[ask] = DistributionsAnswer(states, view.head)
         put(answers)
-
-
-def _length(row: Row) -> int:
-    return len(row.prompt) + max(len(row.target) - 1, 0)

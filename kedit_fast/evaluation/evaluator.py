@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from kedit_fast.errors import InvalidArgumentError, RequestError
 from kedit_fast.evaluation.asks import Answer, Ask
 from kedit_fast.evaluation.engine import answer_rows
-from kedit_fast.evaluation.metric import Case, Derived, Measured, Metric, State, Unit
+from kedit_fast.evaluation.metric import Case, Derived, Measured, Metric, Scoring, State, Unit
 from kedit_fast.evaluation.registry import PROMPTS, SCORINGS, select
 from kedit_fast.evaluation.results import STATES, CaseScore, Evaluation, RecordScore, Result, measured, record_score
 from kedit_fast.evaluation.rows import Row, rows_of
@@ -30,7 +30,8 @@ from kedit_fast.support.torch_state import plain_torch
 Average = Literal["record", "prompt"]
 Context = Callable[[EditRequest, str], str]
 """From a request and one of its prompts to the prompt with the new fact in front."""
-Source = Literal["requests", "texts", "choices"]
+Source = Literal["requests", "groups", "texts", "choices"]
+_KINDS: dict[Source, str] = {"requests": "request", "groups": "group", "texts": "text", "choices": "item"}
 
 
 class Evaluator:
@@ -86,61 +87,72 @@ class Evaluator:
         self.progress = progress
         self._context = context
         self._settings = {"target_separator": target_separator, "prompt_format": prompt_format is not None}
+        self._groups = _groups(self.requests)
         self._records: dict[Source, Sequence[Any]] = {
             "requests": self.requests,
+            "groups": [
+                tuple(self.requests[i] for i in group) for group in self._groups if _is_group(self.requests, group)
+            ],
             "texts": tuple(texts),
             "choices": tuple(choices),
         }
         self._answers: dict[tuple[State, Source, int], Mapping[Ask, Answer]] = {}
-        self._measured: set[State] = set()
+        self._measured: set[tuple[State, Source]] = set()
         self._check(ModelView(model, spec), prompt_format, target_separator)
 
     @plain_torch()
     def _check(self, view: ModelView, prompt_format: PromptFormat | None, target_separator: str) -> None:
         """Collect cases and asks, and make rows of them; raises RequestError that names all that cannot be measured."""
         self._cases: dict[str, list[tuple[Case, ...]]] = {}
+        self._scorings: dict[str, Scoring] = {}
         self._asks: dict[tuple[str, str, bool], list[tuple[tuple[Ask, ...], ...]]] = {}
         owners: dict[Ask, tuple[Source, int]] = {}
         problems: dict[int, str] = {}
         for metric in (metric for metric in self.metrics if isinstance(metric, Metric)):
-            source = PROMPTS[metric.prompts].over
+            prompts = PROMPTS[metric.prompts]
+            records = self._records[prompts.over]
             if metric.prompts not in self._cases:
-                self._cases[metric.prompts] = [PROMPTS[metric.prompts].cases(r) for r in self._records[source]]
-            for in_context in (False, True)[: 2 if self._context is not None and source == "requests" else 1]:
+                beside = (records,) if prompts.beside else ()
+                self._cases[metric.prompts] = [prompts.cases(record, *beside) for record in records]
+            if metric.scoring not in self._scorings:
+                scoring = SCORINGS[metric.scoring]
+                fitted = scoring if scoring.fit is None else scoring.fit(self.tokenizer, self._records["texts"])
+                self._scorings[metric.scoring] = fitted
+            scoring = self._scorings[metric.scoring]
+            has_context = self._context is not None and prompts.over in ("requests", "groups")
+            for in_context in (False, True) if has_context else (False,):
                 key = metric.prompts, metric.scoring, in_context
                 if key in self._asks:
                     continue
-                scoring = SCORINGS[metric.scoring]
                 self._asks[key] = []
                 for index, cases in enumerate(self._cases[metric.prompts]):
                     try:
-                        asked = tuple(
-                            scoring.asks(self._in_context(case) if in_context else case, self.tokenizer)
-                            for case in cases
-                        )
+                        given = [self._in_context(case) for case in cases] if in_context else cases
+                        asked = tuple(scoring.asks(case, self.tokenizer) for case in given)
                     except RequestError as error:
-                        problems[len(problems)] = f"{self._name(source, index)}: {error}"
+                        problems[len(problems)] = f"{self._name(prompts.over, index)}: {error}"
                         asked = tuple(() for _ in cases)
                     self._asks[key].append(asked)
                     for ask in (ask for asks in asked for ask in asks):
-                        owners.setdefault(ask, (source, index))
+                        owners.setdefault(ask, (prompts.over, index))
         self._rows, unusable = rows_of(view, self.tokenizer, owners, prompt_format, target_separator)
-        order: dict[Source, int] = {"requests": 0, "texts": 1, "choices": 2}
-        for ask in sorted(unusable, key=lambda ask: (order[owners[ask][0]], owners[ask][1])):
+        order = list(_KINDS)
+        for ask in sorted(unusable, key=lambda ask: (order.index(owners[ask][0]), owners[ask][1])):
             problems[len(problems)] = f"{self._name(*owners[ask])}: {unusable[ask]}"
         require_no_problems(problems)
 
     def _in_context(self, case: Case) -> Case:
         assert self._context is not None
-        if not isinstance(case.record, EditRequest):
-            return case
-        return replace(case, prompt=self._context(case.record, case.prompt))
+        records = case.record if isinstance(case.record, tuple) else (case.record,)
+        prompt = case.prompt
+        for request in (record for record in reversed(records) if isinstance(record, EditRequest)):
+            prompt = self._context(request, prompt)
+        return replace(case, prompt=prompt)
 
     def _name(self, source: Source, index: int) -> str:
         record = self._records[source][index]
-        kind = {"requests": "request", "texts": "text", "choices": "item"}[source]
-        id = getattr(record, "id", None)
-        return f"{kind} {index + 1}" if id is None else f"{kind} {id!r}"
+        id = getattr(record[0], "group", None) if source == "groups" else getattr(record, "id", None)
+        return f"{_KINDS[source]} {index + 1 if id is None else repr(id)}"
 
     @plain_torch()
     def measure(
@@ -149,42 +161,56 @@ class Evaluator:
         """Ask the model, as it is now, what all metrics need.
 
         Args:
-            state: what to call it: "pre", "post", "final"; or "context", which puts the new fact in front.
-            requests: indices, from 0, of the requests to measure, and nothing but requests; None for everything.
+            state: what to call it: "pre", "post", "final"; or "context", which puts the new fact in front. "post"
+                measures the state "first" of groups, too.
+            requests: indices, from 0, of the requests to measure, and nothing but requests; None for everything. For
+                "post" they are those of the batch that was written last.
             model: another one of the same tokenizer, such as the unedited one; None for that of the evaluator.
 
         Raises:
             KeditError: the model gives no finite probabilities for a prompt, which is named.
         """
-        if state not in STATES:
-            raise InvalidArgumentError(f"state {state!r}: choose {', '.join(STATES)}")
+        if state not in STATES or state == "first":
+            raise InvalidArgumentError(f"state {state!r}: choose pre, context, post or final")
         if state == "context" and self._context is None:
             raise InvalidArgumentError('the state "context" needs what puts facts in front of prompts: context=')
+        if outside := [index for index in requests or () if not 0 <= index < len(self.requests)]:
+            raise InvalidArgumentError(f"request {outside[0]} is out of range: there are {len(self.requests)}, from 0")
         view = ModelView(self.model if model is None else model, self.spec)
-        chosen = self._chosen(state, requests)
+        chosen = self._chosen(state, range(len(self.requests)) if requests is None else requests, requests is None)
         asks = dict.fromkeys(
             ask
             for (prompts, _, in_context), by_record in self._asks.items()
             if in_context == (state == "context")
-            for index in chosen[PROMPTS[prompts].over]
+            for _, source, index in chosen
+            if source == PROMPTS[prompts].over
             for case_asks in by_record[index]
             for ask in case_asks
         )
         rows: dict[Ask, Row] = {ask: self._rows[ask] for ask in asks}
         with tqdm(total=len(rows), desc=f"evaluating ({state})", unit="ask", disable=not self.progress) as bar:
             answers = answer_rows(view, self.tokenizer, rows, bar.update)
-        for source, indices in chosen.items():
-            for index in indices:
-                self._answers[state, source, index] = answers
-        self._measured.add(state)
+        self._answers.update(dict.fromkeys(chosen, answers))
+        self._measured.update(key[:2] for key in chosen)
 
-    def _chosen(self, state: State, requests: Sequence[int] | None) -> dict[Source, Sequence[int]]:
-        everything: dict[Source, Sequence[int]] = {s: range(len(records)) for s, records in self._records.items()}
-        if requests is None:
-            return everything if state != "context" else {**everything, "texts": (), "choices": ()}
-        if outside := [index for index in requests if not 0 <= index < len(self.requests)]:
-            raise InvalidArgumentError(f"request {outside[0]} is out of range: there are {len(self.requests)}, from 0")
-        return {"requests": tuple(requests), "texts": (), "choices": ()}
+    def _chosen(self, state: State, requests: Sequence[int], everything: bool) -> list[tuple[State, Source, int]]:
+        """The records that a call measures, each with its state."""
+        chosen: list[tuple[State, Source, int]] = [(state, "requests", index) for index in requests]
+        batch, number = set(requests), 0
+        for group in self._groups:
+            begins, ends = group[0] in batch, group[-1] in batch
+            if state == "post" and begins:
+                chosen += [("first", "requests", index) for index in group]
+            if _is_group(self.requests, group):
+                if begins and state == "post":
+                    chosen.append(("first", "groups", number))
+                if ends and (state == "post" or batch.issuperset(group)):
+                    chosen.append((state, "groups", number))
+                number += 1
+        if everything and state != "context":
+            chosen += [(state, "texts", index) for index in range(len(self._records["texts"]))]
+            chosen += [(state, "choices", index) for index in range(len(self._records["choices"]))]
+        return chosen
 
     def result(self) -> Evaluation:
         """The metrics of all states that were measured."""
@@ -202,9 +228,7 @@ class Evaluator:
             pending = [metric for metric in pending if metric.id not in results]
         context = {
             "model": getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__,
-            "requests": len(self.requests),
-            "texts": len(self._records["texts"]),
-            "choices": len(self._records["choices"]),
+            **{source: len(records) for source, records in self._records.items()},
             "average": self.average or "as each metric says",
             **self._settings,
         }
@@ -212,16 +236,12 @@ class Evaluator:
         return Evaluation(ordered, scores, context)
 
     def _of(self, metric: Metric) -> tuple[Result, tuple[RecordScore, ...]]:
-        source = PROMPTS[metric.prompts].over
-        needed = SCORINGS[metric.scoring].states
-        missing = [state for state in needed if state not in self._measured]
-        states: list[State] = [state for state in STATES if state in self._measured]
-        if source != "requests":
-            states = [state for state in states if any(key[:2] == (state, source) for key in self._answers)]
-        reason = f"it compares with the state {missing[0]}, which was not measured" if missing else ""
+        source: Source = PROMPTS[metric.prompts].over
+        missing = [state for state in self._scorings[metric.scoring].states if (state, source) not in self._measured]
+        states: list[State] = [state for state in STATES if (state, source) in self._measured]
         states = [] if missing else states
         unit = self._unit(metric)
-        records = [self._record(metric, source, indices, states) for indices in self._groups(source, unit)]
+        records = [self._record(metric, source, indices, states) for indices in self._scored_together(source, unit)]
         result: dict[State, Measured] = {}
         for state in states:
             counting = [
@@ -229,8 +249,9 @@ class Evaluator:
                 for record in records
                 if state in record.scores
             ]
-            cases = sum(state in c.scores for record in records for c in record.cases)
+            cases = sum(state in c.scores for record in records if state in record.scores for c in record.cases)
             result[state] = measured(counting, cases, unit, metric.scale)
+        reason = f"it compares with the state {missing[0]!r}, which was not measured" if missing else ""
         return Result(metric, result, unit, reason), tuple(r for r in records if r.scores)
 
     def _unit(self, metric: Metric) -> Unit:
@@ -238,16 +259,11 @@ class Evaluator:
             return "prompt"
         return "request" if self.average == "record" and metric.unit == "prompt" else metric.unit
 
-    def _groups(self, source: Source, unit: Unit) -> list[tuple[int, ...]]:
-        """Records that are scored together, by index."""
-        records = self._records[source]
-        if unit != "group" or source != "requests":
-            return [(index,) for index in range(len(records))]
-        groups: dict[Any, list[int]] = {}
-        for index, record in enumerate(records):
-            name = getattr(record, "group", None)
-            groups.setdefault(("group", name) if name is not None else ("request", index), []).append(index)
-        return [tuple(indices) for indices in groups.values()]
+    def _scored_together(self, source: Source, unit: Unit) -> list[tuple[int, ...]]:
+        """Indices of the records that have one score."""
+        if unit == "group" and source == "requests":
+            return self._groups
+        return [(index,) for index in range(len(self._records[source]))]
 
     def _record(self, metric: Metric, source: Source, indices: Sequence[int], states: Sequence[State]) -> RecordScore:
         cases = [one for index in indices for one in self._case_scores(metric, source, index, states)]
@@ -257,33 +273,45 @@ class Evaluator:
             if counting and all((state, source, index) in self._answers for index in indices):
                 scores[state] = record_score(metric.within, counting)[0]
         first = self._records[source][indices[0]]
-        group = getattr(first, "group", None) if len(indices) > 1 else None
-        id = group if group is not None else getattr(first, "id", None)
-        name = str(id) if id is not None else first.label if isinstance(first, EditRequest) else ""
-        return RecordScore(indices[0] + 1, name, scores, tuple(cases))
+        if source == "groups":
+            id, label = first[0].group, ""
+        else:
+            id, label = getattr(first, "id", None), first.label if isinstance(first, EditRequest) else ""
+            id = getattr(first, "group", None) if len(indices) > 1 else id
+        return RecordScore(indices[0] + 1, label if id is None else str(id), scores, tuple(cases))
 
-    def _case_scores(self, metric: Metric, source: Source, index: int, states: Sequence[State]) -> Iterable[CaseScore]:
-        scoring = SCORINGS[metric.scoring]
-        plain = self._asks[metric.prompts, metric.scoring, False][index]
+    def _case_scores(self, metric: Metric, source: Source, index: int, states: Sequence[State]) -> Iterator[CaseScore]:
+        scoring = self._scorings[metric.scoring]
         for place, case in enumerate(self._cases[metric.prompts][index]):
-            answers: dict[State, tuple[Answer, ...]] = {}
+            answers: dict[str, tuple[Answer, ...]] = {}
             for state in STATES:
-                if (known := self._answers.get((state, source, index))) is None:
-                    continue
-                in_context = state == "context"
-                asks = self._asks[metric.prompts, metric.scoring, True][index] if in_context else plain
-                answers[state] = tuple(known[ask] for ask in asks[place])
+                if (known := self._answers.get((state, source, index))) is not None:
+                    asks = self._asks[metric.prompts, metric.scoring, state == "context"][index]
+                    answers[state] = tuple(known[ask] for ask in asks[place])
             scores: dict[State, float] = {}
             weights: dict[State, float] = {}
-            for state in (state for state in states if state in answers):
-                if any(other not in answers for other in scoring.states):
+            for state in states:
+                if state not in answers or any(other not in answers for other in scoring.states):
                     continue
-                given: dict[str, tuple[Answer, ...]] = {"now": answers[state], **{other: answers[other] for other in scoring.states}}
+                given = {"now": answers[state], **{other: answers[other] for other in scoring.states}}
                 score = scoring.score(case, given)
                 if score is not None:
                     scores[state] = float(score)
                     weights[state] = 1.0 if scoring.weight is None else float(scoring.weight(case, given))
             yield CaseScore(case, scores, answers, weights)
+
+
+def _groups(requests: Sequence[EditRequest]) -> list[tuple[int, ...]]:
+    """Indices of the requests of each group, in order; a request without a group is one by itself."""
+    groups: dict[Any, list[int]] = {}
+    for index, request in enumerate(requests):
+        name = getattr(request, "group", None)
+        groups.setdefault(("request", index) if name is None else ("group", name), []).append(index)
+    return [tuple(indices) for indices in groups.values()]
+
+
+def _is_group(requests: Sequence[EditRequest], indices: Sequence[int]) -> bool:
+    return getattr(requests[indices[0]], "group", None) is not None
 
 
 def _derived(metric: Derived, results: Mapping[str, Result]) -> Result:

@@ -10,7 +10,7 @@ from kedit_fast.evaluation.asks import Answer
 from kedit_fast.evaluation.intervals import bootstrap, wilson
 from kedit_fast.evaluation.metric import Case, Derived, Measured, Metric, State, Unit, Within
 
-STATES: tuple[State, ...] = ("pre", "context", "post", "final")
+STATES: tuple[State, ...] = ("pre", "context", "first", "post", "final")
 """In the order of tables."""
 
 
@@ -21,7 +21,7 @@ class CaseScore:
     case: Case
     scores: Mapping[State, float]
     """By state; a state in which the case does not count is absent."""
-    answers: Mapping[State, tuple[Answer, ...]]
+    answers: Mapping[str, tuple[Answer, ...]]
     """What the model answered in each state that was measured, in the order of the asks."""
     weights: Mapping[State, float]
     """How much the case counts in means, by state."""

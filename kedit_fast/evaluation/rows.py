@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from kedit_fast.models.forward import unknown_token
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PromptFormat, continuation
 from kedit_fast.requests.spacing import AUTO
+from kedit_fast.requests.tokens import non_words
 
 
 @dataclass(frozen=True)
@@ -21,9 +23,16 @@ class Row:
     prompt: tuple[int, ...]
     """The tokens of a prompt, or of a text."""
     target: tuple[int, ...] = ()
-    """Of a forced target."""
+    """The tokens that are scored: of a forced target."""
+    read: tuple[int, ...] = ()
+    """The tokens behind the prompt that the model reads, so that all of `target` can be scored."""
     new: int = 0
     """The largest number of tokens to generate."""
+
+    @property
+    def length(self) -> int:
+        """Number of tokens that the model reads."""
+        return len(self.prompt) + len(self.read)
 
 
 def rows_of(
@@ -72,17 +81,27 @@ def _row(view: ModelView, tokenizer: Any, ask: Ask, prompt_format: PromptFormat 
         raise RequestError(f"the prompt {ask.prompt!r} has no tokens")
     if problem := unknown_token(tokenizer, [*prompt, *tokens], view.vocabulary):
         raise RequestError(f"the prompt {ask.prompt!r} with its target: {problem}")
-    new, length = 0, len(prompt) + len(tokens) - 1
+    read, new = tokens[:-1], 0
     if isinstance(ask, Generated):
         new = max(0, ask.tokens - len(prompt) if ask.total else ask.tokens)
-        length = len(prompt) + max(new - 1, 0)
+    elif ask.special and (before := _special_before(tokenizer, target)):
+        if len(before) > 1:
+            raise RequestError(f"the tokenizer puts {len(before)} special tokens before {target!r}; one can be scored")
+        tokens, read = (*before, *tokens), tokens
+    length = len(prompt) + max(len(read), new - 1)
     if length > view.max_length:
         beside = "target" if tokens else "those to generate"
         raise RequestError(
             f"{length} tokens with {beside} in a prompt that begins {ask.prompt[:40]!r}, the model takes "
             f"{view.max_length}"
         )
-    return Row(tuple(prompt), tokens, new)
+    return Row(tuple(prompt), tokens, read, new)
+
+
+def _special_before(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """The special tokens that a tokenizer puts before a text."""
+    special = non_words(tokenizer).special
+    return tuple(itertools.takewhile(lambda token: token in special, tokenizer(text)["input_ids"]))
 
 
 def prompt_of(ask: Ask) -> str:
@@ -98,7 +117,3 @@ def batches(rows: Sequence[int], length: Callable[[int], int], tokens: int) -> I
         count = max(1, tokens // max(1, length(order[begin])))
         yield order[begin : begin + count]
         begin += count
-
-
-Names = Mapping[Ask, str]
-"""Whose prompt an ask is, for messages."""
