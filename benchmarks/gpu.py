@@ -15,10 +15,10 @@ Weights are random and made on the device. Every stage writes DIR/gpu_STAGE.json
 benchmarks.run and `figures`, which are times without a ratio; a stage that fails or outlasts the budget says so and the
 next one runs. At the end come a table, a picture of the ratios, and status 1 if a stage failed or a result was wrong.
 
-On an H200 with 16 cores `build` took one minute, `test` three, `peaks` and `ops` one together, `statistics` three, and
-`sequential` 20 s for six of its eight sizes. `values` had one minute, enough for two of seven runs over the first shape
-and 100 edits; by these times all of it takes about eight. `tune` has not been timed. So it is laid out for four runs of
-ten minutes on one machine: `build`, `test`, `peaks` and `ops`; `statistics` and `sequential`; `values`; `tune`.
+On an H200 with 16 cores `build` took one minute, `test` two to three, `peaks` and `ops` one together, `statistics`
+three and `sequential` 20 s for six of its eight sizes. `values` of GPT-J's shape took under three minutes with 100
+edits; 1,000 edits need two more. `tune` has not been timed. So it is laid out for four runs of ten minutes on one machine: `build`,
+`test`, `peaks` and `ops`; `statistics` and `sequential`; `values`; `tune`.
 
 `--dry-run` runs the same code on the CPU over tiny shapes: for a look at whether it works, not for numbers.
 """
@@ -83,8 +83,7 @@ PUBLISHED_TOKENS, MANY_TOKENS = 16_384, 44_000_000
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider")
 # Kernels first; after these come all other test files that ask torch.cuda for a device.
 FIRST_TESTS = ("tests/ops/test_gpu.py", "tests/ops/test_triton.py", "tests/models/test_gpu_model.py")
-# Compiles for minutes in one process: divided among processes where pytest-xdist is installed.
-DIVIDED_TEST, WORKERS = "tests/ops/test_triton.py", 8
+FILES_AT_ONCE, WORKERS, THREADS = 4, 4, 2  # of the tests; worker processes of a file where pytest-xdist is installed
 
 
 class Stage(str, Enum):
@@ -254,13 +253,13 @@ def gpu_tests() -> list[str]:
 def pytest_command(name: str) -> list[str]:
     """The command that runs a test file, whole."""
     command = [*PYTEST, name]
-    if name == DIVIDED_TEST and importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
+    if importlib.util.find_spec("xdist") is not None:
+        command += ["-n", str(max(1, min(WORKERS, (os.cpu_count() or 1) // FILES_AT_ONCE)))]
     return command
 
 
 def test(place: Place) -> None:
-    """Those files, each whole and in a process of its own: four at a time, since compiling takes most of the seconds.
+    """Those files, each whole and in processes of its own: four at a time, since compiling takes most of the seconds.
 
     A failure, a file that had no time, or a kernel's file that cannot run a single test here, is an error of the stage
     when all have run. Each gives its memory back at its end; a test for which too little is free says so.
@@ -277,13 +276,16 @@ def test(place: Place) -> None:
         if left < 10:
             return name, 0.0, "no time was left"
         try:
-            done = subprocess.run(pytest_command(name), cwd=ROOT, capture_output=True, text=True, timeout=left)
+            done = subprocess.run(
+                pytest_command(name), cwd=ROOT, capture_output=True, text=True, timeout=left,
+                env={**os.environ, "OMP_NUM_THREADS": str(THREADS)},
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             done = "did not end in time"
         return name, time.perf_counter() - begin, done
 
     failed = []
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         for name, seconds, done in pool.map(outcome, [] if place.dry else gpu_tests()):
             if isinstance(done, str):
                 place.figure(f"tests, {name}", seconds=seconds, result=done)

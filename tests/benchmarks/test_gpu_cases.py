@@ -83,10 +83,8 @@ def test_files_that_have_no_time_are_a_failure_not_a_silence(place, monkeypatch)
     assert not calls
 
 
-@pytest.mark.parametrize(("installed", "cores", "workers"), ((True, 16, "8"), (True, 2, "2"), (False, 16, None)))
-def test_the_file_that_compiles_longest_is_divided_where_xdist_is_installed(
-    place, monkeypatch, installed, cores, workers
-):
+@pytest.mark.parametrize(("installed", "cores", "workers"), ((True, 16, "4"), (True, 2, "1"), (False, 16, None)))
+def test_the_files_are_divided_among_the_cores_where_xdist_is_installed(place, monkeypatch, installed, cores, workers):
     from benchmarks import gpu
 
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: object() if installed else None)
@@ -94,8 +92,8 @@ def test_the_file_that_compiles_longest_is_divided_where_xdist_is_installed(
     calls = answering(monkeypatch, lambda name: "9 passed in 1.0s")
     gpu.test(place)
     divided = {command[-3]: command[-1] for command, _ in calls if "-n" in command}
-    assert divided == ({gpu.DIVIDED_TEST: workers} if installed else {})
-    assert gpu.DIVIDED_TEST in gpu.gpu_tests() and len(calls) == len(gpu.gpu_tests())
+    assert divided == (dict.fromkeys(gpu.gpu_tests(), workers) if installed else {})
+    assert len(calls) == len(gpu.gpu_tests())
 
 
 def fake_mm(monkeypatch):
