@@ -66,7 +66,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "requests": _HUB,
     "statistics": {*_HUB, "datasets", "huggingface_hub"},
     "patches": {*_HUB, "peft"},
-    "evaluation": _HUB,
+    "evaluation": {*_HUB, "nltk", "sklearn"},
     "editing": _HUB,
     "workflow": _HUB,
     "reports": _HUB,
@@ -74,7 +74,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "demo": {*_HUB, "tokenizers", "typer"},
     "cli": {"typer", "click", "rich", "torch"},
 }
-LIBRARY_HOMES = {"matplotlib": {"support/figures.py"}}
+_WORDS = "evaluation/words.py"
+LIBRARY_HOMES = {"matplotlib": {"support/figures.py"}, "nltk": {_WORDS}, "sklearn": {_WORDS}}
 """Libraries that one file of their room may import."""
 
 DYNAMIC = {

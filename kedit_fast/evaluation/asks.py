@@ -36,7 +36,8 @@ class Generated:
 
     prompt: str
     tokens: int
-    """The largest number of tokens; generation also ends behind the end-of-text token."""
+    """The largest number of tokens; generation also ends behind the end-of-text token, and where the model takes no
+    more."""
     total: bool = False
     """Whether `tokens` counts those of the prompt, too."""
     top_k: int = 1
@@ -102,7 +103,8 @@ class GeneratedAnswer:
     tokens: tuple[int, ...]
     """The new ones, without an end-of-text token."""
     text: str
-    """The new tokens as text without special tokens, up to a stop."""
+    """The new tokens as text without special tokens, up to a stop, as they continue the prompt: with the space before
+    the first word, which tokenizers leave out that decode a text from its beginning."""
     ended: bool
     """Whether the model ended the text itself, or said one of the stops, before its tokens were used up."""
 

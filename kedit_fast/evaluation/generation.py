@@ -93,6 +93,10 @@ class Text:
         return GeneratedAnswer(self._prompt, tuple(self._new), said[: _stop(said, self.ask.stops)], self._ended)
 
     def _said(self) -> str:
+        before = self._tokenizer.decode(self._prompt[-1:], skip_special_tokens=True)
+        text = self._tokenizer.decode([*self._prompt[-1:], *self._new], skip_special_tokens=True)
+        if text.startswith(before):
+            return text[len(before) :]
         return self._tokenizer.decode(self._new, skip_special_tokens=True)
 
 

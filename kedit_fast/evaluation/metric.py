@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kedit_fast.evaluation.asks import Answer, Ask
+from kedit_fast.requests.probes import Probe
 from kedit_fast.requests.request import EditRequest
 
 State = Literal["pre", "context", "first", "post", "final"]
@@ -35,6 +36,8 @@ class Case:
     """What kind of probe it is, as the data set calls it."""
     record: Any = None
     """The EditRequest, Choice or text that it belongs to."""
+    probe: Probe | None = None
+    """The probe that it is from, for scores that need its conditions."""
 
 
 @dataclass(frozen=True)

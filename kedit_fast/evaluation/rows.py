@@ -83,17 +83,17 @@ def _row(view: ModelView, tokenizer: Any, ask: Ask, prompt_format: PromptFormat 
         raise RequestError(f"the prompt {ask.prompt!r} with its target: {problem}")
     read, new = tokens[:-1], 0
     if isinstance(ask, Generated):
-        new = max(0, ask.tokens - len(prompt) if ask.total else ask.tokens)
+        new = ask.tokens - len(prompt) if ask.total else ask.tokens
+        new = max(0, min(new, view.max_length + 1 - len(prompt)))
     elif ask.special and (before := _special_before(tokenizer, target)):
         if len(before) > 1:
             raise RequestError(f"the tokenizer puts {len(before)} special tokens before {target!r}; one can be scored")
         tokens, read = (*before, *tokens), tokens
     length = len(prompt) + max(len(read), new - 1)
     if length > view.max_length:
-        beside = "target" if tokens else "those to generate"
+        beside = " with target" if tokens else ""
         raise RequestError(
-            f"{length} tokens with {beside} in a prompt that begins {ask.prompt[:40]!r}, the model takes "
-            f"{view.max_length}"
+            f"{length} tokens{beside} in a prompt that begins {ask.prompt[:40]!r}, the model takes {view.max_length}"
         )
     return Row(tuple(prompt), tokens, read, new)
 

@@ -228,10 +228,10 @@ def _opens_quotation(prompt: str) -> bool:
 def _unspaced(prompt: str, target: str) -> bool:
     """Whether no space follows because of the prompt's script, or of the target's where the last word mixes scripts."""
     first = next((c for c in target if _is_letter(c) or c.isdigit()), "")
-    if _is_unspaced(_last_letter(prompt)):
-        return _is_unspaced(first) or not _ends_in_foreign_name(prompt)
+    if is_unspaced(_last_letter(prompt)):
+        return is_unspaced(first) or not _ends_in_foreign_name(prompt)
     first = next(filter(_is_letter, target), "")
-    return _is_unspaced(first) and any(map(_is_unspaced, prompt.split()[-1]))
+    return is_unspaced(first) and any(map(is_unspaced, prompt.split()[-1]))
 
 
 def _ends_in_foreign_name(prompt: str) -> bool:
@@ -245,13 +245,13 @@ def _ends_in_foreign_name(prompt: str) -> bool:
         prompt = re.sub(f"{re.escape(opener)}[^{re.escape(closer)}]*{re.escape(closer)}", " ", prompt)
     prompt = re.sub(r"(?<!\w)'[^']+'", " ", prompt)
     prompt = re.split(r"[.!?]\s+(?=.*\w)|[。！？\n](?=.*\w)", prompt, flags=re.DOTALL)[-1]
-    letters = [i for i, character in enumerate(prompt) if _is_unspaced(character)]
+    letters = [i for i, character in enumerate(prompt) if is_unspaced(character)]
     if not letters:
         return False
     end = letters[-1]
-    while end and (_is_unspaced(prompt[end]) or unicodedata.category(prompt[end])[0] == "M"):
+    while end and (is_unspaced(prompt[end]) or unicodedata.category(prompt[end])[0] == "M"):
         end -= 1
-    unspaced = [any(map(_is_unspaced, word)) for word in prompt.split() if any(map(_is_letter, word))]
+    unspaced = [any(map(is_unspaced, word)) for word in prompt.split() if any(map(_is_letter, word))]
     spaced = unspaced.count(False)
     return not prompt[end].isalnum() and spaced > max(1, unspaced.count(True))
 
@@ -274,7 +274,7 @@ def _is_letter(character: str) -> bool:
     return unicodedata.category(character)[0] == "L" or ord(character) in _IDEOGRAPHS
 
 
-def _is_unspaced(character: str) -> bool:
+def is_unspaced(character: str) -> bool:
     if not character:
         return False
     return ord(character) in _IDEOGRAPHS or unicodedata.name(character, "").startswith(_UNSPACED)
