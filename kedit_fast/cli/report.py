@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from kedit_fast.cli.console import notices, output
 from kedit_fast.errors import EditError
+from kedit_fast.evaluation.results import Evaluation
+from kedit_fast.reports.evaluation import TITLES, interval, number, scale_of
 
 LOW_EFFICACY = 0.5
 """Below it, a run warns."""
@@ -61,3 +64,25 @@ def _in_words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{number:.4g} at layer {layer}" for layer, number in value.items())
     return f"{value:.4g}"
+
+
+def print_metrics(evaluation: Evaluation, title: str) -> None:
+    """The table of an evaluation: each metric in each state, with the interval and the records of the last one."""
+    states = evaluation.states
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric")
+    for text in (*(TITLES[state] for state in states), "95 %", "n"):
+        table.add_column(text, justify="right", overflow="fold")
+    absent = {}
+    for id, one in evaluation.metrics.items():
+        scale = scale_of(evaluation, id)
+        last = one.states.get(states[-1]) if states else None
+        if not any(measured.records for measured in one.states.values()):
+            absent[id] = one.reason or "no record has what it needs"
+            continue
+        values = [number(m.value, scale) if (m := one.states.get(state)) is not None else "" for state in states]
+        table.add_row(escape(id), *values, interval(last, scale), "" if last is None else f"{last.records:,}")
+    output.print(table)
+    for reason in dict.fromkeys(absent.values()):
+        ids = ", ".join(id for id, why in absent.items() if why == reason)
+        output.print(f"Not measured, {reason}: {ids}", markup=False)

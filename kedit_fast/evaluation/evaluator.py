@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +21,7 @@ from kedit_fast.evaluation.rows import Row, rows_of
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.view import ModelView
 from kedit_fast.patches.patch import Patch, merge
-from kedit_fast.requests.problems import require_no_problems
+from kedit_fast.requests.problems import OnError, check_on_error, require_no_problems
 from kedit_fast.requests.prompts import PromptFormat
 from kedit_fast.requests.reading import as_requests
 from kedit_fast.requests.request import EditRequest
@@ -53,6 +54,7 @@ class Evaluator:
         spec: module names of an architecture that is not known.
         average: "record": the mean of each record first; "prompt": over all prompts alike; None: as each metric says.
         folder: where answers are written as they come, so that a run that was killed goes on; see `stored.py`.
+        on_error: "raise" at requests that cannot be measured, or "skip" them; they are then in `skipped`.
         progress: show a bar on stderr.
 
     Raises:
@@ -75,8 +77,10 @@ class Evaluator:
         spec: ArchSpec | None = None,
         average: Average | None = None,
         folder: str | os.PathLike | None = None,
+        on_error: OnError = "raise",
         progress: bool = False,
     ):
+        check_on_error(on_error)
         if average not in (None, "record", "prompt"):
             raise InvalidArgumentError(f"average = {average!r}: choose record, prompt or None")
         check_separator(target_separator)
@@ -98,16 +102,20 @@ class Evaluator:
         }
         self._answers: dict[tuple[State, Source, int], Mapping[Ask, Answer]] = {}
         self._measured: set[tuple[State, Source]] = set()
-        self._check(ModelView(model, spec), prompt_format, target_separator)
+        self.skipped: dict[int, str] = {}
+        """Index of each request that cannot be measured -> why."""
+        self._check(ModelView(model, spec), prompt_format, target_separator, on_error)
 
     @plain_torch()
-    def _check(self, view: ModelView, prompt_format: PromptFormat | None, target_separator: str) -> None:
+    def _check(
+        self, view: ModelView, prompt_format: PromptFormat | None, target_separator: str, on_error: OnError
+    ) -> None:
         """Collect cases and asks, and make rows of them; raises RequestError that names all that cannot be measured."""
         self._cases: dict[str, list[tuple[Case, ...]]] = {}
         self._scorings: dict[str, Scoring] = {}
         self._asks: dict[tuple[str, str, bool], list[tuple[tuple[Ask, ...], ...]]] = {}
-        owners: dict[Ask, tuple[Source, int]] = {}
-        problems: dict[int, str] = {}
+        owners: dict[Ask, list[tuple[Source, int]]] = {}
+        problems: dict[tuple[Source, int], str] = {}
         for metric in (metric for metric in self.metrics if isinstance(metric, Metric)):
             prompts = PROMPTS[metric.prompts]
             records = self._records[prompts.over]
@@ -130,16 +138,25 @@ class Evaluator:
                         given = [self._in_context(case) for case in cases] if in_context else cases
                         asked = tuple(scoring.asks(case, self.tokenizer) for case in given)
                     except RequestError as error:
-                        problems[len(problems)] = f"{self._name(prompts.over, index)}: {error}"
+                        problems.setdefault((prompts.over, index), str(error))
                         asked = tuple(() for _ in cases)
                     self._asks[key].append(asked)
                     for ask in (ask for asks in asked for ask in asks):
-                        owners.setdefault(ask, (prompts.over, index))
+                        owners.setdefault(ask, []).append((prompts.over, index))
         self._rows, unusable = rows_of(view, self.tokenizer, owners, prompt_format, target_separator)
+        for ask, reason in unusable.items():
+            for owner in owners[ask]:
+                problems.setdefault(owner, reason)
+        for group, reason in [(index, why) for (source, index), why in problems.items() if source == "groups"]:
+            members = [indices for indices in self._groups if _is_group(self.requests, indices)][group]
+            problems.update({("requests", index): reason for index in members if on_error == "skip"})
         order = list(_KINDS)
-        for ask in sorted(unusable, key=lambda ask: (order.index(owners[ask][0]), owners[ask][1])):
-            problems[len(problems)] = f"{self._name(*owners[ask])}: {unusable[ask]}"
-        require_no_problems(problems)
+        problems = dict(sorted(problems.items(), key=lambda pair: (order.index(pair[0][0]), pair[0][1])))
+        if on_error == "skip":
+            self.skipped = {index: reason for (source, index), reason in problems.items() if source == "requests"}
+            problems = {owner: reason for owner, reason in problems.items() if owner[0] in ("texts", "choices")}
+        named = (f"{self._name(*owner)}: {reason}" for owner, reason in problems.items())
+        require_no_problems(dict(enumerate(named)))
 
     def _in_context(self, case: Case) -> Case:
         assert self._context is not None
@@ -177,7 +194,8 @@ class Evaluator:
         if outside := [index for index in requests or () if not 0 <= index < len(self.requests)]:
             raise InvalidArgumentError(f"request {outside[0]} is out of range: there are {len(self.requests)}, from 0")
         view = ModelView(self.model if model is None else model, self.spec)
-        chosen = self._chosen(state, range(len(self.requests)) if requests is None else requests, requests is None)
+        batch = range(len(self.requests)) if requests is None else requests
+        chosen = self._chosen(state, [index for index in batch if index not in self.skipped], requests is None)
         asks = dict.fromkeys(
             ask
             for (prompts, _, in_context), by_record in self._asks.items()
@@ -212,8 +230,15 @@ class Evaluator:
             chosen += [(state, "choices", index) for index in range(len(self._records["choices"]))]
         return chosen
 
-    def result(self) -> Evaluation:
-        """The metrics of all states that were measured."""
+    def result(self, requests: Iterable[int] | None = None) -> Evaluation:
+        """The metrics of all states that were measured.
+
+        Args:
+            requests: indices, from 0, of the requests that count, in every state; None for all that were measured. A
+                group counts where all its requests do.
+        """
+        if requests is not None:
+            return self._restricted_to(set(requests)).result()
         results: dict[str, Result] = {}
         scores: dict[str, tuple[RecordScore, ...]] = {}
         for metric in (metric for metric in self.metrics if isinstance(metric, Metric)):
@@ -234,6 +259,19 @@ class Evaluator:
         }
         ordered = {metric.id: results[metric.id] for metric in self.metrics}
         return Evaluation(ordered, scores, context)
+
+    def _restricted_to(self, requests: set[int]) -> Evaluator:
+        """This evaluator without the answers of other requests."""
+        groups = [indices for indices in self._groups if _is_group(self.requests, indices)]
+
+        def counts(source: Source, index: int) -> bool:
+            if source == "groups":
+                return requests.issuperset(groups[index])
+            return source != "requests" or index in requests
+
+        restricted = copy.copy(self)
+        restricted._answers = {key: known for key, known in self._answers.items() if counts(*key[1:])}
+        return restricted
 
     def _of(self, metric: Metric) -> tuple[Result, tuple[RecordScore, ...]]:
         source: Source = PROMPTS[metric.prompts].over
@@ -344,6 +382,7 @@ def evaluate(
     spec: ArchSpec | None = None,
     average: Average | None = None,
     folder: str | os.PathLike | None = None,
+    on_error: OnError = "raise",
     progress: bool = False,
 ) -> Evaluation:
     """Measure what edits did to a model: each metric before and after.
@@ -351,8 +390,8 @@ def evaluate(
     Args:
         model: the edited model; with `patches`, the unedited one, which has them for as long as it is measured.
         tokenizer: its tokenizer.
-        requests, metrics, texts, choices, context, prompt_format, target_separator, spec, average, folder, progress:
-            see `Evaluator`.
+        requests, metrics, texts, choices, context, prompt_format, target_separator, spec, average, folder, on_error,
+            progress: see `Evaluator`.
         base: the unedited model; None: there are no values of before, unless `patches` are given.
         patches: patches of the model, or their files, in the order they were made.
 
@@ -380,6 +419,7 @@ def evaluate(
         spec=spec,
         average=average,
         folder=folder,
+        on_error=on_error,
         progress=progress,
     )
     prepared = None

@@ -15,6 +15,9 @@ T = TypeVar("T")
 CATALOG: tuple[ModuleType, ...] = tuple[ModuleType, ...]()
 """The families, in the order of tables. Each has mappings PROMPTS and SCORINGS by name, and a tuple METRICS."""
 
+DEFINITIONS = 1
+"""Version of the definitions: raised when a metric counts something else than before under the same id."""
+
 DEFAULT = (
     "cf.success",
     "cf.magnitude",

@@ -89,7 +89,6 @@ def load_model(
             or cannot be merged; or the model cannot be split over the processes.
     """
     import transformers
-    from transformers import AutoTokenizer
 
     transformers.utils.logging.disable_progress_bar()
     split = {} if tp_plan is None else _split_over_processes(path, tp_plan, device_map)
@@ -111,9 +110,9 @@ def load_model(
             **{name: dtype},
             **split,
         )
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # damaged files make the loaders raise errors of many types
         raise UnsupportedModelError(f"cannot load a model from {path}: {first_line(error)}") from error
+    tokenizer = load_tokenizer(path)
     if missing := sorted(loading["missing_keys"]):
         raise UnsupportedModelError(f"{path} has no weights for {missing[0]} ({len(missing)} tensors are missing)")
     if getattr(model, "_hf_peft_config_loaded", False):  # from the hub
@@ -139,6 +138,16 @@ def load_model(
     return (model if device_map is not None or split else model.to(device)).eval(), tokenizer
 
 
+def load_tokenizer(path: str | os.PathLike) -> Any:
+    """The tokenizer of a model's folder or hub name; raises UnsupportedModelError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # damaged files make the loaders raise errors of many types
+        raise UnsupportedModelError(f"cannot load a tokenizer from {path}: {first_line(error)}") from error
+
+
 def _split_over_processes(path: str | os.PathLike, plan: Any, device_map: Any) -> dict[str, Any]:
     """The arguments of from_pretrained that split a model over the processes of torchrun, which are joined here."""
     import transformers
@@ -159,8 +168,6 @@ def _split_over_processes(path: str | os.PathLike, plan: Any, device_map: Any) -
 
 def _merged(path: Path, dtype: Any, device: str, device_map: Any) -> tuple[Any, Any]:
     """The model of an adapter's folder, with the adapter merged into it, and the folder's tokenizer or the model's."""
-    from transformers import AutoTokenizer
-
     try:
         from peft import PeftModel
     except ImportError as error:
@@ -174,10 +181,7 @@ def _merged(path: Path, dtype: Any, device: str, device_map: Any) -> tuple[Any, 
         except Exception as error:  # a damaged adapter, or one of another model, makes peft raise errors of many types
             raise UnsupportedModelError(f"cannot merge the adapter {path}: {first_line(error)}") from error
         if (path / "tokenizer_config.json").exists():
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
-            except Exception as error:
-                raise UnsupportedModelError(f"cannot load a tokenizer from {path}: {first_line(error)}") from error
+            tokenizer = load_tokenizer(path)
     if len(tokenizer) > len(model.get_input_embeddings().weight):
         raise UnsupportedModelError(
             f"the tokenizer of {path} has {len(tokenizer)} tokens, the merged model embeddings of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Sequence
@@ -11,6 +12,11 @@ from kedit_fast.errors import KeditError
 from kedit_fast.support.files import replacing
 
 NARROW = 300  # a log axis that spans less has ticks at 1, 2 and 5 of a decade, in plain numbers
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def figure(columns: int = 1, width: float = 6.0, height: float = 4.0) -> tuple[Any, list[Any]]:

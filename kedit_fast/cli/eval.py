@@ -1,0 +1,170 @@
+"""`kedit-fast eval`."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from kedit_fast.cli.checks import check_device_map, checked_device
+from kedit_fast.cli.console import command, interactive, output, print_json, say_skipped
+from kedit_fast.cli.options import (
+    DTYPE_NAMES,
+    REQUESTS_HELP,
+    TEXT_HELP,
+    ArgumentsOption,
+    ChatOption,
+    DeviceMapOption,
+    DeviceOption,
+    JsonOption,
+    MergeAdapter,
+    ModelArgument,
+    OnErrorOption,
+    SeparatorOption,
+    SpecOption,
+    SystemOption,
+    TemplateOption,
+    chat_options,
+    choice,
+    read_spec,
+)
+from kedit_fast.cli.report import print_metrics
+from kedit_fast.errors import KeditError, UnsupportedModelError
+from kedit_fast.evaluation.evaluator import Average, Evaluator, evaluate
+from kedit_fast.evaluation.registry import select
+from kedit_fast.models.fingerprint import tokenizer_hash
+from kedit_fast.models.loading import DTYPES, load_config, load_model, load_tokenizer
+from kedit_fast.patches.patch import Patch
+from kedit_fast.reports import evaluation as report
+from kedit_fast.requests.chat import chat_format
+from kedit_fast.requests.datasets.choices import load_choices
+from kedit_fast.requests.reading import load_requests
+from kedit_fast.statistics.sources import open_texts
+from kedit_fast.support.files import check_new
+
+
+@command
+def evaluation(
+    model: ModelArgument,
+    requests: Annotated[Path | None, typer.Option(help=REQUESTS_HELP)] = None,
+    base: Annotated[
+        str | None, typer.Option(help="the model before it was edited, folder or hub name: measured as `before`")
+    ] = None,
+    patch: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="edits of MODEL, measured without them and with them; repeatable, in the order of their making"
+        ),
+    ] = None,
+    metrics: Annotated[
+        str,
+        typer.Option(help="ids, definitions or families with commas between them, or all; see the page of evaluation"),
+    ] = "default",
+    texts: Annotated[str | None, typer.Option(help=f"for metrics over ordinary text: {TEXT_HELP}")] = None,
+    field: Annotated[str, typer.Option(help="field of a record, or column, that holds the text")] = "text",
+    choices: Annotated[
+        Path | None, typer.Option(help="for metrics over multiple choice: records in MMLU's or TRAIT's form")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="use the first so many requests, texts and choices")] = None,
+    average: Annotated[
+        str | None,
+        choice(
+            get_args(Average), "mean of each record first, or over all prompts alike; by default as each metric says"
+        ),
+    ] = None,
+    target_separator: SeparatorOption = "auto",
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    template: TemplateOption = None,
+    template_arg: ArgumentsOption = None,
+    dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
+    device: DeviceOption = "cpu",
+    device_map: DeviceMapOption = None,
+    merge_adapter: MergeAdapter = False,
+    spec: SpecOption = None,
+    on_error: OnErrorOption = "raise",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder for the results: JSON, CSV, a page, pictures; a run that was killed goes on from OUT.part"
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what edits did: every metric before and after."""
+    chatting = chat_options(chat, system, template, template_arg)
+    check_device_map(device_map, device)
+    architecture = read_spec(spec)
+    if base is not None and patch:
+        raise typer.BadParameter("--base is the model before its edits, --patch edits of MODEL: give one of them")
+    if requests is None and texts is None and choices is None:
+        raise typer.BadParameter("give --requests, --texts or --choices to measure")
+    select(metrics)
+    if out is not None:
+        check_new(out, overwrite, KeditError)
+    records = None if requests is None else load_requests(requests, on_error)
+    items = [] if choices is None else load_choices(choices, on_error)
+    documents = [] if texts is None else open_texts(texts, field)
+    if limit is not None:
+        records = None if records is None else records.first(limit)
+        items, documents = items[:limit], documents[:limit]
+    patches = [Patch.load(path) for path in patch or ()]
+    for path in (model, *filter(None, [base])):
+        load_config(path, merge_adapter)
+    place = checked_device(device)
+
+    def load(path: str) -> tuple[Any, Any]:
+        return load_model(path, DTYPES[dtype], place, device_map, merge_adapter)
+
+    if base is not None and tokenizer_hash(load_tokenizer(base)) != tokenizer_hash(load_tokenizer(model)):
+        raise UnsupportedModelError(f"{base} and {model} have different tokenizers: the one is not the other, edited")
+    first, tokenizer = load(model if base is None else base)
+    part = None if out is None else out.with_name(f"{out.name}.part")
+    options: dict[str, Any] = {
+        "texts": documents,
+        "choices": items,
+        "prompt_format": None if chatting is None else chat_format(tokenizer, **chatting),
+        "target_separator": target_separator,
+        "spec": architecture,
+        "average": average,
+        "folder": part,
+        "progress": interactive(),
+    }
+    measured = None
+    if base is None:
+        measured = evaluate(first, tokenizer, records or [], metrics, patches=patches, **options)
+    else:
+        evaluator = Evaluator(first, tokenizer, records or [], metrics, **options)
+        evaluator.measure("pre")
+        evaluator.model = first = None  # the memory of one model is enough
+        evaluator.model, _ = load(model)
+        evaluator.measure("final")
+        measured = evaluator.result()
+    about = {
+        "title": f"Evaluation of {Path(model).name}",
+        "model": model,
+        "before": base,
+        "patches": [
+            f"{path}: {p.method}, {len(p.requests):,} edits" for path, p in zip(patch or (), patches, strict=True)
+        ],
+        "requests": None if records is None else f"{requests}: {len(records):,}",
+        "texts": None if texts is None else f"{texts}: {len(documents):,}",
+        "choices": None if choices is None else f"{choices}: {len(items):,}",
+        **report.provenance(),
+    }
+    files = []
+    if out is not None:
+        files = report.save(measured, tokenizer, out, about, overwrite)
+        shutil.rmtree(str(part), ignore_errors=True)
+    if records is not None:
+        say_skipped(records.skipped, records.total)
+    if as_json:
+        places = {} if out is None else {"out": str(out), "files": files}
+        print_json({"about": about, **measured.as_dict(), **places})
+        return
+    print_metrics(measured, about["title"])
+    if out is not None:
+        output.print(f"Saved to {out}: {', '.join(files)}", markup=False)
