@@ -17,6 +17,8 @@ after all batches. Of a request by itself, "first" is "post"."""
 Within = Literal["mean", "mean of names", "any", "all"]
 """How the scores of one record's cases become its score; "mean of names": the mean of each name's cases first; "any":
 the largest; "all": the smallest."""
+Better = Literal["higher", "lower", ""]
+"""Which values are good; "" where it depends."""
 Unit = Literal["request", "group", "prompt"]
 """What is averaged over: requests, groups of requests (a case of MQuAKE), or single prompts."""
 
@@ -47,11 +49,11 @@ class Prompts:
     over: Literal["requests", "groups", "texts", "choices"]
     """The records: requests, tuples of the requests that share a group, in order (one without a group is no record
     here), texts, or multiple-choice items."""
-    cases: Callable[..., tuple[Case, ...]]
-    """From one record, and from all records as second argument where `beside`; none where the record has nothing of the
-    kind: it is absent, not zero."""
+    cases: Callable[[Any], Any]
+    """From one record its cases; none where the record has nothing of the kind: it is absent, not zero. Where `beside`,
+    from the sequence of all records the cases of each."""
     beside: bool = False
-    """Whether cases are made of one record and of the others of its file (other answers of the same relation)."""
+    """Whether cases are made of a record and of others beside it (other answers of the same relation)."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,7 @@ class Metric:
     unit: Unit = "request"
     scale: float = 1.0
     """Factor of the reported value: 100 for percent."""
-    better: Literal["higher", "lower", ""] = "higher"
-    """Which values are good; "" where it depends."""
+    better: Better = "higher"
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Derived:
     definition: str
     source: str
     scale: float = 1.0
-    better: Literal["higher", "lower", ""] = "higher"
+    better: Better = "higher"
 
 
 @dataclass(frozen=True)
