@@ -275,6 +275,7 @@ def _is_letter(character: str) -> bool:
 
 
 def is_unspaced(character: str) -> bool:
+    """Whether a character is of a script that is written without spaces between words; not of no character."""
     if not character:
         return False
     return ord(character) in _IDEOGRAPHS or unicodedata.name(character, "").startswith(_UNSPACED)

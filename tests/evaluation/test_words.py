@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from difflib import SequenceMatcher
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,7 @@ def test_plain_texts_have_the_same_words_by_either_way():
 
 
 def test_entropy_of_ngrams_by_hand():
-    assert words.ngram_entropy("a b a b a".split()) == pytest.approx((2 / 3 * 1 + 4 / 3 * (math.log2(3) - 2 / 3)) / 2)
+    assert words.ngram_entropy(list("ababa")) == pytest.approx((2 / 3 * 1 + 4 / 3 * (math.log2(3) - 2 / 3)) / 2)
     assert words.ngram_entropy(["a", "b", "c", "d"]) == pytest.approx((2 / 3 * math.log2(3) + 4 / 3 * 1) / 2)
     assert words.ngram_entropy(["a"]) == words.ngram_entropy([]) == 0.0
     assert math.copysign(1, words.ngram_entropy([])) == 1
@@ -145,7 +144,6 @@ def test_rouge_l_is_the_longest_common_subsequence():
         a, b = ([draw.choice("pqrs") for _ in range(draw.randrange(1, 12))] for _ in range(2))
         found = words.rouge_l(" ".join(a), " ".join(b))
         assert found is not None and found.recall == pytest.approx(_longest(a, b) / len(b))
-        assert round(found.recall * len(b)) >= sum(block.size for block in SequenceMatcher(None, a, b).get_matching_blocks())
 
 
 def _longest(a, b):
