@@ -67,7 +67,8 @@ class Distributions:
     max_tokens: int
     """The text is cut to so many tokens, those that the tokenizer adds in front included."""
     last: bool = False
-    """Whether the last position alone is asked for."""
+    """Whether the last position alone is asked for. The text is a prompt then: in the prompt format of the run, never
+    cut, and without the special tokens that the tokenizer adds at its end."""
 
 
 Ask = Forced | Generated | Likelihood | Distributions

@@ -12,12 +12,12 @@ import torch
 from tqdm.auto import tqdm
 
 from kedit_fast.errors import InvalidArgumentError, RequestError
-from kedit_fast.evaluation.asks import Answer, Ask
+from kedit_fast.evaluation.asks import Answer, Ask, Distributions, Likelihood
 from kedit_fast.evaluation.engine import answer_rows
 from kedit_fast.evaluation.metric import Case, Derived, Measured, Metric, Scoring, State, Unit
 from kedit_fast.evaluation.registry import PROMPTS, SCORINGS, select
 from kedit_fast.evaluation.results import STATES, CaseScore, Evaluation, RecordScore, Result, measured, record_score
-from kedit_fast.evaluation.rows import Row, rows_of
+from kedit_fast.evaluation.rows import Row, prompt_of, rows_of
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.view import ModelView
 from kedit_fast.patches.patch import Patch, merge
@@ -120,8 +120,8 @@ class Evaluator:
             prompts = PROMPTS[metric.prompts]
             records = self._records[prompts.over]
             if metric.prompts not in self._cases:
-                beside = (records,) if prompts.beside else ()
-                self._cases[metric.prompts] = [prompts.cases(record, *beside) for record in records]
+                of_all = prompts.cases(records) if prompts.beside else [prompts.cases(record) for record in records]
+                self._cases[metric.prompts] = list(of_all)
             if metric.scoring not in self._scorings:
                 scoring = SCORINGS[metric.scoring]
                 fitted = scoring if scoring.fit is None else scoring.fit(self.tokenizer, self._records["texts"])
@@ -135,8 +135,9 @@ class Evaluator:
                 self._asks[key] = []
                 for index, cases in enumerate(self._cases[metric.prompts]):
                     try:
-                        given = [self._in_context(case) for case in cases] if in_context else cases
-                        asked = tuple(scoring.asks(case, self.tokenizer) for case in given)
+                        asked = tuple(scoring.asks(case, self.tokenizer) for case in cases)
+                        if in_context:
+                            asked = tuple(map(self._in_context, cases, asked))
                     except RequestError as error:
                         problems.setdefault((prompts.over, index), str(error))
                         asked = tuple(() for _ in cases)
@@ -158,13 +159,18 @@ class Evaluator:
         named = (f"{self._name(*owner)}: {reason}" for owner, reason in problems.items())
         require_no_problems(dict(enumerate(named)))
 
-    def _in_context(self, case: Case) -> Case:
+    def _in_context(self, case: Case, asks: tuple[Ask, ...]) -> tuple[Ask, ...]:
+        """The asks of a case with the facts of its record in front of their prompts."""
         assert self._context is not None
         records = case.record if isinstance(case.record, tuple) else (case.record,)
-        prompt = case.prompt
-        for request in (record for record in reversed(records) if isinstance(record, EditRequest)):
-            prompt = self._context(request, prompt)
-        return replace(case, prompt=prompt)
+        result = []
+        for ask in asks:
+            prompt = prompt_of(ask)
+            for request in (record for record in reversed(records) if isinstance(record, EditRequest)):
+                prompt = self._context(request, prompt)
+            is_text = isinstance(ask, Likelihood | Distributions)
+            result.append(replace(ask, text=prompt) if is_text else replace(ask, prompt=prompt))
+        return tuple(result)
 
     def _name(self, source: Source, index: int) -> str:
         record = self._records[source][index]

@@ -62,7 +62,7 @@ def rows_of(
 
 
 def _row(view: ModelView, tokenizer: Any, ask: Ask, prompt_format: PromptFormat | None, target_separator: str) -> Row:
-    if isinstance(ask, Likelihood | Distributions):
+    if isinstance(ask, Likelihood) or (isinstance(ask, Distributions) and not ask.last):
         length = min(ask.max_tokens, view.max_length)
         ids = tuple(tokenizer(ask.text, truncation=True, max_length=length)["input_ids"])
         least = 2 if isinstance(ask, Likelihood) else 1
@@ -71,21 +71,22 @@ def _row(view: ModelView, tokenizer: Any, ask: Ask, prompt_format: PromptFormat 
         if problem := unknown_token(tokenizer, ids, view.vocabulary):
             raise RequestError(f"the text that begins {ask.text[:40]!r}: {problem}")
         return Row(ids)
-    written = None if ask.plain else prompt_format
+    written = None if getattr(ask, "plain", False) else prompt_format
+    text = prompt_of(ask)
     target, separator = (ask.target, ask.separator) if isinstance(ask, Forced) else ("", AUTO)
     if isinstance(ask, Forced) and not target.strip():
-        raise RequestError(f"the prompt {ask.prompt!r} has an empty target")
+        raise RequestError(f"the prompt {text!r} has an empty target")
     separator = target_separator if separator == AUTO else separator
-    prompt, tokens = continuation(tokenizer, ask.prompt, target, written, separator)
+    prompt, tokens = continuation(tokenizer, text, target, written, separator)
     if not prompt:
-        raise RequestError(f"the prompt {ask.prompt!r} has no tokens")
+        raise RequestError(f"the prompt {text!r} has no tokens")
     if problem := unknown_token(tokenizer, [*prompt, *tokens], view.vocabulary):
-        raise RequestError(f"the prompt {ask.prompt!r} with its target: {problem}")
+        raise RequestError(f"the prompt {text!r} with its target: {problem}")
     read, new = tokens[:-1], 0
     if isinstance(ask, Generated):
         new = ask.tokens - len(prompt) if ask.total else ask.tokens
         new = max(0, min(new, view.max_length + 1 - len(prompt)))
-    elif ask.special and (before := _special_before(tokenizer, target)):
+    elif isinstance(ask, Forced) and ask.special and (before := _special_before(tokenizer, target)):
         if len(before) > 1:
             raise RequestError(f"the tokenizer puts {len(before)} special tokens before {target!r}; one can be scored")
         tokens, read = (*before, *tokens), tokens
@@ -93,7 +94,7 @@ def _row(view: ModelView, tokenizer: Any, ask: Ask, prompt_format: PromptFormat 
     if length > view.max_length:
         beside = " with target" if tokens else ""
         raise RequestError(
-            f"{length} tokens{beside} in a prompt that begins {ask.prompt[:40]!r}, the model takes {view.max_length}"
+            f"{length} tokens{beside} in a prompt that begins {text[:40]!r}, the model takes {view.max_length}"
         )
     return Row(tuple(prompt), tokens, read, new)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kedit_fast.evaluation.asks import Ask, Generated, GeneratedAnswer
-from kedit_fast.evaluation.catalog.counterfact import Answers, forced, forced_answers
+from kedit_fast.evaluation.catalog.counterfact import Answers, forced, forced_answers, probes_of
 from kedit_fast.evaluation.metric import Better, Case, Metric, Prompts, Scoring, request_of
 from kedit_fast.evaluation.words import contains
 from kedit_fast.requests.request import EditRequest
@@ -112,8 +112,7 @@ def probed(request: EditRequest) -> tuple[Case, ...]:
     """The passages that the request's conflict probes have."""
     return tuple(
         Case(question.prompt, request.target_new, question.answers[0][0], name=probe.name, record=request)
-        for probe in request.probes
-        if probe.kind == "conflict"
+        for probe in probes_of(request, "conflict")
         for question in probe.questions
         if question.answers and _apart(question.answers[0][0], request.target_new)
     )
@@ -193,7 +192,7 @@ def _metrics(name: str, prompts: str, passages: str, better: Better) -> tuple[Me
             prompts=prompts,
             scoring="kc.M_R",
             definition="p_o / (p_o + p_s), the shares of answers that contain what was learned and what the passage "
-            f"says ({ANSWER_TOKENS} tokens, greedy), among prompts answered with the former without a passage; {passages}",
+            f"says ({ANSWER_TOKENS} tokens, greedy), among prompts that bring the former without a passage; {passages}",
             source=_SOURCE,
             unit="prompt",
             scale=100.0,

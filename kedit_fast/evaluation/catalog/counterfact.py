@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from kedit_fast.evaluation.asks import Answer, Ask, Forced, ForcedAnswer
 from kedit_fast.evaluation.metric import Case, Derived, Metric, Prompts, Scoring, request_of
+from kedit_fast.requests.probes import Probe, ProbeKind
 from kedit_fast.requests.request import EditRequest
 
 Answers = Mapping[str, tuple[Answer, ...]]
@@ -29,6 +30,11 @@ def neighborhood(request: EditRequest) -> tuple[Case, ...]:
     if true is None:
         return ()
     return tuple(Case(prompt, new, true, record=request) for prompt in request.neighborhood_prompts)
+
+
+def probes_of(request: EditRequest, *kinds: ProbeKind) -> tuple[Probe, ...]:
+    """The probes of a request that are of one of some kinds."""
+    return tuple(probe for probe in getattr(request, "probes", ()) if probe.kind in kinds)
 
 
 PROMPTS = {

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from kedit_fast.evaluation.asks import Ask, Distributions, DistributionsAnswer, Likelihood, LikelihoodAnswer
-from kedit_fast.evaluation.catalog.counterfact import Answers, exponential
+from kedit_fast.evaluation.catalog.counterfact import Answers, exponential, probes_of
 from kedit_fast.evaluation.metric import Case, Derived, Metric, Prompts, Scoring
 from kedit_fast.requests.request import EditRequest
 
 TEXT_TOKENS = 256
 """Texts are cut to so many tokens."""
-_WHOLE = 1 << 20  # tokens of a prompt, which is not cut
 _CHUNK = 64  # rows of logits at a time
 
 
@@ -24,7 +23,7 @@ def texts(text: str) -> tuple[Case, ...]:
 
 def neighbors(request: EditRequest) -> tuple[Case, ...]:
     """The neighborhood prompts and the prompts of locality and neighborhood probes, whatever their answers."""
-    probes = (probe for probe in request.probes if probe.kind in ("locality", "neighborhood"))
+    probes = probes_of(request, "locality", "neighborhood")
     prompts = (*request.neighborhood_prompts, *(prompt for probe in probes for prompt in probe.prompts))
     return tuple(Case(prompt, record=request) for prompt in prompts)
 
@@ -55,7 +54,7 @@ def _all_positions(case: Case, tokenizer: Any) -> tuple[Ask, ...]:
 
 
 def _last_position(case: Case, tokenizer: Any) -> tuple[Ask, ...]:
-    return (Distributions(case.prompt, _WHOLE, last=True),)
+    return (Distributions(case.prompt, TEXT_TOKENS, last=True),)
 
 
 def _mean_divergence(case: Case, answers: Answers) -> float:

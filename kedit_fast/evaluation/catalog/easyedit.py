@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kedit_fast.evaluation.asks import Ask, Likelihood, LikelihoodAnswer
-from kedit_fast.evaluation.catalog.counterfact import Answers, exponential, forced, forced_answers
+from kedit_fast.evaluation.catalog.counterfact import Answers, exponential, forced, forced_answers, probes_of
 from kedit_fast.evaluation.metric import Case, Metric, Prompts, Scoring, Within, request_of
 from kedit_fast.requests.request import EditRequest
 
@@ -19,8 +19,7 @@ def portability(request: EditRequest) -> tuple[Case, ...]:
     """The questions of portability probes, with their first answer."""
     return tuple(
         Case(question.prompt, question.answers[0][0], name=probe.name, record=request)
-        for probe in request.probes
-        if probe.kind == "portability"
+        for probe in probes_of(request, "portability")
         for question in probe.questions
         if question.answers
     )

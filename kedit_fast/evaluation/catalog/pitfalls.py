@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from kedit_fast.evaluation.asks import Ask, Forced
-from kedit_fast.evaluation.catalog.counterfact import Answers, forced, forced_answers, probability
+from kedit_fast.evaluation.catalog.counterfact import Answers, forced, forced_answers, probability, probes_of
 from kedit_fast.evaluation.metric import Better, Case, Metric, Prompts, Scoring, State
-from kedit_fast.requests.probes import Probe
+from kedit_fast.requests.probes import Probe, ProbeKind
 from kedit_fast.requests.request import EditRequest
 
 Group = Sequence[EditRequest]
@@ -34,8 +34,8 @@ def _prompts(request: EditRequest) -> tuple[str, ...]:
     return (request.text, *request.paraphrase_prompts)
 
 
-def _probes(group: Group, kind: str, name: str) -> tuple[Probe, ...]:
-    return tuple(probe for probe in group[0].probes if probe.kind == kind and probe.name == name)
+def _probes(group: Group, kind: ProbeKind, name: str) -> tuple[Probe, ...]:
+    return tuple(probe for probe in probes_of(group[0], kind) if probe.name == name)
 
 
 def _probed(probe: Probe) -> Fact:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kedit_fast.evaluation.asks import Ask, Forced
-from kedit_fast.evaluation.catalog.counterfact import Answers, forced_answers
+from kedit_fast.evaluation.catalog.counterfact import Answers, forced_answers, probes_of
 from kedit_fast.evaluation.metric import Case, Metric, Prompts, Scoring, request_of
 from kedit_fast.requests.prompts import separator_before
 from kedit_fast.requests.request import EditRequest
@@ -21,8 +21,7 @@ def preserved(request: EditRequest) -> tuple[Case, ...]:
         ]
     cases += [
         Case(question.prompt, true=question.answers[0][0], name=probe.name or probe.kind, record=request)
-        for probe in request.probes
-        if probe.kind in ("locality", "neighborhood")
+        for probe in probes_of(request, "locality", "neighborhood")
         for question in probe.questions
         if question.answers
     ]
