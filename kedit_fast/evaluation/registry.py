@@ -8,12 +8,42 @@ from types import MappingProxyType, ModuleType
 from typing import TypeVar
 
 from kedit_fast.errors import InvalidArgumentError
-from kedit_fast.evaluation.catalog import choices, counterfact, drift, easyedit, negation, pitfalls, zsre
+from kedit_fast.evaluation.catalog import (
+    choices,
+    conflicts,
+    counterfact,
+    drift,
+    easyedit,
+    generation,
+    knowedit,
+    mquake,
+    negation,
+    pitfalls,
+    rippleedits,
+    unke,
+    wild,
+    zsre,
+)
 from kedit_fast.evaluation.metric import Derived, Metric, Prompts, Scoring
 
 T = TypeVar("T")
 
-CATALOG: tuple[ModuleType, ...] = (counterfact, zsre, easyedit, pitfalls, choices, drift, negation)
+CATALOG: tuple[ModuleType, ...] = (
+    counterfact,
+    zsre,
+    easyedit,
+    generation,
+    wild,
+    knowedit,
+    mquake,
+    rippleedits,
+    pitfalls,
+    conflicts,
+    choices,
+    drift,
+    unke,
+    negation,
+)
 """The families, in the order of tables. Each has mappings PROMPTS and SCORINGS by name, and a tuple METRICS."""
 
 DEFINITIONS = 1
