@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
 
 from kedit_fast.errors import InvalidArgumentError, RequestError
-from kedit_fast.evaluation.asks import Answer, Ask, Distributions, Likelihood
+from kedit_fast.evaluation.asks import Answer, Ask
+from kedit_fast.evaluation.contexts import Context, asked_in_context, context_of
 from kedit_fast.evaluation.engine import answer_rows
 from kedit_fast.evaluation.metric import Case, Derived, Measured, Metric, Scoring, State, Unit
 from kedit_fast.evaluation.registry import PROMPTS, SCORINGS, select
 from kedit_fast.evaluation.results import STATES, CaseScore, Evaluation, RecordScore, Result, measured, record_score
-from kedit_fast.evaluation.rows import Row, prompt_of, rows_of
+from kedit_fast.evaluation.rows import Row, rows_of
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.view import ModelView
 from kedit_fast.patches.patch import Patch, merge
@@ -29,8 +29,6 @@ from kedit_fast.requests.spacing import AUTO, check_separator
 from kedit_fast.support.torch_state import plain_torch
 
 Average = Literal["record", "prompt"]
-Context = Callable[[EditRequest, str], str]
-"""From a request and one of its prompts to the prompt with the new fact in front."""
 Source = Literal["requests", "groups", "texts", "choices"]
 _KINDS: dict[Source, str] = {"requests": "request", "groups": "group", "texts": "text", "choices": "item"}
 
@@ -48,7 +46,8 @@ class Evaluator:
         metrics: see `registry.select`.
         texts: for metrics over natural text.
         choices: for metrics over multiple choice.
-        context: for the state "context": puts the new fact in front of a prompt.
+        context: for the state "context", how the new fact stands in front of a prompt: "sentence", "triple", or a
+            function of request and prompt; see `contexts.py`.
         prompt_format: what makes each prompt into the text that the model reads, for example `chat_format(tokenizer)`.
         target_separator: what stands between prompts and targets of requests that say "auto".
         spec: module names of an architecture that is not known.
@@ -71,7 +70,7 @@ class Evaluator:
         *,
         texts: Sequence[str] = (),
         choices: Sequence[Any] = (),
-        context: Context | None = None,
+        context: Context | str | None = None,
         prompt_format: PromptFormat | None = None,
         target_separator: str = AUTO,
         spec: ArchSpec | None = None,
@@ -89,7 +88,7 @@ class Evaluator:
         self.metrics = select(metrics)
         self.average: Average | None = average
         self.progress = progress
-        self._context = context
+        self._context = context_of(context)
         self._settings = {"target_separator": target_separator, "prompt_format": prompt_format is not None}
         self._groups = _groups(self.requests)
         self._records: dict[Source, Sequence[Any]] = {
@@ -113,7 +112,7 @@ class Evaluator:
         """Collect cases and asks, and make rows of them; raises RequestError that names all that cannot be measured."""
         self._cases: dict[str, list[tuple[Case, ...]]] = {}
         self._scorings: dict[str, Scoring] = {}
-        self._asks: dict[tuple[str, str, bool], list[tuple[tuple[Ask, ...], ...]]] = {}
+        self._asks: dict[tuple[str, str, bool], list[tuple[tuple[Ask, ...] | None, ...]]] = {}
         owners: dict[Ask, list[tuple[Source, int]]] = {}
         problems: dict[tuple[Source, int], str] = {}
         for metric in (metric for metric in self.metrics if isinstance(metric, Metric)):
@@ -142,7 +141,7 @@ class Evaluator:
                         problems.setdefault((prompts.over, index), str(error))
                         asked = tuple(() for _ in cases)
                     self._asks[key].append(asked)
-                    for ask in (ask for asks in asked for ask in asks):
+                    for ask in (ask for asks in asked if asks is not None for ask in asks):
                         owners.setdefault(ask, []).append((prompts.over, index))
         self._rows, unusable = rows_of(view, self.tokenizer, owners, prompt_format, target_separator)
         for ask, reason in unusable.items():
@@ -159,18 +158,16 @@ class Evaluator:
         named = (f"{self._name(*owner)}: {reason}" for owner, reason in problems.items())
         require_no_problems(dict(enumerate(named)))
 
-    def _in_context(self, case: Case, asks: tuple[Ask, ...]) -> tuple[Ask, ...]:
-        """The asks of a case with the facts of its record in front of their prompts."""
+    def _in_context(self, case: Case, asks: tuple[Ask, ...]) -> tuple[Ask, ...] | None:
+        """The asks of a case with the new facts in front; None where one cannot be asked so."""
         assert self._context is not None
-        records = case.record if isinstance(case.record, tuple) else (case.record,)
-        result = []
-        for ask in asks:
-            prompt = prompt_of(ask)
-            for request in (record for record in reversed(records) if isinstance(record, EditRequest)):
-                prompt = self._context(request, prompt)
-            is_text = isinstance(ask, Likelihood | Distributions)
-            result.append(replace(ask, text=prompt) if is_text else replace(ask, prompt=prompt))
-        return tuple(result)
+        facts = [record for record in _tuple_of(case.record) if isinstance(record, EditRequest)]
+        group = getattr(facts[0], "group", None) if facts else None
+        if case.probe is not None and case.probe.kind == "multi_hop" and group is not None:
+            facts = [request for request in self.requests if getattr(request, "group", None) == group]
+        asked = [asked_in_context(ask, facts, self._context, self.tokenizer) for ask in asks]
+        there = tuple(ask for ask in asked if ask is not None)
+        return there if len(there) == len(asks) else None
 
     def _name(self, source: Source, index: int) -> str:
         record = self._records[source][index]
@@ -209,7 +206,7 @@ class Evaluator:
             for _, source, index in chosen
             if source == PROMPTS[prompts].over
             for case_asks in by_record[index]
-            for ask in case_asks
+            for ask in case_asks or ()
         )
         rows: dict[Ask, Row] = {ask: self._rows[ask] for ask in asks}
         with tqdm(total=len(rows), desc=f"evaluating ({state})", unit="ask", disable=not self.progress) as bar:
@@ -330,8 +327,9 @@ class Evaluator:
             answers: dict[str, tuple[Answer, ...]] = {}
             for state in STATES:
                 if (known := self._answers.get((state, source, index))) is not None:
-                    asks = self._asks[metric.prompts, metric.scoring, state == "context"][index]
-                    answers[state] = tuple(known[ask] for ask in asks[place])
+                    asks = self._asks[metric.prompts, metric.scoring, state == "context"][index][place]
+                    if asks is not None:
+                        answers[state] = tuple(known[ask] for ask in asks)
             scores: dict[State, float] = {}
             weights: dict[State, float] = {}
             for state in states:
@@ -352,6 +350,10 @@ def _groups(requests: Sequence[EditRequest]) -> list[tuple[int, ...]]:
         name = getattr(request, "group", None)
         groups.setdefault(("request", index) if name is None else ("group", name), []).append(index)
     return [tuple(indices) for indices in groups.values()]
+
+
+def _tuple_of(record: Any) -> tuple[Any, ...]:
+    return record if isinstance(record, tuple) else (record,)
 
 
 def _is_group(requests: Sequence[EditRequest], indices: Sequence[int]) -> bool:
@@ -382,7 +384,7 @@ def evaluate(
     patches: Sequence[Patch | str | os.PathLike] = (),
     texts: Sequence[str] = (),
     choices: Sequence[Any] = (),
-    context: Context | None = None,
+    context: Context | str | None = None,
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
     spec: ArchSpec | None = None,

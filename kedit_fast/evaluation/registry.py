@@ -37,14 +37,15 @@ CATALOG: tuple[ModuleType, ...] = (
     knowedit,
     mquake,
     rippleedits,
+    unke,
     pitfalls,
     conflicts,
+    negation,
     choices,
     drift,
-    unke,
-    negation,
 )
-"""The families, in the order of tables. Each has mappings PROMPTS and SCORINGS by name, and a tuple METRICS."""
+"""The families, in the order of tables. Each has mappings PROMPTS and SCORINGS by name, a tuple METRICS, and, where
+some of its metrics need an optional package that is not installed, a mapping ABSENT from their ids to the reason."""
 
 DEFINITIONS = 1
 """Version of the definitions: raised when a metric counts something else than before under the same id."""
@@ -76,6 +77,7 @@ SCORINGS: Mapping[str, Scoring] = _merged((family.SCORINGS for family in CATALOG
 METRICS: Mapping[str, Metric | Derived] = _merged(
     ({metric.id: metric for metric in family.METRICS} for family in CATALOG), "metric"
 )
+ABSENT: Mapping[str, str] = _merged((getattr(family, "ABSENT", {}) for family in CATALOG), "metric")
 
 
 def select(names: str | Iterable[str] = "default") -> tuple[Metric | Derived, ...]:
@@ -99,6 +101,8 @@ def select(names: str | Iterable[str] = "default") -> tuple[Metric | Derived, ..
             wanted.update(name for part in DEFAULT for name in _matching(part))
         elif text:
             matching = _matching(text)
+            if not matching and text in ABSENT:
+                raise InvalidArgumentError(f"the metric {text!r} {ABSENT[text]}")
             if not matching:
                 raise InvalidArgumentError(f"no metric {text!r}: {_close(text)}")
             wanted.update(matching)
