@@ -41,7 +41,7 @@ from kedit_fast.requests.problems import OnError, require_no_problems
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_each
 from kedit_fast.requests.reading import RequestList, as_requests, rows_of
 from kedit_fast.requests.record_fields import Notes
-from kedit_fast.requests.request import FIELDS, EditRequest
+from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO as AUTO_SEPARATOR
 from kedit_fast.requests.spacing import check_separator
 from kedit_fast.solver.key_memory import KeyMemory
@@ -155,7 +155,7 @@ class Editor:
         self.ledger = Ledger()
         self._final_steps: set[int] = set()  # numbers of the batches that `finish` has written
         self._written: dict[int, tuple[EditRequest, ...]] = {}  # number of a batch -> its requests
-        self._notes = Notes(FIELDS)  # names each field of the records once
+        self._notes = Notes()  # names each field of the records once
         self.seed = seed
         self.progress = progress
         self.gradients: Callable[..., Any] = answer_gradients

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from kedit_fast.errors import RequestError
+from kedit_fast.requests.datasets.dataset import DataSet, check_reading, recognize
+from kedit_fast.requests.datasets.registry import DATA_SETS, FLAT
 from kedit_fast.requests.problems import OnError, check_on_error, require_no_problems
-from kedit_fast.requests.record_fields import LISTS, NESTED, Notes, is_record
-from kedit_fast.requests.records import parse_request
-from kedit_fast.requests.request import FIELDS, EditRequest, is_nan
+from kedit_fast.requests.record_fields import MOST_LISTED, Notes
+from kedit_fast.requests.records import Options
+from kedit_fast.requests.request import FIELDS, EditRequest, is_nan, shorten
 from kedit_fast.support.messages import comma_list
-from kedit_fast.support.textfiles import TABLES, read_records, suffix_of
+from kedit_fast.support.textfiles import TABLES, Row, read_records, suffix_of
 
 _log = logging.getLogger("kedit_fast")
+_SINGLE_TEXTS = ("prompt", "subject", "target_new", "target_true", "id", "relation", "group", "target_separator")
 
 
 class RequestList(list[EditRequest]):
@@ -30,14 +33,29 @@ class RequestList(list[EditRequest]):
     """
 
     places: tuple[int, ...]
-    """The index of each request in its file or in what the caller passed, from 0. (Messages number records from 1.)"""
+    """The index of each request in its file or in what the caller passed, from 0. (Messages number records from 1.)
+    Where records make several requests or none, the requests are counted, and a record that was left out as one."""
     skipped: dict[int, str]
     """Index -> why that record was left out."""
+    records: tuple[int, ...]
+    """The index of the record that each request was made of; the same as `places` where each makes one."""
+    form: str
+    """The name of the records' form, a key of `kedit_fast.requests.datasets.registry.DATA_SETS`; "" where not all were
+    records."""
 
-    def __init__(self, requests: Iterable[EditRequest], places: Iterable[int], skipped: Mapping[int, str]):
+    def __init__(
+        self,
+        requests: Iterable[EditRequest],
+        places: Iterable[int],
+        skipped: Mapping[int, str],
+        records: Iterable[int] | None = None,
+        form: str = "",
+    ):
         super().__init__(requests)
         self.places = tuple(places)
         self.skipped = dict(skipped)
+        self.records = self.places if records is None else tuple(records)
+        self.form = form
         self._at_first = tuple(self)
 
     def intact(self) -> bool:
@@ -56,16 +74,23 @@ class RequestList(list[EditRequest]):
             return RequestList(self[:count], range(min(count, len(self))), {})
         end = math.inf if count >= len(self) else self.places[count]
         skipped = {place: reason for place, reason in self.skipped.items() if place < end}
-        return RequestList(self[:count], self.places[:count], skipped)
+        return RequestList(self[:count], self.places[:count], skipped, self.records[:count], self.form)
 
 
-def load_requests(path: str | Path, on_error: OnError = "raise", need_subject: bool | None = None) -> RequestList:
+def load_requests(
+    path: str | Path,
+    on_error: OnError = "raise",
+    need_subject: bool | None = None,
+    form: str | None = None,
+    reading: str | None = None,
+    seed: int = 0,
+) -> RequestList:
     """Read requests from a file: .json (a list), .jsonl or .ndjson, .csv or .tsv with a header, each also with .gz.
 
     JSON lines in a .json file and a list in a .jsonl file are read, too; `-` is the standard input, JSON of either
-    kind. Fields of other repositories' records (CounterFact, zsRE, EasyEdit, KnowEdit, MQuAKE and others) are accepted
-    where they mean the same as a field of `EditRequest`. Fields that are not used are named once in the log: at INFO
-    where such records are known to have them, at WARNING where they may be a mistake.
+    kind. The records have our own flat form or that of a data set (CounterFact, zsRE, KnowEdit and others), which is
+    recognized from their fields. Known faults of real files are named in the log by record number. Fields that are not
+    used are named once: at INFO where such records are known to have them, at WARNING where they may be a mistake.
 
     Args:
         path: the file.
@@ -74,13 +99,17 @@ def load_requests(path: str | Path, on_error: OnError = "raise", need_subject: b
         need_subject: True where the method needs subjects; False where it ignores them, so that a subject that does
             not occur exactly once in its prompt is no error; None where the method is not known yet, so that a subject
             may be missing.
+        form: the records' form, where it is not to be recognized: a name in `kedit-fast requests show --help`.
+        reading: which of several published readings of the form is meant, "answers" or "alt" of zsRE for example.
+        seed: of what is drawn, the new answers of relations for example.
 
     Returns:
         a list of `EditRequest` that also says which records were left out.
 
     Raises:
-        RequestError: the file cannot be read; it holds no record that can be used or, unless they are skipped, one
-            that cannot. Messages number records from 1.
+        RequestError: the file cannot be read; its records have two forms, one that is not read, or one whose reading is
+            not given; it holds no record that can be used or, unless they are skipped, one that cannot. Messages number
+            records from 1.
 
     Example:
         >>> requests = load_requests("requests.jsonl")
@@ -94,28 +123,20 @@ def load_requests(path: str | Path, on_error: OnError = "raise", need_subject: b
     check_on_error(on_error)
     if not isinstance(path, str | os.PathLike):
         raise RequestError(f"load_requests takes the path of a file; got {type(path).__name__}")
-    rows = read_records(path, RequestError, lambda record: is_record(record, FIELDS))
+    rows = read_records(path, RequestError, _is_record)
     if not rows:
         raise RequestError(f"{path} holds no requests")
-    notes = Notes(FIELDS)
-    cells = suffix_of(path) in TABLES
-    usable: dict[int, EditRequest] = {}
-    problems: dict[int, str] = {}
-    for place, row in enumerate(rows):
-        try:
-            if row.problem:
-                raise RequestError(row.problem)
-            value = _from_cells(row.value) if cells else row.value
-            usable[place] = parse_request(value, row.where, need_subject, notes)
-        except RequestError as error:
-            problems[place] = str(error)
-    notes.log(str(path))
-    _warn_of_repeated_ids(usable, str(path))
-    if problems and (on_error == "raise" or not usable):
-        if len(rows) == 1:
-            require_no_problems(problems)
-        require_no_problems(problems, f"{path}: {len(problems)} of {len(rows)} records cannot be used")
-    return RequestList(usable.values(), usable, problems)
+    if suffix_of(path) in TABLES:
+        rows = [row if row.problem else Row(row.where, _from_cells(row.value)) for row in rows]
+    options = Options(need_subject, reading, seed)
+    read = _read_rows(rows, str(path), form, options)
+    options.notes.log(str(path))
+    _warn_of_repetitions(read, str(path))
+    if read.skipped and (on_error == "raise" or not read):
+        if len(rows) == 1 and len(read.skipped) == 1:
+            require_no_problems(read.skipped)
+        require_no_problems(read.skipped, f"{path}: {len(read.skipped)} of {read.total} records cannot be used")
+    return read
 
 
 def as_requests(
@@ -127,30 +148,116 @@ def as_requests(
     not logged again.
 
     Raises:
-        RequestError: not a collection of records; or, with "raise", naming every record that cannot be used.
+        RequestError: not a collection of records, or records of two forms or of one that is not read so; or, with
+            "raise", naming every record that cannot be used.
     """
     check_on_error(on_error)
     rows = rows_of(requests)
     read = rows if isinstance(rows, RequestList) and rows.intact() else RequestList([], range(len(rows)), {})
     if read is rows and not need_subject:
         return read
-    notes = Notes(FIELDS) if notes is None else notes
-    usable: dict[int, EditRequest] = {}
-    problems: dict[int, str] = {}
+    notes = Notes() if notes is None else notes
+    given = []
     for place, row in zip(read.places, rows, strict=True):
-        try:
-            row = getattr(row, "request", row)  # what Editor.check returned
-            if not isinstance(row, EditRequest):
-                row = parse_request(row, f"request {place + 1}", need_subject, notes)
-            elif need_subject and row.subject is None:
-                raise RequestError(f"request {place + 1} ({row.label!r}) has no 'subject', which this method needs")
-            usable[place] = row
-        except RequestError as error:
-            problems[place] = str(error)
+        value = getattr(row, "request", row)  # what Editor.check returned
+        where = f"request {place + 1}"
+        problem = ""
+        if isinstance(value, EditRequest) and need_subject and value.subject is None:
+            problem = f"{where} ({value.label!r}) has no 'subject', which this method needs"
+        given.append(Row(where, value, problem))
+    made = _read_rows(given, "requests", None, Options(need_subject, notes=notes))
     notes.log("requests")
     if on_error == "raise":
-        require_no_problems(problems)
-    return RequestList(usable.values(), usable, dict(sorted({**read.skipped, **problems}.items())))
+        require_no_problems(made.skipped)
+    if read is not rows:
+        return made
+    problems = {read.places[place]: reason for place, reason in made.skipped.items()}
+    return RequestList(
+        made,
+        (read.places[place] for place in made.places),
+        dict(sorted({**read.skipped, **problems}.items())),
+        (read.records[place] for place in made.places),
+        read.form,
+    )
+
+
+def parse_request(
+    record: Any, where: str = "record", need_subject: bool | None = None, reading: str | None = None
+) -> EditRequest:
+    """An EditRequest from one record of any form; raises RequestError where it makes none or several."""
+    options = Options(need_subject, reading)
+    read = _read_rows([Row(where, record)], where, None, options)
+    require_no_problems(read.skipped)
+    options.notes.log(where)
+    if len(read) != 1:
+        raise RequestError(f"{where} makes {len(read)} requests: pass it in a list")
+    return read[0]
+
+
+def _read_rows(rows: list[Row], source: str, form: str | None, options: Options) -> RequestList:
+    """The requests of records of one form, and which records cannot be used; requests among them stay as they are."""
+    data_set = recognize(rows, DATA_SETS, form, FLAT.name)
+    foreign = [row for row in rows if not row.problem and not isinstance(row.value, EditRequest)]
+    if foreign:
+        check_reading(data_set, options.reading, source)
+    requests: list[EditRequest] = []
+    places: list[int] = []
+    records: list[int] = []
+    problems: dict[int, str] = {}
+    faulty: dict[str, list[int]] = {}
+    index = place = 0
+    for row in rows:
+        for where, value, problem in _parts(row, data_set, options):
+            index += 1
+            try:
+                if problem:
+                    raise RequestError(problem)
+                made = [value] if isinstance(value, EditRequest) else data_set.read(value, where, options)
+            except RequestError as error:
+                text = str(error)
+                problems[place] = text if where in text else f"{where}: {text}"
+                place += 1
+                continue
+            requests += made
+            places += range(place, place + len(made))
+            records += [index - 1] * len(made)
+            place += len(made)
+            if not isinstance(value, EditRequest):
+                for fault in data_set.faults:
+                    if fault.holds(value, made):
+                        faulty.setdefault(fault.message, []).append(index)
+    for message, named in faulty.items():
+        more = f" and {len(named) - MOST_LISTED} more" if len(named) > MOST_LISTED else ""
+        _log.warning("%s: %s: %s%s", source, message, record_list(named[:MOST_LISTED]), more)
+    return RequestList(requests, places, problems, records, data_set.name if foreign else "")
+
+
+def _parts(row: Row, data_set: DataSet, options: Options) -> list[tuple[str, Any, str]]:
+    """What a row holds as records: how messages call each, the record, and why it cannot be read."""
+    if row.problem or isinstance(row.value, EditRequest):
+        return [(row.where, row.value, row.problem)]
+    if not isinstance(row.value, Mapping):
+        needed = "an object with prompt, subject and target_new"
+        return [(row.where, row.value, f"{row.where} must be {needed}; got {shorten(row.value)}")]
+    options.notes.take(row.value, data_set.known, data_set.unused)
+    if data_set.split is None:
+        return [(row.where, row.value, "")]
+    try:
+        return [(where, part, "") for where, part in data_set.split(row.value, row.where)]
+    except RequestError as error:
+        return [(row.where, row.value, str(error))]
+
+
+def record_list(records: Iterable[int]) -> str:
+    """Numbers of records as messages list them: "record 3", "records 3, 5"."""
+    listed = list(records)
+    return f"record{'s' if len(listed) != 1 else ''} {comma_list(listed)}"
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    """Whether an object, or the header of a table, looks like one record rather than a container of records."""
+    names = {*FIELDS}.union(*(one.marks | one.fields for one in DATA_SETS.values()))
+    return any(name in record for name in names)
 
 
 def rows_of(requests: Any) -> list[Any]:
@@ -188,9 +295,9 @@ def rows_of(requests: Any) -> list[Any]:
 def _from_cells(record: Mapping[str, str]) -> dict[str, Any]:
     """A record from a row of a table, whose cells hold lists as JSON or Python literals, and a weight as a number."""
     values: dict[str, Any] = dict(record)
-    for name in (*LISTS, NESTED):
-        text = values.get(name, "").strip()
-        if (text[:1], text[-1:]) in (("[", "]"), ("{", "}")):
+    for name, cell in record.items():
+        text = cell.strip()
+        if name not in _SINGLE_TEXTS and (text[:1], text[-1:]) in (("[", "]"), ("{", "}")):
             for read in (json.loads, ast.literal_eval):
                 try:
                     values[name] = read(text)
@@ -203,19 +310,38 @@ def _from_cells(record: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
-def _warn_of_repeated_ids(usable: Mapping[int, EditRequest], where: str) -> None:
-    first: dict[Any, int] = {}
-    repeated: dict[Any, list[int]] = {}
-    for place, request in usable.items():
-        if request.id is not None and first.setdefault(request.id, place) != place:
-            repeated.setdefault(request.id, [first[request.id] + 1]).append(place + 1)
+def _warn_of_repetitions(read: RequestList, source: str) -> None:
+    """Name ids that several records have, and facts that are given several new answers."""
+    by_id: dict[Any, list[int]] = {}
+    by_fact: dict[tuple[str, str | None], dict[str, list[int]]] = {}
+    for request, record in zip(read, read.records, strict=True):
+        records = by_id.setdefault(request.id, [])
+        if record + 1 not in records:
+            records.append(record + 1)
+        if request.group is None:  # a case may write a fact twice, to see what is left of the first
+            by_fact.setdefault((request.prompt, request.subject), {}).setdefault(request.target_new, []).append(
+                record + 1
+            )
+    repeated = {name: records for name, records in by_id.items() if name is not None and len(records) > 1}
     if repeated:
         name, records = next(iter(repeated.items()))
         _log.warning(
             "%s: %d ids stand in several records, so messages cannot tell these apart: %r in records %s%s",
-            where,
+            source,
             len(repeated),
             name,
             comma_list(records[:5]),
             ", ..." if len(repeated) > 1 else "",
+        )
+    contradicted = [(fact, targets) for fact, targets in by_fact.items() if len(targets) > 1]
+    if contradicted:
+        fact, targets = contradicted[0]
+        named = [f"{target!r} ({record_list(records[:5])})" for target, records in targets.items()]
+        _log.warning(
+            "%s: %d facts are given several new answers, of which a batch can hold one: %r of %r is %s%s",
+            source,
+            len(contradicted),
+            *fact,
+            " and ".join(named[:3]),
+            ", ..." if len(contradicted) > 1 or len(named) > 3 else "",
         )

@@ -1,49 +1,77 @@
-"""One record, of this package or of another repository, as an EditRequest."""
+"""One flat record as an EditRequest."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from kedit_fast.errors import RequestError
-from kedit_fast.requests.record_fields import Notes, values_by_field
-from kedit_fast.requests.request import FIELDS, EditRequest, advice_on_braces, describe, shorten
+from kedit_fast.requests.record_fields import Notes, hint, values_by_field
+from kedit_fast.requests.request import LISTS, EditRequest, advice_on_braces, describe
+
+SPACES = " \u00a0"
+"""What counts as a stray space around a text: line ends are meant."""
+_NONE: Mapping[str, str] = {}
 
 
-def parse_request(
-    record: Any, where: str = "record", need_subject: bool | None = None, notes: Notes | None = None
+@dataclass(frozen=True)
+class Options:
+    """What a reader of records is told beside them."""
+
+    need_subject: bool | None = None
+    """See `load_requests`."""
+    reading: str | None = None
+    """Which of a data set's `choices` is meant."""
+    seed: int = 0
+    """Of what is drawn: the new answers of facts that come without one."""
+    notes: Notes = dataclasses.field(default_factory=Notes)
+    """Gathers what the log says about all records."""
+
+
+def read_flat(
+    records: Sequence[Mapping[str, Any]],
+    where: str,
+    options: Options,
+    names: Mapping[str, str] = _NONE,
+    *,
+    absent: Collection[str] = (),
+    strip: bool = False,
+    **others: Any,
 ) -> EditRequest:
-    """An EditRequest from a flat record, or from one of CounterFact with `requested_rewrite`.
+    """An EditRequest from a flat record: one with our names, or with others that mean the same.
 
     A record's prompt may contain the subject itself instead of {}; it must then occur exactly once.
 
     Args:
-        record: the mapping.
+        records: the record; or the parts that make it up, the outermost last.
         where: how messages call the record.
-        need_subject: see `load_requests`.
-        notes: gathers fields that are mapped or not used, for one message about all records; without it they are
-            logged at once.
+        options: `need_subject` and `notes` are used.
+        names: a data set's name -> ours.
+        absent: texts that a data set writes where `target_true` has no value.
+        strip: take spaces around texts away.
+        **others: fields of the request that are not read from `names`; what a record has under our name goes first.
 
     Raises:
         RequestError: a field is missing, of the wrong type or given twice, or the subject does not occur in the prompt.
     """
-    if not isinstance(record, Mapping):
-        raise RequestError(f"{where} must be an object with prompt, subject and target_new; got {shorten(record)}")
-    gathered = Notes(FIELDS) if notes is None else notes
-    values, spelled = values_by_field(record, where, gathered)
+    values, spelled = values_by_field(records, where, options.notes, names, absent)
+    if strip:
+        values = {name: _stripped(value) for name, value in values.items()}
     missing = [name for name in ("prompt", "target_new") if name not in values]
     subject, prompt = values.get("subject"), values.get("prompt")
     has_braces = isinstance(prompt, str) and "{}" in prompt
     no_subject = subject is None or (isinstance(subject, str) and not subject.strip())
-    if no_subject and (need_subject or has_braces):
+    if no_subject and (options.need_subject or has_braces):
         missing.insert(len(missing) and missing[0] == "prompt", "subject")
     if missing:
-        raise RequestError(_missing_fields(record, missing, where, gathered, values, spelled))
+        raise RequestError(_missing_fields(records[-1], missing, where, names, values, spelled))
     if isinstance(prompt, str) and isinstance(subject, str) and not no_subject and not has_braces:
         count = prompt.count(subject)
-        if count != 1 and need_subject is False:
+        if count != 1 and options.need_subject is False:
             subject = None
         elif count != 1:
             raise RequestError(
@@ -52,31 +80,38 @@ def parse_request(
             )
         else:
             prompt = prompt.replace(subject, "{}")
-    others = {name: value for name, value in values.items() if value is not None}
+    given = {**others, **{name: value for name, value in values.items() if value is not None}}
     try:
         texts = {name: _target(values, name) for name in ("target_new", "target_true")}
-        lists = {name: _list(values, name) for name in ("paraphrase_prompts", "neighborhood_prompts")}
-        request = EditRequest(**{**others, "prompt": prompt, "subject": subject, **texts, **lists})
+        lists = {name: _list(given, name) for name in LISTS}
+        request = EditRequest(**{**given, "prompt": prompt, "subject": subject, **texts, **lists})
     except RequestError as error:
         text = _as_spelled(str(error), spelled)
         raise RequestError(text if where in text else f"{where}: {text}") from None
     if mixed := _mixed_forms(request):
-        gathered.mixed.append(f"{where} ({mixed})")
-    if notes is None:
-        gathered.log(where)
+        options.notes.mixed.append(f"{where} ({mixed})")
     return request
+
+
+def _stripped(value: Any) -> Any:
+    """A text, or texts in a list or in CounterFact's objects, without spaces around."""
+    if isinstance(value, list | tuple):
+        return [_stripped(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _stripped(item) for name, item in value.items()}
+    return value.strip(SPACES) if isinstance(value, str) else value
 
 
 def _missing_fields(
     record: Mapping[str, Any],
     missing: list[str],
     where: str,
-    notes: Notes,
+    mapped: Mapping[str, str],
     values: Mapping[str, Any],
     spelled: Mapping[str, str],
 ) -> str:
     """The error for a record that lacks fields: which, what it has instead, and what to do."""
-    names = ", ".join(f"{name}{notes.hint(name)}" for name in list(record)[:12])
+    names = ", ".join(f"{name}{hint(name, mapped)}" for name in list(record)[:12])
     lacking = [repr(name) for name in missing]
     if "subject" in missing and "subject" in spelled:
         empty = "null" if values["subject"] is None else "empty"
@@ -89,8 +124,6 @@ def _missing_fields(
         text += f": {advice_on_braces(with_braces)}"
     elif missing == ["subject"]:
         text += ": of all methods ultraedit alone needs none"
-    if any(name in record for name in ("edit", "edits")):
-        text += ": make a record of prompt, subject and target_new of each edit"
     return text
 
 

@@ -10,7 +10,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kedit_fast.errors import RequestError
+from kedit_fast.requests.probes import Probe, as_probe
 from kedit_fast.requests.spacing import AUTO, check_separator
+
+LISTS = ("paraphrase_prompts", "neighborhood_prompts", "target_aliases", "true_aliases", "generation_prompts")
+"""Fields that are lists of texts."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,18 @@ class EditRequest:
     """How much the request counts in its batch's least-squares solve: a factor of its squared error."""
     target_separator: str = AUTO
     """What stands between prompt and target: "auto" (see kedit_fast.requests.spacing), " " or ""."""
+    target_aliases: tuple[str, ...] = ()
+    """Other texts that count as `target_new` in an answer; measured alone."""
+    true_aliases: tuple[str, ...] = ()
+    """Other texts that count as `target_true` in an answer; measured alone."""
+    relation: str | None = None
+    """The relation of subject and target: an id such as "P17", or a name."""
+    group: str | int | None = None
+    """The case that several requests belong to, which are written in their order; None for a request by itself."""
+    generation_prompts: tuple[str, ...] = ()
+    """Complete texts to continue freely; measured alone."""
+    probes: tuple[Probe, ...] = ()
+    """What else is asked of the edited model; mappings with a probe's fields are taken, too."""
 
     def __post_init__(self):
         self._normalize()
@@ -60,7 +76,7 @@ class EditRequest:
             value = getattr(self, name)
             if not isinstance(value, str) or not value.strip():
                 raise RequestError(f"{where}{name} must be a non-empty text; got {describe(value)}")
-        for name in ("subject", "target_true"):
+        for name in ("subject", "target_true", "relation"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise RequestError(f"{where}{name} must be a text or None; got {describe(value)}")
@@ -89,22 +105,31 @@ class EditRequest:
 
     def _normalize(self) -> None:
         """Turn values of other libraries' types into Python's own, and a blank subject into None."""
-        for name in ("paraphrase_prompts", "neighborhood_prompts"):
+        for name in LISTS:
             value = getattr(self, name)
             value = () if value is None else (value,) if isinstance(value, str) else value
             if not isinstance(value, Iterable) or isinstance(value, Mapping | bytes):
                 raise RequestError(f"{name} must be a list of texts; got {describe(value)}")
             object.__setattr__(self, name, tuple(str(text) if isinstance(text, str) else text for text in value))
-        for name in ("prompt", "subject", "target_new", "target_true", "id"):
+        for name in ("prompt", "subject", "target_new", "target_true", "id", "relation", "group"):
             value = getattr(self, name)
             if type(value) is not str and isinstance(value, str):
                 object.__setattr__(self, name, str(value))
         if isinstance(self.subject, str) and not self.subject.strip():
             object.__setattr__(self, "subject", None)
-        if isinstance(self.id, numbers.Real) and not isinstance(self.id, bool) and self.id == self.id // 1:
-            object.__setattr__(self, "id", int(self.id))
-        elif self.id is not None and not isinstance(self.id, str):
-            raise RequestError(f"id must be a text or a whole number; got {describe(self.id)}")
+        for name in ("id", "group"):
+            value = getattr(self, name)
+            if isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value // 1:
+                object.__setattr__(self, name, int(getattr(self, name)))
+            elif value is not None and not isinstance(value, str):
+                raise RequestError(f"{name} must be a text or a whole number; got {describe(value)}")
+        probes = () if self.probes is None else self.probes
+        if not isinstance(probes, list | tuple):
+            raise RequestError(f"probes must be a list of probes; got {describe(probes)}")
+        try:
+            object.__setattr__(self, "probes", tuple(map(as_probe, probes)))
+        except RequestError as error:
+            raise RequestError(f"probes: {error}") from None
 
     def texts_by_field(self) -> list[tuple[str, tuple[str, ...]]]:
         """Every text of the request, with the name of its field."""
@@ -115,7 +140,23 @@ class EditRequest:
             ("target_true", () if self.target_true is None else (self.target_true,)),
             ("paraphrase_prompts", self.paraphrase_prompts),
             ("neighborhood_prompts", self.neighborhood_prompts),
+            ("target_aliases", self.target_aliases),
+            ("true_aliases", self.true_aliases),
+            ("relation", () if self.relation is None else (self.relation,)),
+            ("generation_prompts", self.generation_prompts),
+            ("probes", tuple(text for probe in self.probes for text in probe.texts())),
         ]
+
+    def as_record(self) -> dict[str, Any]:
+        """The request as one flat JSON object, which `load_requests` reads; what has its default is left out."""
+        record: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "probes":
+                value = tuple(probe.as_record() for probe in value)
+            if value != field.default:
+                record[field.name] = list(value) if isinstance(value, tuple) else value
+        return record
 
     @property
     def text(self) -> str:

@@ -11,7 +11,7 @@ from torch_states import STATES
 from kedit_fast import Editor, collect_statistics
 from kedit_fast.evaluation.metrics import evaluate_each, mean_nll
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.records import parse_request
+from kedit_fast.requests.reading import parse_request
 from kedit_fast.support.sums import add_by_owner_
 
 REQUESTS = [

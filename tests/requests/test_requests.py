@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from kedit_fast.errors import RequestError
-from kedit_fast.requests.reading import as_requests, load_requests
-from kedit_fast.requests.records import parse_request
+from kedit_fast.requests.probes import Probe, Question
+from kedit_fast.requests.reading import as_requests, load_requests, parse_request
 from kedit_fast.requests.request import EditRequest
 
 GOOD = {"prompt": "{} is in", "subject": "Ebro", "target_new": "Sweden"}
@@ -257,7 +257,7 @@ def test_names_given_twice_and_nan_are_errors_of_their_record(tmp_path):
              '{"prompt": "{} is", "subject": "Ebro", "target_new": NaN}',
              '{"prompt": "{} is", "subject": "Ebro", "target_new": "a", "target_true": NaN}',
              '{"prompt": "{} is", "subject": "Ebro", "target_new": "a", "weight": Infinity}',
-             '{"prompt": "{} is", "subject": "Ebro", "target_new": "a", "relation": NaN, "relation": 1}']  # fmt: skip
+             '{"prompt": "{} is", "subject": "Ebro", "target_new": "a", "comment": NaN, "comment": 1}']  # fmt: skip
     found = load_requests(written(tmp_path / "r.jsonl", "\n".join(lines)), "skip")
     assert list(found.skipped) == [0, 1, 2, 3] and len(found) == 1
     for place, message in enumerate(("gives 'prompt' twice", "target_new .*nan.*leave the field out",
@@ -278,6 +278,7 @@ ZSRE = {"subject": "Watts Humphrey", "src": "What university did Watts Humphrey 
 KNOWEDIT = {"subject": "Epaspidoceras", "target_new": "Noctuidae", "prompt": "Which family has Epaspidoceras?",
             "ground_truth": [["Aspidoceratidae", "other"]], "rephrase_prompt": "What family is Epaspidoceras of?",
             "locality": {"Relation_Specificity": []}, "portability": {}}  # fmt: skip
+NQ = Question("nq question: who?", (("Hugo",),))
 MQUAKE = {"case_id": 9, "requested_rewrite": [{"prompt": "{} plays", "subject": "Dudley Town", "question": "Which?",
           "target_new": {"str": "cricket"}, "target_true": {"str": "football"}, "relation_id": "P641"}],
           "questions": ["a"], "answer": "London", "new_answer": "Oderzo", "single_hops": []}  # fmt: skip
@@ -287,11 +288,12 @@ def test_names_of_other_repositories_are_read_where_they_mean_the_same():
     one = parse_request(EASYEDIT)
     assert one == EditRequest("The mother tongue of {} is", "Danielle Darrieux", "English", "French",
                               ("Danielle Darrieux speaks",), ("Michel Rocard speaks",), 3)  # fmt: skip
-    two = parse_request(ZSRE)
+    two = parse_request(ZSRE, reading="alt")
     assert two == EditRequest("What university did {} attend?", "Watts Humphrey", "University of Michigan",
-                              "Illinois Institute of Technology", ("Where did Watts Humphrey study?",))  # fmt: skip
+                              "Illinois Institute of Technology", ("Where did Watts Humphrey study?",),
+                              true_aliases=("IIT",), probes=(Probe("locality", (NQ,), "nq"),))  # fmt: skip
     assert parse_request(KNOWEDIT).target_true == "Aspidoceratidae" and parse_request(KNOWEDIT).paraphrase_prompts
-    assert parse_request(MQUAKE) == EditRequest("{} plays", "Dudley Town", "cricket", "football", id=9)
+    assert parse_request(MQUAKE) == EditRequest("{} plays", "Dudley Town", "cricket", "football", id=9, relation="P641")
     bio = parse_request({"text": "About john smith. He", "labels": "ate.", "concept": "john smith", "locality": {}})
     assert (bio.prompt, bio.subject, bio.target_new) == ("About {}. He", "john smith", "ate.")
     asked = parse_request({"prompt": "who has Ebro?", "target": "Spain", "subject": "Ebro", "rephrase": "Whose is it?"})
@@ -312,8 +314,7 @@ def test_what_is_not_used_is_named_once_for_a_file_with_what_was_meant(tmp_path,
     load_requests(written(tmp_path / "r.json", json.dumps(records)))
     (line,) = said("WARNING")
     assert "'paraphrase_prompt' in 3 records (did you mean 'paraphrase_prompts'?)" in line and "'comment'" in line
-    load_requests(written(tmp_path / "zsre.json", json.dumps([ZSRE] * 3)))
-    assert [line for line in said("WARNING") if "loc, loc_ans in 3 records" in line and "target_true" in line]
+    load_requests(written(tmp_path / "zsre.json", json.dumps([ZSRE] * 3)), reading="alt")
     assert [line for line in said("INFO") if "src as prompt" in line and "answers as target_true" in line]
 
 
@@ -326,7 +327,6 @@ def test_what_is_not_used_is_named_once_for_a_file_with_what_was_meant(tmp_path,
         ({**GOOD, "requested_rewrite": {**GOOD, "target_new": {"str": "Norway"}}}, "target_new is given twice"),
         ({"requested_rewrite": [GOOD, GOOD]}, "holds 2 rewrites: make a record of each"),
         ({"requested_rewrite": "x"}, "must be an object"),
-        ({"edit": {"prompt": "a", "target_id": "Q1"}, "example_type": "popular"}, "no 'prompt'.*of each edit"),
         ({"Prompt": "{} is", "subject": "Ebro", "target_new": "x"}, "no 'prompt'; it has Prompt .did you mean 'prom"),
         ({"question": "Who?", "answer": "He"}, "no 'prompt', 'target_new'; it has question, answer"),
         ({**GOOD, "target_new": 5}, "write it as a text"),
@@ -542,7 +542,7 @@ def test_a_true_answer_among_the_alternatives_is_no_contradiction():
 )
 def test_messages_name_the_field_as_the_record_spells_it(record, message):
     with pytest.raises(RequestError) as caught:
-        parse_request(record)
+        parse_request(record, reading="alt" if "src" in record else None)
     assert message in str(caught.value)
 
 
@@ -557,15 +557,14 @@ def test_a_number_is_told_to_be_an_object_and_not_to_be_a_text(record):
 
 def test_one_editor_says_of_fields_only_what_it_has_not_said(said):
     from kedit_fast.requests.record_fields import Notes
-    from kedit_fast.requests.request import FIELDS
 
-    notes = Notes(FIELDS)
-    odd = {**GOOD, "comment": "x", "locality": {"a": 1}, "case_id": 1, "relation": "r"}
+    notes = Notes()
+    odd = {**GOOD, "comment": "x", "case_id": 1, "source": "r"}
     for _ in range(3):
         as_requests([odd], notes=notes)
-    assert len(said("WARNING")) == 2 and len(said("INFO")) == 2
+    assert len(said("WARNING")) == 1 and len(said("INFO")) == 2
     as_requests([{**odd, "remark": "y"}], notes=notes)
-    assert len(said("WARNING")) == 3 and len(said("INFO")) == 2
+    assert len(said("WARNING")) == 2 and len(said("INFO")) == 2
     assert "'remark' in 1 records" in said("WARNING")[-1] and "comment" not in said("WARNING")[-1]
 
 
