@@ -298,8 +298,6 @@ def test_names_of_other_repositories_are_read_where_they_mean_the_same():
     assert (bio.prompt, bio.subject, bio.target_new) == ("About {}. He", "john smith", "ate.")
     asked = parse_request({"prompt": "who has Ebro?", "target": "Spain", "subject": "Ebro", "rephrase": "Whose is it?"})
     assert asked.target_new == "Spain" and asked.paraphrase_prompts == ("Whose is it?",)
-    unke = parse_request({"id": 0, "question": "Who is he?", "para_question": "Who was he?", "answer": "A man."})
-    assert (unke.prompt, unke.subject, unke.paraphrase_prompts) == ("Who is he?", None, ("Who was he?",))
 
 
 def test_a_name_with_another_meaning_is_not_read():
