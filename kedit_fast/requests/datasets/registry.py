@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kedit_fast.requests.datasets import counterfact, easyedit, knowedit, zsre
+from kedit_fast.requests.datasets import counterfact, easyedit, knowedit, lre, zsre
 from kedit_fast.requests.datasets.dataset import DataSet
 from kedit_fast.requests.records import Options, read_flat
 from kedit_fast.requests.request import EditRequest
@@ -21,7 +21,7 @@ FLAT = DataSet(
     fields=frozenset({"prompt", "target_new"}),
     read=_read,
 )
-_FAMILIES = (zsre, knowedit, counterfact, easyedit)
+_FAMILIES = (zsre, lre, knowedit, counterfact, easyedit)
 DATA_SETS: dict[str, DataSet] = {
     one.name: one for one in (*(one for family in _FAMILIES for one in family.DATA_SETS), FLAT)
 }
