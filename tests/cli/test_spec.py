@@ -37,7 +37,8 @@ RECORDS = [
     },
     {"prompt": "{} is in", "subject": "Ebro", "target_new": "Sweden"},
 ]
-FAST = {"v_num_grad_steps": 2, "mom2_ridge": 1e-3, "layers": (0, 1), "context_template_length_params": ((3, 1),)}
+FAST = {"v_num_grad_steps": 2, "clamp_norm_factor": 0.75, "mom2_ridge": 1e-3, "layers": (0, 1),
+        "context_template_length_params": ((3, 1),)}  # fmt: skip
 
 
 @pytest.fixture
@@ -82,7 +83,13 @@ def test_the_integrations_see_the_given_spec_alone(names, tmp_path, apply, way):
     statistics = collect_statistics(model, tokenizer, TEXT * 2, (0, 1), progress=False, spec=SPEC)
     file = tmp_path / "spec.json"
     file.write_text(spec_as_json(SPEC), encoding="utf-8")
-    hparams = {"v_num_grad_steps": 2, "mom2_update_weight": 10.0, "layers": [0, 1], "L2": 1.0}
+    hparams = {
+        "v_num_grad_steps": 2,
+        "clamp_norm_factor": 0.75,
+        "mom2_update_weight": 10.0,
+        "layers": [0, 1],
+        "L2": 1.0,
+    }
     if apply is apply_AlphaEdit_to_model:
         hparams |= {"nullspace_rule": "energy", "nullspace_threshold": 0.1}
     if way == "hyper-parameter":
@@ -112,7 +119,7 @@ def test_every_command_that_loads_a_model_takes_a_spec_and_a_device_map(names, p
     model, text, requests = place / "model", place / "text.txt", place / "requests.json"
     spec = ("--spec", place / "spec.json", "--device-map", "sequential")
     pytest.importorskip("accelerate")
-    fast = ("--set", "v_num_grad_steps=2", "--set", "mom2_ridge=1e-3")
+    fast = ("--set", "v_num_grad_steps=2", "--set", "clamp_norm_factor=0.75", "--set", "mom2_ridge=1e-3")
     some = (*fast, "--layers", "0-1")
     stats = tmp_path / "stats"
     for command in (

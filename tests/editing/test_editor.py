@@ -272,7 +272,9 @@ def test_plan_and_suggest_take_a_generator_of_mappings_and_refuse_what_is_none()
     editor = make_editor()
     model, tokenizer = editor.view.model, editor.tokenizer
     records = [{"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in REQUESTS]
-    common = dict(hparams={"layers": (0, 1), "mom2_adjustment": False, "v_num_grad_steps": 2})
+    common = dict(
+        hparams={"layers": (0, 1), "mom2_adjustment": False, "v_num_grad_steps": 2, "clamp_norm_factor": 0.75}
+    )
     found = plan(
         model, tokenizer, 3, requests=(record for record in [*records, {"prompt": "{}"}]), on_error="skip", **common
     )
@@ -331,7 +333,7 @@ def test_run_edits_takes_a_generator_and_numbers_what_it_skips(demo_model):
     long = EditRequest("{} " + "is " * 400, "Ebro", "Spain", id="long")
     records = [{"prompt": "{} is"}, first, long, {"prompt": second.prompt, "subject": second.subject,
                "target_new": second.target_new, "rephrase_prompt": second.paraphrase_prompts[0]}]  # fmt: skip
-    common = dict(statistics=None, hparams={"v_num_grad_steps": 2, "mom2_adjustment": False})
+    common = dict(statistics=None, hparams={"v_num_grad_steps": 2, "clamp_norm_factor": 0.75, "mom2_adjustment": False})
     with pytest.raises(RequestError, match=r"request 1 has no(.*\n)*request 'long'"):
         run_edits(model, tokenizer, iter(records), "memit", **common)
     try:
@@ -351,7 +353,7 @@ def test_a_batch_of_which_nothing_is_left_does_not_stop_the_next(demo_model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     first, second, third = demo.requests(3)
     known = replace(second, target_new=second.target_true, target_true=None)
-    numbers = {"v_num_grad_steps": 4, "mom2_adjustment": False}
+    numbers = {"v_num_grad_steps": 4, "clamp_norm_factor": 0.75, "mom2_adjustment": False}
     common = dict(statistics=None, hparams=numbers, batch_size=1)
     try:
         report = run_edits(model, tokenizer, [first, known, third], "memit", on_error="skip", **common)

@@ -14,7 +14,13 @@ from kedit_fast.errors import NullSpaceError, StatisticsError
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.solver.preconditioner import NullSpace
 
-RULE = {"nullspace_rule": "absolute", "nullspace_threshold": 1e-8, "L2": 1.0, "v_num_grad_steps": 3}
+RULE = {
+    "nullspace_rule": "absolute",
+    "nullspace_threshold": 1e-8,
+    "L2": 1.0,
+    "v_num_grad_steps": 3,
+    "clamp_norm_factor": 0.75,
+}
 GUESS = (1, 2, 3)
 
 

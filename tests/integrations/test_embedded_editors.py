@@ -240,7 +240,8 @@ def test_library_calls_print_nothing_unless_asked(tmp_path, capfd):
     collect_statistics(model, tok, TEXT * 2, (0, 1))
     collect_into(tmp_path / "into", model, tok, Corpus(TEXT * 2), (0, 1))
     editor = Editor(model, tok, "memit", layers=(0, 1), statistics=collect_statistics(model, tok, TEXT * 2, (0, 1)),
-                    hparams={"v_num_grad_steps": 2, "mom2_update_weight": 10, "mom2_ridge": 1e-3})  # fmt: skip
+                    hparams={"v_num_grad_steps": 2, "clamp_norm_factor": 0.75, "mom2_update_weight": 10,
+                             "mom2_ridge": 1e-3})  # fmt: skip
     editor.edit(REQUESTS[:1])
     assert capfd.readouterr() == ("", "")
     collect_statistics(model, tok, TEXT * 2, (0, 1), progress=True)

@@ -295,7 +295,14 @@ def test_guessed_layers_and_windows_are_of_layers_that_can_be_edited():
     layers = statistics_layers(view.config, view.editable)
     assert layers and set(layers) <= set(view.editable)
     collected = collect_statistics(model, tokenizer, TEXT * 2, layers, progress=False)
-    editor = Editor(model, tokenizer, "memit", statistics=collected, hparams={"v_num_grad_steps": 2}, prefixes=PREFIXES)
+    editor = Editor(
+        model,
+        tokenizer,
+        "memit",
+        statistics=collected,
+        hparams={"v_num_grad_steps": 2, "clamp_norm_factor": 0.75},
+        prefixes=PREFIXES,
+    )
     assert set(editor.hparams.layers) <= set(view.editable)
     short = {"v_num_grad_steps": 2, "v_lr": 0.1, "clamp_norm_factor": 0.5, "v_weight_decay": 0.5}
     suggestion = suggest(

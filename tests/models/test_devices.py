@@ -20,8 +20,9 @@ REQUESTS = [
     {"prompt": "{} is located in", "subject": "Ebro", "target_new": "Sweden"},
     {"prompt": "Because you saw {}", "subject": "Ebro", "target_new": "Spain"},
 ]
-NUMBERS = dict(v_num_grad_steps=6, v_lr=0.1, mom2_ridge=1e-3, mom2_update_weight=10.0, v_stop_loss=5.9,
-               on_predicted="allow", nullspace_rule="energy", nullspace_threshold=0.1)  # fmt: skip
+NUMBERS = dict(v_num_grad_steps=6, v_lr=0.1, clamp_norm_factor=2.0, mom2_ridge=1e-3, mom2_update_weight=10.0,
+               v_stop_loss=5.9, on_predicted="allow", nullspace_rule="energy", nullspace_threshold=0.1)  # fmt: skip
+METHODS = ("memit", "memit-merge", "pmet", "rome", "r-rome", "rect", "alphaedit", "ultraedit")
 PREFIXES = ("The old tower. ", "Because I saw. ")
 
 
@@ -52,17 +53,23 @@ def on_two_devices(model, kind: str) -> None:
     spread(model, view.blocks, 2, (model.get_submodule(view.spec.norm), model.get_output_embeddings()))
 
 
-@pytest.mark.parametrize("method", ("memit", "memit-merge", "pmet", "rome", "r-rome", "rect", "alphaedit", "ultraedit"))
-@pytest.mark.parametrize("kind", ("llama", "gpt2"))
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        *(("llama", name) for name in METHODS),
+        *(("gpt2", name) for name in ("memit", "rome", "ultraedit")),  # transposed weights, learned positions
+    ],
+)
 def test_a_model_on_two_devices_is_edited_as_on_one(kind, method):
     tokenizer, model = make_tokenizer(), make_model(kind)
     statistics = collect_statistics(model, tokenizer, TEXT * 4, (1, 2), progress=False)
-    expected = edited(model, tokenizer, statistics, method)
+    clamp = {"clamp_norm_factor": "auto"} if method == "rect" else {}  # tries four: once will do
+    expected = edited(model, tokenizer, statistics, method, **clamp)
     on_two_devices(model, kind)
     with Places() as places:
         view = ModelView(model)
         assert (view.device, view.head.device) == DEVICES
-        found = edited(model, tokenizer, statistics, method)
+        found = edited(model, tokenizer, statistics, method, **clamp)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert not places.atomics, "a GPU would add these in any order"

@@ -175,7 +175,8 @@ def test_the_command_edits_a_quantized_folder_on_request(tmp_path):
     measured = run("stats", folder, "--text", tmp_path / "texts.txt", "--layers", "0-3", "--out", tmp_path / "stats")
     assert measured.returncode == 0, measured.stderr
     command = ("edit", folder, "--requests", tmp_path / "requests.json", "--stats", tmp_path / "stats", "--layers",
-               "1-2", "--set", "mom2_ridge=1e-3", "--set", "v_num_grad_steps=3", "--out", tmp_path / "out",
+               "1-2", "--set", "mom2_ridge=1e-3", "--set", "v_num_grad_steps=3", "--set", "clamp_norm_factor=0.75",
+               "--out", tmp_path / "out",
                "--patch", tmp_path / "patch.safetensors")  # fmt: skip
     refused = run(*command)
     assert refused.returncode == 1 and "--dequantize-edited" in refused.stderr and not (tmp_path / "out").exists()

@@ -92,7 +92,7 @@ def test_statistics_evaluation_and_text_are_those_of_the_model_in_fp32(kind, dty
 
 def test_an_edit_in_fp32_writes_the_models_own_dtype_and_can_be_taken_back(widening):
     model, wide = pair("llama")
-    hparams = dict(v_num_grad_steps=5, v_lr=0.1, mom2_adjustment=False, mom2_update_weight=1.0)
+    hparams = dict(v_num_grad_steps=5, v_lr=0.1, clamp_norm_factor=0.75, mom2_adjustment=False, mom2_update_weight=1.0)
     editors = [Editor(m, make_tokenizer(), "memit", layers=[1, 2], hparams=hparams, prefixes=PREFIXES)
                for m in (model, wide)]  # fmt: skip
     before = editors[0].view.weight(1).clone()

@@ -18,7 +18,7 @@ from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.moments import SecondMoment
 from kedit_fast.statistics.store import save_statistics
 
-NUMBERS = {"v_num_grad_steps": 3}
+NUMBERS = {"v_num_grad_steps": 3, "clamp_norm_factor": 0.75}
 COUNTS = (1000, 4000, 12000)
 
 

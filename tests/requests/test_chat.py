@@ -147,7 +147,8 @@ def test_a_template_that_fails_on_one_request_names_it():
     tokenizer = chatting(picky)
     editor = Editor(
         make_model("llama", layers=2), tokenizer, "memit", layers=[1], prefixes=(),
-        hparams={"mom2_adjustment": False, "v_num_grad_steps": 2}, prompt_format=chat_format(tokenizer),
+        hparams={"mom2_adjustment": False, "v_num_grad_steps": 2, "clamp_norm_factor": 0.75},
+        prompt_format=chat_format(tokenizer),
     )  # fmt: skip
     river = EditRequest("The river {} is", "Ebro", "long", id="river")
     with pytest.raises(RequestError, match=r"request 'river': the chat template fails.*no rivers"):

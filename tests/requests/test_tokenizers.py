@@ -275,7 +275,13 @@ def test_a_tokenizer_of_mistral_common_edits_measures_and_refuses_a_chat():
     tokenizer, model = MistralCommonBackend(), make_model("llama", layers=2)
     assert special_tokens(tokenizer) == {0: "<s>", 1: "</s>"}
     statistics = collect_statistics(model, tokenizer, TEXT * 3, (1,), progress=False)
-    numbers = {"layers": [1], "mom2_ridge": 1e-2, "v_num_grad_steps": 2, "context_template_length_params": [[3, 1]]}
+    numbers = {
+        "layers": [1],
+        "mom2_ridge": 1e-2,
+        "v_num_grad_steps": 2,
+        "clamp_norm_factor": 0.75,
+        "context_template_length_params": [[3, 1]],
+    }
     report = run_edits(model, tokenizer, [GOOD], "memit", statistics=statistics, hparams=numbers)
     assert report.edits == 1 and report.requests[0]["target_text"].strip() == "violin"
     assert isinstance(complete(model, tokenizer, "the", 2), str) and mean_nll(model, tokenizer, TEXT) > 0
@@ -312,7 +318,13 @@ MEASURED = (
 def test_tokens_past_the_embedding_are_refused_by_name_or_skipped(larger, method, bad):
     model, tokenizer = larger
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    few = {"layers": [1], "mom2_adjustment": False, "v_num_grad_steps": 2, "context_template_length_params": [[2, 1]]}
+    few = {
+        "layers": [1],
+        "mom2_adjustment": False,
+        "v_num_grad_steps": 2,
+        "clamp_norm_factor": 0.75,
+        "context_template_length_params": [[2, 1]],
+    }
     common = dict(statistics=None, hparams=TUNED if method == "ultraedit" else few)
     with pytest.raises(RequestError, match=f"request 'bad'.*{PAST}"):
         run_edits(model, tokenizer, [GOOD, bad], method, **common)

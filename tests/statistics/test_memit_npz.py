@@ -207,7 +207,13 @@ def test_bad_projector_files_are_named_and_nothing_in_them_is_run(tmp_path, monk
 
 
 def test_alphaedit_from_a_projector_is_alphaedit_from_statistics(tmp_path, demo_model, demo_statistics):
-    numbers = {"v_num_grad_steps": 3, "nullspace_rule": "energy", "nullspace_threshold": 0.1, "L2": 7}
+    numbers = {
+        "v_num_grad_steps": 3,
+        "clamp_norm_factor": 0.75,
+        "nullspace_rule": "energy",
+        "nullspace_threshold": 0.1,
+        "L2": 7,
+    }
     own = Editor(*demo_model, "alphaedit", statistics=demo_statistics, hparams=numbers, prefixes=())
     expected = own.edit(demo.requests(4)).updates
     save_projector(tmp_path / "p.pt", {layer: own.solver_state.preconditioner(layer) for layer in own.hparams.layers})
