@@ -261,9 +261,9 @@ def _score(trait: str, template: Template) -> Metric:
         id=f"trait.score/{trait.lower()}.{template}",
         prompts=trait.lower(),
         scoring=f"trait.score, {template}",
-        definition=f"share of items about {trait} whose most probable option speaks for it, with prompt {template}: "
-        "labels' probabilities as parts of all labels', mean of both orders; of equal ones an option for it counts",
-        source=f"TRAIT trait/src/analysis.py:86-104, {trait}",
+        definition="Share of a trait's items whose most probable option speaks for it, with TRAIT's prompt 1, 2 or 3: "
+        "labels' probabilities as parts of all labels', mean of both orders; of equal ones an option for it counts.",
+        source="TRAIT trait/src/analysis.py:86-104",
         scale=100.0,
         better="",
     )
@@ -277,46 +277,46 @@ METRICS = (
     _knowledge(
         "acc/options",
         "acc, options",
-        "share of questions whose right option has the largest summed log-likelihood behind the question; of equal "
-        "ones the first counts",
+        "Share of questions whose right option has the largest summed log-likelihood behind the question; of equal "
+        "ones the first counts.",
         f"{_HARNESS}, acc",
     ),
     _knowledge(
         "acc/letters",
         "acc, letters",
-        "share of questions whose right letter is the most probable one of the options' letters, behind a prompt with "
-        "all options (MMLU's, without examples)",
+        "Share of questions whose right letter is the most probable one of the options' letters, behind a prompt with "
+        "all options (MMLU's, without examples).",
         f"{_HARNESS}, acc",
     ),
     _knowledge(
         "acc_norm/options",
         "acc_norm",
-        "as mcq.acc/options, with log-likelihoods divided by the option's number of characters",
+        "As mcq.acc/options, with log-likelihoods divided by the option's number of characters.",
         f"{_HARNESS}, acc_norm",
     ),
     _knowledge(
         "acc_bytes/options",
         "acc_bytes",
-        "as mcq.acc/options, with log-likelihoods divided by the option's number of bytes in UTF-8",
+        "As mcq.acc/options, with log-likelihoods divided by the option's number of bytes in UTF-8.",
         f"{_HARNESS}, acc_bytes",
     ),
     _knowledge(
         "acc_mutual_info/options",
         "acc_mutual_info",
-        "as mcq.acc/options, with log-likelihoods minus those of the option behind no text",
+        "As mcq.acc/options, with log-likelihoods minus those of the option behind no text.",
         f"{_HARNESS}, acc_mutual_info",
     ),
     _knowledge(
         "refusal/letters",
         "refusal",
-        f"share of questions at which all options' letters together have a probability below {MASS}",
+        f"Share of questions at which all options' letters together have a probability below {MASS}.",
         "defined here",
         "lower",
     ),
     _knowledge(
         "order_sensitivity/letters",
         "order_sensitivity",
-        "share of questions answered with another option when the options stand in reverse order",
+        "Share of questions answered with another option when the options stand in reverse order.",
         "defined here",
         "lower",
     ),
@@ -324,27 +324,27 @@ METRICS = (
     _sensitivity(
         "refusal/mass",
         "refusal",
-        f"share of items at which all labels together have a probability below {MASS}, with prompt 1",
+        f"Share of items at which all labels together have a probability below {MASS}, with prompt 1.",
     ),
     _sensitivity(
         "refusal/answer",
         "refusal, free",
-        f"share of items whose greedy answer of {ANSWER_TOKENS} tokens to prompt 1 neither begins with a label nor "
-        "says an option",
+        f"Share of items whose greedy answer of {ANSWER_TOKENS} tokens to prompt 1 neither begins with a label nor "
+        "says an option.",
     ),
     _sensitivity(
         "prompt_sensitivity/templates",
         "prompt_sensitivity",
-        "share of an item's pairs of the three prompts with different options chosen",
+        "Share of an item's pairs of the three prompts with different options chosen.",
     ),
     _sensitivity(
         "prompt_sensitivity/paraphrase",
         "prompt_sensitivity, paraphrase",
-        "share of items with another option chosen when the question is asked in other words, with prompt 1",
+        "Share of items with another option chosen when the question is asked in other words, with prompt 1.",
     ),
     _sensitivity(
         "order_sensitivity",
         "order_sensitivity",
-        "share of an item's three prompts at which another option is chosen when options are exchanged",
+        "Share of an item's three prompts at which another option is chosen when options are exchanged.",
     ),
 )

@@ -185,14 +185,21 @@ SCORINGS = {
 _SOURCE = "arXiv 2109.05052 (M_R); its code (ml-knowledge-conflicts src/substitution_fns.py) draws substitutes alone"
 
 
-def _metrics(name: str, prompts: str, passages: str, better: Better) -> tuple[Metric, ...]:
+_AGAINST_EDIT = (
+    "the new target against a passage with the old answer (old_answer), an alias (alias), another answer of the same "
+    "relation (same_type) or of another one (other_type), or with what a conflict probe says (probe)"
+)
+
+
+def _metrics(name: str, better: Better = "higher", sides: str = _AGAINST_EDIT) -> tuple[Metric, ...]:
+    prompts = f"passage, {name.replace('_', ' ')}"
     return (
         Metric(
             id=f"kc.M_R/{name}",
             prompts=prompts,
             scoring="kc.M_R",
-            definition="p_o / (p_o + p_s), the shares of answers that contain what was learned and what the passage "
-            f"says ({ANSWER_TOKENS} tokens, greedy), among prompts that bring the former without a passage; {passages}",
+            definition="p_o / (p_o + p_s), the shares of answers that contain what was learned and what a passage says "
+            f"({ANSWER_TOKENS} tokens, greedy), among prompts that bring the former without a passage; {sides}.",
             source=_SOURCE,
             unit="prompt",
             scale=100.0,
@@ -202,8 +209,8 @@ def _metrics(name: str, prompts: str, passages: str, better: Better) -> tuple[Me
             id=f"kc.M_R.choice/{name}",
             prompts=prompts,
             scoring="kc.M_R.choice",
-            definition="share of prompts at which what was learned has a lower NLL than what the passage says, among "
-            f"those at which it has without a passage; {passages}",
+            definition="Share of prompts at which what was learned has a lower NLL than what a passage says, among "
+            f"those at which it has without the passage; {sides}.",
             source="defined here, after arXiv 2109.05052",
             unit="prompt",
             scale=100.0,
@@ -213,14 +220,10 @@ def _metrics(name: str, prompts: str, passages: str, better: Better) -> tuple[Me
 
 
 METRICS = (
-    *_metrics("old_answer", "passage, old answer", "against a passage with the old answer", "higher"),
-    *_metrics("alias", "passage, alias", "against a passage with an alias of the new target", ""),
-    *_metrics(
-        "same_type", "passage, same type", "against a passage with another answer of the same relation", "higher"
-    ),
-    *_metrics("other_type", "passage, other type", "against a passage with an answer of another relation", "higher"),
-    *_metrics("probe", "passage, probe", "against the passages of conflict probes", "higher"),
-    *_metrics(
-        "reverse", "passage, reverse", "the other way round: the old answer against a passage with the new one", ""
-    ),
+    *_metrics("old_answer"),
+    *_metrics("alias", better=""),
+    *_metrics("same_type"),
+    *_metrics("other_type"),
+    *_metrics("probe"),
+    *_metrics("reverse", better="", sides="the old answer against a passage with the new target"),
 )

@@ -34,7 +34,7 @@ def neighborhood(request: EditRequest) -> tuple[Case, ...]:
 
 def probes_of(request: EditRequest, *kinds: ProbeKind) -> tuple[Probe, ...]:
     """The probes of a request that are of one of some kinds."""
-    return tuple(probe for probe in getattr(request, "probes", ()) if probe.kind in kinds)
+    return tuple(probe for probe in request.probes if probe.kind in kinds)
 
 
 PROMPTS = {
@@ -138,52 +138,56 @@ def _scorings(suffix: str, special: bool) -> dict[str, Scoring]:
 PUBLISHED = ".published"
 SCORINGS = {**_scorings("", False), **_scorings(PUBLISHED, True)}
 
-_DEFINITIONS = {
-    "cf.success": (
-        "share of prompts at which the new target has the lower NLL (mean over its tokens); a tie fails",
-        "share of prompts at which the true target has a lower NLL than this edit's new one; a tie fails",
+_PARTS = (
+    (
+        "cf.success",
+        "success",
+        ("experiments/summarize.py:54-61", "experiments/summarize.py:72-83"),
+        "Share of prompts at which the new target has the lower NLL (mean over its tokens); a tie fails.",
+        "Share of prompts at which the true target has a lower NLL than this edit's new one; a tie fails.",
     ),
-    "cf.magnitude": (
-        "exp(-NLL) of the new target minus that of the true one",
-        "exp(-NLL) of the true target minus that of this edit's new one",
+    (
+        "cf.magnitude",
+        "diff",
+        ("experiments/summarize.py:62-69", "experiments/summarize.py:84-91"),
+        "exp(-NLL) of the new target minus that of the true one.",
+        "exp(-NLL) of the true target minus that of this edit's new one.",
     ),
-    "cf.accuracy": (
-        "share of prompts at which every token of the new target is the most probable one",
-        "share of prompts at which every token of the true target is the most probable one",
+    (
+        "cf.accuracy",
+        "acc",
+        ("experiments/py/eval_utils_counterfact.py:167-178",) * 2,
+        "Share of prompts at which every token of the new target is the most probable one.",
+        "Share of prompts at which every token of the true target is the most probable one.",
     ),
-}
-_LINES = {
-    "cf.success": ("summarize.py:54-61", "summarize.py:72-83", "success"),
-    "cf.magnitude": ("summarize.py:62-69", "summarize.py:84-91", "diff"),
-    "cf.accuracy": ("eval_utils_counterfact.py:167-178", "eval_utils_counterfact.py:167-178", "acc"),
-}
-_BOS = "; with the BOS that tok(target) puts in front scored as the target's first token, as memit's code does"
+)
+"""Name, published name, its lines, and what is counted: at prompts of the edit, and of the neighborhood."""
 
 
-def _metrics(suffix: str, note: str) -> tuple[Metric | Derived, ...]:
+def _metrics(suffix: str = "") -> tuple[Metric | Derived, ...]:
     metrics: list[Metric | Derived] = []
-    for name, definitions in _DEFINITIONS.items():
-        lines = _LINES[name]
+    for name, published, lines, definition, beside in _PARTS:
+        if suffix:
+            definition = beside = f"As {name}; the BOS that tok(target) begins with counts as the target's first token."
+        names = f"rewrite_{published} and paraphrase_{published}", f"neighborhood_{published}"
         for prompts in PROMPTS:
-            beside = prompts == "neighborhood"
+            preserved = prompts == "neighborhood"
             metrics.append(
                 Metric(
                     id=f"{name}{suffix}/{prompts}",
                     prompts=prompts,
-                    scoring=f"{name}{suffix}" + (", preserved" if beside else ""),
-                    definition=definitions[beside] + note,
-                    source=f"memit experiments/{'' if 'summ' in lines[beside] else 'py/'}{lines[beside]}, "
-                    f"{prompts}_{lines[2]}",
+                    scoring=f"{name}{suffix}" + (", preserved" if preserved else ""),
+                    definition=beside if preserved else definition,
+                    source=f"memit {lines[preserved]}, {names[preserved]}",
                     scale=100.0,
                 )
             )
-    parts = tuple(f"cf.success{suffix}/{prompts}" for prompts in PROMPTS)
     metrics.append(
         Derived(
             id=f"cf.score{suffix}",
-            of=parts,
+            of=tuple(f"cf.success{suffix}/{prompts}" for prompts in PROMPTS),
             combine=harmonic_mean,
-            definition=f"harmonic mean of the three shares of cf.success{suffix}; 0 where one is 0",
+            definition=f"Harmonic mean of the three shares of cf.success{suffix}; 0 where one is 0.",
             source="memit experiments/summarize.py:125-150, score",
         )
     )
@@ -195,4 +199,4 @@ def harmonic_mean(values: tuple[float, ...]) -> float:
     return len(values) / sum(1 / value for value in values) if all(value > 0 for value in values) else 0.0
 
 
-METRICS = (*_metrics("", ""), *_metrics(PUBLISHED, _BOS))
+METRICS = (*_metrics(), *_metrics(PUBLISHED))

@@ -92,7 +92,7 @@ def _token_accuracy(name: str, prompts: str, note: str, published: str, within: 
         id=f"ee.token_accuracy/{name}",
         prompts=prompts,
         scoring="ee.token_accuracy",
-        definition=f"share of the answer's tokens that are the most probable ones, teacher-forced; {note}",
+        definition=f"Share of the answer's tokens that are the most probable ones, teacher-forced; {note}.",
         source=f"{_FILE}:267-317, {published}",
         within=within,
     )
@@ -103,8 +103,8 @@ def _ood_ppl(name: str, prompts: str) -> Metric:
         id=f"ee.ood_ppl/{name}",
         prompts=prompts,
         scoring="ee.ood_ppl",
-        definition=f"share of the prompt's tokens, from the second on, with a probability above {SURE}; it is no "
-        "perplexity, and no target is used",
+        definition=f"Share of the prompt's tokens, from the second on, with a probability above {SURE}; it is no "
+        "perplexity, and no target is used.",
         source=f"{_FILE}:434-474, ood_acc",
         better="",
     )
@@ -126,8 +126,8 @@ METRICS = (
         id="ee.locality",
         prompts="preserved",
         scoring="ee.locality",
-        definition="share of tokens that are the same as in the unedited model, at the places of the right answer's, "
-        "which is fed and not judged; mean over each name's prompts, then over names",
+        definition="Share of tokens that are the same as in the unedited model, at the places of the right answer's, "
+        "which is fed and not judged; mean over each name's prompts, then over names.",
         source="EasyEdit easyeditor/editors/editor.py:56-96, locality {key}_acc",
         within="mean of names",
     ),
@@ -135,7 +135,7 @@ METRICS = (
         id="ee.ppl/rewrite",
         prompts="rewrite",
         scoring="ee.ppl",
-        definition="exp of the mean NLL of the new target's tokens",
+        definition="exp of the mean NLL of the new target's tokens.",
         source=f"{_FILE}:404-431, rewrite_ppl",
         better="lower",
     ),
@@ -143,7 +143,7 @@ METRICS = (
         id="ee.ppl/rephrase",
         prompts="paraphrases together",
         scoring="ee.ppl, together",
-        definition="exp of the mean NLL of the new target's tokens behind all paraphrase prompts of a request",
+        definition="exp of the mean NLL of the new target's tokens behind all paraphrase prompts of a request.",
         source=f"{_FILE}:404-431, rephrase_ppl",
         better="lower",
     ),

@@ -224,7 +224,7 @@ def _p(name: str, better: Better) -> Metric:
         id=f"pit.p/{name}",
         prompts="phrasings",
         scoring=f"pit.p, {name}",
-        definition=f"exp(-NLL) of the {name} target, mean over the prompt and its paraphrases",
+        definition=f"exp(-NLL) of the {name} target, mean over the prompt and its paraphrases.",
         source="PitfallsKnowledgeEditing experiments/py/eval_utils_conflictedit.py:50-90",
         better=better,
     )
@@ -235,8 +235,8 @@ def _conflict_score(name: str, answer: str) -> Metric:
         id=f"pit.CS/{name}",
         prompts="conflicts",
         scoring=f"pit.CS, {name}",
-        definition="share of groups of two contradicting edits with a larger p_2 of "
-        f"{answer} than of the first edit's target",
+        definition="Share of groups of two contradicting edits with a larger p_2 of "
+        f"{answer} than of the first edit's target.",
         source=f"{_SUMMARY}:35-40, CS; experiments/evaluate_conflictedit.py:53-77",
         unit="group",
         scale=100.0,
@@ -249,7 +249,7 @@ def _round_metrics(prefix: str, prompts: str, edits: str) -> tuple[Metric, ...]:
             id=f"pit.{prefix}{name}",
             prompts=prompts,
             scoring=f"pit.{name}",
-            definition=f"{definition}; of groups of {edits}",
+            definition=f"{definition}; of groups of {edits}.",
             source=f"{_SUMMARY}:{lines}, {name.partition('.')[0]}",
             unit="group",
             scale=scale,
@@ -261,14 +261,14 @@ def _round_metrics(prefix: str, prompts: str, edits: str) -> tuple[Metric, ...]:
             "Succ",
             "105-106",
             "higher",
-            "mean of the shares with p_1(new) > p_1(old), and with p_2(old) > p_2(new)",
+            "Mean of the shares with p_1(new) > p_1(old), and with p_2(old) > p_2(new)",
             100.0,
         ),
         metric("D", "67-75", "lower", "Jensen-Shannon divergence in nats of p_2 and p_0 over the true answers"),
         metric("D.published", "67-75", "lower", "pit.D divided by the number of true answers"),
-        metric("IR", "92-116", "lower", "share of the other true answers with p_2 < p_0, mean over groups", 100.0),
+        metric("IR", "92-116", "lower", "Share of the other true answers with p_2 < p_0, mean over groups", 100.0),
         metric(
-            "FR", "92-116", "lower", "share of groups in which most of the other true answers have p_2 < p_0", 100.0
+            "FR", "92-116", "lower", "Share of groups in which most of the other true answers have p_2 < p_0", 100.0
         ),
     )
 
@@ -277,12 +277,14 @@ METRICS = (
     _p("new", "higher"),
     _p("true", ""),
     _conflict_score("explicit", "the second edit's target"),
-    _conflict_score("implicit", "the answer that it implies at the first one's prompt (coverage: of its target)"),
+    _conflict_score(
+        "implicit", "the answer that the second one implies at the first one's prompt (coverage: its target)"
+    ),
     Metric(
         id="pit.CM",
         prompts="conflicts",
         scoring="pit.CM",
-        definition="(p_1 - p_2) / p_1 of the first edit's target, at least -1; of groups of two contradicting edits",
+        definition="(p_1 - p_2) / p_1 of the first edit's target, at least -1; of groups of two contradicting edits.",
         source=f"{_SUMMARY}:41, CM",
         unit="group",
         better="",
@@ -292,7 +294,7 @@ METRICS = (
         prompts="composites",
         scoring="pit.TFD",
         definition="(p_0 - p_2) / p_0 of the fact that ties two composite edits together and that no edit changes, "
-        "without a lower limit",
+        "without a lower limit.",
         source=f"{_SUMMARY}:42-47, FFD",
         unit="group",
         better="lower",

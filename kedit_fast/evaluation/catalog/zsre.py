@@ -79,8 +79,8 @@ def _scoring(attribute: str) -> Scoring:
 SCORINGS = {"zsre.accuracy": _scoring("new"), "zsre.accuracy, preserved": _scoring("true")}
 
 _DEFINITION = (
-    "share of {}'s tokens t[i] with: the most probable token after the text prompt + decode(t[:i]) is the first one of "
-    "the text decode(t[i]); without BOS, and without a chat format"
+    "Share of {}'s tokens t[i] with: the most probable token after the text prompt + decode(t[:i]) is the first one of "
+    "the text decode(t[i]); without BOS, and without a chat format."
 )
 METRICS = tuple(
     Metric(
