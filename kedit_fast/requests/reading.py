@@ -8,12 +8,14 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kedit_fast.errors import RequestError
 from kedit_fast.requests.datasets.dataset import DataSet, check_reading, recognize
+from kedit_fast.requests.datasets.guides import read_labels, read_relation_prompts
 from kedit_fast.requests.datasets.registry import DATA_SETS, FLAT
 from kedit_fast.requests.problems import OnError, check_on_error, require_no_problems
 from kedit_fast.requests.record_fields import MOST_LISTED, Notes
@@ -84,6 +86,8 @@ def load_requests(
     form: str | None = None,
     reading: str | None = None,
     seed: int = 0,
+    labels: str | Path | Mapping[str, str] | None = None,
+    relation_prompts: str | Path | Mapping[str, Sequence[str]] | None = None,
 ) -> RequestList:
     """Read requests from a file: .json (a list), .jsonl or .ndjson, .csv or .tsv with a header, each also with .gz.
 
@@ -102,6 +106,9 @@ def load_requests(
         form: the records' form, where it is not to be recognized: a name in `kedit-fast requests show --help`.
         reading: which of several published readings of the form is meant, "answers" or "alt" of zsRE for example.
         seed: of what is drawn, the new answers of relations for example.
+        labels: names of what records give by identifiers alone (RippleEdits), or a JSON file of them: {"Q30": "USA"}.
+        relation_prompts: other phrasings of relations, which become paraphrases (ConflictEdit, RoundEdit), or a JSON
+            file of them: {"P36": ["The capital of {} is"]}.
 
     Returns:
         a list of `EditRequest` that also says which records were left out.
@@ -128,7 +135,7 @@ def load_requests(
         raise RequestError(f"{path} holds no requests")
     if suffix_of(path) in TABLES:
         rows = [row if row.problem else Row(row.where, _from_cells(row.value)) for row in rows]
-    options = Options(need_subject, reading, seed)
+    options = Options(need_subject, reading, seed, read_labels(labels), read_relation_prompts(relation_prompts))
     read = _read_rows(rows, str(path), form, options)
     options.notes.log(str(path))
     _warn_of_repetitions(read, str(path))
@@ -205,6 +212,8 @@ def _read_rows(rows: list[Row], source: str, form: str | None, options: Options)
     records: list[int] = []
     problems: dict[int, str] = {}
     faulty: dict[str, list[int]] = {}
+    by_record: list[list[EditRequest]] = []
+    numbered: list[int] = []  # of each of them, the number of its record
     index = place = 0
     for row in rows:
         for where, value, problem in _parts(row, data_set, options):
@@ -218,14 +227,21 @@ def _read_rows(rows: list[Row], source: str, form: str | None, options: Options)
                 problems[place] = text if where in text else f"{where}: {text}"
                 place += 1
                 continue
+            if len(made) > 1:
+                made = [_grouped(one, index, part) for part, one in enumerate(made, 1)]
+            by_record.append(made)
+            numbered.append(index)
             requests += made
             places += range(place, place + len(made))
             records += [index - 1] * len(made)
             place += len(made)
             if not isinstance(value, EditRequest):
                 for fault in data_set.faults:
-                    if fault.holds(value, made):
+                    if fault.holds is not None and fault.holds(value, made):
                         faulty.setdefault(fault.message, []).append(index)
+    for fault in data_set.faults:
+        if fault.among is not None and (shared := fault.among(by_record)):
+            faulty[fault.message] = [numbered[one] for one in sorted(shared)]
     for message, named in faulty.items():
         more = f" and {len(named) - MOST_LISTED} more" if len(named) > MOST_LISTED else ""
         _log.warning("%s: %s: %s%s", source, message, record_list(named[:MOST_LISTED]), more)
@@ -248,6 +264,12 @@ def _parts(row: Row, data_set: DataSet, options: Options) -> list[tuple[str, Any
         return [(row.where, row.value, str(error))]
 
 
+def _grouped(request: EditRequest, number: int, part: int) -> EditRequest:
+    """One of several requests of a record, with the record's number as group and in its id, unless it has its own."""
+    group = number if request.group is None else request.group
+    return replace(request, group=group, id=f"{number}-{part}" if request.id is None else request.id)
+
+
 def record_list(records: Iterable[int]) -> str:
     """Numbers of records as messages list them: "record 3", "records 3, 5"."""
     listed = list(records)
@@ -256,7 +278,8 @@ def record_list(records: Iterable[int]) -> str:
 
 def _is_record(record: Mapping[str, Any]) -> bool:
     """Whether an object, or the header of a table, looks like one record rather than a container of records."""
-    names = {*FIELDS}.union(*(one.marks | one.fields for one in DATA_SETS.values()))
+    paths = (path for one in DATA_SETS.values() for path in one.marks | one.fields)
+    names = {*FIELDS, *(path.partition(".")[0] for path in paths)}
     return any(name in record for name in names)
 
 

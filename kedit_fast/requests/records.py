@@ -28,6 +28,10 @@ class Options:
     """Which of a data set's `choices` is meant."""
     seed: int = 0
     """Of what is drawn: the new answers of facts that come without one."""
+    labels: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Names of what a data set knows by identifiers alone: of Wikidata for example, "Q38111" -> "Leonardo DiCaprio"."""
+    relation_prompts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    """Other phrasings of relations: id -> prompts with {} where the subject stands."""
     notes: Notes = dataclasses.field(default_factory=Notes)
     """Gathers what the log says about all records."""
 
@@ -88,9 +92,14 @@ def read_flat(
     except RequestError as error:
         text = _as_spelled(str(error), spelled)
         raise RequestError(text if where in text else f"{where}: {text}") from None
+    note_mixed_forms(request, where, options)
+    return request
+
+
+def note_mixed_forms(request: EditRequest, where: str, options: Options) -> None:
+    """Gather a request whose texts are in different Unicode normal forms."""
     if mixed := _mixed_forms(request):
         options.notes.mixed.append(f"{where} ({mixed})")
-    return request
 
 
 def _stripped(value: Any) -> Any:

@@ -86,7 +86,7 @@ class EditRequest:
                     raise RequestError(f"{where}{name} must be a list of texts; it holds {describe(text)}")
                 if not text.strip():
                     raise RequestError(f"{where}{name} holds an empty text")
-                if any("\ud800" <= character <= "\udfff" for character in text):
+                if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
                     raise RequestError(f"{where}{name} holds a character that is not valid Unicode: {text!r}")
         weight = self.weight
         if isinstance(weight, bool) or not isinstance(weight, numbers.Real) or not 0 < weight < math.inf:

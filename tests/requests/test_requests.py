@@ -279,9 +279,6 @@ KNOWEDIT = {"subject": "Epaspidoceras", "target_new": "Noctuidae", "prompt": "Wh
             "ground_truth": [["Aspidoceratidae", "other"]], "rephrase_prompt": "What family is Epaspidoceras of?",
             "locality": {"Relation_Specificity": []}, "portability": {}}  # fmt: skip
 NQ = Question("nq question: who?", (("Hugo",),))
-MQUAKE = {"case_id": 9, "requested_rewrite": [{"prompt": "{} plays", "subject": "Dudley Town", "question": "Which?",
-          "target_new": {"str": "cricket"}, "target_true": {"str": "football"}, "relation_id": "P641"}],
-          "questions": ["a"], "answer": "London", "new_answer": "Oderzo", "single_hops": []}  # fmt: skip
 
 
 def test_names_of_other_repositories_are_read_where_they_mean_the_same():
@@ -293,7 +290,6 @@ def test_names_of_other_repositories_are_read_where_they_mean_the_same():
                               "Illinois Institute of Technology", ("Where did Watts Humphrey study?",),
                               true_aliases=("IIT",), probes=(Probe("locality", (NQ,), "nq"),))  # fmt: skip
     assert parse_request(KNOWEDIT).target_true == "Aspidoceratidae" and parse_request(KNOWEDIT).paraphrase_prompts
-    assert parse_request(MQUAKE) == EditRequest("{} plays", "Dudley Town", "cricket", "football", id=9, relation="P641")
     bio = parse_request({"text": "About john smith. He", "labels": "ate.", "concept": "john smith", "locality": {}})
     assert (bio.prompt, bio.subject, bio.target_new) == ("About {}. He", "john smith", "ate.")
     asked = parse_request({"prompt": "who has Ebro?", "target": "Spain", "subject": "Ebro", "rephrase": "Whose is it?"})

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from kedit_fast.errors import RequestError
+from kedit_fast.requests.datasets.dataset import DataSet
 from kedit_fast.requests.datasets.parts import Part
 from kedit_fast.requests.problems import OnError, check_on_error, require_no_problems
 from kedit_fast.requests.record_fields import MOST_LISTED
-from kedit_fast.requests.request import describe
+from kedit_fast.requests.records import Options
+from kedit_fast.requests.request import EditRequest, describe
 from kedit_fast.support.messages import comma_list
 from kedit_fast.support.textfiles import TABLES, Row, read_records, read_text, suffix_of
 
@@ -298,3 +300,26 @@ def _bare_table(path: str | Path) -> list[Row]:
         names = ("question", *LETTERS[: len(cells) - 2], "answer")
         rows.append(Row(where, dict(zip(names, cells, strict=True))))
     return rows
+
+
+def _refuse(record: Mapping[str, Any], where: str, options: Options) -> list[EditRequest]:
+    raise RequestError(f"{where} is a question to choose an answer to, not an edit")
+
+
+_REFUSED = "which are no edits: `kedit_fast.requests.datasets.choices.load_choices` reads them, for `evaluate`"
+DATA_SETS = (
+    DataSet(
+        name="mmlu",
+        title="multiple choice in MMLU's form",
+        fields=frozenset({"question", "choices", "answer"}),
+        read=_refuse,
+        refused=_REFUSED,
+    ),
+    DataSet(
+        name="trait",
+        title="TRAIT (arXiv:2406.14703): multiple choice of personality",
+        fields=frozenset(_TRAIT),
+        read=_refuse,
+        refused=_REFUSED,
+    ),
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,10 @@ class Fault:
 
     message: str
     """What these records have, as a line that their numbers follow."""
-    holds: Callable[[Mapping[str, Any], Sequence[EditRequest]], bool]
+    holds: Callable[[Mapping[str, Any], Sequence[EditRequest]], bool] | None = None
     """Whether a record, with the requests that were made of it, has the fault."""
+    among: Callable[[Sequence[Sequence[EditRequest]]], Collection[int]] | None = None
+    """Where one record does not show it: from the requests of every record, the indices of records that have it."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class DataSet:
     @property
     def known(self) -> frozenset[str]:
         """Names that are read, with those that every request may have."""
-        top = {name.partition(".")[0] for name in self.fields}
-        return frozenset(top | self.marks | self.optional | {*FIELDS})
+        top = {name.partition(".")[0] for name in self.fields | self.marks}
+        return frozenset(top | self.optional | {*FIELDS})
 
     def fits(self, record: Mapping[str, Any]) -> bool:
         """Whether a record has all `fields`."""
@@ -67,7 +69,7 @@ class DataSet:
 
     def claims(self, record: Mapping[str, Any]) -> bool:
         """Whether a record has all `fields`, and one of the `marks` where there are any."""
-        return self.fits(record) and (not self.marks or any(name in record for name in self.marks))
+        return self.fits(record) and (not self.marks or any(_has(record, name) for name in self.marks))
 
 
 def _has(record: Any, path: str) -> bool:

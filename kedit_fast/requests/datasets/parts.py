@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kedit_fast.errors import RequestError
+from kedit_fast.requests.records import Options, note_mixed_forms
 from kedit_fast.requests.request import EditRequest, describe
 
 
@@ -89,9 +90,13 @@ def with_subject(template: Part, subject: str) -> str:
     return template.text().replace("{}", subject)
 
 
-def make_request(where: str, **fields: Any) -> EditRequest:
-    """An EditRequest whose errors name the record."""
+def make_request(where: str, options: Options, **fields: Any) -> EditRequest:
+    """An EditRequest whose errors name the record; raises RequestError where it lacks a subject that is needed."""
     try:
-        return EditRequest(**fields)
+        request = EditRequest(**fields)
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from None
+    if options.need_subject and request.subject is None:
+        raise RequestError(f"{where} has no subject: of all methods ultraedit alone needs none")
+    note_mixed_forms(request, where, options)
+    return request

@@ -5,7 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kedit_fast.requests.datasets import counterfact, easyedit, knowedit, lre, zsre
+from kedit_fast.requests.datasets import (
+    akew,
+    choices,
+    counterfact,
+    easyedit,
+    knowedit,
+    lre,
+    mquake,
+    pitfalls,
+    rippleedits,
+    safeedit,
+    unke,
+    zsre,
+)
 from kedit_fast.requests.datasets.dataset import DataSet
 from kedit_fast.requests.records import Options, read_flat
 from kedit_fast.requests.request import EditRequest
@@ -21,7 +34,7 @@ FLAT = DataSet(
     fields=frozenset({"prompt", "target_new"}),
     read=_read,
 )
-_FAMILIES = (zsre, lre, knowedit, counterfact, easyedit)
+_FAMILIES = (lre, akew, mquake, rippleedits, pitfalls, safeedit, choices, unke, zsre, knowedit, counterfact, easyedit)
 DATA_SETS: dict[str, DataSet] = {
     one.name: one for one in (*(one for family in _FAMILIES for one in family.DATA_SETS), FLAT)
 }
