@@ -16,10 +16,17 @@ from kedit_fast.support import process_group
 from kedit_fast.support.messages import first_line
 
 
-def check_file(path: Path, option: str = "--out") -> None:
-    """Raise KeditError when a new file cannot be made there; `option` names it."""
-    if path.exists():
-        raise KeditError(f"{path} exists: choose another {option}")
+def check_file(path: Path, option: str = "--out", overwrite: bool | None = None) -> None:
+    """Raise KeditError when a new file cannot be made there.
+
+    Args:
+        path: the file.
+        option: its name, for messages.
+        overwrite: whether an older file may be replaced; None where the command has no --overwrite.
+    """
+    if path.is_dir() or (path.exists() and not overwrite):
+        other = " or pass --overwrite" if overwrite is False and not path.is_dir() else ""
+        raise KeditError(f"{path} exists: choose another {option}{other}")
     if not os.access(path.absolute().parent, os.W_OK):
         raise KeditError(f"cannot write {path}: its folder is not there or read-only")
 

@@ -17,12 +17,14 @@ from kedit_fast.cli.options import (
     ChatOption,
     DeviceMapOption,
     DeviceOption,
+    FormOption,
     HparamsOption,
     JsonOption,
     MergeAdapter,
     MethodOption,
     ModelArgument,
     OnErrorOption,
+    ReadingOption,
     SeedOption,
     SeparatorOption,
     SetOption,
@@ -81,6 +83,8 @@ def edit(
             help="file of optimized values to use and add to; or a template of memit's npz files, with three {}"
         ),
     ] = None,
+    form: FormOption = None,
+    reading: ReadingOption = None,
     target_separator: SeparatorOption = "auto",
     chat: ChatOption = False,
     system: SystemOption = None,
@@ -117,7 +121,7 @@ def edit(
         check_new(out, overwrite, KeditError)
     if patch is not None:
         check_file(patch, "--patch")
-    records = load_requests(requests, on_error, recipe.needs_subject)
+    records = load_requests(requests, on_error, recipe.needs_subject, form, reading)
     overrides = overridden_hparams(hparams, set_, layers, method)
     warn_of_ignored_settings(hparams, dtype, None if batch_size else len(records))
     config = load_config(model, merge_adapter)

@@ -18,10 +18,12 @@ from kedit_fast.cli.options import (
     ChatOption,
     DeviceMapOption,
     DeviceOption,
+    FormOption,
     JsonOption,
     MergeAdapter,
     ModelArgument,
     OnErrorOption,
+    ReadingOption,
     SeparatorOption,
     SpecOption,
     SystemOption,
@@ -74,6 +76,8 @@ def evaluation(
             get_args(Average), "mean of each record first, or over all prompts alike; by default as each metric says"
         ),
     ] = None,
+    form: FormOption = None,
+    reading: ReadingOption = None,
     target_separator: SeparatorOption = "auto",
     chat: ChatOption = False,
     system: SystemOption = None,
@@ -105,7 +109,7 @@ def evaluation(
     select(metrics)
     if out is not None:
         check_new(out, overwrite, KeditError)
-    records = None if requests is None else load_requests(requests, on_error)
+    records = None if requests is None else load_requests(requests, on_error, form=form, reading=reading)
     items = [] if choices is None else load_choices(choices, on_error)
     documents = [] if texts is None else open_texts(texts, field)
     if limit is not None:

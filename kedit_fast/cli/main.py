@@ -37,6 +37,7 @@ COMMANDS = {
         "kedit_fast.cli.stats:app",
         "Second moments of layer inputs. `stats MODEL ...` collects them (`stats collect --help` has its options).",
     ),
+    "requests": ("kedit_fast.cli.requests:app", "Files of requests: what they hold, and in which form."),
     "patch": ("kedit_fast.cli.patch:app", "Edits as files: show, apply, revert, merge, export."),
 }
 app = lazy_app(COMMANDS, help="Closed-form knowledge editing of language models.")

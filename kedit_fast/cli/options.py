@@ -13,6 +13,7 @@ from kedit_fast.errors import KeditError
 from kedit_fast.methods.hparams_files import parse_layers, parse_values
 from kedit_fast.models.architectures import ArchSpec, spec_from_json
 from kedit_fast.models.loading import DTYPES
+from kedit_fast.requests.datasets.registry import DATA_SETS
 from kedit_fast.requests.problems import OnError
 from kedit_fast.requests.spacing import check_separator
 
@@ -48,6 +49,17 @@ OnErrorOption = Annotated[
         "records that cannot be read, written or measured: raise, naming them all, or skip and report them",
     ),
 ]
+FormOption = Annotated[
+    str | None,
+    choice(DATA_SETS, "the form of the requests' records, where it is not to be recognized from their fields"),
+]
+ReadingOption = Annotated[
+    str | None,
+    typer.Option(
+        help="which published reading of the requests is meant, of a form with several: answers or alt of zsRE"
+    ),
+]
+RequestSeedOption = Annotated[int, typer.Option("--seed", help="of new answers, which some forms leave to be drawn")]
 
 
 def _checked_separator(value: str) -> str:

@@ -20,12 +20,14 @@ from kedit_fast.cli.options import (
     ChatOption,
     DeviceMapOption,
     DeviceOption,
+    FormOption,
     HparamsOption,
     JsonOption,
     MergeAdapter,
     MethodOption,
     ModelArgument,
     OnErrorOption,
+    ReadingOption,
     SeparatorOption,
     SetOption,
     SpecOption,
@@ -65,6 +67,8 @@ def plan(
     layers: Annotated[str | None, typer.Option(help="zero-based, 4-8 or 3,5,7")] = None,
     hparams: HparamsOption = None,
     set_: SetOption = None,
+    form: FormOption = None,
+    reading: ReadingOption = None,
     target_separator: SeparatorOption = "auto",
     chat: ChatOption = False,
     system: SystemOption = None,
@@ -93,7 +97,7 @@ def plan(
     check_range(chosen.layers, config)
     records = as_requests(bundled.requests() if trial else [])
     if requests is not None:
-        records = load_requests(requests, on_error, find_recipe(method).needs_subject)
+        records = load_requests(requests, on_error, find_recipe(method).needs_subject, form, reading)
     if trial:
         loaded, tokenizer = load_model(model, DTYPES[dtype], checked_device(device), device_map, merge_adapter)
     else:

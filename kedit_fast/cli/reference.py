@@ -17,9 +17,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from kedit_fast.cli import main, stats
+from kedit_fast.cli import main, requests, stats
 
 BEGIN, END = "<!-- options: begin -->", "<!-- options: end -->"
+_LAZY_GROUPS = {stats.app: stats.COMMANDS, requests.app: requests.COMMANDS}
 TYPES = {str: "text", int: "integer", float: "number", Path: "path", bool: ""}
 
 
@@ -30,8 +31,8 @@ def functions(table: Mapping[str, tuple[str, str]], path: tuple[str, ...] = ()) 
         command = getattr(importlib.import_module(module), attribute)
         if not isinstance(command, typer.Typer):
             yield " ".join((*path, name)), command
-        elif command is stats.app:
-            yield from functions(stats.COMMANDS, (*path, name))
+        elif command in _LAZY_GROUPS:
+            yield from functions(_LAZY_GROUPS[command], (*path, name))
         else:
             for info in command.registered_commands:
                 function: Any = info.callback

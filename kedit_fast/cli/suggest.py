@@ -18,12 +18,14 @@ from kedit_fast.cli.options import (
     ChatOption,
     DeviceMapOption,
     DeviceOption,
+    FormOption,
     HparamsOption,
     JsonOption,
     MergeAdapter,
     MethodOption,
     ModelArgument,
     OnErrorOption,
+    ReadingOption,
     SeparatorOption,
     SetOption,
     SpecOption,
@@ -73,6 +75,8 @@ def suggest(
     ] = None,
     hparams: HparamsOption = None,
     set_: SetOption = None,
+    form: FormOption = None,
+    reading: ReadingOption = None,
     target_separator: SeparatorOption = "auto",
     chat: ChatOption = False,
     system: SystemOption = None,
@@ -94,7 +98,7 @@ def suggest(
     architecture = read_spec(spec)
     if out is not None:
         check_file(out)
-    records = load_requests(requests, on_error, find_recipe(method).needs_subject).first(edits)
+    records = load_requests(requests, on_error, find_recipe(method).needs_subject, form, reading).first(edits)
     overrides = overridden_hparams(hparams, set_, None, method)
     warn_of_ignored_settings(hparams, dtype)
     last_layers = None if layers is None else parsed_layers(layers)

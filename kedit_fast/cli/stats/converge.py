@@ -20,10 +20,12 @@ from kedit_fast.cli.options import (
     ChatOption,
     DeviceMapOption,
     DeviceOption,
+    FormOption,
     JsonOption,
     MergeAdapter,
     ModelArgument,
     OnErrorOption,
+    ReadingOption,
     SeparatorOption,
     SetOption,
     SpecOption,
@@ -59,6 +61,8 @@ def converge(
     set_: SetOption = None,
     seed: Annotated[int | None, typer.Option(help="take documents in this random order; else in their own")] = None,
     max_length: Annotated[int, typer.Option(min=1, help="cut documents to this many tokens")] = 1024,
+    form: FormOption = None,
+    reading: ReadingOption = None,
     target_separator: SeparatorOption = "auto",
     chat: ChatOption = False,
     system: SystemOption = None,
@@ -81,7 +85,7 @@ def converge(
     table_path, picture_path = out / "convergence.csv", out / "convergence.png"
     if not overwrite and (table_path.exists() or picture_path.exists()):
         raise KeditError(f"{out} has a report: choose another --out or pass --overwrite")
-    records = load_requests(requests, on_error, need_subject=True).first(edits)
+    records = load_requests(requests, on_error, need_subject=True, form=form, reading=reading).first(edits)
     overrides = assignments(set_)
     make_folder(out)
     documents = open_texts(text, field)
