@@ -400,7 +400,7 @@ def test_the_readme_is_short_and_begins_with_the_two_commands():
     assert len(lines) <= 250
     first = "\n".join(lines[:40])
     assert "pip install -c constraints.txt . && kedit-fast demo" in first
-    assert 'pip install -c constraints.txt ".[test]" && pytest tests' in first
+    assert 'pip install -c constraints.txt ".[test]" && pytest tests -n 2 --dist loadfile' in first
 
 
 def test_the_readme_leads_to_every_page():
