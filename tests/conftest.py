@@ -9,7 +9,7 @@ import pytest
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):  # before torch: they share the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
-os.environ.pop("COLUMNS", None)  # rich keeps the width that it finds when the command is imported; workers of xdist have one
+os.environ.pop("COLUMNS", None)  # rich keeps the width it is imported with, and workers of xdist have one
 
 import torch
 
