@@ -32,7 +32,7 @@ from benchmarks.harness import Row, provenance, read, require_clean, save
 from kedit_fast import Editor, EditRequest, collect_statistics, demo
 from kedit_fast.demo import world
 from kedit_fast.editing.values.store import ValueFile
-from kedit_fast.evaluation.metrics import Metrics, evaluate, mean_nll
+from kedit_fast.evaluation.metrics import Metrics, mean_nll, shares
 from kedit_fast.methods.registry import RECIPES, find_recipe
 from kedit_fast.statistics.collect import Statistics
 
@@ -141,7 +141,7 @@ def singles(on: Subject, editor: Editor, requests: Sequence[EditRequest]) -> Row
             skipped += 1
             continue
         seconds.append(spent)
-        measured.append(evaluate(on.model, on.tokenizer, [request]))
+        measured.append(shares(on.model, on.tokenizer, [request]))
         drifts.append(mean_nll(on.model, on.tokenizer, on.text) - on.before)
         editor.restore()
     names = ("efficacy", "paraphrase", "neighborhood")
@@ -165,11 +165,11 @@ def together(on: Subject, editor: Editor, requests: Sequence[EditRequest], size:
         skipped += len(result.skipped)
         norm = max([norm, *result.relative_norms.values()])
         if len(batches) > 1:
-            efficacies.append(evaluate(on.model, on.tokenizer, batch).efficacy)
+            efficacies.append(shares(on.model, on.tokenizer, batch).efficacy)
     begin = time.perf_counter()
     editor.finish()
     seconds += time.perf_counter() - begin
-    metrics = evaluate(on.model, on.tokenizer, requests)
+    metrics = shares(on.model, on.tokenizer, requests)
     retention = metrics.efficacy / max(statistics.mean(efficacies), 1e-9) if efficacies else None
     return {
         "efficacy": metrics.efficacy, "paraphrase": metrics.paraphrase, "neighborhood": metrics.neighborhood,

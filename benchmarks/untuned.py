@@ -34,7 +34,7 @@ from kedit_fast.demo import world
 from kedit_fast.demo.train import fit, train_tokenizer
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import KeditError
-from kedit_fast.evaluation.metrics import evaluate, mean_nll
+from kedit_fast.evaluation.metrics import mean_nll, shares
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import load_model
 from kedit_fast.reports.choice import choose
@@ -233,7 +233,7 @@ def measure(on: Subject, method: str, hparams: Mapping[str, Any], at_least: floa
         result = editor.edit(on.edits, "skip")
         editor.finish()
         targets = [EditRequest(request.prompt, request.subject, request.target_new) for request in on.edits]
-        efficacy = evaluate(on.model, on.tokenizer, targets).efficacy
+        efficacy = shares(on.model, on.tokenizer, targets).efficacy
         row |= {"efficacy": efficacy, "loss": sorted(result.losses)[len(result.losses) // 2]}
         row |= {
             "resolved": result.resolved,
@@ -242,12 +242,12 @@ def measure(on: Subject, method: str, hparams: Mapping[str, Any], at_least: floa
         }
         if (bound := harmonic((efficacy, 1.0, 1.0, 1.0))) < at_least:
             return {**row, "score": None, "at_most": bound}
-        metrics = evaluate(on.model, on.tokenizer, on.edits)
+        metrics = shares(on.model, on.tokenizer, on.edits)
         drift = mean_nll(on.model, on.tokenizer, on.texts) - on.before
         assert metrics.paraphrase is not None and metrics.neighborhood is not None
-        shares = (efficacy, metrics.paraphrase, metrics.neighborhood, math.exp(-max(0.0, drift)))
+        parts = (efficacy, metrics.paraphrase, metrics.neighborhood, math.exp(-max(0.0, drift)))
         row |= {"paraphrase": metrics.paraphrase, "neighborhood": metrics.neighborhood, "drift": drift}
-        return {**row, "score": harmonic(shares), "seconds": time.perf_counter() - begin}
+        return {**row, "score": harmonic(parts), "seconds": time.perf_counter() - begin}
     except KeditError as error:
         return {**row, "score": 0.0, "failure": str(error)}
     finally:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.p
     from kedit_fast.backends import explain as explain
     from kedit_fast.backends import use_backend as use_backend
     from kedit_fast.editing.editor import Editor as Editor
-    from kedit_fast.evaluation.metrics import evaluate as evaluate
+    from kedit_fast.evaluation.evaluator import evaluate as evaluate
     from kedit_fast.ops import distribution_kl as distribution_kl
     from kedit_fast.ops import gated_silu as gated_silu
     from kedit_fast.ops import mirror_ as mirror_
@@ -58,7 +58,7 @@ PUBLIC_NAMES = {
     "collect_into": "kedit_fast.statistics.resumable",
     "collect_statistics": "kedit_fast.statistics.collect",
     "distribution_kl": "kedit_fast.ops",
-    "evaluate": "kedit_fast.evaluation.metrics",
+    "evaluate": "kedit_fast.evaluation.evaluator",
     "explain": "kedit_fast.backends",
     "gated_silu": "kedit_fast.ops",
     "load_requests": "kedit_fast.requests.reading",

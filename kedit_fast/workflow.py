@@ -18,7 +18,9 @@ from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.values.memit_values import MemitCache
 from kedit_fast.errors import EditError, KeditError, RequestError
-from kedit_fast.evaluation.metrics import Metrics, evaluate, evaluate_each, summary, unusable
+from kedit_fast.evaluation.evaluator import Evaluator
+from kedit_fast.evaluation.metrics import SHARES, Metrics, shares_of
+from kedit_fast.evaluation.results import Evaluation
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
 from kedit_fast.models.saving import save_model
@@ -91,6 +93,8 @@ class Report:
     """One per batch."""
     skipped: dict[int, str] = field(default_factory=dict)
     """Index of a request, or of a record in its file -> why it was left out."""
+    evaluation: Evaluation | None = field(default=None, repr=False)
+    """The metrics that were asked for, of the requests that were written, before ("pre") and after ("final")."""
     editor: Editor | None = field(default=None, repr=False)
     """The editor that made the edits."""
     requests: tuple[dict[str, Any], ...] = ()
@@ -103,6 +107,8 @@ class Report:
         for name in after:
             pairs[name] = after[name]
             pairs[f"{name}_before"] = before[name]
+        if self.evaluation is not None:
+            pairs["metrics"] = before_and_after(self.evaluation)
         pairs["requests"] = list(self.requests)
         pairs["skipped"] = skipped_records(self.skipped)
         pairs["seconds"] = self.seconds
@@ -147,6 +153,7 @@ def run_edits(
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
     on_error: OnError = "raise",
+    metrics: str | Iterable[str] = "default",
     progress: bool = False,
     spec: ArchSpec | None = None,
 ) -> Report:
@@ -167,7 +174,8 @@ def run_edits(
         state: a file that `Editor.save_state` wrote; the run continues from it.
         prompt_format: from a prompt to the text that the model reads.
         target_separator: the text between prompt and target of requests that do not name one.
-        on_error: "raise" at requests that cannot be written, or "skip" them.
+        on_error: "raise" at requests that cannot be written or measured, or "skip" them.
+        metrics: what to measure beside efficacy, paraphrase and neighborhood; see `registry.select`.
         progress: show progress bars on stderr.
         spec: an ArchSpec for an architecture that is not known.
 
@@ -208,13 +216,28 @@ def run_edits(
     seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
     seconds["statistics"] = statistics_seconds
     prepared, skipped = _usable_requests(editor, requests, on_error)
+    metrics = [*(metrics.split(",") if isinstance(metrics, str) else metrics), *SHARES]
+    evaluator = Evaluator(
+        model,
+        tokenizer,
+        [p.request for p in prepared.values()],
+        metrics,
+        prompt_format=prompt_format,
+        target_separator=target_separator,
+        spec=spec,
+        on_error="skip",
+        progress=progress,
+    )
+    places = dict(zip(prepared, range(len(prepared)), strict=True))
+    unmeasured = {i: f"{prepared[i].name}: {evaluator.skipped[p]}" for i, p in places.items() if p in evaluator.skipped}
+    if on_error == "raise":
+        require_no_problems(unmeasured)
+    skipped |= unmeasured
+    indices = [i for i in prepared if i not in unmeasured]
     if isinstance(editor.values, MemitCache):
-        _require_single_ids(prepared)
-    options: dict[str, Any] = {"spec": spec, "prompt_format": prompt_format, "target_separator": target_separator}
+        _require_single_ids({i: prepared[i] for i in indices})
     with timed(seconds, "evaluate"):
-        measured = evaluate_each(model, tokenizer, [p.request for p in prepared.values()], **options)
-    before = dict(zip(prepared, measured, strict=True))
-    indices = list(prepared)
+        evaluator.measure("pre")
     size = batch_size or max(1, len(indices))
     results = []
     try:
@@ -235,7 +258,8 @@ def run_edits(
         raise
     try:
         with timed(seconds, "evaluate"):
-            after = evaluate(model, tokenizer, [prepared[i].request for i in written], **options)
+            evaluator.measure("final", [places[i] for i in written])
+            evaluation = evaluator.result([places[i] for i in written])
             editor.require_untouched()
     except BaseException:
         editor.overwrite()
@@ -244,31 +268,38 @@ def run_edits(
     return Report(
         method,
         len(written),
-        summary([before[i] for i in written]),
-        after,
+        shares_of(evaluation, "pre"),
+        shares_of(evaluation, "final"),
         {phase: round(spent, 3) for phase, spent in seconds.items()},
         tuple(results),
         skipped,
+        evaluation,
         editor,
         tuple(_request_entry(tokenizer, i, prepared[i]) for i in written),
     )
 
 
+def before_and_after(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
+    """The entry `metrics` of JSON: each metric's id -> its value, records, interval, and value before the edits."""
+    entries = {}
+    for id, one in evaluation.metrics.items():
+        before, after = one.states.get("pre"), one.states.get("final")
+        entries[id] = {
+            "value": None if after is None else after.value,
+            "n": 0 if after is None else after.records,
+            "interval": None if after is None or after.interval is None else list(after.interval),
+            "before": None if before is None else before.value,
+        }
+    return entries
+
+
 def _usable_requests(
     editor: Editor, requests: Iterable[EditRequest | Mapping[str, Any]], on_error: OnError
 ) -> tuple[dict[int, PreparedRequest], dict[int, str]]:
-    """Index -> each request that can be written and measured, and index -> why one cannot."""
+    """Index -> each request that can be written, and index -> why one cannot."""
     checked, skipped = editor.check(requests, on_error)
     indices = [i for i in range(len(checked) + len(skipped)) if i not in skipped]
-    prepared = dict(zip(indices, checked, strict=True))
-    unmeasured = {}
-    for i, p in prepared.items():
-        problem = unusable(editor.view, editor.tokenizer, p.request, editor.prompt_format, editor.target_separator)
-        if problem:
-            unmeasured[i] = f"{p.name}: {problem}"
-    if on_error == "raise":
-        require_no_problems(unmeasured)
-    return {i: p for i, p in prepared.items() if i not in unmeasured}, skipped | unmeasured
+    return dict(zip(indices, checked, strict=True)), skipped
 
 
 def _require_single_ids(prepared: Mapping[int, PreparedRequest]) -> None:

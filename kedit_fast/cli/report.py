@@ -47,6 +47,8 @@ def print_report(report: Any, title: str) -> None:
         if value is not None:
             table.add_row(name.replace("_", " "), f"{before[name]:.3f}", f"{value:.3f}")
     output.print(table)
+    if report.evaluation is not None:
+        print_metrics(report.evaluation, "Metrics")
     spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
     output.print(f"Seconds: {spent}", markup=False)
     if joined := sum(request["target_separator"] != " " for request in report.requests):

@@ -411,6 +411,19 @@ def evaluate(
         RequestError: prompts that cannot be measured; nothing has run.
         PatchError: patches of another model, or that do not follow each other; nothing has run.
         KeditError: the model gives no finite probabilities for a prompt, which is named.
+
+    Example:
+        >>> editor = Editor(model, tokenizer, "memit", statistics=statistics, hparams={"v_num_grad_steps": 10})
+        >>> _ = editor.edit(requests)
+        >>> patch = editor.patch()
+        >>> editor.restore()
+        >>> measured = evaluate(model, tokenizer, requests, "cf.accuracy,ee.token_accuracy", patches=[patch])
+        >>> measured.value("cf.accuracy/rewrite", "pre")  # no new answer is there before the edits
+        0.0
+        >>> measured.value("cf.accuracy/rewrite") > 50
+        True
+        >>> str(measured).splitlines()[0].split()
+        ['metric', 'pre', 'final', '95', '%', 'n']
     """
     if base is not None and len(patches):
         raise InvalidArgumentError("give the unedited model as base, or patches of the model, not both")

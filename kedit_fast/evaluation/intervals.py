@@ -29,7 +29,9 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     center = share + Z * Z / (2 * n)
     half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
     scale = 1 + Z * Z / n
-    return max(0.0, (center - half) / scale), min(1.0, (center + half) / scale)
+    low = (center - half) / scale if successes > 0 else 0.0
+    high = (center + half) / scale if successes < n else 1.0
+    return low, high
 
 
 def bootstrap(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import RequestError
+from kedit_fast.evaluation.metric import State
+from kedit_fast.evaluation.results import Evaluation
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
 from kedit_fast.models.view import ModelView
@@ -20,6 +22,8 @@ from kedit_fast.requests.spacing import AUTO, check_separator
 from kedit_fast.support.torch_state import plain_torch
 
 BATCH_TOKENS = 4096
+SHARES = ("cf.accuracy", "cf.success/rewrite")
+"""The metrics that `Metrics` are made of."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Continuation:
 
 
 @plain_torch()
-def evaluate(
+def shares(
     model: torch.nn.Module,
     tokenizer: Any,
     requests: Iterable[EditRequest | Mapping[str, Any]],
@@ -79,7 +83,7 @@ def evaluate(
     Cost: one forward pass over every prompt with its target, in batches by length; the head on the targets' rows alone.
 
     Example:
-        >>> metrics = evaluate(model, tokenizer, requests)
+        >>> metrics = shares(model, tokenizer, requests)
         >>> metrics.efficacy, metrics.neighborhood  # before any edit: the new facts are not there, the old ones are
         (0.0, 1.0)
     """
@@ -109,7 +113,7 @@ def evaluate_each(
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
 ) -> list[RequestScores]:
-    """What `evaluate` measures, request by request.
+    """What `shares` measures, request by request.
 
     Raises:
         RequestError: `requests` is no collection of requests, or some cannot be measured; it names all of these, and
@@ -219,6 +223,21 @@ def summary(scores: Sequence[RequestScores]) -> Metrics:
         efficacy_success=_share([s.new.log_prob > s.true.log_prob for s in scores if s.true is not None]),
         paraphrase=_share([c.argmax for s in scores for c in s.paraphrases]),
         neighborhood=_share([c.argmax for s in scores for c in s.neighborhood]),
+    )
+
+
+def shares_of(evaluation: Evaluation, state: State = "final") -> Metrics:
+    """The four shares from an evaluation that has the metrics SHARES: means over all prompts alike."""
+
+    def share(id: str) -> float | None:
+        scores = [c.scores[state] for record in evaluation.scores[id] for c in record.cases if state in c.scores]
+        return sum(scores) / len(scores) if scores else None
+
+    return Metrics(
+        efficacy=share("cf.accuracy/rewrite") or 0.0,
+        efficacy_success=share("cf.success/rewrite"),
+        paraphrase=share("cf.accuracy/paraphrase"),
+        neighborhood=share("cf.accuracy/neighborhood"),
     )
 
 

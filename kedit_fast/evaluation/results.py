@@ -106,6 +106,23 @@ class Evaluation:
                         **{state: _scaled(one.scores.get(state), scale) for state in self.states},
                     }
 
+    def __str__(self) -> str:
+        """A table: each metric in each state, with interval and number of records of the last one."""
+        lines = [["metric", *self.states, "95 %", "n"]]
+        for id, one in self.metrics.items():
+            last = one.states.get(self.states[-1]) if self.states else None
+            limits = "" if last is None or last.interval is None else "{:.4g} to {:.4g}".format(*last.interval)
+            values = [one.states[state].value if state in one.states else None for state in self.states]
+            cells = ["" if value is None else f"{value:.4g}" for value in values]
+            lines.append([id, *cells, limits, "" if last is None else str(last.records)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+            ).rstrip()
+            for line in lines
+        )
+
     @property
     def states(self) -> tuple[State, ...]:
         """The states that were measured, in the order of tables."""

@@ -9,11 +9,11 @@ from floors import relative_error
 from support import PREFIXES, REQUESTS, make_editor, same, weights
 from tiny_models import KINDS, POST_NORM, make_model, make_tokenizer
 
-from kedit_fast import Editor, EditRequest, demo, evaluate, load_requests
+from kedit_fast import Editor, EditRequest, demo, load_requests
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.loop import find_values
 from kedit_fast.errors import EditError, KeditError, MethodError, RequestError, StatisticsError
-from kedit_fast.evaluation.metrics import evaluate_each
+from kedit_fast.evaluation.metrics import evaluate_each, shares
 from kedit_fast.models.forward import Site
 from kedit_fast.models.view import ModelView
 from kedit_fast.reports.plan import plan
@@ -262,7 +262,7 @@ def test_a_generator_is_used_once_and_a_single_record_or_a_path_is_refused():
         editor.edit(iter(()))
     for wrong, message in ((records[0], "put one record in a list"), (REQUESTS[0], "put it in a list"),
                            ("r.json", "load_requests"), (3, "got int")):  # fmt: skip
-        for call in (editor.edit, editor.check, lambda r: evaluate(editor.view.model, editor.tokenizer, r)):
+        for call in (editor.edit, editor.check, lambda r: shares(editor.view.model, editor.tokenizer, r)):
             with pytest.raises(RequestError, match=message):
                 call(wrong)
     assert same(editor, weights(other))
@@ -444,11 +444,11 @@ def test_memit_teaches_the_demo_model(demo_model, demo_statistics):
     requests = demo.requests(25)
     editor = Editor(model, tokenizer, "memit", statistics=demo_statistics)
     try:
-        start = evaluate(model, tokenizer, requests)
+        start = shares(model, tokenizer, requests)
         assert start.efficacy <= 0.05 and start.neighborhood >= 0.95
         editor.edit(requests[:20])
         editor.edit(requests[20:])
-        after = evaluate(model, tokenizer, requests)
+        after = shares(model, tokenizer, requests)
         assert after.efficacy >= 0.9 and after.efficacy_success >= 0.95 and after.paraphrase >= 0.75
         assert after.neighborhood >= 0.85 * start.neighborhood
     finally:

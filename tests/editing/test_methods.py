@@ -14,11 +14,11 @@ from support import PREFIXES, REQUESTS, make_editor, same, weights
 from tiny_models import POST_NORM, TEXT, make_model, make_tokenizer
 
 from benchmarks.published import serial_gradients
-from kedit_fast import Editor, EditRequest, collect_statistics, evaluate
+from kedit_fast import Editor, EditRequest, collect_statistics
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.loop import find_values
 from kedit_fast.errors import EditError, KeditError, MethodError, SolveError, StatisticsError
-from kedit_fast.evaluation.metrics import mean_nll
+from kedit_fast.evaluation.metrics import mean_nll, shares
 from kedit_fast.methods.hparams import unused
 from kedit_fast.methods.presets import load_presets, make_hparams
 from kedit_fast.methods.registry import RECIPES, find_recipe
@@ -654,8 +654,8 @@ def test_all_other_methods_name_a_missing_subject(method):
 def test_requests_without_a_subject_are_measured_kept_in_patches_and_named():
     editor = editor_of("ultraedit")
     records = [{**WHOLE[0], "target_true": "trumpet", "paraphrase_prompts": ["He plays the"]}]
-    seen = evaluate(editor.view.model, editor.tokenizer, records)
-    assert seen == evaluate(editor.view.model, editor.tokenizer, [
+    seen = shares(editor.view.model, editor.tokenizer, records)
+    assert seen == shares(editor.view.model, editor.tokenizer, [
         EditRequest(REQUESTS[0].prompt, REQUESTS[0].subject, WHOLE[0]["target_new"], "trumpet", ("He plays the",))
     ])  # fmt: skip
     editor.edit(records)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_models import KINDS, make_model, make_tokenizer
 
-from kedit_fast import EditRequest, demo, evaluate
-from kedit_fast.evaluation.metrics import score
+from kedit_fast import EditRequest, demo
+from kedit_fast.evaluation.metrics import score, shares
 from kedit_fast.models.view import ModelView
 
 
@@ -32,10 +32,10 @@ def test_metrics_count_what_they_say(demo_model):
     true, new, text = request.target_true, request.target_new, request.text
     said = EditRequest(request.prompt, request.subject, true, new, (text,), (text,))
     not_said = EditRequest(request.prompt, request.subject, new, true)
-    found = evaluate(model, tokenizer, [said, not_said])
+    found = shares(model, tokenizer, [said, not_said])
     assert found.efficacy == 0.5 and found.efficacy_success == 0.5
     assert found.paraphrase == 1.0 and found.neighborhood == 0.0
     turned = EditRequest(request.prompt, request.subject, new, true, (text,), (text,))
-    found = evaluate(model, tokenizer, [turned])
+    found = shares(model, tokenizer, [turned])
     assert found.paraphrase == 0.0 and found.neighborhood == 1.0
-    assert evaluate(model, tokenizer, [EditRequest("{} is", "Ebro", "in")]).neighborhood is None
+    assert shares(model, tokenizer, [EditRequest("{} is", "Ebro", "in")]).neighborhood is None

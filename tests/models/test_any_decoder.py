@@ -15,11 +15,11 @@ from tiny_models import CONFIGS, TEXT, make_model, make_tokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from benchmarks.tiny_decoders import tiny_decoder
-from kedit_fast import Editor, collect_statistics, evaluate
+from kedit_fast import Editor, collect_statistics
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.loop import find_values
 from kedit_fast.errors import InvalidArgumentError, MethodError, UnsupportedModelError
-from kedit_fast.evaluation.metrics import mean_nll
+from kedit_fast.evaluation.metrics import mean_nll, shares
 from kedit_fast.methods.windows import statistics_layers
 from kedit_fast.models import tail_attention
 from kedit_fast.models.architectures import ARCHITECTURES, ArchSpec
@@ -190,7 +190,7 @@ def test_a_head_that_is_no_matrix_product_is_left_to_the_model(caplog):
     prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1, v_num_grad_steps=4)
     values = find_values(view, prepared, 1, "mlp", hparams)
     assert max(serial_errors(values, prepared, model, view.mlp(1), hparams)) < 1e-4
-    scores = evaluate(model, tokenizer, REQUESTS)
+    scores = shares(model, tokenizer, REQUESTS)
     assert scores.efficacy is not None
 
 

@@ -12,9 +12,10 @@ from tiny_models import KINDS, make_model, make_tokenizer
 from torch.nn.utils import parametrize, prune
 from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 
-from kedit_fast import Editor, EditRequest, evaluate
+from kedit_fast import Editor, EditRequest
 from kedit_fast.editing.values.store import edited_hash
 from kedit_fast.errors import EditError, PatchError, UnsupportedModelError
+from kedit_fast.evaluation.metrics import shares
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, capture, pad, require_passes
@@ -79,7 +80,7 @@ def a_pipeline(model):
 )
 def test_what_is_no_causal_language_model_is_refused_by_what_it_is(make, message):
     model = make(make_model("llama"))
-    for call in (lambda: editor_of(model), lambda: evaluate(model, make_tokenizer(), [REQUEST])):
+    for call in (lambda: editor_of(model), lambda: shares(model, make_tokenizer(), [REQUEST])):
         with pytest.raises(UnsupportedModelError, match=message):
             call()
 

@@ -17,8 +17,9 @@ from support import NUMBERS, PREFIXES, REQUESTS, random_patch, run
 from tiny_models import TEXT, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from kedit_fast import Editor, collect_statistics, evaluate
+from kedit_fast import Editor, collect_statistics
 from kedit_fast.errors import InvalidArgumentError, KeditError, UnsupportedModelError
+from kedit_fast.evaluation.metrics import shares
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.loading import load_model
 from kedit_fast.models.quantized import dequantize_edited
@@ -56,7 +57,7 @@ def edit_and_compare(model, load, tmp_path):
     tokenizer = make_tokenizer()
     before, current = logits(model), fingerprint(ModelView(model), tokenizer)
     statistics = collect_statistics(model, tokenizer, TEXT, layers=LAYERS)
-    assert 0 <= evaluate(model, tokenizer, REQUESTS).efficacy <= 1
+    assert 0 <= shares(model, tokenizer, REQUESTS).efficacy <= 1
     with pytest.raises(UnsupportedModelError, match=r"\.1\.mlp.* is quantized .*--dequantize-edited"):
         editor_of(model, statistics)
     done = dequantize_edited(model, LAYERS)

@@ -13,12 +13,12 @@ import pytest
 import torch
 from tiny_models import KINDS, POST_NORM, make_model, make_tokenizer
 
-from kedit_fast import Editor, EditRequest, collect_statistics, evaluate
+from kedit_fast import Editor, EditRequest, collect_statistics
 from kedit_fast.editing.gradients import answer_gradients
 from kedit_fast.editing.values import batch_size
 from kedit_fast.editing.values.loop import find_values
 from kedit_fast.errors import InvalidArgumentError
-from kedit_fast.evaluation.metrics import mean_nll
+from kedit_fast.evaluation.metrics import mean_nll, shares
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.models import widened
 from kedit_fast.models.forward import Site, evaluating
@@ -83,7 +83,7 @@ def test_statistics_evaluation_and_text_are_those_of_the_model_in_fp32(kind, dty
         assert moment.dtype == "float32"
         view = ModelView(model)
         found.append((moment.moment(2).moment, torch.tensor(mean_nll(model, tokenizer, TEXTS)),
-                      evaluate(model, tokenizer, REQUESTS), complete(model, tokenizer, "Miles Davis plays"),
+                      shares(model, tokenizer, REQUESTS), complete(model, tokenizer, "Miles Davis plays"),
                       generate_prefixes(view, tokenizer, [(4, 3)], 0)))  # fmt: skip
     near(found[0][0], found[1][0])
     near(found[0][1], found[1][1])

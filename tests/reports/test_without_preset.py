@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kedit_fast import Editor, collect_statistics, demo, evaluate
+from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.editing.values.store import ValueFile
+from kedit_fast.evaluation.metrics import shares
 from kedit_fast.methods import presets
 from kedit_fast.methods.windows import tried_layers
 from kedit_fast.reports.suggest import suggest
@@ -51,7 +52,7 @@ def test_no_numbers_are_nearly_as_good_as_the_preset(unknown, method):
     editor = Editor(model, tokenizer, method, statistics=moments, hparams=choice.best.hparams, values=store)
     assert editor.origin.startswith("guess")
     editor.edit(requests)
-    reached = evaluate(model, tokenizer, requests).as_dict()
+    reached = shares(model, tokenizer, requests).as_dict()
     editor.restore()
     below = {name: 100 * (tuned[name] - reached[name]) for name in POINTS}
     assert all(below[name] <= most for name, most in POINTS.items()), (below, choice.best.hparams, reached)

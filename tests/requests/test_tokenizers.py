@@ -11,9 +11,9 @@ from tiny_models import TEXT, make_model, make_tokenizer
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizer
 
-from kedit_fast import Editor, EditRequest, collect_statistics, evaluate
+from kedit_fast import Editor, EditRequest, collect_statistics
 from kedit_fast.errors import EditError, RequestError, StatisticsError
-from kedit_fast.evaluation.metrics import evaluate_each, mean_nll, score
+from kedit_fast.evaluation.metrics import evaluate_each, mean_nll, score, shares
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.chat import chat_format
 from kedit_fast.requests.prefixes import generate_prefixes
@@ -329,7 +329,7 @@ def test_tokens_past_the_embedding_are_refused_by_name_or_skipped(larger, method
     with pytest.raises(RequestError, match=f"request 'bad'.*{PAST}"):
         run_edits(model, tokenizer, [GOOD, bad], method, **common)
     with pytest.raises(RequestError, match=f"request 'bad'.*{PAST}"):
-        evaluate(model, tokenizer, [GOOD, bad])
+        shares(model, tokenizer, [GOOD, bad])
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     report = run_edits(model, tokenizer, [bad, GOOD], method, on_error="skip", **common)
     assert list(report.skipped) == [0] and "past the model's" in report.skipped[0] and report.edits == 1
@@ -351,7 +351,7 @@ def test_texts_prefixes_and_completions_with_tokens_past_the_embedding_are_refus
         editor.edit([GOOD])
     model.resize_token_embeddings(len(tokenizer))  # the cure that the message names
     assert ModelView(model).vocabulary == 401
-    assert evaluate(model, tokenizer, [BAD[0]]).efficacy is not None
+    assert shares(model, tokenizer, [BAD[0]]).efficacy is not None
     model.resize_token_embeddings(10)
     with pytest.raises(EditError, match=r"context prefixes cannot be generated: token \d+ .* past the model's 10"):
         generate_prefixes(ModelView(model), tokenizer, ((3, 1),), seed=0)
