@@ -21,6 +21,7 @@ from kedit_fast.evaluation.asks import (
 )
 from kedit_fast.evaluation.generation import generate
 from kedit_fast.evaluation.rows import Row, batches, prompt_of, rows_of
+from kedit_fast.models.cached import cache_limit, run_beginnings
 from kedit_fast.models.forward import evaluating, last_states, pad
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.problems import require_no_problems
@@ -109,16 +110,87 @@ Put = Callable[[Mapping[Ask, Answer]], None]
 
 
 def _force(view: ModelView, rows: Mapping[Forced, Row], put: Put) -> None:
-    asks = list(rows)
-    for chunk in batches(range(len(asks)), lambda i: rows[asks[i]].length, BATCH_TOKENS):
-        part = [rows[asks[i]] for i in chunk]
-        hidden = last_states(view, pad([(*row.prompt, *row.read) for row in part], view.device))
-        where = [(r, len(row.prompt) - 1 + t) for r, row in enumerate(part) for t in range(len(row.target))]
-        index = torch.tensor(where, device=hidden.device)
-        targets = torch.tensor([token for row in part for token in row.target], device=view.head.device)
-        states = hidden[index[:, 0], index[:, 1]].to(view.head.device)
-        log_probs, top = scored(view, states, targets, [asks[i] for i in chunk], [len(row.target) for row in part])
-        put({asks[i]: ForcedAnswer(rows[asks[i]].target, log_probs[j], top[j]) for j, i in enumerate(chunk)})
+    prompts: dict[tuple[int, ...], _Branches] = {}
+    for ask, row in sorted(rows.items(), key=lambda pair: len(pair[1].read), reverse=True):
+        prompts.setdefault(row.prompt, _Branches(row.prompt)).add(ask, row)
+    single = [branches for branches in prompts.values() if len(branches.reads) == 1]
+    several = [branches for branches in prompts.values() if len(branches.reads) > 1]
+    limit = cache_limit(view) if several else 0
+    longest = max((len(read) for branches in several for read in branches.reads), default=0)
+    parted = [branches for branches in several if len(branches.prompt) + longest <= limit]
+    single += [part for branches in several if len(branches.prompt) + longest > limit for part in branches.apart()]
+    for group in (parted, single):
+        for chunk in batches(range(len(group)), lambda i: group[i].length, BATCH_TOKENS):  # noqa: B023
+            _force_batch(view, [group[i] for i in chunk], rows, put)
+
+
+class _Branches:
+    """What is forced after one prompt: the token lists to read, none the beginning of another, and whose they are."""
+
+    def __init__(self, prompt: tuple[int, ...]):
+        self.prompt = prompt
+        self.reads: list[tuple[int, ...]] = []
+        self.asks: list[list[Forced]] = []
+
+    def add(self, ask: Forced, row: Row) -> None:
+        """Add an ask of the prompt, the longest reads first."""
+        for read, asks in zip(self.reads, self.asks, strict=True):
+            if read[: len(row.read)] == row.read:
+                asks.append(ask)
+                return
+        self.reads.append(row.read)
+        self.asks.append([ask])
+
+    def apart(self) -> list[_Branches]:
+        """The same as rows that run by themselves."""
+        result = []
+        for read, asks in zip(self.reads, self.asks, strict=True):
+            part = _Branches(self.prompt)
+            part.reads, part.asks = [read], [asks]
+            result.append(part)
+        return result
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of the prompt with the first read."""
+        return len(self.prompt) + len(self.reads[0])
+
+
+def _force_batch(view: ModelView, group: Sequence[_Branches], rows: Mapping[Forced, Row], put: Put) -> None:
+    """Run prompts with their first reads, then the other reads from the prompts' keys and values; score all."""
+    first = [(*branches.prompt, *branches.reads[0]) for branches in group]
+    others = [(r, read) for r, branches in enumerate(group) for read in branches.reads[1:]]
+    if others:
+        hidden, beginnings = run_beginnings(view, first)
+        which = [r for r, _ in others]
+        part = beginnings.select(which, [len(group[r].prompt) for r in which])
+        following = part.follow([read for _, read in others]).flatten(0, 1)
+    else:
+        hidden, following = last_states(view, pad(first, view.device)), None
+    width, behind = hidden.shape[1], len(first) * hidden.shape[1]
+    each = 0 if following is None else len(following) // len(others)
+    asks: list[Forced] = []
+    places: list[int] = []
+    begin = behind
+    for r, branches in enumerate(group):
+        end = r * width + len(branches.prompt) - 1
+        for number, branch in enumerate(branches.asks):
+            for ask in branch:
+                count = len(rows[ask].target)
+                asks.append(ask)
+                places += [end, *(range(end + 1, end + count) if not number else range(begin, begin + count - 1))]
+            begin += each if number else 0
+    index = torch.tensor(places, device=hidden.device)
+    if following is None:
+        states = hidden.flatten(0, 1)[index]
+    else:
+        states = hidden.new_empty(len(index), hidden.shape[-1])
+        states[index < behind] = hidden.flatten(0, 1)[index[index < behind]]
+        states[index >= behind] = following[index[index >= behind] - behind]
+    targets = torch.tensor([token for ask in asks for token in rows[ask].target], device=view.head.device)
+    lengths = [len(rows[ask].target) for ask in asks]
+    log_probs, top = scored(view, states.to(view.head.device), targets, asks, lengths)
+    put({ask: ForcedAnswer(rows[ask].target, log_probs[i], top[i]) for i, ask in enumerate(asks)})
 
 
 def scored(

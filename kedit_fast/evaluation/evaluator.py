@@ -30,6 +30,8 @@ from kedit_fast.support.torch_state import plain_torch
 
 Average = Literal["record", "prompt"]
 Source = Literal["requests", "groups", "texts", "choices"]
+Place = tuple[State, Source, int]
+"""A record, by its index, in a state."""
 _KINDS: dict[Source, str] = {"requests": "request", "groups": "group", "texts": "text", "choices": "item"}
 
 
@@ -99,7 +101,7 @@ class Evaluator:
             "texts": tuple(texts),
             "choices": tuple(choices),
         }
-        self._answers: dict[tuple[State, Source, int], Mapping[Ask, Answer]] = {}
+        self._answers: dict[Place, Mapping[Ask, Answer]] = {}
         self._measured: set[tuple[State, Source]] = set()
         self.skipped: dict[int, str] = {}
         """Index of each request that cannot be measured -> why."""
@@ -214,14 +216,14 @@ class Evaluator:
         self._answers.update(dict.fromkeys(chosen, answers))
         self._measured.update(key[:2] for key in chosen)
 
-    def _chosen(self, state: State, requests: Sequence[int], everything: bool) -> list[tuple[State, Source, int]]:
+    def _chosen(self, state: State, requests: Sequence[int], everything: bool) -> list[Place]:
         """The records that a call measures, each with its state."""
-        chosen: list[tuple[State, Source, int]] = [(state, "requests", index) for index in requests]
+        chosen: list[Place] = [(state, "requests", index) for index in requests]
         batch, number = set(requests), 0
         for group in self._groups:
             begins, ends = group[0] in batch, group[-1] in batch
             if state == "post" and begins:
-                chosen += [("first", "requests", index) for index in group]
+                chosen.extend(("first", "requests", index) for index in group)
             if _is_group(self.requests, group):
                 if begins and state == "post":
                     chosen.append(("first", "groups", number))
@@ -229,8 +231,8 @@ class Evaluator:
                     chosen.append((state, "groups", number))
                 number += 1
         if everything and state != "context":
-            chosen += [(state, "texts", index) for index in range(len(self._records["texts"]))]
-            chosen += [(state, "choices", index) for index in range(len(self._records["choices"]))]
+            chosen.extend((state, "texts", index) for index in range(len(self._records["texts"])))
+            chosen.extend((state, "choices", index) for index in range(len(self._records["choices"])))
         return chosen
 
     def result(self, requests: Iterable[int] | None = None) -> Evaluation:

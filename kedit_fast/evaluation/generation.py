@@ -12,17 +12,22 @@ import torch
 from kedit_fast.errors import KeditError
 from kedit_fast.evaluation.asks import Answer, Ask, Generated, GeneratedAnswer
 from kedit_fast.evaluation.rows import Row, batches
+from kedit_fast.models.cached import cache_limit, run_beginnings
 from kedit_fast.models.forward import last_states, pad
 from kedit_fast.models.view import ModelView
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 8192
+"""Tokens of the texts of a batch, when all are at their longest."""
+FULL = 0.875
+"""Finished texts leave a batch when at most this share of its rows goes on: leaving copies the others' states."""
+Put = Callable[[Mapping[Ask, Answer]], None]
 
 
 def generate(
     view: ModelView,
     tokenizer: Any,
     rows: Mapping[Generated, Row],
-    put: Callable[[Mapping[Ask, Answer]], None],
+    put: Put,
 ) -> None:
     """Continue prompts, and `put` the answers as they come.
 
@@ -36,16 +41,49 @@ def generate(
     ends = end_tokens(view, tokenizer)
     for chunk in batches(range(len(asks)), lambda i: len(rows[asks[i]].prompt) + rows[asks[i]].new, BATCH_TOKENS):
         texts = [Text(tokenizer, asks[i], rows[asks[i]], ends) for i in chunk]
-        active = [text for text in texts if not text.is_done]
         put({text.ask: text.answer() for text in texts if text.is_done})
-        while active:
-            hidden = last_states(view, pad([text.ids for text in active], view.device))
-            at = torch.tensor([len(text.ids) - 1 for text in active], device=hidden.device)
-            tokens = next_tokens(view, hidden[torch.arange(len(active), device=hidden.device), at], active)
-            for text, token in zip(active, tokens, strict=True):
-                text.take(token)
-            put({text.ask: text.answer() for text in active if text.is_done})
-            active = [text for text in active if not text.is_done]
+        texts = [text for text in texts if not text.is_done]
+        places = max((len(text.ids) for text in texts), default=0) + max((text.left for text in texts), default=0)
+        run = _continue if places <= cache_limit(view) else _continue_whole
+        run(view, texts, put)
+
+
+def _continue(view: ModelView, texts: Sequence[Text], put: Put) -> None:
+    """Continue texts token by token, from the keys and values of the tokens before; finished ones leave."""
+    if not texts:
+        return
+    hidden, rows = run_beginnings(view, [text.ids for text in texts], max(text.left for text in texts))
+    at = torch.tensor([len(text.ids) - 1 for text in texts], device=hidden.device)
+    states = hidden[torch.arange(len(texts), device=hidden.device), at]
+    in_rows: list[Text | None] = list(texts)  # the text of each row; None where it has left
+    while True:
+        places = [r for r, text in enumerate(in_rows) if text is not None]
+        active = [text for text in in_rows if text is not None]
+        tokens = next_tokens(view, states[places] if len(places) < len(in_rows) else states, active)
+        for r, text, token in zip(places, active, tokens, strict=True):
+            text.take(token)
+            in_rows[r] = None if text.is_done else text
+        put({text.ask: text.answer() for text in active if text.is_done})
+        places = [r for r, text in enumerate(in_rows) if text is not None]
+        if not places:
+            return
+        if len(places) <= FULL * len(in_rows):
+            room = max(text.left for text in active)
+            rows, in_rows = rows.select(places, room=room), [in_rows[r] for r in places]
+        states = rows.follow([text.ids[-1:] if text is not None else (0,) for text in in_rows])[:, 0]
+
+
+def _continue_whole(view: ModelView, texts: Sequence[Text], put: Put) -> None:
+    """Continue texts by whole passes over all that they have."""
+    active = list(texts)
+    while active:
+        hidden = last_states(view, pad([text.ids for text in active], view.device))
+        at = torch.tensor([len(text.ids) - 1 for text in active], device=hidden.device)
+        tokens = next_tokens(view, hidden[torch.arange(len(active), device=hidden.device), at], active)
+        for text, token in zip(active, tokens, strict=True):
+            text.take(token)
+        put({text.ask: text.answer() for text in active if text.is_done})
+        active = [text for text in active if not text.is_done]
 
 
 class Text:
@@ -72,6 +110,11 @@ class Text:
     def is_done(self) -> bool:
         """Whether nothing is to be added."""
         return self._ended or len(self._new) >= self._limit
+
+    @property
+    def left(self) -> int:
+        """How many tokens may still be added."""
+        return self._limit - len(self._new)
 
     @property
     def draw(self) -> float:

@@ -309,13 +309,22 @@ def last_states(view: ModelView, batch: TokenBatch) -> torch.Tensor:
 
     Where the model runs whole (`Head.matrix` is None), its logits [R, T, V]; `view.head` takes either.
     """
-    faster = view.once(fused_forwards) if fused.can_run() else {}
     runs_whole = view.head.matrix is None
-    # The caller may have replaced some modules' forward functions itself: those stay.
-    with replaced_forwards({module: f for module, f in faster.items() if not has_replaced_forward(module)}):
+    with fused_modules(view):
         if runs_whole:
             return model_logits(view.model, batch.input_ids, batch.attention_mask)
         return decoder_states(view.base, view.base_takes, batch.input_ids, batch.attention_mask)
+
+
+@contextlib.contextmanager
+def fused_modules(view: ModelView) -> Iterator[None]:
+    """Inside the block, norms and activations run in one pass over memory where that gives the same; see fused.py.
+
+    Modules whose forward functions the caller has replaced stay as they are.
+    """
+    faster = view.once(fused_forwards) if fused.can_run() else {}
+    with replaced_forwards({module: f for module, f in faster.items() if not has_replaced_forward(module)}):
+        yield
 
 
 @plain_torch()
