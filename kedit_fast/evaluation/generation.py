@@ -44,7 +44,7 @@ def generate(
         put({text.ask: text.answer() for text in texts if text.is_done})
         texts = [text for text in texts if not text.is_done]
         places = max((len(text.ids) for text in texts), default=0) + max((text.left for text in texts), default=0)
-        run = _continue if places <= cache_limit(view) else _continue_whole
+        run = _continue if places - 1 <= cache_limit(view) else _continue_whole  # the last token is not read
         run(view, texts, put)
 
 

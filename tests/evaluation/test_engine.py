@@ -131,7 +131,7 @@ def test_all_problems_are_named_before_anything_runs(monkeypatch):
     model, tokenizer = make_model("llama"), make_tokenizer()
     view = ModelView(model)
     monkeypatch.setattr(view.base, "forward", None)
-    asks = [Forced("", "x"), Forced("Ebro", " "), Generated("Ebro is", 500), Likelihood("E", 64), FORCED[0]]
+    asks = [Forced("", "x"), Forced("Ebro", " "), Generated("Ebro " * 90, 5), Likelihood("E", 64), FORCED[0]]
     with pytest.raises(RequestError) as error:
         answer(view, tokenizer, asks)
     lines = str(error.value).splitlines()
