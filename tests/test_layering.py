@@ -56,7 +56,7 @@ EVERYWHERE = {"_version"}
 _ARRAYS = {"torch", "numpy"}
 _HUB = {*_ARRAYS, "transformers", "safetensors", "tqdm"}
 THIRD_PARTY: dict[str, set[str]] = {
-    "support": {*_ARRAYS, "safetensors", "matplotlib"},
+    "support": {*_ARRAYS, "safetensors", "matplotlib", "tomllib", "tomli"},
     "reference": {"torch"},
     "kernels": {"torch", "triton"},
     "ops": {"torch"},

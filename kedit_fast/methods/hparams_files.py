@@ -6,7 +6,6 @@ import difflib
 import json
 import logging
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -18,12 +17,7 @@ from kedit_fast.errors import MethodError
 from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.registry import find_recipe
-from kedit_fast.support.textfiles import Repeated, parse_json, read_text, suffix_of
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from kedit_fast.support.textfiles import Repeated, parse_json, parse_toml, read_text, suffix_of
 
 _log = logging.getLogger("kedit_fast")
 
@@ -98,7 +92,7 @@ def read_raw(path: str | Path) -> Mapping[str, Any]:
     text = read_text(path, MethodError)
     try:
         if suffix == ".toml":
-            raw = tomllib.loads(text)
+            raw = parse_toml(text, str(path), MethodError)
         elif suffix == ".json":
             raw = parse_json(text, str(path), MethodError)
             if isinstance(raw, Repeated):

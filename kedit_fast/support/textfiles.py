@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 LINES = (".jsonl", ".ndjson")
 TABLES = {".csv": ",", ".tsv": "\t"}
 DELIMITERS = (*TABLES.values(), ";", "|")  # seen in tables
@@ -102,6 +107,14 @@ def parse_json(text: str, where: str, error: type[Exception]) -> Any:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as cause:
         raise error(f"{where}: malformed JSON: {cause}") from cause
+
+
+def parse_toml(text: str, where: str, error: type[Exception]) -> dict[str, Any]:
+    """The names and values of a TOML text. Raises `error`, with `where`, for malformed TOML."""
+    try:
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{where} is malformed: {' '.join(str(cause).split())[:200]}") from cause
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
