@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 from kedit_fast.requests.reading import RequestList
 from kedit_fast.requests.relations import PUBLISHED, RelationRules
@@ -120,16 +120,19 @@ class Checked:
         return grouped
 
 
+Looked = TypeVar("Looked")
+
+
 @dataclass(frozen=True)
-class Rule:
-    """One thing that requests are checked for."""
+class Rule(Generic[Looked]):
+    """One thing that requests are checked for: in their texts (`Checked`), or in more than that (`reports/lint.py`)."""
 
     name: str
     severity: Severity
     """The gravest of its findings."""
     title: str
     """What it finds, in one line."""
-    check: Callable[[Checked], Iterator[Finding]]
+    check: Callable[[Looked], Iterator[Finding]]
 
 
 def lint_texts(checked: Checked) -> list[Finding]:
@@ -298,7 +301,9 @@ def _two_targets(checked: Checked) -> Iterator[Finding]:
         ]
         answers = f"{targets[0]} and {targets[1]}" if len(targets) == 2 else comma_list(targets[:_SHOWN])
         count = "two" if len(targets) == 2 else str(len(targets))
-        text = f"{numbered(checked.numbers_of(fact))} give {_shown(checked.requests[fact[0]])} {count} answers, {answers}"
+        text = (
+            f"{numbered(checked.numbers_of(fact))} give {_shown(checked.requests[fact[0]])} {count} answers, {answers}"
+        )
         if extra:
             yield Finding(
                 "two-targets",
@@ -309,7 +314,9 @@ def _two_targets(checked: Checked) -> Iterator[Finding]:
                 checked.numbers_of(extra),
             )
         else:
-            yield Finding("two-targets", "note", checked.numbers_of(fact), f"{text}, in different batches: the last wins")
+            yield Finding(
+                "two-targets", "note", checked.numbers_of(fact), f"{text}, in different batches: the last wins"
+            )
 
 
 def _same_subject(checked: Checked) -> Iterator[Finding]:
@@ -427,9 +434,7 @@ def _links(checked: Checked, relation: str) -> dict[str, dict[str, str]]:
     return links
 
 
-def _tied_links(
-    checked: Checked, i: int, middle: str, results: Mapping[str, Sequence[int]]
-) -> dict[str, str]:
+def _tied_links(checked: Checked, i: int, middle: str, results: Mapping[str, Sequence[int]]) -> dict[str, str]:
     """{x: where that is said} of facts x r y whose y is the subject of request i, from the questions of its case."""
     links: dict[str, str] = {}
     case = checked.requests[i].group
@@ -502,8 +507,8 @@ def _paraphrases_equal(checked: Checked) -> Iterator[Finding]:
                 "paraphrase-equals-prompt",
                 "warning",
                 (record,),
-                f"{len(same)} of {len(request.paraphrase_prompts)} paraphrases are the prompt itself, {same[0]!r}: they "
-                "measure no generalization",
+                f"{len(same)} of {len(request.paraphrase_prompts)} paraphrases are the prompt itself, {same[0]!r}: "
+                "they measure no generalization",
                 "take them out, or `kedit-fast requests paraphrase` makes others",
             )
 
@@ -593,19 +598,34 @@ def _questions(checked: Checked) -> Iterator[Finding]:
             "question-prompt",
             "note",
             records,
-            f"{len(records)} of {len(checked.requests)} prompts end in a question mark{mixed}: the target is trained as "
-            "what follows the question",
+            f"{len(records)} of {len(checked.requests)} prompts end in a question mark{mixed}: the target is trained "
+            "as what follows the question",
             "measure with questions, too; a chat model takes them with --chat",
         )
 
 
 _MARKS = ("?", "？", "؟", "⁇")  # noqa: RUF001
 
-TEXT_RULES = (
+TEXT_RULES: tuple[Rule[Checked], ...] = (
     Rule("unreadable", "error", "a record that is no request", functools.partial(_unreadable, "unreadable")),
-    Rule("subject-missing", "error", "a subject that is not in its prompt", functools.partial(_unreadable, "subject-missing")),
-    Rule("subject-twice", "error", "a subject that is in its prompt several times", functools.partial(_unreadable, "subject-twice")),
-    Rule("subject-case", "error", "a subject that its prompt writes in other case", functools.partial(_unreadable, "subject-case")),
+    Rule(
+        "subject-missing",
+        "error",
+        "a subject that is not in its prompt",
+        functools.partial(_unreadable, "subject-missing"),
+    ),
+    Rule(
+        "subject-twice",
+        "error",
+        "a subject that is in its prompt several times",
+        functools.partial(_unreadable, "subject-twice"),
+    ),
+    Rule(
+        "subject-case",
+        "error",
+        "a subject that its prompt writes in other case",
+        functools.partial(_unreadable, "subject-case"),
+    ),
     Rule("surrogate", "error", "a character that is not valid Unicode", functools.partial(_unreadable, "surrogate")),
     Rule("duplicate-request", "warning", "the same subject, prompt or relation, and target twice", _duplicates),
     Rule("two-targets", "error", "one fact with two targets", _two_targets),
@@ -616,7 +636,12 @@ TEXT_RULES = (
     Rule("reverse-conflict", "warning", "a fact that denies the reverse of another", _reverse_conflicts),
     Rule("composite-conflict", "warning", "a fact that denies what two others imply", _composite_conflicts),
     Rule("subject-in-word", "error", "a subject that is part of a word", _inside_words),
-    Rule("paraphrase-without-subject", "note", "a paraphrase that does not name the subject", _paraphrases_without_subject),
+    Rule(
+        "paraphrase-without-subject",
+        "note",
+        "a paraphrase that does not name the subject",
+        _paraphrases_without_subject,
+    ),
     Rule("paraphrase-equals-prompt", "warning", "a paraphrase that is the prompt", _paraphrases_equal),
     Rule("neighbor-equals-edited", "warning", "a neighborhood prompt about what is edited", _leaking_neighbors),
     Rule("question-prompt", "note", "prompts that are questions", _questions),

@@ -68,14 +68,14 @@ def fill(
     frame = prefix.replace("{}", "") + template
     text, begin = in_format(frame, subject, prompt_format)
     end = begin + len(subject.rstrip())
-    special = _adds_special(tokenizer, text, prompt_format)
+    special = adds_special(tokenizer, text, prompt_format)
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
         ids = encoded["input_ids"]
         covering = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > begin and b > a]
     else:
         ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-        covering = _covering_without_offsets(tokenizer, text, begin, end, ids, special)
+        covering = covering_without_offsets(tokenizer, text, begin, end, ids, special)
     if not covering:
         raise RequestError(f"the subject {subject!r} has no tokens in {text!r}")
     return Prompt(tuple(ids), covering[-1])
@@ -97,12 +97,12 @@ def in_format(template: str, subject: str, prompt_format: PromptFormat | None) -
     raise RequestError(f"the prompt format must keep the {{}} of {template!r} once; it made {result!r}")
 
 
-def _adds_special(tokenizer: Any, text: str, prompt_format: PromptFormat | None) -> bool:
+def adds_special(tokenizer: Any, text: str, prompt_format: PromptFormat | None) -> bool:
     """Whether the tokenizer should add its special tokens; not if the format has written the first one already."""
     return prompt_format is None or not (tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token))
 
 
-def _covering_without_offsets(
+def covering_without_offsets(
     tokenizer: Any, text: str, begin: int, end: int, ids: Sequence[int], special: bool
 ) -> list[int]:
     """The index of the last token of text[begin:end], for tokenizers without offsets, whatever they normalize; or none.
@@ -115,18 +115,20 @@ def _covering_without_offsets(
     def encoded(part: str) -> list[int]:
         return without_closing(tokenizer, tokenizer(part, add_special_tokens=special)["input_ids"])
 
-    def decoded(tokens: Sequence[int]) -> str:
-        result = tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
-        return "".join(unicodedata.normalize("NFKD", result).casefold().split())
-
     up_to_end = encoded(text[:end])
-    wanted = decoded(up_to_end)
-    if wanted == decoded(encoded(text[:begin])):
+    wanted = decoded_plain(tokenizer, up_to_end)
+    if wanted == decoded_plain(tokenizer, encoded(text[:begin])):
         return []
     if list(ids[: len(up_to_end)]) == up_to_end:
         return [len(up_to_end) - 1]
-    runs = (count for count in range(1, len(ids) + 1) if decoded(ids[:count]).startswith(wanted))
+    runs = (count for count in range(1, len(ids) + 1) if decoded_plain(tokenizer, ids[:count]).startswith(wanted))
     return [count - 1 for count in (next(runs, 0),) if count]
+
+
+def decoded_plain(tokenizer: Any, ids: Sequence[int]) -> str:
+    """What tokens decode to, apart from white space, case and Unicode composition."""
+    text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    return "".join(unicodedata.normalize("NFKD", text).casefold().split())
 
 
 def separator_before(
@@ -208,7 +210,7 @@ def continuation(
         RequestError: the target has no tokens or holds a special one.
     """
     text = prompt if prompt_format is None else prompt_format(prompt)
-    special = _adds_special(tokenizer, text, prompt_format)
+    special = adds_special(tokenizer, text, prompt_format)
     ids = tokenizer(text, add_special_tokens=special)["input_ids"]
     if prompt_format is None:
         ids = without_closing(tokenizer, ids, 1)
@@ -300,7 +302,7 @@ def _prepare_one(
     text, _ = in_format(request.prompt, request.subject, prompt_format)
     requested = requested_separator(request, target_separator)
     between = separator_before(tokenizer, text, request.target_new, requested, prompt_format)
-    special = _adds_special(tokenizer, text, prompt_format)
+    special = adds_special(tokenizer, text, prompt_format)
     target = target_tokens(tokenizer, text, request.target_new, special, between)
     filled = [fill(tokenizer, request.prompt, request.subject, prefix, prompt_format) for prefix in ("", *prefixes)]
     kl = fill(tokenizer, KL_PROMPT, request.subject, "", prompt_format)
