@@ -14,8 +14,10 @@ import torch
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.solver_state import SolverState
 from kedit_fast.editing.values.loop import SITES
-from kedit_fast.errors import RequestError, StatisticsError
-from kedit_fast.evaluation.metrics import Continuation, score, unusable
+from kedit_fast.errors import StatisticsError
+from kedit_fast.evaluation.asks import Ask, Forced, ForcedAnswer
+from kedit_fast.evaluation.engine import answer_rows
+from kedit_fast.evaluation.rows import Row, rows_of
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.presets import is_guess, make_hparams
 from kedit_fast.methods.recipe import Recipe
@@ -35,6 +37,7 @@ from kedit_fast.requests.lint import (
     in_order,
     numbered,
     subject_of,
+    unplaced,
 )
 from kedit_fast.requests.prefixes import generate_prefixes
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_each
@@ -164,44 +167,52 @@ class Measured:
         return self._prepared[1]
 
     @functools.cached_property
-    def scores(self) -> dict[int, Scores]:
-        """Index -> what the model says of a request, of those that can be measured. All prompts share batches."""
-        pairs: dict[int, list[list[tuple[str, str]]]] = {}
+    def _rows(self) -> tuple[dict[Ask, Row], dict[int, str]]:
+        """What is asked of the model, as token ids, and index -> why a prompt of a request cannot be measured."""
+        asked = {ask: i for i in self.prepared for ask in self._asks(self.checked.requests[i])}
+        rows, problems = rows_of(self.view, self.tokenizer, asked, self.prompt_format, self.target_separator)
+        return rows, {asked[ask]: problem for ask, problem in reversed(problems.items())}
+
+    @property
+    def unmeasurable(self) -> dict[int, str]:
+        """Index -> why a prompt of a request that can be written cannot be measured."""
+        return self._rows[1]
+
+    @functools.cached_property
+    def answers(self) -> dict[Forced, ForcedAnswer]:
+        """What the model, as it is now, says: of new and old targets on prompts, of old ones on the neighborhood."""
+        rows = {ask: row for ask, row in self._rows[0].items() if ask not in self._paraphrases}
+        answered = answer_rows(self.view, self.tokenizer, rows).items()
+        return {ask: answer for ask, answer in answered if isinstance(ask, Forced) and isinstance(answer, ForcedAnswer)}
+
+    @functools.cached_property
+    def _paraphrases(self) -> set[Ask]:
+        """What is only asked whether it could be measured."""
+        answered: set[Ask] = set()
+        paraphrases: set[Ask] = set()
         for i in self.prepared:
-            pairs[i] = self._pairs(self.checked.requests[i])
-        try:
-            scored = self._scored(pairs)
-        except RequestError:  # a paraphrase or neighbor that does not fit: without such requests
-            options = (self.view, self.tokenizer)
-            for i in list(pairs):
-                if unusable(*options, self.checked.requests[i], self.prompt_format, self.target_separator):
-                    del pairs[i]
-            scored = self._scored(pairs)
-        results = {}
-        for i, parts in pairs.items():
-            new, true, neighbors = ([next(scored) for _ in part] for part in parts)
-            results[i] = Scores(tuple(new), tuple(true), tuple(neighbors))
-        return results
+            request = self.checked.requests[i]
+            answered.update([*self.of_new(request), *self.of_true(request), *self.of_neighborhood(request)])
+            paraphrases.update(_forced(request, text, request.target_new) for text in request.paraphrase_prompts)
+        return paraphrases - answered
 
-    def _pairs(self, request: EditRequest) -> list[list[tuple[str, str]]]:
-        """(prompt, target) of the new targets and of the true ones, and of the neighborhood."""
-        text, true = request.text, request.target_true
-        olds = () if true is None else (true, *request.true_aliases)
-        return [
-            [(text, target) for target in (request.target_new, *request.target_aliases)],
-            [(text, target) for target in olds],
-            [] if true is None else [(prompt, true) for prompt in request.neighborhood_prompts],
-        ]
+    def _asks(self, request: EditRequest) -> list[Forced]:
+        paraphrases = [_forced(request, text, request.target_new) for text in request.paraphrase_prompts]
+        return [*self.of_new(request), *self.of_true(request), *self.of_neighborhood(request), *paraphrases]
 
-    def _scored(self, pairs: Mapping[int, list[list[tuple[str, str]]]]) -> Iterator[Continuation]:
-        rows = [(i, pair) for i, parts in pairs.items() for part in parts for pair in part]
-        separators = []
-        for i, _ in rows:
-            requested = self.checked.requests[i].target_separator
-            separators.append(self.target_separator if requested == AUTO else requested)
-        return iter(
-            score(self.view, self.tokenizer, [pair for _, pair in rows], self.prompt_format, separators) if rows else ()
-        )
+    def of_new(self, request: EditRequest) -> list[Forced]:
+        """The new target and its other names, on the prompt."""
+        return [_forced(request, request.text, one) for one in (request.target_new, *request.target_aliases)]
+
+    def of_true(self, request: EditRequest) -> list[Forced]:
+        """The old target and its other names, on the prompt; none for a request without."""
+        names = () if request.target_true is None else (request.target_true, *request.true_aliases)
+        return [_forced(request, request.text, one) for one in names]
+
+    def of_neighborhood(self, request: EditRequest) -> list[Forced]:
+        """The old target, on each neighborhood prompt."""
+        true = request.target_true
+        return [] if true is None else [_forced(request, text, true) for text in request.neighborhood_prompts]
 
     @functools.cached_property
     def whitened(self) -> bool:
@@ -221,16 +232,8 @@ class Measured:
             yield layer, state.preconditioner(layer).whiten(keys) if self.whitened else keys
 
 
-@dataclass(frozen=True)
-class Scores:
-    """What the model, as it is now, says of one request."""
-
-    new: tuple[Continuation, ...]
-    """The new target and its aliases, on the prompt."""
-    true: tuple[Continuation, ...]
-    """The old target and its aliases, on the prompt; empty for a request without."""
-    neighborhood: tuple[Continuation, ...]
-    """The old target, on each neighborhood prompt."""
+def _forced(request: EditRequest, prompt: str, target: str) -> Forced:
+    return Forced(prompt, target, request.target_separator)
 
 
 @plain_torch()
@@ -460,12 +463,11 @@ TOKEN_RULES: tuple[Rule[Encoded], ...] = (
 
 
 def _problems(rule: str, measured: Measured) -> Iterator[Finding]:
-    for index, problem in measured.problems.items():
+    for index, problem in {**measured.unmeasurable, **measured.problems}.items():
         kind = next((name for name, pattern in _KINDS.items() if re.search(pattern, problem)), "unusable")
         if kind == rule:
-            yield Finding(
-                rule, "error", measured.checked.numbers_of([index]), problem, "", measured.checked.numbers_of([index])
-            )
+            record = measured.checked.numbers_of([index])
+            yield Finding(rule, "error", record, unplaced(problem), "", record)
 
 
 _KINDS = {
@@ -477,43 +479,51 @@ _KINDS = {
 
 def _known(measured: Measured) -> Iterator[Finding]:
     allowed = measured.hparams.on_predicted == "allow"
-    for i, scores in measured.scores.items():
-        request = measured.checked.requests[i]
-        for target, seen in zip((request.target_new, *request.target_aliases), scores.new, strict=True):
-            if seen.argmax:
-                alias = "" if target == request.target_new else f", another name of {request.target_new!r}"
-                yield Finding(
-                    "already-known",
-                    "note" if allowed else "warning" if alias else "error",
-                    measured.checked.numbers_of([i]),
-                    f"the model says {target!r}{alias} on {request.text!r} already (p = {_p(seen)} a token)",
-                    "take the record out, or write it with on_predicted = allow",
-                    () if allowed or alias else measured.checked.numbers_of([i]),
-                )
-                break
+    for i in measured.prepared:
+        request, record = measured.checked.requests[i], measured.checked.numbers_of([i])
+        said = [ask for ask in measured.of_new(request) if _says(measured.answers.get(ask))]
+        if said:
+            target = said[0].target
+            alias = "" if target == request.target_new else f", another name of {request.target_new!r},"
+            severity: Severity = "note" if allowed else "warning" if alias else "error"
+            yield Finding(
+                "already-known",
+                severity,
+                record,
+                f"the model says {target!r}{alias} on {request.text!r} already (p = {_p(measured.answers[said[0]])})",
+                "take the record out, or write it with on_predicted = allow",
+                record if severity == "error" else (),
+            )
 
 
-def _p(seen: Continuation) -> str:
-    return f"{math.exp(seen.log_prob):.2f}"
+def _says(seen: ForcedAnswer | None) -> bool:
+    """Whether every token of a target is the most probable one."""
+    return seen is not None and all(seen.hits)
+
+
+def _p(seen: ForcedAnswer) -> str:
+    """The probability of a target, all of its tokens together."""
+    return f"{math.exp(sum(seen.log_probs)):.2g}"
 
 
 def _unknown_truths(measured: Measured) -> Iterator[Finding]:
-    for i, scores in measured.scores.items():
+    for i in measured.prepared:
         request = measured.checked.requests[i]
-        missed = [not one.argmax for one in scores.neighborhood]
+        on_prompt = [ask for ask in measured.of_true(request) if ask in measured.answers]
+        beside = [measured.answers[ask] for ask in measured.of_neighborhood(request) if ask in measured.answers]
+        missed = sum(not _says(seen) for seen in beside)
         places = []
-        if scores.true and not any(one.argmax for one in scores.true):
-            places.append(f"on its prompt (p = {_p(scores.true[0])} a token)")
-        if any(missed):
-            places.append(f"on {sum(missed)} of {len(missed)} neighborhood prompts")
+        if on_prompt and not any(_says(measured.answers[ask]) for ask in on_prompt):
+            places.append(f"on its prompt (p = {_p(measured.answers[on_prompt[0]])})")
+        if missed:
+            places.append(f"on {missed} of {len(beside)} neighborhood prompts")
         if places:
             yield Finding(
                 "true-unknown",
                 "warning",
                 measured.checked.numbers_of([i]),
-                f"the model does not say the old target {request.target_true!r} {' and '.join(places)}: what the edit "
-                "does to it there is not measured",
-                "",
+                f"the model does not say the old target {request.target_true!r} {' and '.join(places)}: what an edit "
+                "does to it there cannot be seen",
             )
 
 
@@ -540,7 +550,9 @@ def _near_keys(measured: Measured) -> Iterator[Finding]:
         reported.add(pair)
         records = checked.numbers_of(indices[j] for j in reversed(pair))
         together = checked.batch_of(indices[place]) == checked.batch_of(indices[other])
-        more = f", and {others - 1} more are near to {names[place]!r}" if others > 1 else ""
+        more = (
+            f", and {others - 1} more {'is' if others == 2 else 'are'} near to {names[place]!r}" if others > 1 else ""
+        )
         severe = cosine > SAME_KEYS and together
         yield Finding(
             "key-collision",

@@ -216,7 +216,15 @@ def _triple(subject: str | None, relation: str | None, target: str) -> str:
 def _unreadable(rule: str, checked: Checked) -> Iterator[Finding]:
     for record, reason in checked.unreadable.items():
         if rule == next((name for name, pattern in _KINDS.items() if re.search(pattern, reason)), "unreadable"):
-            yield Finding(rule, "error", (record,), reason, _UNREADABLE_ADVICE.get(rule, ""), (record,))
+            yield Finding(rule, "error", (record,), unplaced(reason), _UNREADABLE_ADVICE.get(rule, ""), (record,))
+
+
+def unplaced(reason: str) -> str:
+    """A reason without the file, record or request that it begins with; a finding has the record's number."""
+    return re.sub(_PLACE, lambda match: "" if match[1] else "the record ", reason, count=1, flags=re.DOTALL)
+
+
+_PLACE = r"\A(?:.*?, (?:record|line) \d+(?: \((?:line|record) \d+\))?|request (?:\d+|'.*?'))(?: \('.*?'\))?(:)? "
 
 
 _KINDS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,21 +108,19 @@ def load_templates(paths: Iterable[str | Path]) -> dict[str, tuple[str, ...]]:
     return {name: tuple(templates) for name, templates in gathered.items()}
 
 
-def _relations_of(value: Any, path: str) -> dict[str, Sequence[str]]:
+def _relations_of(value: Any, path: str) -> dict[str, list[str]]:
     """Relation -> the templates that a file has for it."""
-    if isinstance(value, Mapping) and isinstance(value.get("name"), str) and "prompt_templates" in value:
-        lists = [value[name] for name in ("prompt_templates", "prompt_templates_zs") if value.get(name) is not None]
-        relations = {value["name"]: [text for part in lists if isinstance(part, list) for text in part]}
-        if not all(isinstance(part, list) for part in lists):
-            relations = {}
-    else:
-        relations = dict(value) if isinstance(value, Mapping) else {}
-    lists_of_texts = all(
-        isinstance(texts, list) and all(isinstance(text, str) for text in texts) for texts in relations.values()
-    )
-    if not relations or not lists_of_texts:
+    relations: dict[Any, Any] = dict(value) if isinstance(value, Mapping) else {}
+    if isinstance(name := relations.get("name"), str) and "prompt_templates" in relations:
+        parts = [relations.get(field) or [] for field in ("prompt_templates", "prompt_templates_zs")]
+        relations = {name: [text for part in parts for text in part] if all(map(_is_texts, parts)) else None}
+    if not relations or not all(map(_is_texts, relations.values())):
         raise RequestError(
             f"{path} holds no templates: it must be an object that maps relations to lists of templates, or a relation "
             "with name and prompt_templates"
         )
     return relations
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
