@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.p
     from kedit_fast.ops import symmetric_rank_k_update_ as symmetric_rank_k_update_
     from kedit_fast.ops import target_log_probs as target_log_probs
     from kedit_fast.patches.patch import Patch as Patch
+    from kedit_fast.reports.lint import lint_requests as lint_requests
     from kedit_fast.requests.reading import load_requests as load_requests
     from kedit_fast.requests.request import EditRequest as EditRequest
     from kedit_fast.solver.key_memory import KeyMemory as KeyMemory
@@ -61,6 +62,7 @@ PUBLIC_NAMES = {
     "evaluate": "kedit_fast.evaluation.evaluator",
     "explain": "kedit_fast.backends",
     "gated_silu": "kedit_fast.ops",
+    "lint_requests": "kedit_fast.reports.lint",
     "load_requests": "kedit_fast.requests.reading",
     "load_statistics": "kedit_fast.statistics.store",
     "mirror_": "kedit_fast.ops",

@@ -374,12 +374,20 @@ def _spaces(encoded: Encoded) -> Iterator[Finding]:
         target = one.request.target_new
         where = f"the target {target!r} begins" if target[:1].isspace() else f"the prompt {one.bare.text!r} ends"
         same = one.full.ids == one.stripped.ids and not one.merges
-        text = f"{where} with a space: " + (
-            "it is read as the separator"
-            if same
-            else f"the model reads {encoded.shown(one.full.ids[-6:])}, text has {encoded.shown(one.stripped.ids[-6:])}"
+        if same:
+            text = "it is read as the separator"
+        elif one.merges:
+            text = (
+                f"the prompt's tokens end in {encoded.shown(one.bare.ids[-3:])}, those of prompt and target in "
+                f"{encoded.shown(one.full.ids[-5:])}, where the target follows another token"
+            )
+        else:
+            text = (
+                f"the tokens end in {encoded.shown(one.full.ids[-5:])}, else in {encoded.shown(one.stripped.ids[-5:])}"
+            )
+        yield Finding(
+            "leading-space", "note" if same else "warning", (record,), f"{where} with a space: {text}", "take it out"
         )
-        yield Finding("leading-space", "note" if same else "warning", (record,), text, "take the space out")
 
 
 def _merges(encoded: Encoded) -> Iterator[Finding]:
@@ -503,7 +511,8 @@ def _says(seen: ForcedAnswer | None) -> bool:
 
 def _p(seen: ForcedAnswer) -> str:
     """The probability of a target, all of its tokens together."""
-    return f"{math.exp(sum(seen.log_probs)):.2g}"
+    p = math.exp(sum(seen.log_probs))
+    return f"{p:.3f}" if p >= 0.001 else f"{p:.0e}"
 
 
 def _unknown_truths(measured: Measured) -> Iterator[Finding]:

@@ -153,7 +153,7 @@ def in_order(findings: Iterable[Finding]) -> list[Finding]:
 
 def composed(text: str) -> str:
     """A text in Unicode's composed form, with single spaces and none at its ends."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
 
 
 def folded(text: str) -> str:

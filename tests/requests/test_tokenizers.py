@@ -16,6 +16,7 @@ from kedit_fast.errors import EditError, RequestError, StatisticsError
 from kedit_fast.evaluation.metrics import evaluate_each, mean_nll, score, shares
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.chat import chat_format
+from kedit_fast.requests.encoded import encode_requests
 from kedit_fast.requests.prefixes import generate_prefixes
 from kedit_fast.requests.prompts import continuation, prepare, prepare_each, separator_before, target_tokens
 from kedit_fast.requests.tokens import special_tokens
@@ -214,6 +215,17 @@ def test_subjects_without_tokens_and_unknown_targets_are_named_by_slow_tokenizer
     prepared, problems = prepare_each(SlowTokenizer(), dict(enumerate(requests)), (), 64)
     assert [p.name for p in prepared] == ["request 'good'"]
     assert "has no tokens" in problems[0] and "no tokens for a part of the target" in problems[1]
+
+
+@pytest.mark.parametrize(
+    "template, subject, beyond",
+    (("{} plays the", "Miles", ""), ("{}ing the", "Play", "ing"), ("The {}\u0301 plays", "cafe", "\u0301")),
+)
+def test_what_a_token_covers_beyond_the_subject_is_seen_without_offsets(template, subject, beyond):
+    (encoded,) = encode_requests(SlowTokenizer(), [EditRequest(template, subject, "in")])
+    assert not isinstance(encoded, str)
+    assert [lookup.beyond for lookup in encoded.lookups] == [beyond, beyond]
+    assert not encoded.merges and len(encoded.target_ids(encoded.full)) == 3
 
 
 class MistralCommonBackend:
