@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "integrations": {*_ALL, "workflow", "reports"},
     "demo": {*_ALL, "workflow", "reports", "integrations"},
     "cli": {*_ALL, "workflow", "reports", "integrations", "demo"},
-    "__init__": {*_ALL, "_version"},
+    "__init__": {*_ALL, "reports", "_version"},
     "__main__": {"cli"},
 }
 EVERYWHERE = {"_version"}

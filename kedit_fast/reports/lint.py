@@ -35,7 +35,6 @@ from kedit_fast.requests.lint import (
     Severity,
     counts_by_severity,
     in_order,
-    numbered,
     subject_of,
     unplaced,
 )
@@ -100,10 +99,10 @@ class Encoded:
     """Whether prompts are in a format, which writes special tokens itself."""
 
     def usable(self) -> Iterator[tuple[int, EncodedRequest]]:
-        """(record, tokens) of the requests that have tokens."""
-        for record, one in zip(self.checked.records, self.encoded, strict=True):
+        """(index, tokens) of the requests that have tokens."""
+        for i, one in enumerate(self.encoded):
             if not isinstance(one, str):
-                yield record, one
+                yield i, one
 
     def shown(self, ids: Iterable[int]) -> str:
         """Tokens as messages show them: the text of each."""
@@ -324,7 +323,7 @@ def lint_requests(
                 not_run[rule.name] = why
             else:
                 findings += rule.check(measured)
-    return LintReport(tuple(in_order(findings)), not_run, read.total)
+    return LintReport(tuple(in_order(findings)), not_run, len({*checked.records, *checked.unreadable}))
 
 
 def _no_keys(measured: Measured) -> str:
@@ -340,27 +339,27 @@ def _no_keys(measured: Measured) -> str:
 def _split_spans(encoded: Encoded) -> Iterator[Finding]:
     if not encoded.recipe.needs_subject:
         return
-    for record, one in encoded.usable():
+    for i, one in encoded.usable():
         beyond = next((lookup.beyond for lookup in one.lookups if lookup.beyond), "")
         tokens = [lookup.token for lookup in one.lookups]
         subject = one.request.subject
         if beyond:
-            yield Finding(
+            yield encoded.checked.finding(
                 "span-split",
                 "error",
-                (record,),
+                (i,),
                 f"the last token of {subject!r} also covers {beyond!r} in {one.bare.text!r}: "
                 f"{encoded.shown(one.bare.ids)}; the key would not be the subject's",
                 "make what the token covers part of the subject, or choose another prompt",
-                (record,),
+                (i,),
             )
         elif len(set(tokens)) > 1:
             bare, prefixed = (encoded.tokenizer.decode([token]) for token in tokens)
             spaced = bare.strip() == prefixed.strip()
-            yield Finding(
+            yield encoded.checked.finding(
                 "span-split",
                 "note" if spaced else "warning",
-                (record,),
+                (i,),
                 f"the last token of {subject!r} is {bare!r} in the bare prompt and {prefixed!r} after a context: "
                 "the key is a mean over both",
                 "" if spaced else "begin the prompt with another word than the subject",
@@ -368,7 +367,7 @@ def _split_spans(encoded: Encoded) -> Iterator[Finding]:
 
 
 def _spaces(encoded: Encoded) -> Iterator[Finding]:
-    for record, one in encoded.usable():
+    for i, one in encoded.usable():
         if one.stripped is None:
             continue
         target = one.request.target_new
@@ -385,33 +384,33 @@ def _spaces(encoded: Encoded) -> Iterator[Finding]:
             text = (
                 f"the tokens end in {encoded.shown(one.full.ids[-5:])}, else in {encoded.shown(one.stripped.ids[-5:])}"
             )
-        yield Finding(
-            "leading-space", "note" if same else "warning", (record,), f"{where} with a space: {text}", "take it out"
+        yield encoded.checked.finding(
+            "leading-space", "note" if same else "warning", (i,), f"{where} with a space: {text}", "take it out"
         )
 
 
 def _merges(encoded: Encoded) -> Iterator[Finding]:
-    for record, one in encoded.usable():
+    for i, one in encoded.usable():
         if one.merges and one.stripped is None:
-            yield Finding(
+            yield encoded.checked.finding(
                 "merge",
                 "error",
-                (record,),
+                (i,),
                 f"{one.full.text!r} has the tokens {encoded.shown(one.full.ids[-8:])} at its end, its prompt alone "
                 f"{encoded.shown(one.bare.ids[-8:])}: no position predicts the target {one.request.target_new!r}",
                 "end the prompt at a word, or give another target_separator",
-                (record,),
+                (i,),
             )
 
 
 def _shared_first_tokens(encoded: Encoded) -> Iterator[Finding]:
-    for record, one in encoded.usable():
+    for i, one in encoded.usable():
         new, true = one.target_ids(one.full), one.target_ids(one.full_true)
         if new and true and new[0] == true[0] and new != true:
-            yield Finding(
+            yield encoded.checked.finding(
                 "shared-first-token",
                 "warning",
-                (record,),
+                (i,),
                 f"{one.request.target_new!r} and {one.request.target_true!r} begin with one token, "
                 f"{encoded.tokenizer.decode(new[:1])!r}: the first token cannot be edited, and success says little",
                 "measure the token accuracy",
@@ -426,31 +425,29 @@ def _special_tokens(encoded: Encoded) -> Iterator[Finding]:
         if isinstance(token, str) and len(token) > 1 and number in special:
             named.setdefault(token, f"the {name.upper()} token")
     others = {token: "a special token" for token in special.values() if len(token) > 1}
-    for record, one in encoded.usable():
+    for i, one in encoded.usable():
         target = one.request.target_new
         for field, text, tokens in (("prompt", one.request.text, named), ("target", target, {**others, **named})):
             if token := next((token for token in tokens if token in text), None):
-                yield _special(record, field, text, f"holds {token!r}, {tokens[token]}")
+                yield _special(encoded.checked, i, field, text, f"holds {token!r}, {tokens[token]}")
             elif unknown is not None and not encoded.formatted:
                 ids = one.bare.ids if field == "prompt" else one.target_ids(one.full)
                 if unknown in ids:
-                    yield _special(record, field, text, "holds a character that the vocabulary lacks")
+                    yield _special(encoded.checked, i, field, text, "holds a character that the vocabulary lacks")
 
 
-def _special(record: int, field: str, text: str, what_it_holds: str) -> Finding:
-    return Finding(
-        "special-token", "error", (record,), f"the {field} {text!r} {what_it_holds}", "take it out", (record,)
-    )
+def _special(checked: Checked, i: int, field: str, text: str, holding: str) -> Finding:
+    return checked.finding("special-token", "error", (i,), f"the {field} {text!r} {holding}", "take it out", (i,))
 
 
 def _long_targets(encoded: Encoded) -> Iterator[Finding]:
-    for record, one in encoded.usable():
+    for i, one in encoded.usable():
         count = len(one.full.ids) - len(one.bare.ids)
         if count > LONG_TARGET:
-            yield Finding(
+            yield encoded.checked.finding(
                 "long-target",
                 "warning",
-                (record,),
+                (i,),
                 f"the target has {count} tokens, and one vector must carry them: {one.request.target_new[:60]!r}",
                 "closed forms write facts: shorten it to the answer",
             )
@@ -474,8 +471,7 @@ def _problems(rule: str, measured: Measured) -> Iterator[Finding]:
     for index, problem in {**measured.unmeasurable, **measured.problems}.items():
         kind = next((name for name, pattern in _KINDS.items() if re.search(pattern, problem)), "unusable")
         if kind == rule:
-            record = measured.checked.numbers_of([index])
-            yield Finding(rule, "error", record, unplaced(problem), "", record)
+            yield measured.checked.finding(rule, "error", (index,), unplaced(problem), "", (index,))
 
 
 _KINDS = {
@@ -488,19 +484,19 @@ _KINDS = {
 def _known(measured: Measured) -> Iterator[Finding]:
     allowed = measured.hparams.on_predicted == "allow"
     for i in measured.prepared:
-        request, record = measured.checked.requests[i], measured.checked.numbers_of([i])
+        request = measured.checked.requests[i]
         said = [ask for ask in measured.of_new(request) if _says(measured.answers.get(ask))]
         if said:
             target = said[0].target
             alias = "" if target == request.target_new else f", another name of {request.target_new!r},"
             severity: Severity = "note" if allowed else "warning" if alias else "error"
-            yield Finding(
+            yield measured.checked.finding(
                 "already-known",
                 severity,
-                record,
+                (i,),
                 f"the model says {target!r}{alias} on {request.text!r} already (p = {_p(measured.answers[said[0]])})",
                 "take the record out, or write it with on_predicted = allow",
-                record if severity == "error" else (),
+                (i,) if severity == "error" else (),
             )
 
 
@@ -527,10 +523,10 @@ def _unknown_truths(measured: Measured) -> Iterator[Finding]:
         if missed:
             places.append(f"on {missed} of {len(beside)} neighborhood prompts")
         if places:
-            yield Finding(
+            yield measured.checked.finding(
                 "true-unknown",
                 "warning",
-                measured.checked.numbers_of([i]),
+                (i,),
                 f"the model does not say the old target {request.target_true!r} {' and '.join(places)}: what an edit "
                 "does to it there cannot be seen",
             )
@@ -557,20 +553,20 @@ def _near_keys(measured: Measured) -> Iterator[Finding]:
         if pair in reported:
             continue
         reported.add(pair)
-        records = checked.numbers_of(indices[j] for j in reversed(pair))
+        both = [indices[j] for j in pair]
         together = checked.batch_of(indices[place]) == checked.batch_of(indices[other])
         more = (
             f", and {others - 1} more {'is' if others == 2 else 'are'} near to {names[place]!r}" if others > 1 else ""
         )
         severe = cosine > SAME_KEYS and together
-        yield Finding(
+        yield checked.finding(
             "key-collision",
             "error" if severe else "warning",
-            records,
-            f"{numbered(records[::-1])} ({names[pair[0]]!r} and {names[pair[1]]!r}) have nearly one key at layer "
+            both[::-1],
+            f"{checked.list_of(both)} ({names[pair[0]]!r} and {names[pair[1]]!r}) have nearly one key at layer "
             f"{layer}: the cosine of their {how} is {cosine:.4f}{more}{_unwritten(measured, gram)}",
             "an edit of one is an edit of the other: take one out" if severe else "measure both after the edit",
-            records[:1] if severe else (),
+            both[1:] if severe else (),
         )
 
 

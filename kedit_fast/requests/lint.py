@@ -37,8 +37,10 @@ class Finding:
     """What is wrong, with the texts."""
     advice: str = ""
     """What to do about it."""
+    place: str = ""
+    """Where it is reported: the record's number, with that of the edit where a record makes several ("3.2")."""
     unusable: tuple[int, ...] = ()
-    """Of an error: the records without which it is none."""
+    """Of an error: indices of the requests, from 0, without which it is none."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` lists."""
@@ -57,7 +59,7 @@ class Checked:
 
     requests: Sequence[EditRequest]
     records: tuple[int, ...]
-    """Number of each request's record, from 1."""
+    """Number of each request's record, from 1; a record may make several requests."""
     unreadable: Mapping[int, str]
     """Number of a record that is no request -> why."""
     batch_size: int | None = None
@@ -70,16 +72,46 @@ class Checked:
     @classmethod
     def of(cls, requests: RequestList, **options: Any) -> Checked:
         """From what `load_requests` returned."""
-        unreadable = {place + 1: reason for place, reason in requests.skipped.items()}
-        return cls(tuple(requests), tuple(place + 1 for place in requests.places), unreadable, **options)
+        unreadable = {_record_of(reason, place): reason for place, reason in requests.skipped.items()}
+        return cls(tuple(requests), tuple(record + 1 for record in requests.records), unreadable, **options)
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """How messages call each request: the number of its record, and ".2" for the second of a record's edits."""
+        edits = Counter(self.records)
+        seen: Counter[int] = Counter()
+        names = []
+        for record in self.records:
+            seen[record] += 1
+            names.append(str(record) if edits[record] == 1 else f"{record}.{seen[record]}")
+        return tuple(names)
+
+    def finding(
+        self,
+        rule: str,
+        severity: Severity,
+        indices: Iterable[int],
+        message: str,
+        advice: str = "",
+        unusable: Iterable[int] = (),
+    ) -> Finding:
+        """A finding about requests, by index; reported at the first."""
+        indices = list(indices)
+        records = tuple(dict.fromkeys(self.records[i] for i in indices))
+        return Finding(rule, severity, records, message, advice, self.names[indices[0]], tuple(unusable))
+
+    def list_of(self, indices: Iterable[int]) -> str:
+        """Requests in words: "record 3", "records 3 and 7", and of many the first."""
+        names = [self.names[i] for i in indices]
+        if len(names) == 1:
+            return f"record {names[0]}"
+        if len(names) > _SHOWN:
+            return f"records {comma_list(names[: _SHOWN - 1])} and {len(names) - _SHOWN + 1} more"
+        return f"records {comma_list(names[:-1])} and {names[-1]}"
 
     def batch_of(self, index: int) -> int:
         """The batch, from 0, in which a request is written."""
         return index // self.batch_size if self.batch_size else 0
-
-    def numbers_of(self, indices: Iterable[int]) -> tuple[int, ...]:
-        """Record numbers of requests."""
-        return tuple(self.records[i] for i in indices)
 
     @functools.cached_property
     def facts(self) -> list[list[int]]:
@@ -166,15 +198,6 @@ def subject_of(request: EditRequest) -> str:
     return "" if request.subject is None else composed(request.subject)
 
 
-def numbered(records: Sequence[int]) -> str:
-    """Record numbers in words: "record 3", "records 3 and 7", and of many the first."""
-    if len(records) == 1:
-        return f"record {records[0]}"
-    if len(records) > _SHOWN:
-        return f"records {comma_list(records[: _SHOWN - 1])} and {len(records) - _SHOWN + 1} more"
-    return f"records {comma_list(records[:-1])} and {records[-1]}"
-
-
 def _asks(request: EditRequest) -> set[tuple[str, str]]:
     """What a request says about its subject: by its template, and by its relation."""
     asked = {("template", folded(request.prompt))}
@@ -216,23 +239,34 @@ def _triple(subject: str | None, relation: str | None, target: str) -> str:
 def _unreadable(rule: str, checked: Checked) -> Iterator[Finding]:
     for record, reason in checked.unreadable.items():
         if rule == next((name for name, pattern in _KINDS.items() if re.search(pattern, reason)), "unreadable"):
-            yield Finding(rule, "error", (record,), unplaced(reason), _UNREADABLE_ADVICE.get(rule, ""), (record,))
+            yield Finding(
+                rule, "error", (record,), unplaced(reason), _UNREADABLE_ADVICE.get(rule, ""), place=str(record)
+            )
 
 
 def unplaced(reason: str) -> str:
     """A reason without the file, record or request that it begins with; a finding has the record's number."""
-    return re.sub(_PLACE, lambda match: "" if match[1] else "the record ", reason, count=1, flags=re.DOTALL)
+    return _PLACE.sub(lambda match: "" if match[3] else "the record ", reason, count=1)
 
 
-_PLACE = r"\A(?:.*?, (?:record|line) \d+(?: \((?:line|record) \d+\))?|request (?:\d+|'.*?'))(?: \('.*?'\))?(:)? "
+def _record_of(reason: str, place: int) -> int:
+    """The number of the record that a reason names; else that of a place in the list."""
+    match = _PLACE.match(reason)
+    number = match and (match[1] or match[2])
+    return int(number) if number else place + 1
 
 
+_PLACE = re.compile(
+    r"\A(?:.*?, (?:line \d+ \()?(?:record|line) (\d+)\)?(?: \(line \d+\))?|request (?:(\d+)|'.*?'))"
+    r"(?: \('.*?'\))?(:)? ",
+    re.DOTALL,
+)
 _KINDS = {
     "subject-case": r"stands 0 times in .*other upper and lower case",
     "subject-missing": r"stands 0 times in |has no .*'subject'",
     "subject-twice": r"stands \d+ times in ",
     "surrogate": r"not valid Unicode",
-}  # rule -> how the reason begins that the reader gives
+}  # rule -> a part of the reason that the reader gives
 _UNREADABLE_ADVICE = {
     "subject-case": "write the subject as the prompt does",
     "subject-missing": "put {} where the subject stands",
@@ -249,34 +283,33 @@ def _duplicates(checked: Checked) -> Iterator[Finding]:
             if j == i:
                 continue
             together = checked.batch_of(i) == checked.batch_of(j)
-            here, there = checked.numbers_of((i, j))
             same = folded(request.prompt) == folded(checked.requests[j].prompt)
             other = "" if same else f" in other words, {checked.requests[j].prompt!r}"
-            yield Finding(
+            yield checked.finding(
                 "duplicate-request",
                 "warning" if together else "note",
-                (here, there),
-                f"record {here} repeats record {there}, {_shown(request)} -> {request.target_new!r}{other}: "
+                (i, j),
+                f"record {checked.names[i]} repeats record {checked.names[j]}, {_shown(request)} -> "
+                f"{request.target_new!r}{other}: "
                 + ("it will weigh twice in the least squares" if together else "a later batch writes it again"),
                 "take one of them out",
             )
 
 
 def _round_trips(checked: Checked) -> Iterator[Finding]:
-    for pairs in checked.facts:
-        for i, j in _returns(checked.requests, pairs):
+    for fact in checked.facts:
+        for i, j in _returns(checked.requests, fact):
             together = checked.batch_of(i) == checked.batch_of(j)
-            there, back = checked.numbers_of((i, j))
             first = checked.requests[i]
-            yield Finding(
+            yield checked.finding(
                 "round-trip",
                 "error" if together else "note",
-                (back, there),
-                f"record {there} changes {_shown(first)} from {first.target_true!r} to {first.target_new!r}, and "
-                f"record {back} changes it back"
+                (j, i),
+                f"record {checked.names[i]} changes {_shown(first)} from {first.target_true!r} to "
+                f"{first.target_new!r}, and record {checked.names[j]} changes it back"
                 + (" in the same batch: one key cannot have both values" if together else " in a later batch"),
                 "write them in batches of their own (--batch-size 1)" if together else "",
-                (back,) if together else (),
+                (j,) if together else (),
             )
 
 
@@ -309,22 +342,18 @@ def _two_targets(checked: Checked) -> Iterator[Finding]:
         ]
         answers = f"{targets[0]} and {targets[1]}" if len(targets) == 2 else comma_list(targets[:_SHOWN])
         count = "two" if len(targets) == 2 else str(len(targets))
-        text = (
-            f"{numbered(checked.numbers_of(fact))} give {_shown(checked.requests[fact[0]])} {count} answers, {answers}"
-        )
+        text = f"{checked.list_of(fact)} give {_shown(checked.requests[fact[0]])} {count} answers, {answers}"
         if extra:
-            yield Finding(
+            yield checked.finding(
                 "two-targets",
                 "error",
-                checked.numbers_of(fact),
+                fact,
                 f"{text}: one Gram row cannot hold {'both' if count == 'two' else 'them all'}",
                 "decide for one, or write them in batches of their own",
-                checked.numbers_of(extra),
+                extra,
             )
         else:
-            yield Finding(
-                "two-targets", "note", checked.numbers_of(fact), f"{text}, in different batches: the last wins"
-            )
+            yield checked.finding("two-targets", "note", fact, f"{text}, in different batches: the last wins")
 
 
 def _same_subject(checked: Checked) -> Iterator[Finding]:
@@ -340,11 +369,11 @@ def _same_subject(checked: Checked) -> Iterator[Finding]:
                 continue
             prompts = [repr(checked.requests[i].prompt) for i in members]
             more = f" and {len(prompts) - 3} more" if len(prompts) > 3 else ""
-            yield Finding(
+            yield checked.finding(
                 "same-subject",
                 "warning",
-                checked.numbers_of(sorted(members)),
-                f"{numbered(checked.numbers_of(sorted(members)))} are on one subject, {subject!r}, in one batch "
+                sorted(members),
+                f"{checked.list_of(sorted(members))} are on one subject, {subject!r}, in one batch "
                 f"({comma_list(prompts[:3])}{more}): their keys are nearly equal, and each gets a mean of their values",
                 "the method memit-merge gives them one value; or write them in different batches",
             )
@@ -352,22 +381,22 @@ def _same_subject(checked: Checked) -> Iterator[Finding]:
 
 def _duplicate_ids(checked: Checked) -> Iterator[Finding]:
     places: dict[Any, list[int]] = {}
-    for record, request in zip(checked.records, checked.requests, strict=True):
+    for i, request in enumerate(checked.requests):
         if request.id is not None:
-            places.setdefault(request.id, []).append(record)
-    for name, records in places.items():
-        if len(records) > 1:
-            yield Finding(
+            places.setdefault(request.id, []).append(i)
+    for name, indices in places.items():
+        if len(indices) > 1:
+            yield checked.finding(
                 "duplicate-id",
                 "warning",
-                tuple(records),
-                f"the id {name!r} stands in {numbered(records)}",
+                indices,
+                f"the id {name!r} stands in {checked.list_of(indices)}",
                 "ids name requests in messages and in files of values: give each its own",
             )
 
 
 def _no_change(checked: Checked) -> Iterator[Finding]:
-    for record, request in zip(checked.records, checked.requests, strict=True):
+    for i, request in enumerate(checked.requests):
         true = request.target_true
         if true is None:
             continue
@@ -380,7 +409,7 @@ def _no_change(checked: Checked) -> Iterator[Finding]:
             text = f"the old target {true!r} is another name of the new one, {request.target_new!r}"
         else:
             continue
-        yield Finding("no-change", "error", (record,), text, "take the record out", (record,))
+        yield checked.finding("no-change", "error", (i,), text, "take the record out", (i,))
 
 
 def _reverse_conflicts(checked: Checked) -> Iterator[Finding]:
@@ -392,11 +421,11 @@ def _reverse_conflicts(checked: Checked) -> Iterator[Finding]:
                     second = checked.requests[j]
                     if i == j or folded(second.target_new) == folded(first.subject or ""):
                         continue
-                    here, there = checked.numbers_of((j, i))
-                    yield Finding(
+                    here, there = checked.names[j], checked.names[i]
+                    yield checked.finding(
                         "reverse-conflict",
                         "warning",
-                        (here, there),
+                        (j, i),
                         f"record {here} {_triple(second.subject, backward, second.target_new)} undoes what record "
                         f"{there} {_triple(first.subject, forward, first.target_new)} implies: "
                         f"{_triple(second.subject, backward, first.subject or '')}",
@@ -418,11 +447,11 @@ def _composite_conflicts(checked: Checked) -> Iterator[Finding]:
                         part, whole = checked.requests[i], checked.requests[j]
                         if i == j or folded(part.target_new) == folded(whole.target_new):
                             continue
-                        here, there = checked.numbers_of((j, i))
-                        yield Finding(
+                        here, there = checked.names[j], checked.names[i]
+                        yield checked.finding(
                             "composite-conflict",
                             "warning",
-                            (here, there),
+                            (j, i),
                             f"record {here} {_triple(whole.subject, third, whole.target_new)} denies what record "
                             f"{there} {_triple(part.subject, second, part.target_new)} implies together with "
                             f"{_triple(whole.subject, first, part.subject or '')} {source}",
@@ -435,7 +464,7 @@ def _links(checked: Checked, relation: str) -> dict[str, dict[str, str]]:
     links: dict[str, dict[str, str]] = {}
     for subject, indices in checked.by_relation.get(relation, {}).items():
         for i in indices:
-            request, record = checked.requests[i], checked.records[i]
+            request, record = checked.requests[i], checked.names[i]
             if request.target_true is not None:
                 links.setdefault(folded(request.target_true), {}).setdefault(subject, f"before record {record}")
             links.setdefault(folded(request.target_new), {})[subject] = f"of record {record}"
@@ -460,7 +489,7 @@ def _tied_links(checked: Checked, i: int, middle: str, results: Mapping[str, Seq
 
 
 def _inside_words(checked: Checked) -> Iterator[Finding]:
-    for record, request in zip(checked.records, checked.requests, strict=True):
+    for i, request in enumerate(checked.requests):
         subject = subject_of(request)
         if not subject:
             continue
@@ -470,13 +499,13 @@ def _inside_words(checked: Checked) -> Iterator[Finding]:
         head = begin[0] if begin and _is_spaced_letter(begin[0][-1]) else ""
         tail = end[0] if end and _is_spaced_letter(end[0][0]) else ""
         if head or tail:
-            yield Finding(
+            yield checked.finding(
                 "subject-in-word",
                 "error",
-                (record,),
+                (i,),
                 f"{subject!r} is part of {head + subject + tail!r} in {request.text!r}",
                 "put {} where the subject stands as a word, or make the whole word the subject",
-                (record,),
+                (i,),
             )
 
 
@@ -491,30 +520,30 @@ def _is_spaced_letter(character: str) -> bool:
 
 
 def _paraphrases_without_subject(checked: Checked) -> Iterator[Finding]:
-    for record, request in zip(checked.records, checked.requests, strict=True):
+    for i, request in enumerate(checked.requests):
         if request.subject is None:
             continue
         subject = folded(request.subject)
         lacking = [text for text in request.paraphrase_prompts if subject not in folded(text)]
         if lacking:
-            yield Finding(
+            yield checked.finding(
                 "paraphrase-without-subject",
                 "note",
-                (record,),
+                (i,),
                 f"{len(lacking)} of {len(request.paraphrase_prompts)} paraphrases are without {request.subject!r}: "
                 f"{lacking[0]!r}",
             )
 
 
 def _paraphrases_equal(checked: Checked) -> Iterator[Finding]:
-    for record, request in zip(checked.records, checked.requests, strict=True):
+    for i, request in enumerate(checked.requests):
         text = folded(request.text) if request.paraphrase_prompts else ""
         same = [other for other in request.paraphrase_prompts if folded(other) == text]
         if same:
-            yield Finding(
+            yield checked.finding(
                 "paraphrase-equals-prompt",
                 "warning",
-                (record,),
+                (i,),
                 f"{len(same)} of {len(request.paraphrase_prompts)} paraphrases are the prompt itself, {same[0]!r}: "
                 "they measure no generalization",
                 "take them out, or `kedit-fast requests paraphrase` makes others",
@@ -523,10 +552,10 @@ def _paraphrases_equal(checked: Checked) -> Iterator[Finding]:
 
 def _leaking_neighbors(checked: Checked) -> Iterator[Finding]:
     edited: dict[str, int] = {}
-    for record, request in zip(checked.records, checked.requests, strict=True):
-        edited.setdefault(folded(request.text), record)
-    subjects = _Subjects(checked)
-    for record, request in zip(checked.records, checked.requests, strict=True):
+    for i, request in enumerate(checked.requests):
+        edited.setdefault(folded(request.text), i)
+    subjects = _Subjects(checked.requests)
+    for i, request in enumerate(checked.requests):
         prompts = [
             *request.neighborhood_prompts,
             *(text for probe in request.probes if probe.kind == "neighborhood" for text in probe.prompts),
@@ -537,20 +566,21 @@ def _leaking_neighbors(checked: Checked) -> Iterator[Finding]:
             same = edited.get(folded(text))
             subject = None if same is not None else subjects.in_text(text)
             if same is not None:
-                leaks.setdefault(f"is the edited prompt of record {same}", []).append(text)
+                leaks.setdefault(f"is the edited prompt of record {checked.names[same]}", []).append(text)
                 others.append(same)
-            elif subject is not None and composed(subject) == subject_of(request):
+            elif subject is not None and subject == subject_of(request):
                 leaks.setdefault(f"contains the subject {subject!r}", []).append(text)
             elif subject is not None:
-                place = subjects.records[subject]
-                leaks.setdefault(f"contains {subject!r}, the subject of record {place}", []).append(text)
-                others.append(place)
+                other = subjects.first[subject]
+                how = f"contains {subject!r}, the subject of record {checked.names[other]}"
+                leaks.setdefault(how, []).append(text)
+                others.append(other)
         if leaks:
             how, first = next(iter(leaks.items()))
-            yield Finding(
+            yield checked.finding(
                 "neighbor-equals-edited",
                 "warning",
-                tuple(dict.fromkeys((record, *others))),
+                (i, *others),
                 f"{sum(map(len, leaks.values()))} of {len(prompts)} neighborhood prompts are about what is edited: "
                 f"{first[0]!r} {how}",
                 "their answers may rightly change: take them out",
@@ -560,17 +590,17 @@ def _leaking_neighbors(checked: Checked) -> Iterator[Finding]:
 class _Subjects:
     """Finds edited subjects in texts, as whole words; in scripts without spaces, as they stand."""
 
-    def __init__(self, checked: Checked):
-        self.records: dict[str, int] = {}
-        """Subject -> the first record that is on it."""
+    def __init__(self, requests: Sequence[EditRequest]):
+        self.first: dict[str, int] = {}
+        """Subject -> index of the first request on it."""
         self._spaced: dict[tuple[str, ...], str] = {}
         self._lengths: dict[str, set[int]] = {}  # first word -> numbers of words
         self._unspaced: dict[str, list[str]] = {}  # first character -> subjects
-        for record, request in zip(checked.records, checked.requests, strict=True):
+        for i, request in enumerate(requests):
             subject = subject_of(request)
-            if not subject or subject in self.records:
+            if not subject or subject in self.first:
                 continue
-            self.records[subject] = record
+            self.first[subject] = i
             words = tuple(_FIRST_WORD.findall(subject))
             if any(map(is_unspaced, subject)):
                 self._unspaced.setdefault(subject[0], []).append(subject)
@@ -594,19 +624,14 @@ class _Subjects:
 
 
 def _questions(checked: Checked) -> Iterator[Finding]:
-    ends = {request.prompt.rstrip()[-1:] in _MARKS for request in checked.requests}
-    records = tuple(
-        record
-        for record, request in zip(checked.records, checked.requests, strict=True)
-        if request.prompt.rstrip()[-1:] in _MARKS
-    )
-    if records:
-        mixed = ", the others are sentences to complete" if len(ends) == 2 else ""
-        yield Finding(
+    asking = [i for i, request in enumerate(checked.requests) if request.prompt.rstrip()[-1:] in _MARKS]
+    if asking:
+        mixed = ", the others are sentences to complete" if len(asking) < len(checked.requests) else ""
+        yield checked.finding(
             "question-prompt",
             "note",
-            records,
-            f"{len(records)} of {len(checked.requests)} prompts end in a question mark{mixed}: the target is trained "
+            asking,
+            f"{len(asking)} of {len(checked.requests)} prompts end in a question mark{mixed}: the target is trained "
             "as what follows the question",
             "measure with questions, too; a chat model takes them with --chat",
         )
