@@ -1,7 +1,7 @@
 """MQuAKE: questions that take several facts, at least one of them edited. A case is a group of requests.
 
 An answer is right if the model's greedy text begins with it, spelled exactly so, and the sentence or line ends there.
-The paper asks in the form of examples, which a base model needs (`.few_shot`, with eight examples of this package's);
+The paper asks in the form of examples, which a base model needs (`.few_shot`, with four examples of this package's);
 otherwise a question is asked as the run's prompts are, so that a chat model gets it in its template.
 """
 
@@ -24,12 +24,8 @@ CHAIN = "new_single_hops"
 EXAMPLES = """\
 Q: What is the capital of the country where the Eiffel Tower stands? A: Paris
 Q: Which continent is the country of citizenship of Nelson Mandela on? A: Africa
-Q: Who wrote the novel that the film Blade Runner is based on? A: Philip K. Dick
-Q: What is the currency of the country where the Colosseum is located? A: Euro
-Q: In which country is the company that makes the PlayStation based? A: Japan
-Q: What language is spoken in the country where Machu Picchu lies? A: Spanish
 Q: Who is the founder of the company that created Windows? A: Bill Gates
-Q: In which city was the composer of The Magic Flute born? A: Salzburg
+Q: What language is spoken in the country where Machu Picchu lies? A: Spanish
 """
 Answers = Mapping[str, tuple[Answer, ...]]
 _NOTEBOOK = "MQuAKE (arXiv:2305.14795), run_mello.ipynb"
@@ -124,7 +120,7 @@ METRICS: tuple[Metric | Derived, ...] = (
         "mquake.multi_hop.few_shot",
         "mquake.questions",
         "mquake.said.few_shot",
-        "As mquake.multi_hop, with eight questions and answers in front of each question, in no prompt format.",
+        "As mquake.multi_hop, with four questions and answers in front of each question, in no prompt format.",
         f"{_NOTEBOOK}: Multi-hop acc; the examples are this package's, not those of prompts/multihop-prompts.txt",
         within="any",
         unit="group",
