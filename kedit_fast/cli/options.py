@@ -59,6 +59,12 @@ ReadingOption = Annotated[
         help="which published reading of the requests is meant, of a form with several: answers or alt of zsRE"
     ),
 ]
+LabelsOption = Annotated[
+    Path | None, typer.Option(help="JSON file of names of identifiers, for forms that give these alone (RippleEdits)")
+]
+RelationPromptsOption = Annotated[
+    Path | None, typer.Option(help="JSON file of other phrasings by relation, as ConflictEdit and RoundEdit have them")
+]
 RequestSeedOption = Annotated[int, typer.Option("--seed", help="of new answers, which some forms leave to be drawn")]
 
 

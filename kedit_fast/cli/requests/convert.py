@@ -13,8 +13,10 @@ from kedit_fast.cli.options import (
     REQUESTS_HELP,
     FormOption,
     JsonOption,
+    LabelsOption,
     OnErrorOption,
     ReadingOption,
+    RelationPromptsOption,
     RequestSeedOption,
 )
 from kedit_fast.requests.problems import skipped_records
@@ -28,6 +30,8 @@ def convert(
     out: Annotated[Path, typer.Option(help="new file, .json or .jsonl")],
     form: FormOption = None,
     reading: ReadingOption = None,
+    labels: LabelsOption = None,
+    relation_prompts: RelationPromptsOption = None,
     seed: RequestSeedOption = 0,
     on_error: OnErrorOption = "raise",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
@@ -36,7 +40,9 @@ def convert(
     """Write the requests of a file of any form as records of this package."""
     check_suffix(out)
     check_file(out, overwrite=overwrite)
-    requests = load_requests(file, on_error, form=form, reading=reading, seed=seed)
+    requests = load_requests(
+        file, on_error, form=form, reading=reading, seed=seed, labels=labels, relation_prompts=relation_prompts
+    )
     save_requests(requests, out)
     if as_json:
         print_json(

@@ -9,7 +9,15 @@ import typer
 
 from kedit_fast.cli.checks import check_file
 from kedit_fast.cli.console import command, output, print_json, say_skipped
-from kedit_fast.cli.options import REQUESTS_HELP, FormOption, JsonOption, OnErrorOption, ReadingOption
+from kedit_fast.cli.options import (
+    REQUESTS_HELP,
+    FormOption,
+    JsonOption,
+    LabelsOption,
+    OnErrorOption,
+    ReadingOption,
+    RelationPromptsOption,
+)
 from kedit_fast.requests.problems import skipped_records
 from kedit_fast.requests.reading import load_requests
 from kedit_fast.requests.sampling import sampled
@@ -24,6 +32,8 @@ def sample(
     seed: Annotated[int, typer.Option(help="of the draw, and of new answers of forms that come without")] = 0,
     form: FormOption = None,
     reading: ReadingOption = None,
+    labels: LabelsOption = None,
+    relation_prompts: RelationPromptsOption = None,
     on_error: OnErrorOption = "raise",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
     as_json: JsonOption = False,
@@ -31,7 +41,9 @@ def sample(
     """Draw some of a file's requests, whole cases together, and write them as records of this package."""
     check_suffix(out)
     check_file(out, overwrite=overwrite)
-    requests = load_requests(file, on_error, form=form, reading=reading, seed=seed)
+    requests = load_requests(
+        file, on_error, form=form, reading=reading, seed=seed, labels=labels, relation_prompts=relation_prompts
+    )
     drawn = sampled(requests, count, seed)
     save_requests(drawn, out)
     if as_json:

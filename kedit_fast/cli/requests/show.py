@@ -16,8 +16,10 @@ from kedit_fast.cli.options import (
     REQUESTS_HELP,
     FormOption,
     JsonOption,
+    LabelsOption,
     OnErrorOption,
     ReadingOption,
+    RelationPromptsOption,
     RequestSeedOption,
 )
 from kedit_fast.requests.datasets.registry import DATA_SETS
@@ -34,12 +36,16 @@ def show(
     count: Annotated[int, typer.Option("--records", "-n", min=0, help="how many requests to print")] = 5,
     form: FormOption = None,
     reading: ReadingOption = None,
+    labels: LabelsOption = None,
+    relation_prompts: RelationPromptsOption = None,
     seed: RequestSeedOption = 0,
     on_error: OnErrorOption = "raise",
     as_json: JsonOption = False,
 ) -> None:
     """Show which data set's form a file has, what its requests hold, and a few of them."""
-    requests = load_requests(file, on_error, form=form, reading=reading, seed=seed)
+    requests = load_requests(
+        file, on_error, form=form, reading=reading, seed=seed, labels=labels, relation_prompts=relation_prompts
+    )
     counts = _counts(requests)
     probes = _probes(requests)
     if as_json:

@@ -121,7 +121,7 @@ def _first_other(claimed: Sequence[tuple[Row, DataSet]], form: DataSet) -> int:
     """The place of the first record that cannot be read as `form`, or the number of records."""
     known = form.known
     for place, (row, one) in enumerate(claimed):
-        telling = one.marks or {name.partition(".")[0] for name in one.fields}
+        telling = {name.partition(".")[0] for name in one.marks or one.fields}
         if one is not form and not (form.fits(row.value) and known.issuperset(telling & row.value.keys())):
             return place
     return len(claimed)
