@@ -10,6 +10,7 @@ import pytest
 
 from kedit_fast import load_requests
 from kedit_fast.errors import RequestError
+from kedit_fast.evaluation.catalog.pitfalls import round_of
 from kedit_fast.requests.probes import Question
 
 SAMPLE = json.loads((Path(__file__).parents[1] / "data" / "pitfalls_sample.json").read_text(encoding="utf-8"))
@@ -92,6 +93,25 @@ def test_a_round_trip_writes_the_new_object_and_then_the_old_one_again(read):
         ("true_objects", "locality", (("Europe",),)),
     ]
     assert first.probes[0].prompts == (first.text, *first.paraphrase_prompts) and not second.probes
+
+
+def test_all_true_objects_are_brought_back_where_that_is_asked_for(tmp_path):
+    path = tmp_path / "easy.json"
+    path.write_text(json.dumps(SAMPLE["easy"][:1]))
+    requests = load_requests(path, reading="all")
+    assert [(one.group, one.target_true, one.target_new) for one in requests] == [
+        (1, "North America", "Château de Chantilly"),
+        (1, "Château de Chantilly", "North America"),
+        (1, "Château de Chantilly", "Asia"),
+        (1, "Château de Chantilly", "Europe"),
+    ]
+    assert len(requests[0].probes) == 2 and round_of(requests) == "all"
+    assert [one.target_new for one in load_requests(path, reading="reverse")] == [
+        "Château de Chantilly",
+        "North America",
+    ]
+    with pytest.raises(RequestError, match="reading = 'some': choose one of 'reverse'"):
+        load_requests(path, reading="some")
 
 
 def test_true_objects_without_the_old_one_are_reported(read, caplog):

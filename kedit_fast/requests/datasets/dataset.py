@@ -48,7 +48,9 @@ class DataSet:
     unused: frozenset[str] = frozenset()
     """Names that records are known to have, and that are not needed."""
     choices: Mapping[str, str] = field(default_factory=dict)
-    """Readings of which one must be asked for: name -> what it reads."""
+    """Readings of which one must be asked for, but where there is a `usual` one: name -> what it reads."""
+    usual: str = ""
+    """The reading that is meant where none is asked for."""
     refused: str = ""
     """Why records of this form are not read; empty where they are."""
     faults: tuple[Fault, ...] = ()
@@ -132,7 +134,7 @@ def check_reading(data_set: DataSet, reading: str | None, where: str) -> None:
     if data_set.refused:
         raise RequestError(f"{where} has the form {data_set.name!r} ({data_set.title}), {data_set.refused}")
     readings = "; ".join(f"{name!r} ({meaning})" for name, meaning in data_set.choices.items())
-    if data_set.choices and reading is None:
+    if data_set.choices and reading is None and not data_set.usual:
         raise RequestError(
             f"{where} has the form {data_set.name!r}, which is read in {len(data_set.choices)} ways: {readings}: say "
             "which with reading= of load_requests, or --reading"

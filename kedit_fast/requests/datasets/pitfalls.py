@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from kedit_fast.requests.datasets.dataset import NO_CHANGE, DataSet, Fault
@@ -45,7 +46,7 @@ def read_conflict(record: Mapping[str, Any], where: str, options: Options) -> li
 
 
 def read_round(record: Mapping[str, Any], where: str, options: Options) -> list[EditRequest]:
-    """The edit of a record of RoundEdit, and the one that takes it back.
+    """The edit of a record of RoundEdit, and the one that takes it back; of the reading "all" one for each true answer.
 
     The first request has a probe "true_objects" for each other true answer of its prompt, which should stay as probable
     as it was.
@@ -54,11 +55,12 @@ def read_round(record: Mapping[str, Any], where: str, options: Options) -> list[
     edit = part["edit"]
     old, subject = _label(edit, "object"), _label(edit, "subject")
     others = dict.fromkeys(item["label"].text() for item in part["true_objects"].items())
+    written = list(others) if options.reading == "all" else [old]
     others.pop(old, None)
     probes = tuple(_probe("locality", "true_objects", edit, subject, other, options) for other in others)
     return [
         _request(edit, "object", "new_object", where, options, probes=probes),
-        _request(edit, "new_object", "object", where, options),
+        *(replace(_request(edit, "new_object", "object", where, options), target_new=answer) for answer in written),
     ]
 
 
@@ -130,6 +132,11 @@ DATA_SETS = (
         fields=frozenset({"edit", "true_objects"}),
         read=read_round,
         unused=frozenset({"type"}),
+        choices={
+            "reverse": "the second edit brings the old answer back",
+            "all": "MLE: the old answer and all other true ones are brought back, in one batch",
+        },
+        usual="reverse",
         faults=(
             NO_CHANGE,
             Fault("true objects without the old one, or with the new one", _round_is_open),
