@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from kedit_fast import load_requests
 from kedit_fast.errors import RequestError
 from kedit_fast.requests.datasets.choices import Choice, load_choices, present
 
@@ -121,6 +122,12 @@ def test_a_file_that_mixes_the_forms_is_refused_at_the_first_record_of_the_secon
     path = written(tmp_path, "both.json", [MMLU_ITEM, MMLU_ITEM, TRAIT_ITEM, MMLU_ITEM])
     with pytest.raises(RequestError, match=r"record 3 has TRAIT's form, .*record 1 has MMLU's"):
         load_choices(path, on_error="skip")
+
+
+def test_they_are_refused_as_edits(tmp_path):
+    for record in (MMLU_ITEM, TRAIT_ITEM):
+        with pytest.raises(RequestError, match=r"which are no edits: .*load_choices"):
+            load_requests(written(tmp_path, "items.json", [record]))
 
 
 def test_an_answer_given_twice_is_reported_by_number(tmp_path, caplog):

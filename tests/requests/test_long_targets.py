@@ -131,6 +131,17 @@ def test_akew_structured_is_what_the_original_set_says(read):
     assert update.paraphrase_prompts == ("Who leads Lower Town?",)
 
 
+@pytest.mark.parametrize("reading", ["structured", "unstructured", "triplets"])
+def test_questions_beside_the_facts_are_asked_in_every_reading(read, reading):
+    beside = {"loc": ["Who was Bach?", "Who was Bohr?"], "loc_ans": ["a composer", ["a physicist", "a Dane"]]}
+    for record in (AKEW_CASE, AKEW_COUNTERFACT, AKEW_WIKIUPDATE):
+        probe = read(record | beside, reading=reading)[0].probes[-1]
+        assert (probe.kind, probe.name) == ("locality", "loc")
+        assert probe.questions[1] == Question("Who was Bohr?", (("a physicist", "a Dane"),))
+    with pytest.raises(RequestError, match=r"record 1: loc_ans has 1 answers to 2 questions of loc"):
+        read(AKEW_CASE | beside | {"loc_ans": ["one"]}, reading=reading)
+
+
 def test_akew_unstructured_asks_the_question_for_the_passage(read):
     first, second = read(AKEW_CASE, reading="unstructured")
     assert (first.prompt, first.subject) == ("What is the country of citizenship of {}?", "Ada Brandt")

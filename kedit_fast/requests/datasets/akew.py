@@ -27,8 +27,9 @@ def read_akew(record: Mapping[str, Any], where: str, options: Options) -> list[E
     part = Part(record, where)
     rewrites = part["requested_rewrite"]
     several = isinstance(rewrites.value, list | tuple)
+    case = read_case(record, where, options) if several else []
     if options.reading == "structured" and several:
-        return read_case(record, where, options)
+        return _with_probes(case, _locality(part))
     number = part["case_id"].value
     requests: list[EditRequest] = []
     for place, rewrite in enumerate(rewrites.items() if several else [rewrites], 1):
@@ -42,10 +43,14 @@ def read_akew(record: Mapping[str, Any], where: str, options: Options) -> list[E
             requests.append(_fact(part, rewrite, where, options, name))
     if not requests:
         raise rewrites.error("holds nothing to edit")
-    if several:  # the questions of the case, which ask for the facts however they were written
-        case = read_case(record, where, options)[0].probes
-        requests[0] = replace(requests[0], probes=(*requests[0].probes, *case))
-    return requests
+    of_case = case[0].probes if case else ()  # they ask for the facts however these were written
+    return _with_probes(requests, (*of_case, *_locality(part)))
+
+
+def _with_probes(requests: list[EditRequest], probes: tuple[Probe, ...]) -> list[EditRequest]:
+    """The requests, the first of them with further probes."""
+    first, *others = requests
+    return [replace(first, probes=(*first.probes, *probes)), *others]
 
 
 def _target(rewrite: Part, name: str) -> tuple[str, tuple[str, ...]]:
@@ -78,22 +83,28 @@ def _fact(record: Part, rewrite: Part, where: str, options: Options, name: Any) 
         paraphrase_prompts=paraphrases,
         neighborhood_prompts=optional_texts(record, "neighborhood_prompts"),
         generation_prompts=optional_texts(record, "generation_prompts"),
-        probes=_locality(record),
         id=name,
         **_subject_and_relation(rewrite),
     )
 
 
 def _locality(record: Part) -> tuple[Probe, ...]:
-    """A question beside the fact and its answer, which EasyEdit's copies of WikiUpdate have."""
+    """Questions beside the fact and their answers, which EasyEdit's copies of the files have; none where they lack."""
     asked = record.get("loc")
     if asked is None:
         return ()
-    question = Question(asked.text(), (_answers(record["loc_ans"]),))
-    return (Probe("locality", (question,), name="loc"),)
+    answers = record["loc_ans"]
+    if not isinstance(asked.value, list | tuple):
+        return (Probe("locality", (Question(asked.text(), (_alternatives(answers),)),), name="loc"),)
+    pairs = list(zip(asked.items(), answers.items(), strict=False))
+    if len(pairs) < max(len(asked.value), len(answers.value)):
+        raise answers.error(f"has {len(answers.value)} answers to {len(asked.value)} questions of loc")
+    questions = tuple(Question(prompt.text(), (_alternatives(answer),)) for prompt, answer in pairs)
+    return (Probe("locality", questions, name="loc"),) if questions else ()
 
 
-def _answers(part: Part) -> tuple[str, ...]:
+def _alternatives(part: Part) -> tuple[str, ...]:
+    """The right answers of a question, one or several; raises RequestError where there is none."""
     answers = part.texts() if isinstance(part.value, list | tuple) else (part.text(),)
     if not answers:
         raise part.error("is empty: a question beside the fact needs an answer")
