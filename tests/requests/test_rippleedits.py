@@ -6,6 +6,7 @@ import copy
 import json
 
 import pytest
+from support import run
 
 from kedit_fast import load_requests
 from kedit_fast.errors import RequestError
@@ -197,7 +198,7 @@ def test_a_subject_that_no_query_shows_is_asked_for_by_record(written, tmp_path)
 def test_a_target_that_the_sentence_does_not_show_is_asked_for(written):
     record = changed({"prompt": "The name of the author of What Love is is Ann."}, Relation_Specificity=[])
     del record["edit"]["original_fact"]
-    with pytest.raises(RequestError, match="where its target begins: give labels: a file that maps Q858 to its name"):
+    with pytest.raises(RequestError, match="where its target begins: give labels that map Q858 to its name"):
         load_requests(written(record))
 
 
@@ -211,3 +212,14 @@ def test_malformed_tests_are_named(written):
     bad = test_of(MOTHER | {"answers": [{"value": 3}]}, condition="XOR")
     with pytest.raises(RequestError, match=r"record 1: Forgetfulness\[0\]"):
         load_requests(written(changed(Forgetfulness=[bad])))
+
+
+def test_converted_records_keep_what_labels_said(written, tmp_path):
+    path, labels, out = written(EXAMPLE, changed()), tmp_path / "labels.json", tmp_path / "flat.jsonl"
+    labels.write_text('{"Q38111": "Leonardo DiCaprio", "Q858": "Syria"}')
+    result = run("requests", "convert", path, "--labels", labels, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert list(load_requests(out)) == list(load_requests(path, labels=labels))
+    labels.write_text('{"Q38111": 3}')
+    result = run("requests", "convert", path, "--labels", labels, "--out", tmp_path / "none.jsonl")
+    assert result.returncode == 1 and "labels: the name of 'Q38111' must be a non-empty text; got 3" in result.stderr

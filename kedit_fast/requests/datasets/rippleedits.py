@@ -44,7 +44,7 @@ _GO_ON = (
 _OPENING = ("The", "Is", "name", "names", "of", "the")  # words of templates at a prompt's beginning
 _BEFORE = ("of", "in", "which", "award", "children", "siblings", "Is")  # ... right before a subject
 _BEHIND = {"is", "are", "has", "won", "plays", "still", "follows", "was", *" ".join(_GO_ON).split()}  # ... behind one
-_ASK = "give labels: a file that maps {} to its name"
+_ASK = "give labels that map {} to its name (`kedit-fast requests convert --labels FILE`, or labels= of load_requests)"
 
 
 def read_example(record: Mapping[str, Any], where: str, options: Options) -> list[EditRequest]:
