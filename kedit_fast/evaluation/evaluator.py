@@ -293,7 +293,7 @@ class Evaluator:
                 if state in record.scores
             ]
             cases = sum(state in c.scores for record in records if state in record.scores for c in record.cases)
-            result[state] = measured(counting, cases, unit, metric.scale)
+            result[state] = measured(counting, cases, unit, metric.scale, share=metric.share)
         reason = f"it compares with the state {missing[0]!r}, which was not measured" if missing else ""
         return Result(metric, result, unit, reason), tuple(r for r in records if r.scores)
 

@@ -91,6 +91,8 @@ class Metric:
     scale: float = 1.0
     """Factor of the reported value: 100 for percent."""
     better: Better = "higher"
+    share: bool = True
+    """Whether scores lie between 0 and 1, so that the mean of zeros and ones has Wilson's interval."""
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,12 @@ def _mean(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def measured(
-    records: Sequence[tuple[float, float]], cases: int, unit: Unit, scale: float = 1.0, seed: int = 0
+    records: Sequence[tuple[float, float]],
+    cases: int,
+    unit: Unit,
+    scale: float = 1.0,
+    seed: int = 0,
+    share: bool = True,
 ) -> Measured:
     """A metric's value from the scores and weights of its records.
 
@@ -172,13 +177,14 @@ def measured(
         unit: "prompt": records count by their weight; else all alike.
         scale: of value and interval.
         seed: of the bootstrap.
+        share: whether scores lie between 0 and 1.
     """
     if not records:
         return Measured(None, 0, 0, None)
     weights = [weight if unit == "prompt" else 1.0 for _, weight in records]
     scores = [score for score, _ in records]
     value = _mean(list(zip(scores, weights, strict=True)))
-    if all(score in (0.0, 1.0) for score in scores) and len(set(weights)) == 1:
+    if share and all(score in (0.0, 1.0) for score in scores) and len(set(weights)) == 1:
         low, high = wilson(sum(scores), len(scores))
     else:
         low, high = bootstrap(scores, weights, seed)

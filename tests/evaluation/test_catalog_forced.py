@@ -25,6 +25,7 @@ from kedit_fast.evaluation.catalog.choices import TRAITS, names_an_option
 from kedit_fast.evaluation.evaluator import Evaluator
 from kedit_fast.evaluation.metric import Case, Derived
 from kedit_fast.evaluation.registry import METRICS, PROMPTS, SCORINGS
+from kedit_fast.evaluation.results import measured as measured_mean
 from kedit_fast.evaluation.tables import metrics_table
 from kedit_fast.models.head import Head
 from kedit_fast.requests.datasets.choices import Choice, present
@@ -544,3 +545,11 @@ def test_asks_of_requests_are_joined_as_they_say():
         assert isinstance(ask, Forced) and ask.separator == ""
     assert drift.PROMPTS["neighbors"].cases(request)[0].prompt == "Chile's capital is"
     assert conflicts.passage(request, "X") == "The capital of Peru isX.\nThe capital of Peru is"
+
+
+def test_a_divergence_of_zero_is_no_share_of_zero():
+    """Zeros and ones of a share have Wilson's interval; other means have the one that their records give."""
+    assert measured_mean([(0.0, 1.0)] * 9, 9, "request").interval[1] > 0.2
+    assert measured_mean([(0.0, 1.0)] * 9, 9, "request", share=False).interval == (0.0, 0.0)
+    unlimited = {"loc.kl/text", "loc.kl/neighborhood", "text.nll", "ee.ppl/rewrite", "pit.CM", "cf.magnitude/rewrite"}
+    assert not any(METRICS[id].share for id in unlimited) and METRICS["ee.locality"].share

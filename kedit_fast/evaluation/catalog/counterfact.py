@@ -180,6 +180,7 @@ def _metrics(suffix: str = "") -> tuple[Metric | Derived, ...]:
                     definition=beside if preserved else definition,
                     source=f"memit {lines[preserved]}, {names[preserved]}",
                     scale=100.0,
+                    share=name != "cf.magnitude",
                 )
             )
     metrics.append(

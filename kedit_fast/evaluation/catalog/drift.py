@@ -110,6 +110,7 @@ METRICS = (
         source="defined here; EasyEdit easyeditor/evaluate/evaluate_utils.py:636-659 (kl_loc_loss) has this direction",
         unit="prompt",
         better="lower",
+        share=False,
     ),
     Metric(
         id="loc.kl/neighborhood",
@@ -118,6 +119,7 @@ METRICS = (
         definition=f"{_KL}at the last token of neighborhood prompts and locality probes.",
         source="defined here; EasyEdit easyeditor/evaluate/evaluate_utils.py:636-659 (kl_loc_loss) has this direction",
         better="lower",
+        share=False,
     ),
     Metric(
         id="text.nll",
@@ -128,6 +130,7 @@ METRICS = (
         source="defined here; lm-evaluation-harness normalizes its word_perplexity by words",
         unit="prompt",
         better="lower",
+        share=False,
     ),
     Derived(
         id="text.ppl",
@@ -145,5 +148,6 @@ METRICS = (
         source="memit util/perplexity.py:24, perplexity",
         unit="prompt",
         better="lower",
+        share=False,
     ),
 )

@@ -138,6 +138,7 @@ METRICS = (
         definition="exp of the mean NLL of the new target's tokens.",
         source=f"{_FILE}:404-431, rewrite_ppl",
         better="lower",
+        share=False,
     ),
     Metric(
         id="ee.ppl/rephrase",
@@ -146,6 +147,7 @@ METRICS = (
         definition="exp of the mean NLL of the new target's tokens behind all paraphrase prompts of a request.",
         source=f"{_FILE}:404-431, rephrase_ppl",
         better="lower",
+        share=False,
     ),
     _ood_ppl("rewrite", "rewrite"),
     _ood_ppl("rephrase", "paraphrase"),

@@ -100,6 +100,7 @@ def _metrics(prompts: str, denied: str) -> tuple[Metric, ...]:
             scoring="neg.drop",
             definition=f"exp(-NLL) of the new target behind the prompt minus that {denied}.",
             source=_SOURCE,
+            share=False,
         ),
         Metric(
             id=f"neg.success/{prompts}",

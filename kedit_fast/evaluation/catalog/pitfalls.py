@@ -254,6 +254,7 @@ def _round_metrics(prefix: str, prompts: str, edits: str) -> tuple[Metric, ...]:
             unit="group",
             scale=scale,
             better=better,
+            share=scale == 100,
         )
 
     return (
@@ -288,6 +289,7 @@ METRICS = (
         source=f"{_SUMMARY}:41, CM",
         unit="group",
         better="",
+        share=False,
     ),
     Metric(
         id="pit.TFD",
@@ -298,6 +300,7 @@ METRICS = (
         source=f"{_SUMMARY}:42-47, FFD",
         unit="group",
         better="lower",
+        share=False,
     ),
     *_round_metrics("", "rounds", "an edit and its reverse"),
     *_round_metrics("MLE.", "rounds of all", "an edit and then a batch of all true answers"),
