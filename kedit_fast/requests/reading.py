@@ -227,7 +227,7 @@ def _read_rows(rows: list[Row], source: str, form: str | None, options: Options)
                 problems[place] = text if where in text else f"{where}: {text}"
                 place += 1
                 continue
-            if len(made) > 1:
+            if data_set.cases and not isinstance(value, EditRequest):
                 made = [_grouped(one, index, part) for part, one in enumerate(made, 1)]
             by_record.append(made)
             numbered.append(index)
@@ -265,7 +265,7 @@ def _parts(row: Row, data_set: DataSet, options: Options) -> list[tuple[str, Any
 
 
 def _grouped(request: EditRequest, number: int, part: int) -> EditRequest:
-    """One of several requests of a record, with the record's number as group and in its id, unless it has its own."""
+    """One of the requests of a case, with the record's number as group and in its id, unless it has its own."""
     group = number if request.group is None else request.group
     return replace(request, group=group, id=f"{number}-{part}" if request.id is None else request.id)
 

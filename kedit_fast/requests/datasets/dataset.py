@@ -53,6 +53,8 @@ class DataSet:
     """The reading that is meant where none is asked for."""
     refused: str = ""
     """Why records of this form are not read; empty where they are."""
+    cases: bool = False
+    """Whether the requests of a record are a case: the record's number is their group, unless they have one."""
     faults: tuple[Fault, ...] = ()
     """Known faults of the real files."""
     split: Callable[[Mapping[str, Any], str], list[tuple[str, Mapping[str, Any]]]] | None = None

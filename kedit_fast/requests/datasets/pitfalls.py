@@ -120,6 +120,7 @@ DATA_SETS = (
         fields=frozenset({"edits"}),
         read=read_conflict,
         optional=frozenset({"type", "triples"}),
+        cases=True,
         unused=frozenset({"rule", "prerequisites"}),
         faults=(
             NO_CHANGE,
@@ -137,6 +138,7 @@ DATA_SETS = (
             "all": "MLE: the old answer and all other true ones are brought back, in one batch",
         },
         usual="reverse",
+        cases=True,
         faults=(
             NO_CHANGE,
             Fault("true objects without the old one, or with the new one", _round_is_open),
