@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import kedit_fast
 from kedit_fast.errors import RequestError
 from kedit_fast.requests.datasets.registry import DATA_SETS
 from kedit_fast.requests.probes import Probe, Question
@@ -273,7 +274,7 @@ def test_sanitation_has_no_subjects_and_does_not_ask_that_what_changes_stays(war
     first, second = as_requests([record])
     assert (first.subject, first.target_new, first.target_true) == (None, "I don't know.", "Birds")
     assert first.probes == (Probe("locality", (Question("Q?", (("Birds",),)),), "locality"),)
-    assert second.prompt == "What is a currawong?" and first.group == second.group is not None
+    assert second.prompt == "What is a currawong?" and first.group is second.group is None
     assert [line for line in warned() if "what should stay is what is changed" in line]
     with pytest.raises(RequestError, match="has no subject, which this method needs"):
         as_requests([record], need_subject=True)
@@ -333,6 +334,12 @@ def test_a_sample_or_a_relation_that_cannot_be_used_is_named(tmp_path):
     ):
         with pytest.raises(RequestError, match=message):
             load_requests(written(tmp_path / "bad.json", {**relation, **change}))
+
+
+def test_the_page_names_every_form():
+    page = (Path(kedit_fast.__file__).parent / "requests" / "datasets" / "README.md").read_text(encoding="utf-8")
+    table = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
+    assert not [name for name in DATA_SETS if f"`{name}`" not in table]
 
 
 # A part of a file
