@@ -64,31 +64,20 @@ SCORINGS = {
     "unke.rouge_l": _rouge(lambda overlap: overlap.f1),
     "unke.rouge_l.recall": _rouge(lambda overlap: overlap.recall),
 }
-_PLACES = {
-    "rewrite": "the edited prompt",
-    "paraphrase": "paraphrase prompts",
-    "sub_question": "questions about parts of the target",
-}
+_PLACES = ("rewrite", "paraphrase", "sub_question")
 _COMMON = "longest common subsequence of words of the greedy answer (up to 512 tokens) and the target"
-METRICS: tuple[Metric | Derived, ...] = (
-    *(
-        Metric(
-            f"unke.rouge_l/{place}",
-            f"unke.{place}",
-            "unke.rouge_l",
-            f"On {text}: ROUGE-L F1, of the {_COMMON}, in lower case and without marks.",
-            "UnKE (arXiv:2405.15349) evaluate.py reports the recall alone; F1 also counts what is said too much",
-        )
-        for place, text in _PLACES.items()
+_SCORED = {
+    "unke.rouge_l": (
+        f"ROUGE-L F1, of the {_COMMON}, in lower case and without marks.",
+        "UnKE (arXiv:2405.15349) evaluate.py, which gives the recall alone; F1 also counts what is said too much",
     ),
-    *(
-        Metric(
-            f"unke.rouge_l.recall/{place}",
-            f"unke.{place}",
-            "unke.rouge_l.recall",
-            f"On {text}: ROUGE-L recall, of the {_COMMON}, in lower case and without marks.",
-            "UnKE (arXiv:2405.15349) evaluate.py: rouge-l r, there with words split at spaces and full stops",
-        )
-        for place, text in _PLACES.items()
+    "unke.rouge_l.recall": (
+        f"ROUGE-L recall, of the {_COMMON}, in lower case and without marks.",
+        "UnKE (arXiv:2405.15349) evaluate.py: rouge-l r, there with words split at spaces and full stops",
     ),
+}
+METRICS: tuple[Metric | Derived, ...] = tuple(
+    Metric(f"{id}/{place}", f"unke.{place}", id, definition, source)
+    for id, (definition, source) in _SCORED.items()
+    for place in _PLACES
 )

@@ -2,13 +2,14 @@
 
 All of `wild.*` look at one answer: greedy, up to 50 new tokens, a line's end, or the end of the first sentence. A full
 stop that belongs to the answer ("St. Louis", "U.S.") does not end it, as it does in published code (`.published`).
-Texts are compared in SQuAD's form (`words.normalized`); every alias of an answer counts as the answer.
+Texts are compared in SQuAD's form (`words.normalized`); every alias of an answer counts as the answer. On neighborhood
+prompts the target before the edit is the right one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from kedit_fast.evaluation.asks import Answer, Ask, Forced, ForcedAnswer, Generated, GeneratedAnswer
 from kedit_fast.evaluation.catalog.generation import said
@@ -164,61 +165,55 @@ SCORINGS = {
     "vanilla": _vanilla(),
     "vanilla.published": _vanilla(published=True),
 }
-_FREE = "of the greedy answer up to its first full stop, line's end or 50 tokens, in SQuAD's normalized form"
-_PLACES = {
-    "rewrite": "the edited prompt",
-    "paraphrase": "paraphrase prompts",
-    "neighborhood": "neighborhood prompts, where the target before the edit is right",
-}
+_FREE = "greedy answers, each up to its first full stop, line's end or 50 tokens, in SQuAD's normalized form,"
+_PLACES = ("rewrite", "paraphrase", "neighborhood")
 
 
-def _each(definition: str, text: str, source: str, places: Sequence[str], better: str = "higher") -> tuple[Metric, ...]:
+def _each(
+    definition: str,
+    text: str,
+    source: str,
+    places: Sequence[str] = _PLACES,
+    better: Literal["higher", "lower"] = "higher",
+) -> tuple[Metric, ...]:
     return tuple(
-        Metric(
-            f"{definition}/{place}",
-            f"wild.{place}",
-            definition,
-            f"Share, on {_PLACES[place]}, {text}",
-            source,
-            better="lower" if better == "lower" else "higher",
-        )
-        for place in places
+        Metric(f"{definition}/{place}", f"wild.{place}", definition, text, source, better=better) for place in places
     )
 
 
-_ALL = tuple(_PLACES)
 METRICS: tuple[Metric | Derived, ...] = (
     *_each(
         "wild.em",
-        f"{_FREE}: it is the right answer or an alias. Full stops inside of that are its part.",
+        f"Share of {_FREE} that are the right answer or an alias; full stops inside of that are its part.",
         f"{_EASYEDIT}: exact_match_score without api_key; WILD: test_prediction_acc_real (50 new tokens, no template)",
-        _ALL,
     ),
     *_each(
         "wild.em.published",
-        f"{_FREE}: it is the right answer, no alias. An answer with a full stop inside (U.S.) cannot be right.",
+        f"Share of {_FREE} that are the right answer, no alias; one with a full stop inside (U.S.) cannot be right.",
         f"{_EASYEDIT}: exact_match_score without api_key, there with a chat template and 512 tokens",
         ("rewrite", "paraphrase"),
     ),
     *_each(
         "wild.contains",
-        f"{_FREE}: it has the right answer or an alias in whole words, and none of the other side of the edit.",
-        "this package's, in place of a judge",
-        _ALL,
+        f"Share of {_FREE} with the right answer or an alias in whole words, and none of the edit's other side.",
+        "defined here, in place of a judge",
     ),
-    *_each("wild.f1", f"{_FREE}: F1 of its words and those of the right answer, the best alias.", "SQuAD's F1", _ALL),
+    *_each(
+        "wild.f1",
+        f"Of {_FREE} F1 of the words and those of the right answer, or of its best alias.",
+        "SQuAD's F1 (arXiv:1606.05250)",
+    ),
     *_each(
         "wild.choice",
-        "where the right side's best alias has a strictly lower mean NLL of its tokens than the other side's best.",
-        "this package's, in place of a judge; without aliases it is cf.success",
-        _ALL,
+        "Share of prompts where the right side's best alias has a strictly lower mean NLL of a token than the other's.",
+        "defined here, in place of a judge; without aliases it is cf.success",
     ),
     *_each(
         "wild.repeats",
-        f"{_FREE}: it says the right answer three times or more.",
+        f"Share of {_FREE} that say the right answer three times or more.",
         f"{_EASYEDIT}: the judge's rule on repeated answers",
         ("rewrite", "paraphrase"),
-        better="lower",
+        "lower",
     ),
     Metric(
         "ee.vanilla",
