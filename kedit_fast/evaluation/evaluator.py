@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from tqdm.auto import tqdm
 
 from kedit_fast.errors import InvalidArgumentError, RequestError
-from kedit_fast.evaluation.asks import Answer, Ask
+from kedit_fast.evaluation.asks import Answer, Ask, Generated
 from kedit_fast.evaluation.contexts import Context, asked_in_context, context_of
 from kedit_fast.evaluation.engine import answer_rows
 from kedit_fast.evaluation.metric import Case, Derived, Measured, Metric, Scoring, State, Unit
@@ -54,6 +55,7 @@ class Evaluator:
         target_separator: what stands between prompts and targets of requests that say "auto".
         spec: module names of an architecture that is not known.
         average: "record": the mean of each record first; "prompt": over all prompts alike; None: as each metric says.
+        seed: of texts that are drawn; each prompt has draws of its own.
         folder: where answers are written as they come, so that a run that was killed goes on; see `stored.py`.
         on_error: "raise" at requests that cannot be measured, or "skip" them; they are then in `skipped`.
         progress: show a bar on stderr.
@@ -77,6 +79,7 @@ class Evaluator:
         target_separator: str = AUTO,
         spec: ArchSpec | None = None,
         average: Average | None = None,
+        seed: int = 0,
         folder: str | os.PathLike | None = None,
         on_error: OnError = "raise",
         progress: bool = False,
@@ -91,7 +94,12 @@ class Evaluator:
         self.average: Average | None = average
         self.progress = progress
         self._context = context_of(context)
-        self._settings = {"target_separator": target_separator, "prompt_format": prompt_format is not None}
+        self._seed = seed
+        self._settings = {
+            "target_separator": target_separator,
+            "prompt_format": prompt_format is not None,
+            "seed": seed,
+        }
         self._groups = _groups(self.requests)
         self._records: dict[Source, Sequence[Any]] = {
             "requests": self.requests,
@@ -136,7 +144,7 @@ class Evaluator:
                 self._asks[key] = []
                 for index, cases in enumerate(self._cases[metric.prompts]):
                     try:
-                        asked = tuple(scoring.asks(case, self.tokenizer) for case in cases)
+                        asked = tuple(self._seeded(scoring.asks(case, self.tokenizer)) for case in cases)
                         if in_context:
                             asked = tuple(map(self._in_context, cases, asked))
                     except RequestError as error:
@@ -159,6 +167,12 @@ class Evaluator:
             problems = {owner: reason for owner, reason in problems.items() if owner[0] in ("texts", "choices")}
         named = (f"{self._name(*owner)}: {reason}" for owner, reason in problems.items())
         require_no_problems(dict(enumerate(named)))
+
+    def _seeded(self, asks: tuple[Ask, ...]) -> tuple[Ask, ...]:
+        """The asks with the run's seed, where something is drawn."""
+        return tuple(
+            replace(ask, seed=self._seed) if isinstance(ask, Generated) and ask.top_k > 1 else ask for ask in asks
+        )
 
     def _in_context(self, case: Case, asks: tuple[Ask, ...]) -> tuple[Ask, ...] | None:
         """The asks of a case with the new facts in front; None where one cannot be asked so."""
@@ -391,6 +405,7 @@ def evaluate(
     target_separator: str = AUTO,
     spec: ArchSpec | None = None,
     average: Average | None = None,
+    seed: int = 0,
     folder: str | os.PathLike | None = None,
     on_error: OnError = "raise",
     progress: bool = False,
@@ -400,8 +415,8 @@ def evaluate(
     Args:
         model: the edited model; with `patches`, the unedited one, which has them for as long as it is measured.
         tokenizer: its tokenizer.
-        requests, metrics, texts, choices, context, prompt_format, target_separator, spec, average, folder, on_error,
-            progress: see `Evaluator`.
+        requests, metrics, texts, choices, context, prompt_format, target_separator, spec, average, seed, folder,
+            on_error, progress: see `Evaluator`.
         base: the unedited model; None: there are no values of before, unless `patches` are given.
         patches: patches of the model, or their files, in the order they were made.
 
@@ -441,6 +456,7 @@ def evaluate(
         target_separator=target_separator,
         spec=spec,
         average=average,
+        seed=seed,
         folder=folder,
         on_error=on_error,
         progress=progress,

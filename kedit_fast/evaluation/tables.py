@@ -57,7 +57,7 @@ def _records(metric: Metric | Derived) -> str:
 def _percent(metric: Metric | Derived) -> bool:
     if isinstance(metric, Derived):
         return all(_percent(METRICS[part]) for part in metric.of)
-    return metric.scale == 100
+    return metric.scale == 100 and metric.share
 
 
 if __name__ == "__main__":

@@ -250,7 +250,9 @@ def _common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def nltk_words(text: str) -> list[str]:
-    """NLTK's Penn Treebank words of a text as a whole: a full stop inside of it stays on its word.
+    """NLTK's Penn Treebank words of a text as a whole, by rules alone: a full stop inside of it stays on its word.
+
+    `nltk.word_tokenize` also splits the text into sentences first, for which it needs data (punkt) beside the package.
 
     Raises:
         ModuleNotFoundError: nltk is not installed.
@@ -261,13 +263,3 @@ def nltk_words(text: str) -> list[str]:
 @lru_cache(maxsize=1)
 def _treebank() -> Callable[[str], list[str]]:
     return import_module("nltk.tokenize").NLTKWordTokenizer().tokenize
-
-
-def nltk_words_of_sentences(text: str) -> list[str]:
-    """`nltk.word_tokenize`, the published function: the words of each sentence, as the data "punkt" splits them.
-
-    Raises:
-        ModuleNotFoundError: nltk is not installed.
-        LookupError: nltk's data "punkt_tab" are not there.
-    """
-    return import_module("nltk").word_tokenize(text)

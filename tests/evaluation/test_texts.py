@@ -158,8 +158,6 @@ def test_ripple_edits_published_looks_into_the_prompt(measured):
     request = EditRequest("{} eats", "Ann", "figs", probes=(probe,))
     evaluation = measured("ripple.CI,ripple.CI.published", [request], {"pre": {}, "final": {"Ann eats": " figs"}})
     assert values(evaluation) == {"ripple.CI": 0.0, "ripple.CI.published": 1.0}
-    asks = [case for case in evaluation.scores["ripple.CI.published"][0].cases]
-    assert len(asks) == 1
 
 
 def test_knowedit_averages_three_times(measured):
@@ -268,6 +266,16 @@ def golden(demo_model):
     alone = Evaluator(model, tokenizer, requests[1:2], "gen.entropy")
     alone.measure("pre")
     return evaluator.result(), few.result(), alone.result()
+
+
+def test_a_run_has_a_seed(demo_model):
+    model, tokenizer = demo_model
+    request = EditRequest("{} eats", "Ann", "figs", generation_prompts=("Ann eats",))
+    asks = []
+    for seed in (0, 3):
+        evaluator = Evaluator(model, tokenizer, [request], "gen.entropy,gen.entropy.greedy", seed=seed)
+        asks.append({ask for by_record in evaluator._asks.values() for (one,) in by_record for ask in one})
+    assert {ask.seed for ask in asks[1]} == {0, 3} and len(asks[0] & asks[1]) == 1  # the greedy text is the same
 
 
 def test_free_answers_and_perplexities_of_the_demo_model_are_the_published_ones(golden):

@@ -167,6 +167,7 @@ _METRICS = (
         f"Times 100: {_SAMPLED}; words are those of kedit_fast.evaluation.words.words.",
         f"{_MEMIT}: ngram_entropy (GE, fluency), there with nltk's words and with special tokens in the text",
         scale=100.0,
+        share=False,
     ),
     Metric(
         "gen.entropy.greedy",
@@ -175,6 +176,7 @@ _METRICS = (
         f"Times 100: {_ENTROPY}, each the most probable one; words are those of kedit_fast.evaluation.words.words.",
         "as gen.entropy, without draws",
         scale=100.0,
+        share=False,
     ),
     Metric(
         "gen.entropy.nltk",
@@ -183,6 +185,7 @@ _METRICS = (
         f"Times 100: {_SAMPLED}; words are NLTK's of the text as a whole.",
         f"{_MEMIT}: ngram_entropy; there each sentence has its words apart, and special tokens are in the text",
         scale=100.0,
+        share=False,
     ),
     Metric(
         "gen.consistency",
@@ -207,6 +210,7 @@ _METRICS = (
         "Perplexity of the first 100 tokens of texts about the subject: exp of the mean over the tokens but the first.",
         f"{_MEMIT}: essence_score",
         better="lower",
+        share=False,
     ),
     Metric(
         "gen.essence.published",
@@ -215,6 +219,7 @@ _METRICS = (
         "As gen.essence, but the sum over the n - 1 tokens is divided by n: too low.",
         f"{_MEMIT}: essence_score; memit util/perplexity.py",
         better="lower",
+        share=False,
     ),
     Metric(
         "ee.fluency",
@@ -222,6 +227,7 @@ _METRICS = (
         "entropy",
         f"Of the edited prompt, not times 100: {_SAMPLED}; words are those of kedit_fast.evaluation.words.words.",
         "EasyEdit evaluate/evaluate_utils.py: fluency.ngram_entropy, there with nltk's words",
+        share=False,
     ),
     Metric(
         "ee.fluency.nltk",
@@ -229,6 +235,7 @@ _METRICS = (
         "entropy.nltk",
         f"Of the edited prompt, not times 100: {_SAMPLED}; words are NLTK's of the text as a whole.",
         "EasyEdit evaluate/evaluate_utils.py: fluency.ngram_entropy",
+        share=False,
     ),
 )
 ABSENT = {

@@ -117,6 +117,7 @@ METRICS: tuple[Metric | Derived, ...] = (
         "ee.fluency times 100.",
         f"{_SOURCE}, Fluency, there with nltk's words",
         scale=100.0,
+        share=False,
     ),
     *(
         [
@@ -127,6 +128,7 @@ METRICS: tuple[Metric | Derived, ...] = (
                 "ee.fluency.nltk times 100.",
                 f"{_SOURCE}, Fluency",
                 scale=100.0,
+                share=False,
             )
         ]
         if HAS_NLTK
