@@ -28,8 +28,10 @@ def measured(demo_model, monkeypatch):
     """
     model, tokenizer = demo_model
 
-    def run(metrics, requests, said, **options):
+    def run(metrics, requests, said, seen=None, **options):
         def answered(view, tokenizer, rows, *rest, **more):
+            if seen is not None:
+                seen.update(rows)
             return {ask: answer(ask, rows[ask], said[state]) for ask in rows}
 
         monkeypatch.setattr(evaluator_module, "answer_rows", answered)
@@ -268,13 +270,14 @@ def golden(demo_model):
     return evaluator.result(), few.result(), alone.result()
 
 
-def test_a_run_has_a_seed(demo_model):
-    model, tokenizer = demo_model
+def test_a_run_has_a_seed(measured):
     request = EditRequest("{} eats", "Ann", "figs", generation_prompts=("Ann eats",))
     asks = []
     for seed in (0, 3):
-        evaluator = Evaluator(model, tokenizer, [request], "gen.entropy,gen.entropy.greedy", seed=seed)
-        asks.append({ask for by_record in evaluator._asks.values() for (one,) in by_record for ask in one})
+        seen = set()
+        evaluation = measured("gen.entropy,gen.entropy.greedy", [request], {"pre": {}}, seed=seed, seen=seen)
+        assert evaluation.context["seed"] == seed
+        asks.append(seen)
     assert {ask.seed for ask in asks[1]} == {0, 3} and len(asks[0] & asks[1]) == 1  # the greedy text is the same
 
 
