@@ -202,10 +202,34 @@ def test_a_target_that_the_sentence_does_not_show_is_asked_for(written):
         load_requests(written(record))
 
 
-def test_an_original_fact_in_other_words_is_reported(written, caplog):
-    original = EXAMPLE["edit"]["original_fact"] | {"prompt": "Leonardo DiCaprio comes from Bonn."}
-    requests = load_requests(written(EXAMPLE | {"edit": EXAMPLE["edit"] | {"original_fact": original}}))
-    assert requests[0].target_true is None and "an original fact in other words" in caplog.text
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Leonardo DiCaprio comes from Bonn.",
+        "The name of the country of citizenship of Leonardo DiCaprio is .",  # as the real files have it
+    ],
+)
+def test_an_original_fact_whose_answer_cannot_be_read_is_reported(written, caplog, prompt):
+    original = EXAMPLE["edit"]["original_fact"] | {"prompt": prompt}
+    (request,) = load_requests(written(EXAMPLE | {"edit": EXAMPLE["edit"] | {"original_fact": original}}))
+    assert request.target_true is None and request.target_new == "Syria"
+    assert "the old answer is not read: record 1" in caplog.text
+
+
+def test_an_edit_that_changes_nothing_is_reported(written, caplog):
+    """Nine of 1,922 in random.json."""
+    edit = EXAMPLE["edit"] | {
+        "original_fact": {**EXAMPLE["edit"]["original_fact"], "prompt": EXAMPLE["edit"]["prompt"]}
+    }
+    (request,) = load_requests(written(changed(edit, Relation_Specificity=[test_of(MOTHER)])))
+    assert (request.target_new, request.target_true) == ("Syria", "Syria")
+    assert "a true answer already: record 1" in caplog.text
+
+
+def test_a_query_without_a_name_names_nothing(written):
+    nameless = MOTHER | {"answers": [{"value": "", "aliases": ["Irmelin"]}]}
+    (request,) = load_requests(written(changed(Relation_Specificity=[test_of(nameless)])))
+    assert request.probes[0].questions[0].answers == (("Irmelin",),)
 
 
 def test_malformed_tests_are_named(written):

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kedit_fast.requests.datasets.dataset import DataSet, Fault
+from kedit_fast.requests.datasets.dataset import NO_CHANGE, DataSet, Fault
 from kedit_fast.requests.datasets.parts import Part, distinct, make_request
 from kedit_fast.requests.probes import Probe, ProbeKind, Question
 from kedit_fast.requests.records import Options
@@ -130,8 +130,9 @@ def _labels(queries: Iterable[Part]) -> dict[str, tuple[str, ...]]:
             continue
         values = identifiers.value if isinstance(identifiers.value, list | tuple) else [identifiers.value]
         for identifier, answer in zip(values, query["answers"].items(), strict=False):
-            if isinstance(identifier, str):
-                labels.setdefault(identifier, distinct(answer["value"].text(), *_alternatives(answer)))
+            name = answer["value"].value
+            if isinstance(identifier, str) and isinstance(name, str) and name.strip():
+                labels.setdefault(identifier, distinct(name, *_alternatives(answer)))
     return labels
 
 
@@ -265,8 +266,12 @@ DATA_SETS = (
         optional=frozenset({*CRITERIA, *_SPELLED.values()}),
         unused=frozenset({"example_type"}),
         faults=(
+            NO_CHANGE,
             Fault("tests without an answer that counts (single letters do not), which are left out", _drops_a_test),
-            Fault("an original fact in other words than the edit, so that the old answer is not read", _lacks_the_old),
+            Fault(
+                "no answer in the original fact, or other words than in the edit: the old answer is not read",
+                _lacks_the_old,
+            ),
         ),
     ),
 )
