@@ -20,8 +20,10 @@ RUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "
 NUMBERS = {"v_num_grad_steps": 6, "mom2_adjustment": False}
 PROGRAM = """
 import dataclasses
-import sys
+import os
+import torch
 from kedit_fast import Editor, demo
+from kedit_fast.errors import KeditError
 from kedit_fast.support import process_group
 process_group.start()
 rank, _ = process_group.world()
@@ -42,7 +44,13 @@ try:
 except Exception as error:
     said = f"{type(error).__name__}: {error}"
 open(f"done{rank}", "w").write(f"{bool(same)} {len(editor.ledger.batches)} {said}")
-process_group.stop()
+if rank == 1:
+    os._exit(0)  # without a word to the other
+try:
+    process_group.sum_(torch.zeros(3))
+except KeditError as error:
+    open("lost", "w").write(str(error))
+os._exit(0)
 """
 
 
@@ -82,14 +90,25 @@ def names(editor: Editor) -> dict[int, str]:
     return {layer: editor.view.weight_name(layer) for layer in editor.hparams.layers}
 
 
-def test_processes_share_a_store_and_refuse_to_differ(tmp_path):
-    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
-    done = under_torchrun(tmp_path, "program.py")
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """What a job of PROGRAM has written."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "program.py").write_text(PROGRAM, encoding="utf-8")
+    done = under_torchrun(folder, "program.py")
     assert done.returncode == 0, done.stderr
-    for rank in (0, 1):
-        same, batches, said = (tmp_path / f"done{rank}").read_text().split(" ", 2)
-        assert same == "True" and batches == "0"
-        assert said.startswith("EditError") and "different requests" in said
+    return folder
+
+
+@pytest.mark.parametrize("rank", (0, 1))
+def test_processes_share_a_store_and_refuse_to_differ(shared, rank):
+    same, batches, said = (shared / f"done{rank}").read_text().split(" ", 2)
+    assert same == "True" and batches == "0"
+    assert said.startswith("EditError") and "different requests" in said
+
+
+def test_a_lost_connection_says_so(shared):
+    assert "process 0 of 2 lost the others: one has ended" in (shared / "lost").read_text()
 
 
 STATISTICS = """
@@ -116,19 +135,23 @@ if "die" in sys.argv:
         if rank == 0:
             time.sleep(600)  # it ends with the other, and is not writing then
         if len(count) == 3:
-            while not os.path.exists(os.path.join(sys.argv[1], "checkpoint-1-of-2.safetensors")):
+            while not os.path.exists(os.path.join(f"{{sys.argv[1]}} all", "checkpoint-1-of-2.safetensors")):
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
     checkpoint.save = save
-numbers = dict(max_tokens=2000) if "tokens" in sys.argv else dict(seed=3)
-found = collect_into(sys.argv[1], model, tokenizer, Corpus(documents, **numbers), (0, 2), batch_tokens=200,
-                     checkpoint_every=0, resume=True, progress=False)
-whole = collect_statistics(model, tokenizer, documents, (0, 2), batch_tokens=200, progress=False, **numbers)
-same = torch.equal(whole.moment(2).moment, torch.load("moment.pt")) if os.path.exists("moment.pt") else ""
-print(f"{{rank}} {{found.tokens}} {{found.resumed}} {{same}}\\n", end="", flush=True)  # one write: processes share it
-if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-    torch.save(whole.moment(2).moment, "moment.pt")
-else:
+for how, numbers in (("tokens", dict(max_tokens=2000)), ("all", dict(seed=3))):
+    if how not in sys.argv:
+        continue
+    found = collect_into(f"{{sys.argv[1]}} {{how}}", model, tokenizer, Corpus(documents, **numbers), (0, 2),
+                         batch_tokens=200, checkpoint_every=0, resume=True, progress=False)
+    whole = collect_statistics(model, tokenizer, documents, (0, 2), batch_tokens=200, progress=False, **numbers)
+    kept = f"moment {{how}}.pt"
+    same = torch.equal(whole.moment(2).moment, torch.load(kept)) if os.path.exists(kept) else ""
+    # one write: processes share the stream
+    print(f"{{how}} {{rank}} {{found.tokens}} {{found.resumed}} {{same}}\\n", end="", flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        torch.save(whole.moment(2).moment, kept)
+if int(os.environ.get("WORLD_SIZE", "1")) > 1:
     process_group.stop()
 """
 
@@ -143,60 +166,43 @@ def written(tmp_path: Path) -> Path:
     return program
 
 
-@pytest.mark.parametrize("how", ("tokens", "all"))
-def test_statistics_of_two_processes_are_those_of_one(tmp_path, how):
-    written(tmp_path)
-    command = (sys.executable, "program.py", "one", how)
-    alone = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    """A folder with the statistics of one process and of two, and what each said."""
+    folder = tmp_path_factory.mktemp("collected")
+    written(folder)
+    command = (sys.executable, "program.py", "one", "tokens", "all")
+    alone = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
     assert alone.returncode == 0, alone.stderr
-    done = under_torchrun(tmp_path, "program.py", "two", how)
-    assert done.returncode == 0, done.stderr
-    one, two = moments(tmp_path / "one"), moments(tmp_path / "two")
+    both = under_torchrun(folder, "program.py", "two", "tokens", "all")
+    assert both.returncode == 0, both.stderr
+    return folder, *([line.split() for line in done.stdout.splitlines()] for done in (alone, both))
+
+
+@pytest.mark.parametrize("how", ("tokens", "all"))
+def test_statistics_of_two_processes_are_those_of_one(collected, how):
+    folder, alone, both = collected
+    one, two = moments(folder / f"one {how}"), moments(folder / f"two {how}")
     assert one.keys() == two.keys() and len(one) == 2
     for name in one:
         assert float((one[name] - two[name]).norm() / one[name].norm()) < 1e-12
-    tokens = alone.stdout.split()[1]
-    assert sorted(line.split() for line in done.stdout.splitlines()) == [
-        [str(rank), tokens, "0", "True"] for rank in (0, 1)
-    ]
+    (tokens,) = (line[2] for line in alone if line[0] == how)
+    said = sorted(line for line in both if line[0] == how)
+    assert said == [[how, str(rank), tokens, "0", "True"] for rank in (0, 1)]
     for name in one:
-        with safe_open(tmp_path / "one" / name, "pt") as a, safe_open(tmp_path / "two" / name, "pt") as b:
+        with safe_open(folder / f"one {how}" / name, "pt") as a, safe_open(folder / f"two {how}" / name, "pt") as b:
             assert a.metadata() == b.metadata()
 
 
-def test_a_process_that_dies_ends_the_job_and_its_checkpoints_serve_the_next(tmp_path):
+def test_a_process_that_dies_ends_the_job_and_its_checkpoints_serve_the_next(tmp_path, collected):
     written(tmp_path)
     done = under_torchrun(tmp_path, "program.py", "part", "all", "die")
     assert done.returncode != 0 and "Signal 9 (SIGKILL) received" in done.stderr
-    names = {path.name for path in (tmp_path / "part").glob("*.safetensors")}
+    names = {path.name for path in (tmp_path / "part all").glob("*.safetensors")}
     assert names == {"checkpoint-1-of-2.safetensors", "checkpoint-2-of-2.safetensors"}
     again = under_torchrun(tmp_path, "program.py", "part", "all")
     assert again.returncode == 0, again.stderr
-    resumed = {line.split()[2] for line in again.stdout.splitlines()}
+    resumed = {line.split()[3] for line in again.stdout.splitlines()}
     assert len(resumed) == 1 and int(resumed.pop()) > 0
-    assert under_torchrun(tmp_path, "program.py", "whole", "all").returncode == 0
-    part, whole = moments(tmp_path / "part"), moments(tmp_path / "whole")
+    part, whole = moments(tmp_path / "part all"), moments(collected[0] / "two all")
     assert part.keys() == whole.keys() and all(torch.equal(part[name], whole[name]) for name in part)
-
-
-LOST = """
-import os
-from kedit_fast.support import process_group
-from kedit_fast.errors import KeditError
-import torch
-process_group.start()
-rank, _ = process_group.world()
-if rank == 1:
-    os._exit(0)
-try:
-    process_group.sum_(torch.zeros(3))
-except KeditError as error:
-    open("said", "w").write(str(error))
-os._exit(0)
-"""
-
-
-def test_a_lost_connection_says_so(tmp_path):
-    (tmp_path / "program.py").write_text(LOST, encoding="utf-8")
-    assert under_torchrun(tmp_path, "program.py").returncode == 0
-    assert "process 0 of 2 lost the others: one has ended" in (tmp_path / "said").read_text()
