@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
 
 from kedit_fast.cli.checks import check_device_map, checked_device
-from kedit_fast.cli.console import command, interactive, output, print_json, say_skipped
+from kedit_fast.cli.console import command, interactive, notices, output, print_json, say_skipped
 from kedit_fast.cli.options import (
     DTYPE_NAMES,
     REQUESTS_HELP,
@@ -33,7 +34,8 @@ from kedit_fast.cli.options import (
     read_spec,
 )
 from kedit_fast.cli.report import print_metrics
-from kedit_fast.errors import KeditError, UnsupportedModelError
+from kedit_fast.errors import KeditError, RequestError, UnsupportedModelError
+from kedit_fast.evaluation.contexts import CONTEXTS
 from kedit_fast.evaluation.evaluator import Average, Evaluator, evaluate
 from kedit_fast.evaluation.registry import select
 from kedit_fast.models.fingerprint import tokenizer_hash
@@ -42,7 +44,9 @@ from kedit_fast.patches.patch import Patch
 from kedit_fast.reports import evaluation as report
 from kedit_fast.requests.chat import chat_format
 from kedit_fast.requests.datasets.choices import load_choices
-from kedit_fast.requests.reading import load_requests
+from kedit_fast.requests.problems import first_problems, skipped_records
+from kedit_fast.requests.reading import RequestList, load_requests
+from kedit_fast.requests.sampling import sampled
 from kedit_fast.statistics.sources import open_texts
 from kedit_fast.support.files import check_new
 
@@ -64,12 +68,20 @@ def evaluation(
         str,
         typer.Option(help="ids, definitions or families with commas between them, or all; see the page of evaluation"),
     ] = "default",
+    context: Annotated[
+        str | None,
+        choice(CONTEXTS, "measure the unedited model also with each new fact in front of its prompts"),
+    ] = None,
     texts: Annotated[str | None, typer.Option(help=f"for metrics over ordinary text: {TEXT_HELP}")] = None,
     field: Annotated[str, typer.Option(help="field of a record, or column, that holds the text")] = "text",
     choices: Annotated[
         Path | None, typer.Option(help="for metrics over multiple choice: records in MMLU's or TRAIT's form")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="use the first so many requests, texts and choices")] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="draw so many requests; a case of several counts once")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of --sample, and of new answers, which some forms leave to be drawn")] = 0,
     average: Annotated[
         str | None,
         choice(
@@ -109,12 +121,16 @@ def evaluation(
     select(metrics)
     if out is not None:
         check_new(out, overwrite, KeditError)
-    records = None if requests is None else load_requests(requests, on_error, form=form, reading=reading)
+    records = None if requests is None else load_requests(requests, on_error, form=form, reading=reading, seed=seed)
     items = [] if choices is None else load_choices(choices, on_error)
     documents = [] if texts is None else open_texts(texts, field)
     if limit is not None:
         records = None if records is None else records.first(limit)
-        items, documents = items[:limit], documents[:limit]
+        items, documents = items[:limit], [documents[i] for i in range(min(limit, len(documents)))]
+    if records is not None and sample is not None and sample < len(records):
+        drawn = {id(request) for request in sampled(records, sample, seed)}
+        chosen = [(r, place) for r, place in zip(records, records.places, strict=True) if id(r) in drawn]
+        records = RequestList([r for r, _ in chosen], [place for _, place in chosen], records.skipped)
     patches = [Patch.load(path) for path in patch or ()]
     for path in (model, *filter(None, [base])):
         load_config(path, merge_adapter)
@@ -128,6 +144,7 @@ def evaluation(
     first, tokenizer = load(model if base is None else base)
     part = None if out is None else out.with_name(f"{out.name}.part")
     options: dict[str, Any] = {
+        "context": context,
         "texts": documents,
         "choices": items,
         "prompt_format": None if chatting is None else chat_format(tokenizer, **chatting),
@@ -135,18 +152,23 @@ def evaluation(
         "spec": architecture,
         "average": average,
         "folder": part,
+        "on_error": on_error,
         "progress": interactive(),
     }
-    measured = None
     if base is None:
         measured = evaluate(first, tokenizer, records or [], metrics, patches=patches, **options)
     else:
         evaluator = Evaluator(first, tokenizer, records or [], metrics, **options)
         evaluator.measure("pre")
-        evaluator.model = first = None  # the memory of one model is enough
+        if context is not None:
+            evaluator.measure("context")
+        evaluator.model = first = None  # one model in memory at a time
         evaluator.model, _ = load(model)
         evaluator.measure("final")
         measured = evaluator.result()
+    skipped = {} if records is None else {**records.skipped, **_at_places(measured.skipped, records.places)}
+    if measured.skipped and records is not None and len(measured.skipped) == len(records):
+        raise RequestError("\n".join(["no request can be measured:", *first_problems(skipped)]))
     about = {
         "title": f"Evaluation of {Path(model).name}",
         "model": model,
@@ -157,18 +179,27 @@ def evaluation(
         "requests": None if records is None else f"{requests}: {len(records):,}",
         "texts": None if texts is None else f"{texts}: {len(documents):,}",
         "choices": None if choices is None else f"{choices}: {len(items):,}",
+        "in_context": context,
+        "prompts": None if chatting is None else "in the tokenizer's chat template",
         **report.provenance(),
     }
     files = []
     if out is not None:
         files = report.save(measured, tokenizer, out, about, overwrite)
         shutil.rmtree(str(part), ignore_errors=True)
-    if records is not None:
-        say_skipped(records.skipped, records.total)
+        if report.PICTURE not in files:
+            notices.print("kedit-fast: no picture: it needs matplotlib (pip install 'kedit-fast[plot]')", markup=False)
     if as_json:
         places = {} if out is None else {"out": str(out), "files": files}
-        print_json({"about": about, **measured.as_dict(), **places})
+        print_json({"about": about, **measured.as_dict(), "skipped": skipped_records(skipped), **places})
         return
+    if records is not None:
+        say_skipped(skipped, records.total)
     print_metrics(measured, about["title"])
     if out is not None:
         output.print(f"Saved to {out}: {', '.join(files)}", markup=False)
+
+
+def _at_places(reasons: Mapping[int, str], places: Sequence[int]) -> dict[int, str]:
+    """Reasons by a record's place in its file, from those by a request's index."""
+    return {places[index]: f"record {places[index] + 1}: {reason}" for index, reason in reasons.items()}

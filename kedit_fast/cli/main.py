@@ -13,6 +13,7 @@ COMMANDS = {
         "Change facts inside the bundled demo model and show what changed. Saves nothing without --out.",
     ),
     "edit": ("kedit_fast.cli.edit:edit", "Write facts into a model and save it."),
+    "eval": ("kedit_fast.cli.eval:evaluation", "Measure what edits did: every metric before and after."),
     "plan": (
         "kedit_fast.cli.plan:plan",
         "Estimate the memory, the batch and the time of a run of edits before it is started.",

@@ -277,7 +277,7 @@ class Evaluator:
             **self._settings,
         }
         ordered = {metric.id: results[metric.id] for metric in self.metrics}
-        return Evaluation(ordered, scores, context)
+        return Evaluation(ordered, scores, context, dict(self.skipped))
 
     def _restricted_to(self, requests: set[int]) -> Evaluator:
         """This evaluator without the answers of other requests."""

@@ -62,6 +62,8 @@ class Evaluation:
     """By id: every record that has what the metric needs. Derived numbers have none."""
     context: Mapping[str, Any] = field(default_factory=dict)
     """What was measured, and how: model, records, separators, mean."""
+    skipped: Mapping[int, str] = field(default_factory=dict)
+    """Index of each request that could not be measured -> why."""
 
     def value(self, id: str, state: State = "final") -> float | None:
         """A metric's value; None where nothing counts or the state was not measured."""

@@ -28,8 +28,15 @@ from kedit_fast.requests.request import EditRequest
 from kedit_fast.support import figures
 from kedit_fast.support.files import new_folder, write_text
 
-TITLES: dict[State, str] = {"pre": "before", "context": "in context", "post": "after its batch", "final": "after"}
+TITLES: dict[State, str] = {
+    "pre": "before",
+    "context": "in context",
+    "first": "after the group's first edit",
+    "post": "after its batch",
+    "final": "after",
+}
 """State -> what tables call it."""
+PICTURE = "metrics.png"
 ROWS = 1000
 """Most requests in the page's table; the files have all."""
 REGRESSIONS = 20
@@ -188,7 +195,7 @@ def save(
         write_text(work / "requests.csv", csv_of(evaluation), KeditError)
         write_text(work / "report.html", page_of(evaluation, tokenizer, about), KeditError)
         if figures.available():
-            figures.save(figure_of(evaluation), work / "metrics.png")
+            figures.save(figure_of(evaluation), work / PICTURE)
         names = sorted(path.name for path in work.iterdir())
     return names
 
@@ -207,7 +214,13 @@ def csv_of(evaluation: Evaluation) -> str:
 
 # The picture ---------------------------------------------------------------------------------------------------------
 
-_COLORS: dict[State, str] = {"pre": "0.55", "context": "#a3680a", "post": "#6a51a3", "final": "#0b61c4"}
+_COLORS: dict[State, str] = {
+    "pre": "0.55",
+    "context": "#a3680a",
+    "first": "#1a7f37",
+    "post": "#6a51a3",
+    "final": "#0b61c4",
+}
 
 
 def figure_of(evaluation: Evaluation) -> Any:
