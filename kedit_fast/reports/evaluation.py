@@ -374,7 +374,7 @@ def _bars(one: Result, states: Sequence[State], scale: float) -> str:
     if not texts:
         return ""
     size = f'width="{WIDTH}" height="{HEIGHT * len(states)}" viewBox="0 0 {WIDTH} {HEIGHT * len(states)}"'
-    return f'<svg {size} role="img" aria-label="{escape(", ".join(texts))}">{"".join(parts)}</svg>'
+    return f'<svg class="bars" {size} role="img" aria-label="{escape(", ".join(texts))}">{"".join(parts)}</svg>'
 
 
 def _regressions(evaluation: Evaluation, tokenizer: Any) -> str:
