@@ -65,6 +65,10 @@ LabelsOption = Annotated[
 RelationPromptsOption = Annotated[
     Path | None, typer.Option(help="JSON file of other phrasings by relation, as ConflictEdit and RoundEdit have them")
 ]
+SnippetsOption = Annotated[
+    Path | None,
+    typer.Option(help="CounterFact's attribute_snippets.json: reference texts of generated ones, for gen.consistency"),
+]
 RequestSeedOption = Annotated[int, typer.Option("--seed", help="of new answers, which some forms leave to be drawn")]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from kedit_fast.errors import RequestError
 from kedit_fast.requests.datasets.dataset import DataSet, check_reading, recognize
-from kedit_fast.requests.datasets.guides import read_labels, read_relation_prompts
+from kedit_fast.requests.datasets.guides import read_labels, read_relation_prompts, read_snippets
 from kedit_fast.requests.datasets.registry import DATA_SETS, FLAT
 from kedit_fast.requests.problems import OnError, check_on_error, require_no_problems
 from kedit_fast.requests.record_fields import MOST_LISTED, Notes
@@ -88,6 +88,7 @@ def load_requests(
     seed: int = 0,
     labels: str | Path | Mapping[str, str] | None = None,
     relation_prompts: str | Path | Mapping[str, Sequence[str]] | None = None,
+    snippets: str | Path | Sequence[Any] | None = None,
 ) -> RequestList:
     """Read requests from a file: .json (a list), .jsonl or .ndjson, .csv or .tsv with a header, each also with .gz.
 
@@ -109,6 +110,8 @@ def load_requests(
         labels: names of what records give by identifiers alone (RippleEdits), or a JSON file of them: {"Q30": "USA"}.
         relation_prompts: other phrasings of relations, which become paraphrases (ConflictEdit, RoundEdit), or a JSON
             file of them: {"P36": ["The capital of {} is"]}.
+        snippets: texts about subjects with the same new answer (CounterFact's `attribute_snippets.json`, or what it
+            holds), which generated texts are compared with.
 
     Returns:
         a list of `EditRequest` that also says which records were left out.
@@ -135,7 +138,14 @@ def load_requests(
         raise RequestError(f"{path} holds no requests")
     if suffix_of(path) in TABLES:
         rows = [row if row.problem else Row(row.where, _from_cells(row.value)) for row in rows]
-    options = Options(need_subject, reading, seed, read_labels(labels), read_relation_prompts(relation_prompts))
+    options = Options(
+        need_subject,
+        reading,
+        seed,
+        read_labels(labels),
+        read_relation_prompts(relation_prompts),
+        read_snippets(snippets),
+    )
     read = _read_rows(rows, str(path), form, options)
     options.notes.log(str(path))
     _warn_of_repetitions(read, str(path))

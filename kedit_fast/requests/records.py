@@ -32,6 +32,8 @@ class Options:
     """Names of what a data set knows by identifiers alone: of Wikidata for example, "Q38111" -> "Leonardo DiCaprio"."""
     relation_prompts: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     """Other phrasings of relations: id -> prompts with {} where the subject stands."""
+    snippets: Mapping[tuple[str, str], Sequence[tuple[str, str]]] = dataclasses.field(default_factory=dict)
+    """Texts about subjects that have a target: (relation, target), by identifier -> (subject, text) of each."""
     notes: Notes = dataclasses.field(default_factory=Notes)
     """Gathers what the log says about all records."""
 

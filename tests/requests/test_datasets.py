@@ -356,3 +356,31 @@ def test_a_sample_keeps_cases_whole_and_the_order():
     for count in (0, 5):
         with pytest.raises(RequestError, match=f"{count} requests cannot be drawn of 4"):
             sampled(requests, count, 0)
+
+
+def test_snippets_are_reference_texts(tmp_path):
+    """memit's: of the relation and the new target, of which those about the subject are for the perplexity."""
+    record = sample("counterfact")
+    record = record[0] if isinstance(record, list) else record
+    rewrite = record["requested_rewrite"]
+    samples = [
+        {"name": "Other", "text": "One."},
+        {"name": rewrite["subject"], "text": "Two."},
+        {"name": "x", "text": " "},
+    ]
+    snippets = [
+        {"relation_id": rewrite["relation_id"], "target_id": rewrite["target_new"]["id"], "samples": samples[:1]},
+        {"relation_id": rewrite["relation_id"], "target_id": rewrite["target_true"]["id"], "samples": samples},
+        {"relation_id": rewrite["relation_id"], "target_id": rewrite["target_new"]["id"], "samples": samples[1:]},
+    ]
+    path = written(tmp_path / "requests.json", [record])
+    (request,) = load_requests(path, snippets=written(tmp_path / "snippets.json", snippets))
+    assert request.probes == (
+        Probe("reference", (Question("One."), Question("Two.")), "consistency"),
+        Probe("reference", (Question("Two."),), "essence"),
+    )
+    assert load_requests(path)[0].probes == ()
+    with pytest.raises(RequestError, match="entry 2 must have relation_id"):
+        load_requests(path, snippets=[snippets[0], {"samples": []}])
+    with pytest.raises(RequestError, match="must be a list of objects"):
+        load_requests(path, snippets=written(tmp_path / "wrong.json", {}))

@@ -18,6 +18,7 @@ from kedit_fast.cli.options import (
     ReadingOption,
     RelationPromptsOption,
     RequestSeedOption,
+    SnippetsOption,
 )
 from kedit_fast.requests.problems import skipped_records
 from kedit_fast.requests.reading import load_requests
@@ -32,6 +33,7 @@ def convert(
     reading: ReadingOption = None,
     labels: LabelsOption = None,
     relation_prompts: RelationPromptsOption = None,
+    snippets: SnippetsOption = None,
     seed: RequestSeedOption = 0,
     on_error: OnErrorOption = "raise",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
@@ -41,7 +43,14 @@ def convert(
     check_suffix(out)
     check_file(out, overwrite=overwrite)
     requests = load_requests(
-        file, on_error, form=form, reading=reading, seed=seed, labels=labels, relation_prompts=relation_prompts
+        file,
+        on_error,
+        form=form,
+        reading=reading,
+        seed=seed,
+        labels=labels,
+        relation_prompts=relation_prompts,
+        snippets=snippets,
     )
     save_requests(requests, out)
     if as_json:

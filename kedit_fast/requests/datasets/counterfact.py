@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kedit_fast.errors import RequestError
 from kedit_fast.requests.datasets.dataset import NO_CHANGE, DataSet, object_of
 from kedit_fast.requests.datasets.easyedit import NAMES as EASYEDIT_NAMES
 from kedit_fast.requests.datasets.easyedit import PLACEHOLDERS, with_hop
+from kedit_fast.requests.probes import Probe, Question
 from kedit_fast.requests.records import Options, read_flat
 from kedit_fast.requests.request import FIELDS, EditRequest
 
@@ -28,7 +30,21 @@ def _read(record: Mapping[str, Any], where: str, options: Options) -> list[EditR
         raise RequestError(f"{where}: {REWRITE} holds {len(inner)} rewrites: make a record of each")
     options.notes.take(inner[0], {*FIELDS, *NAMES}, frozenset())
     request = read_flat([inner[0], record], where, options, NAMES, absent=PLACEHOLDERS)
-    return [with_hop(request, record, where)]
+    probes = _references(inner[0], request, options)
+    return [with_hop(replace(request, probes=(*request.probes, *probes)) if probes else request, record, where)]
+
+
+def _references(rewrite: Mapping[str, Any], request: EditRequest, options: Options) -> tuple[Probe, ...]:
+    """Texts about subjects that have the new target, and of these the ones about the request's own subject."""
+    target = rewrite.get("target_new")
+    identifier = target.get("id") if isinstance(target, Mapping) else None
+    samples = options.snippets.get((str(rewrite.get("relation_id")), str(identifier)), ())
+    about = [sample for sample in samples if sample[0] == request.subject]
+    return tuple(
+        Probe("reference", tuple(Question(text) for _, text in chosen), name)
+        for name, chosen in (("consistency", samples), ("essence", about))
+        if chosen
+    )
 
 
 DATA_SETS = (

@@ -1,4 +1,4 @@
-"""What some data sets need beside their records: names of identifiers, and other phrasings of relations."""
+"""What some data sets need beside their records: names of identifiers, phrasings of relations, reference texts."""
 
 from __future__ import annotations
 
@@ -40,6 +40,35 @@ def read_relation_prompts(source: str | Path | Mapping[str, Sequence[str]] | Non
                 raise RequestError(f"relation prompts of {relation!r} must contain {{}} once; got {describe(template)}")
         prompts[relation] = tuple(templates)
     return prompts
+
+
+def read_snippets(source: str | Path | Sequence[Any] | None) -> dict[tuple[str, str], tuple[tuple[str, str], ...]]:
+    """(relation, target), both as identifiers -> (subject, text about it) of each sample; empty for None.
+
+    Args:
+        source: `attribute_snippets.json` of CounterFact, or what it holds: a list of objects {relation_id, target_id,
+            samples: [{name, text}]}.
+
+    Raises:
+        RequestError: the file cannot be read, or holds something else.
+    """
+    where = "snippets"
+    if isinstance(source, str | os.PathLike):
+        where = f"snippets of {source}"
+        source = parse_json(read_text(source, RequestError), str(source), RequestError)
+    if not isinstance(source, list | tuple | type(None)):
+        raise RequestError(f"{where} must be a list of objects; got {describe(source)}")
+    snippets: dict[tuple[str, str], tuple[tuple[str, str], ...]] = {}
+    for number, entry in enumerate(source or (), 1):
+        try:
+            key = str(entry["relation_id"]), str(entry["target_id"])
+            samples = tuple((str(sample["name"]), str(sample["text"])) for sample in entry["samples"])
+        except (TypeError, KeyError):
+            raise RequestError(
+                f"{where}: entry {number} must have relation_id, target_id, and samples with name and text"
+            ) from None
+        snippets[key] = snippets.get(key, ()) + tuple(sample for sample in samples if sample[1].strip())
+    return snippets
 
 
 def _mapping(source: Any, meaning: str) -> dict[str, Any]:
