@@ -9,6 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AnySet
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,9 +225,10 @@ def _read_rows(rows: list[Row], source: str, form: str | None, options: Options)
     faulty: dict[str, list[int]] = {}
     by_record: list[list[EditRequest]] = []
     numbered: list[int] = []  # of each of them, the number of its record
+    known = data_set.known
     index = place = 0
     for row in rows:
-        for where, value, problem in _parts(row, data_set, options):
+        for where, value, problem in _parts(row, data_set, known, options):
             index += 1
             try:
                 if problem:
@@ -258,14 +260,14 @@ def _read_rows(rows: list[Row], source: str, form: str | None, options: Options)
     return RequestList(requests, places, problems, records, data_set.name if foreign else "")
 
 
-def _parts(row: Row, data_set: DataSet, options: Options) -> list[tuple[str, Any, str]]:
+def _parts(row: Row, data_set: DataSet, known: AnySet[str], options: Options) -> list[tuple[str, Any, str]]:
     """What a row holds as records: how messages call each, the record, and why it cannot be read."""
     if row.problem or isinstance(row.value, EditRequest):
         return [(row.where, row.value, row.problem)]
     if not isinstance(row.value, Mapping):
         needed = "an object with prompt, subject and target_new"
         return [(row.where, row.value, f"{row.where} must be {needed}; got {shorten(row.value)}")]
-    options.notes.take(row.value, data_set.known, data_set.unused)
+    options.notes.take(row.value, known, data_set.unused)
     if data_set.split is None:
         return [(row.where, row.value, "")]
     try:

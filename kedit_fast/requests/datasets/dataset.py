@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AnySet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +65,7 @@ class DataSet:
     @property
     def known(self) -> frozenset[str]:
         """Names that are read, with those that every request may have."""
-        top = {name.partition(".")[0] for name in self.fields | self.marks}
-        return frozenset(top | self.optional | {*FIELDS})
+        return _top(self.fields | self.marks) | self.optional | {*FIELDS}
 
     def fits(self, record: Mapping[str, Any]) -> bool:
         """Whether a record has all `fields`."""
@@ -74,6 +74,11 @@ class DataSet:
     def claims(self, record: Mapping[str, Any]) -> bool:
         """Whether a record has all `fields`, and one of the `marks` where there are any."""
         return self.fits(record) and (not self.marks or any(_has(record, name) for name in self.marks))
+
+
+def _top(paths: AnySet[str]) -> frozenset[str]:
+    """The names that paths begin with."""
+    return frozenset(path.partition(".")[0] for path in paths)
 
 
 def _has(record: Any, path: str) -> bool:
@@ -102,15 +107,19 @@ def recognize(rows: Sequence[Row], data_sets: Mapping[str, DataSet], form: str |
             raise RequestError(f"form = {form!r}: choose one of {', '.join(data_sets)}")
         return data_sets[form]
     claimed: list[tuple[Row, DataSet]] = []
+    possible: dict[frozenset[Any], list[DataSet]] = {}  # the names of a record -> forms that may fit
     for row in rows:
         if isinstance(row.value, Mapping):
-            first = next((one for one in data_sets.values() if one.claims(row.value)), None)
+            names = frozenset(row.value)
+            if names not in possible:
+                possible[names] = [one for one in data_sets.values() if _top(one.fields) <= names]
+            first = next((one for one in possible[names] if one.claims(row.value)), None)
             if first is not None:
                 claimed.append((row, first))
     if not claimed:
         return data_sets[default]
-    names = {one.name for _, one in claimed}
-    reach = {one.name: _first_other(claimed, one) for one in data_sets.values() if one.name in names}
+    seen = {one.name for _, one in claimed}
+    reach = {one.name: _first_other(claimed, one) for one in data_sets.values() if one.name in seen}
     name = max(reach, key=lambda name: reach[name])  # of several the most specific
     if reach[name] == len(claimed):
         return data_sets[name]
@@ -125,8 +134,10 @@ def _first_other(claimed: Sequence[tuple[Row, DataSet]], form: DataSet) -> int:
     """The place of the first record that cannot be read as `form`, or the number of records."""
     known = form.known
     for place, (row, one) in enumerate(claimed):
-        telling = {name.partition(".")[0] for name in one.marks or one.fields}
-        if one is not form and not (form.fits(row.value) and known.issuperset(telling & row.value.keys())):
+        if one is form:
+            continue
+        telling = _top(one.marks or one.fields) & row.value.keys()
+        if not form.fits(row.value) or not known.issuperset(telling):
             return place
     return len(claimed)
 
