@@ -316,12 +316,17 @@ def test_lengths_decide_between_options():
 
 def test_mutual_information_takes_the_option_alone_away():
     (case,) = PROMPTS["options"].cases(ITEM)
-    alone = {" Rhine": [0.5], " Elbe": [0.1], " É": [0.2]}
-    both = by_target(Rhine=[0.6], Elbe=[0.4], É=[0.2], **alone)
+    behind = by_target(Rhine=[0.6], Elbe=[0.4], É=[0.2])
+    alone = {" Rhine": 0.5, " Elbe": 0.1, " É": 0.2}
+
+    def both(ask):
+        return behind(ask) if isinstance(ask, Forced) else LikelihoodAnswer((1,), (math.log(alone[ask.text]),))
+
     assert score("mcq.acc_mutual_info", case, both, make_tokenizer(bos=True)) == 1.0
-    assert score("mcq.acc, options", case, both) == 0.0
-    (*_, ask) = SCORINGS["mcq.acc_mutual_info"].asks(case, make_tokenizer(bos=False))
-    assert ask.prompt  # a tokenizer that puts nothing in front: the text that ends a text
+    assert score("mcq.acc, options", case, behind) == 0.0
+    tokenizer = make_tokenizer(bos=False)
+    (*_, ask) = SCORINGS["mcq.acc_mutual_info"].asks(case, tokenizer)
+    assert ask.text == f"{tokenizer.bos_token or tokenizer.eos_token} É"  # a tokenizer that puts nothing in front
 
 
 def test_letters():
@@ -560,3 +565,32 @@ def test_the_page_has_the_table_that_the_registry_gives():
     """`python -m kedit_fast.evaluation.tables kedit_fast/evaluation/README.md` replaces it."""
     page = (Path(tables.__file__).parent / "README.md").read_text(encoding="utf-8")
     assert metrics_table() in page and tables.with_table(page) == page
+
+
+def test_options_on_a_model_against_its_logits(demo_model):
+    model, tokenizer = demo_model
+    options = ("cork", "granite", "plum cake")
+    item = Choice("What does Fogodor export?", options, answer=0)
+    trait = replace(TRAIT, options=("I go", "I stay", "I dance", "I sleep"))
+    evaluator = Evaluator(model, tokenizer, [], "mcq,trait.score,trait.order_sensitivity", choices=[item, trait])
+    evaluator.measure("pre")
+    result = evaluator.result()
+
+    def log_prob(prompt, text):
+        base, full = tokenizer(prompt)["input_ids"], tokenizer(prompt + text)["input_ids"]
+        with torch.no_grad():
+            log_probs = torch.log_softmax(model(torch.tensor([full])).logits[0].double(), -1)
+        return sum(float(log_probs[place - 1, full[place]]) for place in range(len(base), len(full)))
+
+    behind = [log_prob("Question: What does Fogodor export?\nAnswer:", f" {option}") for option in options]
+    gains = [value - log_prob("", f" {option}") for value, option in zip(behind, options, strict=True)]
+    by_length = [value / len(option) for value, option in zip(behind, options, strict=True)]
+    for id, values in (("acc", behind), ("acc_norm", by_length), ("acc_mutual_info", gains)):
+        assert result.value(f"mcq.{id}/options", "pre") == 100.0 * (max(values) == values[0])
+        (case,) = result.scores[f"mcq.{id}/options"][0].cases
+        assert [sum(answer.log_probs) for answer in case.answers["pre"][:3]] == pytest.approx(behind, abs=1e-4)
+    alone = [sum(answer.log_probs) for answer in case.answers["pre"][3:]]
+    assert alone == pytest.approx([b - g for b, g in zip(behind, gains, strict=True)], abs=1e-4)
+    (case,) = result.scores["trait.score/extraversion.2"][0].cases
+    labels = [tokenizer.decode(list(answer.tokens)) for answer in case.answers["pre"]]
+    assert labels == ["1", "2", "3", "4", "2", "1", "4", "3"]  # without a space, behind "Response: "

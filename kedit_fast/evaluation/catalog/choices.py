@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kedit_fast.evaluation.asks import Ask, Forced, ForcedAnswer, Generated, GeneratedAnswer
+from kedit_fast.evaluation.asks import (
+    Ask,
+    Forced,
+    ForcedAnswer,
+    Generated,
+    GeneratedAnswer,
+    Likelihood,
+    LikelihoodAnswer,
+)
 from kedit_fast.evaluation.catalog.counterfact import Answers, exponential, forced_answers
 from kedit_fast.evaluation.metric import Better, Case, Metric, Prompts, Scoring
 from kedit_fast.requests.datasets.choices import LETTERS, TEMPLATES, Choice, Template, present
@@ -23,6 +31,8 @@ TRAITS = (
 """TRAIT's, in the order of its paper."""
 MASS = 0.5
 """The probability of all options together below which a model does not choose."""
+LONGEST = 1024
+"""Tokens that an option is cut to where it is read as a text of its own."""
 ANSWER_TOKENS = 16
 """New tokens in which a free answer has to name an option."""
 
@@ -85,9 +95,10 @@ def _each_option(case: Case, tokenizer: Any) -> tuple[Ask, ...]:
 
 
 def _each_option_with_and_without(case: Case, tokenizer: Any) -> tuple[Ask, ...]:
-    """Options behind the question, and behind nothing: what begins a text, or the end-of-text token."""
-    empty = "" if tokenizer("")["input_ids"] else (tokenizer.bos_token or tokenizer.eos_token or "")
-    alone = tuple(Forced(empty, f" {option}", "", plain=True) for option in choice_of(case).options)
+    """Options behind the question, and as texts of their own, behind the token that begins or ends a text."""
+    adds_first = tokenizer(case.prompt)["input_ids"][0] in tokenizer.all_special_ids
+    begin = "" if adds_first else (tokenizer.bos_token or tokenizer.eos_token or "")
+    alone = tuple(Likelihood(f"{begin} {option}", LONGEST) for option in choice_of(case).options)
     return (*_each_option(case, tokenizer), *alone)
 
 
@@ -98,7 +109,7 @@ def _letters_in_both_orders(case: Case, tokenizer: Any) -> tuple[Ask, ...]:
     return tuple(Forced(prompt, letter, " ") for prompt in (case.prompt, backwards) for letter in used)
 
 
-def _total(answer: ForcedAnswer) -> float:
+def _total(answer: ForcedAnswer | LikelihoodAnswer) -> float:
     return sum(answer.log_probs)
 
 
@@ -114,10 +125,13 @@ def _right(length: Callable[[str], int]) -> Callable[[Case, Answers], float]:
 
 
 def _right_beyond_chance(case: Case, answers: Answers) -> float:
-    choice, given = choice_of(case), forced_answers(answers)
-    behind, alone = given[: len(choice.options)], given[len(choice.options) :]
-    gains = [_total(a) - _total(b) for a, b in zip(behind, alone, strict=True)]
-    return float(first_largest(gains) == choice.answer)
+    choice = choice_of(case)
+    totals = []
+    for answer in answers["now"]:
+        assert isinstance(answer, ForcedAnswer | LikelihoodAnswer)
+        totals.append(_total(answer))
+    behind, alone = totals[: len(choice.options)], totals[len(choice.options) :]
+    return float(first_largest([a - b for a, b in zip(behind, alone, strict=True)]) == choice.answer)
 
 
 def _right_letter(case: Case, answers: Answers) -> float:
@@ -303,7 +317,7 @@ METRICS = (
     _knowledge(
         "acc_mutual_info/options",
         "acc_mutual_info",
-        "As mcq.acc/options, with log-likelihoods minus those of the option behind no text.",
+        "As mcq.acc/options, with log-likelihoods minus those of the option as a text of its own.",
         f"{_HARNESS}, acc_mutual_info",
     ),
     _knowledge(
