@@ -206,7 +206,7 @@ def test_a_target_that_the_sentence_does_not_show_is_asked_for(written):
     "prompt",
     [
         "Leonardo DiCaprio comes from Bonn.",
-        "The name of the country of citizenship of Leonardo DiCaprio is .",  # as the real files have it
+        "The name of the country of citizenship of Leonardo DiCaprio is .",
     ],
 )
 def test_an_original_fact_whose_answer_cannot_be_read_is_reported(written, caplog, prompt):
@@ -217,7 +217,6 @@ def test_an_original_fact_whose_answer_cannot_be_read_is_reported(written, caplo
 
 
 def test_an_edit_that_changes_nothing_is_reported(written, caplog):
-    """Nine of 1,922 in random.json."""
     edit = EXAMPLE["edit"] | {
         "original_fact": {**EXAMPLE["edit"]["original_fact"], "prompt": EXAMPLE["edit"]["prompt"]}
     }
