@@ -162,9 +162,8 @@ DATA_SETS = (
     DataSet(
         name="akew",
         title="AKEW (EMNLP 2024): facts, passages about them, and triplets of the passages",
-        fields=frozenset({"requested_rewrite"}),
+        fields=frozenset({"requested_rewrite.fact_new_uns"}),
         read=read_akew,
-        marks=frozenset({"requested_rewrite.fact_new_uns", f"requested_rewrite.{_TRIPLETS}"}),
         optional=frozenset(
             {
                 "case_id", "paraphrase_prompts", "neighborhood_prompts", "generation_prompts", "questions",

@@ -132,11 +132,11 @@ def recognize(rows: Sequence[Row], data_sets: Mapping[str, DataSet], form: str |
 
 def _first_other(claimed: Sequence[tuple[Row, DataSet]], form: DataSet) -> int:
     """The place of the first record that cannot be read as `form`, or the number of records."""
-    known = form.known
+    known = form.known | form.fields | form.marks
     for place, (row, one) in enumerate(claimed):
         if one is form:
             continue
-        telling = _top(one.marks or one.fields) & row.value.keys()
+        telling = {path for path in one.marks or one.fields if _has(row.value, path)}
         if not form.fits(row.value) or not known.issuperset(telling):
             return place
     return len(claimed)

@@ -107,10 +107,9 @@ DATA_SETS = (
     DataSet(
         name="mquake",
         title="MQuAKE-CF, -CF-3k, -CF-3k-v2 and -T (arXiv:2305.14795): multi-hop questions over edited facts",
-        fields=frozenset({"requested_rewrite"}),
+        fields=frozenset({"requested_rewrite", "questions"}),
         read=read_case,
-        marks=frozenset({"questions", "new_answer", "single_hops", "new_single_hops"}),
-        optional=frozenset({"case_id", "new_answer_alias"}),
+        optional=frozenset({"case_id", "new_answer", "new_answer_alias", *_HOPS}),
         unused=frozenset({"answer", "answer_alias", "answer_extended", "orig"}),
         faults=(
             Fault("a new answer without aliases", lambda record, _: not record.get("new_answer_alias")),
