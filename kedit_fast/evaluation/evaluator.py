@@ -249,6 +249,10 @@ class Evaluator:
             chosen.extend((state, "choices", index) for index in range(len(self._records["choices"])))
         return chosen
 
+    def answers(self, state: State) -> dict[Ask, Answer]:
+        """What the model answered in a state, by ask; where requests were asked the same at several times, the last."""
+        return {ask: known for place, part in self._answers.items() if place[0] == state for ask, known in part.items()}
+
     def result(self, requests: Iterable[int] | None = None) -> Evaluation:
         """The metrics of all states that were measured.
 
