@@ -251,7 +251,8 @@ class Evaluator:
 
     def answers(self, state: State) -> dict[Ask, Answer]:
         """What the model answered in a state, by ask; where requests were asked the same at several times, the last."""
-        return {ask: known for place, part in self._answers.items() if place[0] == state for ask, known in part.items()}
+        parts = {id(part): part for place, part in self._answers.items() if place[0] == state}
+        return {ask: known for part in parts.values() for ask, known in part.items()}
 
     def result(self, requests: Iterable[int] | None = None) -> Evaluation:
         """The metrics of all states that were measured.

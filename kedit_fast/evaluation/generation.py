@@ -12,12 +12,16 @@ import torch
 from kedit_fast.errors import KeditError
 from kedit_fast.evaluation.asks import Answer, Ask, Generated, GeneratedAnswer
 from kedit_fast.evaluation.rows import Row, batches
-from kedit_fast.models.cached import cache_limit, run_beginnings
+from kedit_fast.models.cached import cache_bytes, cache_limit, run_beginnings
 from kedit_fast.models.forward import last_states, pad
 from kedit_fast.models.view import ModelView
+from kedit_fast.support.free_memory import free_bytes
 
-BATCH_TOKENS = 8192
-"""Tokens of the texts of a batch, when all are at their longest."""
+BATCH_TOKENS = 4096
+"""Tokens of the texts of a batch that run whole, when all are at their longest."""
+LARGEST_ROWS = 512
+"""Of a batch with keys and values, which also take at most an eighth of the free memory, and this much:"""
+LARGEST_BYTES = {"cpu": 1 << 30, "cuda": 4 << 30}
 FULL = 0.875
 """Finished texts leave a batch when at most this share of its rows goes on: leaving copies the others' states."""
 Put = Callable[[Mapping[Ask, Answer]], None]
@@ -37,23 +41,32 @@ def generate(
     Raises:
         KeditError: the model gives no finite probabilities for a prompt, which is named.
     """
-    asks = list(rows)
     ends = end_tokens(view, tokenizer)
-    for chunk in batches(range(len(asks)), lambda i: len(rows[asks[i]].prompt) + rows[asks[i]].new, BATCH_TOKENS):
-        texts = [Text(tokenizer, asks[i], rows[asks[i]], ends) for i in chunk]
-        put({text.ask: text.answer() for text in texts if text.is_done})
-        texts = [text for text in texts if not text.is_done]
-        places = max((len(text.ids) for text in texts), default=0) + max((text.left for text in texts), default=0)
-        run = _continue if places - 1 <= cache_limit(view) else _continue_whole  # the last token is not read
-        run(view, texts, put)
+    texts = [Text(tokenizer, ask, row, ends) for ask, row in rows.items()]
+    put({text.ask: text.answer() for text in texts if text.is_done})
+    texts = [text for text in texts if not text.is_done]
+    if not texts:
+        return
+    limit = cache_limit(view)
+    tokens, most = (_batch_tokens(view), LARGEST_ROWS) if limit else (BATCH_TOKENS, None)
+    # Prompts of one length leave no gaps; texts of one length end together.
+    for chunk in batches(range(len(texts)), lambda i: (texts[i].longest, texts[i].length), tokens, most):
+        part = [texts[i] for i in chunk]
+        # Gaps count; the last token is not read.
+        places = max(text.length for text in part) + max(text.left for text in part) - 1
+        (_continue if places <= limit else _continue_whole)(view, part, put)
+
+
+def _batch_tokens(view: ModelView) -> int:
+    """How many tokens a batch may have whose keys and values stay in memory."""
+    largest = LARGEST_BYTES.get(view.device.type, LARGEST_BYTES["cuda"])
+    return min(largest, free_bytes(view.device) // 8) // max(1, cache_bytes(view))
 
 
 def _continue(view: ModelView, texts: Sequence[Text], put: Put) -> None:
     """Continue texts token by token, from the keys and values of the tokens before; finished ones leave."""
-    if not texts:
-        return
     hidden, rows = run_beginnings(view, [text.ids for text in texts], max(text.left for text in texts))
-    at = torch.tensor([len(text.ids) - 1 for text in texts], device=hidden.device)
+    at = torch.tensor([text.length - 1 for text in texts], device=hidden.device)
     states = hidden[torch.arange(len(texts), device=hidden.device), at]
     in_rows: list[Text | None] = list(texts)  # the text of each row; None where it has left
     while True:
@@ -70,7 +83,7 @@ def _continue(view: ModelView, texts: Sequence[Text], put: Put) -> None:
         if len(places) <= FULL * len(in_rows):
             room = max(text.left for text in active)
             rows, in_rows = rows.select(places, room=room), [in_rows[r] for r in places]
-        states = rows.follow([text.ids[-1:] if text is not None else (0,) for text in in_rows])[:, 0]
+        states = rows.follow([(text.last,) if text is not None else (0,) for text in in_rows])[:, 0]
 
 
 def _continue_whole(view: ModelView, texts: Sequence[Text], put: Put) -> None:
@@ -78,7 +91,7 @@ def _continue_whole(view: ModelView, texts: Sequence[Text], put: Put) -> None:
     active = list(texts)
     while active:
         hidden = last_states(view, pad([text.ids for text in active], view.device))
-        at = torch.tensor([len(text.ids) - 1 for text in active], device=hidden.device)
+        at = torch.tensor([text.length - 1 for text in active], device=hidden.device)
         tokens = next_tokens(view, hidden[torch.arange(len(active), device=hidden.device), at], active)
         for text, token in zip(active, tokens, strict=True):
             text.take(token)
@@ -105,6 +118,21 @@ class Text:
     def ids(self) -> tuple[int, ...]:
         """The tokens so far."""
         return (*self._prompt, *self._new)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens so far."""
+        return len(self._prompt) + len(self._new)
+
+    @property
+    def longest(self) -> int:
+        """The number of tokens that it may have in the end."""
+        return len(self._prompt) + self._limit
+
+    @property
+    def last(self) -> int:
+        """The last token so far."""
+        return self._new[-1] if self._new else self._prompt[-1]
 
     @property
     def is_done(self) -> bool:
@@ -174,10 +202,12 @@ def next_tokens(view: ModelView, states: torch.Tensor, texts: Sequence[Text]) ->
             "weights hold such values, or its passes overflow in its dtype"
         )
     tokens = greedy.tolist()
-    for r, text in enumerate(texts):
-        if text.ask.top_k > 1:
-            best = logits[r].topk(min(text.ask.top_k, logits.shape[1]))
-            shares = torch.softmax(best.values.double(), 0).cumsum(0).cpu()
-            place = int(torch.searchsorted(shares, text.draw * float(shares[-1]), right=True))
-            tokens[r] = int(best.indices[min(place, len(shares) - 1)])
+    for top_k in sorted({text.ask.top_k for text in texts} - {1}):
+        places = [r for r, text in enumerate(texts) if text.ask.top_k == top_k]
+        best = (logits if len(places) == len(texts) else logits[places]).topk(min(top_k, logits.shape[1]), 1)
+        shares = torch.softmax(best.values.double(), 1).cumsum(1).cpu()
+        draws = torch.tensor([[texts[r].draw] for r in places], dtype=torch.float64) * shares[:, -1:]
+        drawn = torch.searchsorted(shares, draws, right=True).clamp(max=shares.shape[1] - 1)
+        for r, token in zip(places, best.indices.cpu().gather(1, drawn)[:, 0].tolist(), strict=True):
+            tokens[r] = token
     return tokens

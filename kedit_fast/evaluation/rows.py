@@ -11,7 +11,7 @@ from kedit_fast.errors import RequestError
 from kedit_fast.evaluation.asks import Ask, Distributions, Forced, Generated, Likelihood
 from kedit_fast.models.forward import unknown_token
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.prompts import PromptFormat, continuation
+from kedit_fast.requests.prompts import PromptFormat, continuation, separator_before
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.requests.tokens import non_words
 
@@ -53,12 +53,68 @@ def rows_of(
     """
     rows: dict[Ask, Row] = {}
     problems: dict[Ask, str] = {}
-    for ask in dict.fromkeys(asks):
+    distinct = list(dict.fromkeys(asks))
+    remembered = _Remembering(tokenizer)
+    remembered.read_together(distinct, prompt_format, target_separator)
+    for ask in distinct:
         try:
-            rows[ask] = _row(view, tokenizer, ask, prompt_format, target_separator)
+            rows[ask] = _row(view, remembered, ask, prompt_format, target_separator)
         except RequestError as error:
             problems[ask] = str(error)
     return rows, problems
+
+
+class _Remembering:
+    """A tokenizer that reads each text once, and many texts together, which is faster; and says everything else once.
+
+    Made for one plan: what it remembers is right as long as nobody changes the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._ids: dict[tuple[str, bool], list[int]] = {}
+        self._texts: dict[tuple[int, ...], str] = {}
+
+    def read_together(self, asks: Sequence[Ask], prompt_format: PromptFormat | None, target_separator: str) -> None:
+        """Read the prompts, and prompts with targets, of asks as they stand; what is read otherwise is read later."""
+        if not getattr(self._tokenizer, "is_fast", False):
+            return
+        plain = [a for a in asks if isinstance(a, Forced | Generated) and (prompt_format is None or a.plain)]
+        texts = dict.fromkeys(ask.prompt for ask in plain)
+        for ask in plain:
+            if isinstance(ask, Forced):
+                separator = target_separator if ask.separator == AUTO else ask.separator
+                between = separator_before(self, ask.prompt, ask.target, separator)
+                texts[ask.prompt + between + ask.target] = None
+        if texts:
+            together = self._tokenizer(list(texts), add_special_tokens=True)["input_ids"]
+            self._ids.update({(text, True): list(ids) for text, ids in zip(texts, together, strict=True)})
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **more: Any) -> dict[str, list[int]]:
+        """The tokens of one text."""
+        if more:
+            return self._tokenizer(text, add_special_tokens=add_special_tokens, **more)
+        key = text, add_special_tokens
+        if key not in self._ids:
+            self._ids[key] = list(self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+        return {"input_ids": self._ids[key]}
+
+    def decode(self, ids: Sequence[int], **more: Any) -> str:
+        """The text of tokens."""
+        if more:
+            return self._tokenizer.decode(ids, **more)
+        key = tuple(ids)
+        if key not in self._texts:
+            self._texts[key] = self._tokenizer.decode(list(ids))
+        return self._texts[key]
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._tokenizer, name)
+        setattr(self, name, value)
+        return value
 
 
 def _row(view: ModelView, tokenizer: Any, ask: Ask, prompt_format: PromptFormat | None, target_separator: str) -> Row:
@@ -110,11 +166,23 @@ def prompt_of(ask: Ask) -> str:
     return ask.text if isinstance(ask, Likelihood | Distributions) else ask.prompt
 
 
-def batches(rows: Sequence[int], length: Callable[[int], int], tokens: int) -> Iterable[list[int]]:
-    """Row numbers in batches of at most `tokens` tokens with padding, the longest first; at least one row each."""
-    order = sorted(rows, key=length, reverse=True)
+def batches(
+    rows: Sequence[int], length: Callable[[int], int | tuple[int, ...]], tokens: int, most: int | None = None
+) -> Iterable[list[int]]:
+    """Row numbers in batches, the longest first, at least one row each.
+
+    Args:
+        rows: row numbers.
+        length: of a row; of several numbers the first counts, the others order rows that are equal in it.
+        tokens: the largest number of tokens of a batch, padding included.
+        most: the largest number of rows; None for no limit.
+    """
+    lengths = {row: length(row) for row in rows}
+    order = sorted(rows, key=lengths.__getitem__, reverse=True)
     begin = 0
     while begin < len(order):
-        count = max(1, tokens // max(1, length(order[begin])))
+        longest = lengths[order[begin]]
+        longest = longest if isinstance(longest, int) else longest[0]
+        count = max(1, min(tokens // max(1, longest), len(order) if most is None else most))
         yield order[begin : begin + count]
         begin += count

@@ -71,6 +71,12 @@ class RoomyCache(DynamicCache):
         count = query if isinstance(query, int) else query.shape[0]
         return self.get_seq_length(layer_idx) + count, 0
 
+    @property
+    def bytes_of_a_token(self) -> int:
+        """Bytes of the keys and values of one token in all layers."""
+        parts = (part for stored in self._states.values() for part in stored)
+        return sum(part.shape[1] * part.shape[3] * part.element_size() for part in parts)
+
     def select(self, rows: torch.Tensor, width: int, room: int) -> RoomyCache:
         """A cache with the first `width` places of some rows [n] int64, and with room for more."""
         result = RoomyCache(max(width, room))
@@ -103,6 +109,11 @@ class Beginnings:
         """[R] int64, number of tokens in each row."""
         self._mask = mask  # [R, places] int64, 1 where a token is
 
+    @property
+    def bytes_of_a_token(self) -> int:
+        """Bytes of the keys and values of one token in all layers."""
+        return self._cache.bytes_of_a_token
+
     def select(self, rows: Sequence[int], lengths: Sequence[int] | None = None, room: int = 0) -> Beginnings:
         """Some rows, each as often as it is named.
 
@@ -129,12 +140,17 @@ class Beginnings:
         Returns:
             [R, T, h] last states of these tokens, T of the longest list; those of padding mean nothing.
         """
-        batch = pad(tokens, self._view.device)
-        assert batch.attention_mask is not None
-        self._mask = torch.cat([self._mask, batch.attention_mask], 1)
-        positions = self.lengths[:, None] + batch.position_ids
-        states = _run(self._view, batch.input_ids, self._mask, positions, self._cache)
-        self.lengths = self.lengths + batch.attention_mask.sum(1)
+        if all(len(row) == 1 for row in tokens):
+            ids = torch.tensor(tokens, dtype=torch.int64).to(self._view.device)
+            mask = torch.ones_like(ids)
+        else:
+            batch = pad(tokens, self._view.device)
+            assert batch.attention_mask is not None
+            ids, mask = batch.input_ids, batch.attention_mask
+        self._mask = torch.cat([self._mask, mask], 1)
+        positions = self.lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        states = _run(self._view, ids, self._mask, positions, self._cache)
+        self.lengths = self.lengths + mask.sum(1)
         return states
 
 
@@ -175,29 +191,36 @@ def cache_limit(view: ModelView) -> int:
 
     Tried with a few tokens for the first call of a view, and said at INFO where whole rows run.
     """
-    return view.once(_tried_limit)
+    return view.once(_tried)[0]
+
+
+def cache_bytes(view: ModelView) -> int:
+    """Bytes of the keys and values of one token; 0 where `cache_limit` is."""
+    return view.once(_tried)[1]
 
 
 @plain_torch()
 @torch.no_grad()
-def _tried_limit(view: ModelView) -> int:
+def _tried(view: ModelView) -> tuple[int, int]:
+    """The limit, and the bytes of a token."""
     limit, obstacle = _span(view.config), _obstacle(view)
     if not obstacle:
         rows = [row[: _LEAST_SPAN // 2] for row in sample_rows(view.model.config, view.vocabulary)]
         with evaluating(view):
             try:
-                error = _difference(view, rows)
+                error, size = _difference(view, rows)
                 if error <= error_limit(view.head.matrix.dtype, view.head.rounding):  # pyright: ignore[reportOptionalMemberAccess]
-                    return min(limit, view.max_length)
+                    return min(limit, view.max_length), size
                 obstacle = f"their states differ by {error:.1g}"
             except Exception as error:  # it may be any code
                 obstacle = first_line(error) or type(error).__name__
     _log.info("%s: prompts run anew for each of their targets and tokens: %s", view.spec.name, obstacle)
-    return 0
+    return 0, 0
 
 
-def _difference(view: ModelView, rows: Sequence[Sequence[int]]) -> float:
-    """The relative difference of last states of rows that run in three parts, from those of whole rows."""
+def _difference(view: ModelView, rows: Sequence[Sequence[int]]) -> tuple[float, int]:
+    """The relative difference of last states of rows that run in three parts, from those of whole rows; and the bytes
+    of a token's keys and values."""
     first = [max(1, len(row) - 3 - i) for i, row in enumerate(rows)]
     second = [min(len(row), begin + 1 + i % 2) for i, (row, begin) in enumerate(zip(rows, first, strict=True))]
     order = [*range(len(rows)), 0][::-1]  # one of them twice
@@ -213,7 +236,7 @@ def _difference(view: ModelView, rows: Sequence[Sequence[int]]) -> float:
             results.append(states[r, : end[i] - begin[i]])
             expected.append(whole[i, begin[i] : end[i]])
         part = part.select(range(len(order)))
-    return relative_error(torch.cat(results), torch.cat(expected))
+    return relative_error(torch.cat(results), torch.cat(expected)), part.bytes_of_a_token
 
 
 def _obstacle(view: ModelView) -> str:
