@@ -111,7 +111,7 @@ def test_pmet_eases_and_stops_where_the_serial_loop_does(demo_model):
 
 
 def test_most_probable_early_stopping_is_the_serial_loops(demo_model):
-    model, view, prepared, hparams = demo_case(demo_model, most_probable_steps=2, v_stop_loss=1e-3)
+    model, view, prepared, hparams = demo_case(demo_model, 4, most_probable_steps=2, v_stop_loss=1e-3)
     values = find_values(view, prepared, 1, "block", hparams)
     early = check(values, prepared, model, [view.block(1)], hparams, most_probable_steps=2)
     full = find_values(view, prepared, 1, "block", replace(hparams, most_probable_steps=0))
@@ -127,7 +127,7 @@ def test_romes_twenty_one_contexts(demo_model):
     prefixes = [f"The {word} old man said so. " for word in "abcdefghijklmnopqrst"]
     prepared = prepare(tokenizer, demo.requests(2), prefixes, 256)
     assert len(prepared[0].rewriting) == 21 == 1 + sum(count for _, count in contexts)
-    hparams, _ = make_hparams("rome", model.config, {"v_num_grad_steps": 6})
+    hparams, _ = make_hparams("rome", model.config, {"v_num_grad_steps": 4})
     values = find_values(ModelView(model), prepared, 0, "mlp", hparams)
     check(values, prepared, model, [ModelView(model).mlp(0)], hparams)
 
@@ -148,16 +148,22 @@ def test_the_tokenizers_padding_side_does_not_matter(kind, side):
         assert float((values.targets[:, i] - batched.targets[0]).norm() / values.deltas[:, i].norm()) < 1e-4
 
 
+@pytest.fixture(scope="module")
+def alone(demo_model):
+    """Requests that stop at several steps, and the values of each in a call of its own."""
+    _, view, prepared, hparams = demo_case(demo_model, v_stop_loss=0.4)
+    return view, prepared, hparams, [find_values(view, [request], 1, "block", hparams) for request in prepared]
+
+
 @pytest.mark.parametrize("numbers", (dict(values_batch=1), dict(values_batch=2), dict(values_batch=4, check_every=3),
                                      dict(values_batch=5, check_every=100), dict(check_every=4)), ids=str)  # fmt: skip
-def test_neither_the_batch_nor_the_looks_change_a_value(demo_model, numbers):
+def test_neither_the_batch_nor_the_looks_change_a_value(alone, numbers):
     """Requests enter as others leave, at every size; who has stopped is frozen until the next look."""
-    _, view, prepared, hparams = demo_case(demo_model, v_stop_loss=0.4)
-    alone = [find_values(view, [request], 1, "block", hparams) for request in prepared]
+    view, prepared, hparams, single = alone
     together = find_values(view, prepared, 1, "block", replace(hparams, **numbers))
-    assert together.steps.tolist() == [int(one.steps) for one in alone]
+    assert together.steps.tolist() == [int(one.steps) for one in single]
     assert len(set(together.steps.tolist())) > 1
-    for i, one in enumerate(alone):
+    for i, one in enumerate(single):
         assert float((one.targets[:, 0] - together.targets[:, i]).norm() / one.deltas.norm()) < 1e-4
 
 
