@@ -30,6 +30,7 @@ from kedit_fast.cli.options import (
     SystemOption,
     TemplateOption,
     chat_options,
+    check_form,
     choice,
     read_spec,
 )
@@ -111,6 +112,7 @@ def evaluation(
     as_json: JsonOption = False,
 ) -> None:
     """Measure what edits did: every metric before and after."""
+    check_form(requests, form, reading)
     chatting = chat_options(chat, system, template, template_arg)
     check_device_map(device_map, device)
     architecture = read_spec(spec)

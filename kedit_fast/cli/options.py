@@ -118,6 +118,12 @@ def read_spec(path: Path | None) -> ArchSpec | None:
     return None if path is None else spec_from_json(path)
 
 
+def check_form(requests: Path | None, form: str | None, reading: str | None) -> None:
+    """Raise BadParameter for --form or --reading without --requests, which alone they are about."""
+    if requests is None and (form is not None or reading is not None):
+        raise typer.BadParameter("--form and --reading say how --requests is read: give it, too")
+
+
 def parsed_layers(text: str) -> tuple[int, ...]:
     """The layers of `4-8` or `3,5,7`."""
     try:

@@ -34,6 +34,7 @@ from kedit_fast.cli.options import (
     SystemOption,
     TemplateOption,
     chat_options,
+    check_form,
     choice,
     read_spec,
 )
@@ -85,6 +86,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Estimate the memory, the batch and the time of a run of edits before it is started."""
+    check_form(requests, form, reading)
     chatting = chat_options(chat, system, template, template_arg)
     if dequantize and not trial:
         raise typer.BadParameter("--no-trial counts all matrices as 16-bit: leave --dequantize-edited out")

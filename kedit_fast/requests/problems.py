@@ -31,5 +31,8 @@ def first_problems(problems: Mapping[int, str]) -> list[str]:
 
 
 def skipped_records(skipped: Mapping[int, str]) -> list[dict[str, Any]]:
-    """What was left out, as `--json` prints it: the index from 0, the record's number from 1, and the reason."""
+    """What was left out, as `--json` prints it: the index from 0, the number from 1, and the reason.
+
+    Of a file whose records make several requests, requests are counted: the reason names the record itself.
+    """
     return [{"index": index, "record": index + 1, "reason": skipped[index]} for index in sorted(skipped)]
