@@ -26,6 +26,7 @@ from kedit_fast.cli.options import (
     OnErrorOption,
     ReadingOption,
     SeparatorOption,
+    SnippetsOption,
     SpecOption,
     SystemOption,
     TemplateOption,
@@ -91,6 +92,7 @@ def evaluation(
     ] = None,
     form: FormOption = None,
     reading: ReadingOption = None,
+    snippets: SnippetsOption = None,
     target_separator: SeparatorOption = "auto",
     chat: ChatOption = False,
     system: SystemOption = None,
@@ -123,7 +125,9 @@ def evaluation(
     select(metrics)
     if out is not None:
         check_new(out, overwrite, KeditError)
-    records = None if requests is None else load_requests(requests, on_error, form=form, reading=reading, seed=seed)
+    records = None
+    if requests is not None:
+        records = load_requests(requests, on_error, form=form, reading=reading, seed=seed, snippets=snippets)
     items = [] if choices is None else load_choices(choices, on_error)
     documents = [] if texts is None else open_texts(texts, field)
     if limit is not None:
