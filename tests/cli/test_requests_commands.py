@@ -31,7 +31,7 @@ def test_a_file_that_cannot_be_read_so_ends_with_the_reason():
     done = run("requests", "show", DATA / "qaedit_sample.json", "--on-error", "skip", "--json")
     assert done.returncode == 0 and [one["record"] for one in json.loads(done.stdout)["skipped"]] == [4]
     assert run("requests", "show", ZSRE, "--form", "nothing").returncode == 2
-    done = run("plan", DATA, "--reading", "alt")
+    done = run("plan", DATA, "--edits", 10, "--reading", "alt")
     assert done.returncode == 2 and "how --requests is read" in done.stderr
     model = DATA  # not read: the requests are looked at first
     for command in (("edit", model, "--out", "new"), ("suggest", model)):
