@@ -6,6 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.decoders import Metaspace as MetaspaceDecoder
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 
 from kedit_fast import EditRequest, demo
 from kedit_fast.errors import InvalidArgumentError
@@ -14,7 +19,9 @@ from kedit_fast.evaluation.asks import Forced, ForcedAnswer, Generated, Generate
 from kedit_fast.evaluation.catalog.mquake import EXAMPLES
 from kedit_fast.evaluation.contexts import sentence, triple
 from kedit_fast.evaluation.evaluator import Evaluator
+from kedit_fast.evaluation.generation import Text
 from kedit_fast.evaluation.registry import METRICS, select
+from kedit_fast.evaluation.rows import Row
 from kedit_fast.requests.probes import Probe, Question
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "data" / "golden_texts.json").read_text(encoding="utf-8"))["requests"]
@@ -199,6 +206,18 @@ def test_long_answers_by_rouge(measured):
     assert found["unke.rouge_l.recall/paraphrase"] == pytest.approx(4 / 6)  # ann is a baker
     assert found["unke.rouge_l/paraphrase"] == pytest.approx(2 * (4 / 8) * (4 / 6) / (4 / 8 + 4 / 6))
     assert found["unke.rouge_l.recall/sub_question"] == 0.5
+
+
+def test_a_text_begins_with_its_space():
+    """Tokenizers that mark words, not spaces, decode a text from its beginning without the first one."""
+    backend = Tokenizer(WordLevel({"\u2581It": 0, "\u2581is": 1, "\u2581gran": 2, "ite": 3}, unk_token="ite"))
+    backend.pre_tokenizer, backend.decoder = Metaspace(), MetaspaceDecoder()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert tokenizer.decode([2, 3]) == "granite"
+    text = Text(tokenizer, Generated("It is", 3, stops=("x",)), Row((0, 1), new=2), ())
+    for token in (2, 3):
+        text.take(token)
+    assert text.answer() == GeneratedAnswer((0, 1), (2, 3), " granite", False)
 
 
 def test_what_is_not_installed_is_absent_by_name():
