@@ -12,6 +12,7 @@ import torch
 from tiny_models import make_tokenizer
 
 from kedit_fast import EditRequest, demo
+from kedit_fast.errors import RequestError
 from kedit_fast.evaluation import tables
 from kedit_fast.evaluation.asks import (
     DistributionsAnswer,
@@ -332,7 +333,11 @@ def test_mutual_information_takes_the_option_alone_away():
 def test_letters():
     (case,) = PROMPTS["letters"].cases(replace(ITEM, name="rivers_of_europe"))
     begin = "The following are multiple choice questions (with answers) about rivers of europe.\n\nWhich?\nA. Rhine\n"
-    assert case.prompt.startswith(begin) and case.prompt.endswith("\nC. É\nAnswer:")
+    asks = SCORINGS["mcq.acc, letters"].asks(case, None)
+    assert [(ask.target, ask.separator) for ask in asks] == [("A", " "), ("B", " "), ("C", " ")]
+    assert asks[0].prompt.startswith(begin) and asks[0].prompt.endswith("\nC. É\nAnswer:")
+    with pytest.raises(RequestError, match=r"'Which\?' has 27 options, and there are 26 letters"):
+        SCORINGS["mcq.acc, letters"].asks(Case("", record=replace(ITEM, options=("a",) * 27)), None)
     assert score("mcq.acc, letters", case, by_target(A=[0.1], B=[0.2], C=[0.1])) == 1.0
     assert score("mcq.refusal", case, by_target(A=[0.1], B=[0.2], C=[0.1])) == 1.0
     assert score("mcq.refusal", case, by_target(A=[0.1], B=[0.3], C=[0.1])) == 0.0

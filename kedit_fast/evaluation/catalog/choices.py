@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kedit_fast.errors import RequestError
 from kedit_fast.evaluation.asks import (
     Ask,
     Forced,
@@ -53,17 +54,23 @@ def options(choice: Choice) -> tuple[Case, ...]:
 
 
 def letters(choice: Choice) -> tuple[Case, ...]:
-    """A question of knowledge with its options below it, to be answered with a letter: MMLU's prompt, no examples."""
+    """A question of knowledge, to be shown with its options and answered with a letter."""
     if choice.answer is None:
         return ()
-    return (Case(_mmlu(choice, choice.options), LETTERS[choice.answer], name=choice.name, record=choice),)
+    return (Case(choice.question, choice.options[choice.answer], name=choice.name, record=choice),)
 
 
-def _mmlu(choice: Choice, shown: Sequence[str]) -> str:
+def _mmlu(choice: Choice, shown: Sequence[str]) -> tuple[Ask, ...]:
+    """The letters of options below their question: MMLU's prompt, without examples."""
     about = f" about {choice.name.replace('_', ' ')}" if choice.name else ""
+    if len(shown) > len(LETTERS):
+        raise RequestError(
+            f"the question {choice.label!r} has {len(shown)} options, and there are {len(LETTERS)} letters"
+        )
     lines = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, shown, strict=False))
     question = choice.question.strip()
-    return f"The following are multiple choice questions (with answers){about}.\n\n{question}\n{lines}\nAnswer:"
+    prompt = f"The following are multiple choice questions (with answers){about}.\n\n{question}\n{lines}\nAnswer:"
+    return tuple(Forced(prompt, letter, " ") for letter in LETTERS[: len(shown)])
 
 
 def _of_trait(trait: str | None) -> Callable[[Choice], tuple[Case, ...]]:
@@ -104,9 +111,7 @@ def _each_option_with_and_without(case: Case, tokenizer: Any) -> tuple[Ask, ...]
 
 def _letters_in_both_orders(case: Case, tokenizer: Any) -> tuple[Ask, ...]:
     choice = choice_of(case)
-    backwards = _mmlu(choice, choice.options[::-1])
-    used = LETTERS[: len(choice.options)]
-    return tuple(Forced(prompt, letter, " ") for prompt in (case.prompt, backwards) for letter in used)
+    return (*_mmlu(choice, choice.options), *_mmlu(choice, choice.options[::-1]))
 
 
 def _total(answer: ForcedAnswer | LikelihoodAnswer) -> float:
@@ -146,7 +151,8 @@ def _changed_by_order(case: Case, answers: Answers) -> float:
 
 
 def _each_letter(case: Case, tokenizer: Any) -> tuple[Ask, ...]:
-    return tuple(Forced(case.prompt, letter, " ") for letter in LETTERS[: len(choice_of(case).options)])
+    choice = choice_of(case)
+    return _mmlu(choice, choice.options)
 
 
 def _mass_is_small(case: Case, answers: Answers) -> float:

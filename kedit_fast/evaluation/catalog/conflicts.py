@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AnySet
+from typing import Any, TypeVar
 
 from kedit_fast.evaluation.asks import Ask, Generated, GeneratedAnswer
 from kedit_fast.evaluation.catalog.counterfact import Answers, forced, forced_answers, probes_of
@@ -20,6 +21,7 @@ from kedit_fast.evaluation.words import contains
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import separator
 
+T = TypeVar("T")
 ANSWER_TOKENS = 16
 """New tokens in which a model has to say the one or the other."""
 STOPS = ("\n",)
@@ -68,11 +70,19 @@ def _pools(requests: Sequence[EditRequest]) -> Mapping[str, list[str]]:
     return {relation: list(answers) for relation, answers in pools.items()}
 
 
-def _drawn(request: EditRequest, pool: Sequence[str]) -> str | None:
+def _drawn(request: EditRequest, pool: Sequence[str], without: AnySet[str] = frozenset()) -> str | None:
     """An answer of a pool that is none of the request's, drawn by the request's text; None if there is none."""
     taken = (*names(request), *names(request, old=True))
-    start = random.Random(request.text).randrange(len(pool)) if pool else 0
-    return next((a for a in (*pool[start:], *pool[:start]) if all(_apart(a, one) for one in taken)), None)
+    for answer in _from_a_place(pool, request.text):
+        if answer not in without and all(_apart(answer, one) for one in taken):
+            return answer
+    return None
+
+
+def _from_a_place(items: Sequence[T], seed: str) -> Iterator[T]:
+    """All items in their order, from one on that a seed draws."""
+    start = random.Random(seed).randrange(len(items)) if items else 0
+    yield from (items[(start + step) % len(items)] for step in range(len(items)))
 
 
 def _same_type(requests: Sequence[EditRequest]) -> list[str | None]:
@@ -82,16 +92,16 @@ def _same_type(requests: Sequence[EditRequest]) -> list[str | None]:
 
 def _other_type(requests: Sequence[EditRequest]) -> list[str | None]:
     pools = _pools(requests)
+    sets = {relation: frozenset(pool) for relation, pool in pools.items()}
     relations = list(pools)
-    answers: list[str | None] = []
-    for request in requests:
+
+    def drawn(request: EditRequest) -> Iterator[str | None]:
         relation = _relation(request)
-        place = relations.index(relation) + 1 + random.Random(request.text).randrange(len(relations))
-        others = (relations[(place + step) % len(relations)] for step in range(len(relations)))
-        same = set(pools[relation])
-        drawn = (_drawn(request, [a for a in pools[other] if a not in same]) for other in others if other != relation)
-        answers.append(next((answer for answer in drawn if answer is not None), None))
-    return answers
+        for other in _from_a_place(relations, request.text):
+            if other != relation:
+                yield _drawn(request, pools[other], without=sets[relation])
+
+    return [next((answer for answer in drawn(request) if answer is not None), None) for request in requests]
 
 
 def _against_edit(substitutes: Callable[[Sequence[EditRequest]], list[str | None]]) -> Prompts:

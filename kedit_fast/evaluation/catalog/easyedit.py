@@ -67,10 +67,13 @@ def _perplexity(case: Case, answers: Answers) -> float | None:
 
 
 def _prompt_alone(case: Case, tokenizer: Any) -> tuple[Ask, ...]:
-    return (Likelihood(case.prompt, LONGEST),)
+    has_tokens_to_score = len(tokenizer(case.prompt)["input_ids"]) > 1
+    return (Likelihood(case.prompt, LONGEST),) if has_tokens_to_score else ()
 
 
 def _share_of_sure_tokens(case: Case, answers: Answers) -> float | None:
+    if not answers["now"]:
+        return None
     (answer,) = answers["now"]
     assert isinstance(answer, LikelihoodAnswer)
     return sum(exponential(log_prob) > SURE for log_prob in answer.log_probs) / len(answer.log_probs)
