@@ -9,6 +9,7 @@ import typer
 
 from kedit_fast.cli.checks import check_device_map, check_file, check_range, processes
 from kedit_fast.cli.console import command, interactive, notices, output, print_json, say_skipped
+from kedit_fast.cli.findings import usable_requests
 from kedit_fast.cli.hparams import overridden_hparams, requested_sample, warn_of_ignored_settings
 from kedit_fast.cli.options import (
     DTYPE_NAMES,
@@ -43,6 +44,7 @@ from kedit_fast.methods.hparams_files import read_hparams
 from kedit_fast.methods.presets import is_guess, make_hparams
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import DTYPES, load_config, load_model
+from kedit_fast.reports.lint import lint_requests, lint_tokens
 from kedit_fast.reports.search import span
 from kedit_fast.reports.trials import stored_statistics
 from kedit_fast.requests.chat import chat_format
@@ -101,6 +103,9 @@ def edit(
         ),
     ] = True,
     on_error: OnErrorOption = "raise",
+    force: Annotated[
+        bool, typer.Option("--force", help="write requests that contradict each other, or that linting calls errors")
+    ] = False,
     dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded and saved in")] = "auto",
     device: DeviceOption = "cpu",
     device_map: DeviceMapOption = None,
@@ -122,6 +127,13 @@ def edit(
     if patch is not None:
         check_file(patch, "--patch")
     records = load_requests(requests, on_error, recipe.needs_subject, form, reading)
+    records = usable_requests(
+        records,
+        lint_requests(records, method=recipe.name, batch_size=batch_size).findings,
+        str(requests),
+        on_error,
+        force,
+    )
     overrides = overridden_hparams(hparams, set_, layers, method)
     warn_of_ignored_settings(hparams, dtype, None if batch_size else len(records))
     config = load_config(model, merge_adapter)
@@ -157,6 +169,16 @@ def edit(
     with processes(device) as (rank, place):
         loaded, tokenizer = load_model(model, DTYPES[dtype], place, device_map, merge_adapter)
         prompt_format = None if chatting is None else chat_format(tokenizer, **chatting)
+        records = usable_requests(
+            records,
+            lint_tokens(
+                records, tokenizer, method=recipe.name, prompt_format=prompt_format, target_separator=target_separator
+            ),
+            str(requests),
+            on_error,
+            force,
+            say=rank == 0,
+        )
         plain = dequantize_for(loaded, chosen, any_layer=tries, spec=architecture) if dequantize else None
         statistics, tried = None, None
         if tries:

@@ -40,7 +40,7 @@ from kedit_fast.requests.lint import (
 )
 from kedit_fast.requests.prefixes import generate_prefixes
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_each
-from kedit_fast.requests.reading import as_requests
+from kedit_fast.requests.reading import RequestList, as_requests
 from kedit_fast.requests.relations import PUBLISHED, RelationRules
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
@@ -300,14 +300,7 @@ def lint_requests(
     if tokenizer is None:
         not_run |= {rule.name: "needs a tokenizer" for rule in TOKEN_RULES}
     else:
-        encoded = Encoded(
-            checked,
-            tokenizer,
-            recipe,
-            encode_requests(tokenizer, checked.requests, prompt_format, target_separator),
-            prompt_format is not None,
-        )
-        findings += [finding for rule in TOKEN_RULES for finding in rule.check(encoded)]
+        findings += _token_findings(checked, tokenizer, recipe, prompt_format, target_separator)
     if model is None or tokenizer is None:
         not_run |= {rule.name: "needs a model" for rule in MODEL_RULES}
     else:
@@ -324,6 +317,27 @@ def lint_requests(
             else:
                 findings += rule.check(measured)
     return LintReport(tuple(in_order(findings)), not_run, len({*checked.records, *checked.unreadable}))
+
+
+def lint_tokens(
+    requests: RequestList,
+    tokenizer: Any,
+    *,
+    method: str = "memit",
+    prompt_format: PromptFormat | None = None,
+    target_separator: str = AUTO,
+) -> list[Finding]:
+    """The findings of the rules that need a tokenizer, alone; see `lint_requests`."""
+    recipe = find_recipe(method)
+    return in_order(_token_findings(Checked.of(requests), tokenizer, recipe, prompt_format, target_separator))
+
+
+def _token_findings(
+    checked: Checked, tokenizer: Any, recipe: Recipe, prompt_format: PromptFormat | None, target_separator: str
+) -> list[Finding]:
+    rows = encode_requests(tokenizer, checked.requests, prompt_format, target_separator)
+    encoded = Encoded(checked, tokenizer, recipe, rows, prompt_format is not None)
+    return [finding for rule in TOKEN_RULES for finding in rule.check(encoded)]
 
 
 def _no_keys(measured: Measured) -> str:

@@ -436,15 +436,13 @@ def _reverse_conflicts(checked: Checked) -> Iterator[Finding]:
 def _composite_conflicts(checked: Checked) -> Iterator[Finding]:
     for first, second, third in checked.relations.composite:
         results = checked.by_relation.get(third, {})
-        links = _links(checked, first)
-        for middle, indices in checked.by_relation.get(second, {}).items():
+        links = _links(checked, first) if results else {}
+        for middle, indices in checked.by_relation.get(second, {}).items() if results else ():
             for i in indices:
-                known = dict(links.get(middle, {}))
-                if results:
-                    known |= _tied_links(checked, i, middle, results)
-                for subject, source in known.items():
+                part = checked.requests[i]
+                for subject, source in {**links.get(middle, {}), **_tied_links(checked, i, middle, third)}.items():
                     for j in results.get(subject, ()):
-                        part, whole = checked.requests[i], checked.requests[j]
+                        whole = checked.requests[j]
                         if i == j or folded(part.target_new) == folded(whole.target_new):
                             continue
                         here, there = checked.names[j], checked.names[i]
@@ -471,20 +469,20 @@ def _links(checked: Checked, relation: str) -> dict[str, dict[str, str]]:
     return links
 
 
-def _tied_links(checked: Checked, i: int, middle: str, results: Mapping[str, Sequence[int]]) -> dict[str, str]:
-    """{x: where that is said} of facts x r y whose y is the subject of request i, from the questions of its case."""
+def _tied_links(checked: Checked, i: int, middle: str, third: str) -> dict[str, str]:
+    """{x: where that is said} of facts x r1 y, y the subject of request i, from questions of its case about x.
+
+    A question says no relation. It is taken for r1 where the case edits what follows, x's relation `third`.
+    """
     links: dict[str, str] = {}
     case = checked.requests[i].group
-    for j in checked.cases.get(case, ()) if case is not None else ():
-        for probe in checked.requests[j].probes:
-            for question in probe.questions if probe.kind == "tied" else ():
-                answers = {folded(answer) for group in question.answers for answer in group}
+    members = checked.cases.get(case, []) if case is not None else []
+    subjects = {folded(r.subject or "") for r in (checked.requests[k] for k in members) if r.relation == third}
+    for probe in (probe for k in members if subjects for probe in checked.requests[k].probes if probe.kind == "tied"):
+        for question in probe.questions:
+            if middle in {folded(answer) for group in question.answers for answer in group}:
                 text = folded(question.prompt)
-                links |= {
-                    subject: f"of its case ({question.prompt!r})"
-                    for subject in (folded(checked.requests[k].subject or "") for k in checked.cases[case])
-                    if middle in answers and subject in results and subject in text
-                }
+                links |= {x: f"of its case ({question.prompt!r})" for x in subjects if x and x in text}
     return links
 
 

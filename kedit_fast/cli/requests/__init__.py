@@ -1,4 +1,4 @@
-"""The commands about files of requests: show, convert, sample."""
+"""The commands about files of requests: show, convert, sample, lint, paraphrase."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ COMMANDS = {
     "sample": (
         "kedit_fast.cli.requests.sample:sample",
         "Draw some of a file's requests, whole cases together, and write them as records of this package.",
+    ),
+    "lint": (
+        "kedit_fast.cli.requests.lint:lint",
+        "Check requests before any edit: duplicates, contradictions, what the model knows, tokens across boundaries.",
+    ),
+    "paraphrase": (
+        "kedit_fast.cli.requests.paraphrase:paraphrase",
+        "Add other phrasings to requests, from templates of the same relation; needs no model.",
     ),
 }
 app = lazy_app(COMMANDS, help="Files of requests: what they hold, and in which form.")
