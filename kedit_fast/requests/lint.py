@@ -48,6 +48,7 @@ class Finding:
             "rule": self.rule,
             "severity": self.severity,
             "records": list(self.records),
+            "place": self.place,
             "message": self.message,
             "advice": self.advice,
         }
@@ -101,13 +102,8 @@ class Checked:
         return Finding(rule, severity, records, message, advice, self.names[indices[0]], tuple(unusable))
 
     def list_of(self, indices: Iterable[int]) -> str:
-        """Requests in words: "record 3", "records 3 and 7", and of many the first."""
-        names = [self.names[i] for i in indices]
-        if len(names) == 1:
-            return f"record {names[0]}"
-        if len(names) > _SHOWN:
-            return f"records {comma_list(names[: _SHOWN - 1])} and {len(names) - _SHOWN + 1} more"
-        return f"records {comma_list(names[:-1])} and {names[-1]}"
+        """Requests in words, see `numbered`."""
+        return numbered([self.names[i] for i in indices])
 
     def batch_of(self, index: int) -> int:
         """The batch, from 0, in which a request is written."""
@@ -196,6 +192,15 @@ def folded(text: str) -> str:
 def subject_of(request: EditRequest) -> str:
     """The subject as rules compare it; "" for a request without."""
     return "" if request.subject is None else composed(request.subject)
+
+
+def numbered(names: Sequence[object]) -> str:
+    """Records in words: "record 3", "records 3 and 7.2", and of many the first."""
+    if len(names) == 1:
+        return f"record {names[0]}"
+    if len(names) > _SHOWN:
+        return f"records {comma_list(names[: _SHOWN - 1])} and {len(names) - _SHOWN + 1} more"
+    return f"records {comma_list(names[:-1])} and {names[-1]}"
 
 
 def _asks(request: EditRequest) -> set[tuple[str, str]]:
@@ -380,17 +385,18 @@ def _same_subject(checked: Checked) -> Iterator[Finding]:
 
 
 def _duplicate_ids(checked: Checked) -> Iterator[Finding]:
-    places: dict[Any, list[int]] = {}
+    places: dict[Any, dict[int, int]] = {}  # id -> {record: its first request}
     for i, request in enumerate(checked.requests):
         if request.id is not None:
-            places.setdefault(request.id, []).append(i)
-    for name, indices in places.items():
-        if len(indices) > 1:
+            places.setdefault(request.id, {}).setdefault(checked.records[i], i)
+    for name, first in places.items():
+        if len(first) > 1:
+            records = numbered(list(first))
             yield checked.finding(
                 "duplicate-id",
                 "warning",
-                indices,
-                f"the id {name!r} stands in {checked.list_of(indices)}",
+                first.values(),
+                f"the id {name!r} stands in {records}",
                 "ids name requests in messages and in files of values: give each its own",
             )
 
