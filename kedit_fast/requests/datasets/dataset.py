@@ -59,8 +59,8 @@ class DataSet:
     faults: tuple[Fault, ...] = ()
     """Known faults of the real files."""
     split: Callable[[Mapping[str, Any], str], list[tuple[str, Mapping[str, Any]]]] | None = None
-    """From one object of a file, and how messages call it, to several records and how messages call each; None where
-    an object is a record."""
+    """From one object of a file, and how messages call it, to several records, which are numbered over the whole file,
+    and how messages call each; None where an object is a record."""
 
     @property
     def known(self) -> frozenset[str]:

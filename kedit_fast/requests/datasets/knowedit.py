@@ -97,12 +97,12 @@ def _read_sanitation(record: Mapping[str, Any], where: str, options: Options) ->
     edited = [object_of(row, "success", where) for row in list_of(record["success"], "success", where)]
     if not edited:
         raise RequestError(f"{where}: success is empty")
-    asked = {row.get("question") for row in edited}
+    asked = {text_of(row, "question", where) for row in edited}
     stays = [object_of(row, "locality", where) for row in list_of(record.get("locality"), "locality", where)]
     questions = [
-        Question(text_of(row, "question", where), _groups(row.get("ground_truth"), where))
-        for row in stays
-        if row.get("question") not in asked and not is_empty(row.get("ground_truth"))
+        Question(question, _groups(row.get("ground_truth"), where))
+        for question, row in ((text_of(row, "question", where), row) for row in stays)
+        if question not in asked and not is_empty(row.get("ground_truth"))
     ]
     probes = (Probe("locality", tuple(questions), "locality"),) if questions else ()
     names = {"question": "prompt", "ground_truth": "target_true"}
@@ -111,7 +111,7 @@ def _read_sanitation(record: Mapping[str, Any], where: str, options: Options) ->
 
 def _stays_and_changes(record: Mapping[str, Any], requests: Sequence[EditRequest]) -> bool:
     prompts = {request.prompt for request in requests}
-    return any(str(row.get("question", "")).strip() in prompts for row in record.get("locality") or ())
+    return any(text_of(row, "question", "") in prompts for row in list_of(record.get("locality"), "locality", ""))
 
 
 DATA_SETS = (
@@ -125,7 +125,7 @@ DATA_SETS = (
             ASKS_NOTHING,
             Fault(
                 "the subject stands in its text in other upper and lower case, and is taken as it stands there",
-                lambda record, requests: any(r.subject not in (None, record["concept"].strip()) for r in requests),
+                lambda record, requests: any(r.subject and r.subject not in record["concept"] for r in requests),
             ),
         ),
     ),
