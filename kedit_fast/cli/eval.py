@@ -83,7 +83,7 @@ def evaluation(
     sample: Annotated[
         int | None, typer.Option(min=1, help="draw so many requests; a case of several counts once")
     ] = None,
-    seed: Annotated[int, typer.Option(help="of --sample, and of new answers, which some forms leave to be drawn")] = 0,
+    seed: Annotated[int, typer.Option(help="of --sample, of drawn texts, and of new answers that are drawn")] = 0,
     average: Annotated[
         str | None,
         choice(
@@ -157,6 +157,7 @@ def evaluation(
         "target_separator": target_separator,
         "spec": architecture,
         "average": average,
+        "seed": seed,
         "folder": part,
         "on_error": on_error,
         "progress": interactive(),
