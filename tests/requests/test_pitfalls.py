@@ -153,3 +153,5 @@ def test_relation_prompts_are_checked(tmp_path, read):
         load_requests(path, relation_prompts={"P185": ["no subject here"]})
     with pytest.raises(RequestError, match="relation prompts"):
         read(SAMPLE["coverage"], "easy")
+    with pytest.raises(RequestError, match=r"record 1: .*relation\.id is 'P185', of which relation_prompts has none"):
+        read(SAMPLE["coverage"], "round_prompts")

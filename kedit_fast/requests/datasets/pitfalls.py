@@ -70,7 +70,11 @@ def _label(part: Part, name: str) -> str:
 
 def _paraphrases(relation: Part, subject: str, options: Options) -> tuple[str, ...]:
     """The prompts of a relation with a subject; a space at their end belongs to the target's side and is left out."""
-    templates = options.relation_prompts.get(relation["id"].text(), ())
+    name = relation["id"].text()
+    if options.relation_prompts and name not in options.relation_prompts:
+        given = ", ".join(options.relation_prompts)
+        raise relation["id"].error(f"is {name!r}, of which relation_prompts has none; it has those of {given}")
+    templates = options.relation_prompts.get(name, ())
     return tuple(template.replace("{}", subject).rstrip() for template in templates)
 
 
