@@ -21,6 +21,7 @@ from kedit_fast.errors import EditError, KeditError, RequestError
 from kedit_fast.evaluation.evaluator import Evaluator
 from kedit_fast.evaluation.metrics import SHARES, Metrics, shares_of
 from kedit_fast.evaluation.results import Evaluation
+from kedit_fast.evaluation.sequences import Retention, RetentionTracker
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
 from kedit_fast.models.saving import save_model
@@ -95,6 +96,8 @@ class Report:
     """Index of a request, or of a record in its file -> why it was left out."""
     evaluation: Evaluation | None = field(default=None, repr=False)
     """The metrics that were asked for, of the requests that were written, before ("pre") and after ("final")."""
+    retention: Retention | None = field(default=None, repr=False)
+    """What the final model keeps of each batch, where that was asked for."""
     editor: Editor | None = field(default=None, repr=False)
     """The editor that made the edits."""
     requests: tuple[dict[str, Any], ...] = ()
@@ -109,6 +112,8 @@ class Report:
             pairs[f"{name}_before"] = before[name]
         if self.evaluation is not None:
             pairs["metrics"] = before_and_after(self.evaluation)
+        if self.retention is not None:
+            pairs["retention"] = self.retention.as_dict()
         pairs["requests"] = list(self.requests)
         pairs["skipped"] = skipped_records(self.skipped)
         pairs["seconds"] = self.seconds
@@ -154,6 +159,7 @@ def run_edits(
     target_separator: str = AUTO,
     on_error: OnError = "raise",
     metrics: str | Iterable[str] = "default",
+    retention: int | None = None,
     progress: bool = False,
     spec: ArchSpec | None = None,
 ) -> Report:
@@ -176,6 +182,7 @@ def run_edits(
         target_separator: the text between prompt and target of requests that do not name one.
         on_error: "raise" at requests that cannot be written or measured, or "skip" them.
         metrics: what to measure beside efficacy, paraphrase and neighborhood; see `registry.select`.
+        retention: so many requests of each batch, at most, are measured right after it, too, for a retention curve.
         progress: show progress bars on stderr.
         spec: an ArchSpec for an architecture that is not known.
 
@@ -238,6 +245,10 @@ def run_edits(
         _require_single_ids({i: prepared[i] for i in indices})
     with timed(seconds, "evaluate"):
         evaluator.measure("pre")
+    tracker = None
+    if retention is not None:
+        settings = {"prompt_format": prompt_format, "target_separator": target_separator, "spec": spec}
+        tracker = RetentionTracker(evaluator, retention, **settings)
     size = batch_size or max(1, len(indices))
     results = []
     try:
@@ -248,6 +259,9 @@ def run_edits(
             skipped |= {batch[place]: reason for place, reason in result.skipped.items()}
             for phase, spent in result.seconds.items():
                 seconds[phase] += spent
+            if tracker is not None:
+                with timed(seconds, "evaluate"):
+                    tracker.measure([places[i] for i in batch if i not in skipped])
         written = [i for i in indices if i not in skipped]
         if not written:
             raise EditError("\n".join(["every request was skipped:", *first_problems(skipped)]))
@@ -274,6 +288,7 @@ def run_edits(
         tuple(results),
         skipped,
         evaluation,
+        None if tracker is None else tracker.result(evaluation),
         editor,
         tuple(_request_entry(tokenizer, i, prepared[i]) for i in written),
     )

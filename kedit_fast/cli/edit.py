@@ -23,6 +23,7 @@ from kedit_fast.cli.options import (
     JsonOption,
     MergeAdapter,
     MethodOption,
+    MetricsOption,
     ModelArgument,
     OnErrorOption,
     ReadingOption,
@@ -40,10 +41,12 @@ from kedit_fast.cli.quantized import DequantizeEdited, dequantize_for
 from kedit_fast.cli.report import print_report, require_change, warn_of_efficacy
 from kedit_fast.cli.trials import chosen_by_trials
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
+from kedit_fast.evaluation.registry import select
 from kedit_fast.methods.hparams_files import read_hparams
 from kedit_fast.methods.presets import is_guess, make_hparams
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import DTYPES, load_config, load_model
+from kedit_fast.reports.evaluation import provenance, save
 from kedit_fast.reports.lint import lint_requests, lint_tokens
 from kedit_fast.reports.search import span
 from kedit_fast.reports.trials import stored_statistics
@@ -102,6 +105,17 @@ def edit(
             "--hparams is given"
         ),
     ] = True,
+    metrics: MetricsOption = "default",
+    retention: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="with --batch-size: a retention curve, of at most so many requests of each batch",
+        ),
+    ] = None,
+    eval_out: Annotated[
+        Path | None, typer.Option(help="folder for what the edits did: JSON, CSV, a page, a picture, as `eval --out`")
+    ] = None,
     on_error: OnErrorOption = "raise",
     force: Annotated[
         bool, typer.Option("--force", help="write requests that contradict each other, or that linting calls errors")
@@ -112,7 +126,7 @@ def edit(
     merge_adapter: MergeAdapter = False,
     dequantize: DequantizeEdited = False,
     spec: SpecOption = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out or --eval-out")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write facts into a model and save it."""
@@ -126,6 +140,11 @@ def edit(
         check_new(out, overwrite, KeditError)
     if patch is not None:
         check_file(patch, "--patch")
+    if eval_out is not None:
+        check_new(eval_out, overwrite, KeditError)
+    select(metrics)
+    if retention is not None and batch_size is None:
+        raise typer.BadParameter("--retention is about several batches: give --batch-size, too")
     records = load_requests(requests, on_error, recipe.needs_subject, form, reading)
     records = usable_requests(
         records,
@@ -225,6 +244,8 @@ def edit(
             prompt_format=prompt_format,
             target_separator=target_separator,
             on_error=on_error,
+            metrics=metrics,
+            retention=retention,
             progress=interactive(),
             spec=architecture,
         )
@@ -235,13 +256,25 @@ def edit(
             save_edited(loaded, tokenizer, out, overwrite, report.editor, toml)
         if patch is not None and report.editor is not None:
             report.editor.patch().save(patch)
+        if eval_out is not None and report.evaluation is not None:
+            about = {
+                "title": f"{recipe.name.upper()}: {report.edits:,} edits of {Path(model).name}",
+                "model": model,
+                "patches": [] if patch is None else [str(patch)],
+                "requests": f"{requests}: {report.edits:,} written",
+                "prompts": None if chatting is None else "in the tokenizer's chat template",
+                **provenance(),
+            }
+            save(report.evaluation, tokenizer, eval_out, about, overwrite, report.retention)
+    paths = {"out": out, "patch": patch, "eval_out": eval_out}
+    written = {name: path for name, path in paths.items() if path is not None}
     say_skipped(report.skipped, records.total)
     warn_of_efficacy(report, model)
     if as_json:
-        places = {name: str(path) for name, path in (("out", out), ("patch", patch)) if path is not None}
+        places = {name: str(path) for name, path in written.items()}
         chosen_entry = {} if tried is None else {"chosen": tried.as_dict()}
         layers_edited = chosen.layers if report.editor is None else report.editor.hparams.layers
         print_json({**report.as_dict(), "layers": list(layers_edited), **chosen_entry, **places})
         return
     print_report(report, f"{recipe.name.upper()}: {report.edits} edits of {model}")
-    output.print(f"Saved to {', '.join(str(path) for path in (out, patch) if path is not None)}", markup=False)
+    output.print(f"Saved to {', '.join(map(str, written.values()))}", markup=False)

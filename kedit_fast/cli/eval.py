@@ -22,6 +22,7 @@ from kedit_fast.cli.options import (
     FormOption,
     JsonOption,
     MergeAdapter,
+    MetricsOption,
     ModelArgument,
     OnErrorOption,
     ReadingOption,
@@ -66,10 +67,7 @@ def evaluation(
             help="edits of MODEL, measured without them and with them; repeatable, in the order of their making"
         ),
     ] = None,
-    metrics: Annotated[
-        str,
-        typer.Option(help="ids, definitions or families with commas between them, or all; see the page of evaluation"),
-    ] = "default",
+    metrics: MetricsOption = "default",
     context: Annotated[
         str | None,
         choice(CONTEXTS, "measure the unedited model also with each new fact in front of its prompts"),

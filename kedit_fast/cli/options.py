@@ -108,6 +108,10 @@ SpecOption = Annotated[
     Path | None,
     typer.Option(help="JSON file of the names of the model's modules, as `kedit-fast spec` prints it"),
 ]
+MetricsOption = Annotated[
+    str,
+    typer.Option(help="what to measure: ids, definitions or families with commas between them, or all"),
+]
 MethodOption = Annotated[str, typer.Option(help="a method's name, see `kedit-fast methods`")]
 SeedOption = Annotated[int, typer.Option(help="seed of the context prefixes")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]

@@ -49,6 +49,14 @@ def print_report(report: Any, title: str) -> None:
     output.print(table)
     if report.evaluation is not None:
         print_metrics(report.evaluation, "Metrics")
+    if report.retention is not None:
+        curve = report.retention
+        shares = "; ".join(
+            f"{name} {share:.3f}"
+            for name, share in (("kept", curve.kept), ("forgetting", curve.forgetting))
+            if share is not None
+        )
+        output.print(f"Retention of {curve.batches} batches in {curve.metric}: {shares}", markup=False)
     spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
     output.print(f"Seconds: {spent}", markup=False)
     if joined := sum(request["target_separator"] != " " for request in report.requests):

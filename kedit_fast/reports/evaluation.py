@@ -24,6 +24,7 @@ from kedit_fast.evaluation.asks import ForcedAnswer, GeneratedAnswer
 from kedit_fast.evaluation.metric import Derived, Measured, Metric, State
 from kedit_fast.evaluation.registry import DEFINITIONS
 from kedit_fast.evaluation.results import CaseScore, Evaluation, RecordScore, Result
+from kedit_fast.evaluation.sequences import Retention
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.support import figures
 from kedit_fast.support.files import new_folder, write_text
@@ -173,6 +174,7 @@ def save(
     folder: str | os.PathLike,
     about: Mapping[str, Any],
     overwrite: bool = False,
+    retention: Retention | None = None,
 ) -> list[str]:
     """Write `evaluation.json`, `requests.csv`, `report.html` and pictures into a folder, all of them or nothing.
 
@@ -182,6 +184,7 @@ def save(
         folder: where to; it appears when it is complete.
         about: what the page says of the run: name -> text, number, or list of them.
         overwrite: whether a folder that is there already is replaced.
+        retention: of a sequence of batches.
 
     Returns:
         the names of the files. Pictures need matplotlib: without, there are none.
@@ -190,12 +193,16 @@ def save(
         KeditError: the folder exists or cannot be written, or a file is read back as something else.
     """
     document = {"about": dict(about), **evaluation.as_dict(records=True)}
+    if retention is not None:
+        document["retention"] = retention.as_dict()
     with new_folder(folder, overwrite, KeditError) as work:
         write_text(work / "evaluation.json", json.dumps(document, ensure_ascii=False, indent=1) + "\n", KeditError)
         write_text(work / "requests.csv", csv_of(evaluation), KeditError)
-        write_text(work / "report.html", page_of(evaluation, tokenizer, about), KeditError)
+        write_text(work / "report.html", page_of(evaluation, tokenizer, about, retention), KeditError)
         if figures.available():
             figures.save(figure_of(evaluation), work / PICTURE)
+            if retention is not None:
+                figures.save(retention_figure(retention), work / "retention.png")
         names = sorted(path.name for path in work.iterdir())
     return names
 
@@ -255,16 +262,33 @@ def figure_of(evaluation: Evaluation) -> Any:
     return figure
 
 
+def retention_figure(retention: Retention) -> Any:
+    """The score of each batch right after it and on the final model. Needs matplotlib."""
+    figure, (axes,) = figures.figure()
+    batches = [one.batch for one in retention.curve]
+    scores = {"post": [one.after_batch for one in retention.curve], "final": [one.final for one in retention.curve]}
+    for state, values in scores.items():
+        axes.plot(batches, values, "o-", markersize=3, color=_COLORS[state], label=TITLES[state])
+    axes.set_ylim(-0.05, 1.05)
+    axes.set_xlabel("batch")
+    axes.set_ylabel(retention.metric)
+    figures.legend_beside(figure, axes)
+    return figure
+
+
 # The page ------------------------------------------------------------------------------------------------------------
 
 
-def page_of(evaluation: Evaluation, tokenizer: Any, about: Mapping[str, Any]) -> str:
+def page_of(
+    evaluation: Evaluation, tokenizer: Any, about: Mapping[str, Any], retention: Retention | None = None
+) -> str:
     """The page as text: HTML with its style and script inside; it fetches nothing.
 
     Args:
         evaluation: what was measured.
         tokenizer: of the model, for what it said.
         about: name -> text, number, or list of them; "title" is the heading.
+        retention: of a sequence of batches.
     """
     template = Template(Path(__file__).with_name("evaluation.html").read_text(encoding="utf-8"))
     states = evaluation.states
@@ -283,7 +307,7 @@ def page_of(evaluation: Evaluation, tokenizer: Any, about: Mapping[str, Any]) ->
         metric_rows="\n".join(
             _metric_row(id, one, states, scale_of(evaluation, id)) for id, one in evaluation.metrics.items()
         ),
-        curves="",
+        curves="" if retention is None else _curve(retention),
         regressions=_regressions(evaluation, tokenizer),
         requests_note=escape(note),
         request_heads="<th>request</th>" + "".join(f"<th>{_breakable(id)}</th>" for id in columns),
@@ -375,6 +399,45 @@ def _bars(one: Result, states: Sequence[State], scale: float) -> str:
         return ""
     size = f'width="{WIDTH}" height="{HEIGHT * len(states)}" viewBox="0 0 {WIDTH} {HEIGHT * len(states)}"'
     return f'<svg class="bars" {size} role="img" aria-label="{escape(", ".join(texts))}">{"".join(parts)}</svg>'
+
+
+def _curve(retention: Retention) -> str:
+    """The section of a retention curve: right after each batch, and on the final model."""
+    width, height, left, bottom = 640, 220, 36, 24
+    last = max((one.batch for one in retention.curve), default=1)
+
+    def point(batch: int, score: float) -> str:
+        x = left + (width - left - 8) * ((batch - 1) / (last - 1) if last > 1 else 0.5)
+        return f"{x:.1f},{8 + (height - bottom - 8) * (1 - score):.1f}"
+
+    parts = []
+    for score in (0.0, 0.5, 1.0):
+        y = point(1, score).split(",")[1]
+        parts.append(f'<line class="axis" x1="{left}" x2="{width - 8}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{left - 6}" y="{y}" text-anchor="end" dominant-baseline="middle">{score:g}</text>')
+    for batch in dict.fromkeys((1, last)):
+        x = point(batch, 0).split(",")[0]
+        parts.append(f'<text x="{x}" y="{height - 6}" text-anchor="middle">batch {batch}</text>')
+    for state, scores in (
+        ("post", [(one.batch, one.after_batch) for one in retention.curve]),
+        ("final", [(one.batch, one.final) for one in retention.curve]),
+    ):
+        parts.append(f'<polyline class="{state} curve" points="{" ".join(point(*pair) for pair in scores)}"/>')
+        for pair in scores:
+            x, y = point(*pair).split(",")
+            parts.append(f'<circle class="{state}" cx="{x}" cy="{y}" r="2.5"/>')
+    shares = "; ".join(
+        f"{name} {number(share)}"
+        for name, share in (("kept", retention.kept), ("forgetting", retention.forgetting))
+        if share is not None
+    )
+    marks = " &ensp; ".join(f'<span class="dot {state}"></span>{TITLES[state]}' for state in ("post", "final"))
+    text = f"{escape(retention.metric)} of {retention.batches} batches: {shares}"
+    return (
+        f'<section id="retention"><h2>Retention</h2><p>{text}</p><p class="faint">{marks}</p>'
+        f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" aria-label="{text}">'
+        f"{''.join(parts)}</svg></section>"
+    )
 
 
 def _regressions(evaluation: Evaluation, tokenizer: Any) -> str:

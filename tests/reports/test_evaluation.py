@@ -17,7 +17,9 @@ from kedit_fast.errors import KeditError
 from kedit_fast.evaluation.metric import Case, Derived, Measured, Metric
 from kedit_fast.evaluation.results import CaseScore, Evaluation, RecordScore, Result
 from kedit_fast.reports import evaluation as report
+from kedit_fast.statistics.store import save_statistics
 from kedit_fast.support import figures
+from kedit_fast.workflow import run_edits
 
 ABOUT = {"title": "Edits of <b>a model</b>", "model": "demo & co", "patches": ["one.safetensors: memit, 3 edits"]}
 METRICS = "cf.success,cf.accuracy,cf.score,ee.locality"
@@ -169,3 +171,39 @@ def test_eval_refuses_before_anything_runs(edited, tmp_path, arguments, says):
     done = run("eval", demo.DATA, *arguments, "--out", "out", cwd=tmp_path)  # float16 here, the patch is for float32
     assert done.returncode in (1, 2) and says in done.stderr and not done.stdout
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_retention_curve_is_of_the_final_model(demo_model, demo_statistics, tmp_path):
+    """Two batches by hand from the JSON: what was right after a batch, and at the end."""
+    model, tokenizer = demo_model
+    done = run_edits(
+        model, tokenizer, demo.requests(3), "memit", statistics=demo_statistics, batch_size=2, retention=1,
+        hparams={"v_num_grad_steps": 12}, metrics="cf.accuracy",
+    )  # fmt: skip
+    final = {record.number: record.scores["final"] for record in done.evaluation.scores["cf.accuracy/rewrite"]}
+    done.editor.rollback()
+    first = evaluate(model, tokenizer, demo.requests(1), "cf.accuracy").value("cf.accuracy/rewrite") / 100
+    done.editor.restore()
+    retention = done.as_dict()["retention"]
+    assert [one["requests"] for one in retention["curve"]] == [1, 1]
+    assert [one["final"] for one in retention["curve"]] == [final[1], final[3]]
+    assert retention["curve"][0]["after_batch"] == first
+    assert retention["forgetting"] == first - final[1]
+    page = report.page_of(done.evaluation, tokenizer, {}, done.retention)
+    assert page.count("<polyline") == 2 and "cf.accuracy/rewrite of 2 batches" in page
+    if figures.available():
+        figures.save(report.retention_figure(done.retention), tmp_path / "curve.png")
+    assert set(done.as_dict()["metrics"]["cf.accuracy/rewrite"]) == {"value", "n", "interval", "before"}
+
+
+def test_edit_writes_what_its_edits_did(demo_model, demo_statistics, tmp_path):
+    save_statistics(demo_statistics, tmp_path / "stats")
+    lines = (demo.DATA / "requests.jsonl").read_text(encoding="utf-8").splitlines()[:2]
+    (tmp_path / "requests.jsonl").write_text("\n".join(lines))
+    done = run("edit", demo.DATA, "--requests", "requests.jsonl", "--stats", "stats", "--patch", "p.safetensors",
+               "--eval-out", "did", "--metrics", "cf.accuracy", "--batch-size", "1", "--retention", "1", "--json",
+               "--set", "v_num_grad_steps=5", "--trust", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["eval_out"] == "did" and answer["metrics"]["cf.accuracy/rewrite"]["n"] == 2
+    assert "retention" in json.loads((tmp_path / "did" / "evaluation.json").read_text(encoding="utf-8"))
