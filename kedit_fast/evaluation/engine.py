@@ -82,8 +82,13 @@ def answer_rows(
     rows: Mapping[Ask, Row],
     progress: Callable[[int], Any] | None = None,
     store: Store | None = None,
+    finite: bool = True,
 ) -> dict[Ask, Answer]:
-    """`answer` for asks whose rows were made and checked before."""
+    """`answer` for asks whose rows were made and checked before.
+
+    Args:
+        finite: raise at probabilities that are not finite; else they are answers of forced targets and likelihoods.
+    """
     answers: dict[Ask, Answer] = {}
     if store is not None:
         answers = {ask: known for ask, row in rows.items() if (known := store.get(ask, row)) is not None}
@@ -99,8 +104,9 @@ def answer_rows(
 
     open_rows = {ask: row for ask, row in rows.items() if ask not in answers}
     with evaluating(view), torch.no_grad():
-        _force(view, {ask: row for ask, row in open_rows.items() if isinstance(ask, Forced)}, put)
-        _read(view, {ask: row for ask, row in open_rows.items() if isinstance(ask, Likelihood | Distributions)}, put)
+        _force(view, {ask: row for ask, row in open_rows.items() if isinstance(ask, Forced)}, put, finite)
+        read = {ask: row for ask, row in open_rows.items() if isinstance(ask, Likelihood | Distributions)}
+        _read(view, read, put, finite)
         said = {ask: row for ask, row in open_rows.items() if isinstance(ask, Generated)}
         generate(view, tokenizer, said, put)
     return answers
@@ -109,7 +115,7 @@ def answer_rows(
 Put = Callable[[Mapping[Ask, Answer]], None]
 
 
-def _force(view: ModelView, rows: Mapping[Forced, Row], put: Put) -> None:
+def _force(view: ModelView, rows: Mapping[Forced, Row], put: Put, finite: bool) -> None:
     prompts: dict[tuple[int, ...], _Branches] = {}
     for ask, row in sorted(rows.items(), key=lambda pair: len(pair[1].read), reverse=True):
         prompts.setdefault(row.prompt, _Branches(row.prompt)).add(ask, row)
@@ -121,7 +127,7 @@ def _force(view: ModelView, rows: Mapping[Forced, Row], put: Put) -> None:
     single += [part for branches in several if len(branches.prompt) + longest > limit for part in branches.apart()]
     for group in (parted, single):
         for chunk in batches(range(len(group)), lambda i: group[i].length, BATCH_TOKENS):  # noqa: B023
-            _force_batch(view, [group[i] for i in chunk], rows, put)
+            _force_batch(view, [group[i] for i in chunk], rows, put, finite)
 
 
 class _Branches:
@@ -156,7 +162,9 @@ class _Branches:
         return len(self.prompt) + len(self.reads[0])
 
 
-def _force_batch(view: ModelView, group: Sequence[_Branches], rows: Mapping[Forced, Row], put: Put) -> None:
+def _force_batch(
+    view: ModelView, group: Sequence[_Branches], rows: Mapping[Forced, Row], put: Put, finite: bool
+) -> None:
     """Run prompts with their first reads, then the other reads from the prompts' keys and values; score all."""
     first = [(*branches.prompt, *branches.reads[0]) for branches in group]
     others = [(r, read) for r, branches in enumerate(group) for read in branches.reads[1:]]
@@ -189,21 +197,27 @@ def _force_batch(view: ModelView, group: Sequence[_Branches], rows: Mapping[Forc
         states[index >= behind] = following[index[index >= behind] - behind]
     targets = torch.tensor([token for ask in asks for token in rows[ask].target], device=view.head.device)
     lengths = [len(rows[ask].target) for ask in asks]
-    log_probs, top = scored(view, states.to(view.head.device), targets, asks, lengths)
+    log_probs, top = scored(view, states.to(view.head.device), targets, asks, lengths, finite)
     put({ask: ForcedAnswer(rows[ask].target, log_probs[i], top[i]) for i, ask in enumerate(asks)})
 
 
 def scored(
-    view: ModelView, states: torch.Tensor, targets: torch.Tensor, asks: Sequence[Ask], lengths: Sequence[int]
+    view: ModelView,
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    asks: Sequence[Ask],
+    lengths: Sequence[int],
+    finite: bool,
 ) -> tuple[list[tuple[float, ...]], list[tuple[int, ...]]]:
     """Of asks with so many states each: the log probabilities of their targets, and the most probable tokens.
 
     Raises:
-        KeditError: a log probability that is not finite, by the prompt.
+        KeditError: where they must be finite, a log probability that is not, by the prompt.
     """
     result = view.head.target_log_probs(states, targets, return_top1=True)
     assert result.top1 is not None
-    require_finite(result.log_prob, asks, lengths)
+    if finite:
+        require_finite(result.log_prob, asks, lengths)
     log_probs = result.log_prob.cpu().split(list(lengths))
     top = result.top1.cpu().split(list(lengths))
     return [tuple(part.tolist()) for part in log_probs], [tuple(part.tolist()) for part in top]
@@ -222,7 +236,7 @@ def require_finite(values: torch.Tensor, asks: Sequence[Ask], lengths: Sequence[
     )
 
 
-def _read(view: ModelView, rows: Mapping[Ask, Row], put: Put) -> None:
+def _read(view: ModelView, rows: Mapping[Likelihood | Distributions, Row], put: Put, finite: bool) -> None:
     asks = list(rows)
     for chunk in batches(range(len(asks)), lambda i: len(rows[asks[i]].prompt), BATCH_TOKENS):
         part = [rows[asks[i]].prompt for i in chunk]
@@ -234,7 +248,7 @@ def _read(view: ModelView, rows: Mapping[Ask, Row], put: Put) -> None:
             targets = torch.tensor([token for j in texts for token in part[j][1:]], device=view.head.device)
             states = hidden[index[:, 0], index[:, 1]].to(view.head.device)
             asked = [asks[chunk[j]] for j in texts]
-            log_probs, _ = scored(view, states, targets, asked, [len(part[j]) - 1 for j in texts])
+            log_probs, _ = scored(view, states, targets, asked, [len(part[j]) - 1 for j in texts], finite)
             for j, log_prob in zip(texts, log_probs, strict=True):
                 answers[asks[chunk[j]]] = LikelihoodAnswer(part[j][1:], log_prob)
         for j, i in enumerate(chunk):

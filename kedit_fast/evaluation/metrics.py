@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -9,19 +10,20 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import RequestError
+from kedit_fast.evaluation.asks import Answer, Forced, ForcedAnswer, Likelihood, LikelihoodAnswer
+from kedit_fast.evaluation.engine import answer_rows
 from kedit_fast.evaluation.metric import State
 from kedit_fast.evaluation.results import Evaluation
+from kedit_fast.evaluation.rows import rows_of
 from kedit_fast.models.architectures import ArchSpec
-from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.problems import require_no_problems
-from kedit_fast.requests.prompts import PromptFormat, continuation, requested_separator
+from kedit_fast.requests.prompts import PromptFormat, requested_separator
 from kedit_fast.requests.reading import as_requests
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO, check_separator
 from kedit_fast.support.torch_state import plain_torch
 
-BATCH_TOKENS = 4096
 SHARES = ("cf.accuracy", "cf.success/rewrite")
 """The metrics that `Metrics` are made of."""
 
@@ -80,7 +82,7 @@ def shares(
     Raises:
         RequestError: `requests` is no collection of requests, or some cannot be measured.
 
-    Cost: one forward pass over every prompt with its target, in batches by length; the head on the targets' rows alone.
+    Cost: one forward pass over every prompt, with its targets; the head on the targets' rows alone.
 
     Example:
         >>> metrics = shares(model, tokenizer, requests)
@@ -122,27 +124,19 @@ def evaluate_each(
     requests = as_requests(requests)
     check_separator(target_separator)
     view = ModelView(model, spec)
-    rows: list[tuple[list[int], tuple[int, ...]]] = []
-    counts = []
+    asks = [_asks_by_kind(request, prompt_format, target_separator) for request in requests]
+    rows, unusable = rows_of(view, tokenizer, (ask for parts in asks for part in parts for ask in part), prompt_format)
     problems = {}
-    for index, request in enumerate(requests):
-        pairs_by_kind = _pairs_by_kind(request, prompt_format)
-        pairs = [pair for part in pairs_by_kind for pair in part]
-        separators = [requested_separator(request, target_separator)] * len(pairs)
-        try:
-            rows += _rows(view, tokenizer, pairs, prompt_format, separators)
-        except RequestError as error:
+    for index, (request, parts) in enumerate(zip(requests, asks, strict=True)):
+        if problem := next((unusable[ask] for part in parts for ask in part if ask in unusable), ""):
             name = f"request {request.id!r}" if request.id is not None else f"request {index + 1}"
-            problems[index] = f"{name}: {error}"
-        counts.append([len(part) for part in pairs_by_kind])
+            problems[index] = f"{name}: {problem}"
     require_no_problems(problems)
-    scored = iter(_scored(view, rows))
+    answers = answer_rows(view, tokenizer, rows, finite=False)
     scores = []
-    for _, old, paraphrases, neighbors in counts:
-        new = next(scored)
-        true = next(scored) if old else None
-        lists = (tuple(next(scored) for _ in range(count)) for count in (paraphrases, neighbors))
-        scores.append(RequestScores(new, true, *lists))
+    for parts in asks:
+        new, true, paraphrases, neighbors = (tuple(_continuation(answers[ask]) for ask in part) for part in parts)
+        scores.append(RequestScores(new[0], true[0] if true else None, paraphrases, neighbors))
     return scores
 
 
@@ -165,27 +159,17 @@ def mean_nll(
     Cost: one forward pass over the texts; the head on all tokens, in chunks of the vocabulary.
     """
     view = ModelView(model, spec)
-    length = min(max_length, view.max_length)
-    rows = [tuple(tokenizer(text, truncation=True, max_length=length)["input_ids"]) for text in texts]
-    for number, row in enumerate(rows, 1):
-        if problem := unknown_token(tokenizer, row, view.vocabulary):
-            raise RequestError(f"text {number}: {problem}")
-    rows = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
+    asks = [Likelihood(text, max_length) for text in texts]
+    rows, unusable = rows_of(view, tokenizer, asks, least=1)
+    for number, ask in enumerate(asks, 1):
+        if ask in unusable:
+            raise RequestError(f"text {number}: {unusable[ask]}")
+    rows = {ask: row for ask, row in rows.items() if len(row.prompt) > 1}
     if not rows:
         raise RequestError("no text of two tokens or more to measure")
-    total, count = 0.0, 0
-    with evaluating(view), torch.no_grad():
-        while rows:
-            size = max(1, BATCH_TOKENS // len(rows[0]))
-            chunk, rows = rows[:size], rows[size:]
-            hidden = last_states(view, pad(chunk, view.device))
-            index = torch.tensor([(r, t) for r, row in enumerate(chunk) for t in range(len(row) - 1)])
-            targets = torch.tensor([token for row in chunk for token in row[1:]], device=view.head.device)
-            states = hidden[index[:, 0].to(hidden.device), index[:, 1].to(hidden.device)].to(view.head.device)
-            scored = view.head.target_log_probs(states, targets)
-            total -= float(scored.log_prob.double().sum())
-            count += targets.numel()
-    return total / count
+    answers = answer_rows(view, tokenizer, rows, finite=False)
+    scored = [log_prob for ask in asks if ask in rows for log_prob in _log_probs(answers[ask])]
+    return -math.fsum(scored) / len(scored)
 
 
 def unusable(
@@ -196,24 +180,38 @@ def unusable(
     target_separator: str = AUTO,
 ) -> str:
     """Why a request cannot be measured; "" if it can."""
-    requested = requested_separator(request, target_separator)
-    try:
-        for part in _pairs_by_kind(request, prompt_format):
-            _rows(view, tokenizer, part, prompt_format, [requested] * len(part))
-    except RequestError as error:
-        return str(error)
-    return ""
+    parts = _asks_by_kind(request, prompt_format, target_separator)
+    _, problems = rows_of(view, tokenizer, (ask for part in parts for ask in part), prompt_format)
+    return next(iter(problems.values()), "")
 
 
-def _pairs_by_kind(request: EditRequest, prompt_format: PromptFormat | None) -> tuple[list[tuple[str, str]], ...]:
-    """(prompt, target) pairs to score: of the new target, of the true one, of paraphrases, of the neighborhood."""
+def _asks_by_kind(
+    request: EditRequest, prompt_format: PromptFormat | None, target_separator: str
+) -> tuple[list[Forced], ...]:
+    """What to score: the new target, the true one, paraphrases, the neighborhood."""
     new, true = request.target_new, request.target_true
     text = request.text
     if prompt_format is not None and request.subject is not None:
         text = request.prompt.replace("{}", request.subject.strip())
-    old = [] if true is None else [(text, true)]
-    neighbors = [] if true is None else [(other, true) for other in request.neighborhood_prompts]
-    return [(text, new)], old, [(other, new) for other in request.paraphrase_prompts], neighbors
+    between = requested_separator(request, target_separator)
+    old = [] if true is None else [Forced(text, true, between)]
+    neighbors = [] if true is None else [Forced(other, true, between) for other in request.neighborhood_prompts]
+    return (
+        [Forced(text, new, between)],
+        old,
+        [Forced(other, new, between) for other in request.paraphrase_prompts],
+        neighbors,
+    )
+
+
+def _continuation(answer: Answer) -> Continuation:
+    assert isinstance(answer, ForcedAnswer)
+    return Continuation(all(answer.hits), -answer.nll)
+
+
+def _log_probs(answer: Answer) -> tuple[float, ...]:
+    assert isinstance(answer, LikelihoodAnswer)
+    return answer.log_probs
 
 
 def summary(scores: Sequence[RequestScores]) -> Metrics:
@@ -251,59 +249,12 @@ def score(
 ) -> list[Continuation]:
     """How probable the target of each (prompt, target) is, with `separators` between them; "auto" by default."""
     separators = [AUTO] * len(pairs) if separators is None else separators
-    return _scored(view, _rows(view, tokenizer, pairs, prompt_format, separators))
-
-
-def _scored(view: ModelView, rows: Sequence[tuple[list[int], tuple[int, ...]]]) -> list[Continuation]:
-    """Continuations of (prompt ids, target ids), the longest first so that batches hold rows of similar lengths."""
-    scores: list[Continuation | None] = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]) + len(rows[i][1]), reverse=True)
-    with evaluating(view), torch.no_grad():
-        while order:
-            longest = len(rows[order[0]][0]) + len(rows[order[0]][1])
-            count = max(1, BATCH_TOKENS // longest)
-            chunk, order = order[:count], order[count:]
-            for i, score_of_row in zip(chunk, _score_batch(view, [rows[i] for i in chunk]), strict=True):
-                scores[i] = score_of_row
-    return [score for score in scores if score is not None]
-
-
-def _rows(
-    view: ModelView,
-    tokenizer: Any,
-    pairs: Sequence[tuple[str, str]],
-    prompt_format: PromptFormat | None,
-    separators: Sequence[str],
-) -> list[tuple[list[int], tuple[int, ...]]]:
-    """Token ids of prompts and targets; raises RequestError for a pair that the model cannot take."""
-    rows = []
-    for (prompt, target), requested in zip(pairs, separators, strict=True):
-        ids, targets = continuation(tokenizer, prompt, target, prompt_format, requested)
-        if not ids:
-            raise RequestError(f"the prompt {prompt!r} has no tokens")
-        if problem := unknown_token(tokenizer, [*ids, *targets], view.vocabulary):
-            raise RequestError(f"the prompt {prompt!r} with its target: {problem}")
-        if len(ids) + len(targets) - 1 > view.max_length:
-            raise RequestError(
-                f"{len(ids) + len(targets) - 1} tokens with target in a prompt that begins {prompt[:40]!r}, "
-                f"the model takes {view.max_length}"
-            )
-        rows.append((ids, targets))
-    return rows
-
-
-def _score_batch(view: ModelView, rows: Sequence[tuple[list[int], tuple[int, ...]]]) -> list[Continuation]:
-    hidden = last_states(view, pad([(*ids, *target[:-1]) for ids, target in rows], view.device))
-    where = [(r, len(ids) - 1 + t) for r, (ids, target) in enumerate(rows) for t in range(len(target))]
-    index = torch.tensor(where, device=hidden.device)
-    targets = torch.tensor([token for _, target in rows for token in target], device=view.head.device)
-    states = hidden[index[:, 0], index[:, 1]].to(view.head.device)
-    scored = view.head.target_log_probs(states, targets, return_top1=True)
-    assert scored.top1 is not None
-    lengths = [len(target) for _, target in rows]
-    log_probs = scored.log_prob.cpu().split(lengths)
-    hits = (scored.top1 == targets).cpu().split(lengths)
-    return [Continuation(bool(h.all()), float(p.mean())) for h, p in zip(hits, log_probs, strict=True)]
+    asks = [Forced(prompt, target, between) for (prompt, target), between in zip(pairs, separators, strict=True)]
+    rows, unusable = rows_of(view, tokenizer, asks, prompt_format)
+    if unusable:
+        raise RequestError(next(iter(unusable.values())))
+    answers = answer_rows(view, tokenizer, rows, finite=False)
+    return [_continuation(answers[ask]) for ask in asks]
 
 
 def _share(values: Sequence[bool]) -> float | None:

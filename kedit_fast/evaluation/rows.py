@@ -41,6 +41,7 @@ def rows_of(
     asks: Iterable[Ask],
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
+    least: int = 2,
 ) -> tuple[dict[Ask, Row], dict[Ask, str]]:
     """Rows of asks, each once, in order; and for each ask that cannot be measured why not, with its prompt.
 
@@ -50,6 +51,7 @@ def rows_of(
         asks: any number of equal ones count as one.
         prompt_format: what makes prompts into the text that the model reads.
         target_separator: what stands between prompts and targets of asks that say "auto".
+        least: number of tokens that a text must have for its likelihood; the first one is not scored.
     """
     rows: dict[Ask, Row] = {}
     problems: dict[Ask, str] = {}
@@ -58,7 +60,7 @@ def rows_of(
     remembered.read_together(distinct, prompt_format, target_separator)
     for ask in distinct:
         try:
-            rows[ask] = _row(view, remembered, ask, prompt_format, target_separator)
+            rows[ask] = _row(view, remembered, ask, prompt_format, target_separator, least)
         except RequestError as error:
             problems[ask] = str(error)
     return rows, problems
@@ -117,11 +119,13 @@ class _Remembering:
         return value
 
 
-def _row(view: ModelView, tokenizer: Any, ask: Ask, prompt_format: PromptFormat | None, target_separator: str) -> Row:
+def _row(
+    view: ModelView, tokenizer: Any, ask: Ask, prompt_format: PromptFormat | None, target_separator: str, least: int
+) -> Row:
     if isinstance(ask, Likelihood) or (isinstance(ask, Distributions) and not ask.last):
         length = min(ask.max_tokens, view.max_length)
         ids = tuple(tokenizer(ask.text, truncation=True, max_length=length)["input_ids"])
-        least = 2 if isinstance(ask, Likelihood) else 1
+        least = least if isinstance(ask, Likelihood) else 1
         if len(ids) < least:
             raise RequestError(f"the text {ask.text[:40]!r} has {len(ids)} tokens, and {least} are needed")
         if problem := unknown_token(tokenizer, ids, view.vocabulary):

@@ -353,7 +353,7 @@ def test_texts_prefixes_and_completions_with_tokens_past_the_embedding_are_refus
         collect_statistics(model, tokenizer, [*TEXT[:2], "a zorkmid"], (1,), progress=False)
     with pytest.raises(StatisticsError, match=f"document 2: {PAST}"):
         collect_statistics(model, tokenizer, [*TEXT[:2], "a zorkmid"], (1,), max_tokens=10**6, progress=False)
-    with pytest.raises(RequestError, match=f"text 2: {PAST}"):
+    with pytest.raises(RequestError, match=f"text 2: .*{PAST}"):
         mean_nll(model, tokenizer, [TEXT[0], "a zorkmid"])
     with pytest.raises(RequestError, match=f"the prompt 'a zorkmid': {PAST}"):
         complete(model, tokenizer, "a zorkmid")
