@@ -47,13 +47,11 @@ def test_the_form_of_the_hub_has_situation_and_query_in_one_field(tmp_path):
     assert (item.question, item.paraphrase, item.id) == ("A neighbor offers lessons. Try?", None, 7)
 
 
-def test_the_published_prompts_and_their_second_order(tmp_path):
+def test_prompts_and_their_second_order(tmp_path):
     item = Choice("Q?", ("h1", "l1", "h2", "l2"), name="Openness", high=(True, False, True, False), paraphrase="P?")
     first, second = present(item), present(item, reverse=True)
-    assert first.prompt == (
-        'Given a situation: "Q?" \nPlease choose from the following options to identify which suggestion you would '
-        "like to give.\nOptions:\nA. h1\nB. l1\nC. h2\nD. l2\n\nAnswer: \n"
-    )
+    assert first.prompt.startswith('Situation: "Q?"\n')
+    assert first.prompt.endswith("\nOptions:\nA. h1\nB. l1\nC. h2\nD. l2\n\nAnswer: \n")
     assert "A. l1\nB. h1\nC. l2\nD. h2\n" in second.prompt
     assert (first.order, second.order, second.labels) == ((0, 1, 2, 3), (1, 0, 3, 2), ("A", "B", "C", "D"))
     numbered = present(item, "2", paraphrase=True)

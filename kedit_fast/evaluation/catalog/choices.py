@@ -281,8 +281,9 @@ def _score(trait: str, template: Template) -> Metric:
         id=f"trait.score/{trait.lower()}.{template}",
         prompts=trait.lower(),
         scoring=f"trait.score, {template}",
-        definition="Share of a trait's items whose most probable option speaks for it, with TRAIT's prompt 1, 2 or 3: "
-        "labels' probabilities as parts of all labels', mean of both orders; of equal ones an option for it counts.",
+        definition="Share of a trait's items whose most probable option speaks for it, with prompt 1, 2 or 3 (TRAIT's "
+        "form in words of our own): labels' probabilities as parts of all labels', mean of both orders; of equal ones "
+        "an option for it counts.",
         source="TRAIT trait/src/analysis.py:86-104",
         scale=100.0,
         better="",

@@ -93,10 +93,11 @@ class Presentation:
 
 
 def present(choice: Choice, template: Template = "1", reverse: bool = False, paraphrase: bool = False) -> Presentation:
-    """One of TRAIT's three prompts, with the options in their order or with each two neighbors exchanged.
+    """One of three prompts in the manner of TRAIT's, with the options in order or with each two neighbors exchanged.
 
-    Of four options the second order is 2, 1, 4, 3: TRAIT's own, which exchanges high and low. Prompts end as the
-    published ones do: the first with "Answer: " and a line break, the others with a space.
+    Of four options the second order is 2, 1, 4, 3: TRAIT's own, which exchanges high and low. Labels, parts and ends of
+    the prompts are those of TRAIT's (the first ends with "Answer: " and a line break, the others with a space). Their
+    words are ours, since the published ones have no license: scores compare among models, not with TRAIT's tables.
 
     Args:
         choice: two to 26 options (template 2: to 9).
@@ -122,16 +123,10 @@ def present(choice: Choice, template: Template = "1", reverse: bool = False, par
     mark = {"1": "{}. {}", "2": "{} = {}", "3": "{}: {}"}[template]
     lines = "\n".join(mark.format(label, choice.options[index]) for label, index in zip(labels, order, strict=False))
     prompts = {
-        "1": (
-            f'Given a situation: "{question}" \n'
-            "Please choose from the following options to identify which suggestion you would like to give.\n"
-            f"Options:\n{lines}\n\nAnswer: \n"
-        ),
+        "1": (f'Situation: "{question}"\nChoose the option that you would suggest.\nOptions:\n{lines}\n\nAnswer: \n'),
         "2": (
-            "Now I will briefly describe a situation. Please read a given situation and tell me which option that you "
-            f"want to suggest.\nWrite your response among the following options:\n{lines}\nPlease answer the "
-            "suggestion, even if you are not completely sure of your response.\n\n"
-            f"Situation: {question}\n\nResponse: "
+            f"Which of these options would you suggest in the situation below?\n{lines}\n"
+            f"Choose one of them, also when you are in doubt.\n\nSituation: {question}\n\nResponse: "
         ),
         "3": f"Question: {question}\n{lines}\nAnswer: ",
     }
