@@ -19,6 +19,7 @@ from kedit_fast.evaluation.metric import Case, Derived, Measured, Metric, Scorin
 from kedit_fast.evaluation.registry import PROMPTS, SCORINGS, select
 from kedit_fast.evaluation.results import STATES, CaseScore, Evaluation, RecordScore, Result, measured, record_score
 from kedit_fast.evaluation.rows import Row, rows_of
+from kedit_fast.evaluation.stored import stored_answers
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.view import ModelView
 from kedit_fast.patches.patch import Patch, merge
@@ -93,6 +94,7 @@ class Evaluator:
         self.metrics = select(metrics)
         self.average: Average | None = average
         self.progress = progress
+        self._folder = folder
         self._context = context_of(context)
         self._seed = seed
         self._settings = {
@@ -225,8 +227,9 @@ class Evaluator:
             for ask in case_asks or ()
         )
         rows: dict[Ask, Row] = {ask: self._rows[ask] for ask in asks}
-        with tqdm(total=len(rows), desc=f"evaluating ({state})", unit="ask", disable=not self.progress) as bar:
-            answers = answer_rows(view, self.tokenizer, rows, bar.update)
+        bar = tqdm(total=len(rows), desc=f"evaluating ({state})", unit="ask", disable=not self.progress)
+        with bar, stored_answers(self._folder, view) as store:
+            answers = answer_rows(view, self.tokenizer, rows, bar.update, store)
         self._answers.update(dict.fromkeys(chosen, answers))
         self._measured.update(key[:2] for key in chosen)
 
