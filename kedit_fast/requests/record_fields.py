@@ -167,6 +167,7 @@ def alternatives(value: Any, absent: Collection[str] = ()) -> list[Any]:
 
 def _comparable(value: Any) -> Any:
     """A form in which spellings of one value are equal: a text, CounterFact's object of it, a list with it alone."""
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, Mapping):
         value = value.get("str", str(dict(value)))
     if isinstance(value, list | tuple):

@@ -126,7 +126,7 @@ def _table(requests: Sequence[EditRequest]) -> Table:
         )
         for probe in request.probes:
             asked[probe.name or probe.kind] += len(probe.questions)
-        also = ", ".join(f"{number} {name}" for name, number in asked.items() if number)
+        also = ", ".join(f"{name} {number}" for name, number in asked.items() if number)
         table.add_row(*(escape(_short(text)) for text in texts), escape(also))
     return table
 
