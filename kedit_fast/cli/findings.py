@@ -33,7 +33,8 @@ def print_findings(report: LintReport, file: str, verbose: bool) -> None:
         advice = next((finding.advice for finding in findings if finding.advice), "")
         output.print(f"{rule}: {_counted(findings)}{': ' if advice else ''}{advice}", markup=False, soft_wrap=True)
     hidden = "" if verbose or not report.counts["note"] else " (--verbose shows them)"
-    output.print(f"{report.records} records: {_counted(report.findings)}{hidden}", markup=False, soft_wrap=True)
+    records = f"{report.records} record{'s' if report.records != 1 else ''}"
+    output.print(f"{records}: {_counted(report.findings)}{hidden}", markup=False, soft_wrap=True)
     reasons: dict[str, list[str]] = {}
     for rule, why in report.not_run.items():
         reasons.setdefault(why, []).append(rule)

@@ -59,7 +59,7 @@ def test_requests_without_errors_end_with_0(tmp_path):
     path = tmp_path / "one.json"
     path.write_text(json.dumps([LYON]))
     done = run("requests", "lint", path)
-    assert done.returncode == 0 and done.stdout.startswith("1 records: no findings")
+    assert done.returncode == 0 and done.stdout.startswith("1 record: no findings")
     assert run("requests", "lint", path, "--stats", tmp_path).returncode == 2
 
 

@@ -12,7 +12,7 @@ from kedit_fast import EditRequest, load_requests
 from kedit_fast.errors import RequestError
 from kedit_fast.requests.lint import TEXT_RULES, Checked, lint_texts
 from kedit_fast.requests.probes import Probe, Question
-from kedit_fast.requests.reading import as_requests
+from kedit_fast.requests.reading import RequestList, as_requests
 from kedit_fast.requests.relations import PUBLISHED, RelationRules
 
 
@@ -270,6 +270,20 @@ def test_records_that_cannot_be_read_are_errors_by_kind(tmp_path):
 def test_findings_name_records_of_the_file_not_places_in_the_list():
     requests = as_requests([{"prompt": "no"}, fact(), fact()], "skip")
     assert [finding.records for finding in lint_texts(Checked.of(requests))] == [(1,), (3, 2)]
+
+
+@pytest.mark.parametrize(
+    "reason, record, text",
+    (
+        ("/a, b/x.jsonl, line 7 (record 5): malformed", 5, "malformed"),
+        ("x.jsonl, line 3: malformed", 3, "malformed"),
+        ("x.csv, record 2 (line 9) has no 'subject'", 2, "the record has no 'subject'"),
+        ("request 4 ('Ebro') has no 'subject', record 9", 4, "the record has no 'subject', record 9"),
+    ),
+)
+def test_a_reason_names_its_record_apart(reason, record, text):
+    (finding,) = lint_texts(Checked.of(RequestList([], [], {11: reason})))
+    assert finding.records == (record,) and finding.message == text
 
 
 def test_every_rule_is_named_once_and_said_in_one_line():
