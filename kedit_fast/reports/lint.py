@@ -274,8 +274,8 @@ def lint_requests(
         RequestError: `requests` is no collection of records.
         StatisticsError: statistics of another model, or bad ones.
 
-    Cost: texts about 0.15 ms a request; a fast tokenizer 0.5 ms; a model one forward pass over every prompt with its targets,
-        one over all context prefixes for keys, and u^2 d for their cosines.
+    Cost: texts about 0.15 ms a request; a fast tokenizer 0.5 ms; a model one forward pass over every prompt with its
+        targets, one over all context prefixes for keys, and u^2 d for their cosines.
 
     Example:
         >>> twice = [
