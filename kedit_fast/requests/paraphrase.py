@@ -60,7 +60,11 @@ def add_paraphrases(
         relation, why = _relation_of(request, templates, relations)
         phrasings = [] if relation is None else _phrasings(request, templates[relation])
         if why == "" and len(phrasings) < number:
-            why = f"the relation {relation!r} has {len(phrasings)} phrasings that it has not"
+            why = (
+                f"the relation {relation!r} has only {len(phrasings)} that it has not"
+                if phrasings
+                else f"it has all phrasings of the relation {relation!r}"
+            )
         if why:
             lacking[index] = why
         drawn = random.Random(f"{seed}\n{request.subject}\n{request.prompt}").sample(
