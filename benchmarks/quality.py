@@ -7,7 +7,7 @@ Presets were chosen on the demo's first 100 requests; this measures on the other
 edits, each of the unedited model; `100` and `500` in one batch; `sequence`, 500 in batches of 50; `singly`, 200 one at
 a time; `subjects`, 100 requests of which five share each subject. Methods without a batch form have no batches.
 
-Columns: efficacy, paraphrase, neighborhood as in kedit_fast.evaluation.metrics, of all requests on the final model;
+Columns: efficacy, paraphrase, neighborhood (METRICS, over all prompts alike) of all requests on the final model;
 drift, what a token of held-out text that names no edited subject costs more than before, in nats; seconds of editing
 without evaluation (methods with the same values of one batch optimize them once, and all count that time); retention,
 efficacy of all requests on the final model over that of each right after its batch.
@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Row, provenance, read, require_clean, save
-from kedit_fast import Editor, EditRequest, collect_statistics, demo
+from kedit_fast import Editor, EditRequest, collect_statistics, demo, evaluate
 from kedit_fast.demo import world
 from kedit_fast.editing.values.store import ValueFile
-from kedit_fast.evaluation.metrics import Metrics, mean_nll, shares
+from kedit_fast.evaluation.metrics import mean_nll
 from kedit_fast.methods.registry import RECIPES, find_recipe
 from kedit_fast.statistics.collect import Statistics
 
@@ -55,6 +55,11 @@ TITLES = {
 }
 VALUES_DEPEND_ON = ("v_num_grad_steps", "v_lr", "v_weight_decay", "clamp_norm_factor", "kl_factor", "v_stop_loss",
                     "most_probable_steps")  # fmt: skip
+METRICS = {
+    "efficacy": "cf.accuracy/rewrite",
+    "paraphrase": "cf.accuracy/paraphrase",
+    "neighborhood": "cf.accuracy/neighborhood",
+}
 FLOOR = 0.9  # of retention, for methods made for sequences
 
 
@@ -133,7 +138,7 @@ def measure(on: Subject, method: str, scenario: str, **overrides: Any) -> Row:
 
 def singles(on: Subject, editor: Editor, requests: Sequence[EditRequest]) -> Row:
     """Every request alone on the unedited model: means over them."""
-    measured: list[Metrics] = []
+    measured: list[dict[str, Any]] = []
     drifts, seconds, skipped = [], [], 0
     for request in requests:
         spent, result = timed_edit(editor, [request])
@@ -141,11 +146,10 @@ def singles(on: Subject, editor: Editor, requests: Sequence[EditRequest]) -> Row
             skipped += 1
             continue
         seconds.append(spent)
-        measured.append(shares(on.model, on.tokenizer, [request]))
+        measured.append(shares(on, [request]))
         drifts.append(mean_nll(on.model, on.tokenizer, on.text) - on.before)
         editor.restore()
-    names = ("efficacy", "paraphrase", "neighborhood")
-    means = {name: statistics.mean(getattr(metrics, name) for metrics in measured) for name in names}
+    means = {name: statistics.mean(metrics[name] for metrics in measured) for name in METRICS}
     return {**means, "drift": statistics.mean(drifts), "seconds": sum(seconds), "retention": None, "skipped": skipped}
 
 
@@ -165,18 +169,25 @@ def together(on: Subject, editor: Editor, requests: Sequence[EditRequest], size:
         skipped += len(result.skipped)
         norm = max([norm, *result.relative_norms.values()])
         if len(batches) > 1:
-            efficacies.append(shares(on.model, on.tokenizer, batch).efficacy)
+            efficacies.append(shares(on, batch)["efficacy"])
     begin = time.perf_counter()
     editor.finish()
     seconds += time.perf_counter() - begin
-    metrics = shares(on.model, on.tokenizer, requests)
-    retention = metrics.efficacy / max(statistics.mean(efficacies), 1e-9) if efficacies else None
+    metrics = shares(on, requests)
+    retention = metrics["efficacy"] / max(statistics.mean(efficacies), 1e-9) if efficacies else None
     return {
-        "efficacy": metrics.efficacy, "paraphrase": metrics.paraphrase, "neighborhood": metrics.neighborhood,
+        **metrics,
         "drift": mean_nll(on.model, on.tokenizer, on.text) - on.before, "seconds": seconds, "retention": retention,
         "skipped": skipped, "own_efficacy": statistics.mean(efficacies) if efficacies else None, "norm": norm,
         "state_bytes": editor.solver_state.nbytes,
     }  # fmt: skip
+
+
+def shares(on: Subject, requests: Sequence[EditRequest]) -> dict[str, Any]:
+    """METRICS of the model as it is, as shares of all prompts alike."""
+    measured = evaluate(on.model, on.tokenizer, requests, METRICS.values(), average="prompt")
+    values = {name: measured.value(id) for name, id in METRICS.items()}
+    return {name: None if value is None else value / 100 for name, value in values.items()}
 
 
 def timed_edit(editor: Editor, requests: Sequence[EditRequest]):
@@ -201,9 +212,9 @@ def cell(row: Row | None) -> str:
         return ""
     if "n/a" in row:
         return "n/a"
-    shares = " / ".join(short(row[name]) for name in ("efficacy", "paraphrase", "neighborhood"))
+    parts = " / ".join(short(row[name]) for name in METRICS)
     retention = "" if row["retention"] is None else f"; kept {short(row['retention'])}"
-    return f"{shares}; {row['drift']:+.3f}; {row['seconds']:.0f} s{retention}"
+    return f"{parts}; {row['drift']:+.3f}; {row['seconds']:.0f} s{retention}"
 
 
 def short(share: float | None) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import torch
 import typer
 
 from kedit_fast.cli.checks import check_device_map, checked_device
@@ -167,7 +168,7 @@ def evaluation(
         evaluator.measure("pre")
         if context is not None:
             evaluator.measure("context")
-        evaluator.model = first = None  # one model in memory at a time
+        evaluator.model = first = torch.nn.Module()  # lets go of it: one model in memory at a time
         evaluator.model, _ = load(model)
         evaluator.measure("final")
         measured = evaluator.result()

@@ -11,7 +11,7 @@ from rich.table import Table
 from kedit_fast.cli.console import notices, output
 from kedit_fast.errors import EditError
 from kedit_fast.evaluation.results import Evaluation
-from kedit_fast.reports.evaluation import TITLES, interval, number, scale_of
+from kedit_fast.reports.evaluation import interval, number, scale_of, titles
 
 LOW_EFFICACY = 0.5
 """Below it, a run warns."""
@@ -81,7 +81,7 @@ def print_metrics(evaluation: Evaluation, title: str) -> None:
     states = evaluation.states
     table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric")
-    for text in (*(TITLES[state] for state in states), "95 %", "n"):
+    for text in (*titles(states).values(), "95 %", "n"):
         table.add_column(text, justify="right", overflow="fold")
     absent = {}
     for id, one in evaluation.metrics.items():

@@ -37,6 +37,13 @@ TITLES: dict[State, str] = {
     "final": "after",
 }
 """State -> what tables call it."""
+
+
+def titles(states: Sequence[State]) -> dict[State, str]:
+    """The titles of an evaluation's states; of a model that is measured alone, "now"."""
+    return {state: "now" if states == ("final",) else TITLES[state] for state in states}
+
+
 PICTURE = "metrics.png"
 ROWS = 1000
 """Most requests in the page's table; the files have all."""
@@ -266,7 +273,10 @@ def retention_figure(retention: Retention) -> Any:
     """The score of each batch right after it and on the final model. Needs matplotlib."""
     figure, (axes,) = figures.figure()
     batches = [one.batch for one in retention.curve]
-    scores = {"post": [one.after_batch for one in retention.curve], "final": [one.final for one in retention.curve]}
+    scores: dict[State, list[float]] = {
+        "post": [one.after_batch for one in retention.curve],
+        "final": [one.final for one in retention.curve],
+    }
     for state, values in scores.items():
         axes.plot(batches, values, "o-", markersize=3, color=_COLORS[state], label=TITLES[state])
     axes.set_ylim(-0.05, 1.05)
@@ -300,7 +310,7 @@ def page_of(
         legend=_legend(states),
         metric_heads="".join(
             f'<th class="number">{escape(text)}</th>' if text not in ("metric", "") else f"<th>{escape(text)}</th>"
-            for text in ("metric", "", *(TITLES[state] for state in states), "95 %, " + TITLES[states[-1]], "n")
+            for text in ("metric", "", *titles(states).values(), "95 %, " + titles(states)[states[-1]], "n")
         )
         if states
         else "<th>metric</th>",
@@ -330,7 +340,9 @@ def _breakable(id: str) -> str:
 
 
 def _legend(states: Sequence[State]) -> str:
-    marks = " &ensp; ".join(f'<span class="dot {state}"></span>{escape(TITLES[state])}' for state in states)
+    marks = " &ensp; ".join(
+        f'<span class="dot {state}"></span>{escape(title)}' for state, title in titles(states).items()
+    )
     return f'<p class="faint">{marks} &ensp; lines: 95 % intervals; n: records that count (prompts)</p>'
 
 
@@ -340,8 +352,8 @@ def _metric_row(id: str, one: Result, states: Sequence[State], scale: float) -> 
         f'<th><span class="id">{escape(id)}</span><small>{escape(one.metric.definition)}</small></th>',
         f"<td>{_bars(one, states, scale)}</td>",
         *(
-            f'<td class="number" data-label="{escape(TITLES[state])}">{number(_value(one, state), scale)}</td>'
-            for state in states
+            f'<td class="number" data-label="{escape(title)}">{number(_value(one, state), scale)}</td>'
+            for state, title in titles(states).items()
         ),
     ]
     if one.reason:
@@ -446,15 +458,16 @@ def _regressions(evaluation: Evaluation, tokenizer: Any) -> str:
     rows = []
     for one in regressions(evaluation, tokenizer):
         wanted = [f"{name}: {text.strip()}" for name, text in (("new", one.new), ("true", one.true)) if text]
-        scale = scale_of(evaluation, one.metrics[0])
+        id, *others = one.metrics
+        scale = scale_of(evaluation, id)
         scores = f"{number(one.before * scale, scale)} → {number(one.after * scale, scale)}"
-        more = f" and {len(one.metrics) - 1} more" if len(one.metrics) > 1 else ""
+        more = f" and {len(others)} more" if others else ""
         rows.append(
             f"<tr><th>{escape(one.prompt)}<small>{escape('; '.join(wanted))}</small></th>"
             f'<td data-label="says before">{escape(one.says_before)}</td>'
             f'<td data-label="says after"><span class="worse">{escape(one.says_after)}</span></td>'
             f'<td data-label="score"><span>{scores}<small class="id">'
-            f"{escape(one.metrics[0] + more)}</small></span></td>"
+            f"{escape(id + more)}</small></span></td>"
             "</tr>"
         )
     body = "<p>No prompt scores worse than before.</p>"
