@@ -53,7 +53,7 @@ def print_report(report: Any, title: str) -> None:
         curve = report.retention
         shares = "; ".join(
             f"{name} {share:.3f}"
-            for name, share in (("kept", curve.kept), ("forgetting", curve.forgetting))
+            for name, share in (("kept", curve.retained), ("forgetting", curve.forgetting))
             if share is not None
         )
         output.print(f"Retention of {curve.batches} batches in {curve.metric}: {shares}", markup=False)

@@ -44,7 +44,7 @@ class Retention:
     """How many batches were written: more than the curve has where some have no request that counts."""
 
     @property
-    def kept(self) -> float | None:
+    def retained(self) -> float | None:
         """Sum of the final scores over that of the scores right after each batch; None where the latter is 0."""
         first = sum(one.after_batch for one in self.curve)
         return sum(one.final for one in self.curve) / first if first else None
@@ -60,7 +60,7 @@ class Retention:
         return {
             "metric": self.metric,
             "checkpoints": "right after each batch, and at the end",
-            "kept": self.kept,
+            "kept": self.retained,
             "forgetting": self.forgetting,
             "curve": [dict(vars(one)) for one in self.curve],
         }

@@ -440,7 +440,7 @@ def _curve(retention: Retention) -> str:
             parts.append(f'<circle class="{state}" cx="{x}" cy="{y}" r="2.5"/>')
     shares = "; ".join(
         f"{name} {number(share)}"
-        for name, share in (("kept", retention.kept), ("forgetting", retention.forgetting))
+        for name, share in (("kept", retention.retained), ("forgetting", retention.forgetting))
         if share is not None
     )
     marks = " &ensp; ".join(f'<span class="dot {state}"></span>{TITLES[state]}' for state in ("post", "final"))
