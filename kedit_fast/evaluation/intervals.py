@@ -41,7 +41,7 @@ def bootstrap(
 
     Args:
         values: of each record, at least one.
-        weights: how much each counts in the mean; None: all alike.
+        weights: how much each counts in the mean, at least 0 and not all 0; None: all alike.
         seed: of the draws; the same values and seed give the same interval.
         draws: how many samples.
 
@@ -55,6 +55,7 @@ def bootstrap(
     for begin in range(0, draws, size):
         shape = (min(size, draws - begin), len(value))
         drawn = torch.randint(len(value), shape, generator=generator)
-        means.append((value * weight)[drawn].sum(1) / weight[drawn].sum(1))
+        total = weight[drawn].sum(1)
+        means.append(((value * weight)[drawn].sum(1) / total)[total > 0])  # a sample may have drawn no weight at all
     low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
