@@ -80,7 +80,7 @@ def print_metrics(evaluation: Evaluation, title: str) -> None:
     """The table of an evaluation: each metric in each state, with the interval and the records of the last one."""
     states = evaluation.states
     table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("metric")
+    table.add_column("metric", min_width=max(map(len, evaluation.metrics), default=0))
     for text in (*titles(states).values(), "95 %", "n"):
         table.add_column(text, justify="right", overflow="fold")
     absent = {}

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ ROWS = 1000
 """Most requests in the page's table; the files have all."""
 LEAST = 0.005
 """A smaller loss of a score is none."""
+LONGEST = 120
+"""Characters of what the model says, in the page."""
 REGRESSIONS = 20
 """Most regressions in the page."""
 
@@ -139,7 +142,7 @@ def _said(one: CaseScore, state: State, tokenizer: Any) -> str:
     answers = one.answers.get(state, ())
     for answer in answers:
         if isinstance(answer, GeneratedAnswer):
-            return answer.text.strip()
+            return shorten(answer.text, LONGEST, placeholder=" ...")
     forced = [answer for answer in answers if isinstance(answer, ForcedAnswer)]
     if not forced:
         return ""
@@ -151,6 +154,8 @@ def number(value: float | None, scale: float = 1.0) -> str:
     """A value as tables show it: one decimal of percents and of 10 or more, else three."""
     if value is None:
         return ""
+    if abs(value) >= 1e5:
+        return f"{value:.3g}"
     text = f"{value:,.1f}" if scale >= 100 or abs(value) >= 10 else f"{value:.3f}"
     return text if float(text.replace(",", "")) else text.removeprefix("-")
 
