@@ -115,7 +115,8 @@ class Evaluator:
         self._measured: set[tuple[State, Source]] = set()
         self.skipped: dict[int, str] = {}
         """Index of each request that cannot be measured -> why."""
-        self._check(ModelView(model, spec), prompt_format, target_separator, on_error)
+        self._views: dict[Any, ModelView] = {}
+        self._check(self._view_of(model), prompt_format, target_separator, on_error)
 
     @plain_torch()
     def _check(
@@ -170,6 +171,13 @@ class Evaluator:
         named = (f"{self._name(*owner)}: {reason}" for owner, reason in problems.items())
         require_no_problems(dict(enumerate(named)))
 
+    def _view_of(self, model: torch.nn.Module) -> ModelView:
+        """The view of a model; what it tries by short passes is tried once, not for each batch of a sequence."""
+        key = model, tuple((p.device, p.dtype) for p in model.parameters())
+        if key not in self._views:
+            self._views = {**dict(list(self._views.items())[-1:]), key: ModelView(model, self.spec)}
+        return self._views[key]
+
     def _seeded(self, asks: tuple[Ask, ...]) -> tuple[Ask, ...]:
         """The asks with the run's seed, where something is drawn."""
         return tuple(
@@ -214,7 +222,7 @@ class Evaluator:
             raise InvalidArgumentError('the state "context" needs what puts facts in front of prompts: context=')
         if outside := [index for index in requests or () if not 0 <= index < len(self.requests)]:
             raise InvalidArgumentError(f"request {outside[0]} is out of range: there are {len(self.requests)}, from 0")
-        view = ModelView(self.model if model is None else model, self.spec)
+        view = self._view_of(self.model if model is None else model)
         batch = range(len(self.requests)) if requests is None else requests
         chosen = self._chosen(state, [index for index in batch if index not in self.skipped], requests is None)
         asks = dict.fromkeys(

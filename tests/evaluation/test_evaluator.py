@@ -137,6 +137,6 @@ def test_what_a_sequence_keeps(monkeypatch):
     said[0] = 0.0
     evaluator.measure("final")
     result = tracker.result(evaluator.result())
-    assert (result.kept, result.forgetting) == (0.5, 1.0)
+    assert (result.retained, result.forgetting) == (0.5, 1.0)
     assert [one.requests for one in result.curve] == [1, 1]
     assert scored == [1, 1, 3]
