@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -79,10 +80,7 @@ def _in_words(value: Any) -> str:
 def print_metrics(evaluation: Evaluation, title: str) -> None:
     """The table of an evaluation: each metric in each state, with the interval and the records of the last one."""
     states = evaluation.states
-    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("metric", min_width=max(map(len, evaluation.metrics), default=0))
-    for text in (*titles(states).values(), "95 %", "n"):
-        table.add_column(text, justify="right", overflow="fold")
+    rows = [["metric", *titles(states).values(), "95 %", "n"]]
     absent = {}
     for id, one in evaluation.metrics.items():
         scale = scale_of(evaluation, id)
@@ -91,8 +89,15 @@ def print_metrics(evaluation: Evaluation, title: str) -> None:
             absent[id] = one.reason or "no record has what it needs"
             continue
         values = [number(m.value, scale) if (m := one.states.get(state)) is not None else "" for state in states]
-        table.add_row(escape(id), *values, interval(last, scale), "" if last is None else f"{last.records:,}")
-    output.print(table)
+        rows.append([escape(id), *values, interval(last, scale), "" if last is None else f"{last.records:,}"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for place, (heading, width) in enumerate(zip(rows[0], widths, strict=True)):
+        table.add_column(heading, justify="right" if place else "left", width=width)
+    for row in rows[1:]:
+        table.add_row(*row)
+    # On a narrow terminal lines go on in the next one: a number that is cut off would be another one.
+    Console(highlight=False, width=max(output.width, sum(widths) + 3 * len(widths))).print(table)
     for reason in dict.fromkeys(absent.values()):
         ids = ", ".join(id for id, why in absent.items() if why == reason)
         output.print(f"Not measured, {reason}: {ids}", markup=False)
