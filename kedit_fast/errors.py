@@ -47,5 +47,9 @@ class PatchError(KeditError, RuntimeError):
     """A patch cannot be read, written or applied; the model or checkpoint is as it was before."""
 
 
+class EvaluationError(KeditError, ArithmeticError):
+    """A model cannot be measured: it gives no finite probabilities for a prompt, which is named."""
+
+
 class EditError(KeditError, RuntimeError):
     """An edit could not be completed; the model is as it was before."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from kedit_fast.errors import KeditError
+from kedit_fast.errors import EvaluationError
 from kedit_fast.evaluation.asks import (
     Answer,
     Ask,
@@ -67,7 +67,7 @@ def answer(
 
     Raises:
         RequestError: asks that cannot be measured, all of them, by prompt; nothing has run.
-        KeditError: the model gives no finite probabilities for a prompt, which is named.
+        EvaluationError: the model gives no finite probabilities for a prompt, which is named.
     """
     check_separator(target_separator)
     rows, problems = rows_of(view, tokenizer, asks, prompt_format, target_separator)
@@ -212,7 +212,7 @@ def scored(
     """Of asks with so many states each: the log probabilities of their targets, and the most probable tokens.
 
     Raises:
-        KeditError: where they must be finite, a log probability that is not, by the prompt.
+        EvaluationError: where they must be finite, a log probability that is not, by the prompt.
     """
     result = view.head.target_log_probs(states, targets, return_top1=True)
     assert result.top1 is not None
@@ -224,13 +224,13 @@ def scored(
 
 
 def require_finite(values: torch.Tensor, asks: Sequence[Ask], lengths: Sequence[int]) -> None:
-    """Raise KeditError unless all values are finite; `lengths` says how many belong to each ask."""
+    """Raise EvaluationError unless all values are finite; `lengths` says how many belong to each ask."""
     finite = torch.isfinite(values)
     if bool(finite.all()):
         return
     owners = [ask for ask, length in zip(asks, lengths, strict=True) for _ in range(length)]
     first = owners[int((~finite).int().argmax())]
-    raise KeditError(
+    raise EvaluationError(
         f"the model gives no finite probabilities (NaN or infinite) for the prompt {prompt_of(first)[:80]!r}: its "
         "weights hold such values, or its passes overflow in its dtype"
     )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from tqdm.auto import tqdm
 
-from kedit_fast.errors import InvalidArgumentError, RequestError
+from kedit_fast.errors import EvaluationError, InvalidArgumentError, RequestError
 from kedit_fast.evaluation.asks import Answer, Ask, Generated
 from kedit_fast.evaluation.contexts import Context, asked_in_context, context_of
 from kedit_fast.evaluation.engine import answer_rows
@@ -214,7 +214,7 @@ class Evaluator:
             model: another one of the same tokenizer, such as the unedited one; None for that of the evaluator.
 
         Raises:
-            KeditError: the model gives no finite probabilities for a prompt, which is named.
+            EvaluationError: the model gives no finite probabilities for a prompt, which is named.
         """
         if state not in STATES or state == "first":
             raise InvalidArgumentError(f"state {state!r}: choose pre, context, post or final")
@@ -237,7 +237,10 @@ class Evaluator:
         rows: dict[Ask, Row] = {ask: self._rows[ask] for ask in asks}
         bar = tqdm(total=len(rows), desc=f"evaluating ({state})", unit="ask", disable=not self.progress)
         with bar, stored_answers(self._folder, view) as store:
-            answers = answer_rows(view, self.tokenizer, rows, bar.update, store)
+            try:
+                answers = answer_rows(view, self.tokenizer, rows, bar.update, store)
+            except EvaluationError as error:
+                raise EvaluationError(f"state {state!r}: {error}") from None
         self._answers.update(dict.fromkeys(chosen, answers))
         self._measured.update(key[:2] for key in chosen)
 
@@ -443,7 +446,7 @@ def evaluate(
     Raises:
         RequestError: prompts that cannot be measured; nothing has run.
         PatchError: patches of another model, or that do not follow each other; nothing has run.
-        KeditError: the model gives no finite probabilities for a prompt, which is named.
+        EvaluationError: the model gives no finite probabilities for a prompt, which is named.
 
     Example:
         >>> editor = Editor(model, tokenizer, "memit", statistics=statistics, hparams={"v_num_grad_steps": 10})

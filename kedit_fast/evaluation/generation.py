@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kedit_fast.errors import KeditError
+from kedit_fast.errors import EvaluationError
 from kedit_fast.evaluation.asks import Answer, Ask, Generated, GeneratedAnswer
 from kedit_fast.evaluation.rows import Row, batches
 from kedit_fast.models.cached import cache_bytes, cache_limit, run_beginnings
@@ -39,7 +39,7 @@ def generate(
     probabilities, the largest first, a uniform number falls; numbers are those of a generator for each prompt.
 
     Raises:
-        KeditError: the model gives no finite probabilities for a prompt, which is named.
+        EvaluationError: the model gives no finite probabilities for a prompt, which is named.
     """
     ends = end_tokens(view, tokenizer)
     texts = [Text(tokenizer, ask, row, ends) for ask, row in rows.items()]
@@ -197,7 +197,7 @@ def next_tokens(view: ModelView, states: torch.Tensor, texts: Sequence[Text]) ->
     greedy = logits.argmax(1)
     if not bool((finite := torch.isfinite(logits.gather(1, greedy[:, None])[:, 0])).all()):
         first = texts[int((~finite).int().argmax())]
-        raise KeditError(
+        raise EvaluationError(
             f"the model gives no finite probabilities (NaN or infinite) for the prompt {first.ask.prompt[:80]!r}: its "
             "weights hold such values, or its passes overflow in its dtype"
         )

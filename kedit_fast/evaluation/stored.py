@@ -141,5 +141,12 @@ def stored_answers(folder: str | os.PathLike | None, view: ModelView) -> Iterato
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KeditError(f"cannot write {path}: {error.strerror or error}") from error
-    with locked(path / "lock", KeditError, f"{path} is in use by another evaluation"):
-        yield StoredAnswers(path / FILE, weights_hash(view), view.head)
+    lock = path / "lock"
+    with locked(lock, KeditError, f"{path} is in use by another evaluation"):
+        try:
+            yield StoredAnswers(path / FILE, weights_hash(view), view.head)
+        finally:
+            if not (path / FILE).exists():  # nothing was answered
+                with contextlib.suppress(OSError):
+                    lock.unlink()
+                    path.rmdir()

@@ -213,7 +213,7 @@ def _tried(view: ModelView) -> tuple[int, int]:
                     return min(limit, view.max_length), size
                 obstacle = f"their states differ by {error:.1g}"
             except Exception as error:  # it may be any code
-                obstacle = first_line(error) or type(error).__name__
+                obstacle = f"it does not run in parts with its cache ({type(error).__name__}: {first_line(error)})"
     _log.info("%s: prompts run anew for each of their targets and tokens: %s", view.spec.name, obstacle)
     return 0, 0
 

@@ -257,7 +257,8 @@ class Patch:
             raise PatchError(f"{name} has this patch's edits already")
         raise PatchError(
             f"{name} is not the matrix that the patch was made for: another model, or one with other edits in it (of "
-            "patches that follow each other, merge first). Forced, the edits may say something else, or harm"
+            "patches that follow each other, merge first). `patch apply --force` (force=True) applies it all the same: the "
+            "edits may then say something else, or harm"
         )
 
 
