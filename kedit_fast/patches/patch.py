@@ -257,7 +257,7 @@ class Patch:
             raise PatchError(f"{name} has this patch's edits already")
         raise PatchError(
             f"{name} is not the matrix that the patch was made for: another model, or one with other edits in it (of "
-            "patches that follow each other, merge first). `patch apply --force` (force=True) applies it all the same: the "
+            "patches that follow each other, merge first). `patch apply --force` (force=True) applies it: the "
             "edits may then say something else, or harm"
         )
 
