@@ -625,7 +625,7 @@ def test_the_commands(tmp_path):
     applied = run("patch", "apply", patches[0], folder)
     assert applied.returncode == 0 and "kedit-fast patch revert" in applied.stdout and files_of(folder) != before
     refused = run("patch", "apply", patches[1], folder)
-    assert refused.returncode == 1 and "Forced" in refused.stderr and refused.stdout == ""
+    assert refused.returncode == 1 and "--force" in refused.stderr and refused.stdout == ""
     assert json.loads(run("patch", "apply", patches[1], folder, "--force", "--json").stdout)["number"] == 2
     assert json.loads(run("patch", "revert", folder, "--json").stdout)["patch"] == "b.safetensors"
     assert "bit for bit" in run("patch", "revert", folder).stdout and files_of(folder) == before
