@@ -51,10 +51,32 @@ def generate(
     tokens, most = (_batch_tokens(view), LARGEST_ROWS) if limit else (BATCH_TOKENS, None)
     # Prompts of one length leave no gaps; texts of one length end together.
     for chunk in batches(range(len(texts)), lambda i: (texts[i].longest, texts[i].length), tokens, most):
-        part = [texts[i] for i in chunk]
-        # Gaps count; the last token is not read.
-        places = max(text.length for text in part) + max(text.left for text in part) - 1
-        (_continue if places <= limit else _continue_whole)(view, part, put)
+        whole, parts = _parts([texts[i] for i in chunk], limit)
+        for part in parts:
+            _continue(view, part, put)
+        if whole:
+            _continue_whole(view, whole, put)
+
+
+def _parts(texts: Sequence[Text], limit: int) -> tuple[list[Text], list[list[Text]]]:
+    """A batch as texts that need more than `limit` places and must run whole, and parts that need no more together.
+
+    Gaps count, so that prompts of different lengths may need more together than each by itself; a text's last token is
+    not read.
+    """
+    whole: list[Text] = []
+    parts: list[list[Text]] = []
+    width = left = 0  # of the last part: its longest prompt, and the most tokens to come
+    for text in sorted(texts, key=lambda text: text.length, reverse=True):
+        if text.length + text.left - 1 > limit:
+            whole.append(text)
+        elif parts and width + max(left, text.left) - 1 <= limit:
+            parts[-1].append(text)
+            left = max(left, text.left)
+        else:
+            parts.append([text])
+            width, left = text.length, text.left
+    return whole, parts
 
 
 def _batch_tokens(view: ModelView) -> int:

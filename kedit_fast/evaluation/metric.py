@@ -121,7 +121,8 @@ class Measured:
     prompts: int
     """Number of cases that count."""
     interval: tuple[float, float] | None
-    """95 %: Wilson's for shares, by bootstrap over records for means; None of derived numbers and of no records."""
+    """95 %: Wilson's for shares, by bootstrap over records for means; None of derived numbers, of no records, and where
+    the bootstrap would have one record alone."""
 
 
 def request_of(case: Case) -> EditRequest:

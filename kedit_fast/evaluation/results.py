@@ -188,6 +188,8 @@ def measured(
     value = _mean(list(zip(scores, weights, strict=True)))
     if share and all(score in (0.0, 1.0) for score in scores) and len(set(weights)) == 1:
         low, high = wilson(sum(scores), len(scores))
+    elif len(scores) == 1:
+        return Measured(value * scale, 1, cases, None)
     else:
         low, high = bootstrap(scores, weights, seed)
     low, high = sorted((low * scale, high * scale))

@@ -149,3 +149,14 @@ def test_a_broken_model_is_named_by_its_prompt():
     for ask in (FORCED[0], SAID[1], Likelihood("Ebro is", 64), Distributions("Ebro is", 64)):
         with pytest.raises(KeditError, match=r"no finite probabilities.*'(The mother|Ebro)"):
             answer(view, tokenizer, [ask])
+
+
+def test_texts_that_fit_alone_run_in_parts(monkeypatch):
+    """Prompts of different lengths, each with all the tokens that the model takes, do not fit one batch."""
+    model, tokenizer = make_model("llama"), make_tokenizer()
+    view, asks = ModelView(model), [Generated(prompt, 200) for prompt in PROMPTS]
+    with monkeypatch.context() as context:
+        context.setattr(generation, "_continue_whole", None)
+        answers = answer(view, tokenizer, asks)
+    monkeypatch.setattr(generation, "cache_limit", lambda view: 0)
+    assert answer(view, tokenizer, asks) == answers

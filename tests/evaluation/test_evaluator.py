@@ -48,6 +48,8 @@ def test_means_over_records_and_over_prompts():
     assert (by_record.value, by_prompt.value) == (pytest.approx(50.0), pytest.approx(50.0))
     assert measured([(1.0, 1.0), (0.5, 4.0)], 5, "request").value == pytest.approx(0.75)
     assert measured([(1.0, 1.0), (0.5, 4.0)], 5, "prompt").value == pytest.approx(0.6)
+    assert measured([(0.5, 4.0)], 4, "request").interval is None  # a bootstrap of one record has no width
+    assert measured([(1.0, 4.0)], 4, "request").interval == pytest.approx((0.2065, 1.0), abs=1e-4)
     nothing = measured([], 0, "request")
     assert (nothing.value, nothing.records, nothing.prompts, nothing.interval) == (None, 0, 0, None)
 
