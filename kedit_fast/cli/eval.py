@@ -49,8 +49,8 @@ from kedit_fast.reports import evaluation as report
 from kedit_fast.requests.chat import chat_format
 from kedit_fast.requests.datasets.choices import load_choices
 from kedit_fast.requests.problems import first_problems, skipped_records
-from kedit_fast.requests.reading import RequestList, load_requests
-from kedit_fast.requests.sampling import sampled
+from kedit_fast.requests.reading import load_requests
+from kedit_fast.requests.sampling import cases_of, first_cases, part_of, sampled
 from kedit_fast.statistics.sources import open_texts
 from kedit_fast.support.files import check_new
 
@@ -78,7 +78,10 @@ def evaluation(
     choices: Annotated[
         Path | None, typer.Option(help="for metrics over multiple choice: records in MMLU's or TRAIT's form")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="use the first so many requests, texts and choices")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="use the first so many requests, texts and choices; a case of several counts once"),
+    ] = None,
     sample: Annotated[
         int | None, typer.Option(min=1, help="draw so many requests; a case of several counts once")
     ] = None,
@@ -130,12 +133,11 @@ def evaluation(
     items = [] if choices is None else load_choices(choices, on_error)
     documents = [] if texts is None else open_texts(texts, field)
     if limit is not None:
-        records = None if records is None else records.first(limit)
+        records = None if records is None else first_cases(records, limit)
         items, documents = items[:limit], [documents[i] for i in range(min(limit, len(documents)))]
-    if records is not None and sample is not None and sample < len(records):
+    if records is not None and sample is not None and sample < len(cases_of(records)):
         drawn = {id(request) for request in sampled(records, sample, seed)}
-        chosen = [(r, place) for r, place in zip(records, records.places, strict=True) if id(r) in drawn]
-        records = RequestList([r for r, _ in chosen], [place for _, place in chosen], records.skipped)
+        records = part_of(records, [index for index, request in enumerate(records) if id(request) in drawn])
     patches = [Patch.load(path) for path in patch or ()]
     for path in (model, *filter(None, [base])):
         load_config(path, merge_adapter)

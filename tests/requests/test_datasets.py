@@ -11,9 +11,9 @@ import kedit_fast
 from kedit_fast.errors import RequestError
 from kedit_fast.requests.datasets.registry import DATA_SETS
 from kedit_fast.requests.probes import Probe, Question
-from kedit_fast.requests.reading import as_requests, load_requests, parse_request
+from kedit_fast.requests.reading import RequestList, as_requests, load_requests, parse_request
 from kedit_fast.requests.request import FIELDS, EditRequest
-from kedit_fast.requests.sampling import sampled
+from kedit_fast.requests.sampling import first_cases, sampled
 from kedit_fast.requests.writing import save_requests
 
 DATA = Path(__file__).parents[1] / "data"
@@ -356,6 +356,16 @@ def test_a_sample_keeps_cases_whole_and_the_order():
     for count in (0, 5):
         with pytest.raises(RequestError, match=f"{count} requests cannot be drawn of 4"):
             sampled(requests, count, 0)
+
+
+def test_the_first_cases_are_whole():
+    groups = (None, "a", "b", "a", None)
+    requests = [EditRequest("{} is", f"S{i}", "x", group=group) for i, group in enumerate(groups)]
+    read = RequestList(requests, [0, 1, 3, 4, 6], {2: "between", 5: "behind"})
+    two = first_cases(read, 2)
+    assert [request.subject for request in two] == ["S0", "S1", "S3"]
+    assert two.places == (0, 1, 4) and two.skipped == {2: "between"}
+    assert first_cases(read, 4) is read and list(first_cases(read, 1)) == requests[:1]
 
 
 def test_snippets_are_reference_texts(tmp_path):
