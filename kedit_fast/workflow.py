@@ -259,9 +259,12 @@ def run_edits(
             skipped |= {batch[place]: reason for place, reason in result.skipped.items()}
             for phase, spent in result.seconds.items():
                 seconds[phase] += spent
-            if tracker is not None:
-                with timed(seconds, "evaluate"):
-                    tracker.measure([places[i] for i in batch if i not in skipped])
+            with timed(seconds, "evaluate"):
+                of_batch = [places[i] for i in batch if i not in skipped]
+                if tracker is not None:
+                    tracker.measure(of_batch)
+                if evaluator.compared_states & {"first", "post"}:
+                    evaluator.measure("post", of_batch)
         written = [i for i in indices if i not in skipped]
         if not written:
             raise EditError("\n".join(["every request was skipped:", *first_problems(skipped)]))

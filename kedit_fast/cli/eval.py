@@ -163,17 +163,22 @@ def evaluation(
         "on_error": on_error,
         "progress": interactive(),
     }
-    if base is None:
-        measured = evaluate(first, tokenizer, records or [], metrics, patches=patches, **options)
-    else:
-        evaluator = Evaluator(first, tokenizer, records or [], metrics, **options)
-        evaluator.measure("pre")
-        if context is not None:
-            evaluator.measure("context")
-        evaluator.model = first = torch.nn.Module()  # lets go of it: one model in memory at a time
-        evaluator.model, _ = load(model)
-        evaluator.measure("final")
-        measured = evaluator.result()
+    try:
+        if base is None:
+            measured = evaluate(first, tokenizer, records or [], metrics, patches=patches, **options)
+        else:
+            evaluator = Evaluator(first, tokenizer, records or [], metrics, **options)
+            evaluator.measure("pre")
+            if context is not None:
+                evaluator.measure("context")
+            evaluator.model = first = torch.nn.Module()  # lets go of it: one model in memory at a time
+            evaluator.model, _ = load(model)
+            evaluator.measure("final")
+            measured = evaluator.result()
+    except KeyboardInterrupt:
+        if part is not None and part.exists():
+            notices.print(f"kedit-fast: the answers so far are in {part}: the same command goes on", markup=False)
+        raise
     skipped = {} if records is None else {**records.skipped, **_at_places(measured.skipped, records.places)}
     if measured.skipped and records is not None and len(measured.skipped) == len(records):
         raise RequestError("\n".join(["no request can be measured:", *first_problems(skipped)]))

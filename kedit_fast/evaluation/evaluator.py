@@ -34,6 +34,13 @@ Average = Literal["record", "prompt"]
 Source = Literal["requests", "groups", "texts", "choices"]
 Place = tuple[State, Source, int]
 """A record, by its index, in a state."""
+_NONE: dict[Source, str] = {
+    "requests": "no request can be measured",
+    "groups": "no requests share a group",
+    "texts": "it needs texts (--texts)",
+    "choices": "it needs multiple choice (--choices)",
+}
+"""Why a metric has no value where there are none of its records."""
 _KINDS: dict[Source, str] = {"requests": "request", "groups": "group", "texts": "text", "choices": "item"}
 
 
@@ -200,6 +207,11 @@ class Evaluator:
         id = getattr(record[0], "group", None) if source == "groups" else getattr(record, "id", None)
         return f"{_KINDS[source]} {index + 1 if id is None else repr(id)}"
 
+    @property
+    def compared_states(self) -> frozenset[State]:
+        """The states that some metric compares others with."""
+        return frozenset(state for scoring in self._scorings.values() for state in scoring.states)
+
     @plain_torch()
     def measure(
         self, state: State = "final", requests: Sequence[int] | None = None, model: torch.nn.Module | None = None
@@ -327,7 +339,11 @@ class Evaluator:
             ]
             cases = sum(state in c.scores for record in records if state in record.scores for c in record.cases)
             result[state] = measured(counting, cases, unit, metric.scale, share=metric.share)
-        reason = f"it compares with the state {missing[0]!r}, which was not measured" if missing else ""
+        between = ": `edit` measures it between batches" if missing and missing[0] in ("first", "post") else ""
+        if not any(index not in self.skipped or source != "requests" for index in range(len(self._records[source]))):
+            reason = _NONE[source]
+        else:
+            reason = f"it compares with the state {missing[0]!r}, which was not measured{between}" if missing else ""
         return Result(metric, result, unit, reason), tuple(r for r in records if r.scores)
 
     def _unit(self, metric: Metric) -> Unit:

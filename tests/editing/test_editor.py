@@ -369,6 +369,26 @@ def test_a_batch_of_which_nothing_is_left_does_not_stop_the_next(demo_model):
     assert list(report.skipped) == [1] and "the model takes" in report.skipped[1]
 
 
+def test_metrics_that_compare_with_the_state_between_batches_are_measured_there(demo_model):
+    from dataclasses import replace
+
+    from kedit_fast.workflow import run_edits
+
+    model, tokenizer = demo_model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    there = replace(demo.requests(1)[0], group="round", id="there")
+    back = replace(there, target_new=there.target_true, target_true=there.target_new, id="back")
+    numbers = {"v_num_grad_steps": 12, "clamp_norm_factor": 0.75, "mom2_adjustment": False, "on_predicted": "allow"}
+    try:
+        report = run_edits(
+            model, tokenizer, [there, back], "memit", statistics=None, hparams=numbers, batch_size=1, metrics="pit.CM"
+        )
+    finally:
+        model.load_state_dict(before)
+    measured = report.evaluation.metrics["pit.CM"].states["final"]
+    assert measured.records == 1 and measured.value > 0.5  # the second edit undid the first one
+
+
 def test_an_interrupt_in_the_values_leaves_everything_as_it_was(monkeypatch):
     from kedit_fast.editing.values import loop
 
