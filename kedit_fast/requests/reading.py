@@ -361,7 +361,7 @@ def _warn_of_repetitions(read: RequestList, source: str) -> None:
     if repeated:
         name, records = next(iter(repeated.items()))
         _log.warning(
-            "%s: %d ids stand in several records, so messages cannot tell these apart: %r in records %s%s",
+            "%s: ids that stand in several records, which messages cannot tell apart: %d, as %r in records %s%s",
             source,
             len(repeated),
             name,
@@ -373,7 +373,7 @@ def _warn_of_repetitions(read: RequestList, source: str) -> None:
         fact, targets = contradicted[0]
         named = [f"{target!r} ({record_list(records[:5])})" for target, records in targets.items()]
         _log.warning(
-            "%s: %d facts are given several new answers, of which a batch can hold one: %r of %r is %s%s",
+            "%s: facts with several new answers, of which a batch can hold one: %d, as %r of %r is %s%s",
             source,
             len(contradicted),
             *fact,
