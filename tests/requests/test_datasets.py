@@ -173,7 +173,8 @@ def test_easyedits_form_has_a_neighbor_or_a_probe_by_its_answer_and_names_contra
     )
     assert (one.prompt, one.subject) == (other.prompt, other.subject)
     (line,) = warned()
-    assert "facts with several new answers, of which a batch can hold one: 1, as" in line and "'Shanghai' (record 3) and 'Hamburg' (record 4)" in line
+    assert "facts with several new answers, of which a batch can hold one: 1, as" in line
+    assert "'Shanghai' (record 3) and 'Hamburg' (record 4)" in line
     (wiki,) = load_requests(DATA / "wikibigedit_sample.json")
     assert wiki.target_true is None and wiki.neighborhood_prompts == () and wiki.probes[0].kind == "locality"
 
