@@ -15,6 +15,7 @@ from kedit_fast.errors import EvaluationError, InvalidArgumentError, RequestErro
 from kedit_fast.evaluation.asks import Answer, Ask, Generated
 from kedit_fast.evaluation.contexts import Context, asked_in_context, context_of
 from kedit_fast.evaluation.engine import answer_rows
+from kedit_fast.evaluation.generation import end_tokens
 from kedit_fast.evaluation.metric import Case, Derived, Measured, Metric, Scoring, State, Unit
 from kedit_fast.evaluation.registry import PROMPTS, SCORINGS, select
 from kedit_fast.evaluation.results import STATES, CaseScore, Evaluation, RecordScore, Result, measured, record_score
@@ -248,7 +249,7 @@ class Evaluator:
         )
         rows: dict[Ask, Row] = {ask: self._rows[ask] for ask in asks}
         bar = tqdm(total=len(rows), desc=f"evaluating ({state})", unit="ask", disable=not self.progress)
-        with bar, stored_answers(self._folder, view) as store:
+        with bar, stored_answers(self._folder, view, end_tokens(view, self.tokenizer)) as store:
             try:
                 answers = answer_rows(view, self.tokenizer, rows, bar.update, store)
             except EvaluationError as error:

@@ -1,7 +1,8 @@
 """Answers on disk as they come, so that a run that was killed goes on where it was.
 
-A folder has one file of JSON lines. A line is an answer, under a hash of the model's weights, of the tokens that it was
-asked with, and of how they were generated: an answer of another model, prompt format or tokenizer is not taken for it.
+A folder has one file of JSON lines. A line is an answer, under a hash of the model's weights and configuration, of the
+tokens that it was asked with, and of how they were generated: an answer of another model, prompt format or tokenizer is
+not taken for it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +40,16 @@ from kedit_fast.support.matrix_bits import edit_fingerprint
 FILE = "answers.jsonl"
 _KINDS: dict[str, Any] = {"forced": ForcedAnswer, "generated": GeneratedAnswer, "likelihood": LikelihoodAnswer}
 _DISTRIBUTIONS = "distributions"
+_NAMES = ("_name_or_path", "transformers_version")  # of a configuration: where it is from
 
 
-def weights_hash(view: ModelView) -> str:
-    """A hash of all weights and buffers of a model, by name.
+def model_hash(view: ModelView) -> str:
+    """A hash of all weights and buffers of a model, by name, and of its configuration.
 
     Cost: one pass over them, on their devices.
     """
-    digest = hashlib.sha256()
+    settings = {name: value for name, value in view.model.config.to_dict().items() if name not in _NAMES}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(view.model.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):  # a module's "extra state" may be anything
             continue
@@ -61,8 +64,8 @@ def weights_hash(view: ModelView) -> str:
 class StoredAnswers:
     """What `engine.answer_rows` takes as its store: answers of one model in a folder."""
 
-    def __init__(self, path: Path, model_hash: str, head: Head):
-        self._path, self._model, self._head = path, model_hash, head
+    def __init__(self, path: Path, model: str, ends: Iterable[int], head: Head):
+        self._path, self._model, self._ends, self._head = path, model, sorted(ends), head
         self._lines: dict[str, list[Any]] = {}
         self._read()
 
@@ -101,7 +104,7 @@ class StoredAnswers:
     def _key(self, ask: Ask, row: Row) -> str:
         how: list[Any] = [type(ask).__name__]
         if isinstance(ask, Generated):
-            how += [ask.top_k, ask.seed, ask.stops]
+            how += [ask.top_k, ask.seed, ask.stops, self._ends]
         if isinstance(ask, Distributions):
             how.append(ask.last)
         parts = [self._model, *how, row.prompt, row.target, row.read, row.new]
@@ -127,8 +130,10 @@ class StoredAnswers:
 
 
 @contextlib.contextmanager
-def stored_answers(folder: str | os.PathLike | None, view: ModelView) -> Iterator[StoredAnswers | None]:
-    """The store in a folder, which is made, for a model as it is now; None without a folder.
+def stored_answers(
+    folder: str | os.PathLike | None, view: ModelView, ends: Iterable[int]
+) -> Iterator[StoredAnswers | None]:
+    """The store in a folder, which is made, for a model as it is now and texts that end at `ends`; None without one.
 
     Raises:
         KeditError: the folder cannot be written, its file is damaged, or another process uses it.
@@ -144,7 +149,7 @@ def stored_answers(folder: str | os.PathLike | None, view: ModelView) -> Iterato
     lock = path / "lock"
     with locked(lock, KeditError, f"{path} is in use by another evaluation"):
         try:
-            yield StoredAnswers(path / FILE, weights_hash(view), view.head)
+            yield StoredAnswers(path / FILE, model_hash(view), ends, view.head)
         finally:
             if not (path / FILE).exists():  # nothing was answered
                 with contextlib.suppress(OSError):

@@ -68,6 +68,12 @@ def test_a_killed_run_goes_on_and_gives_the_same(tmp_path):
         model.get_parameter("model.layers.0.mlp.down_proj.weight")[0, 0] += 1
     _, others = measured(model, folder)
     assert 0 < others < first + rest  # the base's answers are there, the other model's are not
+    model.generation_config.eos_token_id = 3
+    _, ended = measured(model, folder)
+    assert 0 < ended < others  # texts alone: they end elsewhere
+    model.config.rms_norm_eps *= 2
+    _, configured = measured(model, folder)
+    assert configured == others  # the same weights in another model
 
 
 def test_a_damaged_file_is_named(tmp_path):
