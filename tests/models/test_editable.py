@@ -243,7 +243,7 @@ def test_a_hook_that_puts_a_rank_one_write_back_is_noticed_in_the_edit_itself():
 def test_a_write_that_is_put_back_at_the_end_of_a_run_takes_the_whole_run_back(monkeypatch):
     from kedit_fast import workflow
 
-    model, armed, real = make_model("llama"), [], workflow.evaluate
+    model, armed, real = make_model("llama"), [], workflow.Evaluator.measure
     linear = model.model.layers[1].mlp.down_proj
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     kept = linear.weight.detach().clone()
@@ -254,11 +254,12 @@ def test_a_write_that_is_put_back_at_the_end_of_a_run_takes_the_whole_run_back(m
 
     linear.register_forward_pre_hook(put_back)
 
-    def measured(*args, **kwargs):
-        armed.append(True)
-        return real(*args, **kwargs)
+    def measure(self, state="final", *args, **kwargs):
+        if state == "final":
+            armed.append(True)
+        return real(self, state, *args, **kwargs)
 
-    monkeypatch.setattr(workflow, "evaluate", measured)
+    monkeypatch.setattr(workflow.Evaluator, "measure", measure)
     numbers = {**NUMBERS, "layers": (0, 1), "context_template_length_params": ()}
     with pytest.raises(EditError, match="was changed by something else"):
         run_edits(model, make_tokenizer(), [REQUEST], "memit", statistics=None, hparams=numbers)

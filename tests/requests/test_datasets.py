@@ -165,6 +165,19 @@ def test_counterfact_has_its_relation_and_prompts_to_continue():
         as_requests([record])
 
 
+def test_criteria_as_easyedits_editors_pass_them_on():
+    record = {"prompt": "{} is the capital of", "subject": "Rome", "target_new": "Spain", "ground_truth": "Italy"}
+    criteria = {"a": {"prompt": ["Rome is", "Oslo is"], "ground_truth": ["old", "cold"]}, "b": {"prompt": None}}
+    beside = {"c": {"prompt": "Turin is in", "ground_truth": "Italy"}}
+    (request,) = as_requests([record | {"portability": criteria, "locality": beside, "loc_prompt": "x"}])
+    two = Question("Rome is", (("old",),)), Question("Oslo is", (("cold",),))
+    one = Question("Turin is in", (("Italy",),))
+    assert request.probes == (Probe("portability", two, "a"), Probe("locality", (one,), "c"))
+    criteria["a"]["ground_truth"].pop()
+    with pytest.raises(RequestError, match=r"portability, a: 2 prompts need as many in ground_truth; got \['old'\]"):
+        as_requests([record | {"portability": criteria}])
+
+
 def test_easyedits_form_has_a_neighbor_or_a_probe_by_its_answer_and_names_contradictions(warned):
     first, _, one, other = load_requests(DATA / "easyedit_sample.json")
     assert first.prompt == "The mother tongue of {} is" and first.probes == ()

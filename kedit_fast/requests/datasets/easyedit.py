@@ -118,7 +118,7 @@ DATA_SETS = (
         read=_read,
         marks=frozenset({*NAMES, *_BESIDE}),
         optional=frozenset({"locality"}),
-        unused=frozenset({"source", "category", "cond", "target_neg", "pararel_idx", "relation_id"}),
+        unused=frozenset({"source", "category", "cond", "loc_prompt", "target_neg", "pararel_idx", "relation_id"}),
         faults=(NO_CHANGE, STRAY_SPACES, STRAY_STAR, HALF_A_QUESTION),
     ),
 )

@@ -48,7 +48,21 @@ def _criteria(record: Mapping[str, Any], where: str) -> Iterator[tuple[Any, str,
         if is_empty(record.get(kind)):
             continue
         for name, rows in object_of(record[kind], kind, where).items():
-            yield kind, str(name), list_of(rows, f"{kind}, {name}", where)
+            given = _rows(rows, f"{where}: {kind}, {name}") if isinstance(rows, Mapping) else rows
+            yield kind, str(name), list_of(given, f"{kind}, {name}", where)
+
+
+def _rows(columns: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """The rows of {prompt, ground_truth}, each a text or a list, as EasyEdit's editors pass criteria on."""
+    prompts, answers = columns.get("prompt"), columns.get("ground_truth")
+    if is_empty(prompts):
+        return []
+    if not isinstance(prompts, list | tuple):
+        return [{"prompt": prompts, "ground_truth": answers}]
+    if not isinstance(answers, list | tuple) or len(answers) != len(prompts):
+        raise RequestError(f"{where}: {len(prompts)} prompts need as many in ground_truth; got {shorten(answers)}")
+    pairs = zip(prompts, answers, strict=True)
+    return [{"prompt": prompt, "ground_truth": answer} for prompt, answer in pairs if not is_empty(prompt)]
 
 
 def _questions(row: Any, where: str) -> Iterator[Question]:
@@ -152,7 +166,7 @@ DATA_SETS = (
         read=_read,
         marks=frozenset(_SECTIONS),
         optional=frozenset(NAMES),
-        unused=frozenset({"cond"}),
+        unused=frozenset({"cond", "loc_prompt"}),
         faults=(NO_CHANGE, STRAY_SPACES, ASKS_NOTHING),
     ),
 )
