@@ -251,6 +251,8 @@ def figure_of(evaluation: Evaluation) -> Any:
     panels: dict[str, list[str]] = {"percent": [], "share": []}
     for id, one in evaluation.metrics.items():
         low, high = _reach(one, scale := scale_of(evaluation, id))
+        if scale == 1 and not getattr(one.metric, "share", True):  # nats and the like stand in the table alone
+            continue
         if any(measured.value is not None for measured in one.states.values()) and -scale <= low and high <= scale:
             panels["percent" if scale == 100 else "share"].append(id)
     panels = {title: ids for title, ids in panels.items() if ids}
