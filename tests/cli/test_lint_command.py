@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from support import run, saved
 
-import kedit_fast
 from kedit_fast import load_requests
 from kedit_fast.reports.lint import MODEL_RULES, TOKEN_RULES
 from kedit_fast.requests.lint import TEXT_RULES
@@ -163,7 +162,7 @@ def test_paraphrase_writes_phrasings_of_the_same_relation(tmp_path):
 
 
 def test_the_page_has_every_rule():
-    page = (Path(kedit_fast.__file__).parent / "reports" / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "kedit_fast" / "reports" / "README.md").read_text(encoding="utf-8")
     for needs, rules in (("texts", TEXT_RULES), ("a tokenizer", TOKEN_RULES), ("a model", MODEL_RULES)):
         for rule in rules:
             assert f"| `{rule.name}` | {rule.severity} | {rule.title} | {needs} |" in page

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import kedit_fast
 from kedit_fast.errors import RequestError
 from kedit_fast.requests.datasets.registry import DATA_SETS
 from kedit_fast.requests.probes import Probe, Question
@@ -351,7 +350,9 @@ def test_a_sample_or_a_relation_that_cannot_be_used_is_named(tmp_path):
 
 
 def test_the_page_names_every_form():
-    page = (Path(kedit_fast.__file__).parent / "requests" / "datasets" / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "kedit_fast" / "requests" / "datasets" / "README.md").read_text(
+        encoding="utf-8"
+    )
     table = "\n".join(line.split("|")[1] for line in page.splitlines() if line.startswith("| `"))
     assert not [name for name in DATA_SETS if f"`{name}`" not in table]
 
