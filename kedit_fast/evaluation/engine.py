@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 
-from kedit_fast.errors import EvaluationError
 from kedit_fast.evaluation.asks import (
     Answer,
     Ask,
@@ -19,8 +18,8 @@ from kedit_fast.evaluation.asks import (
     Likelihood,
     LikelihoodAnswer,
 )
-from kedit_fast.evaluation.generation import generate
-from kedit_fast.evaluation.rows import Row, batches, prompt_of, rows_of
+from kedit_fast.evaluation.generation import Put, generate
+from kedit_fast.evaluation.rows import Row, batches, require_finite, rows_of
 from kedit_fast.models.cached import cache_limit, run_beginnings
 from kedit_fast.models.forward import evaluating, last_states, pad
 from kedit_fast.models.view import ModelView
@@ -110,9 +109,6 @@ def answer_rows(
         said = {ask: row for ask, row in open_rows.items() if isinstance(ask, Generated)}
         generate(view, tokenizer, said, put)
     return answers
-
-
-Put = Callable[[Mapping[Ask, Answer]], None]
 
 
 def _force(view: ModelView, rows: Mapping[Forced, Row], put: Put, finite: bool) -> None:
@@ -221,19 +217,6 @@ def scored(
     log_probs = result.log_prob.cpu().split(list(lengths))
     top = result.top1.cpu().split(list(lengths))
     return [tuple(part.tolist()) for part in log_probs], [tuple(part.tolist()) for part in top]
-
-
-def require_finite(values: torch.Tensor, asks: Sequence[Ask], lengths: Sequence[int]) -> None:
-    """Raise EvaluationError unless all values are finite; `lengths` says how many belong to each ask."""
-    finite = torch.isfinite(values)
-    if bool(finite.all()):
-        return
-    owners = [ask for ask, length in zip(asks, lengths, strict=True) for _ in range(length)]
-    first = owners[int((~finite).int().argmax())]
-    raise EvaluationError(
-        f"the model gives no finite probabilities (NaN or infinite) for the prompt {prompt_of(first)[:80]!r}: its "
-        "weights hold such values, or its passes overflow in its dtype"
-    )
 
 
 def _read(view: ModelView, rows: Mapping[Likelihood | Distributions, Row], put: Put, finite: bool) -> None:

@@ -144,8 +144,9 @@ class Evaluator:
                 self._cases[metric.prompts] = list(of_all)
             if metric.scoring not in self._scorings:
                 scoring = SCORINGS[metric.scoring]
-                fitted = scoring if scoring.fit is None else scoring.fit(self.tokenizer, self._records["texts"])
-                self._scorings[metric.scoring] = fitted
+                if not isinstance(scoring, Scoring):
+                    scoring = scoring(self.tokenizer, self._records["texts"])
+                self._scorings[metric.scoring] = scoring
             scoring = self._scorings[metric.scoring]
             has_context = self._context is not None and prompts.over in ("requests", "groups")
             for in_context in (False, True) if has_context else (False,):
@@ -196,16 +197,16 @@ class Evaluator:
         """The asks of a case with the new facts in front; None where one cannot be asked so."""
         assert self._context is not None
         facts = [record for record in _tuple_of(case.record) if isinstance(record, EditRequest)]
-        group = getattr(facts[0], "group", None) if facts else None
+        group = facts[0].group if facts else None
         if case.probe is not None and case.probe.kind == "multi_hop" and group is not None:
-            facts = [request for request in self.requests if getattr(request, "group", None) == group]
+            facts = [request for request in self.requests if request.group == group]
         asked = [asked_in_context(ask, facts, self._context, self.tokenizer) for ask in asks]
         there = tuple(ask for ask in asked if ask is not None)
         return there if len(there) == len(asks) else None
 
     def _name(self, source: Source, index: int) -> str:
         record = self._records[source][index]
-        id = getattr(record[0], "group", None) if source == "groups" else getattr(record, "id", None)
+        id = record[0].group if source == "groups" else getattr(record, "id", None)
         return f"{_KINDS[source]} {index + 1 if id is None else repr(id)}"
 
     @property
@@ -370,7 +371,7 @@ class Evaluator:
             id, label = first[0].group, ""
         else:
             id, label = getattr(first, "id", None), first.label if isinstance(first, EditRequest) else ""
-            id = getattr(first, "group", None) if len(indices) > 1 else id
+            id = first.group if len(indices) > 1 else id
         return RecordScore(indices[0] + 1, label if id is None else str(id), scores, tuple(cases))
 
     def _case_scores(self, metric: Metric, source: Source, index: int, states: Sequence[State]) -> Iterator[CaseScore]:
@@ -399,7 +400,7 @@ def _groups(requests: Sequence[EditRequest]) -> list[tuple[int, ...]]:
     """Indices of the requests of each group, in order; a request without a group is one by itself."""
     groups: dict[Any, list[int]] = {}
     for index, request in enumerate(requests):
-        name = getattr(request, "group", None)
+        name = request.group
         groups.setdefault(("request", index) if name is None else ("group", name), []).append(index)
     return [tuple(indices) for indices in groups.values()]
 
@@ -409,7 +410,7 @@ def _tuple_of(record: Any) -> tuple[Any, ...]:
 
 
 def _is_group(requests: Sequence[EditRequest], indices: Sequence[int]) -> bool:
-    return getattr(requests[indices[0]], "group", None) is not None
+    return requests[indices[0]].group is not None
 
 
 def _derived(metric: Derived, results: Mapping[str, Result]) -> Result:

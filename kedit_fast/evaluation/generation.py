@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from kedit_fast.errors import EvaluationError
 from kedit_fast.evaluation.asks import Answer, Ask, Generated, GeneratedAnswer
-from kedit_fast.evaluation.rows import Row, batches
+from kedit_fast.evaluation.rows import Row, batches, require_finite
 from kedit_fast.models.cached import cache_bytes, cache_limit, run_beginnings
 from kedit_fast.models.forward import last_states, pad
 from kedit_fast.models.view import ModelView
@@ -217,12 +216,7 @@ def next_tokens(view: ModelView, states: torch.Tensor, texts: Sequence[Text]) ->
     """The next token of each text from its last state [R, h]."""
     logits = view.head.logits(states)
     greedy = logits.argmax(1)
-    if not bool((finite := torch.isfinite(logits.gather(1, greedy[:, None])[:, 0])).all()):
-        first = texts[int((~finite).int().argmax())]
-        raise EvaluationError(
-            f"the model gives no finite probabilities (NaN or infinite) for the prompt {first.ask.prompt[:80]!r}: its "
-            "weights hold such values, or its passes overflow in its dtype"
-        )
+    require_finite(logits.gather(1, greedy[:, None])[:, 0], [text.ask for text in texts], [1] * len(texts))
     tokens = greedy.tolist()
     for top_k in sorted({text.ask.top_k for text in texts} - {1}):
         places = [r for r, text in enumerate(texts) if text.ask.top_k == top_k]

@@ -68,8 +68,10 @@ class Scoring:
     """The states that a score compares "now" with; "context" is not among them."""
     weight: Callable[[Case, Mapping[str, tuple[Answer, ...]]], float] | None = None
     """How much a case counts beside others in every mean (a text by its tokens); None: all alike."""
-    fit: Callable[[Any, Sequence[str]], Scoring] | None = None
-    """The scoring to use in a run, from its tokenizer and its texts; None where this one needs neither."""
+
+
+FittedScoring = Callable[[Any, Sequence[str]], Scoring]
+"""Makes the scoring of a run from its tokenizer and its texts, where it cannot be had without these."""
 
 
 @dataclass(frozen=True)

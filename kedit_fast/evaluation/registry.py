@@ -24,7 +24,7 @@ from kedit_fast.evaluation.catalog import (
     wild,
     zsre,
 )
-from kedit_fast.evaluation.metric import Derived, Metric, Prompts, Scoring
+from kedit_fast.evaluation.metric import Derived, FittedScoring, Metric, Prompts, Scoring
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ def _merged(tables: Iterable[Mapping[str, T]], kind: str) -> Mapping[str, T]:
 
 
 PROMPTS: Mapping[str, Prompts] = _merged((family.PROMPTS for family in CATALOG), "prompts")
-SCORINGS: Mapping[str, Scoring] = _merged((family.SCORINGS for family in CATALOG), "scoring")
+SCORINGS: Mapping[str, Scoring | FittedScoring] = _merged((family.SCORINGS for family in CATALOG), "scoring")
 METRICS: Mapping[str, Metric | Derived] = _merged(
     ({metric.id: metric for metric in family.METRICS} for family in CATALOG), "metric"
 )

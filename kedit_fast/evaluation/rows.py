@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kedit_fast.errors import RequestError
+import torch
+
+from kedit_fast.errors import EvaluationError, RequestError
 from kedit_fast.evaluation.asks import Ask, Distributions, Forced, Generated, Likelihood
 from kedit_fast.models.forward import unknown_token
 from kedit_fast.models.view import ModelView
@@ -190,3 +192,16 @@ def batches(
         count = max(1, min(tokens // max(1, longest), len(order) if most is None else most))
         yield order[begin : begin + count]
         begin += count
+
+
+def require_finite(values: torch.Tensor, asks: Sequence[Ask], lengths: Sequence[int]) -> None:
+    """Raise EvaluationError unless all values are finite; `lengths` says how many belong to each ask."""
+    finite = torch.isfinite(values)
+    if bool(finite.all()):
+        return
+    owners = [ask for ask, length in zip(asks, lengths, strict=True) for _ in range(length)]
+    first = owners[int((~finite).int().argmax())]
+    raise EvaluationError(
+        f"the model gives no finite probabilities (NaN or infinite) for the prompt {prompt_of(first)[:80]!r}: its "
+        "weights hold such values, or its passes overflow in its dtype"
+    )

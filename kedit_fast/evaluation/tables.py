@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from kedit_fast.evaluation.metric import Derived, Metric
+from kedit_fast.evaluation.metric import Derived, Metric, Scoring
 from kedit_fast.evaluation.registry import ABSENT, METRICS, PROMPTS, SCORINGS
 
 BEGIN, END = "<!-- metrics: begin -->", "<!-- metrics: end -->"
@@ -72,7 +72,8 @@ def _records(metric: Metric | Derived) -> str:
         return f"made of {', '.join(f'`{part}`' for part in metric.of)}"
     over = PROMPTS[metric.prompts].over
     unit = {"choices": "items", "texts": "texts"}.get(over) or {"prompt": "prompts", "group": "groups"}.get(metric.unit)
-    states = SCORINGS[metric.scoring].states
+    scoring = SCORINGS[metric.scoring]
+    states = scoring.states if isinstance(scoring, Scoring) else ()
     return (unit or over) + (f", against {' and '.join(states)}" if states else "")
 
 

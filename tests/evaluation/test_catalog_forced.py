@@ -192,7 +192,7 @@ def test_zsre_takes_tokens_through_text():
     tokenizer = make_tokenizer(bos=True)
     request = replace(REQUEST, target_new="Romé")
     case = Case(request.text, "Romé", record=request)
-    scoring = SCORINGS["zsre.accuracy"].fit(tokenizer, ())
+    scoring = SCORINGS["zsre.accuracy"](tokenizer, ())
     tokens = tokenizer(" Romé", add_special_tokens=False)["input_ids"]
     asks = scoring.asks(case, tokenizer)
     assert [ask.prompt for ask in asks] == [request.text + tokenizer.decode(tokens[:i]) for i in range(len(tokens))]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from kedit_fast.evaluation.asks import Answer, Ask, Generated, GeneratedAnswer, Likelihood, LikelihoodAnswer
-from kedit_fast.evaluation.metric import Case, Derived, Metric, Prompts, Scoring, request_of
+from kedit_fast.evaluation.metric import Case, Derived, FittedScoring, Metric, Prompts, Scoring, request_of
 from kedit_fast.evaluation.words import (
     HAS_NLTK,
     HAS_SKLEARN,
@@ -87,7 +87,7 @@ def _entropy(tokenize: Callable[[str], list[str]], ask: Callable[[str], Generate
     return Scoring(asks, score)
 
 
-def _consistency(fitted: Callable[[Sequence[str]], Similarity], name: str) -> Scoring:
+def _consistency(fitted: Callable[[Sequence[str]], Similarity], name: str) -> FittedScoring:
     """Of the texts of a request together, with its reference texts together; idf is that of the run's texts."""
 
     def asks(case: Case, tokenizer: Any) -> tuple[Ask, ...]:
@@ -106,7 +106,7 @@ def _consistency(fitted: Callable[[Sequence[str]], Similarity], name: str) -> Sc
 
         return Scoring(asks, score)
 
-    return Scoring(asks, lambda case, answers: None, fit=fit)
+    return fit
 
 
 def _perplexity(published: bool = False) -> Scoring:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from kedit_fast.evaluation.asks import Answer, Ask, Forced, ForcedAnswer, Generated, GeneratedAnswer
 from kedit_fast.evaluation.catalog.generation import said
-from kedit_fast.evaluation.metric import Case, Derived, Metric, Prompts, Scoring, request_of
+from kedit_fast.evaluation.metric import Case, Derived, FittedScoring, Metric, Prompts, Scoring, request_of
 from kedit_fast.evaluation.words import contains, f1, normalized, occurrences
 from kedit_fast.requests.request import EditRequest
 
@@ -124,7 +124,7 @@ def _choice(case: Case, answers: Answers) -> float | None:
     return float(new < true if case.answers[0] == new_answers(request) else true < new)
 
 
-def _vanilla(published: bool = False) -> Scoring:
+def _vanilla(published: bool = False) -> FittedScoring:
     """Greedy tokens against those of the target as it stands, without a space before it."""
 
     def fit(tokenizer: Any, texts: Sequence[str]) -> Scoring:
@@ -147,7 +147,7 @@ def _vanilla(published: bool = False) -> Scoring:
 
         return Scoring(asks, score)
 
-    return Scoring(lambda case, tokenizer: (), lambda case, answers: None, fit=fit)
+    return fit
 
 
 PROMPTS = {

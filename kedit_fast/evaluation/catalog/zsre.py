@@ -6,7 +6,7 @@ from typing import Any
 
 from kedit_fast.evaluation.asks import Ask, Forced
 from kedit_fast.evaluation.catalog.counterfact import Answers, forced_answers, probes_of
-from kedit_fast.evaluation.metric import Case, Metric, Prompts, Scoring, request_of
+from kedit_fast.evaluation.metric import Case, FittedScoring, Metric, Prompts, Scoring, request_of
 from kedit_fast.requests.prompts import separator_before
 from kedit_fast.requests.request import EditRequest
 
@@ -44,7 +44,7 @@ def _pieces(case: Case, target: str, tokenizer: Any) -> list[tuple[str, str]]:
     return [(tokenizer.decode(tokens[:i]), tokenizer.decode([token])) for i, token in enumerate(tokens)]
 
 
-def _scoring(attribute: str) -> Scoring:
+def _scoring(attribute: str) -> FittedScoring:
     """The scoring of one of a case's targets. Token ids are compared, so it is fitted to the tokenizer."""
 
     def asks(case: Case, tokenizer: Any) -> tuple[Ask, ...]:
@@ -70,10 +70,7 @@ def _scoring(attribute: str) -> Scoring:
     def fit(tokenizer: Any, texts: Any) -> Scoring:
         return Scoring(asks, score_with(tokenizer))
 
-    def unfitted(case: Case, answers: Answers) -> float | None:
-        raise NotImplementedError("zsre.accuracy compares token ids: fit the scoring to a tokenizer first")
-
-    return Scoring(asks, unfitted, fit=fit)
+    return fit
 
 
 SCORINGS = {"zsre.accuracy": _scoring("new"), "zsre.accuracy, preserved": _scoring("true")}
