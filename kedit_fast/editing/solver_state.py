@@ -171,6 +171,7 @@ class SolverState:
         residuals: torch.Tensor,
         weights: torch.Tensor | None = None,
         groups: Sequence[str] | None = None,
+        unmoved: torch.Tensor | None = None,
     ) -> LowRankUpdate:
         """The update of one layer for all requests of a batch.
 
@@ -180,9 +181,12 @@ class SolverState:
             residuals: R [out, u], the share that this layer takes.
             weights: [u] of the requests in the least squares; None for 1 each.
             groups: u names; requests with the same name share one column. None: each has its own.
+            unmoved: K_p [d, p], inputs whose output should stay as it is: columns without a residual in this batch's
+                system alone. None for none.
         """
         device = self.view.weight(layer).device
         keys, residuals = keys.to(device), residuals.to(device)
+        unmoved = None if unmoved is None else unmoved.to(device)
         if groups is not None:
             if weights is not None:
                 weights = merge_columns(keys, weights[None].to(keys), groups)[1][0]
@@ -191,12 +195,11 @@ class SolverState:
         preconditioner = self.preconditioner(layer)
         if not self.recipe.memory:
             rho = RHOS[self.recipe.constraint](self.hparams)
-            return solve_update(
-                keys, residuals, preconditioner, rho, weights=None if weights is None else weights.to(device)
-            )
+            weights = None if weights is None else weights.to(device)
+            return solve_update(keys, residuals, preconditioner, rho, weights=weights, unmoved=unmoved)
         if layer not in self.memories:
             self.memories[layer] = KeyMemory(preconditioner, self.hparams.memory_form)
-        update, self._pending.appended[layer] = self.memories[layer].solve(keys, residuals, weights)
+        update, self._pending.appended[layer] = self.memories[layer].solve(keys, residuals, weights, unmoved)
         return update
 
     def solve_rank_one(

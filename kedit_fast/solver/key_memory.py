@@ -23,7 +23,7 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
 from kedit_fast.ops import symmetric_rank_k_update_
-from kedit_fast.solver.least_squares import PRIMAL_ABOVE, SystemForm, check_form, checked
+from kedit_fast.solver.least_squares import PRIMAL_ABOVE, SystemForm, check_form, checked, checked_unmoved
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import Preconditioner, require_finite
 from kedit_fast.support.files import read_file, write_file
@@ -180,7 +180,11 @@ class KeyMemory:
 
     @plain_torch()
     def solve(
-        self, keys: torch.Tensor, residuals: torch.Tensor, weights: torch.Tensor | None = None
+        self,
+        keys: torch.Tensor,
+        residuals: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        unmoved: torch.Tensor | None = None,
     ) -> tuple[LowRankUpdate, Appended]:
         """The update of the next batch; the memory does not change until `commit`.
 
@@ -188,29 +192,31 @@ class KeyMemory:
             keys: K [d, u].
             residuals: R [out, u].
             weights: w [u] of the squared errors, positive; None for 1.
+            unmoved: K_p [d, p], inputs whose output should stay as it is: edits whose residual is 0, in the system of
+                this batch alone. They are not remembered. None for none; p may exceed d. A warning is logged when
+                u + p > d / 2.
 
         Returns:
             LowRankUpdate with left = R and right [d, u], fp64; and the batch for `commit`.
 
         Raises:
             SolveError: values that are not finite, or a system that is not positive definite.
+
+        Cost: of p unmoved columns, that of appending as many keys; a d x d system of its own where the batch does not
+            fold and u + p > 0.67 d.
         """
         keys, residuals = checked(keys, residuals, weights)
         if keys.shape[0] != self.preconditioner.size:
             raise InvalidArgumentError(f"keys must be [{self.preconditioner.size}, u]; got {list(keys.shape)}")
-        state = self._state
+        others = self.preconditioner.whiten(checked_unmoved(unmoved, keys)).T.contiguous()  # [p, d]
         appended = self._extended(self.preconditioner.whiten(keys).T.contiguous())
-        if appended.factor is not None:
-            solved = torch.cholesky_solve(appended.raw.T, appended.factor)
+        if self._needs_total(appended, others):
+            solved = torch.cholesky_solve(appended.raw.T, self._total_factor(appended, others))
         else:
-            assert appended.rows is not None and appended.off is not None and appended.corner is not None
-            part = appended.rows  # [u, d]
-            if state.columns:
-                back = torch.linalg.solve_triangular(state.factor().mT, appended.off.T, upper=True)  # [n, u]
-                part = part - back.T.contiguous() @ state.rows()
-            solved = torch.cholesky_solve(part, appended.corner).T
-            if state.fold is not None:
-                solved = torch.linalg.solve_triangular(state.fold.mT, solved, upper=True)
+            part, corner = self._reduced(appended, others)
+            solved = torch.cholesky_solve(part, corner).T
+            if self._state.fold is not None:
+                solved = torch.linalg.solve_triangular(self._state.fold.mT, solved, upper=True)
         right = self.preconditioner.unwhiten(solved)
         require_finite("the solution", right)
         return LowRankUpdate(residuals, right), appended
@@ -342,18 +348,61 @@ class KeyMemory:
             return u > PRIMAL_ABOVE * size or self._state.columns + u > FOLD_ABOVE * size
         return self.form == "primal"
 
-    def _extended(self, raw: torch.Tensor) -> Appended:
-        """The state's new parts for whitened keys [u, d]."""
+    def _needs_total(self, appended: Appended, others: torch.Tensor) -> bool:
+        """Whether a batch is solved by a d x d system: it folds, or it and unmoved rows [p, d] are too many."""
+        count = appended.raw.shape[0] + others.shape[0] if others.shape[0] else 0
+        return appended.factor is not None or (self.form == "auto" and count > PRIMAL_ABOVE * self.preconditioner.size)
+
+    def _total_factor(self, appended: Appended, others: torch.Tensor) -> torch.Tensor:
+        """Cholesky factor [d, d] of I + sum of k k^T over all keys, the batch's and unmoved ones, `others` [p, d]."""
+        if appended.factor is not None and not others.shape[0]:
+            return appended.factor
+        total = self._summed(appended.raw) if appended.total is None else appended.total.clone()
+        if others.shape[0]:
+            symmetric_rank_k_update_(total, others)
+        return _cholesky(total)
+
+    def _reduced(self, appended: Appended, others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What earlier keys and unmoved ones leave of a batch that does not fold.
+
+        Args:
+            appended: the batch.
+            others: [p, d] rows, the whitened unmoved keys.
+
+        Returns:
+            [u, d] rows P, in the coordinates since the last fold, and the lower factor C [u, u] of I + K^T S_p^-1 K,
+            S_p with earlier and unmoved keys in it: the update's `right` is T^T P^T (C C^T)^-1.
+        """
+        state, rows, off, corner = self._state, appended.rows, appended.off, appended.corner
+        assert rows is not None and off is not None and corner is not None
+        part, back = rows, off.T  # [u, d], [n, u]
+        if others.shape[0]:
+            between, left, middle = self._rows_after(others)
+            across = between @ rows.T - left @ off.T  # [p, u]
+            down = torch.linalg.solve_triangular(middle, across, upper=False)
+            corner = _cholesky(corner @ corner.T - down.T @ down)
+            up = torch.linalg.solve_triangular(middle.mT, down, upper=True)  # [p, u]
+            part, back = part - up.T @ between, back - left.T @ up
+        if state.columns:
+            back = torch.linalg.solve_triangular(state.factor().mT, back, upper=True)  # [n, u]
+            part = part - back.T.contiguous() @ state.rows()
+        return part, corner
+
+    def _summed(self, raw: torch.Tensor) -> torch.Tensor:
+        """I + sum of k k^T over the keys of the memory and whitened ones [u, d]: [d, d], lower triangle."""
         state = self._state
-        if self._folds(raw.shape[0]):
-            total = torch.eye(self.preconditioner.size, dtype=torch.float64, device=raw.device)
-            if state.total is not None:
-                total.copy_(state.total)
-            since = state.raw[state.count - state.columns : state.count]
-            for rows in (since, raw):
-                if rows.shape[0]:
-                    symmetric_rank_k_update_(total, rows)
-            return Appended(state, raw, None, None, None, total, _cholesky(total))
+        total = torch.eye(self.preconditioner.size, dtype=torch.float64, device=raw.device)
+        if state.total is not None:
+            total.copy_(state.total)
+        since = state.raw[state.count - state.columns : state.count]
+        for rows in (since, raw):
+            if rows.shape[0]:
+                symmetric_rank_k_update_(total, rows)
+        return total
+
+    def _rows_after(self, raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The factor's parts for whitened keys [u, d]: rows [u, d] since the last fold, off [u, n], corner [u, u]."""
+        state = self._state
         rows = raw
         if state.fold is not None:
             rows = torch.linalg.solve_triangular(state.fold, raw.T, upper=False).T.contiguous()
@@ -364,7 +413,14 @@ class KeyMemory:
             across = state.rows() @ rows.T  # [n, u]
             off = torch.linalg.solve_triangular(state.factor(), across, upper=False).T.contiguous()
             gram -= off @ off.T
-        return Appended(state, raw, rows, off, _cholesky(gram), None, None)
+        return rows, off, _cholesky(gram)
+
+    def _extended(self, raw: torch.Tensor) -> Appended:
+        """The state's new parts for whitened keys [u, d]."""
+        if self._folds(raw.shape[0]):
+            total = self._summed(raw)
+            return Appended(self._state, raw, None, None, None, total, _cholesky(total))
+        return Appended(self._state, raw, *self._rows_after(raw), None, None)
 
     def _with(self, appended: Appended) -> _State:
         """The state with one more batch; the present state does not change."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Hashable, Sequence
 from typing import Literal, get_args
 
@@ -13,6 +14,7 @@ from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.preconditioner import Preconditioner, require_finite
 from kedit_fast.support.torch_state import plain_torch
 
+_log = logging.getLogger("kedit_fast")
 SystemForm = Literal["auto", "dual", "primal"]
 """Which system is solved: u x u (dual), d x d (primal), or the cheaper one."""
 OnBadPivot = Literal["raise", "skip", "allow"]
@@ -20,6 +22,8 @@ OnBadPivot = Literal["raise", "skip", "allow"]
 PRIMAL_ABOVE = 0.67  # u / d above which a d x d system costs fewer flops than one of the edits
 ALIKE = 1e-9  # exact constraints are refused for a key whose squared share outside the span of the others is below this
 SAME_KEY = 0.99  # cosine above which two keys count as the same
+CROWDED_ABOVE = 0.5  # edits and unmoved columns, as a share of d, above which an update has little freedom left
+SAME_SPAN = 1e-10  # singular value, as a share of the largest, below which a direction is no part of a span
 
 
 @plain_torch()
@@ -30,9 +34,12 @@ def solve_update(
     rho: float = 1.0,
     *,
     weights: torch.Tensor | None = None,
+    unmoved: torch.Tensor | None = None,
     form: SystemForm = "auto",
 ) -> LowRankUpdate:
-    """The update that minimizes sum_i w_i |Delta k_i - r_i|^2 + rho tr(Delta S Delta^T); for rho = 0, Delta K = R.
+    """The update that minimizes sum_i w_i |Delta k_i - r_i|^2 + |Delta K_p|^2 + rho tr(Delta S Delta^T).
+
+    For rho = 0, Delta K = R and Delta K_p = 0.
 
     Args:
         keys: K [d, u].
@@ -41,17 +48,20 @@ def solve_update(
         rho: weight of what should not change. 0 makes every edit an equality constraint and gives, of all updates that
             satisfy them, the one with the least tr(Delta S Delta^T): the limit of EMMET as lambda_E -> 0.
         weights: w [u], one per edit, positive; None for 1. They have no meaning with rho = 0.
-        form: "dual" (u x u system), "primal" (d x d, of whitened keys) or "auto" (primal when u > 0.67 d).
+        unmoved: K_p [d, p], inputs whose output should stay as it is: edits whose residual is 0. None for none. p may
+            exceed d. A warning is logged when u + p > d / 2.
+        form: "dual" (u x u system), "primal" (d x d, of whitened keys) or "auto" (primal when u + p > 0.67 d).
 
     Returns:
-        LowRankUpdate with left = R and right = S^-1 K (rho I + K^T S^-1 K)^-1, fp64.
+        LowRankUpdate of rank u with left = R and right = S_p^-1 K (rho I + K^T S_p^-1 K)^-1, fp64, where
+        rho S_p = rho S + K_p K_p^T.
 
     Raises:
         SolveError: input or solution not finite, or a system that is not positive definite: keys that are alike, or
             more constraints than dimensions, with rho = 0.
 
     Cost: the whitening of u keys and back; dual d u^2 + u^3 / 3 + 2 u^2 d flops; primal d^2 u + d^3 / 3 +
-        2 d^2 u.
+        2 d^2 u. With `unmoved` u + p stands for u, and the last term is 2 (u + p) u d.
     Source: MEMIT (arXiv 2210.07229, eq. 14), EMMET (arXiv 2403.14236, eq. 12); the dual form is Woodbury's identity.
 
     Example:
@@ -62,22 +72,39 @@ def solve_update(
     """
     keys, residuals = checked(keys, residuals, weights)
     d, u = keys.shape
+    unmoved = checked_unmoved(unmoved, keys)
     check_form(form)
     if not rho >= 0 or rho == float("inf"):
         raise InvalidArgumentError(f"rho must be finite and not negative; got {rho}")
     if rho == 0 and weights is not None:
         raise InvalidArgumentError("weights have no meaning where every edit is an equality constraint (rho = 0)")
     coordinates = preconditioner.whiten(keys)  # [d, u]
-    if form == "primal" or (form == "auto" and rho > 0 and u > PRIMAL_ABOVE * d):
+    others = preconditioner.whiten(unmoved)  # [d, p]
+    p = others.shape[1]
+    if form == "primal" or (form == "auto" and rho > 0 and u + p > PRIMAL_ABOVE * d):
         system = torch.zeros(d, d, dtype=torch.float64, device=coordinates.device)
         system.diagonal().fill_(rho)
-        symmetric_rank_k_update_(system, coordinates.T.contiguous())
+        for columns in (coordinates, others):
+            symmetric_rank_k_update_(system, columns.T.contiguous())
         solved = spd_solve(mirror_(system), coordinates)
     else:
+        part = coordinates  # of the keys, what the unmoved columns leave free
         gram = coordinates.T @ coordinates  # [u, u]
+        scale = gram.diagonal().clone()
+        if p and rho == 0:
+            basis, values, _ = torch.linalg.svd(others, full_matrices=False)
+            basis = basis[:, values > SAME_SPAN * values[0]]
+            part = coordinates - basis @ (basis.T @ coordinates)
+            gram = part.T @ part
+        elif p:
+            across = others.T @ coordinates  # [p, u]
+            solution = spd_solve(others.T @ others, across, rho)
+            part = coordinates - others @ solution
+            gram = gram - across.T @ solution
+            gram = (gram + gram.T) / 2
         if rho == 0:
-            _require_apart(gram)
-        solved = spd_solve(gram, coordinates.T.contiguous(), rho).T
+            _require_apart(gram, scale)
+        solved = spd_solve(gram, part.T.contiguous(), rho).T
     right = preconditioner.unwhiten(solved)
     require_finite("the solution", right)
     return LowRankUpdate(residuals, right)
@@ -205,17 +232,46 @@ def check_form(form: str) -> None:
         raise InvalidArgumentError(f"form must be auto, dual or primal; got {form!r}")
 
 
-def _require_apart(gram: torch.Tensor) -> None:
-    """Raise SolveError when a key lies in the span of others: equality constraints would contradict each other."""
-    scale = gram.diagonal().clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
+def _require_apart(gram: torch.Tensor, scale: torch.Tensor) -> None:
+    """Raise SolveError when a key lies in the span of others: equality constraints would contradict each other.
+
+    Args:
+        gram: [u, u] products of the keys, less their parts in the span of unmoved columns.
+        scale: [u] squared norms of the whole keys.
+    """
+    scale = scale.clamp(min=torch.finfo(gram.dtype).tiny).sqrt()
     factor, info = torch.linalg.cholesky_ex(gram / scale[:, None] / scale)
     outside = factor.diagonal().square()  # of each key, the share outside the span of those before it
     bad = int(info) - 1 if int(info) else int(outside.argmin())
     if int(info) or float(outside[bad]) < ALIKE:
         raise SolveError(
-            f"key {bad + 1} of {len(gram)} lies in the span of those before it, as keys of one subject do: their edits "
-            "cannot all be exact; merge them, or let rho (EMMET's lambda) be positive"
+            f"key {bad + 1} of {len(gram)} lies in the span of those before it, as keys of one subject do, or of "
+            "columns that must not move: their edits cannot all be exact; merge them, or let rho (EMMET's lambda) be "
+            "positive"
         )
+
+
+def checked_unmoved(unmoved: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor:
+    """Columns [d, p] that must not move, fp64; p = 0 for None. Warns when they and the keys [d, u] leave little free.
+
+    Raises:
+        InvalidArgumentError, SolveError: another shape, or values that are not finite.
+    """
+    d, u = keys.shape
+    if unmoved is None:
+        return keys.new_empty(d, 0)
+    if unmoved.ndim != 2 or unmoved.shape[0] != d:
+        raise InvalidArgumentError(f"unmoved must be [{d}, p]; got {list(unmoved.shape)}")
+    require_finite("unmoved", unmoved)
+    if u + unmoved.shape[1] > CROWDED_ABOVE * d:
+        _log.warning(
+            "%d edits and %d columns that must not move share %d dimensions: so many leave little room between them, "
+            "and updates grow",
+            u,
+            unmoved.shape[1],
+            d,
+        )
+    return unmoved.to(keys)
 
 
 def checked(
