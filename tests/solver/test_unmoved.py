@@ -56,7 +56,11 @@ def test_earlier_keys_stay_in_the_system_and_unmoved_columns_do_not(form, count)
     system = basis @ basis.T / d
     memory, plain = (KeyMemory(Covariance.from_moment(system), form) for _ in range(2))
     for number in range(6):
-        keys, residuals, others = draw(d, u, seed=number), draw(5, u, seed=10 + number), draw(d, count, seed=20 + number)
+        keys, residuals, others = (
+            draw(d, u, seed=number),
+            draw(5, u, seed=10 + number),
+            draw(d, count, seed=20 + number),
+        )
         unmoved = others if number % 3 < 2 else None
         update, appended = memory.solve(keys, residuals, unmoved=unmoved)
         whole = system + keys @ keys.T + (others @ others.T if unmoved is not None else 0)
@@ -72,7 +76,12 @@ def test_earlier_keys_stay_in_the_system_and_unmoved_columns_do_not(form, count)
 
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_are_those_of_the_edits_alone(form):
-    keys, residuals, others, weights = draw(16, 3), draw(4, 3, seed=1), draw(16, 5, seed=2), torch.tensor([1.0, 4.0, 0.5])
+    keys, residuals, others, weights = (
+        draw(16, 3),
+        draw(4, 3, seed=1),
+        draw(16, 5, seed=2),
+        torch.tensor([1.0, 4.0, 0.5]),
+    )
     root = weights.double().sqrt()
     system = 0.7 * torch.eye(16, dtype=torch.float64) + others @ others.T + keys * weights @ keys.T
     expected = residuals * root @ torch.linalg.solve(system, keys * root).T
