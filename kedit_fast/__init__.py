@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.p
     from kedit_fast.solver.key_memory import KeyMemory as KeyMemory
     from kedit_fast.solver.least_squares import solve_update as solve_update
     from kedit_fast.solver.low_rank import LowRankUpdate as LowRankUpdate
+    from kedit_fast.solver.output_metric import OutputMetric as OutputMetric
     from kedit_fast.solver.preconditioner import Covariance as Covariance
     from kedit_fast.solver.preconditioner import Identity as Identity
     from kedit_fast.solver.preconditioner import NullSpace as NullSpace
@@ -53,6 +54,7 @@ PUBLIC_NAMES = {
     "KeyMemory": "kedit_fast.solver.key_memory",
     "LowRankUpdate": "kedit_fast.solver.low_rank",
     "NullSpace": "kedit_fast.solver.preconditioner",
+    "OutputMetric": "kedit_fast.solver.output_metric",
     "Patch": "kedit_fast.patches.patch",
     "__version__": "kedit_fast._version",
     "backends": "kedit_fast.backends",

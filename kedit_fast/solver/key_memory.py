@@ -25,6 +25,7 @@ from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
 from kedit_fast.ops import symmetric_rank_k_update_
 from kedit_fast.solver.least_squares import PRIMAL_ABOVE, SystemForm, check_form, checked, checked_unmoved
 from kedit_fast.solver.low_rank import LowRankUpdate
+from kedit_fast.solver.output_metric import OutputMetric
 from kedit_fast.solver.preconditioner import Preconditioner, require_finite
 from kedit_fast.support.files import read_file, write_file
 from kedit_fast.support.torch_state import plain_torch
@@ -185,6 +186,8 @@ class KeyMemory:
         residuals: torch.Tensor,
         weights: torch.Tensor | None = None,
         unmoved: torch.Tensor | None = None,
+        *,
+        output_metric: OutputMetric | None = None,
     ) -> tuple[LowRankUpdate, Appended]:
         """The update of the next batch; the memory does not change until `commit`.
 
@@ -195,9 +198,11 @@ class KeyMemory:
             unmoved: K_p [d, p], inputs whose output should stay as it is: edits whose residual is 0, in the system of
                 this batch alone. They are not remembered. None for none; p may exceed d. A warning is logged when
                 u + p > d / 2.
+            output_metric: B, which weighs the damage, that to earlier keys and to K_p included; None for I.
 
         Returns:
-            LowRankUpdate with left = R and right [d, u], fp64; and the batch for `commit`.
+            LowRankUpdate with left = R, or with an output metric what `OutputMetric.left` returns, and right [d, u],
+            fp64; and the batch for `commit`.
 
         Raises:
             SolveError: values that are not finite, or a system that is not positive definite.
@@ -217,9 +222,11 @@ class KeyMemory:
             solved = torch.cholesky_solve(part, corner).T
             if self._state.fold is not None:
                 solved = torch.linalg.solve_triangular(self._state.fold.mT, solved, upper=True)
+        left = residuals if output_metric is None else output_metric.left(residuals, appended.raw @ solved)
         right = self.preconditioner.unwhiten(solved)
         require_finite("the solution", right)
-        return LowRankUpdate(residuals, right), appended
+        require_finite("the solution", left)
+        return LowRankUpdate(left, right), appended
 
     @plain_torch()
     def commit(self, appended: Appended) -> None:

@@ -11,6 +11,7 @@ import torch
 from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
 from kedit_fast.ops import mirror_, spd_solve, symmetric_rank_k_update_
 from kedit_fast.solver.low_rank import LowRankUpdate
+from kedit_fast.solver.output_metric import OutputMetric
 from kedit_fast.solver.preconditioner import Preconditioner, require_finite
 from kedit_fast.support.torch_state import plain_torch
 
@@ -36,8 +37,9 @@ def solve_update(
     weights: torch.Tensor | None = None,
     unmoved: torch.Tensor | None = None,
     form: SystemForm = "auto",
+    output_metric: OutputMetric | None = None,
 ) -> LowRankUpdate:
-    """The update that minimizes sum_i w_i |Delta k_i - r_i|^2 + |Delta K_p|^2 + rho tr(Delta S Delta^T).
+    """The update that minimizes sum_i w_i |Delta k_i - r_i|^2 + tr(B Delta (K_p K_p^T + rho S) Delta^T).
 
     For rho = 0, Delta K = R and Delta K_p = 0.
 
@@ -51,10 +53,11 @@ def solve_update(
         unmoved: K_p [d, p], inputs whose output should stay as it is: edits whose residual is 0. None for none. p may
             exceed d. A warning is logged when u + p > d / 2.
         form: "dual" (u x u system), "primal" (d x d, of whitened keys) or "auto" (primal when u + p > 0.67 d).
+        output_metric: B [out, out], which weighs the damage; None for I.
 
     Returns:
         LowRankUpdate of rank u with left = R and right = S_p^-1 K (rho I + K^T S_p^-1 K)^-1, fp64, where
-        rho S_p = rho S + K_p K_p^T.
+        rho S_p = rho S + K_p K_p^T. With an output metric left is what `OutputMetric.left` returns.
 
     Raises:
         SolveError: input or solution not finite, or a system that is not positive definite: keys that are alike, or
@@ -106,8 +109,10 @@ def solve_update(
             _require_apart(gram, scale)
         solved = spd_solve(gram, part.T.contiguous(), rho).T
     right = preconditioner.unwhiten(solved)
+    left = residuals if output_metric is None else output_metric.left(residuals, coordinates.T @ solved)
     require_finite("the solution", right)
-    return LowRankUpdate(residuals, right)
+    require_finite("the solution", left)
+    return LowRankUpdate(left, right)
 
 
 @plain_torch()
