@@ -17,7 +17,7 @@ next one runs. At the end come a table, a picture of the ratios, and status 1 if
 
 On an H200 with 16 cores `build` took one minute, `test` two to three, `peaks` and `ops` one together, `statistics`
 three and `sequential` 20 s for six of its eight sizes. `values` of GPT-J's shape took under three minutes with 100
-edits; 1,000 edits need two more. `tune` has not been timed. So it is laid out for four runs of ten minutes on one
+edits; 1,000 edits need two more. `tune` did not end within 150 s. So it is laid out for four runs of ten minutes on one
 machine: `build`, `test`, `peaks` and `ops`; `statistics` and `sequential`; `values`; `tune`.
 
 `--dry-run` runs the same code on the CPU over tiny shapes: for a look at whether it works, not for numbers.
