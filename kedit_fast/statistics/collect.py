@@ -1,9 +1,8 @@
-"""One forward pass over a corpus for the second moments of several layers."""
+"""One pass over a corpus for the second moments of several layers' inputs, or of gradients at their outputs."""
 
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,18 +15,23 @@ from kedit_fast.errors import StatisticsError
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.fingerprint import fingerprint
 from kedit_fast.models.forward import Site, TokenBatch, evaluating, pad, visit
+from kedit_fast.models.gradients import output_gradients
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
-from kedit_fast.statistics.corpus import Corpus, Position, Reader, Window, ahead, batches
-from kedit_fast.statistics.memory_plan import Group, Masters, plan_groups
-from kedit_fast.statistics.moments import SecondMoment, SecondMomentAccumulator
+from kedit_fast.statistics.corpus import Corpus, Document, Position, Reader, Window, ahead, batches
+from kedit_fast.statistics.labels import TOKENS_A_DIMENSION, OutputGradients, row_seeds, sampled_labels
+from kedit_fast.statistics.memory_plan import Group, Masters, plan_groups, side_size
+from kedit_fast.statistics.moments import SecondMoment, SecondMomentAccumulator, Side
 from kedit_fast.statistics.token_weights import TokenWeights, weights_of
+from kedit_fast.statistics.updates import CountedRows, Updates, real_positions
 from kedit_fast.support import process_group
 from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.messages import comma_list
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
+BATCH_PARTS = 4
+"""A pass with gradients takes so many times fewer tokens a batch: it holds what all blocks need for going back."""
 
 
 class Saver(Protocol):
@@ -47,6 +51,7 @@ class Statistics:
     """Second moments by layer, with the model and the text they were made from."""
 
     layers: dict[int, SecondMoment]
+    """Of the inputs of the edited linear layers."""
     model: dict[str, str]
     """Fingerprint of the model and its tokenizer."""
     corpus: str
@@ -59,6 +64,11 @@ class Statistics:
     """How many were used; 0 where that is not known."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """`Job.settings`."""
+    outputs: Mapping[int, SecondMoment] = field(default_factory=dict)
+    """Raw second moments [out, out] of the gradients g = d(-sum_s log p(y_s)) / d(output of the edited linear layer),
+    mean over tokens that have a label y; empty where they were not collected."""
+    outputs_from: Mapping[str, str] = field(default_factory=dict)
+    """What `outputs` were made from: labels, label_seed, and the text and settings as for the inputs; empty without."""
 
     def moment(self, layer: int) -> SecondMoment:
         """The second moment of one layer; raises StatisticsError when it was not collected."""
@@ -66,6 +76,17 @@ class Statistics:
             collected = comma_list(sorted(self.layers))
             raise StatisticsError(f"no statistics for layer {layer}: they were collected for layers {collected}")
         return self.layers[layer]
+
+    def output_metric(self, layer: int) -> torch.Tensor:
+        """The raw second moment [out, out] of gradients at a layer's output; raises StatisticsError without one."""
+        if layer not in self.outputs:
+            others = f"only of layers {comma_list(sorted(self.outputs))}" if self.outputs else "of no layer"
+            raise StatisticsError(
+                f"no output metric for layer {layer}: there is one {others}. `kedit-fast stats MODEL --text FILE "
+                "--layers N --out DIR --resume --output-metric` adds it to statistics, "
+                "collect_statistics(..., output_metric=True) in memory"
+            )
+        return self.outputs[layer].moment
 
 
 @plain_torch()
@@ -80,6 +101,7 @@ def collect_statistics(
     max_length: int = 1024,
     seed: int | None = None,
     token_weights: TokenWeights | None = None,
+    output_metric: OutputGradients | bool = False,
     batch_tokens: int = 4096,
     masters: Masters = "auto",
     progress: bool = False,
@@ -101,7 +123,10 @@ def collect_statistics(
         max_length: sequences are cut to this many tokens (and to what the model takes).
         seed: of a random order; None for the documents' own.
         token_weights: weights of a document's tokens; None for ones.
-        batch_tokens: tokens of a batch, padding included; sequences of similar length share a batch.
+        output_metric: also collect second moments of gradients at the layers' outputs (`Statistics.outputs`), of which
+            loss and from how many tokens `OutputGradients` says; True for its defaults. Weights of tokens do not count.
+        batch_tokens: tokens of a batch, padding included; sequences of similar length share a batch. Passes with
+            gradients take a quarter.
         masters: where the fp64 sums are: "device", "cpu", or "auto" for the device if they fit there.
         progress: show a bar on stderr.
         spec: an ArchSpec for an architecture that is not known.
@@ -110,11 +135,15 @@ def collect_statistics(
         Statistics with fp64 moments, on the devices of the sums.
 
     Raises:
-        StatisticsError: no text, moments that are not finite, or no room for a layer's sum.
+        StatisticsError: no text, moments that are not finite, no room for a layer's sum, or an output metric of a
+            model that processes hold together.
+        UnsupportedModelError: an output metric of a model without gradients at the layers' outputs.
 
     Cost: a pass through the blocks up to the last layer, and tokens * d (d + 1) flops per layer. Memory: 8 d^2 bytes
         per layer and one batch (two on a GPU, whose updates and forward passes overlap). Where the sums of all layers
         do not fit, there are several passes. With several processes and `max_tokens` the text is tokenized twice.
+        An output metric: a forward pass to the logits and a backward pass to the lowest layer over its tokens, about
+        three forward passes; memory for what that pass needs of a batch in all blocks above, and 8 out^2 bytes.
 
     Example:
         >>> statistics = collect_statistics(model, tokenizer, texts, layers=[0, 1], max_tokens=2_000)
@@ -123,8 +152,17 @@ def collect_statistics(
     """
     corpus = Corpus(texts, max_tokens, max_samples, max_length, seed, token_weights)
     job = Job(model, tokenizer, corpus, layers, batch_tokens, spec)
+    statistics = _collected(job, masters, progress)
+    if output_metric is False:
+        return statistics
+    outputs = _collected(job.of_outputs(output_metric), masters, progress)
+    return replace(statistics, outputs=outputs.outputs, outputs_from=outputs.outputs_from)
+
+
+def _collected(job: Job, masters: Masters, progress: bool) -> Statistics:
+    """What a job collects, in as few passes as memory allows."""
     moments: dict[int, SecondMoment] = {}
-    groups, end = plan_groups(job.view, job.layers, batch_tokens, masters), Position()
+    groups, end = job.plan(job.layers, masters), Position()
     job.check_groups(groups)
     for group in groups:
         sums = job.accumulators(group)
@@ -182,6 +220,9 @@ class Job:
         batch_tokens: tokens of a batch, padding included.
     """
 
+    side: Side = "input"
+    """Of which rows the moments are: inputs of the layers, or gradients at their outputs."""
+
     @plain_torch()
     def __init__(
         self,
@@ -193,7 +234,7 @@ class Job:
         spec: ArchSpec | None = None,
     ):
         self.view = ModelView(model, spec)
-        self.layers = self.view.check_layers(tuple(layers))
+        self.tokenizer, self.layers = tokenizer, self.view.check_layers(tuple(layers))
         self.corpus, self.batch_tokens = corpus, batch_tokens
         self.model = fingerprint(self.view, tokenizer)
         self.dtype = dtype_name(computing_dtype(self.view.base))
@@ -204,6 +245,14 @@ class Job:
     def settings(self) -> dict[str, str]:
         """The settings that choose the text, as the files record them; `max_length` is at most the model's."""
         return {**self.corpus.about(), "max_length": str(self.reader.max_length)}
+
+    def of_outputs(self, gradients: OutputGradients | bool = True) -> OutputJob:
+        """The job that collects gradients at the outputs of the same layers of the same model, from the same text."""
+        return OutputJob(self, OutputGradients() if isinstance(gradients, bool) else gradients)
+
+    def plan(self, layers: tuple[int, ...], masters: Masters, budget: int | None = None) -> list[Group]:
+        """Some of the layers divided into passes; see `plan_groups`."""
+        return plan_groups(self.view, layers, self.batch_tokens, masters, budget, self.side)
 
     def check_groups(self, groups: Sequence[Group]) -> None:
         """Raise StatisticsError when a corpus that can be read once would have to be read again."""
@@ -218,7 +267,7 @@ class Job:
         """Empty sums of a group's layers."""
         sums = {}
         for layer in group.layers:
-            device, size = self.view.row_device(layer), self.view.edited_shape(layer)[1]
+            device, size = self.view.row_device(layer), side_size(self.view, layer, self.side)
             master = torch.device("cpu") if group.on_cpu else device
             sums[layer] = SecondMomentAccumulator(self.view.module_name(layer), size, device, master)
         return sums
@@ -254,39 +303,28 @@ class Job:
             leave=False,
         )
         windows = ahead(self.reader.windows(start))
-        with evaluating(self.view), bar, _closing(windows), _Updates() as updates:
+        with evaluating(self.view), bar, _closing(windows), Updates() as updates:
             for window in windows:
                 skip = start.batches if end == start else 0
-                for number, rows in enumerate(batches(window.sequences, self.batch_tokens), 1):
+                for number, documents in enumerate(batches(window.documents, self.batch_tokens), 1):
                     if number <= skip:
                         continue
-                    self._add(rows, sums, updates)
-                    bar.update(sum(map(len, rows)))
+                    self._add(documents, sums, updates)
+                    bar.update(sum(map(len, documents)))
                     if saver is not None and saver.due():
                         updates.wait()
                         saver.save(replace(window.before, batches=number, until=window.after.digest))
                 end = window.after
         return end
 
-    def _add(self, rows: list[list[int]], sums: Mapping[int, SecondMomentAccumulator], updates: _Updates) -> None:
+    def _add(self, documents: list[Document], sums: Mapping[int, SecondMomentAccumulator], updates: Updates) -> None:
         """Run one batch, and add its keys to the sums."""
-        padded = pad(rows, self.view.device)
+        rows = [document.ids for document in documents]
         lengths = [len(row) for row in rows]
-        real = _real_positions(lengths)
-        weights, totals = self._weights(rows, max(lengths))
-        copies: dict[torch.device, _Chosen] = {}
-
-        def add_keys(site: Site, states: torch.Tensor) -> None:
-            keys = states.flatten(0, 1)  # [R T, d]
-            if keys.device not in copies:
-                copies[keys.device] = _Chosen.on(keys.device, real, len(keys), weights)
-            chosen = copies[keys.device]
-            if chosen.index is not None:
-                keys = keys.index_select(0, chosen.index)  # [n, d]
-            updates.add(sums[site.layer], keys, chosen.mask, chosen.weights, totals)
-
-        batch = TokenBatch(padded.input_ids, None)
-        visit(self.view, batch, [Site(layer, "key") for layer in sums], add_keys)
+        counted = CountedRows(real_positions(lengths, max(lengths)), *self._weights(rows, max(lengths)))
+        batch = TokenBatch(pad(rows, self.view.device).input_ids, None)
+        sites = [Site(layer, "key") for layer in sums]
+        visit(self.view, batch, sites, lambda site, states: counted.add(updates, sums[site.layer], states))
         updates.next_batch()
 
     def _weights(self, rows: list[list[int]], width: int) -> tuple[torch.Tensor | None, tuple[int, float]]:
@@ -329,88 +367,72 @@ class Job:
         )
 
 
-def _real_positions(lengths: Sequence[int]) -> torch.Tensor | None:
-    """Positions [n] of the tokens among those of a batch that is padded on the right; None where nothing is padded."""
-    width = max(lengths)
-    if min(lengths) == width:
-        return None
-    return torch.cat([torch.arange(i * width, i * width + length) for i, length in enumerate(lengths)])
+class OutputJob(Job):
+    """The gradients of a loss at the layers' outputs, from a forward and a backward pass over some of a job's text.
 
+    Args:
+        inputs: the job of the layers' inputs.
+        gradients: of which loss, and from how many tokens.
+    """
 
-@dataclass(frozen=True)
-class _Chosen:
-    """Which rows of a batch's states count, on a device: by index or by mask, and with which weights."""
+    side: Side = "output"
 
-    index: torch.Tensor | None
-    """[n] int64, rows to gather before the update; None for all."""
-    mask: torch.Tensor | None
-    """[R T] bool, for the update; None for all."""
-    weights: torch.Tensor | None
-    """Of the gathered rows, or of all; None for ones."""
+    @plain_torch()
+    def __init__(self, inputs: Job, gradients: OutputGradients):
+        if inputs.view.is_sharded:
+            raise StatisticsError(
+                "an output metric is collected from models that are whole in each process; this one is tensor-parallel"
+            )
+        self.gradients, view = gradients, inputs.view
+        self.view, self.tokenizer, self.layers = view, inputs.tokenizer, inputs.layers
+        self.model, self.dtype = inputs.model, inputs.dtype
+        enough = TOKENS_A_DIMENSION * max(side_size(view, layer, self.side) for layer in self.layers)
+        tokens = gradients.tokens or min(enough, inputs.corpus.max_tokens or enough)
+        self.corpus = replace(inputs.corpus, max_tokens=tokens, token_weights=None)
+        self.batch_tokens = max(1, inputs.batch_tokens // BATCH_PARTS)
+        self.reader = Reader(
+            self.tokenizer, self.corpus, self.batch_tokens, view.max_length, view.vocabulary, view.work_share
+        )
 
-    @classmethod
-    def on(cls, device: torch.device, real: torch.Tensor | None, count: int, weights: torch.Tensor | None) -> _Chosen:
-        """Of `count` rows those at `real`, by the faster way of the device, and the weights that go with them."""
-        index, mask = real, None
-        if real is not None and not _gathers(device):
-            index, mask = None, torch.zeros(count, dtype=torch.bool).index_fill_(0, real, True)
-        elif real is not None and weights is not None:
-            weights = weights[real]
-        return cls(*(None if t is None else t.to(device, non_blocking=True) for t in (index, mask, weights)))
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings that choose the text and its labels, as the files record them."""
+        return {**super().settings, **self.gradients.about()}
 
-
-def _gathers(device: torch.device) -> bool:
-    """Whether rows are gathered: on a GPU an update takes 1.8 times as long with a mask (H200, bf16, d 14336)."""
-    return device.type == "cuda"
-
-
-class _Updates:
-    """Adds rows to sums: at once on a CPU; on a GPU on a stream of its own, beside the next forward pass."""
-
-    def __init__(self):
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._batches: deque[list[torch.Event]] = deque()  # ends of the updates, of at most two batches
-
-    def __enter__(self) -> _Updates:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.wait()
-
-    def add(
-        self,
-        accumulator: SecondMomentAccumulator,
-        rows: torch.Tensor,
-        mask: torch.Tensor | None,
-        weights: torch.Tensor | None,
-        totals: tuple[int, float],
-    ) -> None:
-        """`SecondMomentAccumulator.update`, perhaps later."""
-        device = rows.device
-        if device.type != "cuda":
-            accumulator.update(rows, mask, weights, totals)
+    def _add(self, documents: list[Document], sums: Mapping[int, SecondMomentAccumulator], updates: Updates) -> None:
+        """Run one batch, and add the gradients at its tokens that have labels to the sums."""
+        rows = [document.ids for document in documents]
+        sampled = self.gradients.labels == "sampled"
+        lengths = [len(row) - (not sampled) for row in rows]  # no token follows the last one
+        count, width = sum(lengths), max(map(len, rows))
+        if not count:
             return
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        stream = self._streams[device]
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            accumulator.update(rows, mask, weights, totals)
-            for tensor in (rows, mask, weights):
-                if tensor is not None:
-                    tensor.record_stream(stream)  # its memory is not reused before the update has read it
+        counted = CountedRows(positions := real_positions(lengths, width), None, (count, float(count)))
+        head, labels = self.view.head, [token for row in rows for token in row[1:]]
+        seeds = [
+            seed for document in documents for seed in row_seeds(self.gradients.seed, document.number, len(document))
+        ]
 
-    def next_batch(self) -> None:
-        """Wait for the updates of the previous batch; those of this one may still run."""
-        self._batches.append([stream.record_event() for stream in self._streams.values()])
-        while len(self._batches) > 1:
-            for event in self._batches.popleft():
-                event.synchronize()
+        def loss(states: torch.Tensor) -> torch.Tensor:
+            flat = states.flatten(0, 1)
+            chosen = flat if positions is None else flat.index_select(0, positions.to(flat.device))
+            chosen = chosen.to(head.device)  # [n, h]
+            if sampled:
+                targets = sampled_labels(head, chosen.detach(), seeds)
+            else:
+                targets = torch.tensor(labels, device=head.device)
+            return -head.target_log_probs(chosen, targets).log_prob.sum()
 
-    def wait(self) -> None:
-        """Wait for all updates."""
-        for stream in self._streams.values():
-            stream.synchronize()
+        batch = TokenBatch(pad(rows, self.view.device).input_ids, None)
+        for layer, gradient in output_gradients(self.view, batch, tuple(sums), loss).items():
+            counted.add(updates, sums[layer], gradient)
+        updates.next_batch()
+
+    def statistics(self, layers: dict[int, SecondMoment], end: Position) -> Statistics:
+        """Moments of gradients alone, with the model and the text they were made from."""
+        source = {"corpus": end.digest, "documents": str(end.documents), "dtype": self.dtype, **self.settings}
+        empty: dict[int, SecondMoment] = {}
+        return replace(super().statistics(empty, end), outputs=layers, outputs_from=source)
 
 
 @contextmanager

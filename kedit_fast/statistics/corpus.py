@@ -13,7 +13,7 @@ import os
 import queue
 import random
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from enum import Enum, auto
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from kedit_fast.statistics.token_weights import TokenWeights, describe
 from kedit_fast.support import process_group
 
 T = TypeVar("T")
+S = TypeVar("S", bound=Sized)
 START = hashlib.sha256(b"kedit_fast corpus").hexdigest()
 """The digest of no text."""
 BATCHES_A_WINDOW = 8
@@ -129,13 +130,26 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Document:
+    """The tokens of a document that count."""
+
+    number: int
+    """Its place in the corpus, zero-based."""
+    ids: list[int]
+    """Token ids, at least one."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
 class Window:
     """Documents that are batched together."""
 
     before: Position
     after: Position
-    sequences: list[list[int]]
-    """Token ids of its documents, without empty ones; no sequences in a window of another process."""
+    documents: list[Document]
+    """Those that are not empty; none in a window of another process."""
 
 
 class Reader:
@@ -205,7 +219,8 @@ class Reader:
             if start.until not in ("", digest) and position.windows == start.windows:
                 raise _changed_text(after.documents)
             if used:
-                yield Window(position, after, [ids for ids in sequences if ids])
+                numbered = enumerate(sequences, position.documents)
+                yield Window(position, after, [Document(number, ids) for number, ids in numbered if ids])
                 position = after
 
     def digest(self, count: int, documents: Iterator[str] | None = None) -> str:
@@ -309,12 +324,12 @@ def _chained(digest: str, text: str) -> str:
     return hashlib.sha256(bytes.fromhex(digest) + text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def batches(sequences: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
+def batches(sequences: list[S], batch_tokens: int) -> Iterator[list[S]]:
     """Batches of sequences of similar length, longest first; padded, each has at most `batch_tokens` tokens.
 
     A large enough batch ends earlier if more than a tenth of it would become padding.
     """
-    rows: list[list[int]] = []
+    rows: list[S] = []
     real = 0
     for sequence in sorted(sequences, key=len, reverse=True):
         padded = len(rows[0]) * (len(rows) + 1) if rows else 0

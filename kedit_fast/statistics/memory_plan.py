@@ -13,6 +13,7 @@ import torch
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
+from kedit_fast.statistics.moments import Side
 from kedit_fast.support import process_group
 from kedit_fast.support.free_memory import free_bytes
 from kedit_fast.support.messages import comma_list
@@ -25,6 +26,8 @@ SHARE = 0.9
 """Of the free memory, for sums."""
 STATES = 16
 """Hidden states, and inputs of the edited layer, that a batch is assumed to hold at once."""
+STATES_A_BLOCK = 6
+"""As many more that each block above the lowest layer is assumed to hold until its gradients are computed."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,31 @@ class Needs:
     """Of the files of these layers."""
     disk_bytes: int
     """The most that files and checkpoints take at once."""
+    side: Side = "input"
+    """Of which rows the moments are."""
 
 
-def needs(view: ModelView, groups: Sequence[Group]) -> Needs:
+def needs(view: ModelView, groups: Sequence[Group], side: Side = "input") -> Needs:
     """What the passes of these groups (at least one) take."""
-    sizes = [sum(sum_bytes(view, layer) for layer in group.layers) for group in groups]
+    sizes = [sum(sum_bytes(view, layer, side) for layer in group.layers) for group in groups]
     most = files = 0
     for size in sizes:
         most = max(most, files + 2 * size * process_group.world()[1])  # while a checkpoint replaces the one before
         files += size
     largest = groups[sizes.index(max(sizes))]
     layers = tuple(sorted(layer for group in groups for layer in group.layers))
-    return Needs(layers, len(groups), max(sizes), largest.on_cpu, files, most)
+    return Needs(layers, len(groups), max(sizes), largest.on_cpu, files, most, side)
 
 
-def sum_bytes(view: ModelView, layer: int) -> int:
+def side_size(view: ModelView, layer: int, side: Side) -> int:
+    """How many numbers an edited layer takes in or puts out."""
+    out, size = view.edited_shape(layer)
+    return size if side == "input" else out
+
+
+def sum_bytes(view: ModelView, layer: int, side: Side = "input") -> int:
     """Bytes of the fp64 sum of a layer, and of its file."""
-    return 8 * view.edited_shape(layer)[1] ** 2
+    return 8 * side_size(view, layer, side) ** 2
 
 
 def check_masters(masters: str) -> None:
@@ -78,7 +89,12 @@ def check_masters(masters: str) -> None:
 
 
 def plan_groups(
-    view: ModelView, layers: tuple[int, ...], batch_tokens: int, masters: Masters = "auto", budget: int | None = None
+    view: ModelView,
+    layers: tuple[int, ...],
+    batch_tokens: int,
+    masters: Masters = "auto",
+    budget: int | None = None,
+    side: Side = "input",
 ) -> list[Group]:
     """Divide layers into as few passes as memory allows.
 
@@ -89,12 +105,13 @@ def plan_groups(
         masters: "device" places sums beside the layers' inputs, "cpu" on the host. "auto" prefers a single pass: on the
             device if all sums fit there, else on the host if they fit there, else several passes.
         budget: bytes for sums on each device; None for what is free.
+        side: of which rows the moments are; passes for "output" hold what gradients need of the blocks above.
 
     Raises:
         StatisticsError: there is no room for the sum of a single layer.
     """
     check_masters(masters)
-    sizes = {layer: sum_bytes(view, layer) for layer in layers}
+    sizes = {layer: sum_bytes(view, layer, side) for layer in layers}
     beside_inputs = {layer: view.row_device(layer) for layer in layers}
     on_host = dict.fromkeys(layers, torch.device("cpu"))
     placements = {
@@ -103,7 +120,7 @@ def plan_groups(
         "auto": [(beside_inputs, False), (on_host, True)],
     }[masters]
     devices = {device for placement, _ in placements for device in placement.values()}
-    room = {device: _room(view, device, batch_tokens, layers[0], budget) for device in devices}
+    room = {device: _room(view, device, batch_tokens, layers[0], budget, side) for device in devices}
     plans = [[Group(g, on_cpu) for g in _grouped(sizes, placement, room)] for placement, on_cpu in placements]
     possible = [groups for groups in plans if groups]
     if not possible:
@@ -122,11 +139,12 @@ def plan_groups(
     return chosen
 
 
-def _room(view: ModelView, device: torch.device, batch_tokens: int, layer: int, budget: int | None) -> int:
+def _room(view: ModelView, device: torch.device, batch_tokens: int, layer: int, budget: int | None, side: Side) -> int:
     if budget is not None:
         return budget
     out, d = view.edited_shape(layer)
-    batch = batch_tokens * STATES * (d + out) * computing_dtype(view.base).itemsize  # bytes
+    states = STATES if side == "input" else STATES + STATES_A_BLOCK * (view.num_layers - layer)
+    batch = batch_tokens * states * (d + out) * computing_dtype(view.base).itemsize  # bytes
     share = SHARE
     if device.type == "cpu":
         share /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of a job on this host

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -13,10 +14,13 @@ from kedit_fast.support import process_group
 from kedit_fast.support.dtypes import accumulation_dtype, describe_tensor
 from kedit_fast.support.torch_state import plain_torch
 
+Side = Literal["input", "output"]
+"""Of a linear layer: its inputs, or the gradients of a loss at its outputs."""
+
 
 @dataclass(frozen=True)
 class SecondMoment:
-    """The second moment of one layer's inputs, about zero."""
+    """The second moment of one layer's inputs k, or of gradients at its outputs, about zero."""
 
     module: str
     """Path of the linear layer, for example model.layers.4.mlp.down_proj."""

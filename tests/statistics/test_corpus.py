@@ -31,7 +31,7 @@ def ids(texts, max_length=64):
 
 
 def in_windows(made, start=None):
-    return [sequence for window in made.windows(start) for sequence in window.sequences]
+    return [document.ids for window in made.windows(start) for document in window.documents]
 
 
 def test_every_document_comes_once_and_in_order():
@@ -71,7 +71,7 @@ def test_a_place_is_found_again_and_other_text_is_refused():
     windows = list(made.windows())
     place = windows[3].before
     again = list(made.windows(place))
-    assert [w.sequences for w in again] == [w.sequences for w in windows[3:]]
+    assert [w.documents for w in again] == [w.documents for w in windows[3:]]
     assert again[-1].after == windows[-1].after
     other = list(DOCUMENTS)
     other[place.documents - 1] += "!"
@@ -94,7 +94,7 @@ def test_an_iterator_can_be_read_once():
 
 def test_empty_documents_count_as_documents_alone():
     windows = list(reader(["", "A word.", ""]).windows())
-    assert [row for w in windows for row in w.sequences] == ids(["A word."])
+    assert [document.ids for w in windows for document in w.documents] == ids(["A word."])
     assert windows[-1].after.documents == 3 and list(reader([]).windows()) == []
 
 
@@ -141,13 +141,13 @@ def test_processes_share_the_windows_of_one(monkeypatch, world, budget):
     monkeypatch.undo()
     for number, window in enumerate(alone.windows()):
         for rank, part in enumerate(parts):
-            assert part[number].sequences == (window.sequences if number % world == rank else [])
+            assert part[number].documents == (window.documents if number % world == rank else [])
             assert part[number].after.digest == window.after.digest
     assert all(len(part) == number + 1 for part in parts)
 
 
 def counts_by_round(world):
-    lengths = [[len(s) for s in w.sequences] for w in reader().windows()]
+    lengths = [[len(d) for d in w.documents] for w in reader().windows()]
     for begin in range(0, len(lengths), world):
         found = lengths[begin : begin + world]
         yield found + [[]] * (world - len(found))

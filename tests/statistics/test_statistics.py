@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kedit_fast import use_backend
 from kedit_fast.errors import InvalidArgumentError, StatisticsError, UnsupportedModelError
 from kedit_fast.models.view import ModelView
-from kedit_fast.statistics import collect as collecting
+from kedit_fast.statistics import updates
 from kedit_fast.statistics.collect import Job, collect_statistics
 from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.memory_plan import Group
@@ -61,7 +61,7 @@ def test_gathered_rows_give_the_moments_of_masked_ones(dtype, weighted, masters,
 
     def collected(gathers):
         calls.clear()
-        monkeypatch.setattr(collecting, "_gathers", lambda device: gathers)
+        monkeypatch.setattr(updates, "_gathers", lambda device: gathers)
         result = collect(model, tokenizer, batch_tokens=400, masters=masters, token_weights=weigh)
         assert any(mask is not None for _, mask, _ in calls) is not gathers
         assert not gathers or all(rows == count for rows, _, count in calls)  # no padding among them
@@ -78,7 +78,7 @@ def test_gathered_rows_give_the_moments_of_masked_ones(dtype, weighted, masters,
 
 
 def test_rows_are_gathered_on_a_gpu_alone():
-    assert collecting._gathers(torch.device("cuda", 0)) and not collecting._gathers(torch.device("cpu"))
+    assert updates._gathers(torch.device("cuda", 0)) and not updates._gathers(torch.device("cpu"))
 
 
 def test_batching_and_limits():
