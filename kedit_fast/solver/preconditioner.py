@@ -25,6 +25,10 @@ NEGATIVE = -1e-6  # share of the largest eigenvalue; a lower eigenvalue is not r
 RANK_DEFICIENT = 2.0**-48  # share of the largest pivot that rounding leaves of a zero pivot
 USELESS_BOUND = 0.1  # error bound above which an fp32 factor is refused
 POWER_STEPS = 30
+QUARTER = 0.25
+"""Share of the dimensions that the threshold in a refusal leaves as null space."""
+SPECTRUM_QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
+"""The eigenvalues that messages show, by their place in the spectrum."""
 PROJECTION = 1e-3  # tolerance of the eigenvalues of a float32 projection, which are 0 or 1
 
 
@@ -341,17 +345,20 @@ class NullSpace(Preconditioner):
                 f"the second moment has a negative eigenvalue, {float(values[0]):.2e}: it is no second moment"
             )
         m = null_dimension(values, threshold, rule)
-        spectrum = f"eigenvalues from {float(values[0]):.1e} to {largest:.1e}, median {float(values[d // 2]):.1e}"
-        scale_free = ", or set nullspace_rule to relative or energy" if rule == "absolute" else ""
-        if m == 0:
+        spectrum = _spectrum_text(values)
+        if m in (0, d):
+            advice = f"{'Raise' if m == 0 else 'Lower'} nullspace_threshold"
+            if rule == "absolute":
+                advice += ", or set nullspace_rule to relative or energy"
+            quarter = threshold_leaving(values, rule, QUARTER)
+            if quarter is not None:
+                dimensions = null_dimension(values, float(quarter), rule)
+                advice += f"; nullspace_threshold={quarter} would leave {dimensions} of {d} as null space"
+            what = "no null space: none of" if m == 0 else "everything is null space: all"
+            risk = "" if m == 0 else ", so nothing would be protected"
             raise NullSpaceError(
-                f"no null space: none of {d} dimensions is below {threshold:g} ({rule}; {spectrum}). Raise "
-                f"nullspace_threshold{scale_free}"
-            )
-        if m == d:
-            raise NullSpaceError(
-                f"everything is null space: all {d} dimensions are below {threshold:g} ({rule}; {spectrum}), so "
-                f"nothing would be protected. Lower nullspace_threshold{scale_free}"
+                f"{what} {d} dimensions {'is' if m == 0 else 'are'} below {threshold:g} ({rule}; "
+                f"{spectrum}){risk}. {advice}"
             )
         _log.info("null space of %d of %d dimensions (%s threshold %g; %s)", m, d, rule, threshold, spectrum)
         complement = m > d / 2
@@ -458,6 +465,50 @@ def null_dimension(values: torch.Tensor, threshold: float, rule: NullSpaceRule) 
         return int((values < threshold * values[-1]).sum())
     positive = values.cpu().clamp(min=0)  # torch's cumulative sums on a GPU have no fixed order
     return int((positive.cumsum(0) <= threshold * positive.sum()).sum())
+
+
+def threshold_leaving(values: torch.Tensor, rule: NullSpaceRule, share: float) -> str | None:
+    """The shortest decimal that, as a threshold, leaves a share of the dimensions as null space.
+
+    Where equal eigenvalues stand at that place, the threshold is the one of the nearest other dimension.
+
+    Args:
+        values: [d] ascending eigenvalues of C.
+        rule: what the threshold is compared with; see `NullSpace.from_covariance`.
+        share: between 0 and 1, of the d dimensions; at least one.
+
+    Returns:
+        None where no threshold leaves a part of the dimensions: there is one alone, or all are equal.
+
+    Example:
+        >>> threshold_leaving(torch.tensor([0.111, 0.222, 3.0, 40.0]), "absolute", 0.5)
+        '1'
+    """
+    wide = values.double().cpu()
+    if rule == "relative":
+        wide = wide / wide[-1]
+    elif rule == "energy":
+        positive = wide.clamp(min=0)
+        wide = positive.cumsum(0) / positive.sum()
+    d = len(wide)
+    wanted = max(1, int(d * share))
+    for m in sorted(range(1, d), key=lambda m: abs(m - wanted)):
+        low, high = max(float(wide[m - 1]), 0.0), float(wide[m])
+        if not low < high:
+            continue
+        middle = (low * high) ** 0.5 if low else high / 2
+        for digits in range(1, 8):
+            text = f"{middle:.{digits}g}"
+            if float(text) > 0 and null_dimension(values, float(text), rule) == m:
+                return text
+    return None
+
+
+def _spectrum_text(values: torch.Tensor) -> str:
+    """The ascending eigenvalues [d] by their quantiles."""
+    last = len(values) - 1
+    parts = [f"{share:.0%} {float(values[round(share * last)]):.1e}" for share in SPECTRUM_QUANTILES]
+    return f"eigenvalues, by quantile: {', '.join(parts)}"
 
 
 def condition_number(values: torch.Tensor) -> float | None:

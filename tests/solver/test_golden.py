@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,12 @@ from floors import relative_error
 from safetensors.torch import load_file
 
 from kedit_fast.backends import explain, probe, use_backend
-from kedit_fast.errors import InvalidArgumentError, SolveError, StatisticsError
+from kedit_fast.errors import InvalidArgumentError, NullSpaceError, SolveError, StatisticsError
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.least_squares import collisions, merge_columns, rank_one_equality, solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.normalizer import Normalizer, gradient_update
-from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace
+from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace, null_dimension, threshold_leaving
 from kedit_fast.solver.shaping import prune, rect, spectral_norm
 
 LIMIT = 1e-6
@@ -356,3 +357,32 @@ def test_bad_systems_are_named():
 def test_the_norm_of_factors_is_that_of_their_product():
     update = LowRankUpdate(torch.randn(30, 4), torch.randn(20, 4))
     assert abs(update.norm() - float(update.dense().norm())) < 1e-4
+
+
+@pytest.mark.parametrize("threshold", (1e-12, 1e12))
+@pytest.mark.parametrize("rule", ("absolute", "relative", "energy"))
+@pytest.mark.parametrize("scale", (1e-9, 1.0, 1e9))
+def test_the_refusal_names_a_threshold_that_leaves_a_quarter(rule, threshold, scale):
+    inputs = torch.randn(400, 64, dtype=torch.float64) * torch.logspace(0, -2, 64, dtype=torch.float64)
+    moment = scale * inputs.T @ inputs / 400
+    if rule == "absolute":
+        threshold = threshold * scale
+    with pytest.raises(NullSpaceError, match="null space") as error:
+        NullSpace.from_covariance(moment, threshold, rule)
+    message = str(error.value)
+    values = torch.linalg.eigvalsh(moment)
+    for share, value in (("0%", values[0]), ("50%", values[32]), ("100%", values[-1])):
+        assert f" {share} {float(value):.1e}" in message
+    pasted = re.search(r"nullspace_threshold=(\S+) would leave 16 of 64 as null space$", message).group(1)
+    assert NullSpace.from_covariance(moment, float(pasted), rule).dimension == 16 and len(pasted) < 12
+
+
+def test_a_threshold_is_named_only_where_one_exists():
+    equal, steps = torch.full((8,), 3.0), torch.tensor([1.0] * 6 + [2.0, 2.0])
+    assert threshold_leaving(equal, "absolute", 0.25) is None is threshold_leaving(equal[:1], "energy", 0.25)
+    assert null_dimension(steps, float(threshold_leaving(steps, "absolute", 0.25)), "absolute") == 6
+    assert null_dimension(equal, float(threshold_leaving(equal, "energy", 0.25)), "energy") == 2
+    deficient = torch.tensor([-1e-17, 0.0, 0.0, 1e-3, 1.0])
+    assert null_dimension(deficient, float(threshold_leaving(deficient, "relative", 0.25)), "relative") == 3
+    with pytest.raises(NullSpaceError, match=r"set nullspace_rule to relative or energy$"):
+        NullSpace.from_covariance(torch.eye(4), 0.5)
