@@ -28,7 +28,7 @@ from kedit_fast.solver.least_squares import merge_columns, rank_one_equality, sc
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.normalizer import Normalizer, gradient_update
 from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace, Preconditioner, Scaled
-from kedit_fast.solver.shaping import limit_norm, limit_spectrum, spectral_norm
+from kedit_fast.solver.shaping import attenuate, limit_norm, limit_spectrum, main_directions, spectral_norm
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.files import read_file, write_file
 
@@ -244,8 +244,12 @@ class SolverState:
         return updates
 
     def limited(self, update: LowRankUpdate, weight: torch.Tensor) -> LowRankUpdate:
-        """The update, reduced to `spectral_limit` and `frobenius_limit` of `weight` [out, in]."""
+        """The update as it is written: attenuated along the main directions of `weight` [out, in] by `sphere_strength`,
+        then reduced to `spectral_limit` and `frobenius_limit` of the weight."""
         hparams = self.hparams
+        if hparams.sphere_strength and self.recipe.is_batched:
+            directions = main_directions(whole(weight), hparams.sphere_energy)
+            update = attenuate(update, directions, hparams.sphere_strength)
         if hparams.spectral_limit:
             update = limit_spectrum(update, hparams.spectral_limit * spectral_norm(whole(weight)))
         if hparams.frobenius_limit:

@@ -48,6 +48,10 @@ def _gradient(recipe: Recipe) -> bool:
     return not recipe.optimizes_values
 
 
+def _batched(recipe: Recipe) -> bool:
+    return recipe.is_batched
+
+
 def _rank_one(recipe: Recipe) -> bool:
     return not recipe.is_batched
 
@@ -266,6 +270,23 @@ class Hparams:
         metadata=declare(
             NOT_NEGATIVE,
             "largest ratio of the largest singular values of Delta and W, reached by clipping; 0 for no limit",
+        ),
+    )
+    sphere_strength: float = field(
+        default=0.0,
+        metadata=declare(
+            Range("0 to 1", lambda value: 0 <= value <= 1),
+            "SPHERE's alpha: share of an update that is taken away along the main directions of the weight's rows; 0 "
+            "for none",
+            read_by=_batched,
+        ),
+    )
+    sphere_energy: float = field(
+        default=0.5,
+        metadata=declare(
+            INNER_SHARE,
+            "SPHERE's eta: share of the rows' energy that makes directions main ones",
+            read_by=_batched,
         ),
     )
     inner_params: tuple[str, ...] = field(

@@ -50,8 +50,13 @@ _CHOSEN_ELSEWHERE = {
     "half": ((False, None), "a model's dtype is chosen where it is loaded (--dtype)"),
     "batch_size": ((1, None), "the edits of a batch are chosen where they are made (--batch-size)"),
 }
-# Names of the repositories of EMMET and ENCORE that `_translated` reads.
-_TRANSLATED = ("add_prev_edits", "prob_cutoff")
+# Names of EasyEdit's files of SPHERE, one of which has a space; with ours.
+_RENAMED = {
+    "cumulative_ratio": "sphere_energy", "suppression_strength": "sphere_strength",
+    "suppression strength": "sphere_strength",
+}  # fmt: skip
+# Names of the repositories of EMMET and ENCORE, and renamed ones, that `_translated` reads.
+_TRANSLATED = ("add_prev_edits", "prob_cutoff", *_RENAMED)
 
 
 def read_hparams(path: str | Path, method: str | None = None, *, warn_of_loading: bool = True) -> dict[str, Any]:
@@ -162,7 +167,9 @@ def nearest_name(name: Any) -> str:
 
 
 def _translated(name: str, value: Any, origin: str, method: str | None) -> dict[str, Any]:
-    """Our hyper-parameters for a name of the repositories of EMMET and ENCORE."""
+    """Our hyper-parameters for a name of the repositories of EMMET, ENCORE and EasyEdit."""
+    if name in _RENAMED:
+        return parse_values({_RENAMED[name]: value}, origin)
     if name == "add_prev_edits":  # keys of earlier batches stay in the system
         memory = None if method is None else find_recipe(method).memory
         if not isinstance(value, bool) or (memory is None and value) or (memory is not None and value != memory):

@@ -92,6 +92,15 @@ RECIPES = {
             keeps=f"a basis of the null space or of the rest, whichever is thinner; {_KEYS}",
         ),
         Recipe(
+            "sphere",
+            "AlphaEdit without half of each update along the weight's main directions",
+            "Liu et al. 2026, arXiv 2510.01172",
+            "sphere",
+            preconditioner="null_space",
+            memory=True,
+            keeps=f"a basis of the null space or of the rest, whichever is thinner; {_KEYS}",
+        ),
+        Recipe(
             "encore",
             "MEMIT with earlier keys, a ridge and most-probable early stopping",
             "Gupta et al. 2025, arXiv 2502.01636",

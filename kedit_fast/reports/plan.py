@@ -260,7 +260,9 @@ def _seconds(
     # The factor is computed once per layer, whatever the number of solves.
     factor = 0.0 if not hparams.uses_statistics else 9.0 * d**3 if recipe.uses_null_space else d**3 / 3
     once = d * u * u + u**3 / 3 + 2 * u * u * d if u <= PRIMAL_ABOVE * d else d * d * u + d**3 / 3 + 2 * d * d * u
-    flops = factor + (2 * d * d * u + once) * edits / u
+    short_side, long_side = sorted((out, d))
+    attenuation = 2.0 * short_side**2 * long_side + 9.0 * short_side**3 if hparams.sphere_strength else 0.0
+    flops = factor + (2 * d * d * u + once + attenuation) * edits / u
     solve = count * 2 * flops / rate
     weight = view.weight(hparams.layers[0]).clone()
     rank = min(u, 256)

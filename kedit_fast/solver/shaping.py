@@ -1,4 +1,4 @@
-"""How some methods change an update before or after it is written: masks, restrained spectra, limits."""
+"""How some methods change an update before or after it is written: masks, attenuated directions, spectra, limits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
 from kedit_fast.support.torch_state import plain_torch
 
 RECT_EPSILON = 1e-8  # added to the weight, as published
+ROW_EPSILON = 1e-8  # added to the norms of the weight's rows, as published
 
 
 @plain_torch()
@@ -125,3 +126,59 @@ def limit_norm(update: LowRankUpdate, largest: float) -> LowRankUpdate:
         raise InvalidArgumentError(f"a limit must be positive; got {largest}")
     norm = update.norm()
     return update if norm <= largest else LowRankUpdate(update.left * (largest / norm), update.right)
+
+
+@plain_torch()
+def main_directions(weight: torch.Tensor, energy: float = 0.5) -> torch.Tensor:
+    """The input directions [d, r] along which most neurons of W point, fp64, with orthonormal columns.
+
+    With W^ the rows of W [out, d] at unit length, the columns are the top r eigenvectors of W^^T W^ / out, where r is 1
+    plus the number of leading eigenvalues whose sum is at most `energy` of the trace. Taken from the smaller of the two
+    Gram matrices of W^: of W^ W^^T the eigenvectors q give the directions W^^T q.
+
+    Args:
+        weight: W [out, d], a row per output, whichever way the module stores it.
+        energy: eta, between 0 and 1.
+
+    Cost: min(out, d)^2 max(out, d) flops for the Gram matrix and about 9 min(out, d)^3 for its eigenvectors; fp64.
+
+    Source: SPHERE (arXiv 2510.01172), its released `project_B_into_soft_dirs`. For a Conv1D, which stores W transposed,
+        the released code normalizes and projects the outputs instead of the inputs.
+    """
+    if not 0 < energy < 1:
+        raise InvalidArgumentError(f"energy must be between 0 and 1; got {energy}")
+    rows = weight.double()
+    rows = rows / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + ROW_EPSILON)
+    out, d = rows.shape
+    values, vectors = torch.linalg.eigh((rows @ rows.T if out < d else rows.T @ rows) / out)
+    descending = values.cpu().clamp(min=0).flip(0)  # torch's cumulative sums on a GPU have no fixed order
+    rank = int((descending.cumsum(0) <= energy * descending.sum()).sum()) + 1
+    top = vectors[:, -rank:]
+    return torch.linalg.qr(rows.T @ top).Q if out < d else top
+
+
+@plain_torch()
+def attenuate(update: LowRankUpdate, directions: torch.Tensor, strength: float) -> LowRankUpdate:
+    """Delta (I - strength U U^T): the update with its part along some input directions scaled down; of the same rank.
+
+    Args:
+        update: Delta [out, d].
+        directions: U [d, r] with orthonormal columns, as `main_directions` gives them.
+        strength: alpha in [0, 1]; 1 removes that part.
+
+    Cost: 4 d r k flops for an update of k factors.
+
+    Source: SPHERE (arXiv 2510.01172).
+
+    Example:
+        >>> weight, update = torch.randn(8, 12), LowRankUpdate(torch.randn(8, 2), torch.randn(12, 2))
+        >>> directions = main_directions(weight, 0.5)
+        >>> smaller = attenuate(update, directions, 1.0)
+        >>> float((smaller.dense().double() @ directions).abs().max()) < 1e-6
+        True
+    """
+    if not 0 <= strength <= 1:
+        raise InvalidArgumentError(f"strength must be in [0, 1]; got {strength}")
+    right = update.right.to(directions)
+    right = right - strength * directions @ (directions.T @ right)
+    return LowRankUpdate(update.left.to(directions), right)

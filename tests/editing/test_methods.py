@@ -32,6 +32,7 @@ NUMBERS = {
     "memit": {}, "memit-merge": {}, "rect": {}, "prune": {}, "memit-sequential": {},
     "encore": {"update_norm_lambda": 3.0, "most_probable_steps": 2}, "emmet": {"emmet_lambda": 0.3},
     "alphaedit": {"nullspace_rule": "energy", "nullspace_threshold": 0.3, "L2": 2.0}, "pmet": {},
+    "sphere": {"nullspace_rule": "energy", "nullspace_threshold": 0.3, "L2": 2.0, "sphere_energy": 0.3},
     "r-rome": {}, "rome": {}, "ultraedit": {"lr": 1e-2, "token": "ans"},
 }  # fmt: skip
 MASS = tuple(name for name, recipe in RECIPES.items() if recipe.schedule == "mass")
@@ -62,10 +63,21 @@ def dense_system(recipe, numbers, moment, cache, keys):
     return torch.linalg.solve(system + keys @ keys.T, keys)
 
 
+def attenuation(weight, numbers):
+    """I - alpha U U^T of SPHERE, from the d x d Gram matrix."""
+    rows = weight / (weight.norm(dim=1, keepdim=True) + 1e-8)
+    values, vectors = torch.linalg.eigh(rows.T @ rows)
+    rank = int((values.flip(0).cumsum(0) / values.sum() <= numbers.sphere_energy).sum()) + 1
+    main = vectors[:, -rank:]
+    assert 1 < rank < 20
+    return torch.eye(len(main), dtype=main.dtype) - numbers.sphere_strength * main @ main.T
+
+
 @pytest.mark.parametrize(
     ("method", "kind"),
     [
         *((m, "llama") for m in MASS if m != "prune"),
+        ("sphere", "gpt2"),  # weights stored transposed
         *((m, "gpt_neox") for m in ("memit-sequential", "pmet", "alphaedit")),  # attention and MLP side by side
         *((m, "gemma2") for m in ("memit-sequential", "pmet", "alphaedit")),  # a norm after the MLP: another site
     ],
@@ -90,6 +102,8 @@ def test_mass_methods_are_the_published_ones_batch_after_batch(method, kind):
             residual = (targets - seen.outputs) / (left**0.5 if method == "pmet" else left)
             x = dense_system(recipe, numbers, editor.statistics.moment(layer).moment, caches[layer], seen.keys)
             delta = residual @ x.T
+            if numbers.sphere_strength:
+                delta = delta @ attenuation(other.weight(layer), numbers)
             if recipe.memory:
                 caches[layer] += seen.keys @ seen.keys.T
             other.weight(layer).add_(delta)

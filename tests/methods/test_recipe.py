@@ -77,11 +77,11 @@ def test_capabilities():
     def methods(capability):
         return {name for name, recipe in RECIPES.items() if getattr(recipe, capability)}
 
-    assert methods("keeps_state") == {"memit-sequential", "alphaedit", "encore", "ultraedit"}
+    assert methods("keeps_state") == {"memit-sequential", "alphaedit", "sphere", "encore", "ultraedit"}
     assert set(RECIPES) - methods("is_batched") == methods("edits_one_layer") == {"rome", "r-rome"}
     assert set(RECIPES) - methods("optimizes_values") == set(RECIPES) - methods("uses_statistics") == {"ultraedit"}
     assert set(RECIPES) - methods("weighs_requests") == {"rome", "r-rome", "ultraedit"}
-    assert methods("softens_equality") == {"emmet"} and methods("uses_null_space") == {"alphaedit"}
+    assert methods("softens_equality") == {"emmet"} and methods("uses_null_space") == {"alphaedit", "sphere"}
     assert {name for name, recipe in RECIPES.items() if recipe.stop_rule == "pmet"} == {"pmet"}
 
 
