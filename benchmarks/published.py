@@ -107,7 +107,8 @@ def serial_value(
         model: the whole causal language model.
         modules: a block (memit), an MLP (rome), or attention and MLP (pmet).
         prepared: a kedit_fast PreparedRequest: token ids and lookup positions.
-        hparams: v_lr, v_num_grad_steps, v_weight_decay, clamp_norm_factor, kl_factor, v_stop_loss.
+        hparams: v_lr, v_num_grad_steps, v_weight_decay, clamp_norm_factor, kl_factor, v_stop_loss; and, which no
+            published code has, kl_temperature and kl_direction.
         side: pad the request's prompts into one batch on this side, as the published code does; None runs each
             unpadded prompt alone, which no padding can make wrong.
         pmet: PMET's rule: the likelihood weighs a tenth after every target token was the argmax, and the loop ends
@@ -155,7 +156,7 @@ def serial_value(
             handle.remove()
             here = range(*which.indices(len(rows)))
             if here[-1] == contexts:
-                current = _log_softmax(logits[-1, at[-1]])
+                current = _log_softmax(logits[-1, at[-1]] / hparams.kl_temperature)
             scored = [r for r in here if r < contexts]
             if not scored:
                 continue
@@ -171,7 +172,9 @@ def serial_value(
                 tops.append(bool((answer.argmax(1) == target_ids).all()))
         reference = current.detach().clone() if reference is None else reference
         nll = -torch.stack(scores).mean(1).mean()
-        kl = hparams.kl_factor * torch.nn.functional.kl_div(reference, current, log_target=True, reduction="sum")
+        pair = (current, reference) if hparams.kl_direction == "original" else (reference, current)  # KL(second, first)
+        kl = torch.nn.functional.kl_div(*pair, log_target=True, reduction="sum")
+        kl = hparams.kl_factor * hparams.kl_temperature**2 * kl
         decay = sum(d.norm() / h.norm() ** 2 for d, h in zip(deltas, initial, strict=True))
         loss = factor * nll + kl + hparams.v_weight_decay * decay
         history.append(float(loss.detach()))

@@ -19,7 +19,7 @@ from kedit_fast._version import __version__
 from kedit_fast.editing.gradients import ModuleGradients
 from kedit_fast.errors import EditError, MethodError, NullSpaceError, StatisticsError
 from kedit_fast.methods.declaration import AUTO
-from kedit_fast.methods.hparams import Hparams
+from kedit_fast.methods.hparams import DECLARATIONS, Hparams
 from kedit_fast.methods.recipe import Constraint, PreconditionerKind, Recipe
 from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
@@ -373,9 +373,11 @@ class SolverState:
         if metadata.get("format_version") != FORMAT_VERSION or any(name not in metadata for name in fields):
             raise StatisticsError(f"{path} is not a state of an editor (format {FORMAT_VERSION})")
         there, here = json.loads(metadata["belongs"]), self._full_identity(identity)
-        for name, value in here.items():
-            if there.get(name) != value:
-                both = f": {there.get(name)} there, {value} here" if len(str(value)) < 80 else ""
+        off = {name: known.off for name, known in DECLARATIONS.items() if known.off is not None}  # left out where off
+        for name in [*here, *(name for name in off if name in there and name not in here)]:
+            before, value = there.get(name, off.get(name)), here.get(name, off.get(name))
+            if before != value:
+                both = f": {before} there, {value} here" if len(str(value)) < 80 else ""
                 raise StatisticsError(f"{path} is the state of another run: different {name}{both}")
         resolved = json.loads(metadata.get("resolved", "{}"))
         self._pending.scales = {int(layer): float(scale) for layer, scale in resolved.get("scales", {}).items()}

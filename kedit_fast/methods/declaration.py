@@ -64,6 +64,9 @@ class Declaration:
     """What depends on it, so that a stored one of another value must not be used: a value, or a method's state."""
     only_with: tuple[str, ...] = ()
     """Hyper-parameters of which one must be "auto" for this one to have an effect; empty where it always has."""
+    off: Any = None
+    """The value at which it changes nothing; None where there is none. There it identifies nothing, so that files from
+    before it existed stay valid."""
 
     @property
     def is_required(self) -> bool:
@@ -78,6 +81,7 @@ def declare(
     read_by: Callable[[Recipe], bool] = lambda recipe: True,
     identifies: tuple[Identity, ...] = (),
     only_with: tuple[str, ...] = (),
+    off: Any = None,
 ) -> dict[str, Any]:
     """The metadata of a field of Hparams. A default outside of the accepted values stands for "not given"."""
     return {
@@ -86,4 +90,5 @@ def declare(
         "read_by": read_by,
         "identifies": identifies,
         "only_with": only_with,
+        "off": off,
     }

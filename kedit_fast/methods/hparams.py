@@ -38,6 +38,7 @@ MemoryForm = Literal["auto", "dual", "primal"]
 GradientRows = Literal["mask", "ans"]
 OnBadPivot = Literal["raise", "skip", "allow"]
 OnPredicted = Literal["error", "allow"]
+KlDirection = Literal["edited", "original"]
 
 
 def _optimizing(recipe: Recipe) -> bool:
@@ -158,6 +159,27 @@ class Hparams:
             'weight of the KL divergence at "{subject} is a"',
             read_by=_optimizing,
             identifies=("value",),
+        ),
+    )
+    kl_temperature: float = field(
+        default=1.0,
+        metadata=declare(
+            POSITIVE,
+            "temperature T of both distributions of the KL term, which is then multiplied by T^2; 1 as published",
+            read_by=_optimizing,
+            identifies=("value",),
+            off=1.0,
+        ),
+    )
+    kl_direction: KlDirection = field(
+        default="edited",
+        metadata=declare(
+            Range.choices(KlDirection),
+            "whose distribution the KL term is averaged over: the edited model's, KL(p_delta, p_0), as published; or "
+            "the original one's, KL(p_0, p_delta), as in distillation",
+            read_by=_optimizing,
+            identifies=("value",),
+            off="edited",
         ),
     )
     mom2_adjustment: bool = field(
@@ -419,11 +441,14 @@ class Hparams:
         return not needs or any(reads(recipe, other) and getattr(self, other) == AUTO for other in needs)
 
     def identity(self, part: Identity) -> dict[str, Any]:
-        """Name -> value of the hyper-parameters that identify a stored value, or a stored state."""
+        """Name -> value of the hyper-parameters that identify a stored value, or a stored state.
+
+        Those that are off are not among them.
+        """
         return {
             name: getattr(self, name)
             for name, known in DECLARATIONS.items()
-            if part in known.identifies and self.has_effect(name)
+            if part in known.identifies and self.has_effect(name) and getattr(self, name) != known.off
         }
 
 

@@ -82,25 +82,41 @@ class Head:
         best, top1 = log_probs.detach().max(1)
         return TargetLogProbs(log_prob, top1, best)
 
-    def distribution_kl(self, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-        """KL(p(states) || p(reference)) [n]; see `kedit_fast.ops.distribution_kl`."""
+    def distribution_kl(
+        self, states: torch.Tensor, reference: torch.Tensor, *, temperature: float = 1.0, reverse: bool = False
+    ) -> torch.Tensor:
+        """KL(p(states) || p(reference)) [n], differentiable in `states`; see `kedit_fast.ops.distribution_kl`.
+
+        Args:
+            states: [n, h] last states, or logits [n, V] where `matrix` is None.
+            reference: likewise.
+            temperature: both distributions are softmax(logits / temperature). States, bias and cap are divided by it,
+                which is exact: cap tanh(z / cap) / T = (cap / T) tanh((z / T) / (cap / T)).
+            reverse: KL(p(reference) || p(states)) instead.
+        """
         if self.matrix is not None:
-            states, matrix = self._scaled(states)
-            return distribution_kl(states, self._scaled(reference)[0], matrix, self._scaled_bias(), self.softcap)
-        log_p, log_q = _log_softmax(states), _log_softmax(reference)
-        difference = torch.where(log_p.isinf(), 0.0, log_p - log_q)  # tokens that are never said
-        return (log_p.exp() * difference).sum(1)
+            states, matrix = self._scaled(states, temperature)
+            reference, _ = self._scaled(reference, temperature)
+            bias, softcap = self._scaled_bias(temperature), self.softcap / temperature
+            return distribution_kl(states, reference, matrix, bias, softcap, reverse=reverse)
+        log_p, log_q = (_log_softmax(logits, temperature) for logits in (states, reference))
+        first, second = (log_q, log_p) if reverse else (log_p, log_q)
+        difference = torch.where(first.isinf(), 0.0, first - second)  # tokens that are never said
+        return (first.exp() * difference).sum(1)
 
-    def _scaled(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scaled(self, states: torch.Tensor, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.matrix is not None
-        return states if self.scale == 1 else states * self.scale, self.matrix
+        factor = self.scale / temperature
+        return states if factor == 1 else states * factor, self.matrix
 
-    def _scaled_bias(self) -> torch.Tensor | None:
-        return self.bias if self.bias is None or self.scale == 1 else self.bias * self.scale
+    def _scaled_bias(self, temperature: float = 1.0) -> torch.Tensor | None:
+        factor = self.scale / temperature
+        return self.bias if self.bias is None or factor == 1 else self.bias * factor
 
 
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    return torch.log_softmax(logits.to(accumulation_dtype(logits)), -1)
+def _log_softmax(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    logits = logits.to(accumulation_dtype(logits))
+    return torch.log_softmax(logits if temperature == 1 else logits / temperature, -1)
 
 
 def sample_rows(config: Any, vocabulary: int) -> list[list[int]]:

@@ -16,8 +16,8 @@ from kedit_fast.support.dtypes import accumulation_dtype
 
 OP = "distribution_kl"
 LIBRARY.define(
-    f"{OP}(Tensor hidden, Tensor hidden_ref, Tensor head, Tensor? bias, float softcap, bool gradient, str backend)"
-    " -> (Tensor, Tensor)"
+    f"{OP}(Tensor hidden, Tensor hidden_ref, Tensor head, Tensor? bias, float softcap, bool gradient,"
+    " bool reverse, str backend) -> (Tensor, Tensor)"
 )
 
 
@@ -28,12 +28,16 @@ def distribution_kl(
     bias: torch.Tensor | None = None,
     softcap: float = 0.0,
     *,
+    reverse: bool = False,
     backend: str | None = None,
 ) -> torch.Tensor:
     """`KL(softmax(cap(hidden head^T + b)) || softmax(cap(hidden_ref head^T + b)))` per row, differentiable in `hidden`.
 
     Equivalent to `torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)` with log_p from
-    `hidden` and log_q from `hidden_ref`.
+    `hidden` and log_q from `hidden_ref`; with `reverse` the other way round, KL(softmax of hidden_ref || softmax of
+    hidden), as knowledge is distilled from hidden_ref.
+
+    Both at a temperature T are those of hidden / T and hidden_ref / T with bias / T and softcap / T.
 
     Args:
         hidden: [rows, h] of a floating dtype.
@@ -41,6 +45,7 @@ def distribution_kl(
         head: [V, h] of the same dtype, or of 16 bits beside fp32 states (backend "torch"). No gradient flows to it.
         bias: [V] or None.
         softcap: Gemma 2's logit cap; 0 for none.
+        reverse: whether the mean is over the distribution of `hidden_ref`.
         backend: "torch", "triton" or "auto"; None takes the choice of `use_backend` or KEDIT_FAST_BACKEND.
 
     Returns:
@@ -64,7 +69,7 @@ def distribution_kl(
     require_no_grad(OP, hidden_ref=hidden_ref, head=head, bias=bias)
     gradient = hidden.requires_grad and torch.is_grad_enabled()
     return torch.ops.kedit_fast.distribution_kl(
-        hidden, hidden_ref, head, bias, float(softcap), gradient, backend or ""
+        hidden, hidden_ref, head, bias, float(softcap), gradient, reverse, backend or ""
     )[0]
 
 
@@ -87,10 +92,11 @@ def _run(
     bias: torch.Tensor | None,
     softcap: float,
     gradient: bool,
+    reverse: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(hidden, hidden_ref, head, bias, softcap)
-    return dispatch(OP, backend, (hidden, hidden_ref, head), hidden, hidden_ref, head, bias, softcap, gradient)
+    return dispatch(OP, backend, (hidden, hidden_ref, head), hidden, hidden_ref, head, bias, softcap, gradient, reverse)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
@@ -101,6 +107,7 @@ def _fake(
     bias: torch.Tensor | None,
     softcap: float,
     gradient: bool,
+    reverse: bool,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(hidden, hidden_ref, head, bias, softcap)
@@ -115,7 +122,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 
 def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    return chain(OP, ctx, grad), None, None, None, None, None, None
+    return chain(OP, ctx, grad), *(None,) * 7
 
 
 torch.library.register_autograd(f"kedit_fast::{OP}", _backward, setup_context=_setup_context, lib=LIBRARY)

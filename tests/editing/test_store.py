@@ -67,13 +67,16 @@ def test_another_configuration_layer_or_model_is_not_served(tmp_path, editor, op
     edit(editor(path))
     edit(editor(path, v_lr=0.4))
     edit(editor(path, layers=(0, 2)))
+    edit(editor(path, kl_temperature=2.0))
+    edit(editor(path, kl_direction="original"))
+    edit(editor(path, kl_direction="edited", kl_temperature=1.0))  # as published: those of the first
     made = editor(path)
     made.edit(demo.requests(5)[3:])  # the model is another one now
     made.edit(made.requests)
     made.restore()
-    assert optimised == [3, 3, 3, 2, 3]
+    assert optimised == [3, 3, 3, 3, 3, 2, 3]
     edit(editor(path, mom2_update_weight=7.0))  # says nothing of values
-    assert optimised == [3, 3, 3, 2, 3]
+    assert optimised == [3, 3, 3, 3, 3, 2, 3]
 
 
 def test_edited_weights_have_another_hash(demo_model):

@@ -18,7 +18,7 @@ from kedit_fast.editing.values import batch_size
 from kedit_fast.editing.values.active_set import ActiveSet
 from kedit_fast.editing.values.cuda_graph import GraphedStep, graph_obstacle
 from kedit_fast.editing.values.loop import ValueOptimizer, find_values
-from kedit_fast.editing.values.objective import Objective
+from kedit_fast.editing.values.objective import Drift, Objective
 from kedit_fast.editing.values.stop_rules import STOP_RULES
 from kedit_fast.errors import EditError
 from kedit_fast.methods.presets import make_hparams
@@ -26,6 +26,7 @@ from kedit_fast.methods.recipe import StopRule
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models import tail_attention
 from kedit_fast.models.forward import Site
+from kedit_fast.models.head import Head
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import prepare
 from kedit_fast.requests.request import EditRequest
@@ -48,6 +49,48 @@ def test_values_equal_the_published_serial_loop(kind, site, layer, bos):
     module = view.block(layer) if site == "block" else view.mlp(layer)
     errors = serial_errors(values, prepared, model, module, hparams)
     assert statistics.median(errors) < 3e-5 and max(errors) < 1e-4
+
+
+DRIFTS = (
+    dict(kl_direction="original"),
+    dict(kl_temperature=3.0),
+    dict(kl_temperature=0.5, kl_direction="original"),
+)
+
+
+@pytest.mark.parametrize("kind", ("gpt2", "gptj", "gemma2"))  # gptj's head has a bias, gemma2's a cap
+@pytest.mark.parametrize("drift", DRIFTS, ids=str)
+def test_temperature_and_direction_of_the_drift_equal_the_serial_loop(kind, drift):
+    tokenizer, model = make_tokenizer(), make_model(kind)
+    view = ModelView(model)
+    prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1, kl_factor=1.0, **drift)
+    values = find_values(view, prepared, 1, "mlp", hparams)
+    check(values, prepared, model, [view.mlp(1)], hparams)
+    published = find_values(view, prepared, 1, "mlp", replace(hparams, kl_temperature=1.0, kl_direction="edited"))
+    gap = (values.targets - published.targets).norm(dim=0) / published.deltas.norm(dim=0)
+    assert float(gap.min()) > 1e-3, "the term does nothing"
+
+
+@pytest.mark.parametrize("drift", DRIFTS, ids=str)
+def test_heads_of_all_kinds_measure_the_drift(drift):
+    """A scale, a bias and a cap by the op; logits as they are by plain torch; gradients against autograd's."""
+    states, other, matrix = (torch.randn(*s, dtype=torch.float64) for s in ((4, 8), (4, 8), (30, 8)))
+    bias, temperature = torch.randn(30, dtype=torch.float64), drift.get("kl_temperature", 1.0)
+    of = Drift(temperature, drift.get("kl_direction") == "original")
+    for head in (
+        Head(states.device, matrix, bias, scale=0.7, softcap=2.0),
+        Head(states.device, matrix, None, scale=3.0),
+        Head(states.device, None),
+    ):
+        given = other if head.matrix is not None else other @ matrix.T
+        x = (states if head.matrix is not None else states @ matrix.T).clone().requires_grad_()
+        logs = [torch.log_softmax(head.logits(part) / temperature, -1) for part in (x, given)]
+        pair = logs if of.reverse else logs[::-1]
+        expected = temperature**2 * torch.nn.functional.kl_div(*pair, log_target=True, reduction="none").sum(-1)
+        result = of.of(head, x, given)
+        torch.testing.assert_close(result, expected)
+        gradients = [torch.autograd.grad(value.sum(), x)[0] for value in (result, expected)]
+        torch.testing.assert_close(*gradients)
 
 
 def test_requests_that_stop_early_stop_where_the_serial_loop_does(demo_model, demo_statistics):
@@ -212,7 +255,8 @@ def test_nothing_is_read_back_between_looks(demo_model, monkeypatch):
     if not tail_attention.usable(ModelView(demo_model[0])):
         pytest.skip("this transformers' own mask of the padded rows reads back")
     watched, waited = watch_waits(monkeypatch)
-    _, view, prepared, hparams = demo_case(demo_model, 3, most_probable_steps=3, check_every=4)
+    drift = dict(kl_temperature=2.0, kl_direction="original")
+    _, view, prepared, hparams = demo_case(demo_model, 3, most_probable_steps=3, check_every=4, **drift)
     find_values(view, prepared, 1, "block", hparams)
     assert watched.count("_losses") > 4 and not waited
 
@@ -255,7 +299,8 @@ def test_no_pass_is_run_for_requests_that_have_ended(demo_model, monkeypatch, ev
 
 def test_a_step_that_can_be_replayed_is_the_step(demo_model, monkeypatch):
     """What a CUDA graph records: it reads and writes the same tensors, and gives what the loop gives."""
-    _, view, prepared, hparams = demo_case(demo_model, 4, v_stop_loss=0.4, check_every=3)
+    drift = dict(kl_temperature=2.0, kl_direction="original")
+    _, view, prepared, hparams = demo_case(demo_model, 4, v_stop_loss=0.4, check_every=3, **drift)
     plain = find_values(view, prepared, 1, "block", hparams)
     elsewhere = []
 
@@ -410,10 +455,11 @@ def test_a_model_that_says_nan_is_refused_by_request():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("graph", (False, True), ids=("eager", "graph"))
 @pytest.mark.parametrize("kind", ("gpt2", "llama", "gemma2"))
-def test_values_on_a_gpu_equal_the_serial_loop(kind, graph):
+@pytest.mark.parametrize("drift", ({}, dict(kl_temperature=2.0, kl_direction="original")), ids=str)
+def test_values_on_a_gpu_equal_the_serial_loop(kind, graph, drift):
     tokenizer, model = make_tokenizer(), make_model(kind).cuda()
     view = ModelView(model)
-    prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1, values_graph=graph, check_every=4)
+    prepared, hparams = prepared_and_hparams(model, tokenizer, "mlp", 1, values_graph=graph, check_every=4, **drift)
     values = find_values(view, prepared, 1, "mlp", hparams)
     check(values, prepared, model, [view.mlp(1)], hparams, most=1e-3)
 

@@ -163,6 +163,14 @@ def test_what_identifies_stored_values_and_states_is_what_files_of_format_1_hold
     )
 
 
+def test_what_is_off_identifies_nothing_and_what_is_on_does():
+    """So that values and states from before a hyper-parameter existed are still those of runs that do not use it."""
+    numbers = dict(v_num_grad_steps=2, v_lr=0.5, clamp_norm_factor=1.0, mom2_update_weight=10.0)
+    on = Hparams("memit", (1,), kl_temperature=2.0, kl_direction="original", **numbers)
+    assert on.identity("value").items() >= {"kl_temperature": 2.0, "kl_direction": "original"}.items()
+    assert all(known.off in (None, known.default) for known in DECLARATIONS.values())
+
+
 def test_a_value_out_of_range_is_refused_with_the_range():
     with pytest.raises(MethodError, match=r"v_lr = 0\.0 is out of range for memit: it must be above 0"):
         Hparams("memit", (1,), v_num_grad_steps=2)

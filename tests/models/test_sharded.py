@@ -29,8 +29,9 @@ LIMIT = 1e-6
 INNER = 80  # inputs of the edited layer: not twice the hidden size, so that a half of them is not taken for the others
 LAYERS = (1, 2)
 CLAMP = {"clamp_norm_factor": 0.75}
+DRIFT = {"kl_temperature": 2.0, "kl_direction": "original"}
 METHODS = {
-    "memit": {"layers": LAYERS, "v_num_grad_steps": 4, "values_batch": 0, **CLAMP},
+    "memit": {"layers": LAYERS, "v_num_grad_steps": 4, "values_batch": 0, **CLAMP, **DRIFT},
     "alphaedit": {"layers": LAYERS, "v_num_grad_steps": 2, "nullspace_threshold": 1e-2, **CLAMP},
     "rome": {"layers": (1,), "v_num_grad_steps": 2, **CLAMP},
     "rect": {"layers": LAYERS, "v_num_grad_steps": 2},  # tries clamps

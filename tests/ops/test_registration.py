@@ -24,11 +24,12 @@ def cases():
         (OPS.gated_silu, (hidden, torch.randn(6, 8), "")),
         (OPS.spd_solve, (torch.eye(4), torch.randn(4, 2), 0.1, "")),
         (OPS.target_log_probs, (hidden.clone().requires_grad_(), head, targets, None, 0.0, True, "")),
-        (OPS.distribution_kl, (hidden.clone().requires_grad_(), torch.randn(6, 8), head, None, 2.0, True, "")),
+        (OPS.distribution_kl, (hidden.clone().requires_grad_(), torch.randn(6, 8), head, None, 2.0, True, False, "")),
+        (OPS.distribution_kl, (hidden.clone().requires_grad_(), torch.randn(6, 8), head, None, 2.0, True, True, "")),
     ]
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(9))
 def test_opcheck(index):
     op, args = cases()[index]
     torch.library.opcheck(op, args)
@@ -57,7 +58,8 @@ def test_differentiable_ops_compile_without_a_graph_break():
 
     def loss(hidden):
         log_prob = kedit_fast.target_log_probs(hidden, head, targets, return_top1=True).log_prob
-        return kedit_fast.distribution_kl(hidden, other, head).sum() - log_prob.sum()
+        kl = sum(kedit_fast.distribution_kl(hidden, other, head, reverse=flag).sum() for flag in (False, True))
+        return kl - log_prob.sum()
 
     plain, compiled = (torch.randn(6, 8, generator=torch.manual_seed(1)).requires_grad_() for _ in range(2))
     loss(plain).backward()

@@ -3,7 +3,8 @@
 For each request, minimize over delta in R^h, added to the site's output h0 at the subject's last token,
 
     mean over contexts of -(1/T) sum_t log p(target_t)
-    + kl_factor KL(p_delta || p_0) at the subject's last token of "{subject} is a"
+    + kl_factor KL(p_delta || p_0) at the subject's last token of "{subject} is a" (kl_temperature, kl_direction:
+      see `objective.Drift`)
     + v_weight_decay |delta| / |h0|^2 ("auto": 0.005 |delta| / |h0|)
 
 by Adam with the step size v_lr ("auto": v_lr_scale times the root mean square of h0), and keep |delta| <=
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from kedit_fast.editing.values.active_set import ActiveSet
 from kedit_fast.editing.values.batch_size import fitting_batch
 from kedit_fast.editing.values.cuda_graph import GraphedStep, graph_obstacle
-from kedit_fast.editing.values.objective import Objective, Terms
+from kedit_fast.editing.values.objective import Drift, Objective, Terms
 from kedit_fast.editing.values.order import by_length, in_groups
 from kedit_fast.editing.values.result import PROBLEMS, OnProblem, Values
 from kedit_fast.editing.values.stop_rules import MOST_PROBABLE, STOP_RULES, Stopping
@@ -174,6 +175,7 @@ class ValueOptimizer:
         self.rate, self.rate_scale = (0.0, hparams.v_lr_scale) if hparams.v_lr == AUTO else (float(hparams.v_lr), None)
         scaled = hparams.v_weight_decay == AUTO
         self.decay, self.decay_power = (DECAY_SHARE, 1) if scaled else (float(hparams.v_weight_decay), 2)
+        self.drift = Drift(hparams.kl_temperature, hparams.kl_direction == "original")
         self.stop_rules = [stopping, MOST_PROBABLE] if hparams.most_probable_steps else [stopping]
         self.needs_top1 = any(rule.needs_top1 for rule in self.stop_rules)
         self.queue = in_groups(by_length(prepared), groups)  # groups of requests that wait
@@ -210,7 +212,9 @@ class ValueOptimizer:
                 admitted.append(self.queue.pop(0))
             requests = [i for group in admitted for i in group]
             leaders = [requests.index(group[0]) for group in admitted for _ in group] if self.has_groups else None
-            objective = Objective.build(self.view, [self.prepared[i] for i in requests], self.sites, self.decay_power)
+            objective = Objective.build(
+                self.view, [self.prepared[i] for i in requests], self.sites, self.decay_power, self.drift
+            )
             entering = ActiveSet.start(objective, requests, leaders, self.clamp, self.rate_scale)
             active = entering if active is None else active.append(entering)
             self.last_iterations.add(self.iteration + self.hparams.v_num_grad_steps)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from kedit_fast.models.forward import Site
+from kedit_fast.models.head import Head
 from kedit_fast.models.prompt_runner import PromptRunner, record_prompts
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
@@ -21,13 +22,35 @@ class Terms(NamedTuple):
     nll: torch.Tensor
     """[v] mean over contexts of -(1/T) sum_t log p(target_t)."""
     kl: torch.Tensor
-    """[v] KL(p_delta || p_0) at the subject's last token of "{subject} is a"."""
+    """[v] the drift at the subject's last token of "{subject} is a"; see `Drift`."""
     decay: torch.Tensor
     """[v] sum over sites of |delta| / |h0|^p, with p the objective's `decay_power`."""
     all_top1: torch.Tensor | None
     """[v] bool, whether every target token is the most probable one in every context; None unless requested."""
     prefixed_top1: torch.Tensor | None
     """[v] bool, the same in the contexts with a prefix alone, where there are any; None unless requested."""
+
+
+class Drift(NamedTuple):
+    """How far the distribution p_delta of the next token is from the unedited p_0: T^2 KL, with both at temperature T.
+
+    The factor is Hinton's (arXiv 1503.02531): the term's gradients keep their size at any temperature.
+    """
+
+    temperature: float = 1.0
+    """T; 1 as published."""
+    reverse: bool = False
+    """KL(p_0 || p_delta), the mean over what the original model says, as in distillation; else KL(p_delta || p_0), as
+    published."""
+
+    def of(self, head: Head, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+        """[u] the drift from `reference` [u, h] to `states` [u, h], differentiable in these."""
+        kl = head.distribution_kl(states, reference, temperature=self.temperature, reverse=self.reverse)
+        return kl if self.temperature == 1 else self.temperature**2 * kl
+
+
+PUBLISHED = Drift()
+"""Temperature 1, averaged over what the edited model says."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +106,8 @@ class Objective:
     give these."""
     decay_power: int = 2
     """Power of |h0| by which |delta| is divided: 2 as published; with 1 the term has no scale."""
+    drift: Drift = PUBLISHED
+    """How the drift at "{subject} is a" is measured."""
     wanted: torch.Tensor = field(init=False)
     """[n + u] int64, places of all tails whose hidden states the terms need."""
 
@@ -92,7 +117,12 @@ class Objective:
 
     @classmethod
     def build(
-        cls, view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site], decay_power: int = 2
+        cls,
+        view: ModelView,
+        prepared: Sequence[PreparedRequest],
+        sites: Sequence[Site],
+        decay_power: int = 2,
+        drift: Drift = PUBLISHED,
     ) -> Objective:
         """The objective of some requests, with deltas at `sites`; runs the full pass over their prompts."""
         rows: list[tuple[int, ...]] = []
@@ -129,6 +159,7 @@ class Objective:
             h0=recorded.site_outputs.to(device)[column(bare_rows)].float(),
             reference=recorded.reference.to(device),
             decay_power=decay_power,
+            drift=drift,
         )
 
     def __len__(self) -> int:
@@ -154,6 +185,7 @@ class Objective:
             h0=self.h0[requests],
             reference=self.reference[requests],
             decay_power=self.decay_power,
+            drift=self.drift,
         )
 
     def append(self, other: Objective) -> Objective:
@@ -168,6 +200,7 @@ class Objective:
             h0=torch.cat([self.h0, other.h0]),
             reference=torch.cat([self.reference, other.reference]),
             decay_power=self.decay_power,
+            drift=self.drift,
         )
 
     def terms(self, delta: torch.Tensor, top1: bool = False) -> Terms:
@@ -178,7 +211,7 @@ class Objective:
         scores = view.head.target_log_probs(at_targets, targets.token, top1)
         nll = torch.zeros(count, device=self.device, dtype=scores.log_prob.dtype)
         nll = add_by_owner_(nll, targets.request, -scores.log_prob * targets.weight.to(scores.log_prob))
-        kl = view.head.distribution_kl(at_subjects, self.reference)
+        kl = self.drift.of(view.head, at_subjects, self.reference)
         decay = (torch.linalg.vector_norm(delta, dim=2) / self.h0.norm(dim=2) ** self.decay_power).sum(1)
         all_top1 = prefixed_top1 = None
         if top1:

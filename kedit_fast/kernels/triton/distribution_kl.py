@@ -1,7 +1,8 @@
 """KL(p || p_ref) by an online softmax over both distributions; d logits for the backward pass.
 
 With z, r the logits and D = z - r: KL = E_p[D] - lse(z) + lse(r), in one pass over the vocabulary. D is taken
-relative to its level in the first tile, so that a large common offset does not cancel digits.
+relative to its level in the first tile, so that a large common offset does not cancel digits. The reverse one,
+KL(p_ref || p), is the same pass with the states exchanged; its d logits are p - p_ref.
 """
 
 from __future__ import annotations
@@ -80,10 +81,10 @@ def _d_logits_kernel(
     rows, vocabulary, width,
     hidden_row_stride, hidden_column_stride, ref_row_stride, ref_column_stride, head_row_stride, head_column_stride,
     out_stride, softcap,
-    BIAS: tl.constexpr, CAPPED: tl.constexpr, PRODUCTS: tl.constexpr,
+    BIAS: tl.constexpr, CAPPED: tl.constexpr, REVERSE: tl.constexpr, PRODUCTS: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, DEPTH: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """d KL / d raw logits of `vocabulary` tokens: p (z - r - lse(z) + lse(r) - KL)."""
+    """d KL / d raw logits of `vocabulary` tokens: p (z - r - lse(z) + lse(r) - KL), with REVERSE p - p_ref."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     inside = row < rows
@@ -97,9 +98,13 @@ def _d_logits_kernel(
     )  # fmt: skip
     total = tl.load(totals + row, mask=inside, other=0.0)
     total_ref = tl.load(totals_ref + row, mask=inside, other=0.0)
-    kl = tl.load(kls + row, mask=inside, other=0.0)
     log_p = logits - total[:, None]
-    d_logits = tl.exp(log_p) * (log_p - (reference - total_ref[:, None]) - kl[:, None])
+    log_ref = reference - total_ref[:, None]
+    if REVERSE:
+        d_logits = tl.exp(log_p) - tl.exp(log_ref)
+    else:
+        kl = tl.load(kls + row, mask=inside, other=0.0)
+        d_logits = tl.exp(log_p) * (log_p - log_ref - kl[:, None])
     if CAPPED:
         share = logits / softcap
         d_logits *= 1 - share * share
@@ -155,12 +160,14 @@ def d_logits_launches(
     begin: int,
     out: torch.Tensor,
     config: Config,
+    reverse: bool = False,
 ) -> list[Launch]:
     """The launch that fills out [rows, c] with d KL / d raw logits of tokens [begin, begin + c)."""
     end = begin + out.shape[1]
     part = None if bias is None else bias[begin:end]
     arguments, constants = _pair_arguments(hidden, hidden_ref, head[begin:end], part, softcap, config)
     arguments |= {"kls": kl, "totals": total, "totals_ref": total_ref, "out": out, "out_stride": out.stride(0)}
+    constants |= {"REVERSE": reverse}
     grid = (ceil_div(hidden.shape[0], config.m), ceil_div(out.shape[1], config.n))
     return [Launch(_d_logits_kernel, grid, arguments, constants, config)]
 
@@ -172,18 +179,22 @@ def distribution_kl(
     bias: torch.Tensor | None,
     softcap: float,
     gradient: bool,
+    reverse: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return KL(p || p_ref) [rows] and d KL / d hidden [rows, h] ([0, h] without `gradient`)."""
+    """Return KL(p || p_ref), or with `reverse` KL(p_ref || p), [rows], and d KL / d hidden [rows, h] ([0, h] without
+    `gradient`)."""
     none = hidden.new_empty(0, hidden.shape[1], dtype=torch.float32)
     if hidden.shape[0] == 0:
         return none.new_empty(0), none
 
+    first, second = (hidden_ref, hidden) if reverse else (hidden, hidden_ref)  # KL(first || second)
+
     def trial(config: Config) -> list[Launch]:
-        return launches(hidden, hidden_ref, head, bias, softcap, config)[0]
+        return launches(first, second, head, bias, softcap, config)[0]
 
     kind = f"pair_{shared.shape_class(hidden, hidden_ref, head)}"
     config = choose(LOGITS, kind, hidden.device, trial, shared.size_of(hidden, head))
-    calls, parts = launches(hidden, hidden_ref, head, bias, softcap, config)
+    calls, parts = launches(first, second, head, bias, softcap, config)
     peaks, sums, differences, peaks_ref, sums_ref, levels = parts
     run(calls, hidden.device)
     total = torch.logsumexp(peaks + sums.log(), dim=0)
@@ -192,8 +203,10 @@ def distribution_kl(
     mean = ((differences + (levels - level) * sums) * torch.exp(peaks - total)).sum(0)  # E_p[D] - level
     kl = mean - ((total - total_ref) - level)
 
+    totals = (total_ref, total) if reverse else (total, total_ref)
+
     def fill(begin: int, out: torch.Tensor) -> None:
-        calls = d_logits_launches(hidden, hidden_ref, head, bias, softcap, kl, total, total_ref, begin, out, config)
+        calls = d_logits_launches(hidden, hidden_ref, head, bias, softcap, kl, *totals, begin, out, config, reverse)
         run(calls, hidden.device)
 
     return kl, shared.gradient(hidden, head, fill) if gradient else none
