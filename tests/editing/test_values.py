@@ -58,8 +58,7 @@ DRIFTS = (
 )
 
 
-@pytest.mark.parametrize("kind", ("gpt2", "gptj", "gemma2"))  # gptj's head has a bias, gemma2's a cap
-@pytest.mark.parametrize("drift", DRIFTS, ids=str)
+@pytest.mark.parametrize("kind, drift", zip(("gpt2", "gptj", "gemma2"), DRIFTS, strict=True))  # a bias, a cap
 def test_temperature_and_direction_of_the_drift_equal_the_serial_loop(kind, drift):
     tokenizer, model = make_tokenizer(), make_model(kind)
     view = ModelView(model)
