@@ -354,11 +354,11 @@ class NullSpace(Preconditioner):
             if quarter is not None:
                 dimensions = null_dimension(values, float(quarter), rule)
                 advice += f"; nullspace_threshold={quarter} would leave {dimensions} of {d} as null space"
-            what = "no null space: none of" if m == 0 else "everything is null space: all"
+            fault = "no null space: none of" if m == 0 else "everything is null space: all"
             risk = "" if m == 0 else ", so nothing would be protected"
+            verb = "is" if m == 0 else "are"
             raise NullSpaceError(
-                f"{what} {d} dimensions {'is' if m == 0 else 'are'} below {threshold:g} ({rule}; "
-                f"{spectrum}){risk}. {advice}"
+                f"{fault} {d} dimensions {verb} below {threshold:g} ({rule}; {spectrum}){risk}. {advice}"
             )
         _log.info("null space of %d of %d dimensions (%s threshold %g; %s)", m, d, rule, threshold, spectrum)
         complement = m > d / 2
