@@ -105,14 +105,14 @@ def test_rollback_past_a_repair(monkeypatch):
 def test_auto_folds_by_cost_and_appends_below():
     memory = KeyMemory(Identity(D))
     run(memory, batches(6, 10))
-    assert memory._state.fold is None and memory._state.columns == FOLD_ABOVE * D
+    assert memory._state.pair is None and memory._state.columns == FOLD_ABOVE * D
     run(memory, batches(1, 1))
-    assert memory._state.fold is not None and memory._state.columns == 0
+    assert memory._state.pair is not None and memory._state.columns == 0
     run(memory, batches(1, 10))
     assert memory._state.columns == 10
     whole = KeyMemory(Identity(D))
     run(whole, batches(1, 41))  # one batch above two thirds
-    assert whole._state.fold is not None
+    assert whole._state.pair is not None
 
 
 @pytest.mark.parametrize("form", ("dual", "primal"))
