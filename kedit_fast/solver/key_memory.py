@@ -219,7 +219,8 @@ class KeyMemory:
         marks |= {"dropped": 1} if window else {}
         sizes = () if window else (0,)
         memory._state = _State(sizes, empty, empty, system.new_empty(0, 0), _packed(system, system), **marks)
-        memory._base = memory._state
+        if not window:
+            memory._base = memory._state
         return memory
 
     @property
