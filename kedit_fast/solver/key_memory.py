@@ -215,10 +215,17 @@ class KeyMemory:
         system = preconditioner.whiten(preconditioner.whiten((wide + wide.T) / 2).T.contiguous())
         system.diagonal().add_(1.0)
         system = ((system + system.T) / 2).contiguous()
-        empty, marks = system.new_empty(0, d), {"summed": 1, "folded": 1, "fixed": 1, "permanent": 1}
-        marks |= {"dropped": 1} if window else {}
-        sizes = () if window else (0,)
-        memory._state = _State(sizes, empty, empty, system.new_empty(0, 0), _packed(system, system), **marks)
+        memory._state = replace(
+            memory._state,
+            sizes=() if window else (0,),
+            mapped=system.new_empty(0, d),
+            pair=_packed(system, system),
+            dropped=int(window > 0),
+            summed=1,
+            folded=1,
+            fixed=1,
+            permanent=1,
+        )
         if not window:
             memory._base = memory._state
         return memory
@@ -622,14 +629,14 @@ def _read_state(tensors: Mapping[str, torch.Tensor], d: int, device: torch.devic
         KeyError, ValueError, TypeError, RuntimeError: it is damaged.
     """
     sizes = tuple(tensors["sizes"].tolist())
-    numbers = tensors["marks"].tolist()
-    if len(numbers) == 2:
-        folded, fixed = numbers
+    stored = tensors["marks"].tolist()
+    if len(stored) == 2:
+        folded, fixed = stored
         marks = dict.fromkeys(MARKS, 0) | {"summed": folded, "folded": folded, "fixed": fixed}
-        marks["permanent"] = folded if folded and not sum(sizes[:folded]) else 0  # a sum alone
+        marks["permanent"] = folded if folded and not sizes[0] else 0  # of a sum without keys
         folds = ()
     else:
-        marks, folds = dict(zip(MARKS, numbers, strict=True)), tuple(tensors["folds"].tolist())
+        marks, folds = dict(zip(MARKS, stored, strict=True)), tuple(tensors["folds"].tolist())
     dropped, summed, folded = marks["dropped"], marks["summed"], marks["folded"]
     batches = dropped + len(sizes)
     ascending = [0, dropped, summed, *folds, folded, marks["fixed"], batches]
