@@ -53,3 +53,7 @@ class EvaluationError(KeditError, ArithmeticError):
 
 class EditError(KeditError, RuntimeError):
     """An edit could not be completed; the model is as it was before."""
+
+
+class CheckpointError(EditError):
+    """A run's checkpoint is of another run, in use or damaged, or cannot be written; no edit of this run was lost."""

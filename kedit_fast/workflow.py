@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from tqdm import tqdm
 
 from kedit_fast.editing.batch_run import Phase
+from kedit_fast.editing.checkpoint import RunCheckpoint, StoredBatch
 from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.values.memit_values import MemitCache
-from kedit_fast.errors import EditError, KeditError, RequestError
+from kedit_fast.editing.values.store import ValueFile
+from kedit_fast.errors import CheckpointError, EditError, KeditError, RequestError, SolveError
 from kedit_fast.evaluation.evaluator import Evaluator
 from kedit_fast.evaluation.metrics import SHARES, Metrics, shares_of
 from kedit_fast.evaluation.results import Evaluation
@@ -33,8 +38,9 @@ from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
-from kedit_fast.support.files import write_text
+from kedit_fast.support.files import is_of_disk, write_text
 from kedit_fast.support.matrix_bits import same_bits
+from kedit_fast.support.messages import first_line
 from kedit_fast.support.timing import timed
 from kedit_fast.support.torch_state import plain_torch
 
@@ -160,6 +166,8 @@ def run_edits(
     on_error: OnError = "raise",
     metrics: str | Iterable[str] = "default",
     retention: int | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    checkpoint_every: int | None = None,
     progress: bool = False,
     spec: ArchSpec | None = None,
 ) -> Report:
@@ -183,15 +191,25 @@ def run_edits(
         on_error: "raise" at requests that cannot be written or measured, or "skip" them.
         metrics: what to measure beside efficacy, paraphrase and neighborhood; see `registry.select`.
         retention: so many requests of each batch, at most, are measured right after it, too, for a retention curve.
-        progress: show progress bars on stderr.
+        checkpoint: a folder in which finished batches are safe, made if absent; the same call goes on there after any
+            interruption, SIGKILL included, and ends with the same bits of weights, patch, state and metrics. The model
+            must be the unedited one again. A batch that was not finished is begun again.
+        checkpoint_every: batches between two writes to that folder; None for as often as takes at most 5 % of the time.
+        progress: show progress bars on stderr: edits a second, time left, and of the last batch the largest norm of an
+            update relative to its weight's, the share of the residual that is left, and with `retention` its efficacy.
         spec: an ArchSpec for an architecture that is not known.
 
     Returns:
         the report. Requests that were skipped are in `skipped`, by their index in `requests` or in the file that
         `load_requests` read, and in no metric.
 
-    After the last batch the method's final step is taken (PRUNE). When a batch fails, or every request was skipped, the
-    model is as it was before the first batch.
+    After the last batch the method's final step is taken (PRUNE). With `on_error="skip"` a batch that cannot be solved
+    or written is left out with all its requests, and the others are written. Otherwise, when a batch fails, or every
+    request was skipped, the model is as it was before the first batch; batches before it stay in `checkpoint`.
+
+    Raises:
+        CheckpointError: `checkpoint` cannot be written, has too little room or is of another run, which is named; no
+            value was optimized. Where its disk is full later, a warning says so, and the run goes on.
 
     Example:
         >>> from kedit_fast.workflow import run_edits
@@ -222,79 +240,235 @@ def run_edits(
     _log.info("%s on layers %s (%s)", method, ",".join(map(str, editor.hparams.layers)), editor.origin)
     seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
     seconds["statistics"] = statistics_seconds
-    prepared, skipped = _usable_requests(editor, requests, on_error)
-    metrics = [*(metrics.split(",") if isinstance(metrics, str) else metrics), *SHARES]
-    evaluator = Evaluator(
-        model,
-        tokenizer,
-        [p.request for p in prepared.values()],
-        metrics,
-        prompt_format=prompt_format,
-        target_separator=target_separator,
-        spec=spec,
-        on_error="skip",
-        progress=progress,
-    )
-    places = dict(zip(prepared, range(len(prepared)), strict=True))
-    unmeasured = {i: f"{prepared[i].name}: {evaluator.skipped[p]}" for i, p in places.items() if p in evaluator.skipped}
-    if on_error == "raise":
-        require_no_problems(unmeasured)
-    skipped |= unmeasured
-    indices = [i for i in prepared if i not in unmeasured]
-    if isinstance(editor.values, MemitCache):
-        _require_single_ids({i: prepared[i] for i in indices})
-    with timed(seconds, "evaluate"):
-        evaluator.measure("pre")
-    tracker = None
-    if retention is not None:
-        settings = {"prompt_format": prompt_format, "target_separator": target_separator, "spec": spec}
-        tracker = RetentionTracker(evaluator, retention, **settings)
-    size = batch_size or max(1, len(indices))
-    results = []
-    try:
-        for start in range(0, len(indices), size):
-            batch = indices[start : start + size]
-            result = editor.edit([prepared[i] for i in batch], on_error)
-            results.append(result)
-            skipped |= {batch[place]: reason for place, reason in result.skipped.items()}
-            for phase, spent in result.seconds.items():
-                seconds[phase] += spent
+    if checkpoint is None and checkpoint_every is not None:
+        raise EditError("checkpoint_every is about a checkpoint: give its folder, too")
+    opened = None if checkpoint is None else RunCheckpoint.opened(checkpoint, editor, checkpoint_every)
+    with opened or contextlib.nullcontext() as saved:
+        prepared, skipped = _usable_requests(editor, requests, on_error)
+        metrics = [*(metrics.split(",") if isinstance(metrics, str) else metrics), *SHARES]
+        evaluator = Evaluator(
+            model,
+            tokenizer,
+            [p.request for p in prepared.values()],
+            metrics,
+            prompt_format=prompt_format,
+            target_separator=target_separator,
+            spec=spec,
+            on_error="skip",
+            progress=progress,
+        )
+        places = dict(zip(prepared, range(len(prepared)), strict=True))
+        unmeasured = {
+            i: f"{prepared[i].name}: {evaluator.skipped[p]}" for i, p in places.items() if p in evaluator.skipped
+        }
+        if on_error == "raise":
+            require_no_problems(unmeasured)
+        skipped |= unmeasured
+        indices = [i for i in prepared if i not in unmeasured]
+        if isinstance(editor.values, MemitCache):
+            _require_single_ids({i: prepared[i] for i in indices})
+        tracker = None
+        if retention is not None:
+            settings = {"prompt_format": prompt_format, "target_separator": target_separator, "spec": spec}
+            tracker = RetentionTracker(evaluator, retention, **settings)
+        size = batch_size or max(1, len(indices))
+        if saved is not None:
+            saved.claim(
+                {i: prepared[i] for i in indices},
+                {
+                    "batch size": size,
+                    "metrics": [metric.id for metric in evaluator.metrics],
+                    "retention": retention,
+                    "values": None if values is None else str(values),
+                    "state of an earlier edit": None if state is None else _hash_of(state),
+                },
+            )
+        run = _Run(editor, evaluator, tracker, prepared, places, skipped, seconds, on_error, saved)
+        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        with _progress_bar(len(indices), progress and len(batches) > 1) as bar:
+            try:
+                run.start(batches)
+                for batch in batches[run.batches :]:
+                    run.write(batch)
+                    run.show(bar)
+                written = [i for i in indices if i not in skipped]
+                if not written:
+                    raise EditError("\n".join(["every request was skipped:", *first_problems(skipped)]))
+                with timed(seconds, "solve"):
+                    editor.finish()
+                run.save()
+            except BaseException:
+                with contextlib.suppress(KeditError):  # the error that stopped the run matters more
+                    run.save()
+                editor.restore()  # also the batches before the one that failed
+                raise
+        try:
             with timed(seconds, "evaluate"):
-                of_batch = [places[i] for i in batch if i not in skipped]
-                if tracker is not None:
-                    tracker.measure(of_batch)
-                if evaluator.compared_states & {"first", "post"}:
-                    evaluator.measure("post", of_batch)
-        written = [i for i in indices if i not in skipped]
-        if not written:
-            raise EditError("\n".join(["every request was skipped:", *first_problems(skipped)]))
-        with timed(seconds, "solve"):
-            editor.finish()
-    except BaseException:
-        editor.restore()  # also the batches before the one that failed
-        raise
-    try:
-        with timed(seconds, "evaluate"):
-            evaluator.measure("final", [places[i] for i in written])
-            evaluation = evaluator.result([places[i] for i in written])
-            editor.require_untouched()
-    except BaseException:
-        editor.overwrite()
-        raise
-    seconds["total"] = time.perf_counter() - begin + statistics_seconds
+                evaluator.measure("final", [places[i] for i in written])
+                evaluation = evaluator.result([places[i] for i in written])
+                editor.require_untouched()
+        except BaseException:
+            editor.overwrite()
+            raise
+        if saved is None:
+            seconds["total"] = time.perf_counter() - begin + statistics_seconds
+        else:
+            seconds["checkpoint"], seconds["total"] = saved.seconds, saved.elapsed + statistics_seconds
     return Report(
         method,
         len(written),
         shares_of(evaluation, "pre"),
         shares_of(evaluation, "final"),
         {phase: round(spent, 3) for phase, spent in seconds.items()},
-        tuple(results),
-        skipped,
+        tuple(run.results),
+        dict(sorted(skipped.items())),
         evaluation,
         None if tracker is None else tracker.result(evaluation),
         editor,
         tuple(_request_entry(tokenizer, i, prepared[i]) for i in written),
     )
+
+
+class _Run:
+    """The batches of a run: written, measured, recorded where there is a checkpoint, and shown.
+
+    Args:
+        editor, evaluator, tracker, on_error, saved: of the run.
+        prepared: index of a request -> the request.
+        places: index of a request -> its index in the evaluator.
+        skipped: index of a request -> why it is left out; added to.
+        seconds: phase -> seconds; added to.
+    """
+
+    def __init__(
+        self,
+        editor: Editor,
+        evaluator: Evaluator,
+        tracker: RetentionTracker | None,
+        prepared: Mapping[int, PreparedRequest],
+        places: Mapping[int, int],
+        skipped: dict[int, str],
+        seconds: dict[str, float],
+        on_error: OnError,
+        saved: RunCheckpoint | None,
+    ):
+        self.editor, self.evaluator, self.tracker, self.saved = editor, evaluator, tracker, saved
+        self.prepared, self.places = prepared, places
+        self.on_error: OnError = on_error
+        self.skipped, self.seconds = skipped, seconds
+        self.results: list[EditResult] = []
+        self.batches = self.requests = self.resumed = 0
+        """How many are done, failed ones included; and the requests of earlier processes."""
+        self._measures_batches = bool(evaluator.compared_states & {"first", "post"})
+
+    def start(self, batches: Sequence[Sequence[int]]) -> None:
+        """Measure the model before the edits; or take over what an earlier process has done, batch by batch."""
+        steps = self.saved.resume() if self.saved is not None else iter(())
+        before = next(steps, None)
+        if isinstance(before, dict):
+            self.evaluator.recall(before["pre"], "pre")
+            self.seconds["evaluate"] += before["seconds"]
+        else:
+            if self.saved is not None:
+                self.saved.reserve(len(batches[0]) if batches else 0)
+            with timed(self.seconds, "evaluate"):
+                self.evaluator.measure("pre")
+            if self.saved is not None:
+                self.saved.begin({"pre": self.evaluator.recorded("pre"), "seconds": self.seconds["evaluate"]})
+        if isinstance(self.editor.values, ValueFile | MemitCache) and self.saved is not None:
+            self.editor.values.hold()
+        for stored in steps:
+            assert isinstance(stored, StoredBatch)
+            if list(stored.requests) != list(batches[self.batches]):
+                raise CheckpointError(f"batch {self.batches + 1} of the checkpoint is of other requests")
+            self._count(stored.requests, stored.skipped, stored.result)
+            for phase, spent in stored.beside["seconds"].items():
+                self.seconds[phase] += spent
+            measured = self._measured(stored.requests)
+            if self.tracker is not None:
+                self.tracker.recall(measured, stored.beside["retention"])
+            if self._measures_batches:
+                self.evaluator.recall(stored.beside["post"], "post", measured)
+        self.resumed = self.requests
+        if self.batches:
+            _log.info("%d batches were there already", self.batches)
+
+    def write(self, batch: Sequence[int]) -> None:
+        """Edit and measure one batch.
+
+        Where requests that cannot be written are skipped, a batch that cannot be solved or written is, too: its
+        requests are named, and the model is as it was before it.
+        """
+        result, skipped, spent = None, {}, dict.fromkeys(self.seconds, 0.0)
+        try:
+            result = self.editor.edit([self.prepared[i] for i in batch], self.on_error)
+            skipped = {batch[place]: reason for place, reason in result.skipped.items()}
+            spent |= result.seconds
+        except (EditError, SolveError, RequestError) as error:
+            if self.on_error == "raise" or is_of_disk(error) or not self.editor.in_place():
+                raise
+            self.editor.require_untouched()  # what else has changed the model would spoil every batch
+            reason = f"its batch of {len(batch)} could not be written: {first_line(error)}"
+            skipped = {i: f"{self.prepared[i].name}: {reason}" for i in batch}
+            _log.warning("batch %d was left out: %s", self.batches + 1, first_line(error))
+        self._count(batch, skipped, result)
+        with timed(spent, "evaluate"):
+            measured = self._measured(batch)
+            if self.tracker is not None:
+                self.tracker.measure(measured)
+            if self._measures_batches:
+                self.evaluator.measure("post", measured)
+        for phase, seconds in spent.items():
+            self.seconds[phase] += seconds
+        if self.saved is not None:
+            beside = {
+                "seconds": spent,
+                "retention": None if self.tracker is None else self.tracker.recorded(),
+                "post": self.evaluator.recorded("post", measured) if self._measures_batches else None,
+            }
+            self.saved.add(batch, skipped, result, beside)
+
+    def save(self) -> None:
+        """Make every batch that was written safe, and write the values that were waiting for that."""
+        if self.saved is not None:
+            self.saved.save()
+            if isinstance(self.editor.values, ValueFile | MemitCache):
+                self.editor.values.release()
+
+    def show(self, bar: Any) -> None:
+        """Move the bar, and say how the last batch went."""
+        bar.initial = self.resumed
+        bar.update(self.requests - bar.n)
+        if not bar.disable and self.results:
+            last = self.results[-1]
+            health = {"norm": max(last.relative_norms.values(), default=0.0), "residual": last.residual}
+            efficacy = None if self.tracker is None else self.tracker.last
+            shown = health if efficacy is None else {**health, "efficacy": efficacy}
+            bar.set_postfix_str(", ".join(f"{name} {value:.2g}" for name, value in shown.items()))
+
+    def _count(self, batch: Sequence[int], skipped: Mapping[int, str], result: EditResult | None) -> None:
+        self.skipped.update(skipped)
+        self.batches += 1
+        self.requests += len(batch)
+        if result is not None:
+            self.results.append(result)
+
+    def _measured(self, batch: Sequence[int]) -> list[int]:
+        """The requests of a batch that were written, by their index in the evaluator."""
+        return [self.places[i] for i in batch if i not in self.skipped]
+
+
+def _progress_bar(requests: int, progress: bool) -> Any:
+    """A bar over all requests of a run: edits a second, time left, and what `_Run.show` adds."""
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {rate_noinv_fmt}, {remaining} left{postfix}"
+    return tqdm(total=requests, unit=" edits", desc="edits", bar_format=form, smoothing=0, disable=not progress)
+
+
+def _hash_of(path: str | os.PathLike) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise EditError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def before_and_after(evaluation: Evaluation) -> dict[str, dict[str, Any]]:

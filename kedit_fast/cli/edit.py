@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kedit_fast.cli.checkpoint import going_on, read_choice, write_choice
 from kedit_fast.cli.checks import check_device_map, check_file, check_range, processes
 from kedit_fast.cli.console import command, interactive, notices, output, print_json, say_skipped
 from kedit_fast.cli.findings import usable_requests
@@ -40,6 +41,7 @@ from kedit_fast.cli.options import (
 from kedit_fast.cli.quantized import DequantizeEdited, dequantize_for
 from kedit_fast.cli.report import print_report, require_change, warn_of_efficacy
 from kedit_fast.cli.trials import chosen_by_trials
+from kedit_fast.editing.checkpoint import note_outputs, outputs_of
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
 from kedit_fast.evaluation.registry import select
 from kedit_fast.methods.hparams_files import read_hparams
@@ -54,7 +56,7 @@ from kedit_fast.requests.chat import chat_format
 from kedit_fast.requests.reading import load_requests
 from kedit_fast.solver.alphaedit_projector import load_projector
 from kedit_fast.statistics.store import load_statistics
-from kedit_fast.support.files import check_new
+from kedit_fast.support.files import check_new, check_writable, require_space
 from kedit_fast.support.textfiles import read_text
 from kedit_fast.workflow import HPARAMS_FILE, STATE_FILE, run_edits, save_edited
 
@@ -116,6 +118,16 @@ def edit(
     eval_out: Annotated[
         Path | None, typer.Option(help="folder for what the edits did: JSON, CSV, a page, a picture, as `eval --out`")
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder in which finished batches are safe: killed at any moment, the same command goes on there"
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="with --checkpoint: batches between two writes; by default as often as is cheap"),
+    ] = None,
     on_error: OnErrorOption = "raise",
     force: Annotated[
         bool, typer.Option("--force", help="write requests that contradict each other, or that linting calls errors")
@@ -136,12 +148,21 @@ def edit(
     architecture = read_spec(spec)
     if out is None and patch is None:
         raise MethodError("give --out for the edited model, --patch for its edits as a file, or both")
+    if checkpoint is None and checkpoint_every is not None:
+        raise typer.BadParameter("--checkpoint-every is about --checkpoint DIR: give it, too")
+    paths = {"out": out, "patch": patch, "eval_out": eval_out}
+    outputs = [str(path.absolute()) for path in paths.values() if path is not None]
+    # A run that was killed while it saved has left some of these; no other run is taken for it, see `claim`.
+    again = checkpoint is not None and outputs_of(checkpoint) == set(outputs)
+    overwrite = overwrite or again
     if out is not None:
         check_new(out, overwrite, KeditError)
     if patch is not None:
-        check_file(patch, "--patch")
+        check_file(patch, "--patch", again or None)
     if eval_out is not None:
         check_new(eval_out, overwrite, KeditError)
+    if checkpoint is not None:
+        check_writable(checkpoint, KeditError)
     select(metrics)
     if retention is not None and batch_size is None:
         raise typer.BadParameter("--retention is about several batches: give --batch-size, too")
@@ -167,6 +188,13 @@ def edit(
         chosen, _ = make_hparams(method, config, overrides)
         notices.print(f"kedit-fast: hyper-parameters of the earlier edit: {earlier}", markup=False)
         guessed = False
+    stored_choice = None if checkpoint is None else read_choice(checkpoint)
+    if guessed and stored_choice is not None:
+        overrides = {**overrides, **stored_choice["hparams"]}
+        toml, guessed = stored_choice["toml"], False
+        chosen, _ = make_hparams(method, config, overrides)
+    else:
+        stored_choice = None
     tries = guessed and trial and projector is None and not go_on
     if guessed and not tries:
         notices.print(f"kedit-fast: no preset for this model: {origin}; layers {span(chosen.layers)}", markup=False)
@@ -185,7 +213,7 @@ def edit(
             f"kedit-fast: {model} was edited before; without --continue {recipe.name} knows nothing of that",
             markup=False,
         )
-    with processes(device) as (rank, place):
+    with processes(device) as (rank, place), going_on(checkpoint):
         loaded, tokenizer = load_model(model, DTYPES[dtype], place, device_map, merge_adapter)
         prompt_format = None if chatting is None else chat_format(tokenizer, **chatting)
         records = usable_requests(
@@ -222,6 +250,9 @@ def edit(
             )
             overrides, toml = {**overrides, **tried.choice.hparams}, tried.choice.toml
             chosen, _ = make_hparams(method, config, overrides)
+            stored_choice = {"hparams": tried.choice.hparams, "toml": toml, "chosen": tried.as_dict()}
+            if checkpoint is not None and rank == 0:
+                write_choice(checkpoint, stored_choice)
             if plain is not None:
                 plain.put_back(except_layers=chosen.layers)
         if chosen.uses_statistics and stats:
@@ -229,6 +260,8 @@ def edit(
                 stats, loaded, tokenizer, chosen.layers, architecture, trust, **requested_sample(hparams)
             )
         spaces = None if projector is None else load_projector(projector, chosen.layers, trust=trust)
+        if out is not None and rank == 0:
+            require_space({out: loaded.get_memory_footprint()}, KeditError)
         report = run_edits(
             loaded,
             tokenizer,
@@ -246,12 +279,16 @@ def edit(
             on_error=on_error,
             metrics=metrics,
             retention=retention,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
             progress=interactive(),
             spec=architecture,
         )
         require_change(report)
         if rank:
             return  # the first process saves and speaks
+        if checkpoint is not None:
+            note_outputs(checkpoint, outputs)
         if out is not None:
             save_edited(loaded, tokenizer, out, overwrite, report.editor, toml)
         if patch is not None and report.editor is not None:
@@ -266,13 +303,12 @@ def edit(
                 **provenance(),
             }
             save(report.evaluation, tokenizer, eval_out, about, overwrite, report.retention)
-    paths = {"out": out, "patch": patch, "eval_out": eval_out}
     written = {name: path for name, path in paths.items() if path is not None}
     say_skipped(report.skipped, records.total)
     warn_of_efficacy(report, model)
     if as_json:
         places = {name: str(path) for name, path in written.items()}
-        chosen_entry = {} if tried is None else {"chosen": tried.as_dict()}
+        chosen_entry = {} if stored_choice is None else {"chosen": stored_choice["chosen"]}
         layers_edited = chosen.layers if report.editor is None else report.editor.hparams.layers
         print_json({**report.as_dict(), "layers": list(layers_edited), **chosen_entry, **places})
         return

@@ -66,6 +66,8 @@ class EditContext:
     on_keys: Callable[[int, torch.Tensor], None] | None
     """Called with a layer and its keys [d, u]."""
     progress: bool
+    values_most: int | None = None
+    """Requests whose values are optimized together, at most; None for as many as fit in memory."""
 
     @property
     def site(self) -> SiteKind:
@@ -140,6 +142,7 @@ class BatchRun:
                 stop_rule=context.recipe.stop_rule,
                 groups=self.value_groups(prepared),
                 store=store,
+                most=context.values_most,
                 progress=context.progress,
             )
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kedit_fast.editing.batch_record import BatchRecord
 from kedit_fast.editing.batch_run import BatchRun, EditContext, request_weights
 from kedit_fast.editing.gradients import answer_gradients
 from kedit_fast.editing.keys import StateBudget
@@ -19,6 +20,7 @@ from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.schedules import SCHEDULES
 from kedit_fast.editing.shaping import SHAPINGS
 from kedit_fast.editing.solver_state import SolverState
+from kedit_fast.editing.values.batch_size import fitting_batch
 from kedit_fast.editing.values.loop import SITES
 from kedit_fast.editing.values.protocol import ValueStore
 from kedit_fast.editing.values.shared import flush_store
@@ -162,6 +164,8 @@ class Editor:
         """What gathers UltraEdit's keys and gradients."""
         self.on_keys: Callable[[int, torch.Tensor], None] | None = None
         """Called with each layer and its keys [d, u] while a batch is computed."""
+        self.values_most: int | None = None
+        """Requests whose values are optimized together, at most, whatever memory is free; None for as many as fit."""
         self.prompt_format = prompt_format
         self.target_separator = check_separator(target_separator)
         self.state_budget = state_budget
@@ -323,6 +327,7 @@ class Editor:
             gather_gradients=self.gradients,
             on_keys=self.on_keys,
             progress=self.progress,
+            values_most=self.values_most,
         )
 
     @contextlib.contextmanager
@@ -462,6 +467,57 @@ class Editor:
         requests = [r for number in range(1, len(self.ledger.batches) + 1) for r in self._written[number]]
         records = tuple({"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in requests)
         return Patch(updates, targets, self.recipe.name, {**asdict(self.hparams), **self.resolved}, records)
+
+    @plain_torch()
+    def values_together(self, prepared: Sequence[PreparedRequest]) -> int | None:
+        """How many of these requests fit in memory while their values are optimized; None where that is not asked."""
+        if not self.recipe.optimizes_values or self.hparams.values_batch or not prepared:
+            return None
+        sites = [Site(self.hparams.layers[-1], kind) for kind in SITES[self.value_sites]]
+        return fitting_batch(self.view, prepared, sites).requests
+
+    def take_over(self, prefixes: Sequence[str], values_most: int | None) -> None:
+        """Take over what an editor like this one had decided before its first batch: see `prefixes`, `values_most`."""
+        self._prefixes, self.values_most = tuple(prefixes), values_most
+
+    @plain_torch()
+    def identity(self) -> dict[str, Any]:
+        """What this editor works on, for files that belong to it: the model, its matrices as they are, the prompts."""
+        return self._state_identity()
+
+    def recorded(self, result: EditResult) -> BatchRecord:
+        """What the last call of `edit`, which returned `result`, has added to this editor, for `repeat`."""
+        if not result.batch or result.batch != len(self.ledger.batches):
+            raise EditError(f"batch {result.batch} is not the last of {len(self.ledger.batches)} batches")
+        bits = {} if self.view.is_sharded else {name: self.ledger.bits(name) for name in result.updates}
+        return BatchRecord(self.ledger.batches[-1], self.solver_state.committed, bits, self._clamp)
+
+    @plain_torch()
+    def repeat(self, record: BatchRecord, requests: Sequence[EditRequest]) -> None:
+        """Write a batch again that an editor like this one has recorded: weights, ledger and state get the same bits.
+
+        Args:
+            record: what `recorded` returned there.
+            requests: those that the batch has written.
+
+        Raises:
+            EditError: the matrices get other bits: another model, or a machine that computes differently. Nothing is
+                written.
+        """
+        number = len(self.ledger.batches) + 1
+        with self._together(), torch.no_grad():
+            weights = {f"{path}.weight": weight for path, weight in self.modules.items()}
+            entries = [entry.on(weights[entry.name].device) for entry in record.entries]
+            self.ledger.repeat(entries, weights)
+            for name, bits in record.bits.items():
+                if self.ledger.bits(name) != bits:
+                    raise EditError(
+                        f"{name} gets other bits than when batch {number} was written: another model, "
+                        "or a machine that computes differently"
+                    )
+            self.solver_state.repeat(record.committed)
+            self._clamp = record.clamp
+            self._written[number] = tuple(requests)
 
     @property
     def keeps_state(self) -> bool:

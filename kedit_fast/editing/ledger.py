@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -36,6 +36,11 @@ class Entry:
     """Its factors, fp32 (fp64 for an fp64 weight)."""
     backend: str
     """The backend that wrote it, which a replay uses again."""
+
+    def on(self, device: torch.device) -> Entry:
+        """The same with its factors on a device."""
+        tensors = {name: tensor.to(device) for name, tensor in vars(self.update).items()}
+        return replace(self, update=type(self.update)(**tensors))
 
 
 @dataclass
@@ -86,6 +91,14 @@ class _Matrix:
             self.master.copy_(self.original)
 
 
+def _contiguous(update: Update) -> Update:
+    """The same factors by rows: the rounding of a product may depend on how its operands lie in memory."""
+    left, right = update.left.contiguous(), update.right.contiguous()
+    if isinstance(update, MaskedUpdate):
+        return MaskedUpdate(left, right, update.bits.contiguous())
+    return LowRankUpdate(left, right)
+
+
 @dataclass
 class Ledger:
     """Writes to named matrices [out, in], in order, with rollback."""
@@ -127,26 +140,55 @@ class Ledger:
             raise EditError("write() belongs inside transaction()")
         if not update.is_finite():
             raise EditError(f"the update of {name} is not finite")
-        if name not in self._matrices:
-            self._matrices[name] = _Matrix.of(weight)
-        elif self._matrices[name].weight.data_ptr() != local(weight).data_ptr():
-            raise EditError(f"{name} has moved in memory since its first edit: restore before moving the model")
-        else:
-            self._matrices[name].require_untouched(name)
-        matrix = self._matrices[name]
-        factors = update.compacted().to(accumulation_dtype(weight))
+        matrix = self._matrix(name, weight)
+        factors = _contiguous(update.compacted().to(accumulation_dtype(weight)))
         if not factors.is_finite():
             raise EditError(f"the update of {name} overflows float32")
         target = matrix.weight if matrix.master is None else matrix.master
         copy = None if matrix.master is None else matrix.weight
         args = (target, factors.left, factors.right, copy)
         runs = select("rank_k_update_", requested(None), *args).backend
-        entry = Entry(name, factors, runs)
+        self._add(matrix, Entry(name, factors, runs))
+
+    @plain_torch(leave_inference_mode=False)
+    def repeat(self, entries: Sequence[Entry], weights: Mapping[str, torch.Tensor]) -> None:
+        """Write what a ledger has recorded again, inside a transaction, by the same op and backends: the same bits.
+
+        Args:
+            entries: in order; their factors contiguous, on the device of their weights.
+            weights: name of a matrix -> its weight, as for `write`.
+
+        Raises:
+            BackendUnavailableError: a backend that wrote them cannot run here.
+            EditError: the result is not finite.
+        """
+        if self._open is None:
+            raise EditError("repeat() belongs inside transaction()")
+        for entry in entries:
+            self._add(self._matrix(entry.name, weights[entry.name]), entry)
+
+    def bits(self, name: str) -> int:
+        """The sum over the bits of a matrix after its last write (of this process's columns, where it is split)."""
+        return self._matrices[name].bits
+
+    def _matrix(self, name: str, weight: torch.Tensor) -> _Matrix:
+        """The state of a matrix that is about to be written."""
+        if name not in self._matrices:
+            self._matrices[name] = _Matrix.of(weight)
+        elif self._matrices[name].weight.data_ptr() != local(weight).data_ptr():
+            raise EditError(f"{name} has moved in memory since its first edit: restore before moving the model")
+        else:
+            self._matrices[name].require_untouched(name)
+        return self._matrices[name]
+
+    def _add(self, matrix: _Matrix, entry: Entry) -> None:
+        """Write an entry of the open batch."""
+        assert self._open is not None
         self._open.append(entry)  # before the write, so that an interrupt in the middle of it is undone too
         matrix.write(entry)
         matrix.mark()
         if matrix.in_any(not bool(torch.isfinite(matrix.weight).all())):
-            raise EditError(f"{name} is not finite after the update")
+            raise EditError(f"{entry.name} is not finite after the update")
 
     @plain_torch(leave_inference_mode=False)
     def withdraw(self) -> None:

@@ -51,6 +51,18 @@ class _PendingState:
 
 
 @dataclass(frozen=True)
+class Committed:
+    """What a batch has added to the state, so that another process can add it again: `SolverState.repeat`."""
+
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Layer -> the batch's whitened keys [u, d] fp64, of methods with a memory."""
+    normalizers: dict[str, Normalizer] = field(default_factory=dict)
+    """Shape of module, as "64x32" -> the normalizer with the batch's rows in it."""
+    scales: dict[int, float] = field(default_factory=dict)
+    """Layer -> scale of S that the batch's keys have decided."""
+
+
+@dataclass(frozen=True)
 class _Snapshot:
     """What the state was before a batch."""
 
@@ -88,6 +100,8 @@ class SolverState:
         self._preconditioners: dict[int, Preconditioner] = {}
         self._history: list[_Snapshot] = []  # one per committed batch
         self._pending = _PendingState()
+        self.committed = Committed()
+        """What the last batch has added."""
 
     def preconditioner(self, layer: int) -> Preconditioner:
         """S^-1 of a layer, factored on first use and cached. Where its scale is "auto" and no batch has decided it, 1.
@@ -284,6 +298,17 @@ class SolverState:
             self.memories[layer].commit(appended)
         self.normalizers = {**self.normalizers, **pending.normalizers}
         self.scales = {**self.scales, **pending.scales}
+        keys = {layer: appended.raw for layer, appended in pending.appended.items()}
+        self.committed = Committed(keys, pending.normalizers, pending.scales)
+
+    def repeat(self, committed: Committed) -> None:
+        """Commit a batch again that a state like this one has committed: the same bits."""
+        self._pending = _PendingState(normalizers=dict(committed.normalizers), scales=dict(committed.scales))
+        for layer, keys in committed.keys.items():
+            if layer not in self.memories:
+                self.memories[layer] = KeyMemory(self.preconditioner(layer), self.hparams.memory_form)
+            self._pending.appended[layer] = self.memories[layer].appended(keys)
+        self.commit()
 
     def settle(self, batches: int) -> None:
         """Drop the open batch, and undo what was committed beyond `batches`, also where a commit was interrupted."""

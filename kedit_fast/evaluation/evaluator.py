@@ -20,7 +20,7 @@ from kedit_fast.evaluation.metric import Case, Derived, Measured, Metric, Scorin
 from kedit_fast.evaluation.registry import PROMPTS, SCORINGS, select
 from kedit_fast.evaluation.results import STATES, CaseScore, Evaluation, RecordScore, Result, measured, record_score
 from kedit_fast.evaluation.rows import Row, rows_of
-from kedit_fast.evaluation.stored import stored_answers
+from kedit_fast.evaluation.stored import as_json, from_json, stored_answers
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.view import ModelView
 from kedit_fast.patches.patch import Patch, merge
@@ -237,6 +237,55 @@ class Evaluator:
         if outside := [index for index in requests or () if not 0 <= index < len(self.requests)]:
             raise InvalidArgumentError(f"request {outside[0]} is out of range: there are {len(self.requests)}, from 0")
         view = self._view_of(self.model if model is None else model)
+        chosen, asks = self._asked(state, requests)
+        rows: dict[Ask, Row] = {ask: self._rows[ask] for ask in asks}
+        bar = tqdm(
+            total=len(rows), desc=f"evaluating ({state})", unit="ask", disable=not self.progress, leave=state != "post"
+        )
+        with bar, stored_answers(self._folder, view, end_tokens(view, self.tokenizer)) as store:
+            try:
+                answers = answer_rows(view, self.tokenizer, rows, bar.update, store)
+            except EvaluationError as error:
+                raise EvaluationError(f"state {state!r}: {error}") from None
+        self._answers.update(dict.fromkeys(chosen, answers))
+        self._measured.update(key[:2] for key in chosen)
+
+    def recorded(self, state: State = "final", requests: Sequence[int] | None = None) -> list[Any]:
+        """What the model has answered in the last call of `measure`, which had these arguments, for `recall`.
+
+        JSON can hold it.
+        """
+        chosen, asks = self._asked(state, requests)
+        return [as_json(self._answers[chosen[0]][ask]) for ask in asks]
+
+    @plain_torch()
+    def recall(self, recorded: Sequence[Any], state: State = "final", requests: Sequence[int] | None = None) -> None:
+        """`measure` without the model, by what an evaluator like this one has recorded.
+
+        Raises:
+            EvaluationError: it is of other asks.
+        """
+        chosen, asks = self._asked(state, requests)
+        if len(asks) != len(recorded):
+            raise EvaluationError(f"{len(recorded)} answers were recorded, and {len(asks)} are asked for")
+        head = self._view_of(self.model).head
+        answers = {ask: from_json(values, head) for ask, values in zip(asks, recorded, strict=True)}
+        self._answers.update(dict.fromkeys(chosen, answers))
+        self._measured.update(key[:2] for key in chosen)
+
+    def scores(self, metric: str, state: State, requests: Iterable[int]) -> dict[int, float]:
+        """Index of each of some requests -> its score in a metric over requests, where it was measured in a state."""
+        chosen = next((one for one in self.metrics if isinstance(one, Metric) and one.id == metric), None)
+        scores: dict[int, float] = {}
+        if chosen is not None and PROMPTS[chosen.prompts].over == "requests":
+            for index in requests:
+                record = self._record(chosen, "requests", (index,), [state])
+                if state in record.scores:
+                    scores[index] = record.scores[state]
+        return scores
+
+    def _asked(self, state: State, requests: Sequence[int] | None) -> tuple[list[Place], dict[Ask, None]]:
+        """The records that a call of `measure` is about, and what it asks."""
         batch = range(len(self.requests)) if requests is None else requests
         chosen = self._chosen(state, [index for index in batch if index not in self.skipped], requests is None)
         asks = dict.fromkeys(
@@ -248,15 +297,7 @@ class Evaluator:
             for case_asks in by_record[index]
             for ask in case_asks or ()
         )
-        rows: dict[Ask, Row] = {ask: self._rows[ask] for ask in asks}
-        bar = tqdm(total=len(rows), desc=f"evaluating ({state})", unit="ask", disable=not self.progress)
-        with bar, stored_answers(self._folder, view, end_tokens(view, self.tokenizer)) as store:
-            try:
-                answers = answer_rows(view, self.tokenizer, rows, bar.update, store)
-            except EvaluationError as error:
-                raise EvaluationError(f"state {state!r}: {error}") from None
-        self._answers.update(dict.fromkeys(chosen, answers))
-        self._measured.update(key[:2] for key in chosen)
+        return chosen, asks
 
     def _chosen(self, state: State, requests: Sequence[int], everything: bool) -> list[Place]:
         """The records that a call measures, each with its state."""

@@ -89,6 +89,24 @@ class RetentionTracker:
         if chosen:
             self._evaluator.measure("post", chosen)
 
+    def recorded(self) -> list[Any]:
+        """What the model has answered in the last call of `measure`, for `recall`."""
+        chosen = self._batches[-1] if self._batches else []
+        return self._evaluator.recorded("post", chosen) if chosen else []
+
+    def recall(self, batch: Sequence[int], recorded: Sequence[Any]) -> None:
+        """`measure` without the model, by what a tracker like this one has recorded."""
+        chosen = list(batch)[: self._sample]
+        self._batches.append(chosen)
+        if chosen:
+            self._evaluator.recall(recorded, "post", chosen)
+
+    @property
+    def last(self) -> float | None:
+        """The mean score of the batch that was measured last; None of none."""
+        scores = self._evaluator.scores(METRIC, "post", self._batches[-1]) if self._batches else {}
+        return sum(scores.values()) / len(scores) if scores else None
+
     def result(self, final: Evaluation) -> Retention:
         """The curve, with the scores of the final model from an evaluation that has METRIC."""
         first = _scores(self._evaluator.result(), "post")

@@ -61,6 +61,26 @@ def model_hash(view: ModelView) -> str:
     return digest.hexdigest()
 
 
+def as_json(answer: Answer) -> list[Any]:
+    """An answer as JSON can hold it; numbers come back with the same bits."""
+    if isinstance(answer, DistributionsAnswer):
+        states = answer.states.contiguous()
+        data = base64.b64encode(states.reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
+        return [_DISTRIBUTIONS, data, str(states.dtype).removeprefix("torch."), list(states.shape)]
+    kind = next(name for name, type_ in _KINDS.items() if isinstance(answer, type_))
+    return [kind, *vars(answer).values()]
+
+
+def from_json(values: list[Any], head: Head) -> Answer:
+    """The answer that `as_json` was given, of a model with this head."""
+    kind, *parts = values
+    if kind == _DISTRIBUTIONS:
+        data, dtype, shape = parts
+        flat = torch.frombuffer(bytearray(base64.b64decode(data)), dtype=getattr(torch, dtype))
+        return DistributionsAnswer(flat.reshape(shape), head)
+    return _KINDS[kind](*(tuple(part) if isinstance(part, list) else part for part in parts))
+
+
 class StoredAnswers:
     """What `engine.answer_rows` takes as its store: answers of one model in a folder."""
 
@@ -74,25 +94,13 @@ class StoredAnswers:
         line = self._lines.get(self._key(ask, row))
         if line is None:
             return None
-        kind, *values = line
-        if kind == _DISTRIBUTIONS:
-            data, dtype, shape = values
-            flat = torch.frombuffer(bytearray(base64.b64decode(data)), dtype=getattr(torch, dtype))
-            return DistributionsAnswer(flat.reshape(shape), self._head)
-        return _KINDS[kind](*(tuple(value) if isinstance(value, list) else value for value in values))
+        return from_json(line, self._head)
 
     def add(self, answers: Mapping[Ask, Answer], rows: Mapping[Ask, Row]) -> None:
         """Write the answers of one batch; they are on disk when this returns."""
         lines = []
         for ask, answer in answers.items():
-            if isinstance(answer, DistributionsAnswer):
-                states = answer.states.contiguous()
-                data = base64.b64encode(states.reshape(-1).view(torch.uint8).numpy().tobytes()).decode()
-                values = [_DISTRIBUTIONS, data, str(states.dtype).removeprefix("torch."), list(states.shape)]
-            else:
-                kind = next(name for name, type_ in _KINDS.items() if isinstance(answer, type_))
-                values = [kind, *vars(answer).values()]
-            lines.append(json.dumps([self._key(ask, rows[ask]), *values]))
+            lines.append(json.dumps([self._key(ask, rows[ask]), *as_json(answer)]))
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write("".join(f"{line}\n" for line in lines))

@@ -327,6 +327,14 @@ class KeyMemory:
         self._state = mark
 
     @plain_torch()
+    def appended(self, raw: torch.Tensor) -> Appended:
+        """What the next batch adds, from the whitened keys [u, d] that `Appended.raw` held when it was solved before.
+
+        Committing it again gives the state the same bits.
+        """
+        return self._extended(raw.to(self.preconditioner.device, torch.float64, copy=True))
+
+    @plain_torch()
     def rollback(self, batches: int = 1) -> None:
         """Forget the last batches; the state becomes, bit for bit, what it was before them.
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from kedit_fast.support.matrix_bits import aligned, same_bits
+from kedit_fast.support.messages import size_text
 
 ALIGNMENT = 64  # bytes; of torch's own allocations on a CPU
 
@@ -43,11 +44,55 @@ def replacing(path: str | os.PathLike, error: type[Exception]) -> Iterator[Path]
             os.fsync(file.fileno())
         part.chmod(0o644)
         part.replace(path)
+        _sync_folder(path.absolute().parent)
     except (OSError, SafetensorError) as cause:  # safetensors reports a full disk with an error of its own
         raise error(f"cannot write {path}: {getattr(cause, 'strerror', None) or cause}") from cause
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in a folder outlast the machine, where its file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def is_of_disk(error: BaseException) -> bool:
+    """Whether an error comes from a file that could not be read or written."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (OSError, SafetensorError)):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def require_space(needs: Mapping[Path, int], error: type[Exception]) -> None:
+    """Raise when disks have less room than files take; files on one disk add up.
+
+    Args:
+        needs: path of a file or folder, there or to be made -> bytes.
+        error: what is raised, naming the paths.
+    """
+    disks: dict[int, list[Path]] = {}
+    for path in needs:
+        place = path.absolute()
+        while not place.exists():
+            place = place.parent
+        disks.setdefault(place.stat().st_dev, []).append(path)
+    for paths in disks.values():
+        place = paths[0].absolute()
+        while not place.exists():
+            place = place.parent
+        free, needed = shutil.disk_usage(place).free, sum(needs[path] for path in paths)
+        if needed > free:
+            names = " and ".join(map(str, paths))
+            raise error(f"{names}: {size_text(needed)} are needed there, and the disk has {size_text(free)} free")
 
 
 def write_file(
@@ -205,6 +250,20 @@ def check_new(path: str | os.PathLike, overwrite: bool, error: type[Exception]) 
         os.rmdir(tempfile.mkdtemp(dir=parent))
     except OSError as cause:
         raise error(f"cannot write {path}: {parent}: {cause.strerror or cause}") from cause
+
+
+def check_writable(folder: str | os.PathLike, error: type[Exception]) -> None:
+    """Raise `error` when files cannot be made in a folder, or it cannot be made itself."""
+    folder = Path(folder)
+    if not folder.exists():
+        check_new(folder, False, error)
+        return
+    try:
+        handle, name = tempfile.mkstemp(dir=folder)
+        os.close(handle)
+        os.unlink(name)
+    except OSError as cause:
+        raise error(f"cannot write {folder}: {cause.strerror or cause}") from cause
 
 
 def _replace(work: Path, path: Path) -> None:

@@ -73,6 +73,7 @@ def find_values(
     stop_rule: StopRule = "below_loss",
     groups: Sequence[Hashable] | None = None,
     on_problem: OnProblem = "raise",
+    most: int | None = None,
     progress: bool = False,
     finished: Callable[[Sequence[int], Values], None] | None = None,
 ) -> Values:
@@ -92,6 +93,8 @@ def find_values(
         on_problem: "raise" at the first request whose loss or gradient is not finite, or "keep" going with the others:
             such a request keeps the delta that it had before, and `Values.status` says what happened. A target that
             the model says already is never an error here; its status is PREDICTED.
+        most: where `values_batch` is 0, optimize so many requests together at most, whatever memory is free now; None
+            for as many as fit.
         progress: show a bar on stderr.
         finished: called with the indices and values of requests when they are done.
 
@@ -111,7 +114,7 @@ def find_values(
             'value at a block\'s output: use the site "mlp", before that norm'
         )
     sites = [Site(layer, kind) for kind in SITES[site_kind]]
-    size = hparams.values_batch
+    size = hparams.values_batch or min(most or 0, len(prepared))
     if size == 0:
         batch = fitting_batch(view, prepared, sites)
         size = batch.requests

@@ -6,7 +6,7 @@ not record the model that they were made with; only their paths tell them apart.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,8 @@ class MemitCache:
         self.template = template
         self._layer, self._clamp, self._size = 0, 0.0, 0
         self._sites: tuple[str, ...] = ()
+        self._held: dict[str, torch.Tensor] | None = None  # path -> value, taken since `drain`
+        self._drained: dict[str, torch.Tensor] = {}  # path -> value, to be written by `release`
 
     def begin(self, run: ValueRun) -> None:
         """Say which call of the value loop the next calls belong to."""
@@ -70,15 +72,34 @@ class MemitCache:
     def store(self, requests: Sequence[PreparedRequest], values: Values) -> None:
         """Write each usable value at once; an older file is replaced only when the new one is complete."""
         for i, request in usable_requests(requests, values):
-            path = self._path(request)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise EditError(f"cannot write {path}: {error.strerror or error}") from error
-            write_npz(path, {"v_star": values.targets[:, i].float().cpu().numpy()}, EditError)
+            path, value = self._path(request), values.targets[:, i].float().cpu()
+            if self._held is None:
+                _write(path, value)
+            else:
+                self._held[str(path)] = value.clone()
 
     def flush(self) -> None:
-        """Nothing to do: `store` has written everything."""
+        """Nothing to do: `store` has written everything, unless it is held."""
+
+    def hold(self) -> None:
+        """Write nothing until `release`; see `HeldValues`."""
+        self._held = {}
+
+    def drain(self) -> dict[str, torch.Tensor]:
+        """The values that were taken since the last call, for `absorb`."""
+        drained, self._held = self._held or {}, {}
+        self._drained |= drained
+        return drained
+
+    def absorb(self, drained: Mapping[str, torch.Tensor]) -> None:
+        """Take values that `drain` has given."""
+        self._drained |= drained
+
+    def release(self) -> None:
+        """Write the values that were drained or absorbed; the others, of a batch that failed, are forgotten."""
+        drained, self._drained, self._held = self._drained, {}, None
+        for path, value in drained.items():
+            _write(Path(path), value)
 
     def _path(self, request: PreparedRequest) -> Path:
         """The file of a request: one that exists, or the one to write."""
@@ -88,3 +109,11 @@ class MemitCache:
         clamps = dict.fromkeys((f"{self._clamp:g}", str(self._clamp)))
         paths = [Path(self.template.format(self._layer, clamp, request.request.id)) for clamp in clamps]
         return next((path for path in paths if path.exists()), paths[0])
+
+
+def _write(path: Path, value: torch.Tensor) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EditError(f"cannot write {path}: {error.strerror or error}") from error
+    write_npz(path, {"v_star": value.numpy()}, EditError)

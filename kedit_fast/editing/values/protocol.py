@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import torch
 
 from kedit_fast.editing.values.result import Values
 from kedit_fast.methods.hparams import Hparams
@@ -47,6 +49,27 @@ class ValueStore(Protocol):
 
     def flush(self) -> None:
         """Write what has been taken."""
+
+
+class HeldValues(Protocol):
+    """A store that can wait: a run with a checkpoint writes its values when the batches they are of are safe.
+
+    A batch that is begun again then finds what it found before, and optimizes the same requests together: the same
+    bits.
+    """
+
+    def hold(self) -> None:
+        """Write nothing until `release`."""
+
+    def drain(self) -> dict[str, torch.Tensor]:
+        """The values that were taken since the last call, for `absorb`; names may hold any characters."""
+        ...
+
+    def absorb(self, drained: Mapping[str, torch.Tensor]) -> None:
+        """Take values that `drain` has given."""
+
+    def release(self) -> None:
+        """Write the values that were drained or absorbed, and go on as a store that is not held."""
 
 
 def usable_requests(requests: Sequence[PreparedRequest], values: Values) -> list[tuple[int, PreparedRequest]]:

@@ -37,6 +37,7 @@ def find_shared_values(
     stop_rule: StopRule = "below_loss",
     groups: Sequence[Hashable] | None = None,
     store: ValueStore | None = None,
+    most: int | None = None,
     progress: bool = False,
 ) -> Values:
     """`find_values` of requests that `store` does not have; each process of a process group takes its share.
@@ -51,7 +52,7 @@ def find_shared_values(
     Args:
         tokenizer: the model's; it is part of what identifies a stored value.
         store: where values are looked up and written; None for no store.
-        view, prepared, layer, site_kind, hparams, stop_rule, groups, progress: as in `find_values`.
+        view, prepared, layer, site_kind, hparams, stop_rule, groups, most, progress: as in `find_values`.
 
     Raises:
         EditError: the store refuses, the processes have different requests or models, or one of them failed.
@@ -84,6 +85,7 @@ def find_shared_values(
             stop_rule=stop_rule,
             groups=None if groups is None or all(is_alone) else [groups[i] for i in indices],
             on_problem="keep",
+            most=most,
             finished=finished,
             progress=progress and rank == 0,
         )

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -65,6 +65,7 @@ class ValueFile:
         self.entries: dict[str, dict[str, torch.Tensor]] = {}
         self._sites: tuple[str, ...] = ()
         self._context, self._dirty, self._saved = "", False, time.monotonic()
+        self._held: list[str] | None = None  # keys of values that were taken since `drain`, while nothing is written
         if self.path is None:
             return
         if self.path.exists():
@@ -110,7 +111,10 @@ class ValueFile:
     def store(self, requests: Sequence[PreparedRequest], values: Values) -> None:
         """Take the usable ones of values that were just optimized; write them when the last write is a while ago."""
         for i, request in usable_requests(requests, values):
-            self.entries[self._key(request)] = {
+            key = self._key(request)
+            if self._held is not None:
+                self._held.append(key)
+            self.entries[key] = {
                 "targets": values.all_targets[:, :, i].cpu().clone(),
                 "deltas": values.all_deltas[:, :, i].cpu().clone(),
                 "losses": values.losses[i].clone(),
@@ -124,7 +128,7 @@ class ValueFile:
     @plain_torch()
     def flush(self) -> None:
         """Write the file; the old one is replaced only when the new one is complete."""
-        if not self._dirty or self.path is None:
+        if not self._dirty or self.path is None or self._held is not None:
             return
         tensors: dict[str, torch.Tensor] = {}
         shapes: dict[str, list[str]] = {}
@@ -136,6 +140,29 @@ class ValueFile:
         metadata = {"format_version": FORMAT_VERSION, "kedit_fast": __version__, "values": json.dumps(shapes)}
         write_file(self.path, tensors, metadata, EditError)
         self._dirty, self._saved = False, time.monotonic()
+
+    def hold(self) -> None:
+        """Write nothing until `release`; see `HeldValues`."""
+        self._held = []
+
+    def drain(self) -> dict[str, torch.Tensor]:
+        """The values that were taken since the last call, for `absorb`."""
+        keys, self._held = dict.fromkeys(self._held or ()), []
+        return {f"{key}.{name}": tensor for key in keys for name, tensor in self.entries[key].items()}
+
+    def absorb(self, drained: Mapping[str, torch.Tensor]) -> None:
+        """Take values that `drain` has given."""
+        for name, tensor in drained.items():
+            key, _, part = name.partition(".")
+            self.entries.setdefault(key, {})[part] = tensor
+        self._dirty = self._dirty or bool(drained)
+
+    def release(self) -> None:
+        """Write the values that were drained or absorbed; the others, of a batch that failed, are forgotten."""
+        for key in self._held or ():
+            self.entries.pop(key, None)
+        self._held = None
+        self.flush()
 
     def _read(self) -> None:
         try:
