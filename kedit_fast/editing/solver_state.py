@@ -211,10 +211,14 @@ class SolverState:
             rho = RHOS[self.recipe.constraint](self.hparams)
             weights = None if weights is None else weights.to(device)
             return solve_update(keys, residuals, preconditioner, rho, weights=weights, unmoved=unmoved)
-        if layer not in self.memories:
-            self.memories[layer] = KeyMemory(preconditioner, self.hparams.memory_form)
-        update, self._pending.appended[layer] = self.memories[layer].solve(keys, residuals, weights, unmoved)
+        update, self._pending.appended[layer] = self._memory(layer).solve(keys, residuals, weights, unmoved)
         return update
+
+    def _memory(self, layer: int) -> KeyMemory:
+        """The keys of earlier batches of a layer."""
+        if layer not in self.memories:
+            self.memories[layer] = KeyMemory(self.preconditioner(layer), self.hparams.memory_form)
+        return self.memories[layer]
 
     def solve_rank_one(
         self, layer: int, key_update: torch.Tensor, key_value: torch.Tensor, residual: torch.Tensor
@@ -305,9 +309,7 @@ class SolverState:
         """Commit a batch again that a state like this one has committed: the same bits."""
         self._pending = _PendingState(normalizers=dict(committed.normalizers), scales=dict(committed.scales))
         for layer, keys in committed.keys.items():
-            if layer not in self.memories:
-                self.memories[layer] = KeyMemory(self.preconditioner(layer), self.hparams.memory_form)
-            self._pending.appended[layer] = self.memories[layer].appended(keys)
+            self._pending.appended[layer] = self._memory(layer).appended(keys)
         self.commit()
 
     def settle(self, batches: int) -> None:
