@@ -1,4 +1,4 @@
-"""Progress of a collection on disk: one file per process beside the statistics, replaced as a whole.
+"""Progress of a collection on disk: one file per process and side beside the statistics, replaced as a whole.
 
 It holds the fp64 sums of the layers of the running pass, and the position in the corpus up to which they go.
 """
@@ -17,15 +17,18 @@ from safetensors import SafetensorError, safe_open
 
 from kedit_fast.errors import StatisticsError
 from kedit_fast.statistics.corpus import Position
-from kedit_fast.statistics.moments import SecondMomentAccumulator
+from kedit_fast.statistics.moments import SecondMomentAccumulator, Side
 from kedit_fast.support import process_group
 from kedit_fast.support.files import locked, write_file
 from kedit_fast.support.matrix_bits import row_checksum
 
 FORMAT_VERSION = "1"
 LOCK = ".lock"
+_STEMS: dict[Side, str] = {"input": "checkpoint-", "output": "checkpoint-output-"}
 OVERWRITING = ".overwriting"
 """Exists while a job replaces files of an older one."""
+OVERWRITING_OUTPUTS = ".overwriting-output"
+"""The same for a job that replaces output metrics alone."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,13 @@ def claimed(folder: Path, hold: bool = True) -> Iterator[None]:
                 folder.rmdir()
 
 
-def path_of(folder: Path) -> Path:
+def path_of(folder: Path, side: Side = "input") -> Path:
     """The path of this process's checkpoint."""
     rank, world = process_group.world()
-    return folder / f"checkpoint-{rank + 1}-of-{world}.safetensors"
+    return folder / f"{_STEMS[side]}{rank + 1}-of-{world}.safetensors"
 
 
-def save(folder: Path, progress: Progress, sums: Mapping[int, SecondMomentAccumulator]) -> None:
+def save(folder: Path, progress: Progress, sums: Mapping[int, SecondMomentAccumulator], side: Side = "input") -> None:
     """Replace this process's checkpoint.
 
     Raises:
@@ -95,16 +98,16 @@ def save(folder: Path, progress: Progress, sums: Mapping[int, SecondMomentAccumu
         "counts": json.dumps(counts),
         "checksums": json.dumps({name: row_checksum(tensor) for name, tensor in tensors.items()}),
     }
-    write_file(path_of(folder), tensors, metadata, StatisticsError)
+    write_file(path_of(folder, side), tensors, metadata, StatisticsError)
 
 
-def read(folder: Path) -> Progress | None:
+def read(folder: Path, side: Side = "input") -> Progress | None:
     """Read what this process's checkpoint belongs to, without its sums; None where there is none.
 
     Raises:
         StatisticsError: a damaged file, or checkpoints of a job with another number of processes.
     """
-    path = path_of(folder)
+    path = path_of(folder, side)
     others = sorted(p.name for p in folder.glob("checkpoint-*-of-*.safetensors"))
     _, world = process_group.world()
     if foreign := [name for name in others if not name.endswith(f"-of-{world}.safetensors")]:
@@ -124,13 +127,13 @@ def read(folder: Path) -> Progress | None:
         return Progress(layers, Position(**json.loads(metadata["position"])), identity)
 
 
-def restore(folder: Path, sums: Mapping[int, SecondMomentAccumulator]) -> None:
+def restore(folder: Path, sums: Mapping[int, SecondMomentAccumulator], side: Side = "input") -> None:
     """Read a checkpoint's sums into empty accumulators.
 
     Raises:
         StatisticsError: a damaged file, or sums of other sizes; the message names the file.
     """
-    path = path_of(folder)
+    path = path_of(folder, side)
     with _opened(path) as file:
         counts = json.loads(file.metadata()["counts"])
         checksums = json.loads(file.metadata()["checksums"])
@@ -144,14 +147,14 @@ def restore(folder: Path, sums: Mapping[int, SecondMomentAccumulator]) -> None:
             total.count, total.weight = int(counts[str(layer)][0]), float(counts[str(layer)][1])
 
 
-def remove(folder: Path) -> None:
+def remove(folder: Path, side: Side = "input") -> None:
     """Delete this process's checkpoint."""
-    path_of(folder).unlink(missing_ok=True)
+    path_of(folder, side).unlink(missing_ok=True)
 
 
-def remove_all(folder: Path) -> None:
-    """Delete the checkpoints of all processes, of any job."""
-    for path in folder.glob("checkpoint-*-of-*.safetensors"):
+def remove_all(folder: Path, side: Side = "input") -> None:
+    """Delete the checkpoints of all processes, of any job of this side."""
+    for path in folder.glob(f"{_STEMS[side]}[0-9]*-of-*.safetensors"):
         path.unlink(missing_ok=True)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-from kedit_fast.errors import StatisticsError
+from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.fingerprint import fingerprint
 from kedit_fast.models.forward import Site, TokenBatch, evaluating, pad, visit
@@ -64,6 +64,8 @@ class Statistics:
     """How many were used; 0 where that is not known."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """`Job.settings`."""
+    tokens: int = 0
+    """How many were read; 0 where that is not known."""
     outputs: Mapping[int, SecondMoment] = field(default_factory=dict)
     """Raw second moments [out, out] of the gradients g = d(-sum_s log p(y_s)) / d(output of the edited linear layer),
     mean over tokens that have a label y; empty where they were not collected."""
@@ -152,11 +154,10 @@ def collect_statistics(
     """
     corpus = Corpus(texts, max_tokens, max_samples, max_length, seed, token_weights)
     job = Job(model, tokenizer, corpus, layers, batch_tokens, spec)
-    statistics = _collected(job, masters, progress)
-    if output_metric is False:
-        return statistics
-    outputs = _collected(job.of_outputs(output_metric), masters, progress)
-    return replace(statistics, outputs=outputs.outputs, outputs_from=outputs.outputs_from)
+    statistics, *outputs = [_collected(part, masters, progress) for part in job.parts(output_metric)]
+    for metric in outputs:
+        statistics = replace(statistics, outputs=metric.outputs, outputs_from=metric.outputs_from)
+    return statistics
 
 
 def _collected(job: Job, masters: Masters, progress: bool) -> Statistics:
@@ -167,7 +168,8 @@ def _collected(job: Job, masters: Masters, progress: bool) -> Statistics:
     for group in groups:
         sums = job.accumulators(group)
         end = job.run(sums, progress=progress)
-        for layer, second in job.finish(sums, end):
+        end = job.agreed(end)
+        for layer, second in job.finish(sums):
             moments[layer] = second
             if len(groups) > 1:  # the next group needs the memory
                 moments[layer] = replace(second, moment=second.moment.cpu())
@@ -246,9 +248,24 @@ class Job:
         """The settings that choose the text, as the files record them; `max_length` is at most the model's."""
         return {**self.corpus.about(), "max_length": str(self.reader.max_length)}
 
-    def of_outputs(self, gradients: OutputGradients | bool = True) -> OutputJob:
-        """The job that collects gradients at the outputs of the same layers of the same model, from the same text."""
-        return OutputJob(self, OutputGradients() if isinstance(gradients, bool) else gradients)
+    def parts(self, output_metric: OutputGradients | bool, inputs: bool = True) -> list[Job]:
+        """The jobs of a collection, which are run one after the other: this one, and that of gradients at outputs.
+
+        Args:
+            output_metric: of which loss the gradients are; False for none.
+            inputs: whether this job is wanted.
+
+        Raises:
+            StatisticsError: the text can be read once only, and is needed twice; or the model has no output metric.
+        """
+        parts: list[Job] = [self] if inputs else []
+        if output_metric is not False:
+            parts.append(OutputJob(self, OutputGradients() if output_metric is True else output_metric))
+        if not parts:
+            raise InvalidArgumentError("inputs=False collects an output metric alone: give output_metric")
+        if len(parts) > 1 and not self.corpus.repeatable:
+            raise StatisticsError("an output metric reads the text once more: give a list or a file")
+        return parts
 
     def plan(self, layers: tuple[int, ...], masters: Masters, budget: int | None = None) -> list[Group]:
         """Some of the layers divided into passes; see `plan_groups`."""
@@ -337,21 +354,29 @@ class Job:
             weights[i, : len(row)] = weights_of(self.corpus.token_weights, row)
         return weights.flatten(), (int((weights != 0).sum()), float(weights.sum()))
 
-    def finish(self, sums: Mapping[int, SecondMomentAccumulator], end: Position) -> Iterator[tuple[int, SecondMoment]]:
+    def agreed(self, end: Position) -> Position:
+        """The end of the text, with the tokens that all processes have read.
+
+        Raises:
+            StatisticsError: processes that were given different texts.
+        """
+        ends = process_group.gather(end)
+        if len({(position.documents, position.digest) for position in ends}) > 1:
+            raise StatisticsError("the processes were given different texts")
+        return end if self.view.is_sharded else replace(end, tokens=sum(position.tokens for position in ends))
+
+    def finish(self, sums: Mapping[int, SecondMomentAccumulator]) -> Iterator[tuple[int, SecondMoment]]:
         """Layer by layer, the moment of the sums of all processes, in the memory of the sum.
 
         Raises:
-            StatisticsError: no tokens, moments that are not finite, or processes that were given different texts.
+            StatisticsError: no tokens, or moments that are not finite.
         """
-        ends = {(position.documents, position.digest) for position in process_group.gather(end)}
-        if len(ends) > 1:
-            raise StatisticsError("the processes were given different texts")
         for layer, total in sums.items():
             if not self.view.is_sharded:  # otherwise each process has counted every token
                 total.reduce_()
             if total.count == 0:
                 raise StatisticsError(
-                    "no tokens were counted: the corpus has no text, or none of its tokens has a weight"
+                    "no tokens were counted: the corpus has no text, or none of its tokens has a weight or a label"
                 )
             size = len(total.sum)
             if total.count < size:
@@ -363,7 +388,14 @@ class Job:
     def statistics(self, layers: dict[int, SecondMoment], end: Position) -> Statistics:
         """Moments with the model and the text they were made from."""
         return Statistics(
-            layers, self.model, end.digest, self.reader.max_length, self.dtype, end.documents, self.settings
+            layers,
+            self.model,
+            end.digest,
+            self.reader.max_length,
+            self.dtype,
+            end.documents,
+            self.settings,
+            end.tokens,
         )
 
 
@@ -430,9 +462,9 @@ class OutputJob(Job):
 
     def statistics(self, layers: dict[int, SecondMoment], end: Position) -> Statistics:
         """Moments of gradients alone, with the model and the text they were made from."""
-        source = {"corpus": end.digest, "documents": str(end.documents), "dtype": self.dtype, **self.settings}
+        source = {"corpus": end.digest, "documents": str(end.documents), "tokens": str(end.tokens), "dtype": self.dtype}
         empty: dict[int, SecondMoment] = {}
-        return replace(super().statistics(empty, end), outputs=layers, outputs_from=source)
+        return replace(super().statistics(empty, end), outputs=layers, outputs_from={**source, **self.settings})
 
 
 @contextmanager

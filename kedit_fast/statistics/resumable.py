@@ -1,9 +1,12 @@
 """Statistics collected into a folder: checkpoints during the job, one file per layer at its end.
 
-{module path}.safetensors        a finished layer
-checkpoint-R-of-N.safetensors    the sums of process R of an unfinished job
-.lock                            locked while a job runs
-.overwriting                     exists until a job that replaces older files has finished
+{module path}.safetensors                  a finished layer
+{module path}.output_metric.safetensors    the same of gradients at its output
+checkpoint-R-of-N.safetensors              the sums of process R of an unfinished job
+checkpoint-output-R-of-N.safetensors       the same of gradients
+.lock                                      locked while a job runs
+.overwriting                               exists until a job that replaces older files has finished
+.overwriting-output                        the same of a job for gradients alone
 """
 
 from __future__ import annotations
@@ -28,8 +31,9 @@ from kedit_fast.statistics import checkpoint
 from kedit_fast.statistics.checkpoint import Progress
 from kedit_fast.statistics.collect import Job
 from kedit_fast.statistics.corpus import Corpus, Position
-from kedit_fast.statistics.memory_plan import Group, Masters, Needs, check_masters, needs, plan_groups
-from kedit_fast.statistics.moments import SecondMomentAccumulator
+from kedit_fast.statistics.labels import OutputGradients
+from kedit_fast.statistics.memory_plan import Group, Masters, Needs, check_masters, needs
+from kedit_fast.statistics.moments import SecondMomentAccumulator, Side
 from kedit_fast.statistics.store import MODEL_FIELDS, metadata_in, path_of, save_statistics
 from kedit_fast.support import process_group
 from kedit_fast.support.messages import comma_list, size_text
@@ -49,7 +53,7 @@ class Collected:
     documents: int
     """Documents that these tokens are from."""
     files: tuple[Path, ...]
-    """One per layer."""
+    """One per layer; those of `output_metric` come last."""
     resumed: int
     """Tokens that earlier calls had counted, of all processes."""
     passes: int
@@ -58,6 +62,8 @@ class Collected:
     """Duration of this call."""
     checkpoint_seconds: float
     """The part of `seconds` that this process spent on checkpoints."""
+    output_tokens: int = 0
+    """Tokens that the second moments of gradients at the outputs are of; 0 where they were not wanted."""
 
 
 @plain_torch()
@@ -68,6 +74,8 @@ def collect_into(
     corpus: Corpus,
     layers: Sequence[int],
     *,
+    output_metric: OutputGradients | bool = False,
+    inputs: bool = True,
     batch_tokens: int = 4096,
     checkpoint_every: float = CHECKPOINT_EVERY,
     resume: bool = False,
@@ -89,6 +97,9 @@ def collect_into(
         model, tokenizer: see `collect_statistics`.
         corpus: the text, and how much of it counts.
         layers: zero-based.
+        output_metric: also collect second moments of gradients at the layers' outputs, into files beside the others;
+            see `collect_statistics`.
+        inputs: False collects an output metric alone, beside whatever second moments of inputs the folder has.
         batch_tokens: tokens of a batch, padding included.
         checkpoint_every: seconds between checkpoints.
         resume: continue an earlier call with the same arguments, start one that never began, or leave a finished one as
@@ -128,50 +139,88 @@ def collect_into(
             "checkpoints are for models that are whole in each process; this one is tensor-parallel: use "
             "collect_statistics, and save_statistics in the first process"
         )
-    marker = folder / checkpoint.OVERWRITING
-    if resume and not marker.exists() and len(done := _finished_layers(folder, job, False)) == len(job.layers):
-        return _collected(folder, job, done, _tokens(done), 0, begin, 0.0)
+    jobs = job.parts(output_metric, inputs)
+    marker = folder / (checkpoint.OVERWRITING if inputs else checkpoint.OVERWRITING_OUTPUTS)
+    if resume and not marker.exists():
+        done = [_finished_layers(folder, part, False) for part in jobs]
+        if all(len(finished) == len(job.layers) for finished in done):
+            work = [_Work(part, None, finished, []) for part, finished in zip(jobs, done, strict=True)]
+            return _collected(folder, work, sum(map(_tokens, done)), begin, 0.0)
     with checkpoint.claimed(folder, hold=rank == 0):
         if overwrite and rank == 0:
-            checkpoint.remove_all(folder)
+            for part in jobs:
+                checkpoint.remove_all(folder, part.side)
             marker.touch()
         process_group.wait_for_all()
         overwriting = marker.exists()
-        identity, stored = _identity(job), checkpoint.read(folder)
-        if stored is not None:
-            _check_identity(folder, stored, identity)
-        done = {} if overwrite else _finished_layers(folder, job, overwriting)
-        begun = [progress.layers for progress in process_group.gather(stored) if progress is not None]
-        groups = _groups(job, done, begun, masters, master_bytes)
-        job.check_groups(groups)
-        if groups:
-            _announce(folder, needs(job.view, groups), on_plan)
-        clock, resumed = _Clock(checkpoint_every), 0
-        for group in groups:
-            sums = job.accumulators(group)
-            start = Position()
-            if stored is not None and stored.layers == group.layers:
-                checkpoint.restore(folder, sums)
-                start = stored.position
-                resumed = next(iter(sums.values())).count
-            saver = _Saver(folder, group, identity, sums, clock)
-            end = job.run(sums, start, saver, progress and rank == 0)
-            if any(other.corpus != end.digest for layer, other in done.items() if layer not in group.layers):
-                raise StatisticsError(f"the text is not that of the layers that {folder} has already")
-            if process_group.world()[1] > 1:
-                saver.save(end)  # other processes may still be at work, and one of them may die
-            for layer, second in job.finish(sums, end):
-                if rank == 0:
-                    save_statistics(job.statistics({layer: second}, end), folder)
-                done[layer] = _FinishedLayer(second.count, end.documents, end.digest)
-            process_group.wait_for_all()
-            checkpoint.remove(folder)
+        work = [_planned(folder, part, overwrite, overwriting, masters, master_bytes) for part in jobs]
+        for part in work:
+            if part.groups:
+                _announce(folder, needs(part.job.view, part.groups, part.job.side), on_plan)
+        clock = _Clock(checkpoint_every)
+        resumed = sum(_run(folder, part, clock, progress and rank == 0) for part in work)
         if rank == 0:
-            checkpoint.remove_all(folder)
-            _check_other_layers(folder, job, overwriting)
+            for part in jobs:
+                checkpoint.remove_all(folder, part.side)
+                _check_other_layers(folder, part, overwriting)
+            if overwriting and inputs and len(jobs) == 1:
+                _remove_outputs(folder, job)
             marker.unlink(missing_ok=True)
-    resumed = sum(process_group.gather(resumed)) if groups else _tokens(done)
-    return _collected(folder, job, done, resumed, len(groups), begin, clock.spent)
+    resumed = sum(process_group.gather(resumed)) + sum(_tokens(part.done) for part in work if not part.groups)
+    return _collected(folder, work, resumed, begin, clock.spent)
+
+
+@dataclass
+class _Work:
+    """What a job has done in a folder, and what it has still to do."""
+
+    job: Job
+    stored: Progress | None
+    """What this process's checkpoint belongs to; None without one."""
+    done: dict[int, _FinishedLayer]
+    groups: list[Group]
+    """Layers that are left, in passes."""
+
+
+def _planned(
+    folder: Path, job: Job, overwrite: bool, overwriting: bool, masters: Masters, master_bytes: int | None
+) -> _Work:
+    """What is left of a job; raises StatisticsError where the folder has something of another one."""
+    stored = checkpoint.read(folder, job.side)
+    if stored is not None:
+        _check_identity(checkpoint.path_of(folder, job.side), stored, _identity(job))
+    done = {} if overwrite else _finished_layers(folder, job, overwriting)
+    begun = [progress.layers for progress in process_group.gather(stored) if progress is not None]
+    groups = _groups(job, done, begun, masters, master_bytes)
+    job.check_groups(groups)
+    return _Work(job, stored, done, groups)
+
+
+def _run(folder: Path, work: _Work, clock: _Clock, progress: bool) -> int:
+    """Do what is left; returns the tokens that this process's checkpoint had counted."""
+    job, done, resumed = work.job, work.done, 0
+    rank, world = process_group.world()
+    for group in work.groups:
+        sums = job.accumulators(group)
+        start = Position()
+        if work.stored is not None and work.stored.layers == group.layers:
+            checkpoint.restore(folder, sums, job.side)
+            start = work.stored.position
+            resumed = next(iter(sums.values())).count
+        saver = _Saver(folder, group, job, sums, clock)
+        end = job.run(sums, start, saver, progress)
+        if any(other.corpus != end.digest for layer, other in done.items() if layer not in group.layers):
+            raise StatisticsError(f"the text is not that of the layers that {folder} has already")
+        if world > 1:
+            saver.save(end)  # other processes may still be at work, and one of them may die
+        end = job.agreed(end)
+        for layer, second in job.finish(sums):
+            if rank == 0:
+                save_statistics(job.statistics({layer: second}, end), folder)
+            done[layer] = _FinishedLayer(second.count, end.tokens, end.documents, end.digest)
+        process_group.wait_for_all()
+        checkpoint.remove(folder, job.side)
+    return resumed
 
 
 def _announce(folder: Path, taken: Needs, on_plan: Callable[[Needs], None] | None) -> None:
@@ -192,6 +241,9 @@ class _FinishedLayer:
     """What a layer's file was made from."""
 
     tokens: int
+    """That were counted."""
+    read: int
+    """That were read: with weights or labels, more may be."""
     documents: int
     corpus: str
     """Chained SHA-256 of the documents."""
@@ -201,12 +253,21 @@ def _tokens(done: Mapping[int, _FinishedLayer]) -> int:
     return next(iter(done.values())).tokens
 
 
-def _collected(
-    folder: Path, job: Job, done: Mapping[int, _FinishedLayer], resumed: int, passes: int, begin: float, saving: float
-) -> Collected:
-    files = tuple(path_of(folder, job.view.module_name(layer)) for layer in job.layers)
-    documents = next(iter(done.values())).documents
-    return Collected(job.layers, _tokens(done), documents, files, resumed, passes, time.monotonic() - begin, saving)
+def _collected(folder: Path, work: Sequence[_Work], resumed: int, begin: float, saving: float) -> Collected:
+    job = work[0].job
+    tokens = {part.job.side: _tokens(part.done) for part in work}
+    files = [path_of(folder, job.view.module_name(layer), part.job.side) for part in work for layer in job.layers]
+    return Collected(
+        job.layers,
+        tokens.get("input", 0),
+        next(iter(work[0].done.values())).documents,
+        tuple(files),
+        resumed,
+        sum(len(part.groups) for part in work),
+        time.monotonic() - begin,
+        saving,
+        tokens.get("output", 0),
+    )
 
 
 def check_folder(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -240,9 +301,8 @@ def _dtype_hint(name: str) -> str:
     return f"; {SWITCH}=native computes in the model's own dtype" if name == "dtype" else ""
 
 
-def _check_identity(folder: Path, stored: Progress, identity: Mapping[str, str]) -> None:
+def _check_identity(path: Path, stored: Progress, identity: Mapping[str, str]) -> None:
     """Raise StatisticsError when a checkpoint is of another job."""
-    path = checkpoint.path_of(folder)
     model = {name: stored.identity.get(name, "") for name in MODEL_FIELDS}
     if changed := difference(model, {name: identity[name] for name in MODEL_FIELDS}):
         raise StatisticsError(f"{path} was begun with another model: different {changed}")
@@ -268,11 +328,13 @@ def _finished_layers(folder: Path, job: Job, tolerate: bool) -> dict[int, _Finis
     """
     finished, digests = {}, {}
     for layer in job.layers:
-        path = path_of(folder, job.view.module_name(layer))
+        path = path_of(folder, job.view.module_name(layer), job.side)
         if not path.exists():
             continue
-        metadata = metadata_in(path)
-        file = _FinishedLayer(int(metadata["count"]), int(metadata.get("documents", 0)), metadata["corpus"])
+        metadata = metadata_in(path, job.side)
+        count = int(metadata["count"])
+        read = int(metadata.get("tokens") or count)  # older files have no `tokens`
+        file = _FinishedLayer(count, read, int(metadata.get("documents", 0)), metadata["corpus"])
         changed = difference({name: metadata.get(name, "") for name in MODEL_FIELDS}, job.model)
         for name, value in {**job.settings, "dtype": job.dtype}.items():
             before = metadata.get(name, "")
@@ -281,7 +343,7 @@ def _finished_layers(folder: Path, job: Job, tolerate: bool) -> dict[int, _Finis
         if not changed and job.corpus.repeatable:
             if file.documents not in digests:
                 digests[file.documents] = job.reader.digest(file.documents)
-            if file.corpus != digests[file.documents] or not job.reader.ends_at(file.documents, file.tokens):
+            if file.corpus != digests[file.documents] or not job.reader.ends_at(file.documents, file.read):
                 changed = "text"
         if not changed:
             finished[layer] = file
@@ -318,30 +380,36 @@ def _groups(
             f"the checkpoint has layers {comma_list(first)}, this job wants {comma_list(job.layers)}: give them again, "
             "or start anew with --overwrite"
         )
-    groups = plan_groups(job.view, first, job.batch_tokens, masters, master_bytes) if first else []
+    groups = job.plan(first, masters, master_bytes) if first else []
     if len(groups) > 1:
         raise StatisticsError(f"the sums of layers {comma_list(first)}, which were begun together, do not fit")
     rest = tuple(layer for layer in job.layers if layer not in first and layer not in done)
-    return groups + (plan_groups(job.view, rest, job.batch_tokens, masters, master_bytes) if rest else [])
+    return groups + (job.plan(rest, masters, master_bytes) if rest else [])
 
 
 def _check_other_layers(folder: Path, job: Job, overwriting: bool) -> None:
     """Remove files of the model's other layers where the folder is overwritten; else warn if they are of other text."""
-    corpus = metadata_in(path_of(folder, job.view.module_name(job.layers[0])))["corpus"]
+    corpus = metadata_in(path_of(folder, job.view.module_name(job.layers[0]), job.side), job.side)["corpus"]
     for layer in range(job.view.num_layers):
-        path = path_of(folder, job.view.module_name(layer))
+        path = path_of(folder, job.view.module_name(layer), job.side)
         if layer in job.layers or not path.exists():
             continue
         if overwriting:
             path.unlink()
             continue
         try:
-            same = metadata_in(path)["corpus"] == corpus
+            same = metadata_in(path, job.side)["corpus"] == corpus
         except StatisticsError as error:
             _log.warning("%s", error)
             continue
         if not same:
             _log.warning("%s is of another text than the layers that were collected now", path)
+
+
+def _remove_outputs(folder: Path, job: Job) -> None:
+    """Remove output metrics of older statistics, where the folder is overwritten without any."""
+    for layer in range(job.view.num_layers):
+        path_of(folder, job.view.module_name(layer), "output").unlink(missing_ok=True)
 
 
 class _Clock:
@@ -361,18 +429,19 @@ class _Saver:
         self,
         folder: Path,
         group: Group,
-        identity: dict[str, str],
+        job: Job,
         sums: Mapping[int, SecondMomentAccumulator],
         clock: _Clock,
     ):
         self._folder, self._sums, self._clock = folder, sums, clock
-        self._progress = Progress(group.layers, Position(), identity)
+        self._side: Side = job.side
+        self._progress = Progress(group.layers, Position(), _identity(job))
 
     def due(self) -> bool:
         return self._clock.due()
 
     def save(self, position: Position) -> None:
         begin = time.monotonic()
-        checkpoint.save(self._folder, replace(self._progress, position=position), self._sums)
+        checkpoint.save(self._folder, replace(self._progress, position=position), self._sums, self._side)
         self._clock.last = time.monotonic()
         self._clock.spent += self._clock.last - begin

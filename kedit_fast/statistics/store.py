@@ -1,16 +1,19 @@
 """Statistics on disk: one safetensors file per layer, `{module path}.safetensors`.
 
 Tensor `second_moment` [d, d] is the mean of k k^T, both triangles. Metadata: format_version, layer, count (tokens),
-corpus (SHA-256 of the text), documents, the settings that chose the text (max_tokens, max_samples, max_length, seed,
-token_weights), model fingerprint, dtype, checksum, kedit_fast (version). A file is written under another name and then
-renamed.
+tokens (that were read), corpus (SHA-256 of the text), documents, the settings that chose the text (max_tokens,
+max_samples, max_length, seed, token_weights), model fingerprint, dtype, checksum, kedit_fast (version). A file is
+written under another name and then renamed.
+
+`{module path}.output_metric.safetensors` holds the mean of g g^T [out, out], tensor `output_metric`, of gradients g at
+the layer's output, with the same metadata for itself, and labels and label_seed of the loss.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.view import ModelView
 from kedit_fast.statistics import memit_npz
 from kedit_fast.statistics.collect import Statistics
-from kedit_fast.statistics.moments import SecondMoment
+from kedit_fast.statistics.moments import SecondMoment, Side
 from kedit_fast.support.files import write_file
 from kedit_fast.support.matrix_bits import aligned, row_checksum
 from kedit_fast.support.torch_state import plain_torch
@@ -33,6 +36,9 @@ from kedit_fast.support.torch_state import plain_torch
 FORMAT_VERSION = "1"
 MODEL_FIELDS = ("model_config", "model_samples", "tokenizer")
 SETTINGS_FIELDS = ("max_tokens", "max_samples", "max_length", "seed", "token_weights")
+OUTPUT_FIELDS = ("corpus", "documents", "tokens", "dtype", *SETTINGS_FIELDS, "labels", "label_seed")
+TENSORS: dict[Side, str] = {"input": "second_moment", "output": "output_metric"}
+_SUFFIXES: dict[Side, str] = {"input": "", "output": ".output_metric"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class LayerFile:
 def save_statistics(
     statistics: Statistics, folder: str | os.PathLike, dtype: torch.dtype = torch.float64
 ) -> list[Path]:
-    """Write one file per layer.
+    """Write one file per layer, and one for each output metric.
 
     Args:
         statistics: what to write.
@@ -76,32 +82,44 @@ def save_statistics(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StatisticsError(f"cannot write statistics to {folder}: {error.strerror or error}") from error
-    for layer, second in sorted(statistics.layers.items()):
-        path = path_of(folder, second.module)
-        moment = second.moment.to("cpu", dtype).contiguous()
-        metadata = {**metadata_of(statistics, layer), "checksum": row_checksum(moment)}
-        write_file(path, {"second_moment": moment}, metadata, StatisticsError)
-        paths.append(path)
+    sides: tuple[tuple[Side, Mapping[int, SecondMoment]], ...] = (
+        ("input", statistics.layers),
+        ("output", statistics.outputs),
+    )
+    for side, layers in sides:
+        for layer, second in sorted(layers.items()):
+            path = path_of(folder, second.module, side)
+            moment = second.moment.to("cpu", dtype).contiguous()
+            metadata = {**metadata_of(statistics, layer, side), "checksum": row_checksum(moment)}
+            write_file(path, {TENSORS[side]: moment}, metadata, StatisticsError)
+            paths.append(path)
     return paths
 
 
-def path_of(folder: Path, module: str) -> Path:
+def path_of(folder: Path, module: str, side: Side = "input") -> Path:
     """The path of a layer's file."""
-    return folder / f"{module}.safetensors"
+    return folder / f"{module}{_SUFFIXES[side]}.safetensors"
 
 
-def metadata_of(statistics: Statistics, layer: int) -> dict[str, str]:
+def metadata_of(statistics: Statistics, layer: int, side: Side = "input") -> dict[str, str]:
     """The metadata of a layer's file."""
+    moments, source = statistics.outputs, statistics.outputs_from
+    if side == "input":
+        moments = statistics.layers
+        source = {
+            "corpus": statistics.corpus,
+            "documents": str(statistics.documents),
+            "tokens": str(statistics.tokens),
+            "dtype": statistics.dtype,
+            **statistics.settings,
+            "max_length": str(statistics.max_length),
+        }
     return {
         "format_version": FORMAT_VERSION,
         "layer": str(layer),
-        "count": str(statistics.layers[layer].count),
-        "corpus": statistics.corpus,
-        "documents": str(statistics.documents),
-        "dtype": statistics.dtype,
+        "count": str(moments[layer].count),
         "kedit_fast": __version__,
-        **statistics.settings,
-        "max_length": str(statistics.max_length),
+        **source,
         **statistics.model,
     }
 
@@ -117,7 +135,7 @@ def load_statistics(
     samples: int | None = None,
     precision: str | None = None,
 ) -> Statistics:
-    """Read statistics, and check that they are of this model and tokenizer.
+    """Read statistics, with the output metrics of layers that have one, and check that they are of this model.
 
     Args:
         folder: that `collect_into` or `save_statistics` wrote; or a `{data set}_stats` folder of memit, AlphaEdit or
@@ -146,6 +164,8 @@ def load_statistics(
         layers = _layers_in(folder, view)
     current = fingerprint(view, tokenizer)
     moments: dict[int, SecondMoment] = {}
+    outputs: dict[int, SecondMoment] = {}
+    source: dict[str, str] = {}
     first: LayerFile | None = None
     for layer in view.check_layers(tuple(layers)):
         file = read_layer(folder, view.module_name(layer), samples, precision)
@@ -164,6 +184,15 @@ def load_statistics(
         first = first or file
         if file.metadata["corpus"] != first.metadata["corpus"]:
             raise StatisticsError(f"{file.path} was made from another corpus than the other layers in {folder}")
+        if path_of(folder, view.module_name(layer), "output").exists():
+            metric = _output_metric(folder, view, layer, current)
+            made_from = {name: metric.metadata.get(name, "") for name in OUTPUT_FIELDS}
+            if outputs and (other := [name for name in OUTPUT_FIELDS if source[name] != made_from[name]]):
+                raise StatisticsError(
+                    f"{metric.path} was made from something else than the output metrics of other layers in {folder}: "
+                    f"different {other[0]}"
+                )
+            outputs[layer], source = metric.second, made_from
     assert first is not None
     metadata = first.metadata
     return Statistics(
@@ -174,7 +203,23 @@ def load_statistics(
         metadata["dtype"],
         int(metadata.get("documents", 0)),
         {name: metadata[name] for name in SETTINGS_FIELDS if name in metadata},
+        int(metadata.get("tokens") or 0),
+        outputs,
+        source,
     )
+
+
+def _output_metric(folder: Path, view: ModelView, layer: int, current: dict[str, str]) -> LayerFile:
+    """The output metric of a layer, checked to be of the model with this fingerprint."""
+    module, size = view.module_name(layer), view.edited_shape(layer)[0]
+    file = _read(path_of(folder, module, "output"), module, "output")
+    if changed := difference(file.model, current):
+        raise StatisticsError(f"{file.path} holds an output metric of another model: different {changed}")
+    if tuple(file.second.moment.shape) != (size, size):
+        shape = list(file.second.moment.shape)
+        raise StatisticsError(f"{file.path}: output_metric is {shape}, the layer puts out {size} numbers")
+    _check_finite(file, "output")
+    return file
 
 
 @plain_torch()
@@ -197,9 +242,27 @@ def read_layer(folder: Path, module: str, samples: int | None = None, precision:
         file = LayerFile(foreign, second, metadata)
     else:
         raise StatisticsError(f"no statistics file {path}: collect them for this layer with `kedit-fast stats`")
-    if not bool(torch.isfinite(file.second.moment.sum(dtype=torch.float64))):
-        raise StatisticsError(f"{file.path}: second_moment has values that are not finite")
+    _check_finite(file)
     return file
+
+
+def read_output_metric(folder: Path, module: str) -> LayerFile | None:
+    """Read one layer's output metric, without checking the model that it is of; None where there is none.
+
+    Raises:
+        StatisticsError: it is damaged or not finite.
+    """
+    path = path_of(folder, module, "output")
+    if not path.exists():
+        return None
+    file = _read(path, module, "output")
+    _check_finite(file, "output")
+    return file
+
+
+def _check_finite(file: LayerFile, side: Side = "input") -> None:
+    if not bool(torch.isfinite(file.second.moment.sum(dtype=torch.float64))):
+        raise StatisticsError(f"{file.path}: {TENSORS[side]} has values that are not finite")
 
 
 def modules_in(folder: str | os.PathLike) -> list[str]:
@@ -213,6 +276,7 @@ def modules_in(folder: str | os.PathLike) -> list[str]:
         raise StatisticsError(f"no statistics folder {folder}: make one with `kedit-fast stats`")
     names = {path.stem for path in folder.glob("*.safetensors")} | set(memit_npz.modules_in(folder))
     names = {name for name in names if any(part.isdigit() for part in name.split("."))}  # not checkpoints
+    names = {name for name in names if not name.endswith(_SUFFIXES["output"])}
     if not names:
         raise StatisticsError(f"{folder} holds no statistics")
     return sorted(names, key=layer_of)
@@ -232,26 +296,28 @@ def _layers_in(folder: Path, view: ModelView) -> list[int]:
     return layers
 
 
-def metadata_in(path: Path) -> dict[str, str]:
+def metadata_in(path: Path, side: Side = "input") -> dict[str, str]:
     """Read a file's metadata alone.
 
     Raises:
         StatisticsError: it is damaged or no statistics file.
     """
+    name = TENSORS[side]
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format_version") != FORMAT_VERSION or "second_moment" not in file.keys():  # noqa: SIM118
+            if metadata.get("format_version") != FORMAT_VERSION or name not in file.keys():  # noqa: SIM118
                 raise StatisticsError(f"{path} is not a statistics file of kedit_fast (format {FORMAT_VERSION})")
-            shape = file.get_slice("second_moment").get_shape()
+            shape = file.get_slice(name).get_shape()
             if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
-                raise StatisticsError(f"{path} is damaged: second_moment is {shape}; remove it and collect it again")
+                raise StatisticsError(f"{path} is damaged: {name} is {shape}; remove it and collect it again")
     except SafetensorError as error:
         raise StatisticsError(f"{path} is damaged: {error}; remove it and collect it again") from error
     except OSError as error:
         raise StatisticsError(f"cannot read {path}: {error.strerror or error}") from error
     invalid = [name for name in ("count", "max_length") if not metadata.get(name, "").isdigit()]
-    invalid += [name for name in ("corpus", "dtype") if name not in metadata]
+    required = ("corpus", "dtype") if side == "input" else (*OUTPUT_FIELDS, *MODEL_FIELDS)
+    invalid += [name for name in required if name not in metadata]
     for name in invalid[:1]:
         raise StatisticsError(
             f"{path} is damaged: its {name} is {metadata.get(name)!r}; remove it and collect it again"
@@ -259,10 +325,10 @@ def metadata_in(path: Path) -> dict[str, str]:
     return metadata
 
 
-def _read(path: Path, module: str) -> LayerFile:
-    metadata = metadata_in(path)
+def _read(path: Path, module: str, side: Side = "input") -> LayerFile:
+    metadata = metadata_in(path, side)
     with safe_open(path, framework="pt") as file:
-        moment = aligned(file.get_tensor("second_moment"))
+        moment = aligned(file.get_tensor(TENSORS[side]))
     if "checksum" in metadata and metadata["checksum"] != row_checksum(moment):  # older files have none
         raise StatisticsError(f"{path} is damaged: it is not what was written; remove it and collect it again")
     return LayerFile(path, SecondMoment(module, moment, int(metadata["count"])), metadata)
