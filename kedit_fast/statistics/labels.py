@@ -72,8 +72,8 @@ def sampled_labels(head: Head, states: torch.Tensor, seeds: Sequence[int]) -> to
         noise = torch.empty_like(logits)
         for row, seed in zip(noise, seeds[begin : begin + rows], strict=True):
             row.uniform_(generator=generator.manual_seed(seed))
-        logits -= noise.log_().neg_().log_()
-        labels[begin : begin + rows] = logits.argmax(1)
+        noise.log_().neg_().log_().neg_()  # of a Gumbel distribution
+        labels[begin : begin + rows] = noise.add_(logits).argmax(1)
         begin += rows
         rows = max(1, _CHUNK_BYTES // (16 * logits.shape[1]))
     return labels
