@@ -85,6 +85,18 @@ def _soft_equality(recipe: Recipe) -> bool:
     return recipe.softens_equality
 
 
+def _guarding(recipe: Recipe) -> bool:
+    return recipe.guards_subjects
+
+
+def _chunking(recipe: Recipe) -> bool:
+    return not recipe.chunk_obstacle
+
+
+def _weighing(recipe: Recipe) -> bool:
+    return recipe.weighs_requests
+
+
 def _masking(recipe: Recipe) -> bool:
     return recipe.masks_updates
 
@@ -157,7 +169,7 @@ class Hparams:
         metadata=declare(
             NOT_NEGATIVE,
             'weight of the KL divergence at "{subject} is a"',
-            read_by=_optimizing,
+            read_by=_guarding,
             identifies=("value",),
         ),
     )
@@ -393,6 +405,36 @@ class Hparams:
             identifies=("value",),
         ),
     )
+    chunk_tokens: int = field(
+        default=0,
+        metadata=declare(
+            NOT_NEGATIVE,
+            "target tokens of a chunk: each chunk has a key and a value at the token before it, found in order while "
+            "those of earlier chunks stay; 0 for one value of the whole target, at the subject",
+            read_by=_chunking,
+            identifies=("value",),
+            off=0,
+        ),
+    )
+    chunk_overlap: int = field(
+        default=0,
+        metadata=declare(
+            NOT_NEGATIVE,
+            "tokens that a chunk shares with the one before it, fewer than chunk_tokens",
+            read_by=_chunking,
+            identifies=("value",),
+            off=0,
+        ),
+    )
+    keep_other_tokens: bool = field(
+        default=False,
+        metadata=declare(
+            BOOLEAN,
+            "whether a batch's update must leave the layer's outputs at all other tokens of prompt and target as they "
+            "are: columns without a residual in the batch's system alone",
+            read_by=_weighing,
+        ),
+    )
     v_loss_layer: int = field(
         default=-1,
         metadata=declare(
@@ -417,6 +459,25 @@ class Hparams:
                 raise self._out_of_range(name, declaration.accepted.description)
         if recipe.edits_one_layer and len(self.layers) != 1:
             raise MethodError(f"{self.method} edits one layer; got layers {', '.join(map(str, self.layers))}")
+        self._check_chunks(recipe)
+
+    def _check_chunks(self, recipe: Recipe) -> None:
+        """Raise MethodError where targets cannot be taken in chunks, or not in these."""
+        if recipe.needs_chunks and not self.chunk_tokens:
+            raise self._out_of_range("chunk_tokens", "at least 1; more than the longest target for one chunk")
+        if self.chunk_tokens and (obstacle := recipe.chunk_obstacle):
+            raise MethodError(f"{self.method} cannot write a target in chunks (chunk_tokens): {obstacle}")
+        if self.keep_other_tokens and not reads(recipe, "keep_other_tokens"):
+            raise MethodError(
+                f"{self.method} cannot keep the outputs at other tokens (keep_other_tokens): it has no system of a "
+                "batch's requests"
+            )
+        if self.chunk_overlap and self.chunk_overlap >= self.chunk_tokens:
+            raise self._out_of_range("chunk_overlap", f"below chunk_tokens, {self.chunk_tokens}")
+        if self.chunk_tokens and self.kl_factor and reads(recipe, "kl_factor"):
+            raise self._out_of_range(
+                "kl_factor", "0 with chunk_tokens: the value of a chunk stands before it, not at the subject"
+            )
 
     def _out_of_range(self, name: str, accepted: str) -> MethodError:
         return MethodError(
@@ -472,16 +533,16 @@ def unused(recipe: Recipe, names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not reads(recipe, name))
 
 
-PUBLISHED_UNUSED = ("mom2_update_weight",)
+PUBLISHED_UNUSED = ("mom2_update_weight", "kl_factor")
 """Names that files of other frameworks contain for methods that do not read them, too."""
 
 
 def worth_a_warning(recipe: Recipe, names: Iterable[str]) -> list[str]:
     """The hyper-parameters among `names` that neither the method reads nor its own published files contain.
 
-    Of the methods that do not read `PUBLISHED_UNUSED`, only AlphaEdit has published files that contain it.
+    Of the methods that do not read one of `PUBLISHED_UNUSED`, AlphaEdit and AnyEdit have published files that do.
     """
-    published = PUBLISHED_UNUSED if recipe.uses_null_space else ()
+    published = PUBLISHED_UNUSED if recipe.uses_null_space or recipe.needs_chunks else ()
     return [name for name in unused(recipe, names) if name not in published]
 
 

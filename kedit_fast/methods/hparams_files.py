@@ -50,10 +50,11 @@ _CHOSEN_ELSEWHERE = {
     "half": ((False, None), "a model's dtype is chosen where it is loaded (--dtype)"),
     "batch_size": ((1, None), "the edits of a batch are chosen where they are made (--batch-size)"),
 }
-# Names of EasyEdit's files of SPHERE, one of which has a space; with ours.
+# Names of EasyEdit's files of SPHERE, one of which has a space, and of AnyEdit's; with ours. AnyEdit's files also name a
+# `fact_token`, which its code does not read.
 _RENAMED = {
     "cumulative_ratio": "sphere_energy", "suppression_strength": "sphere_strength",
-    "suppression strength": "sphere_strength",
+    "suppression strength": "sphere_strength", "window_size": "chunk_tokens", "overlap": "chunk_overlap",
 }  # fmt: skip
 # Names of the repositories of EMMET and ENCORE, and renamed ones, that `_translated` reads.
 _TRANSLATED = ("add_prev_edits", "prob_cutoff", *_RENAMED)
@@ -141,7 +142,8 @@ def parse_values(
     types = {f.name: str(f.type) for f in fields(Hparams)}
     values: dict[str, Any] = {}
     for name, value in raw.items():
-        if name in _FIXED and not any(_same(value, allowed) for allowed in _FIXED[name]):
+        is_read = not (foreign and name == "fact_token" and "window_size" in raw)
+        if name in _FIXED and is_read and not any(_same(value, allowed) for allowed in _FIXED[name]):
             accepted = " or ".join(str(allowed) for allowed in _FIXED[name] if allowed is not None)
             raise MethodError(f"{origin}: {name} = {value!r} is not implemented, only {accepted}")
         if name in types:
@@ -167,7 +169,7 @@ def nearest_name(name: Any) -> str:
 
 
 def _translated(name: str, value: Any, origin: str, method: str | None) -> dict[str, Any]:
-    """Our hyper-parameters for a name of the repositories of EMMET, ENCORE and EasyEdit."""
+    """Our hyper-parameters for a name of the repositories of EMMET, ENCORE, EasyEdit and AnyEdit."""
     if name in _RENAMED:
         return parse_values({_RENAMED[name]: value}, origin)
     if name == "add_prev_edits":  # keys of earlier batches stay in the system

@@ -18,6 +18,7 @@ Schedule = Literal["mass", "single", "gradients"]
 PreconditionerKind = Literal["covariance", "null_space", "identity"]
 Constraint = Literal["ridge", "soft_equality", "equality"]
 ValueKey = Literal["bare", "mean"]
+Anchor = Literal["subject", "target"]
 Spread = Literal["linear", "sqrt", "none"]
 Shaping = Literal["none", "rect", "prune"]
 StopRule = Literal["below_loss", "pmet"]
@@ -68,6 +69,8 @@ class Recipe:
     stop_rule: StopRule = "below_loss"
     """When a value is done before its last iteration: once its loss is below v_stop_loss; or by PMET's rule, which
     eases the likelihood after every target was right and ends at a small KL divergence."""
+    anchor: Anchor = "subject"
+    """Where keys and values are taken: at the subject's last token, or at the token before each chunk of the target."""
     contexts: tuple[tuple[int, int], ...] = ((10, 5),)
     """(tokens, count) of the generated context prefixes, as published."""
     keeps: str = "nothing"
@@ -85,6 +88,8 @@ class Recipe:
             "schedule and constraint": (self.schedule == "single") == (self.constraint == "equality"),
             "schedule and spread": self.schedule == "mass" or self.spread == "none",
             "schedule and memory": self.schedule == "mass" or not self.memory,
+            "schedule and anchor": self.schedule == "mass" or self.anchor == "subject",
+            "merge and anchor": not self.merge or self.anchor == "subject",
         }
         for fields, agree in agreements.items():
             if not agree:
@@ -111,13 +116,32 @@ class Recipe:
 
     @property
     def fits_memit_values(self) -> bool:
-        """Whether its values are of the kind that memit's npz files hold: of a batch, at the block's output."""
-        return self.is_batched and self.values == "block"
+        """Whether its values are of the kind that memit's npz files hold: one a request of a batch, at the block."""
+        return self.is_batched and self.values == "block" and self.anchor == "subject"
 
     @property
     def needs_subject(self) -> bool:
         """Whether a request must say where its subject stands. Gradients are of whole prompts."""
-        return self.optimizes_values
+        return self.optimizes_values and self.anchor == "subject"
+
+    @property
+    def guards_subjects(self) -> bool:
+        """Whether the value loop has a term that keeps what the model says of the subject."""
+        return self.optimizes_values and self.anchor == "subject"
+
+    @property
+    def needs_chunks(self) -> bool:
+        """Whether values stand before chunks of the target, so that the length of a chunk must be given."""
+        return self.anchor == "target"
+
+    @property
+    def chunk_obstacle(self) -> str:
+        """Why a request cannot have a value for each chunk of its target; "" where it can."""
+        if not self.optimizes_values:
+            return "it takes a gradient at every token of a target"
+        if self.schedule == "single":
+            return "it writes one key and one value of each request"
+        return "requests on one subject share one value" if self.merge else ""
 
     @property
     def weighs_requests(self) -> bool:

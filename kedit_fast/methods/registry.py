@@ -109,6 +109,23 @@ RECIPES = {
             keeps=_KEYS,
         ),
         Recipe(
+            "anyedit",
+            "MEMIT with a value before each chunk of a long target",
+            "Jiang et al. 2025, arXiv 2502.05628",
+            "anyedit",
+            anchor="target",
+            contexts=(),
+        ),
+        Recipe(
+            "anyedit-alphaedit",
+            "Null-space constrained editing with a value before each chunk of a long target",
+            "Jiang et al. 2025, arXiv 2502.05628",
+            "anyedit-alphaedit",
+            preconditioner="null_space",
+            anchor="target",
+            contexts=(),
+        ),
+        Recipe(
             "ultraedit",
             "Gradients as values under a running normalizer",
             "Gu et al. 2025, arXiv 2505.14679",

@@ -29,6 +29,7 @@ def methods_table() -> str:
             "mean key in both places": recipe.value_key == "mean",
             "largest changes alone": recipe.masks_updates,
             "spectrum restrained at the end": recipe.shaping == "prune",
+            "a column before each chunk of the target": recipe.needs_chunks,
         }
         rows.append(
             (
