@@ -1,9 +1,9 @@
 """The published algorithms as plainly as they were published: the baseline of the benchmarks and the tests' oracle.
 
 Written from the description of memit's compute_z, compute_ks and execute_memit, of rome's compute_v and layer_stats,
-of PMET's compute_zs and of UltraEdit's cache; it shares nothing with the package but token ids and hyper-parameters.
-One request at a time; for each iteration the whole model runs on the request's prompts, and the head on all their
-positions, twice where the published code does so.
+of PMET's compute_zs, of UltraEdit's cache and AnyEdit's chunks; it shares nothing with the package but token ids and
+hyper-parameters. One request at a time; for each iteration the whole model runs on the request's prompts, and the head
+on all their positions, twice where the published code does so.
 """
 
 from __future__ import annotations
@@ -203,6 +203,83 @@ def serial_value(
     return Value(targets, done, history[-1], steps, history)
 
 
+def serial_chunks(
+    model: torch.nn.Module,
+    modules: Sequence[torch.nn.Module],
+    prepared: Any,
+    hparams: Any,
+) -> list[Value]:
+    """AnyEdit's loop for one request: its target in chunks, each with a delta at the token before it, one by one.
+
+    The deltas of earlier chunks are added where they were found. There is no KL term. Every context runs alone,
+    without padding.
+
+    Args:
+        model, modules, prepared: as `serial_value` takes them.
+        hparams: chunk_tokens, chunk_overlap, v_lr, v_num_grad_steps, v_weight_decay, clamp_norm_factor, v_stop_loss.
+
+    Returns:
+        the value of each chunk.
+    """
+    device = model.get_input_embeddings().weight.device
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    target, begin = list(prepared.target), 0
+    done: list[tuple[int, Value]] = []  # first token of the chunk in the target, and its value
+    while begin < len(target):
+        end = min(begin + hparams.chunk_tokens, len(target))
+        answer = torch.tensor(target[begin:end], device=device)
+        rows = [[*prompt.ids, *target[: end - 1]] for prompt in prepared.rewriting]
+        starts = [len(prompt.ids) - 1 for prompt in prepared.rewriting]
+
+        def run(row: list[int], start: int, deltas: Sequence[torch.Tensor], begin: int = begin) -> torch.Tensor:
+            """Logits of one context, with the deltas of earlier chunks and of this one."""
+            with contextlib.ExitStack() as stack:
+                for other, value in done:
+                    stack.enter_context(deltas_at(modules, value.deltas, torch.tensor([start + other])))
+                stack.enter_context(deltas_at(modules, deltas, torch.tensor([start + begin])))
+                return model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0]
+
+        seen: list[torch.Tensor] = [torch.empty(0)] * len(modules)
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for m, module in enumerate(modules):
+
+                def record(_, __, output, m=m, at=starts[0] + begin, seen=seen):
+                    seen[m] = first(output)[0, at].detach().clone()
+
+                stack.callback(module.register_forward_hook(record).remove)
+            model(input_ids=torch.tensor([rows[0]], device=device), use_cache=False)
+        wide = torch.float64 if seen[0].dtype == torch.float64 else torch.float32
+        initial = [state.to(wide) for state in seen]
+        deltas = [torch.zeros_like(state, requires_grad=True) for state in initial]
+        optimizer = torch.optim.Adam(deltas, lr=hparams.v_lr, **ADAM)
+        history, steps = [], 0
+        for iteration in range(hparams.v_num_grad_steps):
+            optimizer.zero_grad()
+            scores = []
+            for row, start in zip(rows, starts, strict=True):
+                log_probs = _log_softmax(run(row, start, deltas))[start + begin : start + end]
+                scores.append(log_probs.gather(1, answer[:, None]).mean())
+            decay = sum(d.norm() / h.norm() ** 2 for d, h in zip(deltas, initial, strict=True))
+            loss = -torch.stack(scores).mean() + hparams.v_weight_decay * decay
+            history.append(float(loss.detach()))
+            if loss < hparams.v_stop_loss or iteration == hparams.v_num_grad_steps - 1:
+                break
+            loss.backward()
+            optimizer.step()
+            steps += 1
+            with torch.no_grad():
+                for delta, state in zip(deltas, initial, strict=True):
+                    limit = hparams.clamp_norm_factor * state.norm()
+                    if delta.norm() > limit:
+                        delta.mul_(limit / delta.norm())
+        found = [delta.detach() for delta in deltas]
+        targets = [state.double() + delta.double() for state, delta in zip(initial, found, strict=True)]
+        done.append((begin, Value(targets, found, history[-1], steps, history)))
+        begin += hparams.chunk_tokens - hparams.chunk_overlap
+    return [value for _, value in done]
+
+
 @torch.no_grad()
 def keys_at(
     model: torch.nn.Module, module: torch.nn.Module, prompts: Sequence[Any], output: bool, side: str | None = "right"
@@ -277,6 +354,65 @@ def memit(
         written[layer] = residual @ adjusted.T
         with torch.no_grad():
             weights[layer].add_(written[layer].to(weights[layer].dtype))
+    return written
+
+
+@torch.no_grad()
+def anyedit(
+    model: torch.nn.Module,
+    blocks: Sequence[torch.nn.Module],
+    edited: Mapping[int, torch.nn.Module],
+    weights: Mapping[int, torch.Tensor],
+    prepared: Sequence[Any],
+    hparams: Any,
+    *,
+    moments: Mapping[int, torch.Tensor] | None = None,
+    projectors: Mapping[int, torch.Tensor] | None = None,
+) -> dict[int, torch.Tensor]:
+    """The published AnyEdit pipeline: serial values, a full pass a layer for keys and outputs, dense fp64 solves.
+
+    Args:
+        model, blocks, edited, weights, prepared, hparams: as `memit` takes them; the bare prompt alone counts.
+        moments: layer -> C [d, d] fp64, for the form with MEMIT's system.
+        projectors: layer -> P [d, d] fp64 instead, for the form with AlphaEdit's.
+
+    Returns:
+        layer -> Delta [out, d] that was added, fp64.
+    """
+    last = hparams.layers[-1]
+    with torch.enable_grad():
+        values = [serial_chunks(model, [blocks[last]], request, hparams) for request in prepared]
+    targets = torch.stack([value.targets[0] for one in values for value in one], 1)
+    step = hparams.chunk_tokens - hparams.chunk_overlap
+    written = {}
+    for i, layer in enumerate(hparams.layers):
+        columns, current, others = [], [], []
+        for request in prepared:
+            prompt = request.rewriting[0]
+            ids = torch.tensor([[*prompt.ids, *request.target]])
+            places = [len(prompt.ids) - 1 + begin for begin in range(0, len(request.target), step)]
+            keys: list[torch.Tensor] = []
+            outputs: list[torch.Tensor] = []
+            hooks = [
+                edited[layer].register_forward_pre_hook(lambda _, args, at=keys: at.append(first(args)[0].double())),
+                blocks[last].register_forward_hook(lambda _, __, out, at=outputs: at.append(first(out)[0].double())),
+            ]
+            model(input_ids=ids, use_cache=False)
+            for hook in hooks:
+                hook.remove()
+            columns.append(keys[0][places])
+            current.append(outputs[0][places])
+            others.append(keys[0][[place for place in range(ids.shape[1]) if place not in places]])
+        k, k_p = torch.cat(columns).T, torch.cat(others).T
+        residual = (targets - torch.cat(current).T) / (len(hparams.layers) - i)
+        outer = k @ k.T + (k_p @ k_p.T if hparams.keep_other_tokens else 0)
+        if projectors is not None:
+            system = projectors[layer] @ outer + hparams.L2 * torch.eye(len(outer), dtype=torch.float64)
+            written[layer] = torch.linalg.solve(system, projectors[layer] @ k @ residual.T).T
+        else:
+            assert moments is not None
+            written[layer] = residual @ torch.linalg.solve(hparams.mom2_update_weight * moments[layer] + outer, k).T
+        weights[layer].add_(written[layer].to(weights[layer].dtype))
     return written
 
 

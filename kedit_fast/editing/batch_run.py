@@ -16,8 +16,10 @@ from kedit_fast.editing.ledger import Ledger
 from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.shaping import SHAPINGS
 from kedit_fast.editing.solver_state import SolverState
+from kedit_fast.editing.values.chunks import Columns, find_chunk_values, spans_of
 from kedit_fast.editing.values.clamp import choose_clamp, trial_places
 from kedit_fast.editing.values.loop import SITES
+from kedit_fast.editing.values.objective import EarlierChunks
 from kedit_fast.editing.values.protocol import ValueStore
 from kedit_fast.editing.values.result import PROBLEMS, Values
 from kedit_fast.editing.values.shared import find_shared_values
@@ -110,41 +112,53 @@ class BatchRun:
         return [(p.request.subject or "").strip() for p in prepared] if self.context.recipe.merge else None
 
     def find_values(self, indices: Sequence[int], layer: int) -> tuple[list[PreparedRequest], Values]:
-        """Values of some requests, and which of them can be written; the others are skipped or raised."""
+        """Values of some requests, and which of them can be written; the others are skipped or raised.
+
+        The values are in the order of `Columns`: where targets are taken in chunks, a request has several.
+        """
         context = self.context
         prepared = [self.prepared[i] for i in indices]
         values = self._optimized(prepared, layer, context.hparams, context.value_store)
+        columns = Columns.of(prepared, spans_of(prepared, context.hparams))
         allowed = {Status.PREDICTED} if context.hparams.on_predicted == "allow" else set()
         problems = {
             place: f"{prepared[place].name}: {PROBLEMS[code]}"
-            for place, code in enumerate(values.status.tolist())
+            for place, code in enumerate(columns.statuses(values))
             if code in PROBLEMS and code not in allowed
         }
         if self.on_error == "raise":
             require_no_problems(problems)
         self.skipped |= {indices[place]: reason for place, reason in problems.items()}
         usable = [place for place in range(len(prepared)) if place not in problems]
-        return [prepared[place] for place in usable], values.select(usable)
+        return [prepared[place] for place in usable], values.select(columns.of_requests(usable))
 
     def _optimized(
         self, prepared: Sequence[PreparedRequest], layer: int, hparams: Hparams, store: ValueStore | None
     ) -> Values:
-        """The values of requests at a layer, by these hyper-parameters."""
+        """The values of requests at a layer, by these hyper-parameters, in the order of `Columns`."""
         context = self.context
-        with self.timed("values"), torch.enable_grad():
+        if not context.recipe.guards_subjects:
+            hparams = replace(hparams, kl_factor=0.0)
+
+        def find(requests: Sequence[PreparedRequest], earlier: Sequence[EarlierChunks] | None = None) -> Values:
             return find_shared_values(
                 context.view,
                 context.tokenizer,
-                prepared,
+                requests,
                 layer,
                 context.value_sites,
                 hparams,
                 stop_rule=context.recipe.stop_rule,
-                groups=self.value_groups(prepared),
+                groups=self.value_groups(requests),
+                earlier=earlier,
                 store=store,
                 most=context.values_most,
                 progress=context.progress,
             )
+
+        spans = spans_of(prepared, hparams)
+        with self.timed("values"), torch.enable_grad():
+            return find(prepared) if spans is None else find_chunk_values(find, prepared, spans)
 
     def settle_clamp(self, clamp: float | None) -> float:
         """Edit with this clamp in place of "auto", and return it; None chooses one on some of the requests.
@@ -162,10 +176,10 @@ class BatchRun:
         self.context = replace(context, hparams=replace(context.hparams, clamp_norm_factor=clamp))
         return clamp
 
-    def record(self, values: Values) -> None:
+    def record(self, values: Values, columns: Columns) -> None:
         """Note losses and steps of values that are written."""
-        self.losses += values.losses.tolist()
-        self.steps += values.steps.tolist()
+        self.losses += columns.losses(values)
+        self.steps += columns.steps(values)
 
     def write(self, module: str, update: LowRankUpdate) -> LowRankUpdate:
         """Add an update to a module's weight, within the limits of its norm; returns what was written."""

@@ -22,6 +22,7 @@ from kedit_fast.editing.shaping import SHAPINGS
 from kedit_fast.editing.solver_state import SolverState
 from kedit_fast.editing.values.batch_size import fitting_batch
 from kedit_fast.editing.values.loop import SITES
+from kedit_fast.editing.values.memit_values import MemitCache
 from kedit_fast.editing.values.protocol import ValueStore
 from kedit_fast.editing.values.shared import flush_store
 from kedit_fast.editing.values.store import open_values
@@ -170,6 +171,11 @@ class Editor:
         self.target_separator = check_separator(target_separator)
         self.state_budget = state_budget
         self.values = open_values(values) if isinstance(values, str | os.PathLike) else values
+        if isinstance(self.values, MemitCache) and self.hparams.chunk_tokens:
+            raise MethodError(
+                "memit's npz files hold one value a request; with chunk_tokens it has several: give the path of a file "
+                "of values instead"
+            )
         self.statistics = statistics
         self._prefixes = self._requested_prefixes = None if prefixes is None else tuple(prefixes)
         if null_spaces is not None and not self.recipe.uses_null_space:

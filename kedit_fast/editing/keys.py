@@ -1,7 +1,7 @@
-"""Keys and residuals: the inputs of edited layers at the lookup token, and the outputs of the values' site.
+"""Keys and residuals: the inputs of edited layers at the lookup tokens, and the outputs of the values' site.
 
 A write to one layer changes every position above it. The pass for the next edited layer therefore starts from the
-hidden states that entered the previous one, of all positions up to the lookup token, and runs only the blocks in
+hidden states that entered the previous one, of all positions up to the last lookup token, and runs only the blocks in
 between. These states stay on the device within a budget, then on the host; where neither has room they are computed
 again.
 """
@@ -18,21 +18,21 @@ from kedit_fast.methods.recipe import KeyWeights
 from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, evaluating, pad, starts_midway
 from kedit_fast.models.sharded import agreed_minimum
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.prompts import PreparedRequest, Prompt
+from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.free_memory import free_bytes
 from kedit_fast.support.sums import add_by_owner_
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
-ROWS = 256
-"""Prompts of one forward pass."""
+ROWS, TOKENS = 256, 16384
+"""Prompts of one forward pass, and their tokens with padding, at most."""
 DEVICE_SHARE, HOST_SHARE = 0.25, 0.5
 """Shares of the free memory that the states between layers may take."""
 
 
 @dataclass(frozen=True)
 class KeysAndOutputs:
-    """What one pass over the prompts of a batch measures, in fp64."""
+    """What one pass over the prompts of a batch measures, in fp64, in u columns: one a request, or one a chunk."""
 
     keys: torch.Tensor
     """[d, u] inputs of the layer, averaged over contexts."""
@@ -40,6 +40,8 @@ class KeysAndOutputs:
     """[d, u] inputs of the layer at the bare prompts."""
     outputs: torch.Tensor
     """[h, u] outputs of the values' site at the bare prompts."""
+    other_keys: torch.Tensor | None = None
+    """[d, p] inputs of the layer at all other tokens of bare prompts and targets; None unless requested."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,31 @@ class StateBudget:
     """On the host, where the model is on another device; None for a share of what is free."""
 
 
-@dataclass
-class _Chunk:
-    """Prompts of one forward pass, and the states that enter the block it starts from next."""
+@dataclass(frozen=True)
+class _Row:
+    """The tokens of one context of a request, and where its columns are."""
 
-    indices: list[int]
-    """[R] indices of the prompts."""
-    batch: TokenBatch
-    positions: torch.Tensor
-    """[R] lookup tokens."""
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    """Lookup tokens, of the request's columns in order."""
+    columns: tuple[int, ...]
     bare: bool
-    """Whether these are bare prompts, at which the output of the site is needed."""
+    """Whether this is the bare prompt, at which the output of the site is needed."""
+
+
+@dataclass
+class _Pass:
+    """Rows of one forward pass, and the states that enter the block it starts from next."""
+
+    batch: TokenBatch
+    rows: torch.Tensor
+    """[n] rows of the tokens whose keys are read."""
+    positions: torch.Tensor
+    """[n] their positions."""
+    columns: torch.Tensor
+    """[n] their columns; -1 for other tokens."""
+    bare: bool
+    """Whether the rows are bare prompts."""
     entering: Entering | None = None
     has_no_room: bool = False
     """Whether the states found no room, so that they are computed again."""
@@ -73,11 +89,14 @@ class KeyPass:
 
     Args:
         view: the model.
-        prepared: u requests. Their prompts are cut after the subject, because later tokens cannot matter.
+        prepared: the requests. Their prompts are cut after the last lookup token, because later tokens cannot matter.
         site: where values are.
         weights: how keys are averaged over contexts: "bare_half", half the bare prompt plus half the mean of the
             prefixed ones (MEMIT); "mean", the plain mean of all contexts (ROME).
         budget: bytes for the states between layers.
+        spans: of each request (begin, end) of the chunks of its target: a column for each chunk, whose lookup token is
+            the one before it. None: a column for each request, at the subject's last token.
+        other_tokens: whether to read the keys of all other tokens of the bare prompts with their targets as well.
 
     Cost: for the first layer the blocks up to the site for bare prompts, and up to the layer for the others; for each
         further layer the blocks from the previous one on. States take rows * T * h elements of the model's dtype.
@@ -91,10 +110,13 @@ class KeyPass:
         site: Site,
         weights: KeyWeights,
         budget: StateBudget | None = None,
+        *,
+        spans: Sequence[Sequence[tuple[int, int]]] | None = None,
+        other_tokens: bool = False,
     ):
-        self.view, self.site = view, site
-        self.contexts = len(prepared[0].rewriting)
-        self.bare_share, self.prefixed_share = CONTEXT_SHARES[weights](self.contexts)
+        self.view, self.site, self.other_tokens = view, site, other_tokens
+        contexts = len(prepared[0].rewriting)
+        self.bare_share, self.prefixed_share = CONTEXT_SHARES[weights](contexts)
         budget = budget or StateBudget()
         device = view.device
         on_device, on_host = budget.device, 0 if device.type == "cpu" else budget.host
@@ -106,19 +128,54 @@ class KeyPass:
         """Place -> bytes that are left for states."""
         self.stored_bytes = {"device": 0, "host": 0, "recomputed": 0}
         """Place -> bytes of the states there; "recomputed" for states without room."""
-        prompts = [prompt.cut() for request in prepared for prompt in request.rewriting]
-        self.count = len(prompts)
-        self.chunks = []
+        rows = self._rows(prepared, spans)
+        self.count = 1 + max(column for row in rows for column in row.columns)
+        """Columns."""
+        self.passes = []
         for bare in (True, False):
-            chosen = [i for i in range(self.count) if (i % self.contexts == 0) == bare]
-            chosen.sort(key=lambda i: len(prompts[i].ids))  # prompts of similar length share a pass
-            self.chunks += [
-                self._chunk(prompts, chosen[begin : begin + ROWS], bare) for begin in range(0, len(chosen), ROWS)
-            ]
+            chosen = [row for row in rows if row.bare == bare]
+            chosen.sort(key=lambda row: len(row.ids))  # prompts of similar length share a pass
+            begin = 0
+            for end in range(1, len(chosen) + 1):
+                size = end + 1 - begin
+                if end == len(chosen) or size > ROWS or size * len(chosen[end].ids) > TOKENS:
+                    self.passes.append(self._pass(chosen[begin:end], bare))
+                    begin = end
 
-    def _chunk(self, prompts: list[Prompt], indices: list[int], bare: bool) -> _Chunk:
-        batch = pad([prompts[i].ids for i in indices], self.view.device)
-        return _Chunk(indices, batch, torch.tensor([prompts[i].lookup for i in indices]), bare)
+    def _rows(
+        self, prepared: Sequence[PreparedRequest], spans: Sequence[Sequence[tuple[int, int]]] | None
+    ) -> list[_Row]:
+        """Every context of every request."""
+        rows, first = [], 0
+        for i, request in enumerate(prepared):
+            count = 1 if spans is None else len(spans[i])
+            columns = tuple(range(first, first + count))
+            for context, prompt in enumerate(request.rewriting):
+                positions = (prompt.lookup,)
+                if spans is not None:
+                    positions = tuple(len(prompt.ids) - 1 + begin for begin, _ in spans[i])
+                has_others = self.other_tokens and context == 0
+                length = self.view.max_length if has_others else positions[-1] + 1
+                rows.append(_Row((*prompt.ids, *request.target)[:length], positions, columns, context == 0))
+            first += count
+        return rows
+
+    def _pass(self, rows: list[_Row], bare: bool) -> _Pass:
+        places = [
+            (r, position, column)
+            for r, row in enumerate(rows)
+            for position, column in zip(row.positions, row.columns, strict=True)
+        ]
+        if bare and self.other_tokens:
+            places += [
+                (r, position, -1)
+                for r, row in enumerate(rows)
+                for position in range(len(row.ids))
+                if position not in row.positions
+            ]
+        device = self.view.device
+        at, positions, columns = (torch.tensor(part, device=device) for part in zip(*places, strict=True))
+        return _Pass(pad([row.ids for row in rows], device), at, positions, columns, bare)
 
     @plain_torch()
     def at(self, layer: int) -> KeysAndOutputs:
@@ -126,47 +183,58 @@ class KeyPass:
 
         Layers below the one of the previous call must not have changed since that call.
         """
-        u = self.count // self.contexts
         mixed = bare = outputs = torch.empty(0)
+        others: list[torch.Tensor] = []
         first = True
         with evaluating(self.view):
-            for chunk in self.chunks:
-                keys, output = self._run(chunk, layer)
+            for part in self.passes:
+                keys, output = self._run(part, layer)
                 keys = keys.double()
-                owner = torch.tensor([i // self.contexts for i in chunk.indices], device=keys.device)
-                if first:  # chunks of bare prompts come first, so there is an output
+                columns = part.columns.to(keys.device)
+                if first:  # passes of bare prompts come first, so there is an output
                     assert output is not None
-                    mixed, bare = (keys.new_zeros(u, keys.shape[1]) for _ in range(2))
-                    outputs = output.new_empty(u, output.shape[1], dtype=torch.float64)
+                    mixed, bare = (keys.new_zeros(self.count, keys.shape[1]) for _ in range(2))
+                    outputs = output.new_empty(self.count, output.shape[1], dtype=torch.float64)
                     first = False
-                add_by_owner_(mixed, owner, keys, self.bare_share if chunk.bare else self.prefixed_share)
+                if part.bare and self.other_tokens:
+                    others.append(keys[columns < 0])
+                    keys, columns = keys[columns >= 0], columns[columns >= 0]
+                add_by_owner_(mixed, columns, keys, self.bare_share if part.bare else self.prefixed_share)
                 if output is not None:
-                    bare[owner] = keys
-                    outputs[owner.to(output.device)] = output.double()
+                    bare[columns] = keys
+                    columns = part.columns.to(output.device)
+                    outputs[columns[columns >= 0]] = output[columns >= 0].double()
         if self.stored_bytes["host"] or self.stored_bytes["recomputed"]:
             _log.info("states between layers: %s", self.report())
-        return KeysAndOutputs(mixed.T.contiguous(), bare.T.contiguous(), outputs.T.contiguous())
+        other_keys = torch.cat(others).T.contiguous() if self.other_tokens else None
+        return KeysAndOutputs(mixed.T.contiguous(), bare.T.contiguous(), outputs.T.contiguous(), other_keys)
 
     def restart(self) -> None:
         """Drop the states between layers, because lower layers have changed."""
-        for chunk in self.chunks:
-            chunk.entering = None
+        for part in self.passes:
+            part.entering = None
 
     @plain_torch()
     def outputs(self) -> torch.Tensor:
         """Outputs [h, u] at the site with the model as it is now, of bare prompts alone, fp64."""
         outputs = torch.empty(0)
         with evaluating(self.view):
-            for chunk in self.chunks:
-                if not chunk.bare:
+            for part in self.passes:
+                if not part.bare:
                     continue
+                is_column = part.columns >= 0
                 captured, _ = capture(
-                    self.view, chunk.batch, [self.site], chunk.positions, entering=self._entering(chunk)
+                    self.view,
+                    part.batch,
+                    [self.site],
+                    part.positions[is_column],
+                    rows=part.rows[is_column],
+                    entering=self._entering(part),
                 )
                 output = captured[self.site].double()
                 if not outputs.numel():
-                    outputs = output.new_empty(self.count // self.contexts, output.shape[1])
-                outputs[[i // self.contexts for i in chunk.indices]] = output
+                    outputs = output.new_empty(self.count, output.shape[1])
+                outputs[part.columns[is_column].to(output.device)] = output
         return outputs.T.contiguous()
 
     def report(self) -> str:
@@ -174,42 +242,48 @@ class KeyPass:
         mib = {place: f"{size / 2**20:.0f} MiB" for place, size in self.stored_bytes.items()}
         return f"{mib['device']} on the device, {mib['host']} on the host, {mib['recomputed']} not kept, computed again"
 
-    def _run(self, chunk: _Chunk, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Keys [R, d] of a chunk, and for bare prompts the outputs [R, h] of the site."""
+    def _run(self, part: _Pass, layer: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keys [n, d] of a pass, and for bare prompts the outputs [n, h] of the site."""
         key = Site(layer, "key")
-        sites = [key, self.site] if chunk.bare else [key]
+        sites = [key, self.site] if part.bare else [key]
         carried = layer if self.view.once(starts_midway) else 0
         captured, entering = capture(
-            self.view, chunk.batch, sites, chunk.positions, entering=self._entering(chunk), capture_entering=carried
+            self.view,
+            part.batch,
+            sites,
+            part.positions,
+            rows=part.rows,
+            entering=self._entering(part),
+            capture_entering=carried,
         )
-        self._store(chunk, entering)
-        return captured[key], captured[self.site] if chunk.bare else None
+        self._store(part, entering)
+        return captured[key], captured[self.site] if part.bare else None
 
-    def _entering(self, chunk: _Chunk) -> Entering | None:
-        """A chunk's states, on the device."""
-        entering = chunk.entering
+    def _entering(self, part: _Pass) -> Entering | None:
+        """A pass's states, on the device."""
+        entering = part.entering
         if entering is None or entering.states.device.type == self.view.device.type:
             return entering
         return replace(entering, states=entering.states.to(self.view.device, non_blocking=True))
 
-    def _store(self, chunk: _Chunk, entering: Entering | None) -> None:
-        """Store a chunk's new states where the old ones were, or where there is room."""
+    def _store(self, part: _Pass, entering: Entering | None) -> None:
+        """Store a pass's new states where the old ones were, or where there is room."""
         if entering is None:
             return
         size = entering.states.nbytes
-        if chunk.entering is not None:
-            place = "device" if chunk.entering.states.device.type == self.view.device.type else "host"
-        elif chunk.has_no_room:
+        if part.entering is not None:
+            place = "device" if part.entering.states.device.type == self.view.device.type else "host"
+        elif part.has_no_room:
             return
         else:
             place = next((name for name, free in self.free.items() if size <= free), "recomputed")
             self.stored_bytes[place] += size
-            chunk.has_no_room = place == "recomputed"
-            if chunk.has_no_room:
+            part.has_no_room = place == "recomputed"
+            if part.has_no_room:
                 return
             self.free[place] -= size
         states = entering.states if place == "device" else entering.states.cpu()
-        chunk.entering = replace(entering, states=states)
+        part.entering = replace(entering, states=states)
 
 
 def _half_bare(contexts: int) -> tuple[float, float]:

@@ -178,7 +178,7 @@ class Hparams:
         metadata=declare(
             POSITIVE,
             "temperature T of both distributions of the KL term, which is then multiplied by T^2; 1 as published",
-            read_by=_optimizing,
+            read_by=_guarding,
             identifies=("value",),
             off=1.0,
         ),
@@ -189,7 +189,7 @@ class Hparams:
             Range.choices(KlDirection),
             "whose distribution the KL term is averaged over: the edited model's, KL(p_delta, p_0), as published; or "
             "the original one's, KL(p_0, p_delta), as in distillation",
-            read_by=_optimizing,
+            read_by=_guarding,
             identifies=("value",),
             off="edited",
         ),

@@ -147,6 +147,7 @@ def capture(
     sites: Sequence[Site],
     positions: torch.Tensor | None = None,
     *,
+    rows: torch.Tensor | None = None,
     entering: Entering | None = None,
     capture_entering: int = 0,
 ) -> tuple[dict[Site, torch.Tensor], Entering | None]:
@@ -156,26 +157,28 @@ def capture(
         view: the model.
         batch: R rows of tokens.
         sites: where to read states.
-        positions: [R] one position per row, or None for all positions.
+        positions: [R] one position per row, or [n] positions in the rows that `rows` names; None for all positions.
+        rows: [n] int64, the row of each position; None for one per row.
         entering: states from an earlier pass over the same batch, to start from instead of the embeddings.
         capture_entering: a layer, not above the sites, whose entering states are returned as well; 0 for none.
 
     Returns:
-        per site [R, size] at the positions, or [R, T, size]; and the entering states of `capture_entering`.
+        per site [R, size] or [n, size] at the positions, or [R, T, size]; and the entering states of
+        `capture_entering`.
 
     Cost: the blocks from the first one needed to the last site; the head never runs.
     """
     _ = view.head  # checked before anything is put into the model
     captured: dict[Site, torch.Tensor] = {}
     entered: list[Entering] = []
-    rows = torch.arange(batch.input_ids.shape[0], device=batch.input_ids.device)
+    at = torch.arange(batch.input_ids.shape[0], device=batch.input_ids.device) if rows is None else rows
 
     def capture_states(module, args, output):
         entered.append(Entering(capture_entering, hidden_of(output), isinstance(output, tuple | list)))
 
     def capture_site(site: Site, states: torch.Tensor) -> None:
         if positions is not None:
-            states = states[rows.to(states.device), positions.to(states.device)]
+            states = states[at.to(states.device), positions.to(states.device)]
         captured[site] = states
 
     with contextlib.ExitStack() as stack:

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from kedit_fast.models import tail_attention
+from kedit_fast.models.fixed_deltas import FixedDeltas
 from kedit_fast.models.forward import Site, TokenBatch, evaluating, name_of, pad
 from kedit_fast.models.head import error_limit, refused_by_name, relative_error, sample_rows
 from kedit_fast.models.tail_runner import TailRunner, record_tails
@@ -45,6 +46,7 @@ def record_prompts(
     lookups: Sequence[int],
     sites: Sequence[Site],
     references: Sequence[int] = (),
+    fixed: FixedDeltas | None = None,
 ) -> RecordedPrompts:
     """Run R prompts once and record what deltas at their lookup tokens do not change, as far as `pass_kind` allows.
 
@@ -55,6 +57,7 @@ def record_prompts(
         sites: of one layer, where deltas will be added at the lookup token: the output of the block, or of its MLP,
             or of its attention and its MLP.
         references: rows whose last state at the lookup token is returned.
+        fixed: other deltas at the same sites, before the lookup tokens, that stay as they are in all passes.
 
     Raises:
         UnsupportedModelError: a site did not run.
@@ -62,7 +65,7 @@ def record_prompts(
     Cost: one forward pass, without the head; for the first call of a view with these sites, a few passes of a few
         tokens more.
     """
-    return _record(view, pad(rows, view.device), lookups, sites, references, pass_kind(view, tuple(sites)))
+    return _record(view, pad(rows, view.device), lookups, sites, references, pass_kind(view, tuple(sites)), fixed)
 
 
 def _record(
@@ -72,10 +75,11 @@ def _record(
     sites: Sequence[Site],
     references: Sequence[int],
     kind: PassKind,
+    fixed: FixedDeltas | None = None,
 ) -> RecordedPrompts:
     if kind == "whole prompts":
-        return RecordedPrompts(*record_whole(view, batch, lookups, sites, references))
-    return RecordedPrompts(*record_tails(view, batch, lookups, sites, references, kind == "packed tails"))
+        return RecordedPrompts(*record_whole(view, batch, lookups, sites, references, fixed))
+    return RecordedPrompts(*record_tails(view, batch, lookups, sites, references, kind == "packed tails", fixed))
 
 
 def pass_kind(view: ModelView, sites: tuple[Site, ...]) -> PassKind:

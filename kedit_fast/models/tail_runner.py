@@ -22,6 +22,7 @@ from torch.nn.functional import pad as pad_with_zeros
 from transformers import DynamicCache
 
 from kedit_fast.models import tail_attention
+from kedit_fast.models.fixed_deltas import FixedDeltas
 from kedit_fast.models.forward import (
     Entering,
     Site,
@@ -228,6 +229,7 @@ def record_tails(
     sites: Sequence[Site],
     references: Sequence[int],
     packs_rows: bool,
+    fixed: FixedDeltas | None = None,
 ) -> tuple[TailRunner, torch.Tensor, torch.Tensor]:
     """A runner of R prompts; the sites' outputs [R, sites, h] at their lookup tokens; last hidden states of references.
 
@@ -239,6 +241,8 @@ def record_tails(
             or of its attention and its MLP.
         references: rows whose last hidden state at the lookup token is returned.
         packs_rows: whether the tail tokens of all rows are to run as one row, under `tail_attention`.
+        fixed: other deltas at the same sites, at tokens before the lookup tokens. They are in the recorded states, so
+            that no pass over the tails adds them again.
 
     Raises:
         UnsupportedModelError: a site, or the block below the first live one, did not run.
@@ -256,7 +260,9 @@ def record_tails(
     places = positions.clamp(max=batch.input_ids.shape[1] - 1)
     slots = torch.arange(prefix, device=view.device) - (prefix - lookup)[:, None]  # [R, P] positions
     rows_of_references = torch.tensor(list(references), dtype=torch.int64, device=view.device)
-    full_pass = _full_pass(view, batch, sites, lookup, places, rows_of_references)
+    earlier = contextlib.nullcontext() if fixed is None else fixed.added(view, sites, batch.input_ids.shape)
+    with earlier:
+        full_pass = _full_pass(view, batch, sites, lookup, places, rows_of_references)
     caches = {}
     for layer in range(_first_live(sites), view.num_layers):
         keys, values = (at_slots(part, slots.clamp(min=0)) for part in keys_values(full_pass.cache, layer))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad as pad_with_zeros
 
+from kedit_fast.models.fixed_deltas import FixedDeltas
 from kedit_fast.models.forward import (
     Entering,
     Site,
@@ -55,6 +56,8 @@ class WholeRunner:
     """[R, S] int64, token ids of the tails."""
     entering: Entering | None
     """States [R, T, h] that enter the first block that a delta changes; None to run from the embeddings."""
+    fixed: FixedDeltas | None = None
+    """Other deltas at the same sites, which every pass adds, too."""
 
     @property
     def state_bytes(self) -> int:
@@ -72,7 +75,14 @@ class WholeRunner:
             states = entering.states[rows.to(entering.states.device), :length]
             entering = Entering(entering.layer, states, entering.as_tuple)
         return WholeRunner(
-            self.view, self.sites, lookup, self.rows[rows, :length], mask[:, :length], self.ids[rows, :tail], entering
+            self.view,
+            self.sites,
+            lookup,
+            self.rows[rows, :length],
+            mask[:, :length],
+            self.ids[rows, :tail],
+            entering,
+            None if self.fixed is None else self.fixed.select(rows),
         )
 
     def append(self, other: WholeRunner) -> WholeRunner:
@@ -97,6 +107,7 @@ class WholeRunner:
             joined("mask", length),
             joined("ids", tail),
             entering,
+            None if self.fixed is None or other.fixed is None else self.fixed.append(other.fixed),
         )
 
     @plain_torch()
@@ -123,10 +134,12 @@ class WholeRunner:
 
             return hook
 
-        start = contextlib.nullcontext()
+        start = earlier = contextlib.nullcontext()
         if self.entering is not None:
             start = replaced_forwards(stubs(self.view, self.entering))
-        with start, output_hooks([(module_at(self.view, site), add(i)) for i, site in enumerate(self.sites)]):
+        if self.fixed is not None:
+            earlier = self.fixed.added(self.view, self.sites, self.rows.shape)
+        with start, earlier, output_hooks([(module_at(self.view, site), add(i)) for i, site in enumerate(self.sites)]):
             states = last_states(self.view, batch)
         place = place + self.lookup.to(place.device)[row]
         return states[row.to(states.device), place.to(states.device)]
@@ -140,6 +153,7 @@ def record_whole(
     lookups: Sequence[int],
     sites: Sequence[Site],
     references: Sequence[int] = (),
+    fixed: FixedDeltas | None = None,
 ) -> tuple[WholeRunner, torch.Tensor, torch.Tensor]:
     """A runner of R prompts; the sites' outputs [R, sites, h] at the lookup tokens; last states of references there.
 
@@ -149,6 +163,7 @@ def record_whole(
         lookups: index of the lookup token in each.
         sites: of one layer, where deltas will be added.
         references: rows whose last states at the lookup token are returned.
+        fixed: other deltas at the same sites, which all passes add.
 
     Raises:
         UnsupportedModelError: a site did not run.
@@ -179,7 +194,8 @@ def record_whole(
             entered.append(Entering(first, hidden_of(output), isinstance(output, tuple | list)))
 
         hooks.append((view.block(first - 1), record_entering))
-    with output_hooks(hooks):
+    earlier = contextlib.nullcontext() if fixed is None else fixed.added(view, sites, batch.input_ids.shape)
+    with earlier, output_hooks(hooks):
         states = last_states(view, batch)
     if missing := [site for site in sites if site not in outputs]:
         raise did_not_run(view, missing[0])
@@ -192,6 +208,7 @@ def record_whole(
         batch.attention_mask,
         batch.input_ids.gather(1, places),
         entered[-1] if entered else None,
+        fixed,
     )
     at_sites = torch.stack([outputs[site].to(view.device) for site in sites], 1)
     return runner, at_sites, states[chosen, lookup.to(states.device)[chosen]]

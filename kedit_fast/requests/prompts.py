@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AnySet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kedit_fast.errors import RequestError
@@ -54,11 +54,26 @@ class PreparedRequest:
     separator: str
     """What was put between the bare prompt and the target."""
 
+    def chunk(self, begin: int, end: int) -> PreparedRequest:
+        """The target's tokens from `begin` up to `end`, to be written at the token before them in each context."""
+        rewriting = tuple(
+            Prompt((*prompt.ids, *self.target[:begin]), len(prompt.ids) + begin - 1) for prompt in self.rewriting
+        )
+        return replace(self, rewriting=rewriting, target=self.target[begin:end])
+
     @property
     def name(self) -> str:
         """How messages call the request."""
         request = self.request
         return f"request {request.id!r}" if request.id is not None else f"the request on {request.label!r}"
+
+
+def chunk_spans(tokens: int, chunk_tokens: int, overlap: int = 0) -> list[tuple[int, int]]:
+    """(begin, end) of the chunks of a target: one begins every `chunk_tokens - overlap` tokens; the last may be short.
+
+    Source: AnyEdit (arXiv 2502.05628), its released `compute_z.py`.
+    """
+    return [(begin, min(begin + chunk_tokens, tokens)) for begin in range(0, tokens, chunk_tokens - overlap)]
 
 
 def fill(

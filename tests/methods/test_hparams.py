@@ -204,7 +204,7 @@ def test_values_out_of_range_and_unknown_methods_are_named():
         make_hparams("memit", LLAMA3, {"clamp_norm_factor": 0})
     with pytest.raises(MethodError, match="edits one layer"):
         make_hparams("rome", LLAMA3, {"layers": (1, 2)})
-    with pytest.raises(MethodError, match="unknown method 'mend': choose from alphaedit, emmet"):
+    with pytest.raises(MethodError, match="unknown method 'mend': choose from alphaedit, anyedit"):
         find_recipe("mend")
     assert set(Hparams.__dataclass_fields__) >= {"v_lr", "kl_factor", "mom2_update_weight"}
 

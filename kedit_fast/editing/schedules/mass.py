@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from kedit_fast.editing.batch_run import BatchRun, request_weights
 from kedit_fast.editing.keys import KeyPass
+from kedit_fast.editing.values.chunks import Columns, spans_of
 from kedit_fast.methods.recipe import Spread
 from kedit_fast.models.forward import Site
 from kedit_fast.solver.least_squares import collisions
@@ -32,10 +33,22 @@ def write_mass(batch: BatchRun) -> None:
     prepared, values = batch.find_values(range(len(batch.prepared)), layers[-1])
     if not prepared:
         return
-    batch.record(values)
+    spans = spans_of(prepared, context.hparams)
+    columns = Columns.of(prepared, spans)
+    batch.record(values, columns)
     weights, groups = request_weights(prepared), batch.value_groups(prepared)
+    if weights is not None:
+        weights = weights[list(columns.owner)]
     with batch.timed("keys"):
-        passes = KeyPass(context.view, prepared, site, recipe.key_weights, context.state_budget)
+        passes = KeyPass(
+            context.view,
+            prepared,
+            site,
+            recipe.key_weights,
+            context.state_budget,
+            spans=spans,
+            other_tokens=context.hparams.keep_other_tokens,
+        )
     for i, layer in enumerate(layers):
         with batch.timed("keys"):
             measured = passes.at(layer)
@@ -46,10 +59,13 @@ def write_mass(batch: BatchRun) -> None:
             batch.residual_before = float(residual.square().sum())
         share = SPREADS[recipe.spread](len(layers) - i)
         with batch.timed("solve"):
-            update = context.solver_state.solve_batch(layer, measured.keys, residual * share, weights, groups)
+            update = context.solver_state.solve_batch(
+                layer, measured.keys, residual * share, weights, groups, measured.other_keys
+            )
         batch.write(context.view.module_name(layer), update)
         if layer == layers[-1]:
-            batch.collisions = collisions(measured.keys)
+            pairs = ((columns.owner[i], columns.owner[j]) for i, j in collisions(measured.keys))
+            batch.collisions = list(dict.fromkeys((i, j) for i, j in pairs if i != j))
             if batch.collisions and groups is None:
                 _log.warning(
                     "%d pairs of requests have nearly the same key, as requests on one subject have: each gets a mean "

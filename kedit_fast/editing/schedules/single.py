@@ -8,6 +8,7 @@ import torch
 
 from kedit_fast.editing.batch_run import BatchRun
 from kedit_fast.editing.keys import KeyPass, KeysAndOutputs
+from kedit_fast.editing.values.chunks import Columns
 from kedit_fast.methods.recipe import ValueKey
 from kedit_fast.models.forward import Site
 from kedit_fast.models.sharded import whole
@@ -61,7 +62,7 @@ def _write_one(batch: BatchRun, index: int) -> None:
         batch.skipped[index] = f"{prepared[0].name}: a bad pivot, cosine {pivot:.1e}"
         batch.residual_after += float(residual.square().sum())
         return
-    batch.record(values)
+    batch.record(values, Columns.of(prepared, None))
     written = batch.write(context.view.module_name(layer), update)
     # With one layer the output changes by Delta k_v, so no second pass is needed.
     undone = residual.to(written.left) - written.left @ (written.right.T @ key.to(written.right))

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from kedit_fast.editing.values.active_set import ActiveSet
 from kedit_fast.editing.values.batch_size import fitting_batch
 from kedit_fast.editing.values.cuda_graph import GraphedStep, graph_obstacle
-from kedit_fast.editing.values.objective import Drift, Objective, Terms
+from kedit_fast.editing.values.objective import Drift, EarlierChunks, Objective, Terms
 from kedit_fast.editing.values.order import by_length, in_groups
 from kedit_fast.editing.values.result import PROBLEMS, OnProblem, Values
 from kedit_fast.editing.values.stop_rules import MOST_PROBABLE, STOP_RULES, Stopping
@@ -72,6 +72,7 @@ def find_values(
     *,
     stop_rule: StopRule = "below_loss",
     groups: Sequence[Hashable] | None = None,
+    earlier: Sequence[EarlierChunks] | None = None,
     on_problem: OnProblem = "raise",
     most: int | None = None,
     progress: bool = False,
@@ -90,6 +91,8 @@ def find_values(
         stop_rule: the recipe's; see `STOP_RULES`. `hparams.most_probable_steps` adds a rule to any of them.
         groups: u names; requests with the same name share one delta. Its loss is the mean of their losses and its
             clamp is the first one's (MEMIT-Merge: requests on one subject). None: each request has its own delta.
+        earlier: of requests that are chunks of longer targets, the deltas of the chunks before them, as many of each;
+            they are added in every pass. None where there are none.
         on_problem: "raise" at the first request whose loss or gradient is not finite, or "keep" going with the others:
             such a request keeps the delta that it had before, and `Values.status` says what happened. A target that
             the model says already is never an error here; its status is PREDICTED.
@@ -138,6 +141,7 @@ def find_values(
             size=size,
             stopping=STOP_RULES[stop_rule],
             groups=groups,
+            earlier=earlier,
             on_problem=on_problem,
             finished=finished,
         )
@@ -167,11 +171,12 @@ class ValueOptimizer:
         size: int,
         stopping: Stopping,
         groups: Sequence[Hashable] | None = None,
+        earlier: Sequence[EarlierChunks] | None = None,
         on_problem: OnProblem = "raise",
         finished: Callable[[Sequence[int], Values], None] | None = None,
     ):
         self.view, self.prepared, self.sites, self.hparams = view, prepared, sites, hparams
-        self.on_problem, self.finished = on_problem, finished
+        self.on_problem, self.finished, self.earlier = on_problem, finished, earlier
         if hparams.clamp_norm_factor == AUTO:
             raise EditError(f'clamp_norm_factor is "{AUTO}": choose one with `choose_clamp`')
         self.clamp = float(hparams.clamp_norm_factor)
@@ -215,9 +220,9 @@ class ValueOptimizer:
                 admitted.append(self.queue.pop(0))
             requests = [i for group in admitted for i in group]
             leaders = [requests.index(group[0]) for group in admitted for _ in group] if self.has_groups else None
-            objective = Objective.build(
-                self.view, [self.prepared[i] for i in requests], self.sites, self.decay_power, self.drift
-            )
+            earlier = None if self.earlier is None else [self.earlier[i] for i in requests]
+            prepared = [self.prepared[i] for i in requests]
+            objective = Objective.build(self.view, prepared, self.sites, self.decay_power, self.drift, earlier)
             entering = ActiveSet.start(objective, requests, leaders, self.clamp, self.rate_scale)
             active = entering if active is None else active.append(entering)
             self.last_iterations.add(self.iteration + self.hparams.v_num_grad_steps)

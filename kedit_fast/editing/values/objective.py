@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
 
+from kedit_fast.models.fixed_deltas import FixedDeltas
 from kedit_fast.models.forward import Site
 from kedit_fast.models.head import Head
 from kedit_fast.models.prompt_runner import PromptRunner, record_prompts
@@ -85,6 +86,16 @@ class TargetTokens:
         )
 
 
+@dataclass(frozen=True)
+class EarlierChunks:
+    """The deltas of the m chunks of a request's target before the one whose value is looked for; they stay."""
+
+    distances: tuple[int, ...]
+    """[m] tokens from the lookup token of each of them to this chunk's."""
+    deltas: torch.Tensor
+    """[m, sites, h]."""
+
+
 @dataclass
 class Objective:
     """The prompts of u requests, ready to run their tails, and the loss over them."""
@@ -123,8 +134,12 @@ class Objective:
         sites: Sequence[Site],
         decay_power: int = 2,
         drift: Drift = PUBLISHED,
+        earlier: Sequence[EarlierChunks] | None = None,
     ) -> Objective:
-        """The objective of some requests, with deltas at `sites`; runs the full pass over their prompts."""
+        """The objective of some requests, with deltas at `sites`; runs the full pass over their prompts.
+
+        `earlier` has the deltas of earlier chunks of each request, the same number of all; None without any.
+        """
         rows: list[tuple[int, ...]] = []
         lookups: list[int] = []
         owner: list[int] = []
@@ -144,7 +159,8 @@ class Objective:
             rows.append(request.kl.cut().ids)
             lookups.append(request.kl.lookup)
             owner.append(i)
-        recorded = record_prompts(view, rows, lookups, sites, kl_rows)
+        fixed = None if earlier is None else _fixed(earlier, owner, lookups, set(kl_rows))
+        recorded = record_prompts(view, rows, lookups, sites, kl_rows, fixed)
         device = view.head.device
 
         def column(values: Sequence[float]) -> torch.Tensor:
@@ -220,6 +236,21 @@ class Objective:
             all_top1 = add_by_owner_(none[0], targets.request, wrong) == 0
             prefixed_top1 = add_by_owner_(none[1], targets.request, wrong * (1 - targets.is_bare).to(wrong)) == 0
         return Terms(nll.float(), kl.float(), decay, all_top1, prefixed_top1)
+
+
+def _fixed(
+    earlier: Sequence[EarlierChunks], owner: Sequence[int], lookups: Sequence[int], kl_rows: Set[int]
+) -> FixedDeltas:
+    """The deltas of earlier chunks in each row; zeros in the rows of "{subject} is a", which hold no target."""
+    scored = [row not in kl_rows for row in range(len(owner))]
+    positions = [
+        [lookup - distance if has else 0 for distance in earlier[i].distances]
+        for i, lookup, has in zip(owner, lookups, scored, strict=True)
+    ]
+    deltas = torch.stack([one.deltas for one in earlier])  # [u, m, sites, h]
+    of_rows = deltas[torch.tensor(list(owner), device=deltas.device)]
+    of_rows = of_rows * torch.tensor(scored, device=deltas.device)[:, None, None, None]
+    return FixedDeltas(torch.tensor(positions, device=deltas.device), of_rows)
 
 
 def _new_numbers(chosen: torch.Tensor, count: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from kedit_fast.editing.values.loop import SITES, find_values
+from kedit_fast.editing.values.objective import EarlierChunks
 from kedit_fast.editing.values.order import by_length, in_groups
 from kedit_fast.editing.values.protocol import ValueRun, ValueStore
 from kedit_fast.editing.values.result import Values
@@ -36,6 +37,7 @@ def find_shared_values(
     *,
     stop_rule: StopRule = "below_loss",
     groups: Sequence[Hashable] | None = None,
+    earlier: Sequence[EarlierChunks] | None = None,
     store: ValueStore | None = None,
     most: int | None = None,
     progress: bool = False,
@@ -52,7 +54,7 @@ def find_shared_values(
     Args:
         tokenizer: the model's; it is part of what identifies a stored value.
         store: where values are looked up and written; None for no store.
-        view, prepared, layer, site_kind, hparams, stop_rule, groups, most, progress: as in `find_values`.
+        view, prepared, layer, site_kind, hparams, stop_rule, groups, earlier, most, progress: as in `find_values`.
 
     Raises:
         EditError: the store refuses, the processes have different requests or models, or one of them failed.
@@ -84,6 +86,7 @@ def find_shared_values(
             hparams,
             stop_rule=stop_rule,
             groups=None if groups is None or all(is_alone) else [groups[i] for i in indices],
+            earlier=None if earlier is None else [earlier[i] for i in indices],
             on_problem="keep",
             most=most,
             finished=finished,
