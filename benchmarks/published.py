@@ -273,9 +273,9 @@ def serial_chunks(
                     limit = hparams.clamp_norm_factor * state.norm()
                     if delta.norm() > limit:
                         delta.mul_(limit / delta.norm())
-        found = [delta.detach() for delta in deltas]
-        targets = [state.double() + delta.double() for state, delta in zip(initial, found, strict=True)]
-        done.append((begin, Value(targets, found, history[-1], steps, history)))
+        last = [delta.detach() for delta in deltas]
+        targets = [state.double() + delta.double() for state, delta in zip(initial, last, strict=True)]
+        done.append((begin, Value(targets, last, history[-1], steps, history)))
         begin += hparams.chunk_tokens - hparams.chunk_overlap
     return [value for _, value in done]
 

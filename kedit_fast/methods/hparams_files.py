@@ -50,8 +50,8 @@ _CHOSEN_ELSEWHERE = {
     "half": ((False, None), "a model's dtype is chosen where it is loaded (--dtype)"),
     "batch_size": ((1, None), "the edits of a batch are chosen where they are made (--batch-size)"),
 }
-# Names of EasyEdit's files of SPHERE, one of which has a space, and of AnyEdit's; with ours. AnyEdit's files also name a
-# `fact_token`, which its code does not read.
+# Names of EasyEdit's files of SPHERE, one of which has a space, and of AnyEdit's files; with ours. AnyEdit's also name
+# a `fact_token`, which its code does not read.
 _RENAMED = {
     "cumulative_ratio": "sphere_energy", "suppression_strength": "sphere_strength",
     "suppression strength": "sphere_strength", "window_size": "chunk_tokens", "overlap": "chunk_overlap",

@@ -81,7 +81,14 @@ def test_capabilities():
     assert set(RECIPES) - methods("is_batched") == methods("edits_one_layer") == {"rome", "r-rome"}
     assert set(RECIPES) - methods("optimizes_values") == set(RECIPES) - methods("uses_statistics") == {"ultraedit"}
     assert set(RECIPES) - methods("weighs_requests") == {"rome", "r-rome", "ultraedit"}
-    assert methods("softens_equality") == {"emmet"} and methods("uses_null_space") == {"alphaedit", "sphere"}
+    assert methods("softens_equality") == {"emmet"} and methods("uses_null_space") == {
+        "alphaedit",
+        "sphere",
+        "anyedit-alphaedit",
+    }
+    assert methods("needs_chunks") == {"anyedit", "anyedit-alphaedit"}
+    assert methods("optimizes_values") - methods("needs_subject") == methods("needs_chunks")
+    assert methods("chunk_obstacle") == {"rome", "r-rome", "memit-merge", "ultraedit"}
     assert {name for name, recipe in RECIPES.items() if recipe.stop_rule == "pmet"} == {"pmet"}
 
 
