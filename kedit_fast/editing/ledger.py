@@ -4,6 +4,10 @@ M_0 = fp32(W_0); M_t = M_{t-1} + fp32(L_t R_t^T) in batch order; W = round_neare
 own master. Undoing batches replays the others from M_0 with the same op and the same backends, which gives the same
 bits as if they had never been applied. A batch is all or nothing: `transaction()` restores every matrix on any failure.
 
+With a window, batches that can no longer be undone are folded: of all of them together one matrix is left, the master
+after the last of them, from which rollback replays the others. The factors of at most a quarter more batches than the
+window are held, and W_0, for `restore`, `original` and `total`.
+
 Of a matrix that is split over processes (`models.sharded`), each process writes its own columns, by the same updates.
 """
 
@@ -18,7 +22,7 @@ import torch
 
 from kedit_fast.backends import requested, select
 from kedit_fast.errors import EditError, InvalidArgumentError
-from kedit_fast.models.sharded import columns, like, local
+from kedit_fast.models.sharded import columns, like, local, whole
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.matrix_bits import quick_sum
@@ -58,6 +62,11 @@ class _Matrix:
     bits: int = 0
     """Sum of the weight's bits after the last write."""
 
+    @property
+    def summed(self) -> torch.Tensor:
+        """What writes are added to: the master, or the weight itself."""
+        return self.weight if self.master is None else self.master
+
     def mark(self) -> None:
         self.bits = quick_sum(self.weight)
 
@@ -79,16 +88,29 @@ class _Matrix:
             )
 
     def write(self, entry: Entry) -> None:
-        update = entry.update if self.held is None else entry.update.columns(self.held)
-        if self.master is None:
-            update.apply_(self.weight, backend=entry.backend)
-        else:
-            update.apply_(self.master, copy=self.weight, backend=entry.backend)
+        self._apply(entry, self.summed, None if self.master is None else self.weight)
 
-    def reset(self) -> None:
-        self.weight.copy_(self.original)
+    def _apply(self, entry: Entry, summed: torch.Tensor, rounded: torch.Tensor | None) -> None:
+        update = entry.update if self.held is None else entry.update.columns(self.held)
+        update.apply_(summed, copy=rounded, backend=entry.backend)
+
+    def after(self, entries: list[Entry], base: torch.Tensor | None) -> torch.Tensor:
+        """[out, c] `summed` as it was after some writes, from what it was before them; None for the first write."""
+        summed = self.summed.clone()  # in its layout
+        summed.copy_(self.original if base is None else base)
+        rounded = None if self.master is None else torch.empty_like(self.weight)
+        for entry in entries:
+            self._apply(entry, summed, rounded)
+        return summed
+
+    def reset(self, base: torch.Tensor | None = None) -> None:
+        """Give the matrix the value it had before the first write, or that of an earlier `summed`."""
+        if base is None:
+            self.weight.copy_(self.original)
         if self.master is not None:
-            self.master.copy_(self.original)
+            self.master.copy_(self.original if base is None else base)
+        if base is not None:
+            self.weight.copy_(base)
 
 
 def _contiguous(update: Update) -> Update:
@@ -99,30 +121,92 @@ def _contiguous(update: Update) -> Update:
     return LowRankUpdate(left, right)
 
 
-@dataclass
-class Ledger:
-    """Writes to named matrices [out, in], in order, with rollback."""
+@dataclass(frozen=True)
+class _Past:
+    """All that was written and not undone. It is replaced at once, so that an interrupt leaves no half of it."""
 
+    count: int = 0
+    """Number of batches that are folded."""
+    masters: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Name of a matrix that these have written -> [out, c] its master, or itself, after them."""
     batches: list[tuple[Entry, ...]] = field(default_factory=list)
-    _matrices: dict[str, _Matrix] = field(default_factory=dict)
-    _open: list[Entry] | None = None
+    """The batches after these."""
+    permanent: int = 0
+    """Number of batches that cannot be undone one by one."""
+
+    def first(self, count: int) -> _Past:
+        """The same after the first `count` batches."""
+        return _Past(self.count, self.masters, self.batches[: count - self.count], self.permanent)
+
+
+class Ledger:
+    """Writes to named matrices [out, in], in order, with rollback.
+
+    Args:
+        window: how many batches can be undone; 0 for all.
+    """
+
+    def __init__(self, window: int = 0) -> None:
+        self.window = window
+        self._past = _Past()
+        self._matrices: dict[str, _Matrix] = {}
+        self._open: list[Entry] | None = None
+
+    @property
+    def batches(self) -> list[tuple[Entry, ...]]:
+        """The batches whose updates are there one by one; without a window, all."""
+        return self._past.batches
+
+    @property
+    def count(self) -> int:
+        """Number of batches that were written and not undone."""
+        return self._past.count + len(self._past.batches)
+
+    @property
+    def reach(self) -> int:
+        """How many batches can be undone by `rollback`."""
+        return self.count - self._past.permanent
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of originals, masters and factors."""
+        held = [t for m in self._matrices.values() for t in (m.original, m.master) if t is not None]
+        factors = [t for batch in self.batches for entry in batch for t in vars(entry.update).values()]
+        return sum(t.nbytes for t in (*held, *factors, *self._past.masters.values()))
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Writes inside the block become one batch when it ends, and are all undone when it raises."""
         if self._open is not None:
             raise EditError("a batch is already open")
+        self._fold()
         self._open = []
         try:
             yield
         except BaseException:
             entries, self._open = self._open, None
-            self._replay({entry.name for entry in entries}, self.batches)
+            self._replay({entry.name for entry in entries}, self._past)
             self._forget()
             raise
         entries, self._open = self._open, None
         if entries:  # a block without writes adds no batch
-            self.batches.append(tuple(entries))
+            past = self._past
+            permanent = max(past.permanent, self.count + 1 - self.window) if self.window else 0
+            self._past = replace(past, batches=[*past.batches, tuple(entries)], permanent=permanent)
+
+    def _fold(self) -> None:
+        """Fold the batches that cannot be undone, once they are a quarter of the window."""
+        past = self._past
+        folding = past.permanent - past.count
+        if folding < max(1, self.window // 4):
+            return
+        entries = [entry for batch in past.batches[:folding] for entry in batch]
+        masters = dict(past.masters)
+        with torch.no_grad():
+            for name in {entry.name for entry in entries}:
+                of_name = [entry for entry in entries if entry.name == name]
+                masters[name] = self._matrices[name].after(of_name, past.masters.get(name))
+        self._past = _Past(past.permanent, masters, past.batches[folding:], past.permanent)
 
     @plain_torch(leave_inference_mode=False)
     def write(self, name: str, weight: torch.Tensor, update: Update) -> None:
@@ -144,9 +228,8 @@ class Ledger:
         factors = _contiguous(update.compacted().to(accumulation_dtype(weight)))
         if not factors.is_finite():
             raise EditError(f"the update of {name} overflows float32")
-        target = matrix.weight if matrix.master is None else matrix.master
         copy = None if matrix.master is None else matrix.weight
-        args = (target, factors.left, factors.right, copy)
+        args = (matrix.summed, factors.left, factors.right, copy)
         runs = select("rank_k_update_", requested(None), *args).backend
         self._add(matrix, Entry(name, factors, runs))
 
@@ -196,7 +279,7 @@ class Ledger:
         if self._open is None:
             raise EditError("withdraw() belongs inside transaction()")
         entries, self._open = self._open, []
-        self._replay({entry.name for entry in entries}, self.batches)
+        self._replay({entry.name for entry in entries}, self._past)
 
     @plain_torch(leave_inference_mode=False)
     def rollback(self, count: int = 1, restored: bool = False) -> None:
@@ -207,38 +290,52 @@ class Ledger:
             restored: the caller has already restored the matrices: they are only compared.
 
         Raises:
-            InvalidArgumentError: there are fewer batches.
+            InvalidArgumentError: there are fewer batches, or they are older than the window.
             EditError: the matrices are not what this ledger wrote; with `restored`, not what they were before those
                 batches. Nothing is written.
         """
-        if not 0 <= count <= len(self.batches):
-            raise InvalidArgumentError(f"cannot undo {count} batches of {len(self.batches)}")
+        if not 0 <= count <= self.reach:
+            raise InvalidArgumentError(f"cannot undo {count} batches of {self.reach}{self._why_not_more()}")
+        remaining = self.count - count
+        names = {entry.name for batch in self.batches[remaining - self._past.count :] for entry in batch}
+        self._undo(names, self._past.first(remaining), restored)
+
+    @plain_torch(leave_inference_mode=False)
+    def restore(self, restored: bool = False) -> None:
+        """Undo everything: every matrix is what it was before the first write, bit for bit.
+
+        Also what is older than the window. `restored` and errors are those of `rollback`.
+        """
+        self._undo(set(self._matrices), _Past(), restored)
+
+    def _why_not_more(self) -> str:
+        if not self._past.permanent:
+            return ""
+        return (
+            f": memory_window = {self.window}, and the {self._past.permanent} batches before are no longer there one by "
+            "one; restore() undoes all"
+        )
+
+    def _undo(self, names: set[str], remaining: _Past, restored: bool) -> None:
+        """Make the past what it was earlier; `names` of the matrices that have changed since then."""
         if self._open is not None:
             raise EditError("a batch is open")
-        if count == 0:
-            return
-        remaining = len(self.batches) - count
-        names = {entry.name for batch in self.batches[remaining:] for entry in batch}
         before = {name: self._matrices[name].weight.clone() for name in sorted(names)} if restored else {}
         for name in sorted(names - before.keys()):
             self._matrices[name].require_untouched(name)
         try:
-            self._replay(names, self.batches[:remaining])
+            self._replay(names, remaining)
             for name, weight in before.items():
                 matrix = self._matrices[name]
                 if matrix.in_any(not torch.equal(weight, matrix.weight)):
                     raise EditError(f"{name} is not what it was before the batches to be undone")
         except BaseException:
-            self._replay(names, self.batches)  # also after an interrupt in the middle: nothing is undone
+            self._replay(names, self._past)  # also after an interrupt in the middle: nothing is undone
             for name, weight in before.items():
                 self._matrices[name].weight.copy_(weight)
             raise
-        self.batches = self.batches[:remaining]
+        self._past = remaining
         self._forget()
-
-    def restore(self) -> None:
-        """Undo everything: every matrix is what it was before the first write, bit for bit."""
-        self.rollback(len(self.batches))
 
     def require_untouched(self, name: str) -> None:
         """Raise EditError when something else has changed a matrix since its last write."""
@@ -255,7 +352,19 @@ class Ledger:
 
     @plain_torch(leave_inference_mode=False)
     def total(self, name: str, *, only: Container[int] | None = None, without: Container[int] = ()) -> Update:
-        """The sum of what was added to a matrix, `only` by some batches (numbers from 1) or `without` some."""
+        """The sum of what was added to a matrix, `only` by some batches (numbers from 1) or `without` some.
+
+        Where batches are folded it is a matrix, and those of some batches are not to be told apart.
+
+        Raises:
+            InvalidArgumentError: `only` or `without`, of a matrix that folded batches have written.
+        """
+        if name in self._past.masters:
+            if only is not None or without != ():
+                raise InvalidArgumentError(f"the sum of some batches is not known{self._why_not_more()}")
+            matrix = self._matrices[name]
+            change = (matrix.summed.double() - matrix.original.double()).to(matrix.summed.dtype)
+            return LowRankUpdate.of_matrix(whole(like(matrix.of_model, change)))
         updates = [
             entry.update for number, batch in enumerate(self.batches, 1) for entry in batch
             if entry.name == name and number not in without and (only is None or number in only)
@@ -268,21 +377,21 @@ class Ledger:
             return updates[0]
         if any(isinstance(update, MaskedUpdate) for update in updates):
             dense = functools.reduce(torch.add, (update.dense() for update in updates))
-            return LowRankUpdate(dense, torch.eye(dense.shape[1], dtype=dense.dtype, device=dense.device))
+            return LowRankUpdate.of_matrix(dense)
         return LowRankUpdate(torch.cat([u.left for u in updates], 1), torch.cat([u.right for u in updates], 1))
 
     def _forget(self) -> None:
         """Drop matrices that no batch has written. They are unchanged, and others may change them."""
-        written = {entry.name for batch in self.batches for entry in batch}
+        written = {entry.name for batch in self.batches for entry in batch} | self._past.masters.keys()
         for name in set(self._matrices) - written:
             del self._matrices[name]
 
-    def _replay(self, names: set[str], batches: list[tuple[Entry, ...]]) -> None:
+    def _replay(self, names: set[str], past: _Past) -> None:
         with torch.no_grad():
             for name in names:
                 matrix = self._matrices[name]
-                matrix.reset()
-                for batch in batches:
+                matrix.reset(past.masters.get(name))
+                for batch in past.batches:
                     for entry in batch:
                         if entry.name == name:
                             matrix.write(entry)

@@ -51,6 +51,14 @@ class LowRankUpdate(_Factors):
                 [-6.,  0., -8.]])
     """
 
+    @classmethod
+    @plain_torch()
+    def of_matrix(cls, delta: torch.Tensor) -> LowRankUpdate:
+        """Delta [out, in] as the smaller one of the pairs Delta I and I Delta."""
+        out, inner = delta.shape
+        eye = torch.eye(min(out, inner), dtype=delta.dtype, device=delta.device)
+        return cls(delta, eye) if inner <= out else cls(eye, delta.T.contiguous())
+
     @plain_torch()
     def dense(self) -> torch.Tensor:
         """Delta as a matrix [out, in]."""
@@ -79,11 +87,7 @@ class LowRankUpdate(_Factors):
         out, inner = self.left.shape[0], self.right.shape[0]
         if self.rank * (out + inner) <= out * inner:
             return self
-        if inner <= out:
-            return LowRankUpdate(self.dense(), torch.eye(inner, dtype=self.left.dtype, device=self.left.device))
-        return LowRankUpdate(
-            torch.eye(out, dtype=self.left.dtype, device=self.left.device), self.dense().T.contiguous()
-        )
+        return LowRankUpdate.of_matrix(self.dense())
 
     def apply_(
         self,
