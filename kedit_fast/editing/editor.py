@@ -155,7 +155,7 @@ class Editor:
             )
         self._clamp: float | None = None  # chosen at the first batch, where clamp_norm_factor is "auto"
         self._continues = False  # whether a state was loaded, whose first batch has decided what is "auto"
-        self.ledger = Ledger()
+        self.ledger = Ledger(self.hparams.undo_window)
         self._final_steps: set[int] = set()  # numbers of the batches that `finish` has written
         self._written: dict[int, tuple[EditRequest, ...]] = {}  # number of a batch -> its requests
         self._notes = Notes()  # names each field of the records once
@@ -273,6 +273,7 @@ class Editor:
             raise EditError("values need gradients: call edit() outside torch.inference_mode()")
         if not self.in_place():
             raise EditError("the model was moved or cast since this Editor was made: make a new one")
+        self.solver_state.require_state()
         require_editable(self.view, self.modules)  # the model may have been compiled or got an adapter in between
         prepared, problems = self.check(requests, on_error)
         places = [i for i in range(len(prepared) + len(problems)) if i not in problems]  # in the call
@@ -294,7 +295,7 @@ class Editor:
             flush_store(self.values)
             problems |= {places[i]: reason for i, reason in batch.skipped.items()}
             written = [p for i, p in enumerate(prepared) if i not in batch.skipped]
-            number = len(self.ledger.batches) + 1 if written else 0
+            number = self.ledger.count + 1 if written else 0
             result = batch.result(number, written, dict(sorted(problems.items())), self.prefixes)
             if written and not self.recipe.runs_model_after_write:  # a hook may still undo the last write
                 require_passes(self.view, self._sites())
@@ -347,8 +348,8 @@ class Editor:
 
     def _settle(self) -> None:
         """Give the solver state as many batches as the ledger has; without any, nothing stays decided."""
-        self.solver_state.settle(len(self.ledger.batches))
-        if not self.ledger.batches and not self._continues:
+        self.solver_state.settle(self.ledger.count)
+        if not self.ledger.count and not self._continues:
             self._clamp = None
 
     @plain_torch()
@@ -363,7 +364,7 @@ class Editor:
             this step.
         """
         restrain, earlier_steps = SHAPINGS[self.recipe.shaping].of_total, self._final_steps
-        if restrain is None or not self.ledger.batches or len(self.ledger.batches) in earlier_steps:
+        if restrain is None or not self.ledger.count or self.ledger.count in earlier_steps:
             return {}
         restrained: dict[str, int] = {}
         wrote = False
@@ -381,8 +382,8 @@ class Editor:
                     self.ledger.write(name, weight, LowRankUpdate(left, right))
             if wrote:
                 self.solver_state.commit()  # an empty batch: the ledger and the solver state count the same batches
-                self._final_steps = {*earlier_steps, len(self.ledger.batches) + 1}
-                self._written[len(self.ledger.batches) + 1] = ()
+                self._final_steps = {*earlier_steps, self.ledger.count + 1}
+                self._written[self.ledger.count + 1] = ()
         return restrained
 
     @plain_torch()
@@ -420,7 +421,7 @@ class Editor:
 
     @plain_torch()
     def rollback(self, batches: int = 1, restored: bool = False) -> None:
-        """Undo the last `batches` calls of `edit`, bit for bit.
+        """Undo the last `batches` calls of `edit`, bit for bit; with `memory_window` = m, at most m.
 
         Args:
             batches: how many.
@@ -428,6 +429,7 @@ class Editor:
                 and the editor forgets the batches.
 
         Raises:
+            InvalidArgumentError: there are fewer batches, or they are older than the window; nothing is undone.
             EditError: something else has changed a matrix since the last write; nothing is undone.
         """
         try:
@@ -435,11 +437,11 @@ class Editor:
                 self.ledger.rollback(batches, restored)
         finally:
             self._settle()
-            self._final_steps = {number for number in self._final_steps if number <= len(self.ledger.batches)}
+            self._final_steps = {number for number in self._final_steps if number <= self.ledger.count}
 
     def restore(self) -> None:
-        """Undo everything this editor wrote: the original weights, bit for bit."""
-        self.rollback(len(self.ledger.batches))
+        """Undo everything this editor wrote, also what is older than the window: the original weights, bit for bit."""
+        self._restore()
 
     def overwrite(self) -> None:
         """`restore` where something else has changed the edited matrices: the originals are copied over them."""
@@ -447,18 +449,28 @@ class Editor:
             for name in self.ledger.names():
                 original, weight = self.ledger.original(name)
                 local(weight).copy_(local(original))
-        self.rollback(len(self.ledger.batches), restored=True)
+        self._restore(restored=True)
+
+    def _restore(self, restored: bool = False) -> None:
+        try:
+            with torch.no_grad():
+                self.ledger.restore(restored)
+        finally:
+            self._settle()
+            if not self.ledger.count:
+                self._final_steps = set()
 
     @plain_torch()
     def patch(self) -> Patch:
         """Everything that this editor has written and not undone, as a patch for other copies of the model.
 
-        The factors of all batches stand side by side; `Patch.compacted` reduces their number.
+        The factors of all batches stand side by side; `Patch.compacted` reduces their number. Once batches are older
+        than the window (`memory_window`), the sum of all is a matrix as large as the weight.
 
         Raises:
             EditError: nothing was written, or something else has changed a matrix since.
         """
-        if not self.ledger.batches:
+        if not self.ledger.count:
             raise EditError("there is nothing to make a patch of: no batch was written")
         updates, targets = {}, {}
         for name in self.ledger.names():
@@ -470,7 +482,7 @@ class Editor:
             dtype = dtype_name(weight.dtype)
             updates[module] = self.ledger.total(name).compacted().cpu()
             targets[module] = Target(sha256(original), sha256(weight), dtype, transposed)
-        requests = [r for number in range(1, len(self.ledger.batches) + 1) for r in self._written[number]]
+        requests = [r for number in range(1, self.ledger.count + 1) for r in self._written[number]]
         records = tuple({"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in requests)
         return Patch(updates, targets, self.recipe.name, {**asdict(self.hparams), **self.resolved}, records)
 
@@ -493,8 +505,8 @@ class Editor:
 
     def recorded(self, result: EditResult) -> BatchRecord:
         """What the last call of `edit`, which returned `result`, has added to this editor, for `repeat`."""
-        if not result.batch or result.batch != len(self.ledger.batches):
-            raise EditError(f"batch {result.batch} is not the last of {len(self.ledger.batches)} batches")
+        if not result.batch or result.batch != self.ledger.count:
+            raise EditError(f"batch {result.batch} is not the last of {self.ledger.count} batches")
         bits = {} if self.view.is_sharded else {name: self.ledger.bits(name) for name in result.updates}
         return BatchRecord(self.ledger.batches[-1], self.solver_state.committed, bits, self._clamp)
 
@@ -510,7 +522,7 @@ class Editor:
             EditError: the matrices get other bits: another model, or a machine that computes differently. Nothing is
                 written.
         """
-        number = len(self.ledger.batches) + 1
+        number = self.ledger.count + 1
         with self._together(), torch.no_grad():
             weights = {f"{path}.weight": weight for path, weight in self.modules.items()}
             entries = [entry.on(weights[entry.name].device) for entry in record.entries]

@@ -312,8 +312,8 @@ class Ledger:
         if not self._past.permanent:
             return ""
         return (
-            f": memory_window = {self.window}, and the {self._past.permanent} batches before are no longer there one by "
-            "one; restore() undoes all"
+            f": with memory_window = {self.window} the {self._past.permanent} batches before those are no longer there "
+            "one by one; restore() undoes all"
         )
 
     def _undo(self, names: set[str], remaining: _Past, restored: bool) -> None:

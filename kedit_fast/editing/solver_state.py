@@ -1,7 +1,8 @@
 """The linear systems of one editor: a preconditioner per layer, and what a method keeps between batches.
 
 A batch is solved layer after layer. `commit` adds what the batch has appended once everything is written. `settle`
-drops the open batch and returns to an earlier number of batches, bit for bit. The state can be saved.
+drops the open batch and returns to an earlier number of batches, bit for bit: with `memory_window` = m to one of the
+last m. The state can be saved.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.files import read_file, write_file
 
 _log = logging.getLogger("kedit_fast")
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+READABLE = ("1", "2")
 NORM_SHARE = 0.1
 """update_norm_lambda = "auto": lambda_n as a share of lambda times the geometric mean of C's eigenvalues."""
 
@@ -60,6 +62,21 @@ class Committed:
     """Shape of module, as "64x32" -> the normalizer with the batch's rows in it."""
     scales: dict[int, float] = field(default_factory=dict)
     """Layer -> scale of S that the batch's keys have decided."""
+
+
+@dataclass(frozen=True)
+class _History:
+    """The committed batches. It is replaced at once, so that an interrupt leaves no half of it."""
+
+    forgotten: int = 0
+    """Number of batches that cannot be undone one by one."""
+    snapshots: tuple[_Snapshot, ...] = ()
+    """What the state was before each batch after these."""
+
+    @property
+    def batches(self) -> int:
+        """Number of committed batches."""
+        return self.forgotten + len(self.snapshots)
 
 
 @dataclass(frozen=True)
@@ -98,7 +115,10 @@ class SolverState:
         self.scales: dict[int, float] = {}
         """Layer -> lambda or L2, where the hyper-parameter is "auto"; decided by the keys of the first batch."""
         self._preconditioners: dict[int, Preconditioner] = {}
-        self._history: list[_Snapshot] = []  # one per committed batch
+        self._history = _History()
+        self._marks: dict[int, object] = {}  # of the memories before the last commit, until it is settled
+        self._continues = False  # whether there were keys of earlier edits before the first batch
+        self._lost = False  # whether these are gone, since all batches were undone after the window had passed them
         self._pending = _PendingState()
         self.committed = Committed()
         """What the last batch has added."""
@@ -217,7 +237,7 @@ class SolverState:
     def _memory(self, layer: int) -> KeyMemory:
         """The keys of earlier batches of a layer."""
         if layer not in self.memories:
-            self.memories[layer] = KeyMemory(self.preconditioner(layer), self.hparams.memory_form)
+            self.memories[layer] = KeyMemory(self.preconditioner(layer), self.hparams.memory_form, self.window)
         return self.memories[layer]
 
     def solve_rank_one(
@@ -276,9 +296,22 @@ class SolverState:
         return update
 
     @property
+    def window(self) -> int:
+        """How many batches can be undone; 0 for all."""
+        return self.hparams.undo_window
+
+    @property
     def batches(self) -> int:
         """Number of batches that were committed and not undone."""
-        return len(self._history)
+        return self._history.batches
+
+    def require_state(self) -> None:
+        """Raise EditError when the state that was loaded before the first edit is gone."""
+        if self._lost:
+            raise EditError(
+                f"all edits were undone, and with memory_window = {self.window} the keys of the edits before them (of "
+                "a file or another program) can no longer be told from theirs: load them again, or make a new Editor"
+            )
 
     def set_key_memories(self, memories: Mapping[int, KeyMemory]) -> None:
         """Replace the keys of earlier batches, by layer, with those of edits made outside this editor.
@@ -292,12 +325,15 @@ class SolverState:
                 "give the number that they were made with"
             )
         self.memories = dict(memories)
+        self._continues, self._lost = self._continues or bool(memories), False
 
     def commit(self) -> None:
         """Add the open batch to the state. Its updates must be written by now."""
         pending, self._pending = self._pending, _PendingState()
-        counts = {layer: len(memory.sizes) for layer, memory in self.memories.items()}
-        self._history.append(_Snapshot(counts, self.normalizers, self.scales))
+        counts = {layer: memory.batches for layer, memory in self.memories.items()}
+        self._marks = {layer: memory.mark() for layer, memory in self.memories.items()}
+        snapshot = _Snapshot(counts, self.normalizers, self.scales)
+        self._history = replace(self._history, snapshots=(*self._history.snapshots, snapshot))
         for layer, appended in pending.appended.items():
             self.memories[layer].commit(appended)
         self.normalizers = {**self.normalizers, **pending.normalizers}
@@ -315,24 +351,41 @@ class SolverState:
     def settle(self, batches: int) -> None:
         """Drop the open batch, and undo what was committed beyond `batches`, also where a commit was interrupted."""
         self._pending = _PendingState()
-        if batches >= len(self._history):
+        history = self._history
+        if batches >= history.batches:
+            self._marks = {}  # they hold what a fold has replaced
+            excess = len(history.snapshots) - self.window
+            if self.window and excess > 0:
+                self._history = _History(history.forgotten + excess, history.snapshots[excess:])
             self._drop_unscaled()
             return
-        snapshot = self._history[batches]
+        remaining = history.snapshots[: max(0, batches - history.forgotten)]
         try:
-            self._restore(snapshot)
+            self._return_to(batches)
         except BaseException:
             # KeyboardInterrupt during the restore: finish the restore, then re-raise, so that the state is never half
             # undone.
-            self._restore(snapshot)
+            self._return_to(batches)
             raise
         finally:
-            del self._history[batches:]
+            self._history = _History(min(batches, history.forgotten), remaining)
+            self._marks = {}
 
-    def _restore(self, snapshot: _Snapshot) -> None:
+    def _return_to(self, batches: int) -> None:
+        """Make the state what it was after so many batches: one of the history, or none at all."""
+        history = self._history
+        if batches < history.forgotten:
+            assert batches == 0  # the ledger refuses the others
+            self.memories, self.normalizers, self.scales = {}, {}, {}
+            self._lost = self._continues
+            return
+        snapshot = history.snapshots[batches - history.forgotten]
         self.normalizers, self.scales = snapshot.normalizers, snapshot.scales
         for layer, memory in self.memories.items():
-            memory.rollback(max(0, len(memory.sizes) - snapshot.batches.get(layer, 0)))
+            if layer in self._marks and batches == history.batches - 1:
+                memory.return_to(self._marks[layer])  # with the reach that it had
+            else:
+                memory.rollback(max(0, memory.batches - snapshot.batches.get(layer, 0)))
         self._drop_unscaled()
 
     def _drop_unscaled(self) -> None:
@@ -363,6 +416,7 @@ class SolverState:
         Raises:
             StatisticsError: the file cannot be written.
         """
+        self.require_state()
         tensors: dict[str, torch.Tensor] = {}
         for layer, memory in self.memories.items():
             tensors |= {f"memory.{layer}.{name}": tensor for name, tensor in memory.tensors().items()}
@@ -393,11 +447,11 @@ class SolverState:
                 model, edit history or statistics: the message says which.
             EditError: there are batches already.
         """
-        if self._history or self.normalizers or any(memory.count for memory in self.memories.values()):
+        if self._history.batches or self.normalizers or any(memory.count for memory in self.memories.values()):
             raise EditError("a state is loaded before the first edit; this editor has made some")
         tensors, metadata = read_file(path, StatisticsError)
         fields = ("belongs", "memories")
-        if metadata.get("format_version") != FORMAT_VERSION or any(name not in metadata for name in fields):
+        if metadata.get("format_version") not in READABLE or any(name not in metadata for name in fields):
             raise StatisticsError(f"{path} is not a state of an editor (format {FORMAT_VERSION})")
         there, here = json.loads(metadata["belongs"]), self._full_identity(identity)
         off = {name: known.off for name, known in DECLARATIONS.items() if known.off is not None}  # left out where off
@@ -419,6 +473,7 @@ class SolverState:
                 _under(f"normaliser.{shape}.", tensors), features, f"{path}, modules of {shape},"
             )
         self.memories, self.normalizers, self.scales = memories, normalizers, scales
+        self._continues, self._lost = True, False
         return there, resolved.get("clamp_norm_factor")
 
     def _read_memories(
@@ -432,6 +487,7 @@ class SolverState:
                 description,
                 f"{path}, layer {layer},",
                 self.hparams.memory_form,
+                self.window,
             )
             for layer, description in descriptions.items()
         }

@@ -171,7 +171,9 @@ def _session(call: Call, hparams: Hparams, cache_c: torch.Tensor, P: torch.Tenso
     if session.caller_state != tensor_states:  # a new editor: earlier batches are in cache_c alone
         session.editor.set_key_memories(
             {
-                layer: KeyMemory.from_sum(session.editor.preconditioner(layer), cache_c[i], hparams.memory_form)
+                layer: KeyMemory.from_sum(
+                    session.editor.preconditioner(layer), cache_c[i], hparams.memory_form, hparams.undo_window
+                )
                 for i, layer in enumerate(layers)
                 if bool(cache_c[i].any())
             }

@@ -95,6 +95,8 @@ class Session:
             return False
         last = matching[-1]
         if last < len(self.states) - 1:
+            if self.editor.ledger.count - self.states[last].batches > self.editor.ledger.reach:
+                return False  # older than the window: a new editor begins with these matrices
             self.editor.rollback(len(self.editor.ledger.batches) - self.states[last].batches, restored=True)
             del self.states[last + 1 :]
             self.caller_state = None

@@ -81,6 +81,10 @@ def _memory(recipe: Recipe) -> bool:
     return recipe.memory
 
 
+def _undoing(recipe: Recipe) -> bool:
+    return not recipe.restrains_total
+
+
 def _soft_equality(recipe: Recipe) -> bool:
     return recipe.softens_equality
 
@@ -292,6 +296,17 @@ class Hparams:
             read_by=_memory,
         ),
     )
+    memory_window: int = field(
+        default=0,
+        metadata=declare(
+            NOT_NEGATIVE,
+            "how many batches can be undone, 0 for all; of older ones sums alone are held, so that no number of "
+            "batches fills the memory. The updates are the same",
+            read_by=_undoing,
+            identifies=("state",),
+            off=0,
+        ),
+    )
     rect_keep: float = field(
         default=0.4, metadata=declare(SHARE, "share of the entries that RECT writes", read_by=_masking)
     )
@@ -451,6 +466,8 @@ class Hparams:
             raise self._out_of_range("inner_params", "empty: the method edits one module per layer")
         if recipe.uses_null_space and not self.mom2_adjustment:
             raise self._out_of_range("mom2_adjustment", "true: a null space is that of a second moment")
+        if self.undo_window and recipe.memory and self.memory_form == "dual":
+            raise self._out_of_range("memory_form", "auto or primal with memory_window: a window folds older keys")
         if self.mom2_update_weight == AUTO and self.update_norm_lambda not in (0, AUTO):
             raise self._out_of_range("update_norm_lambda", f'0 or "{AUTO}" where mom2_update_weight is "{AUTO}"')
         for name, declaration in DECLARATIONS.items():
@@ -488,6 +505,11 @@ class Hparams:
     def uses_statistics(self) -> bool:
         """Whether second moments of the edited layers are needed."""
         return self.mom2_adjustment and find_recipe(self.method).uses_statistics
+
+    @property
+    def undo_window(self) -> int:
+        """`memory_window` of a method that reads it; 0, no window, of others."""
+        return self.memory_window if reads(find_recipe(self.method), "memory_window") else 0
 
     @property
     def scale_name(self) -> str | None:

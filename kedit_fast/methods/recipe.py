@@ -183,6 +183,11 @@ class Recipe:
         """Whether a part of an update's entries is written alone, so that its rank is not that of the solve."""
         return self.shaping == "rect"
 
+    @property
+    def restrains_total(self) -> bool:
+        """Whether a last step changes the total of all updates, so that these must be there one by one."""
+        return self.shaping == "prune"
+
     def values_on(self, post_norm: bool) -> ValueSites:
         """Where values are optimized on a model with or without a norm between the MLP and the residual sum.
 
