@@ -1,6 +1,7 @@
 """What each method does to the demo model: how well edits take, spread, leave the rest alone, and last.
 
     python -m benchmarks.quality [--methods memit,alphaedit] [--scenarios 1,100,500,sequence,singly] [--json FILE]
+    python -m benchmarks.quality --frontier [--json FILE]          see benchmarks/frontier.py
     python -m benchmarks.quality markdown FILE
 
 Presets were chosen on the demo's first 100 requests; this measures on the other 500. Scenarios: `1`, twenty single
@@ -248,9 +249,18 @@ def run(
     validation: Annotated[
         bool, typer.Option("--validation", help="measure on the requests presets were chosen on")
     ] = False,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="instead: MEMIT with and without the output metric along lambda")
+    ] = False,
+    values: Annotated[Path | None, typer.Option(help="with --frontier: where optimized values are stored")] = None,
 ) -> None:
     """Measure, print a table, and write the rows to a file when asked."""
     if context.invoked_subcommand is not None:
+        return
+    if frontier:
+        from benchmarks.frontier import run as run_frontier
+
+        run_frontier(json_file, values)
         return
     chosen = [(s, m) for s in scenarios.split(",") for m in methods.split(",")]
     for scenario, method in chosen:

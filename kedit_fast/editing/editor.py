@@ -28,7 +28,7 @@ from kedit_fast.editing.values.shared import flush_store
 from kedit_fast.editing.values.store import open_values
 from kedit_fast.errors import EditError, MethodError, NullSpaceError, StatisticsError
 from kedit_fast.methods.declaration import AUTO
-from kedit_fast.methods.hparams import DECLARATIONS, worth_a_warning
+from kedit_fast.methods.hparams import worth_a_warning
 from kedit_fast.methods.presets import is_guess, make_hparams
 from kedit_fast.methods.recipe import Recipe, ValueSites
 from kedit_fast.methods.registry import find_recipe
@@ -76,7 +76,8 @@ class Editor:
         tokenizer: its tokenizer.
         method: a name of `kedit_fast.methods.registry.RECIPES` (`kedit-fast methods` lists them).
         statistics: second moments of the edited layers, from `collect_statistics` or `load_statistics`. Needed unless
-            the method uses none (UltraEdit) or runs with `mom2_adjustment=False`.
+            the method uses none (UltraEdit) or runs with `mom2_adjustment=False`. With `output_metric=True` those of
+            outputs are needed, too.
         null_spaces: layer -> null space, for AlphaEdit, instead of statistics; see
             `kedit_fast.solver.alphaedit_projector.load_projector`.
         layers: the layers to edit, zero-based; None for those of the preset. Without a preset they are a guess, which
@@ -135,9 +136,8 @@ class Editor:
         if idle := worth_a_warning(self.recipe, overrides):
             _log.warning("%s does not use %s", self.recipe.name, ", ".join(idle))
         for name in overrides:
-            if not self.hparams.has_effect(name) and name not in idle:
-                needs = " or ".join(DECLARATIONS[name].only_with)
-                _log.warning('%s has no effect: it needs %s = "%s"', name, needs, AUTO)
+            if (lacking := self.hparams.lacks(name)) and name not in idle:
+                _log.warning("%s has no effect: it needs %s", name, lacking)
         if self.hparams.layers:
             self.view.check_layers(self.hparams.layers)
         if self.hparams.v_loss_layer not in (-1, self.view.num_layers - 1):
@@ -207,7 +207,10 @@ class Editor:
                 "collect_statistics(model, tokenizer, texts, layers), or `kedit-fast stats`"
             )
         for layer in self.hparams.layers:
-            self.statistics.moment(layer)
+            if self.hparams.uses_moments:
+                self.statistics.moment(layer)
+            if self.hparams.weighs_outputs:
+                self.statistics.output_metric(layer)
         if different := difference(self.statistics.model, fingerprint(self.view, self.tokenizer)):
             raise StatisticsError(f"the statistics are of another model: different {different}")
 

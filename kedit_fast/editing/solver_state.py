@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,10 +24,11 @@ from kedit_fast.methods.hparams import DECLARATIONS, Hparams
 from kedit_fast.methods.recipe import Constraint, PreconditionerKind, Recipe
 from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
-from kedit_fast.solver.key_memory import Appended, KeyMemory
+from kedit_fast.solver.key_memory import PROBE_TOLERANCE, Appended, KeyMemory
 from kedit_fast.solver.least_squares import merge_columns, rank_one_equality, scale_of_share, solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.normalizer import Normalizer, gradient_update
+from kedit_fast.solver.output_metric import OutputMetric
 from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace, Preconditioner, Scaled
 from kedit_fast.solver.shaping import attenuate, limit_norm, limit_spectrum, main_directions, spectral_norm
 from kedit_fast.statistics.collect import Statistics
@@ -115,6 +116,7 @@ class SolverState:
         self.scales: dict[int, float] = {}
         """Layer -> lambda or L2, where the hyper-parameter is "auto"; decided by the keys of the first batch."""
         self._preconditioners: dict[int, Preconditioner] = {}
+        self._output_metrics: dict[int, OutputMetric] = {}
         self._history = _History()
         self._marks: dict[int, object] = {}  # of the memories before the last commit, until it is settled
         self._continues = False  # whether there were keys of earlier edits before the first batch
@@ -139,6 +141,30 @@ class SolverState:
         base = self._preconditioners[layer]
         scale = self._pending.scales.get(layer, self.scales.get(layer))
         return base if scale is None else Scaled(base, scale)
+
+    def output_metric(self, layer: int) -> OutputMetric | None:
+        """B of a layer, decomposed on first use and cached; None where outputs are not weighed.
+
+        Raises:
+            StatisticsError: statistics of outputs that are missing, of the wrong shape, not finite or not positive
+                semi-definite; naming the layer.
+        """
+        if not self.hparams.weighs_outputs:
+            return None
+        if layer not in self._output_metrics:
+            assert self.statistics is not None  # the editor has checked that it has what the method needs
+            moment, weight = self.statistics.output_metric(layer), self.view.weight(layer)
+            if tuple(moment.shape) != (weight.shape[0],) * 2:
+                raise StatisticsError(
+                    f"statistics of outputs are {list(moment.shape)}, {self.view.weight_name(layer)} has "
+                    f"{weight.shape[0]} outputs"
+                )
+            try:
+                metric = OutputMetric.from_moment(moment.to(weight.device), self.hparams.metric_mix)
+            except StatisticsError as error:
+                raise type(error)(f"layer {layer}: {error}") from None
+            self._output_metrics[layer] = metric
+        return self._output_metrics[layer]
 
     def without_null_space(self, layers: Sequence[int]) -> dict[int, str]:
         """The layers whose inputs have no null space below the threshold, or nothing else -> the error's message.
@@ -182,6 +208,7 @@ class SolverState:
         if self.view.model is other.view.model and self.recipe == other.recipe and here == there:
             common = set(self.hparams.layers) & set(other._preconditioners)
             self._preconditioners |= {layer: other._preconditioners[layer] for layer in common}
+            self._output_metrics |= {n: m for n, m in other._output_metrics.items() if n in self.hparams.layers}
 
     def moment(self, layer: int) -> torch.Tensor:
         """The second moment [d, d] of a layer's inputs, on the device of its weight.
@@ -226,12 +253,16 @@ class SolverState:
                 weights = merge_columns(keys, weights[None].to(keys), groups)[1][0]
             keys, residuals = merge_columns(keys, residuals, groups)
         self._decide_scale(layer, keys)
-        preconditioner = self.preconditioner(layer)
+        preconditioner, metric = self.preconditioner(layer), self.output_metric(layer)
         if not self.recipe.memory:
             rho = RHOS[self.recipe.constraint](self.hparams)
             weights = None if weights is None else weights.to(device)
-            return solve_update(keys, residuals, preconditioner, rho, weights=weights, unmoved=unmoved)
-        update, self._pending.appended[layer] = self._memory(layer).solve(keys, residuals, weights, unmoved)
+            return solve_update(
+                keys, residuals, preconditioner, rho, weights=weights, unmoved=unmoved, output_metric=metric
+            )
+        update, self._pending.appended[layer] = self._memory(layer).solve(
+            keys, residuals, weights, unmoved, output_metric=metric
+        )
         return update
 
     def _memory(self, layer: int) -> KeyMemory:
@@ -401,8 +432,8 @@ class SolverState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept between batches: preconditioners, key memories, normalizers."""
-        systems = [*self._preconditioners.values(), *self.memories.values()]
+        """Bytes kept between batches: preconditioners, output metrics, key memories, normalizers."""
+        systems = [*self._preconditioners.values(), *self._output_metrics.values(), *self.memories.values()]
         return sum(s.nbytes for s in systems) + sum(n.mean.nbytes + n.squares.nbytes for n in self.normalizers.values())
 
     def save(self, path: str | os.PathLike, identity: dict[str, Any], clamp: float | None = None) -> None:
@@ -429,6 +460,11 @@ class SolverState:
             "belongs": json.dumps(self._full_identity(identity)),
             "memories": json.dumps(memories),
             **({"resolved": json.dumps(resolved)} if (resolved := self._resolved(clamp)) else {}),
+            **(
+                {"output_metrics": json.dumps(self._metric_probes(self.memories))}
+                if self.hparams.weighs_outputs
+                else {}
+            ),
         }
         write_file(path, tensors, metadata, StatisticsError)
 
@@ -460,6 +496,7 @@ class SolverState:
             if before != value:
                 both = f": {before} there, {value} here" if len(str(value)) < 80 else ""
                 raise StatisticsError(f"{path} is the state of another run: different {name}{both}")
+        self._check_metrics(path, json.loads(metadata.get("output_metrics", "{}")))
         resolved = json.loads(metadata.get("resolved", "{}"))
         self._pending.scales = {int(layer): float(scale) for layer, scale in resolved.get("scales", {}).items()}
         try:
@@ -475,6 +512,19 @@ class SolverState:
         self.memories, self.normalizers, self.scales = memories, normalizers, scales
         self._continues, self._lost = True, False
         return there, resolved.get("clamp_norm_factor")
+
+    def _metric_probes(self, layers: Iterable[int]) -> dict[str, list[float]]:
+        """Layer -> the probe of its output metric, as a saved state holds it."""
+        metrics = {layer: self.output_metric(layer) for layer in layers}
+        return {str(layer): metric.probe().tolist() for layer, metric in metrics.items() if metric is not None}
+
+    def _check_metrics(self, path: str | os.PathLike, stored: Mapping[str, list[float]]) -> None:
+        """Raise StatisticsError when a saved state was made with other statistics of outputs."""
+        here = self._metric_probes(map(int, stored))
+        for layer, probe in stored.items():
+            there, expected = torch.tensor(probe), torch.tensor(here[layer])
+            if there.shape != expected.shape or not torch.allclose(there, expected, rtol=PROBE_TOLERANCE):
+                raise StatisticsError(f"{path}, layer {layer}, was kept with other statistics of outputs")
 
     def _read_memories(
         self, path: str | os.PathLike, tensors: Mapping[str, torch.Tensor], descriptions: Mapping[str, Any]

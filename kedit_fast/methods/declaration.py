@@ -67,6 +67,8 @@ class Declaration:
     off: Any = None
     """The value at which it changes nothing; None where there is none. There it identifies nothing, so that files from
     before it existed stay valid."""
+    part_of: str = ""
+    """A hyper-parameter that must be switched on, so not 0 or false, for this one to have an effect."""
 
     @property
     def is_required(self) -> bool:
@@ -82,6 +84,7 @@ def declare(
     identifies: tuple[Identity, ...] = (),
     only_with: tuple[str, ...] = (),
     off: Any = None,
+    part_of: str = "",
 ) -> dict[str, Any]:
     """The metadata of a field of Hparams. A default outside of the accepted values stands for "not given"."""
     return {
@@ -91,4 +94,5 @@ def declare(
         "identifies": identifies,
         "only_with": only_with,
         "off": off,
+        "part_of": part_of,
     }

@@ -101,6 +101,10 @@ def _weighing(recipe: Recipe) -> bool:
     return recipe.weighs_requests
 
 
+def _weighing_outputs(recipe: Recipe) -> bool:
+    return recipe.weighs_outputs
+
+
 def _masking(recipe: Recipe) -> bool:
     return recipe.masks_updates
 
@@ -244,6 +248,26 @@ class Hparams:
             "eigenvalues of C",
             read_by=_covariance,
             identifies=("state",),
+        ),
+    )
+    output_metric: bool = field(
+        default=False,
+        metadata=declare(
+            BOOLEAN,
+            "whether a change of a layer's outputs costs what the model notices of it; needs statistics of outputs",
+            read_by=_weighing_outputs,
+            identifies=("state",),
+            off=False,
+        ),
+    )
+    metric_mix: float = field(
+        default=0.1,
+        metadata=declare(
+            SHARE,
+            "share of the identity in the output metric; with 1 there is none",
+            read_by=_weighing_outputs,
+            identifies=("state",),
+            part_of="output_metric",
         ),
     )
     emmet_lambda: float = field(
@@ -503,13 +527,23 @@ class Hparams:
 
     @property
     def uses_statistics(self) -> bool:
-        """Whether second moments of the edited layers are needed."""
+        """Whether statistics of the edited layers are needed: second moments, or those of outputs."""
+        return self.uses_moments or self.weighs_outputs
+
+    @property
+    def uses_moments(self) -> bool:
+        """Whether second moments of the edited layers' inputs are needed."""
         return self.mom2_adjustment and find_recipe(self.method).uses_statistics
 
     @property
     def undo_window(self) -> int:
         """`memory_window` of a method that reads it; 0, no window, of others."""
         return self.memory_window if reads(find_recipe(self.method), "memory_window") else 0
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether statistics of the edited layers' outputs are needed, for the output metric."""
+        return self.output_metric and reads(find_recipe(self.method), "output_metric")
 
     @property
     def scale_name(self) -> str | None:
@@ -519,9 +553,19 @@ class Hparams:
         return name if reads(recipe, name) and getattr(self, name) == AUTO else None
 
     def has_effect(self, name: str) -> bool:
-        """Whether a hyper-parameter has an effect beside the others: some have one only where another is "auto"."""
-        needs, recipe = DECLARATIONS[name].only_with if name in DECLARATIONS else (), find_recipe(self.method)
-        return not needs or any(reads(recipe, other) and getattr(self, other) == AUTO for other in needs)
+        """Whether a hyper-parameter has an effect beside the others: some need another one that is on, or "auto"."""
+        return not self.lacks(name)
+
+    def lacks(self, name: str) -> str:
+        """What a hyper-parameter lacks to have an effect beside the others, in words; empty where it has one."""
+        known, recipe = DECLARATIONS.get(name), find_recipe(self.method)
+        if known is None:
+            return ""
+        if known.part_of and not (reads(recipe, known.part_of) and getattr(self, known.part_of)):
+            return known.part_of
+        if known.only_with and not any(reads(recipe, o) and getattr(self, o) == AUTO for o in known.only_with):
+            return f'{" or ".join(known.only_with)} = "{AUTO}"'
+        return ""
 
     def identity(self, part: Identity) -> dict[str, Any]:
         """Name -> value of the hyper-parameters that identify a stored value, or a stored state.

@@ -169,6 +169,12 @@ class Recipe:
         return self.preconditioner == "covariance"
 
     @property
+    def weighs_outputs(self) -> bool:
+        """Whether its solve can weigh what a change does to a layer's outputs: S is the weighted second moment, all
+        requests of a batch are solved at once, and what is solved is written as it is."""
+        return self.uses_covariance and self.schedule == "mass" and self.shaping == "none"
+
+    @property
     def uses_null_space(self) -> bool:
         """Whether updates stay in the null space of the second moment."""
         return self.preconditioner == "null_space"

@@ -123,7 +123,7 @@ def convergence(
     overrides = {**(hparams or {}), **({} if layers is None else {"layers": tuple(layers)})}
     config = ModelView(model, spec).config
     chosen, _ = make_hparams(method, config, overrides)
-    if not chosen.uses_statistics or recipe.masks_updates or not recipe.is_batched:
+    if not chosen.uses_moments or recipe.masks_updates or not recipe.is_batched:
         raise MethodError(f"{recipe.name} has no update of low rank that depends on statistics")
     rule = _null_rule(config, overrides, chosen)
     if counts is not None and (not counts or sorted(set(counts)) != list(counts) or counts[0] < 1):

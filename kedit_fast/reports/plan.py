@@ -207,7 +207,8 @@ def _bytes(view: ModelView, recipe: Recipe, hparams: Hparams, edits: int, tokens
         "weights": sum(parameter.nbytes for parameter in view.model.parameters()),
         **({"their copies in float32, during a pass": copies} if (copies := copy_bytes(view.base)) else {}),
         "originals and masters": count * out * d * (size + (4 if size == 2 else 0)),
-        "statistics and factors": count * 2 * d * d * 8 if hparams.uses_statistics else 0,
+        "statistics and factors": count * 2 * d * d * 8 if hparams.uses_moments else 0,
+        **({"statistics of outputs, decomposed": count * 2 * out * out * 8} if hparams.weighs_outputs else {}),
         "factors of the updates": count * edits * (out + d) * 4,
         "key memory": count * memory if recipe.memory else 0,
         "keys": 4 * d * at_once * 8,  # the mixed and the bare prompt's, each also transposed
@@ -258,10 +259,13 @@ def _seconds(
     u = edits if recipe.is_batched else 1
     count = len(hparams.layers)
     # The factor is computed once per layer, whatever the number of solves.
-    factor = 0.0 if not hparams.uses_statistics else 9.0 * d**3 if recipe.uses_null_space else d**3 / 3
+    factor = 0.0 if not hparams.uses_moments else 9.0 * d**3 if recipe.uses_null_space else d**3 / 3
     once = d * u * u + u**3 / 3 + 2 * u * u * d if u <= PRIMAL_ABOVE * d else d * d * u + d**3 / 3 + 2 * d * d * u
     short_side, long_side = sorted((out, d))
     attenuation = 2.0 * short_side**2 * long_side + 9.0 * short_side**3 if hparams.sphere_strength else 0.0
+    if hparams.weighs_outputs:
+        factor += 9.0 * out**3
+        once += 9.0 * u**3 + 2 * u * u * d + 4 * out * (out + u) * u
     flops = factor + (2 * d * d * u + once + attenuation) * edits / u
     solve = count * 2 * flops / rate
     weight = view.weight(hparams.layers[0]).clone()

@@ -96,6 +96,13 @@ class OutputMetric:
         return self.basis.nbytes + self.values.nbytes
 
     @plain_torch()
+    def probe(self) -> torch.Tensor:
+        """x^T B x of eight fixed vectors, [8]: metrics of different statistics have different probes."""
+        place = torch.arange(1, self.size + 1, dtype=torch.float64, device=self.basis.device)
+        vectors = torch.stack([torch.sin(place * (0.7 + i)) for i in range(8)], 1)
+        return (self.values[:, None] * (self.basis.T @ vectors).square()).sum(0).cpu()
+
+    @plain_torch()
     def left(self, residuals: torch.Tensor, reached: torch.Tensor) -> torch.Tensor:
         """The left factor [out, u] fp64 that takes the place of the residuals.
 

@@ -30,6 +30,7 @@ def write_mass(batch: BatchRun) -> None:
     with batch.timed("solve"):
         for layer in layers:  # unusable statistics stop the batch before its values are optimized
             context.solver_state.preconditioner(layer)
+            context.solver_state.output_metric(layer)
     prepared, values = batch.find_values(range(len(batch.prepared)), layers[-1])
     if not prepared:
         return
