@@ -45,7 +45,8 @@ def going_on(checkpoint: Path | None) -> Iterator[None]:
     except (KeyboardInterrupt, Exception) as error:
         if checkpoint is None or not (batches := recorded_batches(checkpoint)):
             raise
-        safe = f"{batches} batches are safe in {checkpoint}; the same command goes on from there"
+        count = "1 batch is" if batches == 1 else f"{batches} batches are"
+        safe = f"{count} safe in {checkpoint}; the same command goes on from there"
         if isinstance(error, KeyboardInterrupt):
             notices.print(f"kedit-fast: interrupted; {safe}", markup=False)
             raise typer.Exit(130) from None

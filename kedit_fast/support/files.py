@@ -258,6 +258,8 @@ def check_writable(folder: str | os.PathLike, error: type[Exception]) -> None:
     if not folder.exists():
         check_new(folder, False, error)
         return
+    if not folder.is_dir():
+        raise error(f"{folder} is a file, not a folder")
     try:
         handle, name = tempfile.mkstemp(dir=folder)
         os.close(handle)

@@ -132,7 +132,7 @@ class ValueFile:
             return
         tensors: dict[str, torch.Tensor] = {}
         shapes: dict[str, list[str]] = {}
-        for key, entry in self.entries.items():
+        for key, entry in sorted(self.entries.items()):  # in whatever order they came
             shapes.setdefault("x".join(map(str, entry["targets"].shape)), []).append(key)
         for shape, keys in shapes.items():
             for name in ("targets", "deltas", "losses", "steps", "status"):
