@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -97,7 +97,7 @@ class Report:
     seconds: dict[str, float]
     """Phase -> seconds; the phases are PHASES."""
     results: tuple[EditResult, ...]
-    """One per batch."""
+    """One per batch that was written; without their updates where `memory_window` bounds what is held."""
     skipped: dict[int, str] = field(default_factory=dict)
     """Index of a request, or of a record in its file -> why it was left out."""
     evaluation: Evaluation | None = field(default=None, repr=False)
@@ -451,6 +451,8 @@ class _Run:
         self.batches += 1
         self.requests += len(batch)
         if result is not None:
+            if self.editor.hparams.undo_window:  # memory has a bound, however many batches there are
+                result = replace(result, updates={})
             self.results.append(result)
 
     def _measured(self, batch: Sequence[int]) -> list[int]:

@@ -374,10 +374,14 @@ def _restored(
 def _fingerprints_of_statistics(editor: Editor) -> dict[str, str]:
     """Layer -> a hash of what the preconditioner is made from; {} where the method uses none."""
     hashes = {}
+    weighs_outputs = getattr(editor.hparams, "output_metric", False)
     for layer in editor.hparams.layers if editor.hparams.uses_statistics else ():
         space = editor.solver_state.null_space_overrides.get(layer)
         tensor = editor.solver_state.moment(layer) if space is None else space.basis
-        hashes[str(layer)] = edit_fingerprint([tensor])[:16]
+        tensors = [tensor]
+        if weighs_outputs and editor.statistics is not None:
+            tensors.append(editor.statistics.output_metric(layer))
+        hashes[str(layer)] = edit_fingerprint(tensors)[:16]
     return hashes
 
 

@@ -92,6 +92,7 @@ def everything(report, model):
         "patch": editor.patch().digest,
         "state": {name: sha256(t.reshape(1, -1)) for name, t in tensors.items()},
         "scales": state.scales,
+        "batches in all": editor.ledger.count,
         "ledger": [[(e.name, e.backend, e.update.rank) for e in batch] for batch in editor.ledger.batches],
         "report": json.dumps(said),
         "batches": [(r.batch, r.losses, r.steps, r.residual, r.relative_norms, r.skipped) for r in report.results],
@@ -116,10 +117,12 @@ def stopping_before(monkeypatch, batch, error=Stop):
     return lambda: monkeypatch.setattr(Editor, "edit", before)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "alphaedit with a window"])
 def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path, run, monkeypatch, method):
+    method, _, window = method.partition(" with ")
     dtype = torch.bfloat16 if method in ("memit", "rect") else torch.float32
     options = {"retention": 1, "checkpoint_every": 1, "batch_size": 1, "requests": REQUESTS[:3], "dtype": dtype}
+    options["hparams"] = {"memory_window": 1} if window else {}
     whole = run(method, **{**options, "checkpoint_every": None})
     undo = stopping_before(monkeypatch, 2 if method == "prune" else 3)
     with pytest.raises(Stop):
