@@ -22,7 +22,7 @@ from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.values.memit_values import MemitCache
 from kedit_fast.editing.values.store import ValueFile
-from kedit_fast.errors import CheckpointError, EditError, KeditError, RequestError, SolveError
+from kedit_fast.errors import CheckpointError, EditError, KeditError, RequestError, SolveError, StatisticsError
 from kedit_fast.evaluation.evaluator import Evaluator
 from kedit_fast.evaluation.metrics import SHARES, Metrics, shares_of
 from kedit_fast.evaluation.results import Evaluation
@@ -36,6 +36,7 @@ from kedit_fast.requests.problems import OnError, first_problems, require_no_pro
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, continuation
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
+from kedit_fast.solver.harm import Harm, Moments
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.files import is_of_disk, write_text
@@ -108,6 +109,8 @@ class Report:
     """The editor that made the edits."""
     requests: tuple[dict[str, Any], ...] = ()
     """Of each request that was written: index, id, target_separator, target_text, target_tokens."""
+    harm: Harm | None = field(default=None, repr=False)
+    """Norms of all that was written, and what it is predicted to do to ordinary text."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -120,6 +123,8 @@ class Report:
             pairs["metrics"] = before_and_after(self.evaluation)
         if self.retention is not None:
             pairs["retention"] = self.retention.as_dict()
+        if self.harm is not None:
+            pairs["harm"] = self.harm.as_dict()
         pairs["requests"] = list(self.requests)
         pairs["skipped"] = skipped_records(self.skipped)
         pairs["seconds"] = self.seconds
@@ -306,6 +311,7 @@ def run_edits(
             with timed(seconds, "evaluate"):
                 evaluator.measure("final", [places[i] for i in written])
                 evaluation = evaluator.result([places[i] for i in written])
+                harm = predicted_harm(editor, statistics)
                 editor.require_untouched()
         except BaseException:
             editor.overwrite()
@@ -326,6 +332,7 @@ def run_edits(
         None if tracker is None else tracker.result(evaluation),
         editor,
         tuple(_request_entry(tokenizer, i, prepared[i]) for i in written),
+        harm,
     )
 
 
@@ -471,6 +478,30 @@ def _hash_of(path: str | os.PathLike) -> str:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
         raise EditError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def predicted_harm(editor: Editor, statistics: Statistics | None) -> Harm:
+    """Of all that an editor has written: |Delta|, and the KL divergence that it is predicted to cause on ordinary text.
+
+    Args:
+        editor: after its edits.
+        statistics: of the model before them, with output metrics (`collect_statistics(output_metric=True)`); without
+            these, norms alone, and `Harm.missing` says what would be needed.
+
+    Cost: see `solver.harm.predicted_kl`.
+    """
+    layers = {} if statistics is None else {second.module: layer for layer, second in statistics.layers.items()}
+
+    def moments(module: str) -> Moments | str:
+        if statistics is None or module not in layers:
+            return f"no statistics of {module}"
+        try:
+            return statistics.moment(layers[module]).moment, statistics.output_metric(layers[module])
+        except StatisticsError as error:
+            return str(error)
+
+    updates = {name.removesuffix(".weight"): editor.ledger.total(name) for name in editor.ledger.names()}
+    return Harm.of(updates, moments)
 
 
 def before_and_after(evaluation: Evaluation) -> dict[str, dict[str, Any]]:

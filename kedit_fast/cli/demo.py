@@ -54,7 +54,9 @@ def demo(
     if hparams.uses_statistics:
         layers = statistics_layers(model.config) if tries else hparams.layers
         with timed(seconds, "statistics"):
-            statistics = collect_statistics(model, tokenizer, bundled.corpus(), layers, progress=interactive())
+            statistics = collect_statistics(
+                model, tokenizer, bundled.corpus(), layers, output_metric=True, progress=interactive()
+            )
         sources = in_memory(statistics)
     if tries:
         tried = chosen_by_trials(model, tokenizer, requests, recipe.name, {}, sources, None, seed=seed)

@@ -49,6 +49,7 @@ from kedit_fast.methods.presets import is_guess, make_hparams
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import DTYPES, load_config, load_model
 from kedit_fast.reports.evaluation import provenance, save
+from kedit_fast.reports.harm import in_words
 from kedit_fast.reports.lint import lint_requests, lint_tokens
 from kedit_fast.reports.search import span
 from kedit_fast.reports.trials import stored_statistics
@@ -299,6 +300,7 @@ def edit(
                 "model": model,
                 "patches": [] if patch is None else [str(patch)],
                 "requests": f"{requests}: {report.edits:,} written",
+                "update": None if report.harm is None else in_words(report.harm),
                 "prompts": None if chatting is None else "in the tokenizer's chat template",
                 **provenance(),
             }

@@ -37,7 +37,7 @@ from kedit_fast.cli.options import (
     choice,
     read_spec,
 )
-from kedit_fast.cli.report import print_metrics
+from kedit_fast.cli.report import print_harm, print_metrics
 from kedit_fast.errors import KeditError, RequestError, UnsupportedModelError
 from kedit_fast.evaluation.contexts import CONTEXTS
 from kedit_fast.evaluation.evaluator import Average, Evaluator, evaluate
@@ -46,6 +46,7 @@ from kedit_fast.models.fingerprint import tokenizer_hash
 from kedit_fast.models.loading import DTYPES, load_config, load_model, load_tokenizer
 from kedit_fast.patches.patch import Patch
 from kedit_fast.reports import evaluation as report
+from kedit_fast.reports.harm import in_words, patch_harm
 from kedit_fast.requests.chat import chat_format
 from kedit_fast.requests.datasets.choices import load_choices
 from kedit_fast.requests.problems import first_problems, skipped_records
@@ -67,6 +68,9 @@ def evaluation(
         typer.Option(
             help="edits of MODEL, measured without them and with them; repeatable, in the order of their making"
         ),
+    ] = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="with --patch: statistics of MODEL with output metrics, for a predicted KL")
     ] = None,
     metrics: MetricsOption = "default",
     context: Annotated[
@@ -122,6 +126,8 @@ def evaluation(
     architecture = read_spec(spec)
     if base is not None and patch:
         raise typer.BadParameter("--base is the model before its edits, --patch edits of MODEL: give one of them")
+    if stats is not None and not patch:
+        raise typer.BadParameter("--stats is for what a --patch is predicted to do: give one")
     if requests is None and texts is None and choices is None:
         raise typer.BadParameter("give --requests, --texts or --choices to measure")
     select(metrics)
@@ -139,6 +145,7 @@ def evaluation(
         drawn = {id(request) for request in sampled(records, sample, seed)}
         records = part_of(records, [index for index, request in enumerate(records) if id(request) in drawn])
     patches = [Patch.load(path) for path in patch or ()]
+    harms = [patch_harm(loaded, stats) for loaded in patches]
     for path in (model, *filter(None, [base])):
         load_config(path, merge_adapter)
     place = checked_device(device)
@@ -187,8 +194,10 @@ def evaluation(
         "model": model,
         "before": base,
         "patches": [
-            f"{path}: {p.method}, {len(p.requests):,} edits" for path, p in zip(patch or (), patches, strict=True)
+            f"{path}: {p.method}, {len(p.requests):,} edits, {in_words(harm)}"
+            for path, p, harm in zip(patch or (), patches, harms, strict=True)
         ],
+        "no_predicted_KL": next((harm.missing for harm in harms if harm.missing), None),
         "requests": None if records is None else f"{requests}: {len(records):,}",
         "texts": None if texts is None else f"{texts}: {len(documents):,}",
         "choices": None if choices is None else f"{choices}: {len(items):,}",
@@ -204,11 +213,14 @@ def evaluation(
             notices.print("kedit-fast: no picture: it needs matplotlib (pip install 'kedit-fast[plot]')", markup=False)
     if as_json:
         places = {} if out is None else {"out": str(out), "files": files}
-        print_json({"about": about, **measured.as_dict(), "skipped": skipped_records(skipped), **places})
+        predicted = {"harm": [harm.as_dict() for harm in harms]} if harms else {}
+        print_json({"about": about, **measured.as_dict(), **predicted, "skipped": skipped_records(skipped), **places})
         return
     if records is not None:
         say_skipped(skipped, records.total)
     print_metrics(measured, about["title"])
+    for path, harm in zip(patch or (), harms, strict=True):
+        print_harm(harm, str(path))
     if out is not None:
         output.print(f"Saved to {out}: {', '.join(files)}", markup=False)
 

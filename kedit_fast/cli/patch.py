@@ -12,11 +12,13 @@ from rich.table import Table
 from kedit_fast.cli.checks import check_file
 from kedit_fast.cli.console import command, output, print_json
 from kedit_fast.cli.options import JsonOption, choice
+from kedit_fast.cli.report import print_harm
 from kedit_fast.patches.checkpoint import Checkpoint
 from kedit_fast.patches.dequantized import apply_dequantized
 from kedit_fast.patches.lora import export_lora
 from kedit_fast.patches.patch import Patch
 from kedit_fast.patches.patch import merge as merge_patches
+from kedit_fast.reports.harm import patch_harm
 from kedit_fast.support.messages import comma_list
 
 app = typer.Typer(
@@ -29,6 +31,9 @@ FORCE_HELP = (
 )
 
 
+HARM_HELP = (
+    "folder of the model's statistics with output metrics: the KL divergence that the edits are predicted to cause"
+)
 FORMATS = ("lora",)
 
 
@@ -36,22 +41,28 @@ FORMATS = ("lora",)
 @command
 def show(
     patch: Annotated[Path, typer.Argument(help=PATCH_HELP)],
+    stats: Annotated[Path | None, typer.Option(help=HARM_HELP)] = None,
     requests: Annotated[int, typer.Option(min=0, help="requests to show")] = 10,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a patch writes, where, and which model it is for."""
-    about = Patch.load(patch).about()
+    loaded = Patch.load(patch)
+    about, harm = loaded.about(), patch_harm(loaded, stats)
     if as_json:
-        print_json({"patch": str(patch), **about})
+        print_json({"patch": str(patch), **about, "harm": harm.as_dict()})
         return
     table = Table(title=escape(f"{about['method']}: {about['edits']} edits, {patch}"), title_justify="left")
-    for column in ("module", "shape", "rank", "norm", "for dtype", "for W_0 (SHA-256)"):
-        table.add_column(column, justify="right" if column in ("rank", "norm") else "left", overflow="fold")
+    numbers = ("rank", "norm", *(() if stats is None else ("predicted KL",)))
+    for column in ("module", "shape", *numbers, "for dtype", "for W_0 (SHA-256)"):
+        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
     for name, module in about["modules"].items():
         shape = "{} x {}".format(*module["shape"]) + (", transposed" if module["transposed"] else "")
         rank = f"{module['rank']}{', masked' if module['masked'] else ''}"
-        table.add_row(name, shape, rank, f"{module['norm']:.4g}", module["dtype"], module["original"][:16])
+        kl = harm.modules[name].predicted_kl
+        predicted = [] if stats is None else ["" if kl is None else f"{kl:.3g}"]
+        table.add_row(name, shape, rank, f"{module['norm']:.4g}", *predicted, module["dtype"], module["original"][:16])
     output.print(table)
+    print_harm(harm, "All modules")
     for request in about["requests"][:requests]:
         text = request["prompt"].replace("{}", request["subject"] or "")
         output.print(f"  {text} -> {request['target_new'].strip()}", markup=False)

@@ -13,6 +13,8 @@ from kedit_fast.cli.console import notices, output
 from kedit_fast.errors import EditError
 from kedit_fast.evaluation.results import Evaluation
 from kedit_fast.reports.evaluation import interval, number, scale_of, titles
+from kedit_fast.reports.harm import in_words
+from kedit_fast.solver.harm import Harm
 
 LOW_EFFICACY = 0.5
 """Below it, a run warns."""
@@ -60,6 +62,8 @@ def print_report(report: Any, title: str) -> None:
         output.print(f"Retention of {curve.batches} batches in {curve.metric}: {shares}", markup=False)
     spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
     output.print(f"Seconds: {spent}", markup=False)
+    if report.harm is not None:
+        print_harm(report.harm, "Update")
     if joined := sum(request["target_separator"] != " " for request in report.requests):
         output.print(f"Targets: {joined} of {report.edits} follow their prompts without a space", markup=False)
     if report.resolved:
@@ -68,6 +72,13 @@ def print_report(report: Any, title: str) -> None:
     if report.null_spaces:
         dimensions = ", ".join(f"layer {layer} {count}" for layer, count in sorted(report.null_spaces.items()))
         output.print(f"Null space dimensions: {dimensions}", markup=False)
+
+
+def print_harm(harm: Harm, name: str) -> None:
+    """The line of an update: its norm, and its predicted KL divergence or why there is none."""
+    output.print(f"{name}: {in_words(harm)}", markup=False)
+    if harm.missing:
+        output.print(f"No predicted KL: {harm.missing}", markup=False)
 
 
 def _in_words(value: Any) -> str:
