@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import Row, provenance, read, require_clean, save
+from benchmarks.harness import Row, provenance, require_clean, save
 from kedit_fast import Editor, EditRequest, collect_statistics, demo, evaluate
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.methods.registry import find_recipe
