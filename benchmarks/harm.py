@@ -90,8 +90,8 @@ class Demo:
 def show(rows: Sequence[Row]) -> None:
     table = Table("method", "edits", "groups", "predicted", "measured", "ratio", "lowest", "highest", "norm")
     for row in rows:
-        numbers = (f"{row[name]:.3g}" for name in ("predicted_kl", "measured_kl", "ratio", "lowest", "highest", "norm"))
-        table.add_row(row["method"], str(row["edits"]), str(row["groups"]), *numbers)
+        cells = (f"{row[name]:.3g}" for name in ("predicted_kl", "measured_kl", "ratio", "lowest", "highest", "norm"))
+        table.add_row(row["method"], str(row["edits"]), str(row["groups"]), *cells)
     console.print(table)
 
 

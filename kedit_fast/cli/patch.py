@@ -52,9 +52,9 @@ def show(
         print_json({"patch": str(patch), **about, "harm": harm.as_dict()})
         return
     table = Table(title=escape(f"{about['method']}: {about['edits']} edits, {patch}"), title_justify="left")
-    numbers = ("rank", "norm", *(() if stats is None else ("predicted KL",)))
-    for column in ("module", "shape", *numbers, "for dtype", "for W_0 (SHA-256)"):
-        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold")
+    quantities = ("rank", "norm", *(() if stats is None else ("predicted KL",)))
+    for column in ("module", "shape", *quantities, "for dtype", "for W_0 (SHA-256)"):
+        table.add_column(column, justify="right" if column in quantities else "left", overflow="fold")
     for name, module in about["modules"].items():
         shape = "{} x {}".format(*module["shape"]) + (", transposed" if module["transposed"] else "")
         rank = f"{module['rank']}{', masked' if module['masked'] else ''}"

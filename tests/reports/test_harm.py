@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from support import REQUESTS, make_editor
+from support import REQUESTS, make_editor, run
 
 from kedit_fast import Editor, LowRankUpdate, collect_statistics, demo, evaluate, save_statistics
 from kedit_fast.editing.values.store import ValueFile
@@ -93,6 +93,33 @@ def test_what_is_missing_is_said_with_the_command_that_collects_it(edited, tmp_p
     factors = {name: LowRankUpdate(torch.randn(4, 1), torch.randn(5, 1)) for name in patch.updates}
     with pytest.raises(StatisticsError, match=r"not of this patch's model: update is \[4, 5\]"):
         patch_harm(replace(patch, updates=factors), folder)
+
+
+def test_the_commands_show_it_beside_the_norm(edited, tmp_path):
+    editor, _, folder = edited
+    patch = tmp_path / "patch.safetensors"
+    editor.patch().save(patch)
+    harm = patch_harm(editor.patch(), folder)
+    shown = run("patch", "show", patch, "--stats", folder)
+    assert shown.returncode == 0 and "predicted KL" in shown.stdout, shown.stderr
+    assert f"All modules: {in_words(harm)}" in shown.stdout
+    assert json.loads(run("patch", "show", patch, "--stats", folder, "--json").stdout)["harm"] == harm.as_dict()
+    plain = run("patch", "show", patch)
+    assert "predicted KL" not in plain.stdout and f"All modules: |Delta| {harm.norm:.4g}" in plain.stdout
+    editor.restore()
+    editor.view.model.save_pretrained(tmp_path / "model")
+    editor.tokenizer.save_pretrained(tmp_path / "model")
+    editor.edit(REQUESTS)  # as the fixture left it
+    (tmp_path / "requests.jsonl").write_text("\n".join(json.dumps(asdict(r)) for r in REQUESTS))
+    measure = ("eval", tmp_path / "model", "--requests", tmp_path / "requests.jsonl", "--patch", patch)
+    done = run(*measure, "--stats", folder, "--out", tmp_path / "out", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["harm"] == [harm.as_dict()] and in_words(harm) in result["about"]["patches"][0]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"predicted KL {harm.predicted_kl:.3g} nats a token" in page
+    without = run("eval", tmp_path / "model", "--requests", tmp_path / "requests.jsonl", "--stats", folder)
+    assert without.returncode == 2 and "--patch" in without.stderr
 
 
 def test_a_report_has_the_harm_beside_its_metrics(demo_model, statistics):
