@@ -194,13 +194,21 @@ def capture(
 
 @torch.no_grad()
 @plain_torch()
-def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callable[[Site, torch.Tensor], None]) -> None:
+def visit(
+    view: ModelView,
+    batch: TokenBatch,
+    sites: Sequence[Site],
+    see: Callable[[Site, torch.Tensor], None],
+    to_the_end: bool = False,
+) -> torch.Tensor | None:
     """Run the model up to the last of some sites, and call `see` with each site and its states [R, T, size].
+
+    With `to_the_end` the pass goes on to the last states, which are returned (`last_states`).
 
     Inputs of a layer that processes hold together (`models.sharded`) are gathered.
 
-    States are freed as the pass continues, unless `see` stores them. Cost: the blocks up to the last site; the head
-    never runs.
+    States are freed as the pass continues, unless `see` stores them. Cost: the blocks up to the last site, or all; the
+    head never runs.
 
     Raises:
         UnsupportedModelError: a site's module did not run, or not on all tokens.
@@ -221,7 +229,7 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
             states = whole_inputs(states, view.weight(site.layer))
         see(site, states)
         missing.discard(site)
-        if not missing:
+        if not missing and not to_the_end:
             raise _AllSeen
 
     def see_input(site: Site) -> Callable[..., None]:
@@ -232,10 +240,12 @@ def visit(view: ModelView, batch: TokenBatch, sites: Sequence[Site], see: Callab
 
     on_inputs = [(module_at(view, site), see_input(site)) for site in missing if site.kind == "key"]
     on_outputs = [(module_at(view, site), see_output(site)) for site in missing if site.kind != "key"]
+    end = None
     with input_hooks(on_inputs), output_hooks(on_outputs), contextlib.suppress(_AllSeen):
-        last_states(view, batch)
+        end = last_states(view, batch)
     if missing:
         raise did_not_run(view, min(missing, key=lambda site: (site.layer, site.kind)))
+    return end if to_the_end else None
 
 
 def require_passes(view: ModelView, sites: Sequence[Site]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from kedit_fast.solver.preconditioner import NullSpaceRule, condition_number, null_dimension
-from kedit_fast.statistics.store import layer_of, modules_in, read_layer
+from kedit_fast.statistics.moments import SecondMoment
+from kedit_fast.statistics.store import layer_of, modules_in, read_layer, read_output_metric
 from kedit_fast.support import figures
 from kedit_fast.support.torch_state import plain_torch
 
@@ -53,6 +54,8 @@ class Spectrum:
     """ "rule threshold" -> dimensions of that null space."""
     eigenvalues: torch.Tensor
     """[d] in ascending order, fp64."""
+    labels: str = ""
+    """Of an output metric, of gradients at the layer's d outputs: which labels the loss has."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `stats show --json` prints for a layer."""
@@ -67,7 +70,7 @@ class Spectrum:
             "condition": self.condition,
             "effective_rank": self.effective_rank,
             "eigenvalues": shown,
-            "null_dimensions": self.null_dimensions,
+            **({"labels": self.labels} if self.labels else {"null_dimensions": self.null_dimensions}),
         }
 
 
@@ -80,11 +83,21 @@ def spectra(folder: str | os.PathLike) -> list[Spectrum]:
 
     Cost: a symmetric eigendecomposition per layer: about 4/3 d^3 flops in fp64 without vectors.
     """
-    return [_spectrum(Path(folder), module) for module in modules_in(folder)]
+    return [_spectrum(read_layer(Path(folder), module).second) for module in modules_in(folder)]
 
 
-def _spectrum(folder: Path, module: str) -> Spectrum:
-    second = read_layer(folder, module).second
+@plain_torch()
+def output_spectra(folder: str | os.PathLike) -> list[Spectrum]:
+    """The spectrum of every output metric in a folder of statistics; none where there is none.
+
+    Raises:
+        StatisticsError: the folder has no statistics, or a file is damaged; the message names it.
+    """
+    files = [read_output_metric(Path(folder), module) for module in modules_in(folder)]
+    return [_spectrum(file.second, file.metadata["labels"]) for file in files if file is not None]
+
+
+def _spectrum(second: SecondMoment, labels: str = "") -> Spectrum:
     values = torch.linalg.eigvalsh(second.moment.double())
     positive = values.clamp(min=0)
     shares = positive / positive.sum().clamp(min=torch.finfo(torch.float64).tiny)  # rank 1 when there was no input
@@ -92,8 +105,8 @@ def _spectrum(folder: Path, module: str) -> Spectrum:
     dimensions = {f"{rule} {threshold:g}": null_dimension(values, threshold, rule) for rule, threshold in THRESHOLDS}
     trace = float(second.moment.double().diagonal().sum())
     return Spectrum(
-        module,
-        layer_of(module),
+        second.module,
+        layer_of(second.module),
         len(values),
         second.count,
         trace,
@@ -101,6 +114,7 @@ def _spectrum(folder: Path, module: str) -> Spectrum:
         float(entropy.exp()),
         dimensions,
         values,
+        labels,
     )
 
 

@@ -20,9 +20,9 @@ from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
 from kedit_fast.statistics.corpus import Corpus, Document, Position, Reader, Window, ahead, batches
 from kedit_fast.statistics.labels import TOKENS_A_DIMENSION, OutputGradients, row_seeds, sampled_labels
-from kedit_fast.statistics.memory_plan import Group, Masters, plan_groups, side_size
+from kedit_fast.statistics.memory_plan import STATES_A_BLOCK, Group, Masters, plan_groups, side_size
 from kedit_fast.statistics.moments import SecondMoment, SecondMomentAccumulator, Side
-from kedit_fast.statistics.token_weights import TokenWeights, weights_of
+from kedit_fast.statistics.token_weights import CONFIDENCE, NamedWeights, TokenWeights, confidences, weights_of
 from kedit_fast.statistics.updates import CountedRows, Updates, real_positions
 from kedit_fast.support import process_group
 from kedit_fast.support.dtypes import dtype_name
@@ -102,7 +102,7 @@ def collect_statistics(
     max_samples: int | None = None,
     max_length: int = 1024,
     seed: int | None = None,
-    token_weights: TokenWeights | None = None,
+    token_weights: TokenWeights | NamedWeights | None = None,
     output_metric: OutputGradients | bool = False,
     batch_tokens: int = 4096,
     masters: Masters = "auto",
@@ -124,7 +124,7 @@ def collect_statistics(
         max_tokens, max_samples: stop after this many tokens or documents; None for all.
         max_length: sequences are cut to this many tokens (and to what the model takes).
         seed: of a random order; None for the documents' own.
-        token_weights: weights of a document's tokens; None for ones.
+        token_weights: weights of a document's tokens, by a function or by name; None for ones.
         output_metric: also collect second moments of gradients at the layers' outputs (`Statistics.outputs`), of which
             loss and from how many tokens `OutputGradients` says; True for its defaults. Weights of tokens do not count.
         batch_tokens: tokens of a batch, padding included; sequences of similar length share a batch. Passes with
@@ -269,7 +269,12 @@ class Job:
 
     def plan(self, layers: tuple[int, ...], masters: Masters, budget: int | None = None) -> list[Group]:
         """Some of the layers divided into passes; see `plan_groups`."""
-        return plan_groups(self.view, layers, self.batch_tokens, masters, budget, self.side)
+        return plan_groups(self.view, layers, self.batch_tokens, masters, budget, self.side, self._held)
+
+    @property
+    def _held(self) -> int:
+        """States that a batch holds at once, beside those of the block that runs; see `plan_groups`."""
+        return len(self.layers) if self.corpus.token_weights == CONFIDENCE else 0
 
     def check_groups(self, groups: Sequence[Group]) -> None:
         """Raise StatisticsError when a corpus that can be read once would have to be read again."""
@@ -337,22 +342,41 @@ class Job:
     def _add(self, documents: list[Document], sums: Mapping[int, SecondMomentAccumulator], updates: Updates) -> None:
         """Run one batch, and add its keys to the sums."""
         rows = [document.ids for document in documents]
-        lengths = [len(row) for row in rows]
-        counted = CountedRows(real_positions(lengths, max(lengths)), *self._weights(rows, max(lengths)))
+        width = max(map(len, rows))
+        positions = real_positions([len(row) for row in rows], width)
         batch = TokenBatch(pad(rows, self.view.device).input_ids, None)
         sites = [Site(layer, "key") for layer in sums]
-        visit(self.view, batch, sites, lambda site, states: counted.add(updates, sums[site.layer], states))
+        if self.corpus.token_weights == CONFIDENCE:
+            keys: dict[Site, torch.Tensor] = {}  # of all layers: the weights are known at the end of the pass
+            states = visit(self.view, batch, sites, keys.__setitem__, to_the_end=True)
+            assert states is not None
+            counted = self._by_confidence(states.flatten(0, 1), positions)
+            for site, of_layer in keys.items():
+                counted.add(updates, sums[site.layer], of_layer)
+        else:
+            counted = CountedRows(positions, *self._weights(rows, width))
+            visit(self.view, batch, sites, lambda site, states: counted.add(updates, sums[site.layer], states))
         updates.next_batch()
 
     def _weights(self, rows: list[list[int]], width: int) -> tuple[torch.Tensor | None, tuple[int, float]]:
         """Weights [R T] of a padded batch (None for ones); how many of its tokens count, and the sum of weights."""
-        if self.corpus.token_weights is None:
+        weigh = self.corpus.token_weights
+        if weigh is None or isinstance(weigh, str):
             count = sum(map(len, rows))
             return None, (count, float(count))
         weights = torch.zeros(len(rows), width, dtype=torch.float64)
         for i, row in enumerate(rows):
-            weights[i, : len(row)] = weights_of(self.corpus.token_weights, row)
+            weights[i, : len(row)] = weights_of(weigh, row)
         return weights.flatten(), (int((weights != 0).sum()), float(weights.sum()))
+
+    def _by_confidence(self, states: torch.Tensor, positions: torch.Tensor | None) -> CountedRows:
+        """The rows of a batch that count, weighted by the model's confidence at its last states [R T, h]."""
+        real = states if positions is None else states.index_select(0, positions.to(states.device))
+        weights = confidences(self.view.head, real)
+        totals = len(weights), float(weights.sum())
+        if positions is not None:
+            weights = weights.new_zeros(len(states)).index_copy_(0, positions.to(weights.device), weights)
+        return CountedRows(positions, weights, totals)
 
     def agreed(self, end: Position) -> Position:
         """The end of the text, with the tokens that all processes have read.
@@ -425,6 +449,10 @@ class OutputJob(Job):
         self.reader = Reader(
             self.tokenizer, self.corpus, self.batch_tokens, view.max_length, view.vocabulary, view.work_share
         )
+
+    @property
+    def _held(self) -> int:
+        return STATES_A_BLOCK * (self.view.num_layers - self.layers[0])
 
     @property
     def settings(self) -> dict[str, str]:

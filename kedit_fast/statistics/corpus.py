@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.models.forward import unknown_token
-from kedit_fast.statistics.token_weights import TokenWeights, describe
+from kedit_fast.statistics.token_weights import NamedWeights, TokenWeights, check_weights, describe
 from kedit_fast.support import process_group
 
 T = TypeVar("T")
@@ -67,15 +67,17 @@ class Corpus:
     """Documents are cut to this many tokens."""
     seed: int | None = None
     """Of a random order of the documents, which needs a sequence; None for their own order."""
-    token_weights: TokenWeights | None = None
+    token_weights: TokenWeights | NamedWeights | None = None
     """From a document's token ids to as many weights, finite and not negative: the moment is sum w k k^T / sum w. None
-    counts every token once. The files record the function's name and a hash of its weights for the ids 0 to 63."""
+    and "uniform" count every token once; "teacher-confidence" takes the model's largest probability of a next token at
+    each. The files record the name, and of a function also a hash of its weights for the ids 0 to 63."""
 
     def __post_init__(self):
         for name in ("max_tokens", "max_samples", "max_length"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InvalidArgumentError(f"{name} must be a positive integer; got {value!r}")
+        check_weights(self.token_weights)
         if isinstance(self.texts, str | bytes | os.PathLike):
             raise InvalidArgumentError(
                 "texts must be a sequence of documents, not one string or path: "

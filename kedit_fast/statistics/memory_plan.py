@@ -27,7 +27,7 @@ SHARE = 0.9
 STATES = 16
 """Hidden states, and inputs of the edited layer, that a batch is assumed to hold at once."""
 STATES_A_BLOCK = 6
-"""As many more that each block above the lowest layer is assumed to hold until its gradients are computed."""
+"""As many more that a block is assumed to hold in a pass with gradients."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ def plan_groups(
     masters: Masters = "auto",
     budget: int | None = None,
     side: Side = "input",
+    held: int = 0,
 ) -> list[Group]:
     """Divide layers into as few passes as memory allows.
 
@@ -105,7 +106,8 @@ def plan_groups(
         masters: "device" places sums beside the layers' inputs, "cpu" on the host. "auto" prefers a single pass: on the
             device if all sums fit there, else on the host if they fit there, else several passes.
         budget: bytes for sums on each device; None for what is free.
-        side: of which rows the moments are; passes for "output" hold what gradients need of the blocks above.
+        side: of which rows the moments are.
+        held: states, as in STATES, that a batch holds beside those.
 
     Raises:
         StatisticsError: there is no room for the sum of a single layer.
@@ -120,7 +122,7 @@ def plan_groups(
         "auto": [(beside_inputs, False), (on_host, True)],
     }[masters]
     devices = {device for placement, _ in placements for device in placement.values()}
-    room = {device: _room(view, device, batch_tokens, layers[0], budget, side) for device in devices}
+    room = {device: _room(view, device, batch_tokens, layers[0], budget, held) for device in devices}
     plans = [[Group(g, on_cpu) for g in _grouped(sizes, placement, room)] for placement, on_cpu in placements]
     possible = [groups for groups in plans if groups]
     if not possible:
@@ -139,12 +141,11 @@ def plan_groups(
     return chosen
 
 
-def _room(view: ModelView, device: torch.device, batch_tokens: int, layer: int, budget: int | None, side: Side) -> int:
+def _room(view: ModelView, device: torch.device, batch_tokens: int, layer: int, budget: int | None, held: int) -> int:
     if budget is not None:
         return budget
     out, d = view.edited_shape(layer)
-    states = STATES if side == "input" else STATES + STATES_A_BLOCK * (view.num_layers - layer)
-    batch = batch_tokens * states * (d + out) * computing_dtype(view.base).itemsize  # bytes
+    batch = batch_tokens * (STATES + held) * (d + out) * computing_dtype(view.base).itemsize  # bytes
     share = SHARE
     if device.type == "cpu":
         share /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of a job on this host

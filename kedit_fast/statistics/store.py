@@ -276,10 +276,12 @@ def modules_in(folder: str | os.PathLike) -> list[str]:
         raise StatisticsError(f"no statistics folder {folder}: make one with `kedit-fast stats`")
     names = {path.stem for path in folder.glob("*.safetensors")} | set(memit_npz.modules_in(folder))
     names = {name for name in names if any(part.isdigit() for part in name.split("."))}  # not checkpoints
-    names = {name for name in names if not name.endswith(_SUFFIXES["output"])}
-    if not names:
+    inputs = {name for name in names if not name.endswith(_SUFFIXES["output"])}
+    if names and not inputs:
+        raise StatisticsError(f"{folder} holds output metrics alone: collect the second moments of inputs into it, too")
+    if not inputs:
         raise StatisticsError(f"{folder} holds no statistics")
-    return sorted(names, key=layer_of)
+    return sorted(inputs, key=layer_of)
 
 
 def layer_of(module: str) -> int:

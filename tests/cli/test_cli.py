@@ -798,6 +798,25 @@ def test_statistics_of_all_layers_that_are_tried_are_collected_in_one_pass(place
     assert run(*base[:4], "--layers", "all", "--out", tmp_path / "t").returncode == 2
 
 
+def test_output_metrics_are_collected_and_shown_beside_statistics(place, tmp_path):
+    base = ("stats", place / "model", "--text", place / "text.txt", "--layers", "0-1", "--out", tmp_path / "s")
+    options = ("--samples", "9", "--token-weights", "teacher-confidence")
+    done = run(*base, *options, "--output-metric", "--metric-tokens", "50")
+    assert done.returncode == 0 and "output metric of 50 tokens, layers 0, 1" in " ".join(done.stdout.split())
+    assert "output metrics of layers 0, 1 (2 in 1 pass over the text)" in " ".join(done.stderr.split())
+    again = json.loads(run(*base, *options, "--output-metric", "--metric-tokens", "50", "--resume", "--json").stdout)
+    assert again["passes"] == 0 and again["output_tokens"] == 50 and len(again["files"]) == 4
+    alone = run(*base, "--metric-alone", "--metric-labels", "text", "--overwrite", "--json")
+    assert json.loads(alone.stdout)["tokens"] == 0 and len(json.loads(alone.stdout)["files"]) == 2
+    shown = json.loads(run("stats", "show", tmp_path / "s", "--no-draw", "--json").stdout)
+    assert [metric["labels"] for metric in shown["output_metrics"]] == ["text", "text"]
+    assert [metric["size"] for metric in shown["output_metrics"]] == [32, 32]
+    table = " ".join(run("stats", "show", tmp_path / "s", "--no-draw").stdout.split())
+    assert "Output metrics: gradients at the outputs, text labels" in table
+    unused = run(*base[:-1], tmp_path / "t", "--metric-labels", "text")
+    assert unused.returncode == 2 and "are for --output-metric" in " ".join(unused.stderr.split())
+
+
 def test_statistics_are_resumed_exchanged_and_projected(place, tmp_path):
     base = ("stats", place / "model", "--text", place / "text.txt", "--layers", "0-1", "--out", tmp_path / "s")
     first = json.loads(run(*base, "--samples", "9", "--seed", "2", "--json").stdout)

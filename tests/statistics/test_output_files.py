@@ -160,6 +160,8 @@ def test_a_killed_process_goes_on_to_the_same_bits(tmp_path, two):
     assert same(tmp_path / "whole", tmp_path / "part")
     with pytest.raises(StatisticsError, match="holds no statistics"):
         load_statistics(tmp_path / "part", *two)
+    with pytest.raises(StatisticsError, match="holds output metrics alone"):
+        modules_in(tmp_path / "part")
 
 
 def test_a_metric_is_added_to_statistics_and_replaced_alone(tmp_path, two):

@@ -221,3 +221,27 @@ def test_bad_arguments_and_missing_metrics_are_named():
         model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(StatisticsError, match="not finite"):
         collect(model, tokenizer)
+
+
+def test_confidence_weights_are_the_largest_probabilities():
+    tokenizer, model = make_tokenizer(), make_model("gpt2", torch.float64)
+    found = collect_statistics(model, tokenizer, TEXTS, LAYERS, token_weights="teacher-confidence", batch_tokens=100)
+    for layer in LAYERS:
+        keys, weights = [], []
+        module = ModelView(model).edited_module(layer)
+        hook = module.register_forward_pre_hook(lambda m, a, keys=keys: keys.append(a[0][0]))
+        with torch.no_grad():
+            for text in TEXTS:
+                logits = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0]
+                weights.append(torch.softmax(logits, -1).max(-1).values)
+        hook.remove()
+        k, w = torch.cat(keys), torch.cat(weights)
+        assert relative_error(found.moment(layer).moment, k.T @ (w[:, None] * k) / w.sum()) < 1e-6
+        assert found.moment(layer).count == len(w)
+    assert found.settings["token_weights"] == "teacher-confidence"
+    uniform, plain = (
+        collect_statistics(model, tokenizer, TEXTS, (0,), token_weights=weights) for weights in ("uniform", None)
+    )
+    assert torch.equal(uniform.moment(0).moment, plain.moment(0).moment) and uniform.settings == plain.settings
+    with pytest.raises(InvalidArgumentError, match="token_weights must be uniform, teacher-confidence"):
+        Corpus(TEXTS, token_weights="confidence")  # pyright: ignore[reportArgumentType]

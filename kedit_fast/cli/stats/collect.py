@@ -27,9 +27,11 @@ from kedit_fast.methods.windows import statistics_layers
 from kedit_fast.models.loading import DTYPES, load_config, load_model
 from kedit_fast.models.view import ModelView
 from kedit_fast.statistics.corpus import Corpus
+from kedit_fast.statistics.labels import LABELS, Labels, OutputGradients
 from kedit_fast.statistics.memory_plan import MASTERS, Masters, Needs
 from kedit_fast.statistics.resumable import check_folder, collect_into
 from kedit_fast.statistics.sources import open_texts
+from kedit_fast.statistics.token_weights import NAMED_WEIGHTS, UNIFORM, NamedWeights
 from kedit_fast.support import process_group
 from kedit_fast.support.messages import comma_list, size_text
 
@@ -49,6 +51,25 @@ def collect(
     samples: Annotated[int | None, typer.Option(min=1, help="stop after this many documents")] = None,
     seed: Annotated[int | None, typer.Option(help="take documents in this random order; else in their own")] = None,
     max_length: Annotated[int, typer.Option(min=1, help="cut documents to this many tokens")] = 1024,
+    token_weights: Annotated[
+        NamedWeights,
+        choice(NAMED_WEIGHTS, "weights of tokens: one each, or the largest probability of a next token"),
+    ] = UNIFORM,
+    output_metric: Annotated[
+        bool, typer.Option("--output-metric", help="also second moments of gradients at the outputs, by a second pass")
+    ] = False,
+    metric_labels: Annotated[
+        Labels,
+        choice(LABELS, "--output-metric: gradients of -log p of drawn labels, or of next tokens"),
+    ] = "sampled",
+    metric_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="--output-metric: from the first so many tokens; by default 10 for each output"),
+    ] = None,
+    metric_seed: Annotated[int, typer.Option(min=0, help="--output-metric: of the labels that are drawn")] = 0,
+    metric_alone: Annotated[
+        bool, typer.Option("--metric-alone", help="the output metric alone, beside whatever statistics --out has")
+    ] = False,
     batch_tokens: Annotated[int, typer.Option(min=1, help="tokens of a batch, padding included")] = 4096,
     resume: Annotated[
         bool, typer.Option("--resume", help="continue where the same command stopped; start if it never began")
@@ -71,6 +92,9 @@ def collect(
     check_device_map(device_map, device)
     architecture = read_spec(spec)
     check_folder(out, resume, overwrite)
+    gradients = OutputGradients(metric_labels, metric_seed, metric_tokens)
+    if not (output_metric or metric_alone) and gradients != OutputGradients():
+        raise typer.BadParameter("--metric-labels, --metric-tokens and --metric-seed are for --output-metric")
     documents = open_texts(text, field)
     config = load_config(model, merge_adapter)
     check_range(layer_numbers or (), config)
@@ -83,8 +107,10 @@ def collect(
                 out,
                 loaded,
                 tokenizer,
-                Corpus(documents, tokens, samples, max_length, seed),
+                Corpus(documents, tokens, samples, max_length, seed, token_weights),
                 layer_numbers,
+                output_metric=gradients if output_metric or metric_alone else False,
+                inputs=not metric_alone,
                 batch_tokens=batch_tokens,
                 checkpoint_every=checkpoint_every,
                 resume=resume,
@@ -104,6 +130,7 @@ def collect(
             {
                 "layers": list(collected.layers),
                 "tokens": collected.tokens,
+                "output_tokens": collected.output_tokens,
                 "documents": collected.documents,
                 "files": [path.name for path in collected.files],
                 "out": str(out),
@@ -118,16 +145,20 @@ def collect(
     if collected.passes and collected.resumed:
         how += f", {collected.resumed:,} tokens from a checkpoint"
     layer_list = comma_list(collected.layers)
-    output.print(f"{collected.tokens:,} tokens, layers {layer_list}, {how}: {out}", markup=False)
+    counts = [f"{collected.tokens:,} tokens"] if collected.tokens else []
+    counts += [f"output metric of {collected.output_tokens:,} tokens"] if collected.output_tokens else []
+    output.print(f"{', '.join(counts)}, layers {layer_list}, {how}: {out}", markup=False)
 
 
 def _say_needs(needs: Needs) -> None:
     """What the collection will take, on stderr before it starts."""
     if process_group.world()[0]:
         return
+    subject = "layers" if needs.side == "input" else "output metrics of layers"
     passes = "1 pass" if needs.passes == 1 else f"{needs.passes} passes"
     notices.print(
-        f"kedit-fast: layers {comma_list(needs.layers)} ({len(needs.layers)} in {passes} over the text): fp64 sums of "
+        f"kedit-fast: {subject} {comma_list(needs.layers)} ({len(needs.layers)} in {passes} over the text): "
+        "fp64 sums of "
         f"{'' if needs.passes == 1 else 'up to '}{size_text(needs.sum_bytes)} "
         f"{'on the host' if needs.on_cpu else 'beside the model'}; files of {size_text(needs.file_bytes)}, up to "
         f"{size_text(needs.disk_bytes)} with checkpoints",

@@ -13,6 +13,7 @@ from kedit_fast.cli.console import command, notices, output, print_json
 from kedit_fast.cli.options import JsonOption
 from kedit_fast.errors import KeditError
 from kedit_fast.reports import spectra
+from kedit_fast.support.messages import comma_list
 
 
 @command
@@ -23,7 +24,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Show counts, traces, condition numbers, effective ranks and null spaces, and draw the spectra."""
-    layer_spectra = spectra.spectra(folder)
+    layer_spectra, output_spectra = spectra.spectra(folder), spectra.output_spectra(folder)
     target = png or folder / "spectra.png"
     if draw:
         try:
@@ -34,14 +35,29 @@ def show(
             notices.print(f"kedit-fast: no picture: {error}", markup=False)
             draw = False
     if as_json:
-        layers = [spectrum.as_dict() for spectrum in layer_spectra]
-        print_json({"folder": str(folder), "layers": layers, "png": str(target) if draw else None})
+        layers, metrics = ([spectrum.as_dict() for spectrum in part] for part in (layer_spectra, output_spectra))
+        png_path = str(target) if draw else None
+        print_json({"folder": str(folder), "layers": layers, "output_metrics": metrics, "png": png_path})
         return
-    table = Table(title=escape(str(folder)), title_justify="left")
-    for name in ("layer", "d", "tokens", "trace", "condition", "rank*", "largest", "median", "smallest"):
-        table.add_column(name, justify="right")
     spaces = Table(title="Null-space dimensions", title_justify="left", show_header=False)
     spaces.add_row("layer", *(str(s.layer) for s in layer_spectra))
+    for name in layer_spectra[0].null_dimensions:
+        spaces.add_row(name, *(str(s.null_dimensions[name]) for s in layer_spectra))
+    output.print(_table(str(folder), layer_spectra))
+    if output_spectra:
+        labels = comma_list(dict.fromkeys(spectrum.labels for spectrum in output_spectra))
+        output.print(_table(f"Output metrics: gradients at the outputs, {labels} labels", output_spectra))
+    output.print("* effective: exp of the entropy of the eigenvalues", markup=False)
+    output.print(spaces)
+    if draw:
+        output.print(f"Spectra: {target}", markup=False)
+
+
+def _table(title: str, layer_spectra: list[spectra.Spectrum]) -> Table:
+    """A row of figures for each layer."""
+    table = Table(title=escape(title), title_justify="left")
+    for name in ("layer", "d", "tokens", "trace", "condition", "rank*", "largest", "median", "smallest"):
+        table.add_column(name, justify="right")
     for s in layer_spectra:
         values = (s.eigenvalues[-1], s.eigenvalues[s.size // 2], s.eigenvalues[0])
         table.add_row(
@@ -53,10 +69,4 @@ def show(
             f"{s.effective_rank:.1f}",
             *(f"{float(v):.2g}" for v in values),
         )
-    for name in layer_spectra[0].null_dimensions:
-        spaces.add_row(name, *(str(s.null_dimensions[name]) for s in layer_spectra))
-    output.print(table)
-    output.print("* effective: exp of the entropy of the eigenvalues", markup=False)
-    output.print(spaces)
-    if draw:
-        output.print(f"Spectra: {target}", markup=False)
+    return table
