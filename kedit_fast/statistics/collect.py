@@ -144,8 +144,8 @@ def collect_statistics(
     Cost: a pass through the blocks up to the last layer, and tokens * d (d + 1) flops per layer. Memory: 8 d^2 bytes
         per layer and one batch (two on a GPU, whose updates and forward passes overlap). Where the sums of all layers
         do not fit, there are several passes. With several processes and `max_tokens` the text is tokenized twice.
-        An output metric: a forward pass to the logits and a backward pass to the lowest layer over its tokens, about
-        three forward passes; memory for what that pass needs of a batch in all blocks above, and 8 out^2 bytes.
+        An output metric: a forward pass to the logits and a backward pass to the lowest layer over its tokens, two to
+        three times a forward pass; memory for what that pass needs of a batch in all blocks above, and 8 out^2 bytes.
 
     Example:
         >>> statistics = collect_statistics(model, tokenizer, texts, layers=[0, 1], max_tokens=2_000)
