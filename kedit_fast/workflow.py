@@ -16,10 +16,11 @@ from typing import Any, get_args
 import torch
 from tqdm import tqdm
 
-from kedit_fast.editing.batch_run import Phase
+from kedit_fast.editing.batch_run import ANCHOR_REQUESTS, Phase
 from kedit_fast.editing.checkpoint import RunCheckpoint, StoredBatch
 from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.result import EditResult
+from kedit_fast.editing.values.clamp import trial_places
 from kedit_fast.editing.values.memit_values import MemitCache
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import CheckpointError, EditError, KeditError, RequestError, SolveError, StatisticsError
@@ -27,6 +28,7 @@ from kedit_fast.evaluation.evaluator import Evaluator
 from kedit_fast.evaluation.metrics import SHARES, Metrics, shares_of
 from kedit_fast.evaluation.results import Evaluation
 from kedit_fast.evaluation.sequences import Retention, RetentionTracker
+from kedit_fast.methods.declaration import AUTO as AUTO_NUMBER
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
 from kedit_fast.models.saving import save_model
@@ -293,6 +295,8 @@ def run_edits(
         with _progress_bar(len(indices), progress and len(batches) > 1) as bar:
             try:
                 run.start(batches)
+                if state is None and not run.batches and size < len(indices):
+                    _measure_anchor(editor, [prepared[i] for i in indices], size, seconds)
                 for batch in batches[run.batches :]:
                     run.write(batch)
                     run.show(bar)
@@ -334,6 +338,13 @@ def run_edits(
         tuple(_request_entry(tokenizer, i, prepared[i]) for i in written),
         harm,
     )
+
+
+def _measure_anchor(editor: Editor, prepared: Sequence[PreparedRequest], size: int, seconds: dict[str, float]) -> None:
+    """Measure a norm anchor that is "auto" on requests of the whole run, where its first batch is too small for it."""
+    if editor.recipe.optimizes_values and editor.hparams.norm_anchor == AUTO_NUMBER and size < ANCHOR_REQUESTS:
+        with timed(seconds, "values"):
+            editor.measure_norm_anchor([prepared[i] for i in trial_places(len(prepared), ANCHOR_REQUESTS)], "skip")
 
 
 class _Run:

@@ -24,15 +24,15 @@ class BatchRecord:
     """What it has added to the solver state."""
     bits: dict[str, int]
     """Name of a matrix -> the sum over its bits after the batch; {} where matrices are split over processes."""
-    clamp: float | None
-    """The clamp_norm_factor that the first batch has chosen where it is "auto"."""
+    chosen: dict[str, float]
+    """Hyper-parameters of the values that are "auto" -> the number that was chosen."""
 
     def facts(self) -> dict[str, Any]:
         """What JSON holds of it."""
         return {
             "entries": [{"name": entry.name, "backend": entry.backend} for entry in self.entries],
             "bits": self.bits,
-            "clamp": self.clamp,
+            "chosen": self.chosen,
             "scales": {str(layer): scale for layer, scale in self.committed.scales.items()},
         }
 
@@ -65,5 +65,5 @@ class BatchRecord:
             normalizers[shape] = Normalizer(int(count), mean, squares)
         scales = {int(layer): float(scale) for layer, scale in facts["scales"].items()}
         bits = {str(name): int(value) for name, value in facts["bits"].items()}
-        clamp = None if facts["clamp"] is None else float(facts["clamp"])
-        return cls(tuple(entries), Committed(keys, normalizers, scales), bits, clamp)
+        chosen = {str(name): float(number) for name, number in facts["chosen"].items()}
+        return cls(tuple(entries), Committed(keys, normalizers, scales), bits, chosen)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from kedit_fast.editing.gradients import AnswerGradients
-from kedit_fast.editing.keys import StateBudget
+from kedit_fast.editing.keys import StateBudget, bare_outputs
 from kedit_fast.editing.ledger import Ledger
 from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.shaping import SHAPINGS
@@ -24,14 +24,16 @@ from kedit_fast.editing.values.protocol import ValueStore
 from kedit_fast.editing.values.result import PROBLEMS, Values
 from kedit_fast.editing.values.shared import find_shared_values
 from kedit_fast.editing.values.store import ValueFile
+from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import Recipe, ValueSites
-from kedit_fast.models.forward import SiteKind
+from kedit_fast.models.forward import Site, SiteKind
 from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.problems import OnError, require_no_problems
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.solver.low_rank import LowRankUpdate, Update
+from kedit_fast.solver.norm_anchor import DROPPED_ABOVE, anchored, norm_anchor
 from kedit_fast.solver.value_descent import Status
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.timing import timed
@@ -39,6 +41,11 @@ from kedit_fast.support.timing import timed
 _log = logging.getLogger("kedit_fast")
 NORM_WARNING = 2.0
 """|Delta| / |W| above which an edit is more likely to harm than to teach."""
+
+ANCHOR_REQUESTS = 200
+"""Requests over which a norm anchor is measured, at least, without a warning."""
+MOST_ANCHOR_REQUESTS = 1000
+"""Requests over which a norm anchor is measured, at most, as published."""
 
 Phase = Literal["keys", "values", "solve", "write"]
 """What the time of a batch is counted to."""
@@ -92,6 +99,7 @@ class BatchRun:
         """Index in `prepared` -> why the request is not written."""
         self.losses: list[float] = []
         self.steps: list[int] = []
+        self.rounds: tuple[int, ...] = ()
         self.collisions: list[tuple[int, int]] = []
         self.residual_before = self.residual_after = 0.0
         """Squared norms of the residuals, summed over requests."""
@@ -119,18 +127,105 @@ class BatchRun:
         context = self.context
         prepared = [self.prepared[i] for i in indices]
         values = self._optimized(prepared, layer, context.hparams, context.value_store)
-        columns = Columns.of(prepared, spans_of(prepared, context.hparams))
-        allowed = {Status.PREDICTED} if context.hparams.on_predicted == "allow" else set()
-        problems = {
-            place: f"{prepared[place].name}: {PROBLEMS[code]}"
-            for place, code in enumerate(columns.statuses(values))
-            if code in PROBLEMS and code not in allowed
-        }
+        problems = self._problems(prepared, values)
         if self.on_error == "raise":
             require_no_problems(problems)
         self.skipped |= {indices[place]: reason for place, reason in problems.items()}
         usable = [place for place in range(len(prepared)) if place not in problems]
-        return [prepared[place] for place in usable], values.select(columns.of_requests(usable))
+        columns = Columns.of(prepared, spans_of(prepared, context.hparams))
+        prepared, values = [prepared[place] for place in usable], values.select(columns.of_requests(usable))
+        if not context.hparams.norm_anchor or not prepared:
+            return prepared, values
+        return self._anchored([indices[place] for place in usable], prepared, values, layer)
+
+    def _problems(self, prepared: Sequence[PreparedRequest], values: Values) -> dict[int, str]:
+        """Place of a request -> why its value cannot be written."""
+        allowed = {Status.PREDICTED} if self.context.hparams.on_predicted == "allow" else set()
+        columns = Columns.of(prepared, spans_of(prepared, self.context.hparams))
+        return {
+            place: f"{prepared[place].name}: {PROBLEMS[code]}"
+            for place, code in enumerate(columns.statuses(values))
+            if code in PROBLEMS and code not in allowed
+        }
+
+    def _anchored(
+        self, indices: Sequence[int], prepared: list[PreparedRequest], values: Values, layer: int
+    ) -> tuple[list[PreparedRequest], Values]:
+        """Values whose part of the MLP has the norm of the anchor; requests beyond twice the norm are skipped."""
+        anchor = self.context.hparams.norm_anchor
+        if isinstance(anchor, str):
+            raise EditError('norm_anchor = "auto": no request that it is measured on has a value')
+        rest, asked = self._parts(prepared, values, layer)
+        scaled, dropped = anchored(asked, anchor)
+        targets = values.all_targets.clone()
+        targets[-1] = rest + scaled
+        deltas = values.all_deltas.clone()
+        deltas[-1] += (scaled - asked).to(deltas)
+        columns = Columns.of(prepared, spans_of(prepared, self.context.hparams))
+        norms = torch.linalg.vector_norm(asked, dim=0).tolist()
+        beyond: dict[int, float] = {}  # place of a request -> the norm of a value that is too large
+        for place, norm, drop in zip(columns.owner, norms, dropped.tolist(), strict=True):
+            if drop:
+                beyond.setdefault(place, norm)
+        for place, norm in beyond.items():
+            self.skipped[indices[place]] = (
+                f"{prepared[place].name}: its value asks the MLP for an output of norm {norm:.3g}, more than "
+                f"{DROPPED_ABOVE:g} times norm_anchor = {anchor:.3g}: the edit is dropped"
+            )
+        if beyond:
+            _log.warning("%d of %d edits are dropped by norm_anchor", len(beyond), len(prepared))
+        written = [place for place in range(len(prepared)) if place not in beyond]
+        values = replace(values, all_targets=targets, all_deltas=deltas)
+        return [prepared[place] for place in written], values.select(columns.of_requests(written))
+
+    def _parts(
+        self, prepared: Sequence[PreparedRequest], values: Values, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Targets [h, n] as h - m and v = m + delta: what the block adds to its MLP, and what the MLP is asked for.
+
+        Where the value is that of the MLP the first part is 0.
+        """
+        if self.context.site == "mlp":
+            return torch.zeros_like(values.targets), values.targets
+        sites = [Site(layer, self.context.site), Site(layer, "mlp")]
+        spans = spans_of(prepared, self.context.hparams)
+        if spans is not None:
+            prepared = [one.chunk(*span) for one, chunks in zip(prepared, spans, strict=True) for span in chunks]
+        with self.timed("keys"):
+            block, mlp = (states.to(values.targets) for states in bare_outputs(self.context.view, prepared, sites))
+        return block - mlp, values.targets - (block - mlp)
+
+    def settle_anchor(self, anchor: float | None) -> float | None:
+        """Edit with this norm anchor in place of "auto", and return it; None measures it on the requests.
+
+        It is measured with the model as it is now. The values are used again: they go to the value store, or into
+        memory where there is none. Where no request has a value that can be written, there is no anchor: None.
+        """
+        if anchor is None:
+            context = self.context
+            store = context.value_store
+            if store is None:
+                self.context = replace(context, value_store=(store := ValueFile(None)))
+            prepared = [self.prepared[i] for i in trial_places(len(self.prepared), MOST_ANCHOR_REQUESTS)]
+            layer = context.hparams.layers[-1]
+            values = self._optimized(prepared, layer, context.hparams, store)
+            problems = self._problems(prepared, values)
+            usable = [place for place in range(len(prepared)) if place not in problems]
+            if not usable:
+                return None
+            columns = Columns.of(prepared, spans_of(prepared, context.hparams)).of_requests(usable)
+            _, asked = self._parts([prepared[i] for i in usable], values.select(columns), layer)
+            anchor = norm_anchor(torch.linalg.vector_norm(asked, dim=0))
+            _log.info("norm_anchor %.4g, measured on %d requests", anchor, len(usable))
+            if len(usable) < ANCHOR_REQUESTS:
+                _log.warning(
+                    "norm_anchor is measured on %d requests; %d or more give a steady number "
+                    "(Editor.measure_norm_anchor takes others than those of the first batch)",
+                    len(usable),
+                    ANCHOR_REQUESTS,
+                )
+        self.context = replace(self.context, hparams=replace(self.context.hparams, norm_anchor=anchor))
+        return anchor
 
     def _optimized(
         self, prepared: Sequence[PreparedRequest], layer: int, hparams: Hparams, store: ValueStore | None
@@ -176,10 +271,11 @@ class BatchRun:
         self.context = replace(context, hparams=replace(context.hparams, clamp_norm_factor=clamp))
         return clamp
 
-    def record(self, values: Values, columns: Columns) -> None:
-        """Note losses and steps of values that are written."""
+    def record(self, values: Values, columns: Columns, rounds: tuple[int, ...] = ()) -> None:
+        """Note losses and steps of values that are written, and how many requests each round wrote."""
         self.losses += columns.losses(values)
         self.steps += columns.steps(values)
+        self.rounds = rounds
 
     def write(self, module: str, update: LowRankUpdate) -> LowRankUpdate:
         """Add an update to a module's weight, within the limits of its norm; returns what was written."""
@@ -259,6 +355,7 @@ class BatchRun:
             skipped=skipped,
             prefixes=prefixes,
             seconds={**self.seconds},
+            rounds=self.rounds,
         )
 
 

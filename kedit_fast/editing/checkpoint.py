@@ -360,6 +360,7 @@ def _restored(
             **facts,
             "losses": tuple(facts["losses"]),
             "steps": tuple(facts["steps"]),
+            "rounds": tuple(facts["rounds"]),
             "collisions": tuple((int(a), int(b)) for a, b in facts["collisions"]),
             "skipped": {int(place): reason for place, reason in facts["skipped"].items()},
         },

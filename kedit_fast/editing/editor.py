@@ -153,7 +153,8 @@ class Editor:
                 f"{self.recipe.name} optimizes values at the outputs of attention, and not every block of "
                 f"{self.view.spec.name} has an attention of the same name: use another method"
             )
-        self._clamp: float | None = None  # chosen at the first batch, where clamp_norm_factor is "auto"
+        self._chosen: dict[str, float] = {}  # what is "auto" for the whole model -> the number
+        self._measured: set[str] = set()  # of these, what no batch has decided
         self._continues = False  # whether a state was loaded, whose first batch has decided what is "auto"
         self.ledger = Ledger(self.hparams.undo_window)
         self._final_steps: set[int] = set()  # numbers of the batches that `finish` has written
@@ -225,6 +226,8 @@ class Editor:
         """Where an edit reads the model. The pass that takes gradients checks the modules of `inner_params` itself."""
         layers = () if self.hparams.inner_params else self.hparams.layers
         outputs = [Site(layers[-1], kind) for kind in SITES[self.value_sites]] if layers else []
+        if layers and self.hparams.norm_anchor and self.value_sites == "block":
+            outputs.append(Site(layers[-1], "mlp"))
         return [Site(layer, "key") for layer in layers] + outputs
 
     def in_place(self) -> bool:
@@ -288,8 +291,7 @@ class Editor:
         with self._together(), torch.no_grad():
             try:
                 if prepared:
-                    if self.recipe.optimizes_values and self.hparams.clamp_norm_factor == AUTO:
-                        self._clamp = batch.settle_clamp(self._clamp)
+                    self._chosen = self._settled(batch)
                     SCHEDULES[self.recipe.schedule](batch)
             except BaseException:
                 with contextlib.suppress(EditError):  # the error that stopped the batch matters more
@@ -310,14 +312,63 @@ class Editor:
                 result = replace(result, resolved=self.resolved)
         return result
 
+    def _settled(self, batch: BatchRun) -> dict[str, float]:
+        """Let a batch work with numbers in place of "auto"; returns them, the values' clamp before the norm anchor."""
+        chosen, hparams = dict(self._chosen), self.hparams
+        if self.recipe.optimizes_values and hparams.clamp_norm_factor == AUTO:
+            chosen["clamp_norm_factor"] = batch.settle_clamp(chosen.get("clamp_norm_factor"))
+        if self.recipe.optimizes_values and hparams.norm_anchor == AUTO:
+            if self.ledger.count and "norm_anchor" not in chosen:
+                raise EditError('norm_anchor = "auto" is measured on the unedited model, and batches were written')
+            anchor = batch.settle_anchor(chosen.get("norm_anchor"))
+            chosen |= {} if anchor is None else {"norm_anchor": anchor}
+        return chosen
+
+    @plain_torch(leave_inference_mode=False)
+    def measure_norm_anchor(
+        self, requests: Iterable[EditRequest | Mapping[str, Any] | PreparedRequest], on_error: OnError = "raise"
+    ) -> float:
+        """Measure the norm anchor that is "auto" on these requests instead of those of the first batch.
+
+        It is the mean norm of what their values ask of the MLP at the value's site, on the unedited model and without
+        the largest 5 %; of at most 1000 requests, evenly spread. A clamp_norm_factor that is "auto" is decided by them,
+        too. Both hold for all batches, also after a rollback of everything.
+
+        Args:
+            requests: 200 or more, of the kind that will be edited. Nothing is written.
+            on_error: what to do with requests that cannot be written: "raise" an error, or "skip" them.
+
+        Raises:
+            MethodError: `norm_anchor` is not "auto".
+            EditError: a batch was written, so the model is not the unedited one.
+            RequestError: requests that cannot be written.
+
+        Cost: the values of the requests; the value store takes them.
+        """
+        if not self.recipe.optimizes_values or self.hparams.norm_anchor != AUTO:
+            raise MethodError(f'norm_anchor = {self.hparams.norm_anchor!r} needs no measuring: only "{AUTO}" does')
+        if self.ledger.count or self._continues:
+            raise EditError("a norm anchor is measured on the unedited model: before the first batch, without a state")
+        if torch.is_inference_mode_enabled():
+            raise EditError("values need gradients: call measure_norm_anchor() outside torch.inference_mode()")
+        prepared, _ = self.check(requests, on_error)
+        self._chosen, self._measured = {}, set()
+        with torch.no_grad():
+            chosen = self._settled(BatchRun(self._context(), prepared, on_error)) if prepared else {}
+        flush_store(self.values)
+        if "norm_anchor" not in chosen:
+            raise EditError("no request has a value that a norm anchor could be measured on")
+        self._chosen, self._measured = chosen, set(chosen)
+        return chosen["norm_anchor"]
+
     @property
     def resolved(self) -> dict[str, Any]:
         """Hyper-parameters that are "auto" -> what the first batch has made of them; {} before it.
 
-        `clamp_norm_factor` is a number; the scale of S, `mom2_update_weight` or `L2`, is a mapping from layers. A
-        `v_lr` that is "auto" is another number for every request and is not among them.
+        `clamp_norm_factor` and `norm_anchor` are numbers; the scale of S, `mom2_update_weight` or `L2`, is a mapping
+        from layers. A `v_lr` that is "auto" is another number for every request and is not among them.
         """
-        resolved: dict[str, Any] = {} if self._clamp is None else {"clamp_norm_factor": self._clamp}
+        resolved: dict[str, Any] = dict(self._chosen)
         if self.hparams.scale_name is not None and self.solver_state.scales:
             resolved[self.hparams.scale_name] = dict(sorted(self.solver_state.scales.items()))
         return resolved
@@ -353,7 +404,7 @@ class Editor:
         """Give the solver state as many batches as the ledger has; without any, nothing stays decided."""
         self.solver_state.settle(self.ledger.count)
         if not self.ledger.count and not self._continues:
-            self._clamp = None
+            self._chosen = {name: number for name, number in self._chosen.items() if name in self._measured}
 
     @plain_torch()
     def finish(self) -> dict[str, int]:
@@ -416,6 +467,7 @@ class Editor:
             self.prompt_format,
             vocabulary=self.view.vocabulary,
             target_separator=self.target_separator,
+            neighbors=self.hparams.neighbor_columns if self.recipe.weighs_requests else 0,
         )
         problems = read.skipped | unusable
         if on_error == "raise":
@@ -511,7 +563,7 @@ class Editor:
         if not result.batch or result.batch != self.ledger.count:
             raise EditError(f"batch {result.batch} is not the last of {self.ledger.count} batches")
         bits = {} if self.view.is_sharded else {name: self.ledger.bits(name) for name in result.updates}
-        return BatchRecord(self.ledger.batches[-1], self.solver_state.committed, bits, self._clamp)
+        return BatchRecord(self.ledger.batches[-1], self.solver_state.committed, bits, dict(self._chosen))
 
     @plain_torch()
     def repeat(self, record: BatchRecord, requests: Sequence[EditRequest]) -> None:
@@ -537,7 +589,7 @@ class Editor:
                         "or a machine that computes differently"
                     )
             self.solver_state.repeat(record.committed)
-            self._clamp = record.clamp
+            self._chosen = dict(record.chosen)
             self._written[number] = tuple(requests)
 
     @property
@@ -569,7 +621,7 @@ class Editor:
 
         def write(path: str | os.PathLike) -> None:
             if world()[0] == 0:
-                self.solver_state.save(path, identity, self._clamp)
+                self.solver_state.save(path, identity, self._chosen)
 
         return write
 
@@ -582,7 +634,7 @@ class Editor:
                 format, model or statistics, or of a model with other edits in it.
             EditError: this editor has edited already.
         """
-        identity, self._clamp = self.solver_state.load(path, self._state_identity())
+        identity, self._chosen = self.solver_state.load(path, self._state_identity())
         self._prefixes, self._continues = tuple(identity["prefixes"]), True
 
     def _state_identity(self) -> dict[str, Any]:

@@ -286,6 +286,26 @@ class KeyPass:
         part.entering = replace(entering, states=states)
 
 
+@plain_torch()
+def bare_outputs(view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site]) -> list[torch.Tensor]:
+    """Outputs [h, u] of each site at the bare prompts' lookup tokens, with the model as it is now, fp64.
+
+    Cost: one pass over the bare prompts, up to the last site.
+    """
+    prompts = [request.rewriting[0].cut() for request in prepared]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))  # prompts of similar length share a pass
+    parts: list[list[torch.Tensor]] = [[] for _ in sites]
+    with evaluating(view):
+        for begin in range(0, len(order), ROWS):
+            chosen = [prompts[i] for i in order[begin : begin + ROWS]]
+            positions = torch.tensor([prompt.lookup for prompt in chosen])
+            captured, _ = capture(view, pad([prompt.ids for prompt in chosen], view.device), sites, positions)
+            for part, site in zip(parts, sites, strict=True):
+                part.append(captured[site].double())
+    places = torch.argsort(torch.tensor(order))
+    return [torch.cat(part)[places.to(part[0].device)].T.contiguous() for part in parts]
+
+
 def _half_bare(contexts: int) -> tuple[float, float]:
     return (1.0, 1.0) if contexts == 1 else (0.5, 0.5 / (contexts - 1))
 

@@ -42,3 +42,6 @@ class EditResult:
     """Seconds of each phase: values, keys, solve, write."""
     resolved: dict[str, Any] = field(default_factory=dict)
     """Hyper-parameters that are "auto" -> what the first batch has made of them; see `Editor.resolved`."""
+    rounds: tuple[int, ...] = ()
+    """Number of requests that each round wrote; one entry unless the hyper-parameter `rounds` allows more. Empty for
+    methods that write no batch at once."""

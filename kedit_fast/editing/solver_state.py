@@ -233,8 +233,12 @@ class SolverState:
         weights: torch.Tensor | None = None,
         groups: Sequence[str] | None = None,
         unmoved: torch.Tensor | None = None,
+        chosen: Sequence[int] | None = None,
     ) -> LowRankUpdate:
-        """The update of one layer for all requests of a batch.
+        """The update of one layer for all requests of a batch, or for some of them.
+
+        A method with a memory remembers the keys of a layer once a batch: all of those of the first call. Later calls,
+        of further rounds, are for the same requests.
 
         Args:
             layer: the layer.
@@ -244,10 +248,16 @@ class SolverState:
             groups: u names; requests with the same name share one column. None: each has its own.
             unmoved: K_p [d, p], inputs whose output should stay as it is: columns without a residual in this batch's
                 system alone. None for none.
+            chosen: places of the requests that take part in the system; None for all.
         """
         device = self.view.weight(layer).device
         keys, residuals = keys.to(device), residuals.to(device)
         unmoved = None if unmoved is None else unmoved.to(device)
+        whole_batch = (keys, weights)
+        if chosen is not None:
+            keys, residuals = keys[:, chosen], residuals[:, chosen]
+            weights = None if weights is None else weights[chosen]
+            groups = None if groups is None else [groups[i] for i in chosen]
         if groups is not None:
             if weights is not None:
                 weights = merge_columns(keys, weights[None].to(keys), groups)[1][0]
@@ -260,9 +270,10 @@ class SolverState:
             return solve_update(
                 keys, residuals, preconditioner, rho, weights=weights, unmoved=unmoved, output_metric=metric
             )
-        update, self._pending.appended[layer] = self._memory(layer).solve(
-            keys, residuals, weights, unmoved, output_metric=metric
-        )
+        memory = self._memory(layer)
+        update, appended = memory.solve(keys, residuals, weights, unmoved, output_metric=metric)
+        if layer not in self._pending.appended:
+            self._pending.appended[layer] = appended if chosen is None else memory.extended(*whole_batch)
         return update
 
     def _memory(self, layer: int) -> KeyMemory:
@@ -436,13 +447,15 @@ class SolverState:
         systems = [*self._preconditioners.values(), *self._output_metrics.values(), *self.memories.values()]
         return sum(s.nbytes for s in systems) + sum(n.mean.nbytes + n.squares.nbytes for n in self.normalizers.values())
 
-    def save(self, path: str | os.PathLike, identity: dict[str, Any], clamp: float | None = None) -> None:
+    def save(
+        self, path: str | os.PathLike, identity: dict[str, Any], chosen: Mapping[str, float] | None = None
+    ) -> None:
         """Write the state to one safetensors file, completely or not at all.
 
         Args:
             path: the file.
             identity: what the state belongs to, beside the hyper-parameters.
-            clamp: the clamp_norm_factor that was chosen where it is "auto".
+            chosen: hyper-parameters of the values that are "auto" -> the number that was chosen.
 
         Raises:
             StatisticsError: the file cannot be written.
@@ -459,7 +472,7 @@ class SolverState:
             "kedit_fast": __version__,
             "belongs": json.dumps(self._full_identity(identity)),
             "memories": json.dumps(memories),
-            **({"resolved": json.dumps(resolved)} if (resolved := self._resolved(clamp)) else {}),
+            **({"resolved": json.dumps(resolved)} if (resolved := self._resolved(chosen or {})) else {}),
             **(
                 {"output_metrics": json.dumps(self._metric_probes(self.memories))}
                 if self.hparams.weighs_outputs
@@ -468,7 +481,7 @@ class SolverState:
         }
         write_file(path, tensors, metadata, StatisticsError)
 
-    def load(self, path: str | os.PathLike, identity: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
+    def load(self, path: str | os.PathLike, identity: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
         """Read what `save` wrote. The next updates are those of the run that wrote it.
 
         Args:
@@ -476,7 +489,7 @@ class SolverState:
             identity: what must be as it was for `save`; entries may be missing.
 
         Returns:
-            the identity in the file, with all entries, and the clamp_norm_factor that was chosen, if one was.
+            the identity in the file, with all entries, and what was chosen of the values' hyper-parameters.
 
         Raises:
             StatisticsError: the file cannot be read, is damaged or foreign, or is of another method, configuration,
@@ -511,7 +524,7 @@ class SolverState:
             )
         self.memories, self.normalizers, self.scales = memories, normalizers, scales
         self._continues, self._lost = True, False
-        return there, resolved.get("clamp_norm_factor")
+        return there, {name: float(number) for name, number in resolved.items() if name != "scales"}
 
     def _metric_probes(self, layers: Iterable[int]) -> dict[str, list[float]]:
         """Layer -> the probe of its output metric, as a saved state holds it."""
@@ -542,9 +555,9 @@ class SolverState:
             for layer, description in descriptions.items()
         }
 
-    def _resolved(self, clamp: float | None) -> dict[str, Any]:
+    def _resolved(self, chosen: Mapping[str, float]) -> dict[str, Any]:
         """What was decided in place of "auto", as a saved state holds it."""
-        resolved: dict[str, Any] = {} if clamp is None else {"clamp_norm_factor": clamp}
+        resolved: dict[str, Any] = dict(chosen)
         if self.scales:
             resolved["scales"] = {str(layer): scale for layer, scale in self.scales.items()}
         return resolved

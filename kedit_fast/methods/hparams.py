@@ -18,6 +18,7 @@ from kedit_fast.methods.declaration import (
     AUTO,
     BOOLEAN,
     INNER_SHARE,
+    LESS_THAN_ONE,
     NOT_NEGATIVE,
     NOT_NEGATIVE_OR_AUTO,
     POSITIVE,
@@ -107,6 +108,14 @@ def _weighing_outputs(recipe: Recipe) -> bool:
 
 def _masking(recipe: Recipe) -> bool:
     return recipe.masks_updates
+
+
+def _joint(recipe: Recipe) -> bool:
+    return recipe.weighs_requests
+
+
+def _repeating(recipe: Recipe) -> bool:
+    return recipe.weighs_requests and not recipe.masks_updates
 
 
 @dataclass(frozen=True)
@@ -393,6 +402,58 @@ class Hparams:
             Range("pairs of numbers"),
             "(tokens, count) of the generated context prefixes",
             identifies=("state",),
+        ),
+    )
+    norm_anchor: float | Auto = field(
+        default=0.0,
+        metadata=declare(
+            NOT_NEGATIVE_OR_AUTO,
+            "norm that the MLP's part of every value is scaled to at its site; an edit of more than twice the norm is "
+            'dropped; "auto" is measured on the unedited model; 0 for no anchor',
+            read_by=_optimizing,
+            identifies=("state",),
+            off=0.0,
+        ),
+    )
+    rounds: int = field(
+        default=1,
+        metadata=declare(
+            AT_LEAST_ONE,
+            "how often a batch is written at most: keys and solves are repeated for requests that are not reached",
+            read_by=_repeating,
+        ),
+    )
+    round_share: float = field(
+        default=0.1,
+        metadata=declare(
+            LESS_THAN_ONE,
+            "a request is reached once its residual |z - h| is at most this share of its first one",
+            read_by=_repeating,
+        ),
+    )
+    round_least: float = field(
+        default=0.0,
+        metadata=declare(
+            NOT_NEGATIVE,
+            "residual |z - h| up to which a request counts as reached, in the first round, too (NSE's alpha)",
+            read_by=_repeating,
+        ),
+    )
+    round_most: float = field(
+        default=0.0,
+        metadata=declare(
+            NOT_NEGATIVE,
+            "residual |z - h| from which a request is not written in a round (NSE's upper_bound); 0 for no bound",
+            read_by=_repeating,
+        ),
+    )
+    neighbor_columns: int = field(
+        default=0,
+        metadata=declare(
+            NOT_NEGATIVE,
+            "neighborhood prompts of each request whose keys stand in the system with a residual of 0, so that their "
+            "outputs stay; the first ones count",
+            read_by=_joint,
         ),
     )
     on_bad_pivot: OnBadPivot = field(

@@ -126,6 +126,23 @@ RECIPES = {
             contexts=(),
         ),
         Recipe(
+            "rlsedit",
+            "Recursive least squares over all edits: MEMIT with earlier keys and a ridge",
+            "Wang et al. 2026, arXiv 2601.15686",
+            "rlsedit",
+            memory=True,
+            keeps=_KEYS,
+        ),
+        Recipe(
+            "nas",
+            "AlphaEdit with values scaled to a norm of the unedited model",
+            "Liu et al. 2026, arXiv 2602.02543",
+            "nas",
+            preconditioner="null_space",
+            memory=True,
+            keeps=f"a basis of the null space or of the rest, whichever is thinner; {_KEYS}",
+        ),
+        Recipe(
             "ultraedit",
             "Gradients as values under a running normalizer",
             "Gu et al. 2025, arXiv 2505.14679",

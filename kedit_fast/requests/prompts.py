@@ -53,6 +53,8 @@ class PreparedRequest:
     """Token ids of `target_new` as the continuation of the bare prompt."""
     separator: str
     """What was put between the bare prompt and the target."""
+    neighbors: tuple[Prompt, ...] = ()
+    """Neighborhood prompts whose keys stand in the batch's system; see `neighbor_prompts`."""
 
     def chunk(self, begin: int, end: int) -> PreparedRequest:
         """The target's tokens from `begin` up to `end`, to be written at the token before them in each context."""
@@ -272,6 +274,7 @@ def prepare_each(
     *,
     vocabulary: int | None = None,
     target_separator: str = AUTO,
+    neighbors: int = 0,
 ) -> tuple[list[PreparedRequest], dict[int, str]]:
     """Tokenize requests, given by index.
 
@@ -283,6 +286,7 @@ def prepare_each(
         prompt_format: what makes prompts into the text that the model reads, or None.
         vocabulary: number of tokens that the model knows; None to allow any.
         target_separator: for requests that say "auto".
+        neighbors: so many neighborhood prompts of each request, at most, are tokenized, too.
 
     Returns:
         the requests that can be used, in order; and for each other one index -> what is wrong, with its name: a subject
@@ -295,7 +299,10 @@ def prepare_each(
         name = f"request {request.id!r}" if request.id is not None else f"request {index + 1}"
         try:
             one = _prepare_one(tokenizer, request, prefixes, max_length, prompt_format, target_separator)
-            ids = [i for prompt in (*one.rewriting, one.kl) for i in prompt.ids] + list(one.target)
+            if neighbors:
+                one = replace(one, neighbors=neighbor_prompts(tokenizer, request, neighbors, max_length, prompt_format))
+            prompts = (*one.rewriting, one.kl, *one.neighbors)
+            ids = [i for prompt in prompts for i in prompt.ids] + list(one.target)
             if problem := unknown_token(tokenizer, ids, vocabulary):
                 raise RequestError(problem)
             prepared.append(one)
@@ -354,6 +361,34 @@ def _require_fits(prepared: PreparedRequest, max_length: int) -> PreparedRequest
     if longest > max_length:
         raise RequestError(f"{longest} tokens with context and target, the model takes {max_length}")
     return prepared
+
+
+def neighbor_prompts(
+    tokenizer: Any, request: EditRequest, count: int, max_length: int, prompt_format: PromptFormat | None = None
+) -> tuple[Prompt, ...]:
+    """The first `count` neighborhood prompts of a request, tokenized.
+
+    The lookup token of one that is the request's prompt with another subject is that subject's last token, where edits
+    have their keys; of any other it is the last token.
+
+    Raises:
+        RequestError: one has no tokens, or more than the model takes.
+    """
+    before, place, after = request.prompt.partition("{}")
+    prompts = []
+    for text in request.neighborhood_prompts[:count]:
+        other = text[len(before) : len(text) - len(after)]
+        if request.subject is not None and place and text == before + other + after and other.strip():
+            prompt = fill(tokenizer, request.prompt, other, "", prompt_format)
+        else:
+            ids, _ = continuation(tokenizer, text, "", prompt_format)
+            prompt = Prompt(tuple(ids), len(ids) - 1)
+        if not prompt.ids or prompt.lookup >= max_length:
+            raise RequestError(
+                f"the neighborhood prompt {text!r} has {len(prompt.ids)} tokens, the model takes 1 to {max_length}"
+            )
+        prompts.append(prompt)
+    return tuple(prompts)
 
 
 def requested_separator(request: EditRequest, default: str) -> str:

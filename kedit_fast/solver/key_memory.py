@@ -308,6 +308,12 @@ class KeyMemory:
         return LowRankUpdate(left, right), appended
 
     @plain_torch()
+    def extended(self, keys: torch.Tensor, weights: torch.Tensor | None = None) -> Appended:
+        """A batch for `commit` of keys [d, u], with weights [u], whose update was solved with others than these."""
+        keys, _ = checked(keys, keys, weights)
+        return self._extended(self.preconditioner.whiten(keys).T.contiguous())
+
+    @plain_torch()
     def commit(self, appended: Appended) -> None:
         """Append what `solve` returned as the next batch; after an error nothing has changed."""
         if appended.base is not self._state:

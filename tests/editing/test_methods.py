@@ -28,10 +28,12 @@ from kedit_fast.requests.prompts import prepare
 from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate
 
 SEQUENCES = ("memit-sequential", "encore", "alphaedit")
+NULL_SPACE = {"nullspace_rule": "energy", "nullspace_threshold": 0.3, "L2": 2.0}
 NUMBERS = {
     "memit": {}, "memit-merge": {}, "rect": {}, "prune": {}, "memit-sequential": {},
     "encore": {"update_norm_lambda": 3.0, "most_probable_steps": 2}, "emmet": {"emmet_lambda": 0.3},
-    "alphaedit": {"nullspace_rule": "energy", "nullspace_threshold": 0.3, "L2": 2.0}, "pmet": {},
+    "alphaedit": NULL_SPACE, "pmet": {}, "rlsedit": {"update_norm_lambda": 3.0},
+    "nas": {**NULL_SPACE, "norm_anchor": 4.0},
     "sphere": {"nullspace_rule": "energy", "nullspace_threshold": 0.3, "L2": 2.0, "sphere_energy": 0.3},
     "anyedit": {"chunk_tokens": 2, "mom2_ridge": 1e-3}, "anyedit-alphaedit": {"nullspace_threshold": 0.3, "L2": 2.0},
     "r-rome": {}, "rome": {}, "ultraedit": {"lr": 1e-2, "token": "ans"},
@@ -85,7 +87,7 @@ def attenuation(weight, numbers):
 )
 def test_mass_methods_are_the_published_ones_batch_after_batch(method, kind):
     """Three batches on an fp64 model, layer by layer, against dense solves with a cache of earlier keys."""
-    numbers = {"mom2_ridge": 0.0} if method == "alphaedit" else {}
+    numbers = {"mom2_ridge": 0.0} if method in ("alphaedit", "nas") else {}
     editor = editor_of(method, kind, torch.float64, **numbers)
     recipe, numbers = editor.recipe, editor.hparams
     other = ModelView(make_model(kind, torch.float64))
@@ -95,6 +97,10 @@ def test_mass_methods_are_the_published_ones_batch_after_batch(method, kind):
     for batch in (REQUESTS[:2], REQUESTS[2:], [EditRequest("{} is in", "Ebro", "Sweden")]):
         prepared = prepare(editor.tokenizer, batch, PREFIXES, 128)
         targets = find_values(other, prepared, 1, sites, numbers).targets
+        if method == "nas":
+            block, mlp = (KeyPass(other, prepared, Site(1, kind), "mean").outputs() for kind in ("block", "mlp"))
+            asked = targets - block + mlp
+            targets = block - mlp + numbers.norm_anchor * asked / asked.norm(dim=0)
         result = editor.edit(batch)
         before = {layer: other.weight(layer).clone() for layer in numbers.layers}
         for i, layer in enumerate(numbers.layers):
@@ -115,7 +121,8 @@ def test_mass_methods_are_the_published_ones_batch_after_batch(method, kind):
                 bound = change.flatten().sort().values[int(change.numel() * 0.6) - 1]
                 other.weight(layer).copy_(weight + torch.where(change >= bound, delta, 0.0))
                 assert isinstance(result.updates[editor.view.weight_name(layer)][0], MaskedUpdate)
-            assert relative_error(editor.view.weight(layer), other.weight(layer)) < 1e-8
+            # of the same values after rounding to fp32 the last bits differ; an anchor scales that up batch by batch
+            assert relative_error(editor.view.weight(layer), other.weight(layer)) < (1e-6 if method == "nas" else 1e-8)
         outputs = KeyPass(other, prepared, site, "bare_half").at(1).outputs
         assert outputs.shape == targets.shape and 0 < result.residual < 1.5
 

@@ -77,13 +77,16 @@ def test_capabilities():
     def methods(capability):
         return {name for name, recipe in RECIPES.items() if getattr(recipe, capability)}
 
-    assert methods("keeps_state") == {"memit-sequential", "alphaedit", "sphere", "encore", "ultraedit"}
+    assert methods("keeps_state") == {
+        "memit-sequential", "alphaedit", "sphere", "nas", "encore", "rlsedit", "ultraedit"
+    }  # fmt: skip
     assert set(RECIPES) - methods("is_batched") == methods("edits_one_layer") == {"rome", "r-rome"}
     assert set(RECIPES) - methods("optimizes_values") == set(RECIPES) - methods("uses_statistics") == {"ultraedit"}
     assert set(RECIPES) - methods("weighs_requests") == {"rome", "r-rome", "ultraedit"}
     assert methods("softens_equality") == {"emmet"} and methods("uses_null_space") == {
         "alphaedit",
         "sphere",
+        "nas",
         "anyedit-alphaedit",
     }
     assert methods("needs_chunks") == {"anyedit", "anyedit-alphaedit"}
