@@ -1,6 +1,7 @@
 """MEMIT with and without the output metric along lambda: what the same share of paraphrases costs everything else.
 
     python -m benchmarks.quality --frontier [--json FILE]          measure; points that are in FILE stay
+    python -m benchmarks.frontier FILE OUT                         draw both frontiers
 
 The values of a set of requests are optimized once; then every lambda (`mom2_update_weight`) is a solve, a write and an
 evaluation of the demo model. A point has, as shares of prompts whose every target token is the most probable one,
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,3 +147,11 @@ def compared(rows: Sequence[Row]) -> Iterator[tuple[int, float, Row, Row]]:
             plain, weighed = (at(frontier(rows, solve, edits), level) for solve in SOLVES)
             if plain is not None and weighed is not None:
                 yield edits, level, plain, weighed
+
+
+if __name__ == "__main__":
+    from benchmarks.plots import frontier_curves
+
+    file, out = map(Path, sys.argv[1:])
+    for path in frontier_curves(read(file), out / file.stem):
+        print(path)

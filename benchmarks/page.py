@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.architectures import VERDICTS
+from benchmarks.frontier import compared
 from benchmarks.harness import RESULTS, Row, read
 from benchmarks.plots import strongest
 from benchmarks.quality import TITLES
@@ -70,6 +71,18 @@ def quality(metric: str) -> str:
         ["method", *(TITLES[scenario] for scenario in scenarios)],
         ([f"`{method}`", *(cell(method, scenario) for scenario in scenarios)] for method in methods),
     )
+
+
+def frontier() -> str:
+    """KL and shares of both solves at equal paraphrase."""
+    lines = []
+    for edits, level, plain, weighed in compared(rows_in("frontier_demo")):
+        pairs = [f"{plain[name]:.3f} / {weighed[name]:.3f}" for name in ("same_subject", "neighborhood", "efficacy")]
+        lambdas = f"{plain['lambda']:.0f} / {weighed['lambda']:.0f}"
+        kl = f"{plain['kl']:.3g} / {weighed['kl']:.3g}"
+        lines.append((str(edits), f"{level:.2f}", kl, f"{weighed['kl'] / plain['kl'] - 1:+.0%}", *pairs, lambdas))
+    names = ("same subject", "neighborhood", "efficacy", "lambda")
+    return table(("edits", "paraphrase", "KL, nats a token", "change", *names), lines)
 
 
 def cases() -> dict[tuple[str, str, str], list[Row]]:
@@ -284,6 +297,7 @@ def gpu_tests() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     **{f"quality {metric}": lambda metric=metric: quality(metric) for metric in METRICS},
+    "frontier": frontier,
     "ops ratios": ops_ratios,
     "ops times": ops_times,
     "ops overhead": ops_overhead,

@@ -215,6 +215,34 @@ def sequence_figure(document: Document) -> Any:
     return figure
 
 
+@_styled
+def frontier_figure(document: Document) -> Any:
+    """KL on other text and same-subject facts against paraphrases, along lambda: a curve for each solve and count."""
+    rows = _some([row for row in document["rows"] if row["lambda"] is not None], "points of lambda")
+    counts = sorted({row["edits"] for row in rows})
+    figure, panels = figures.figure(2 * len(counts), 3.3, 3.4)
+    for edits, (left, right) in zip(counts, zip(panels[::2], panels[1::2], strict=True), strict=True):
+        for solve, mark in zip(dict.fromkeys(row["solve"] for row in rows), ("o-", "s-", "^-", "D-"), strict=False):
+            curve = [row for row in rows if row["solve"] == solve and row["edits"] == edits]
+            curve.sort(key=lambda row: row["lambda"])
+            paraphrase = [100 * row["paraphrase"] for row in curve]
+            left.plot(paraphrase, [row["kl"] for row in curve], mark, markersize=3.5, linewidth=1, label=solve)
+            right.plot(
+                paraphrase, [100 * row["same_subject"] for row in curve], mark, markersize=3.5, linewidth=1, label=solve
+            )
+        left.set_yscale("log")
+        figures.log_ticks(left.yaxis)
+        left.set_ylabel("KL on other text, nats a token (lower is better)")
+        right.set_ylabel("same subject, % (higher is better)")
+        for axes in (left, right):
+            axes.set_title(f"{edits} edits")
+            axes.set_xlabel("paraphrase, % (higher is better)")
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=7)
+    figure.suptitle(_machine([document["about"]]))
+    return figure
+
+
 def _changes(rows: Sequence[dict[str, Any]]) -> list[int]:
     """Keys kept before a batch that took more than three times what both neighbors took: the form is made anew."""
     return [row["n"] for before, row, after in zip(rows, rows[1:], rows[2:], strict=False)
@@ -265,3 +293,8 @@ def saving_bars(document: Document, stem: Path) -> list[Path]:
 def sequence_curves(document: Document, stem: Path) -> list[Path]:
     """Save `sequence_figure`."""
     return _save(sequence_figure(document), stem)
+
+
+def frontier_curves(document: Document, stem: Path) -> list[Path]:
+    """Save `frontier_figure`."""
+    return _save(frontier_figure(document), stem)
