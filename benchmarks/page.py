@@ -75,8 +75,8 @@ def quality(metric: str) -> str:
 
 def frontier() -> str:
     """KL and shares of both solves at equal paraphrase."""
-    lines = []
-    for edits, level, plain, weighed in compared(rows_in("frontier_demo")):
+    lines, measured = [], (RESULTS / "frontier_demo.json").exists()
+    for edits, level, plain, weighed in compared(rows_in("frontier_demo") if measured else []):
         pairs = [f"{plain[name]:.3f} / {weighed[name]:.3f}" for name in ("same_subject", "neighborhood", "efficacy")]
         lambdas = f"{plain['lambda']:.0f} / {weighed['lambda']:.0f}"
         kl = f"{plain['kl']:.3g} / {weighed['kl']:.3g}"

@@ -205,7 +205,12 @@ class Editor:
         if self.statistics is None:
             raise StatisticsError(
                 f"{self.recipe.name} needs statistics for layers {comma_list(self.hparams.layers)}: "
-                "collect_statistics(model, tokenizer, texts, layers), or `kedit-fast stats`"
+                + (
+                    "collect_statistics(model, tokenizer, texts, layers, output_metric=True), or "
+                    "`kedit-fast stats --output-metric`"
+                    if self.hparams.weighs_outputs
+                    else "collect_statistics(model, tokenizer, texts, layers), or `kedit-fast stats`"
+                )
             )
         for layer in self.hparams.layers:
             if self.hparams.uses_moments:

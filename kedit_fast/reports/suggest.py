@@ -165,7 +165,14 @@ def suggest(
                 )
             documents = texts[: -len(drift_texts)] or texts
             statistics = collect_statistics(
-                model, tokenizer, documents, layers, max_tokens=max_tokens, progress=progress, spec=spec
+                model,
+                tokenizer,
+                documents,
+                layers,
+                max_tokens=max_tokens,
+                output_metric=chosen.weighs_outputs,
+                progress=progress,
+                spec=spec,
             )
         stored = statistics if isinstance(statistics, StoredStatistics) else in_memory(statistics)
         available &= frozenset(stored.layers)

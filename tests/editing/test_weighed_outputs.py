@@ -108,7 +108,7 @@ def test_without_a_second_moment_outputs_are_still_weighed(statistics):
 
 
 def test_missing_or_foreign_statistics_are_named_before_anything_runs(statistics):
-    with pytest.raises(StatisticsError, match="needs statistics"):
+    with pytest.raises(StatisticsError, match=r"output_metric=True"):
         editor_of(None, mom2_adjustment=False)
     for outputs, layer in (({}, 0), ({0: statistics.outputs[0]}, 1)):
         with pytest.raises(StatisticsError, match=f"layer {layer}.*--output-metric"):
