@@ -84,7 +84,7 @@ class Outcome:
 @contextlib.contextmanager
 def marked(mark: Callable[[str], None]) -> Iterator[None]:
     """Call `mark` with the name of each phase when it begins, and of the one around it when it ends."""
-    phases = ["start"]
+    phases = ["elsewhere"]
 
     def during(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -181,7 +181,7 @@ def forked(
             sys.stderr.flush()
             os._exit(status)
     os.close(writing)
-    last = ["start"]
+    last = ["elsewhere"]
     with os.fdopen(reading) as lines:
 
         def phases() -> Iterator[str]:
