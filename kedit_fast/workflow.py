@@ -36,13 +36,14 @@ from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.problems import OnError, first_problems, require_no_problems, skipped_records
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, continuation
+from kedit_fast.requests.reading import rows_of
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.harm import Harm, Moments
 from kedit_fast.solver.preconditioner import NullSpace
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.files import is_of_disk, write_text
-from kedit_fast.support.matrix_bits import same_bits
+from kedit_fast.support.matrix_bits import edit_fingerprint, same_bits
 from kedit_fast.support.messages import first_line
 from kedit_fast.support.timing import timed
 from kedit_fast.support.torch_state import plain_torch
@@ -113,6 +114,8 @@ class Report:
     """Of each request that was written: index, id, target_separator, target_text, target_tokens."""
     harm: Harm | None = field(default=None, repr=False)
     """Norms of all that was written, and what it is predicted to do to ordinary text."""
+    warm_up: int = 0
+    """Number of requests that a running normalizer has seen before the first batch."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -129,6 +132,8 @@ class Report:
             pairs["harm"] = self.harm.as_dict()
         pairs["requests"] = list(self.requests)
         pairs["skipped"] = skipped_records(self.skipped)
+        if self.warm_up:
+            pairs["warm_up"] = self.warm_up
         pairs["seconds"] = self.seconds
         if self.null_spaces:
             pairs["null_space_dimensions"] = self.null_spaces
@@ -168,6 +173,7 @@ def run_edits(
     seed: int = 0,
     values: str | os.PathLike | None = None,
     state: str | os.PathLike | None = None,
+    warm_up: Iterable[EditRequest | Mapping[str, Any]] | None = None,
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
     on_error: OnError = "raise",
@@ -193,6 +199,8 @@ def run_edits(
         seed: seed of the context prefixes.
         values: where optimized values are stored and looked up.
         state: a file that `Editor.save_state` wrote; the run continues from it.
+        warm_up: requests that the running normalizer of a gradient method sees before the first batch, without being
+            written; see `Editor.warm_up`.
         prompt_format: from a prompt to the text that the model reads.
         target_separator: the text between prompt and target of requests that do not name one.
         on_error: "raise" at requests that cannot be written or measured, or "skip" them.
@@ -247,6 +255,7 @@ def run_edits(
     _log.info("%s on layers %s (%s)", method, ",".join(map(str, editor.hparams.layers)), editor.origin)
     seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
     seconds["statistics"] = statistics_seconds
+    warmed = _warmed_up(editor, warm_up, on_error, seconds)
     if checkpoint is None and checkpoint_every is not None:
         raise EditError("checkpoint_every is about a checkpoint: give its folder, too")
     opened = None if checkpoint is None else RunCheckpoint.opened(checkpoint, editor, checkpoint_every)
@@ -288,6 +297,7 @@ def run_edits(
                     "retention": retention,
                     "values": None if values is None else str(values),
                     "state of an earlier edit": None if state is None else _hash_of(state),
+                    "warm-up": None if warm_up is None else _hash_of_normalizers(editor),
                 },
             )
         run = _Run(editor, evaluator, tracker, prepared, places, skipped, seconds, on_error, saved)
@@ -337,6 +347,7 @@ def run_edits(
         editor,
         tuple(_request_entry(tokenizer, i, prepared[i]) for i in written),
         harm,
+        warmed,
     )
 
 
@@ -345,6 +356,29 @@ def _measure_anchor(editor: Editor, prepared: Sequence[PreparedRequest], size: i
     if editor.recipe.optimizes_values and editor.hparams.norm_anchor == AUTO_NUMBER and size < ANCHOR_REQUESTS:
         with timed(seconds, "values"):
             editor.measure_norm_anchor([prepared[i] for i in trial_places(len(prepared), ANCHOR_REQUESTS)], "skip")
+
+
+def _warmed_up(
+    editor: Editor,
+    requests: Iterable[EditRequest | Mapping[str, Any]] | None,
+    on_error: OnError,
+    seconds: dict[str, float],
+) -> int:
+    """Warm up an editor's normalizer; the number of requests that it has seen."""
+    if requests is None:
+        return 0
+    rows = rows_of(requests)
+    with timed(seconds, "values"):
+        skipped = editor.warm_up(rows, on_error)
+    if skipped:
+        _log.warning("%d requests of the warm-up were left out: %s", len(skipped), first_problems(skipped)[0].strip())
+    return len(rows) - len(skipped)
+
+
+def _hash_of_normalizers(editor: Editor) -> str:
+    """What a warm-up has made of an editor's normalizers."""
+    tensors = [part for known in editor.solver_state.normalizers.values() for part in known.tensors().values()]
+    return edit_fingerprint(part.reshape(-1, part.shape[-1]) for part in tensors if part.ndim)[:16]
 
 
 class _Run:

@@ -91,6 +91,12 @@ def edit(
             help="file of optimized values to use and add to; or a template of memit's npz files, with three {}"
         ),
     ] = None,
+    warm_up: Annotated[
+        Path | None,
+        typer.Option(
+            help="requests that the running normalizer of ultraedit or stableedit sees first, without being written"
+        ),
+    ] = None,
     form: FormOption = None,
     reading: ReadingOption = None,
     target_separator: SeparatorOption = "auto",
@@ -175,6 +181,13 @@ def edit(
         on_error,
         force,
     )
+    shown = None
+    if warm_up is not None:
+        if recipe.optimizes_values:
+            raise MethodError(f"--warm-up: {recipe.name} has no running normalizer; ultraedit and stableedit have")
+        if go_on:
+            raise MethodError("--warm-up with --continue: the state of the earlier edit has its statistics already")
+        shown = load_requests(warm_up, on_error, recipe.needs_subject, form, reading)
     overrides = overridden_hparams(hparams, set_, layers, method)
     warn_of_ignored_settings(hparams, dtype, None if batch_size else len(records))
     config = load_config(model, merge_adapter)
@@ -276,6 +289,7 @@ def edit(
             seed=seed,
             values=values,
             state=state if go_on else None,
+            warm_up=shown,
             prompt_format=prompt_format,
             target_separator=target_separator,
             on_error=on_error,

@@ -43,6 +43,8 @@ class BatchRecord:
             tensors |= {f"entry.{number}.{name}": tensor for name, tensor in vars(entry.update).items()}
         for shape, normalizer in self.committed.normalizers.items():
             tensors |= {f"normalizer.{shape}.{name}": tensor for name, tensor in normalizer.tensors().items()}
+        for shape, parts in self.committed.gradients.items():
+            tensors |= {f"gradients.{shape}.{number}": rows for number, rows in enumerate(parts)}
         return tensors
 
     @classmethod
@@ -63,7 +65,11 @@ class BatchRecord:
         for shape in dict.fromkeys(name.split(".")[1] for name in tensors if name.startswith("normalizer.")):
             count, mean, squares = (tensors[f"normalizer.{shape}.{name}"] for name in ("count", "mean", "squares"))
             normalizers[shape] = Normalizer(int(count), mean, squares)
+        gradients: dict[str, list[torch.Tensor]] = {}
+        taken = [name.split(".")[1:] for name in tensors if name.startswith("gradients.")]
+        for shape, number in sorted(taken, key=lambda place: int(place[1])):
+            gradients.setdefault(shape, []).append(tensors[f"gradients.{shape}.{number}"])
         scales = {int(layer): float(scale) for layer, scale in facts["scales"].items()}
         bits = {str(name): int(value) for name, value in facts["bits"].items()}
         chosen = {str(name): float(number) for name, number in facts["chosen"].items()}
-        return cls(tuple(entries), Committed(keys, normalizers, scales), bits, chosen)
+        return cls(tuple(entries), Committed(keys, normalizers, scales, gradients), bits, chosen)

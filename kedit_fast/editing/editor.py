@@ -18,6 +18,7 @@ from kedit_fast.editing.keys import StateBudget
 from kedit_fast.editing.ledger import Ledger
 from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.schedules import SCHEDULES
+from kedit_fast.editing.schedules.gradients import warm_up
 from kedit_fast.editing.shaping import SHAPINGS
 from kedit_fast.editing.solver_state import SolverState
 from kedit_fast.editing.values.batch_size import fitting_batch
@@ -365,6 +366,50 @@ class Editor:
             raise EditError("no request has a value that a norm anchor could be measured on")
         self._chosen, self._measured = chosen, set(chosen)
         return chosen["norm_anchor"]
+
+    @plain_torch(leave_inference_mode=False)
+    def warm_up(
+        self, requests: Iterable[EditRequest | Mapping[str, Any] | PreparedRequest], on_error: OnError = "raise"
+    ) -> dict[int, str]:
+        """Show requests to the running normalizer of a gradient method, before the first edit. Nothing is written.
+
+        The normalizer's statistics are then those of more tokens than the first batch has: StableEdit whitens by a
+        covariance that needs more of them than the edited matrix has outputs. They are part of the state: `save_state`
+        stores them, and `restore` returns to them. The published warm-up of StableEdit also writes its requests into
+        the model; this one does not.
+
+        Args:
+            requests: as for `edit`; other facts than those to be written.
+            on_error: "raise" at requests that cannot be used, or "skip" them.
+
+        Returns:
+            index in `requests` -> why a request was left out.
+
+        Raises:
+            MethodError: the method has no such normalizer.
+            EditError: there are edits already.
+            RequestError: requests that cannot be used. The state is as it was.
+
+        Cost: the forward and backward pass of `edit`.
+        """
+        if self.recipe.optimizes_values:
+            raise MethodError(f"{self.recipe.name} has no running normalizer to warm up: ultraedit and stableedit have")
+        if torch.is_inference_mode_enabled():
+            raise EditError("gradients are needed: call warm_up() outside torch.inference_mode()")
+        if self.ledger.count:
+            raise EditError("a normalizer is warmed up before the first edit; this editor has made some")
+        if not self.in_place():
+            raise EditError("the model was moved or cast since this Editor was made: make a new one")
+        require_editable(self.view, self.modules)
+        prepared, problems = self.check(requests, on_error)
+        places = [i for i in range(len(prepared) + len(problems)) if i not in problems]
+        try:
+            with torch.no_grad():
+                left_out = warm_up(self._context(), prepared, on_error)
+            self.solver_state.commit_warm_up()
+        finally:
+            self.solver_state.settle(0)
+        return dict(sorted((problems | {places[i]: reason for i, reason in left_out.items()}).items()))
 
     @property
     def resolved(self) -> dict[str, Any]:

@@ -21,13 +21,13 @@ from kedit_fast.editing.gradients import ModuleGradients
 from kedit_fast.errors import EditError, MethodError, NullSpaceError, StatisticsError
 from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.hparams import DECLARATIONS, Hparams
-from kedit_fast.methods.recipe import Constraint, PreconditionerKind, Recipe
+from kedit_fast.methods.recipe import Constraint, NormalizerKind, PreconditionerKind, Recipe
 from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
 from kedit_fast.solver.key_memory import PROBE_TOLERANCE, Appended, KeyMemory
 from kedit_fast.solver.least_squares import merge_columns, rank_one_equality, scale_of_share, solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
-from kedit_fast.solver.normalizer import Normalizer, gradient_update
+from kedit_fast.solver.normalizer import Normalizer, Scatter, WhitenedNormalizer, gradient_update
 from kedit_fast.solver.output_metric import OutputMetric
 from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace, Preconditioner, Scaled
 from kedit_fast.solver.shaping import attenuate, limit_norm, limit_spectrum, main_directions, spectral_norm
@@ -49,6 +49,9 @@ class _PendingState:
     """Layer -> keys of the batch."""
     normalizers: dict[str, Normalizer] = field(default_factory=dict)
     """Shape of module, as "64x32" -> the normalizer with the batch's rows in it."""
+    gradients: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """Shape of module -> the gradients [n, out] that its normalizer took one after another, on the host; where the
+    normalizer whitens."""
     scales: dict[int, float] = field(default_factory=dict)
     """Layer -> scale of S that the batch's keys have decided."""
 
@@ -60,9 +63,12 @@ class Committed:
     keys: dict[int, torch.Tensor] = field(default_factory=dict)
     """Layer -> the batch's whitened keys [u, d] fp64, of methods with a memory."""
     normalizers: dict[str, Normalizer] = field(default_factory=dict)
-    """Shape of module, as "64x32" -> the normalizer with the batch's rows in it."""
+    """Shape of module, as "64x32" -> the normalizer with the batch's rows in it; without the scatter of those that
+    whiten, which `gradients` give."""
     scales: dict[int, float] = field(default_factory=dict)
     """Layer -> scale of S that the batch's keys have decided."""
+    gradients: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    """Shape of module -> the gradients [n, out] that its normalizer took one after another; where it whitens."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,8 @@ class _History:
     """Number of batches that cannot be undone one by one."""
     snapshots: tuple[_Snapshot, ...] = ()
     """What the state was before each batch after these."""
+    scatters: Mapping[str, Scatter] = field(default_factory=dict)
+    """Shape of module -> the scatter of its whitening normalizer before the first of the snapshots."""
 
     @property
     def batches(self) -> int:
@@ -82,12 +90,15 @@ class _History:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What the state was before a batch."""
+    """What the state was before a batch, and what the batch added to covariances of gradients."""
 
     batches: dict[int, int]
     """Layer -> number of batches in its key memory."""
     normalizers: dict[str, Normalizer]
+    """Those that whiten are without their scatter, 8 out^2 bytes: the `gradients` of earlier batches give it again."""
     scales: dict[int, float]
+    gradients: dict[str, list[torch.Tensor]]
+    """See `_PendingState`."""
 
 
 class SolverState:
@@ -113,6 +124,7 @@ class SolverState:
         self.null_space_overrides = dict(null_spaces or {})
         self.memories: dict[int, KeyMemory] = {}
         self.normalizers: dict[str, Normalizer] = {}
+        self._first_normalizers: dict[str, Normalizer] = {}  # before the first batch: warmed up, or of a loaded state
         self.scales: dict[int, float] = {}
         """Layer -> lambda or L2, where the hyper-parameter is "auto"; decided by the keys of the first batch."""
         self._preconditioners: dict[int, Preconditioner] = {}
@@ -306,22 +318,54 @@ class SolverState:
             modules: path of a module -> its keys and gradients.
             turns: numbers of rows that a normalizer takes one after another; empty for all rows at once.
         """
-        shapes: dict[str, str] = {}
-        for name, rows_of in modules.items():
-            rows = torch.cat([rows_of.keys.double(), rows_of.gradients.double()], 1)
-            shape = shapes[name] = f"{rows_of.keys.shape[1]}x{rows_of.gradients.shape[1]}"
-            known = self._pending.normalizers.get(shape, self.normalizers.get(shape))
-            if known is None:
-                known = Normalizer.empty(rows.shape[1], rows.device)
-            normalizer = _to_device(known, rows.device)
-            for part in rows.split(list(turns)) if turns else (rows,):
-                normalizer = normalizer.updated(part)
-            self._pending.normalizers[shape] = normalizer
+        shapes = self._normalize(modules, turns)
+        normalizers = {shape: self._pending.normalizers[shape] for shape in shapes.values()}
+        whitenings = {shape: known.whitening(self.hparams.whitening_floor) for shape, known in normalizers.items()}
         updates = {}
         for name, rows_of in modules.items():
-            normalizer = _to_device(self._pending.normalizers[shapes[name]], rows_of.keys.device)
-            updates[name] = gradient_update(rows_of.keys, rows_of.gradients, normalizer, self.hparams.lr)
+            device, whitening = rows_of.keys.device, whitenings[shapes[name]]
+            updates[name] = gradient_update(
+                rows_of.keys,
+                rows_of.gradients,
+                normalizers[shapes[name]].to(device),
+                self.hparams.lr,
+                self.hparams.ridge,
+                None if whitening is None else whitening.to(device),
+            )
         return updates
+
+    def _normalize(self, modules: dict[str, ModuleGradients], turns: Sequence[int]) -> dict[str, str]:
+        """Add the rows of all modules to the open batch's normalizers; path of a module -> its shape."""
+        kind, pending, shapes = NORMALIZERS[self.recipe.normalizer], self._pending, {}
+        for name, rows_of in modules.items():
+            out = rows_of.gradients.shape[1]
+            rows = torch.cat([rows_of.keys.double(), rows_of.gradients.double()], 1)
+            shape = shapes[name] = f"{rows_of.keys.shape[1]}x{out}"
+            known = pending.normalizers.get(shape, self.normalizers.get(shape))
+            normalizer = kind.empty(rows.shape[1], rows.device, out) if known is None else known.to(rows.device)
+            for part in rows.split(list(turns)) if turns else (rows,):
+                normalizer = normalizer.updated(part)
+            pending.normalizers[shape] = normalizer
+            if self.recipe.whitens_gradients:
+                gradients = rows_of.gradients.cpu()
+                pending.gradients.setdefault(shape, []).extend(gradients.split(list(turns)) if turns else [gradients])
+        return shapes
+
+    def warm_up(self, modules: dict[str, ModuleGradients], turns: Sequence[int] = ()) -> None:
+        """Add rows to the open batch's normalizers, as `solve_gradients` does, and solve nothing."""
+        self._normalize(modules, turns)
+
+    def commit_warm_up(self) -> None:
+        """Add what `warm_up` has gathered to the state, before the first batch.
+
+        Raises:
+            EditError: there are batches already.
+        """
+        if self._history.batches:
+            raise EditError("normalizers are warmed up before the first edit; this editor has made some")
+        pending, self._pending = self._pending, _PendingState()
+        self.normalizers = {**self.normalizers, **pending.normalizers}
+        self._set_first_normalizers()
 
     def limited(self, update: LowRankUpdate, weight: torch.Tensor) -> LowRankUpdate:
         """The update as it is written: attenuated along the main directions of `weight` [out, in] by `sphere_strength`,
@@ -374,18 +418,24 @@ class SolverState:
         pending, self._pending = self._pending, _PendingState()
         counts = {layer: memory.batches for layer, memory in self.memories.items()}
         self._marks = {layer: memory.mark() for layer, memory in self.memories.items()}
-        snapshot = _Snapshot(counts, self.normalizers, self.scales)
+        snapshot = _Snapshot(counts, _slim(self.normalizers), self.scales, pending.gradients)
         self._history = replace(self._history, snapshots=(*self._history.snapshots, snapshot))
         for layer, appended in pending.appended.items():
             self.memories[layer].commit(appended)
         self.normalizers = {**self.normalizers, **pending.normalizers}
         self.scales = {**self.scales, **pending.scales}
         keys = {layer: appended.raw for layer, appended in pending.appended.items()}
-        self.committed = Committed(keys, pending.normalizers, pending.scales)
+        self.committed = Committed(keys, _slim(pending.normalizers), pending.scales, pending.gradients)
 
     def repeat(self, committed: Committed) -> None:
         """Commit a batch again that a state like this one has committed: the same bits."""
-        self._pending = _PendingState(normalizers=dict(committed.normalizers), scales=dict(committed.scales))
+        scatters = self._added(_scatters(self.normalizers), committed.gradients)
+        normalizers = {
+            shape: self._with_scatter(known, scatters.get(shape)) for shape, known in committed.normalizers.items()
+        }
+        self._pending = _PendingState(
+            normalizers=normalizers, gradients=committed.gradients, scales=dict(committed.scales)
+        )
         for layer, keys in committed.keys.items():
             self._pending.appended[layer] = self._memory(layer).appended(keys)
         self.commit()
@@ -398,7 +448,8 @@ class SolverState:
             self._marks = {}  # they hold what a fold has replaced
             excess = len(history.snapshots) - self.window
             if self.window and excess > 0:
-                self._history = _History(history.forgotten + excess, history.snapshots[excess:])
+                scatters = self._scatters_after(excess)
+                self._history = _History(history.forgotten + excess, history.snapshots[excess:], scatters)
             self._drop_unscaled()
             return
         remaining = history.snapshots[: max(0, batches - history.forgotten)]
@@ -410,7 +461,8 @@ class SolverState:
             self._return_to(batches)
             raise
         finally:
-            self._history = _History(min(batches, history.forgotten), remaining)
+            scatters = history.scatters if batches >= history.forgotten else _scatters(self._first_normalizers)
+            self._history = _History(min(batches, history.forgotten), remaining, scatters)
             self._marks = {}
 
     def _return_to(self, batches: int) -> None:
@@ -418,17 +470,53 @@ class SolverState:
         history = self._history
         if batches < history.forgotten:
             assert batches == 0  # the ledger refuses the others
-            self.memories, self.normalizers, self.scales = {}, {}, {}
-            self._lost = self._continues
+            self.memories, self.normalizers, self.scales = {}, dict(self._first_normalizers), {}
+            self._lost = self._continues and self.recipe.memory
             return
         snapshot = history.snapshots[batches - history.forgotten]
-        self.normalizers, self.scales = snapshot.normalizers, snapshot.scales
+        self.scales, scatters = snapshot.scales, self._scatters_after(batches - history.forgotten)
+        self.normalizers = {
+            shape: self._with_scatter(known, scatters.get(shape)) for shape, known in snapshot.normalizers.items()
+        }
         for layer, memory in self.memories.items():
             if layer in self._marks and batches == history.batches - 1:
                 memory.return_to(self._marks[layer])  # with the reach that it had
             else:
                 memory.rollback(max(0, memory.batches - snapshot.batches.get(layer, 0)))
         self._drop_unscaled()
+
+    def _with_scatter(self, slim: Normalizer, scatter: Scatter | None) -> Normalizer:
+        """A normalizer with its scatter, where it whitens."""
+        if scatter is None:
+            return slim
+        device = scatter.mean.device
+        return WhitenedNormalizer(slim.count, slim.mean.to(device), slim.squares.to(device), scatter)
+
+    def _scatters_after(self, snapshots: int) -> dict[str, Scatter]:
+        """Shape of module -> the scatter after so many batches of the history, by the same sums as the first time."""
+        scatters = dict(self._history.scatters)
+        for snapshot in self._history.snapshots[:snapshots]:
+            scatters |= self._added(scatters, snapshot.gradients)
+        return scatters
+
+    def _added(
+        self, scatters: Mapping[str, Scatter], gradients: Mapping[str, Sequence[torch.Tensor]]
+    ) -> dict[str, Scatter]:
+        """Shape of module -> its scatter with the gradients of a batch."""
+        added = {}
+        for shape, parts in gradients.items():
+            scatter = scatters.get(shape)
+            if scatter is None:
+                scatter = Scatter.empty(int(shape.split("x")[1]), self.view.head.device)
+            for rows in parts:
+                scatter = scatter.updated(rows.to(scatter.mean.device))
+            added[shape] = scatter
+        return added
+
+    def _set_first_normalizers(self) -> None:
+        """Take the normalizers as they are for those before the first batch."""
+        self._first_normalizers = dict(self.normalizers)
+        self._history = replace(self._history, scatters=_scatters(self.normalizers))
 
     def _drop_unscaled(self) -> None:
         """Drop memories whose scale no batch has decided any more. They are empty."""
@@ -444,8 +532,13 @@ class SolverState:
     @property
     def nbytes(self) -> int:
         """Bytes kept between batches: preconditioners, output metrics, key memories, normalizers."""
-        systems = [*self._preconditioners.values(), *self._output_metrics.values(), *self.memories.values()]
-        return sum(s.nbytes for s in systems) + sum(n.mean.nbytes + n.squares.nbytes for n in self.normalizers.values())
+        factors = [*self._preconditioners.values(), *self._output_metrics.values()]
+        systems = [*factors, *self.memories.values(), *self.normalizers.values()]
+        to_undo = [
+            rows.nbytes for batch in self._history.snapshots for parts in batch.gradients.values() for rows in parts
+        ]
+        before = self._history.scatters.values() if self._history.snapshots else ()
+        return sum(system.nbytes for system in systems) + sum(to_undo) + sum(known.products.nbytes for known in before)
 
     def save(
         self, path: str | os.PathLike, identity: dict[str, Any], chosen: Mapping[str, float] | None = None
@@ -516,14 +609,15 @@ class SolverState:
             memories = self._read_memories(path, tensors, json.loads(metadata["memories"]))
         finally:
             scales, self._pending.scales = self._pending.scales, {}
-        normalizers = {}
+        normalizers: dict[str, Normalizer] = {}
         for shape in {name.split(".")[1] for name in tensors if name.startswith("normaliser.")}:
-            features = sum(map(int, shape.split("x")))
-            normalizers[shape] = Normalizer.from_tensors(
-                _under(f"normaliser.{shape}.", tensors), features, f"{path}, modules of {shape},"
+            size, out = map(int, shape.split("x"))
+            normalizers[shape] = NORMALIZERS[self.recipe.normalizer].from_tensors(
+                _under(f"normaliser.{shape}.", tensors), size + out, f"{path}, modules of {shape},", out
             )
         self.memories, self.normalizers, self.scales = memories, normalizers, scales
         self._continues, self._lost = True, False
+        self._set_first_normalizers()
         return there, {name: float(number) for name, number in resolved.items() if name != "scales"}
 
     def _metric_probes(self, layers: Iterable[int]) -> dict[str, list[float]]:
@@ -568,13 +662,23 @@ class SolverState:
         return json.loads(json.dumps(full))
 
 
+def _slim(normalizers: Mapping[str, Normalizer]) -> dict[str, Normalizer]:
+    """The same without the scatters of those that whiten."""
+    return {
+        shape: replace(known, scatter=None) if isinstance(known, WhitenedNormalizer) else known
+        for shape, known in normalizers.items()
+    }
+
+
+def _scatters(normalizers: Mapping[str, Normalizer]) -> dict[str, Scatter]:
+    """Shape of module -> the scatter, of those that whiten."""
+    whole = {shape: known.scatter for shape, known in normalizers.items() if isinstance(known, WhitenedNormalizer)}
+    return {shape: scatter for shape, scatter in whole.items() if scatter is not None}
+
+
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors whose names begin with a prefix, named by the rest."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _to_device(normalizer: Normalizer, device: torch.device) -> Normalizer:
-    return Normalizer(normalizer.count, normalizer.mean.to(device), normalizer.squares.to(device))
 
 
 def _identity(state: SolverState, layer: int) -> Preconditioner:
@@ -627,6 +731,9 @@ PRECONDITIONERS: dict[PreconditionerKind, Callable[[SolverState, int], Precondit
     "null_space": _null_space,
 }
 """(state, layer) -> S^-1 of the layer."""
+
+NORMALIZERS: dict[NormalizerKind, type[Normalizer]] = {"standard": Normalizer, "whitened": WhitenedNormalizer}
+"""The running normalizers of gradient methods."""
 
 RHOS: dict[Constraint, Callable[[Hparams], float]] = {
     "ridge": lambda hparams: 1.0,

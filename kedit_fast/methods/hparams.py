@@ -54,6 +54,10 @@ def _batched(recipe: Recipe) -> bool:
     return recipe.is_batched
 
 
+def _whitening(recipe: Recipe) -> bool:
+    return recipe.whitens_gradients
+
+
 def _rank_one(recipe: Recipe) -> bool:
     return not recipe.is_batched
 
@@ -380,7 +384,22 @@ class Hparams:
             identifies=("state",),
         ),
     )
-    lr: float = field(default=0.0, metadata=declare(POSITIVE, "UltraEdit's factor of the gradients", read_by=_gradient))
+    lr: float = field(default=0.0, metadata=declare(POSITIVE, "factor of the gradients", read_by=_gradient))
+    ridge: float = field(
+        default=1.0,
+        metadata=declare(
+            POSITIVE, "ridge of the solve over the tokens of a batch, (H^T H + ridge I)^-1", read_by=_gradient
+        ),
+    )
+    whitening_floor: float = field(
+        default=1e-6,
+        metadata=declare(
+            POSITIVE,
+            "least eigenvalue of the covariance of StableEdit's gradients; the published 1e-6 is for gradients of the "
+            "mean loss of ten requests, which are a tenth of those here",
+            read_by=_whitening,
+        ),
+    )
     token: GradientRows = field(
         default="mask",
         metadata=declare(

@@ -22,6 +22,7 @@ Anchor = Literal["subject", "target"]
 Spread = Literal["linear", "sqrt", "none"]
 Shaping = Literal["none", "rect", "prune"]
 StopRule = Literal["below_loss", "pmet"]
+NormalizerKind = Literal["standard", "whitened"]
 
 # How the field `rho` of `kedit-fast methods --json` names a constraint.
 _RHO = {"ridge": "one", "soft_equality": "emmet_lambda", "equality": "equality"}
@@ -71,6 +72,9 @@ class Recipe:
     eases the likelihood after every target was right and ends at a small KL divergence."""
     anchor: Anchor = "subject"
     """Where keys and values are taken: at the subject's last token, or at the token before each chunk of the target."""
+    normalizer: NormalizerKind = "standard"
+    """Of gradient methods, what the running normalizer does to gradients: "standard" divides each feature by its
+    deviation; "whitened" multiplies them by the inverse square root of their covariance."""
     contexts: tuple[tuple[int, int], ...] = ((10, 5),)
     """(tokens, count) of the generated context prefixes, as published."""
     keeps: str = "nothing"
@@ -90,6 +94,7 @@ class Recipe:
             "schedule and memory": self.schedule == "mass" or not self.memory,
             "schedule and anchor": self.schedule == "mass" or self.anchor == "subject",
             "merge and anchor": not self.merge or self.anchor == "subject",
+            "schedule and normalizer": self.schedule == "gradients" or self.normalizer == "standard",
         }
         for fields, agree in agreements.items():
             if not agree:
@@ -157,6 +162,11 @@ class Recipe:
     def keeps_state(self) -> bool:
         """Whether something beside the ledger is kept between batches: keys, or a running normalizer."""
         return self.memory or self.schedule == "gradients"
+
+    @property
+    def whitens_gradients(self) -> bool:
+        """Whether gradients are multiplied by the inverse square root of their covariance."""
+        return self.normalizer == "whitened"
 
     @property
     def uses_statistics(self) -> bool:

@@ -154,6 +154,20 @@ RECIPES = {
             contexts=(),
             keeps="mean and variance of keys and gradients: 16 (d + out) bytes a shape of module",
         ),
+        Recipe(
+            "stableedit",
+            "UltraEdit with whitened gradients, a ridge and statistics that can be warmed up",
+            "Ma et al. 2026, arXiv 2605.11836",
+            "stableedit",
+            values="gradients",
+            schedule="gradients",
+            preconditioner="identity",
+            spread="none",
+            normalizer="whitened",
+            contexts=(),
+            keeps="mean and variance of keys and gradients, covariance of gradients: 16 (d + out) + 8 out^2 bytes a "
+            "shape of module; 4 out bytes a token, to undo batches",
+        ),
     )
 }
 

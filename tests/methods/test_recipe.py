@@ -13,7 +13,7 @@ from kedit_fast.editing.schedules import SCHEDULES
 from kedit_fast.editing.schedules.mass import SPREADS
 from kedit_fast.editing.schedules.single import VALUE_KEYS
 from kedit_fast.editing.shaping import SHAPINGS
-from kedit_fast.editing.solver_state import PRECONDITIONERS, RHOS
+from kedit_fast.editing.solver_state import NORMALIZERS, PRECONDITIONERS, RHOS
 from kedit_fast.errors import MethodError
 from kedit_fast.methods import recipe as records
 from kedit_fast.methods.hparams import DECLARATIONS, Hparams, describe, reads
@@ -51,6 +51,7 @@ def test_a_misspelled_strategy_is_refused_with_the_accepted_ones(field):
         ("memit", {"constraint": "equality"}, "schedule = 'mass' does not go with constraint = 'equality'"),
         ("rome", {"spread": "linear"}, "schedule = 'single' does not go with spread = 'linear'"),
         ("rome", {"memory": True}, "schedule = 'single' does not go with memory = True"),
+        ("memit", {"normalizer": "whitened"}, "schedule = 'mass' does not go with normalizer = 'whitened'"),
     ],
 )
 def test_strategies_that_contradict_each_other_are_refused(name, changes, message):
@@ -66,6 +67,7 @@ def test_strategies_that_contradict_each_other_are_refused(name, changes, messag
         (SHAPINGS, records.Shaping, ()),
         (VALUE_KEYS, records.ValueKey, ()),
         (PRECONDITIONERS, records.PreconditionerKind, ()),
+        (NORMALIZERS, records.NormalizerKind, ()),
         (RHOS, records.Constraint, ("equality",)),  # rank-one: has no rho
     ],
 )
@@ -78,11 +80,15 @@ def test_capabilities():
         return {name for name, recipe in RECIPES.items() if getattr(recipe, capability)}
 
     assert methods("keeps_state") == {
-        "memit-sequential", "alphaedit", "sphere", "nas", "encore", "rlsedit", "ultraedit"
+        "memit-sequential", "alphaedit", "sphere", "nas", "encore", "rlsedit", "ultraedit", "stableedit"
     }  # fmt: skip
     assert set(RECIPES) - methods("is_batched") == methods("edits_one_layer") == {"rome", "r-rome"}
-    assert set(RECIPES) - methods("optimizes_values") == set(RECIPES) - methods("uses_statistics") == {"ultraedit"}
-    assert set(RECIPES) - methods("weighs_requests") == {"rome", "r-rome", "ultraedit"}
+    assert (
+        set(RECIPES) - methods("optimizes_values")
+        == {"ultraedit", "stableedit"}
+        == set(RECIPES) - methods("uses_statistics")
+    )
+    assert set(RECIPES) - methods("weighs_requests") == {"rome", "r-rome", "ultraedit", "stableedit"}
     assert methods("softens_equality") == {"emmet"} and methods("uses_null_space") == {
         "alphaedit",
         "sphere",
@@ -91,8 +97,9 @@ def test_capabilities():
     }
     assert methods("needs_chunks") == {"anyedit", "anyedit-alphaedit"}
     assert methods("optimizes_values") - methods("needs_subject") == methods("needs_chunks")
-    assert methods("chunk_obstacle") == {"rome", "r-rome", "memit-merge", "ultraedit"}
+    assert methods("chunk_obstacle") == {"rome", "r-rome", "memit-merge", "ultraedit", "stableedit"}
     assert {name for name, recipe in RECIPES.items() if recipe.stop_rule == "pmet"} == {"pmet"}
+    assert methods("whitens_gradients") == {"stableedit"}
 
 
 def test_json_has_the_fields_and_words_of_before():
