@@ -354,11 +354,12 @@ class NullSpace(Preconditioner):
             if quarter is not None:
                 dimensions = null_dimension(values, float(quarter), rule)
                 advice += f"; nullspace_threshold={quarter} would leave {dimensions} of {d} as null space"
-            fault = "no null space: none of" if m == 0 else "everything is null space: all"
-            risk = "" if m == 0 else ", so nothing would be protected"
-            verb = "is" if m == 0 else "are"
+            bound = f"{threshold:g} ({rule}; {spectrum})"
+            if m == 0:
+                raise NullSpaceError(f"no null space: none of {d} dimensions is below {bound}. {advice}")
             raise NullSpaceError(
-                f"{fault} {d} dimensions {verb} below {threshold:g} ({rule}; {spectrum}){risk}. {advice}"
+                f"everything is null space: all {d} dimensions are below {bound}, so nothing would be protected. "
+                f"{advice}"
             )
         _log.info("null space of %d of %d dimensions (%s threshold %g; %s)", m, d, rule, threshold, spectrum)
         complement = m > d / 2
