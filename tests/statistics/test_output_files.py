@@ -218,3 +218,13 @@ def test_wrong_and_damaged_files_are_named(tmp_path, two):
     with pytest.raises(StatisticsError, match="its labels is None"):
         load_statistics(folder, *two)
     assert checkpoint.path_of(folder, "output").name == "checkpoint-output-1-of-1.safetensors"
+
+
+def test_a_finished_job_whose_weights_leave_tokens_out_is_finished(tmp_path, two):
+    def without_first(ids):
+        return [0.0] + [1.0] * (len(ids) - 1)
+
+    weighted = Corpus(DOCUMENTS, 200, token_weights=without_first)
+    found = collect_into(tmp_path / "s", *two, weighted, (0,))
+    assert found.tokens < 200
+    assert collect_into(tmp_path / "s", *two, weighted, (0,), resume=True).passes == 0
