@@ -15,10 +15,9 @@ from kedit_fast.models.patching import patches_on
 from kedit_fast.models.view import ModelView
 from kedit_fast.statistics import collect as collecting
 from kedit_fast.statistics import labels as labeling
-from kedit_fast.statistics.collect import Job, OutputJob, collect_statistics
+from kedit_fast.statistics.collect import collect_statistics
 from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.statistics.labels import LABELS, OutputGradients, row_seeds, sampled_labels
-from kedit_fast.statistics.memory_plan import Group
 
 TEXTS = [*TEXT * 2, "One.", "The"]
 LAYERS = (0, 2)
@@ -87,18 +86,19 @@ def test_one_token_documents_in_every_label_are_the_expectation(monkeypatch):
     handle = module.register_forward_hook(lambda m, a, o: outputs.append(o.detach().requires_grad_()) or outputs[0])
     log_probs = torch.log_softmax(model(torch.tensor([[token]])).logits[0, 0], -1)
     handle.remove()
-    gradients = torch.stack([torch.autograd.grad(-p, outputs[0], retain_graph=True)[0][0, 0] for p in log_probs])
-    probabilities = log_probs.detach().exp()
-    expected = gradients.T @ (probabilities[:, None] * gradients)
-    assert float((probabilities @ gradients).abs().max()) < 1e-7  # the model's own gradient vanishes
-    parts = []
-    for label in range(len(probabilities)):
-        monkeypatch.setattr(collecting, "sampled_labels", lambda head, states, seeds, y=label: torch.tensor([y]))
-        job = OutputJob(Job(model, tokenizer, Corpus(["The"]), (2,)), OutputGradients())
-        sums = job.accumulators(Group((2,), False))
-        job.run(sums)
-        parts.append(probabilities[label] * sums[2].result().moment)
-    assert relative_error(sum(parts), expected) < 1e-6
+    by_label = -torch.eye(len(log_probs), dtype=torch.float64)
+    gradients = torch.autograd.grad(log_probs, outputs[0], by_label, is_grads_batched=True)[0][:, 0, 0]  # [V, out]
+    p = log_probs.detach().exp()
+    expected = gradients.T @ (p[:, None] * gradients)
+    assert float((p @ gradients).abs().max()) < 1e-7  # the model's own gradient vanishes
+
+    seen, before = [], collecting.output_gradients
+    monkeypatch.setattr(collecting, "sampled_labels", lambda head, states, seeds: torch.arange(len(seeds)))
+    monkeypatch.setattr(collecting, "output_gradients", lambda *args: seen.append(before(*args)) or seen[0])
+    found = collect(model, tokenizer, texts=["The"] * len(p), layers=(2,), batch_tokens=10**5)
+    assert relative_error(found.output_metric(2), gradients.T @ gradients / len(p)) < 1e-6
+    ours = seen[0][2][:, 0]
+    assert relative_error(ours.T @ (p[:, None] * ours), expected) < 1e-6
 
 
 def test_labels_come_as_often_as_the_model_says():
