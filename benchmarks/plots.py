@@ -243,6 +243,33 @@ def frontier_figure(document: Document) -> Any:
     return figure
 
 
+@_styled
+def endless_figure(document: Document) -> Any:
+    """Seconds of an edit, by fold period, and bytes of the state, against the number of edits before it."""
+    row, periods = document["rows"][0], _some(document["periods"], "whole fold periods")
+    figure, (left, right) = figures.figure(2, 5, 3.8)
+    places = [period["last"] for period in periods]
+    left.plot(places, [period["mean_s"] for period in periods], label="mean of a fold period")
+    left.plot(places, [period["edit_s"] for period in periods], label="median edit")
+    if row["baseline_median_s"] is not None:
+        left.axhline(row["baseline_median_s"], color="black", linestyle=":", label="published, fp32 (samples)")
+    left.set_yscale("log")
+    left.set_ylabel("seconds an edit")
+    left.margins(y=0.12)
+    figures.log_ticks(left.yaxis)
+    right.plot(places, [period["bytes"] / 2**20 for period in periods], label=f"window of {row['window']}")
+    whole = [8 * (row["d"] ** 2 + row["d"] + row["d"] * place) / 2**20 for place in places]
+    right.plot(places, whole, "--", label="no window: all keys, computed")
+    right.axhline(row["bound"] / 2**20, color="black", linestyle=":", label="bound with the window")
+    right.set_ylabel("state, MiB")
+    right.set_ylim(bottom=0)
+    for axes in (left, right):
+        axes.set_xlabel(f"single edits (d {row['d']})")
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    figure.suptitle(_machine([document["about"]]))
+    return figure
+
+
 def _changes(rows: Sequence[dict[str, Any]]) -> list[int]:
     """Keys kept before a batch that took more than three times what both neighbors took: the form is made anew."""
     return [row["n"] for before, row, after in zip(rows, rows[1:], rows[2:], strict=False)
@@ -298,3 +325,8 @@ def sequence_curves(document: Document, stem: Path) -> list[Path]:
 def frontier_curves(document: Document, stem: Path) -> list[Path]:
     """Save `frontier_figure`."""
     return _save(frontier_figure(document), stem)
+
+
+def endless_curves(document: Document, stem: Path) -> list[Path]:
+    """Save `endless_figure`."""
+    return _save(endless_figure(document), stem)

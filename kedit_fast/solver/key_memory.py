@@ -241,6 +241,11 @@ class KeyMemory:
         return self._state.batches
 
     @property
+    def columns(self) -> int:
+        """Number of keys since the last fold."""
+        return self._state.columns
+
+    @property
     def reach(self) -> int:
         """How many batches can be rolled back."""
         return self._state.batches - self._state.permanent
