@@ -150,6 +150,29 @@ def evaluation() -> str:
     return table(("case", "records per second", "ratio", "ratio of processor time", "largest error of an NLL"), lines)
 
 
+def sequence() -> str:
+    """What a single edit costs over a long sequence, and what is held."""
+    if not (RESULTS / "sequence.json").exists():
+        return "Not measured yet."
+    document = read(RESULTS / "sequence.json")
+    (row,), flat, periods = document["rows"], document["flat"], document["periods"]
+    parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in document["profile"].items())
+    lines = [
+        ("mean of all edits, folds included, ms", f"{row['mean_s'] * 1e3:.2f}"),
+        ("median edit, ms", f"{row['median_s'] * 1e3:.2f}: {parts}"),
+        ("fold, ms", f"{row['fold_s'] * 1e3:.0f}, every {row['columns']} edits"),
+        ("first and last fold period, ms an edit", " ".join(f"{periods[i]['mean_s'] * 1e3:.2f}" for i in (0, -1))),
+        (f"largest deviation of a period after edit {flat['after']}", f"{flat['largest_deviation']:.1%}"),
+        ("last to first quarter of these", f"{flat['last_to_first_quarter']:.3f}"),
+        ("state, MiB", f"{row['bytes'] / 2**20:.1f} of at most {row['bound'] / 2**20:.1f}"),
+        ("error of the last update's equation", f"{row['error']:.0e}"),
+        (f"{row['baseline']}, ms", f"{row['baseline_median_s'] * 1e3:.0f}, {row['baseline_samples']} samples"),
+        ("its update differs by", f"{row['baseline_error']:.0e}"),
+        ("ratio", f"{row['ratio']:.0f}"),
+    ]
+    return table((row["case"], f"{row['machine']}, {row['commit']}"), lines)
+
+
 def grouped(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
     """Rows by the values of some fields, in order."""
     groups: dict[tuple, list[Row]] = {}
@@ -304,6 +327,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "values": lambda: seconds_and_ratio("values"),
     "savings": lambda: seconds_and_ratio("values", "value iteration"),
     "solver": lambda: seconds_and_ratio("solver"),
+    "sequence": sequence,
     "statistics": lambda: seconds_and_ratio("statistics"),
     "statistics rate": statistics_rate,
     "evaluation": evaluation,

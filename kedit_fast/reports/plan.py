@@ -27,7 +27,7 @@ from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_e
 from kedit_fast.requests.reading import as_requests, rows_of
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
-from kedit_fast.solver.key_memory import FOLD_ABOVE
+from kedit_fast.solver.key_memory import FOLD_ABOVE, window_columns
 from kedit_fast.solver.least_squares import PRIMAL_ABOVE
 from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.free_memory import free_bytes
@@ -201,12 +201,13 @@ def _bytes(view: ModelView, recipe: Recipe, hparams: Hparams, edits: int, tokens
     size = view.weight(hparams.layers[0]).element_size()
     count = len(hparams.layers)
     at_once = edits if recipe.is_batched else 1
-    unfolded = min(edits, int(FOLD_ABOVE * d))  # keys of the memory before they are folded into d x d
-    memory = 8 * (d * edits + unfolded * unfolded) + (2 * 8 * d * d if edits > unfolded else 0)
+    window = hparams.undo_window
+    unfolded = min(edits, window_columns(d) if window else int(FOLD_ABOVE * d))  # keys before they are folded
+    memory = 8 * (d * edits + unfolded * unfolded) + (8 * d * (d + 1) if edits > unfolded else 0)
     return {
         "weights": sum(parameter.nbytes for parameter in view.model.parameters()),
         **({"their copies in float32, during a pass": copies} if (copies := copy_bytes(view.base)) else {}),
-        "originals and masters": count * out * d * (size + (4 if size == 2 else 0)),
+        "originals and masters": count * out * d * (size + (4 if size == 2 else 0) + (max(4, size) if window else 0)),
         "statistics and factors": count * 2 * d * d * 8 if hparams.uses_moments else 0,
         **({"statistics of outputs, decomposed": count * 2 * out * out * 8} if hparams.weighs_outputs else {}),
         "factors of the updates": count * edits * (out + d) * 4,
