@@ -18,13 +18,14 @@ from benchmarks.architectures import VERDICTS
 from benchmarks.frontier import compared
 from benchmarks.harness import RESULTS, Row, read
 from benchmarks.plots import strongest
-from benchmarks.quality import TITLES
+from benchmarks.quality import SEQUENCES, TITLES, VARIANTS
 from benchmarks.untuned import FIXED, points
 from kedit_fast.methods.registry import RECIPES
 
 MACHINE = "cpu_sapphire_rapids_2_threads"
 GPU = "h200"
 WHOLE = ("collect_statistics", "find_values", "KeyMemory")  # rows of the GPU that are no single ops
+VARIANTS_FILE = "quality_variants"
 METRICS = {
     "efficacy": lambda value: f"{value:.2f}",
     "paraphrase": lambda value: f"{value:.2f}",
@@ -83,6 +84,27 @@ def frontier() -> str:
         lines.append((str(edits), f"{level:.2f}", kl, f"{weighed['kl'] / plain['kl'] - 1:+.0%}", *pairs, lambdas))
     names = ("same subject", "neighborhood", "efficacy", "lambda")
     return table(("edits", "paraphrase", "KL, nats a token", "change", *names), lines)
+
+
+def quality_variants() -> str:
+    """A row for each variant and scenario."""
+    if not (RESULTS / f"{VARIANTS_FILE}.json").exists():
+        return "Not measured yet."
+    rows = {(row["variant"], row["scenario"]): row for row in rows_in(VARIANTS_FILE)}
+    metrics = [metric for metric in METRICS if metric != "seconds"]
+
+    def cells(row: Row) -> list[str]:
+        return [METRICS[metric](row[metric]) if row.get(metric) is not None else "n/a" for metric in metrics]
+
+    scenarios = [scenario for scenario in SEQUENCES if any((name, scenario) in rows for name in VARIANTS)]
+    return table(
+        ["variant", *(f"{TITLES[scenario]}: {metric}" for scenario in scenarios for metric in metrics)],
+        (
+            [name, *(cell for scenario in scenarios for cell in cells(rows.get((name, scenario), {})))]
+            for name in VARIANTS
+            if any((name, scenario) in rows for scenario in scenarios)
+        ),
+    )
 
 
 def cases() -> dict[tuple[str, str, str], list[Row]]:
@@ -321,6 +343,7 @@ def gpu_tests() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     **{f"quality {metric}": lambda metric=metric: quality(metric) for metric in METRICS},
     "frontier": frontier,
+    "quality variants": quality_variants,
     "ops ratios": ops_ratios,
     "ops times": ops_times,
     "ops overhead": ops_overhead,

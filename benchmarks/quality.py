@@ -1,6 +1,7 @@
 """What each method does to the demo model: how well edits take, spread, leave the rest alone, and last.
 
     python -m benchmarks.quality [--methods memit,alphaedit] [--scenarios 1,100,500,sequence,singly] [--json FILE]
+    python -m benchmarks.quality --variants [--methods NAMES] [--json FILE]   what VARIANTS switch on, in two sequences
     python -m benchmarks.quality --frontier [--json FILE]          see benchmarks/frontier.py
     python -m benchmarks.quality markdown FILE
 
@@ -11,7 +12,8 @@ a time; `subjects`, 100 requests of which five share each subject. Methods witho
 Columns: efficacy, paraphrase, neighborhood (METRICS, over all prompts alike) of all requests on the final model;
 drift, what a token of held-out text that names no edited subject costs more than before, in nats; seconds of editing
 without evaluation (methods with the same values of one batch optimize them once, and all count that time); retention,
-efficacy of all requests on the final model over that of each right after its batch.
+efficacy of all requests on the final model over that of each right after its batch. Of VARIANTS the neighborhood is
+measured on the prompts after the first `NEIGHBORS` of each request, which some of them use for editing.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,10 +34,13 @@ from rich.table import Table
 from benchmarks.harness import Row, provenance, read, require_clean, save
 from kedit_fast import Editor, EditRequest, collect_statistics, demo, evaluate
 from kedit_fast.demo import world
+from kedit_fast.editing.batch_run import ANCHOR_REQUESTS
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.evaluation.metrics import mean_nll
+from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.registry import RECIPES, find_recipe
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.statistics.labels import OutputGradients
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=160, highlight=False)
@@ -62,6 +67,34 @@ METRICS = {
     "neighborhood": "cf.accuracy/neighborhood",
 }
 FLOOR = 0.9  # of retention, for methods made for sequences
+NEIGHBORS = 2
+"""Neighborhood prompts of each request that neighbor columns are made of."""
+SEQUENCES = ("sequence", "singly")
+"""The scenarios of VARIANTS."""
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "memit": ("memit", {}),
+    "memit, 3 rounds": ("memit", {"rounds": 3}),
+    "memit, neighbor columns": ("memit", {"neighbor_columns": NEIGHBORS}),
+    "memit, norm anchor": ("memit", {"norm_anchor": "auto"}),
+    "memit, attenuation": ("memit", {"sphere_strength": 0.5}),
+    "memit, output metric": ("memit", {"output_metric": True}),
+    "memit, KL of the original at temperature 2": ("memit", {"kl_direction": "original", "kl_temperature": 2.0}),
+    "memit-sequential": ("memit-sequential", {}),
+    "memit-sequential, 3 rounds": ("memit-sequential", {"rounds": 3}),
+    "memit-sequential, neighbor columns": ("memit-sequential", {"neighbor_columns": NEIGHBORS}),
+    "memit-sequential, norm anchor": ("memit-sequential", {"norm_anchor": "auto"}),
+    "memit-sequential, output metric": ("memit-sequential", {"output_metric": True}),
+    "rlsedit, lambda^2 = 10": ("rlsedit", {"update_norm_lambda": 10.0}),
+    "anyedit": ("anyedit", {}),
+    "alphaedit": ("alphaedit", {}),
+    "nas": ("nas", {}),
+    "sphere": ("sphere", {}),
+    "anyedit-alphaedit": ("anyedit-alphaedit", {}),
+    "ultraedit": ("ultraedit", {}),
+    **({"stableedit": ("stableedit", {})} if "stableedit" in RECIPES else {}),
+}
+"""Name -> (method, hyper-parameters): what beside the methods can be switched on, and the methods it is compared with.
+`rlsedit` with its published lambda of 0 is `memit-sequential`."""
 
 
 @dataclass
@@ -114,8 +147,20 @@ def shared_subjects(count: int) -> list[EditRequest]:
     return requests[:count]
 
 
-def measure(on: Subject, method: str, scenario: str, **overrides: Any) -> Row:
-    """One row of the table."""
+def measure_variant(on: Subject, name: str, scenario: str) -> Row:
+    """One row of VARIANTS."""
+    method, overrides = VARIANTS[name]
+    if overrides.get("output_metric") and not on.moments.outputs:
+        layers = sorted(on.moments.layers)
+        gradients = OutputGradients(tokens=on.moments.layers[layers[0]].count)  # as many as the second moments are of
+        on.moments = collect_statistics(
+            on.model, on.tokenizer, demo.corpus(), layers, output_metric=gradients, progress=False
+        )
+    return {"variant": name, **measure(on, method, scenario, NEIGHBORS, **overrides)}
+
+
+def measure(on: Subject, method: str, scenario: str, withheld: int = 0, **overrides: Any) -> Row:
+    """One row of the table; the first `withheld` neighborhood prompts of each request are not measured."""
     recipe = find_recipe(method)
     count, size = SCENARIOS[scenario]
     row: Row = {"method": method, "scenario": scenario}
@@ -132,7 +177,7 @@ def measure(on: Subject, method: str, scenario: str, **overrides: Any) -> Row:
     try:
         if scenario == "1":
             return {**row, **singles(on, editor, requests)}
-        return {**row, **together(on, editor, requests, size or count)}
+        return {**row, **together(on, editor, requests, size or count, withheld)}
     finally:
         editor.restore()
 
@@ -154,9 +199,13 @@ def singles(on: Subject, editor: Editor, requests: Sequence[EditRequest]) -> Row
     return {**means, "drift": statistics.mean(drifts), "seconds": sum(seconds), "retention": None, "skipped": skipped}
 
 
-def together(on: Subject, editor: Editor, requests: Sequence[EditRequest], size: int) -> Row:
+def together(on: Subject, editor: Editor, requests: Sequence[EditRequest], size: int, withheld: int = 0) -> Row:
     """Requests in batches, measured at the end."""
     efficacies, seconds, skipped, norm = [], 0.0, 0, 0.0
+    if editor.recipe.optimizes_values and editor.hparams.norm_anchor == AUTO and size < ANCHOR_REQUESTS:
+        begin = time.perf_counter()
+        editor.measure_norm_anchor(on.requests[:ANCHOR_REQUESTS], "skip")
+        seconds = time.perf_counter() - begin
     batches = [requests[i : i + size] for i in range(0, len(requests), size)]
     for batch in batches:
         spent, result = timed_edit(editor, batch)
@@ -174,7 +223,7 @@ def together(on: Subject, editor: Editor, requests: Sequence[EditRequest], size:
     begin = time.perf_counter()
     editor.finish()
     seconds += time.perf_counter() - begin
-    metrics = shares(on, requests)
+    metrics = shares(on, [replace(one, neighborhood_prompts=one.neighborhood_prompts[withheld:]) for one in requests])
     retention = metrics["efficacy"] / max(statistics.mean(efficacies), 1e-9) if efficacies else None
     return {
         **metrics,
@@ -226,29 +275,35 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
+def name_of(row: Row) -> str:
+    """The variant of a row, or its method."""
+    return row.get("variant", row["method"])
+
+
 def show(rows: Sequence[Row]) -> None:
     table = Table("method", "edits", "efficacy", "paraphrase", "neighborhood", "drift", "seconds", "retention", "norm")
     for row in rows:
         if "n/a" in row:
-            table.add_row(row["method"], TITLES[row["scenario"]], "n/a", "", "", "", "", "", "")
+            table.add_row(name_of(row), TITLES[row["scenario"]], "n/a", "", "", "", "", "", "")
             continue
         cells = [number(row[name]) for name in ("efficacy", "paraphrase", "neighborhood", "drift")]
         cells += [f"{row['seconds']:.1f}", number(row["retention"]), number(row.get("norm"))]
-        table.add_row(row["method"], TITLES[row["scenario"]], *cells)
+        table.add_row(name_of(row), TITLES[row["scenario"]], *cells)
     console.print(table)
 
 
 @app.callback(invoke_without_command=True)
 def run(
     context: typer.Context,
-    methods: Annotated[str, typer.Option(help="names, comma-separated")] = ",".join(RECIPES),
-    scenarios: Annotated[str, typer.Option(help="names, comma-separated")] = ",".join(SCENARIOS),
+    methods: Annotated[str, typer.Option(help="names, comma-separated; with --variants separated by ;")] = "",
+    scenarios: Annotated[str, typer.Option(help="names, comma-separated")] = "",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="write the rows here, adding to what is there")
     ] = None,
     validation: Annotated[
         bool, typer.Option("--validation", help="measure on the requests presets were chosen on")
     ] = False,
+    variants: Annotated[bool, typer.Option("--variants", help="instead: VARIANTS, in the scenarios SEQUENCES")] = False,
     frontier: Annotated[
         bool, typer.Option("--frontier", help="instead: MEMIT with and without the output metric along lambda")
     ] = False,
@@ -262,27 +317,33 @@ def run(
 
         run_frontier(json_file, values)
         return
-    chosen = [(s, m) for s in scenarios.split(",") for m in methods.split(",")]
-    for scenario, method in chosen:
-        find_recipe(method)
+    known = VARIANTS if variants else RECIPES
+    names = methods.split(";" if variants else ",") if methods else list(known)
+    chosen = [
+        (s, m) for s in (scenarios.split(",") if scenarios else SEQUENCES if variants else SCENARIOS) for m in names
+    ]
+    for scenario, name in chosen:
+        if name not in known:
+            raise typer.BadParameter(f"unknown name {name!r}: choose from {'; '.join(known)}")
         if scenario not in SCENARIOS:
             raise typer.BadParameter(f"unknown scenario {scenario!r}: choose from {', '.join(SCENARIOS)}")
     origin = provenance("cpu")
     require_clean(json_file, origin)
     on = subject(validation)
     rows: list[Row] = []
-    for scenario, method in chosen:
-        rows.append({**measure(on, method, scenario), "threads": torch.get_num_threads(), **origin})
+    for scenario, name in chosen:
+        row = measure_variant(on, name, scenario) if variants else measure(on, name, scenario)
+        rows.append({**row, "threads": torch.get_num_threads(), **origin})
         show(rows[-1:])
         if json_file is not None:
             older = read(json_file)["rows"] if json_file.exists() else []
-            others = [row for row in older if (row["method"], row["scenario"]) != (method, scenario)]
+            others = [row for row in older if (name_of(row), row["scenario"]) != (name, scenario)]
             save(json_file, {"peaks": {}, "rows": [*others, rows[-1]], "about": origin})
     show(rows)
     sequential = [m for m, recipe in RECIPES.items() if recipe.memory]
-    low = [row for row in rows if row["method"] in sequential and (row.get("retention") or 1) < FLOOR]
+    low = [row for row in rows if name_of(row) in sequential and (row.get("retention") or 1) < FLOOR]
     for row in low:
-        console.print(f"{row['method']}, {TITLES[row['scenario']]}: retention {row['retention']:.2f} is below {FLOOR}")
+        console.print(f"{name_of(row)}, {TITLES[row['scenario']]}: retention {row['retention']:.2f} is below {FLOOR}")
     if low:
         raise typer.Exit(1)
 
