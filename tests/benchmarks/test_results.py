@@ -47,7 +47,7 @@ def test_every_row_and_every_curve_says_its_commit():
 
 @pytest.mark.parametrize("commit", ("abc1234-dirty", ""))
 @pytest.mark.parametrize(
-    "name", ("run", "values", "solver", "second_moments", "quality", "gpu", "untuned", "architectures")
+    "name", ("run", "values", "solver", "second_moments", "quality", "harm", "gpu", "untuned", "architectures")
 )
 def test_a_result_of_a_changed_tree_is_refused_before_anything_is_measured(name, commit, monkeypatch, tmp_path):
     import importlib
