@@ -223,6 +223,11 @@ def failing_cases(place, tmp):
         ("mixture of experts", other_model(moe), "mixture-of-experts"),
         ("existing out", replaced("--out", tmp / "exists"), "--overwrite"),
         ("unknown hyper-parameter", [*base, "--set", "v_lrr=1"], "v_lrr"),
+        (
+            "a window that never folds",
+            [*base, "--method", "encore", "--set", "memory_window=2", "--set", "memory_form=dual"],
+            "must be auto or primal with memory_window",
+        ),
         ("missing hparams", [*base, "--hparams", tmp / "h.json"], "h.json"),
         ("no such folder to write", replaced("--out", place / "text.txt" / "out"), "text.txt"),
         ("device", [*base, "--device", "cuda:99"], "cuda:99"),
@@ -351,6 +356,7 @@ def test_continue_takes_up_the_state_beside_the_model(place, tmp_path):
         (place / "model", (), "has no kedit_fast_state"),
         (tmp_path / "two", ("--method", "encore"), "memit-sequential there, encore here"),
         (tmp_path / "two", ("--set", "mom2_update_weight=11"), "different mom2_update_weight"),
+        (tmp_path / "two", ("--set", "memory_window=5"), "different memory_window: 0 there, 5 here"),
     ):
         failed = edit(model, "second", "no", "--continue", *more)
         assert failed.returncode == 1 and message in failed.stderr and not (tmp_path / "no").exists()
