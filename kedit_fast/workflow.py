@@ -317,9 +317,11 @@ def run_edits(
                     editor.finish()
                 run.save()
             except BaseException:
-                with contextlib.suppress(KeditError):  # the error that stopped the run matters more
-                    run.save()
-                editor.restore()  # also the batches before the one that failed
+                try:
+                    with contextlib.suppress(KeditError):  # the error that stopped the run matters more
+                        run.save()
+                finally:
+                    editor.restore()  # also the batches before the one that failed
                 raise
         try:
             with timed(seconds, "evaluate"):

@@ -6,6 +6,8 @@ import errno
 import json
 import logging
 import os
+import re
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -332,9 +334,29 @@ def test_a_log_that_is_damaged_or_of_other_files_is_named(tmp_path):
         RecordLog(tmp_path, CheckpointError)
 
 
-def test_other_bits_than_were_recorded_are_refused(tmp_path, run, monkeypatch):
-    options = {"requests": REQUESTS[:2], "batch_size": 1}
-    run(folder=tmp_path, **options)
+def test_a_log_is_what_it_was_where_a_write_fails(tmp_path):
+    with RecordLog.opened(tmp_path, CheckpointError, "") as log:
+        log.write({"seen": 0})
+        log.append(Record({"number": 1}, {"t": torch.zeros(4000)}))
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
+        try:
+            with pytest.raises(CheckpointError, match=r"cannot write .*records-000001.safetensors"):
+                log.write({"seen": 1})
+            with pytest.raises(CheckpointError, match="cannot write 20,000 bytes"):
+                log.reserve(20_000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert RecordLog(tmp_path, CheckpointError).facts == {"seen": 0} and not list(tmp_path.glob("*records*"))
+        log.write({"seen": 2})
+    assert [record.facts for record in RecordLog(tmp_path, CheckpointError)] == [{"number": 1}]
+
+
+def test_other_bits_than_were_recorded_are_refused(tmp_path, run, monkeypatch, capsys):
+    options = {"requests": REQUESTS[:2], "batch_size": 1, "retention": 1}
+    run(folder=tmp_path, progress=True, **options)
+    bar = capsys.readouterr().err
+    assert re.search(r"edits: 100%.* 2/2, .* edits/s, 00:00 left, norm [\d.e-]+, residual [\d.e-]+, efficacy [01]", bar)
     before = BatchRecord.from_parts
     monkeypatch.setattr(
         BatchRecord,
