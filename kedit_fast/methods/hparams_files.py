@@ -28,6 +28,7 @@ _ELSEWHERE = {
     "rewrite_module_tmp", "layer_module_tmp", "mlp_module_tmp", "attn_module_tmp", "ln_f_module", "lm_head_module",
     "model_parallel", "fp16", "batch_size", "max_length", "P_loc", "rewrite_module_tmps", "model_class", "class_name",
     "tokenizer_class", "tokenizer_name", "no_grad_layers", "batch_size_once", "editor_batch_size", "silent", "half",
+    "weight_reg", "solve_method",
     "results_dir", "name", "calculate_objective_value", "evaluation_type", "api_key", "verbose", "description",
 }  # fmt: skip
 # Names that change what is written, with the values at which they do not. Other values are not implemented.
@@ -43,6 +44,7 @@ _FIXED = {
     "norm_control": (0, None),
     "blue": (False, None),
     "use_chat_template": (False, None),
+    "mu_reg": (1,),
 }
 # Those of _ELSEWHERE that may change a result: the values that do not, and where this package takes them from.
 _CHOSEN_ELSEWHERE = {
@@ -56,8 +58,8 @@ _RENAMED = {
     "cumulative_ratio": "sphere_energy", "suppression_strength": "sphere_strength",
     "suppression strength": "sphere_strength", "window_size": "chunk_tokens", "overlap": "chunk_overlap",
 }  # fmt: skip
-# Names of the repositories of EMMET and ENCORE, and renamed ones, that `_translated` reads.
-_TRANSLATED = ("add_prev_edits", "prob_cutoff", *_RENAMED)
+# Names of the repositories of EMMET, ENCORE and RLSEdit, and renamed ones, that `_translated` reads.
+_TRANSLATED = ("add_prev_edits", "prob_cutoff", "lambda_reg", *_RENAMED)
 
 
 def read_hparams(path: str | Path, method: str | None = None, *, warn_of_loading: bool = True) -> dict[str, Any]:
@@ -169,7 +171,12 @@ def nearest_name(name: Any) -> str:
 
 
 def _translated(name: str, value: Any, origin: str, method: str | None) -> dict[str, Any]:
-    """Our hyper-parameters for a name of the repositories of EMMET, ENCORE, EasyEdit and AnyEdit."""
+    """Our hyper-parameters for a name of the repositories of EMMET, ENCORE, EasyEdit, AnyEdit and RLSEdit."""
+    if name == "lambda_reg":  # its square is the weight of I in RLSEdit's system
+        try:
+            return {"update_norm_lambda": _number(value) ** 2}
+        except (TypeError, ValueError, OverflowError):
+            raise MethodError(f"{origin}: lambda_reg = {value!r} is not a number") from None
     if name in _RENAMED:
         return parse_values({_RENAMED[name]: value}, origin)
     if name == "add_prev_edits":  # keys of earlier batches stay in the system

@@ -260,3 +260,19 @@ def test_an_editor_warns_of_idle_numbers_that_no_published_file_of_its_method_ca
     assert "does not use" not in caplog.text
     Editor(*demo_model, "alphaedit", null_spaces=spaces, hparams={**numbers, "emmet_lambda": 0.2})
     assert "alphaedit does not use emmet_lambda" in caplog.text
+
+
+def test_files_of_rlsedit_are_read(tmp_path):
+    file = tmp_path / "rlsedit.json"
+    shipped = {"mom2_update_weight": 15000, "lambda_reg": 0.5, "mu_reg": 1.0, "weight_reg": 1, "solve_method": "qr"}
+    file.write_text(json.dumps(shipped), encoding="utf-8")
+    assert read_hparams(file, "rlsedit") == {"mom2_update_weight": 15000.0, "update_norm_lambda": 0.25}
+    for name, value in (("mu_reg", 0.5), ("lambda_reg", "much")):
+        file.write_text(json.dumps({name: value}), encoding="utf-8")
+        with pytest.raises(MethodError, match=name):
+            read_hparams(file, "rlsedit")
+    gpt2 = SimpleNamespace(model_type="gpt2", n_layer=48, n_embd=1600, num_hidden_layers=48)
+    numbers, origin = make_hparams("rlsedit", gpt2)
+    assert "hparams/RLSEdit/gpt2-xl.json" in origin and numbers.mom2_update_weight == 20000
+    numbers, origin = make_hparams("nas", gpt2)
+    assert "hparams/NAS/gpt2-xl.json" in origin and (numbers.norm_anchor, numbers.L2) == ("auto", 10)
