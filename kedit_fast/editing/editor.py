@@ -7,12 +7,13 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from kedit_fast.editing.batch_record import BatchRecord
 from kedit_fast.editing.batch_run import BatchRun, EditContext, request_weights
+from kedit_fast.editing.erasure import Erasure, ErasureCost, TextTokens, inputs_at_texts, tokenized_texts
 from kedit_fast.editing.gradients import answer_gradients
 from kedit_fast.editing.keys import StateBudget
 from kedit_fast.editing.ledger import Ledger
@@ -27,7 +28,7 @@ from kedit_fast.editing.values.memit_values import MemitCache
 from kedit_fast.editing.values.protocol import ValueStore
 from kedit_fast.editing.values.shared import flush_store
 from kedit_fast.editing.values.store import open_values
-from kedit_fast.errors import EditError, MethodError, NullSpaceError, StatisticsError
+from kedit_fast.errors import EditError, InvalidArgumentError, MethodError, NullSpaceError, StatisticsError
 from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.hparams import worth_a_warning
 from kedit_fast.methods.presets import is_guess, make_hparams
@@ -48,9 +49,10 @@ from kedit_fast.requests.record_fields import Notes
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO as AUTO_SEPARATOR
 from kedit_fast.requests.spacing import check_separator
+from kedit_fast.solver.erasure import difference_directions, erasing_update, label_directions, shrunk_covariance
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.low_rank import LowRankUpdate
-from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
+from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace, Preconditioner
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.matrix_bits import edit_fingerprint, sha256
@@ -489,6 +491,101 @@ class Editor:
                 self._final_steps = {*earlier_steps, self.ledger.count + 1}
                 self._written[self.ledger.count + 1] = ()
         return restrained
+
+    @plain_torch(leave_inference_mode=False)
+    def erase(
+        self,
+        texts: Sequence[str],
+        labels: Sequence[Any],
+        *,
+        layers: Sequence[int] | None = None,
+        tokens: TextTokens = "last",
+        cost: ErasureCost = "texts",
+        pairs: int = 0,
+        keep_mean: bool = True,
+    ) -> Erasure:
+        """Erase from the outputs of edited layers what tells labeled texts apart. A batch of the ledger, like an edit.
+
+        Layer after layer, from the lowest one up: W becomes W + Delta with (W + Delta) K = 0, where K spans what the
+        layer's inputs have to do with the labels, and Delta has the least cost. With the covariance of inputs and
+        labels as K (LEACE), no linear classifier tells the labels of these texts from the layer's output at these
+        tokens. The residual stream beside the layer is not changed, so the model may still know them: an erased layer
+        is no proof of ignorance.
+
+        Args:
+            texts: the texts.
+            labels: a label for each text.
+            layers: some of the editor's layers; None for all.
+            tokens: the "last" token of each text, or "all" with the text's label.
+            cost: what Delta should change least: "texts", the covariance of the inputs at these texts, centered and
+                shrunk (LEACE); "statistics", the second moment of ordinary text that the editor has; "none", I (ProFS).
+            pairs: with two labels whose texts are pairs, in the same order: the number of directions, the top singular
+                vectors of the pairs' differences (ProFS). 0 for the covariance with the labels. With "all" tokens,
+                pairs must have the same number of tokens.
+            keep_mean: whether the mean input gets the output that it had, in place of LEACE's bias; one direction more.
+
+        Returns:
+            the batch. `rollback` undoes it, `patch` contains it, and the keys of earlier edits stay as they are.
+
+        Raises:
+            MethodError: the editor has no such layers, or edits modules by path.
+            RequestError: a text that cannot be used.
+            InvalidArgumentError, SolveError, StatisticsError: labels or texts that do not give directions. The model
+                and the ledger are as they were, bit for bit.
+
+        Cost: a forward pass of the texts for each layer, and d^3 / 3 flops for S.
+
+        Source: LEACE (arXiv 2306.03819); ProFS (arXiv 2405.13967).
+        """
+        if self.hparams.inner_params:
+            raise MethodError("erase() is for editors of layers, not of modules by path (inner_params)")
+        chosen = sorted(self.hparams.layers if layers is None else layers)
+        if not chosen or not set(chosen) <= set(self.hparams.layers):
+            raise MethodError(
+                f"layers {comma_list(chosen)}: choose from the editor's, {comma_list(self.hparams.layers)}"
+            )
+        if len(texts) != len(labels) or isinstance(texts, str):
+            raise InvalidArgumentError(f"each text has a label: got {len(texts)} texts and {len(labels)} labels")
+        if cost not in get_args(ErasureCost):
+            raise InvalidArgumentError(f"cost must be {', '.join(get_args(ErasureCost))}; got {cost!r}")
+        if cost == "statistics":
+            self._check_statistics()
+        if not self.in_place():
+            raise EditError("the model was moved or cast since this Editor was made: make a new one")
+        require_editable(self.view, self.modules)
+        rows = tokenized_texts(self.view, self.tokenizer, texts, self.prompt_format)
+        names = list(dict.fromkeys(labels))
+        numbers = torch.tensor([names.index(label) for label in labels], dtype=torch.int64)
+        updates, norms = {}, {}
+        with self._together(), torch.no_grad():
+            for layer in chosen:
+                name, weight = self.view.weight_name(layer), self.modules[self.view.module_name(layer)]
+                inputs, owner = inputs_at_texts(self.view, rows, layer, tokens)
+                label = numbers[owner].to(inputs.device)
+                if pairs:
+                    if len(names) != 2:
+                        raise InvalidArgumentError(f"pairs have two labels; got {len(names)}")
+                    directions = difference_directions(inputs[:, label == 0], inputs[:, label == 1], pairs)
+                else:
+                    directions = label_directions(inputs, label)
+                space = self._erasure_space(layer, cost, inputs)
+                still = inputs.double().mean(1) if keep_mean else None
+                before = whole(weight)
+                update = erasing_update(before, directions, space, still)
+                norms[name] = update.norm() / float(torch.linalg.vector_norm(before, dtype=torch.float64))
+                updates[name] = update.cpu()
+                self.ledger.write(name, weight, update)
+            self.solver_state.commit()  # an empty batch: the ledger and the solver state count the same batches
+            number = self.ledger.count + 1
+            self._written[number] = ()
+        return Erasure(number, updates, norms)
+
+    def _erasure_space(self, layer: int, cost: ErasureCost, inputs: torch.Tensor) -> Preconditioner:
+        """S^-1 of an erasing update."""
+        if cost == "none":
+            return Identity(inputs.shape[0], inputs.device)
+        moment = shrunk_covariance(inputs) if cost == "texts" else self.solver_state.moment(layer).to(inputs.device)
+        return Covariance.from_moment(moment, 0.0 if cost == "texts" else self.hparams.mom2_ridge)
 
     @plain_torch()
     def check(
