@@ -555,13 +555,13 @@ class Editor:
         require_editable(self.view, self.modules)
         rows = tokenized_texts(self.view, self.tokenizer, texts, self.prompt_format)
         names = list(dict.fromkeys(labels))
-        numbers = torch.tensor([names.index(label) for label in labels], dtype=torch.int64)
+        of_text = torch.tensor([names.index(label) for label in labels], dtype=torch.int64)
         updates, norms = {}, {}
         with self._together(), torch.no_grad():
             for layer in chosen:
                 name, weight = self.view.weight_name(layer), self.modules[self.view.module_name(layer)]
                 inputs, owner = inputs_at_texts(self.view, rows, layer, tokens)
-                label = numbers[owner].to(inputs.device)
+                label = of_text[owner].to(inputs.device)
                 if pairs:
                     if len(names) != 2:
                         raise InvalidArgumentError(f"pairs have two labels; got {len(names)}")
