@@ -94,7 +94,8 @@ class BatchRun:
     """
 
     def __init__(self, context: EditContext, prepared: list[PreparedRequest], on_error: OnError):
-        self.context, self.prepared, self.on_error = context, prepared, on_error
+        self.context, self.prepared = context, prepared
+        self.on_error: OnError = on_error
         self.skipped: dict[int, str] = {}
         """Index in `prepared` -> why the request is not written."""
         self.losses: list[float] = []
