@@ -91,7 +91,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sphere": ("sphere", {}),
     "anyedit-alphaedit": ("anyedit-alphaedit", {}),
     "ultraedit": ("ultraedit", {}),
-    **({"stableedit": ("stableedit", {})} if "stableedit" in RECIPES else {}),
+    "stableedit": ("stableedit", {}),
 }
 """Name -> (method, hyper-parameters): what beside the methods can be switched on, and the methods it is compared with.
 `rlsedit` with its published lambda of 0 is `memit-sequential`."""
