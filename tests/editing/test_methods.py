@@ -36,7 +36,7 @@ NUMBERS = {
     "nas": {**NULL_SPACE, "norm_anchor": 4.0},
     "sphere": {"nullspace_rule": "energy", "nullspace_threshold": 0.3, "L2": 2.0, "sphere_energy": 0.3},
     "anyedit": {"chunk_tokens": 2, "mom2_ridge": 1e-3}, "anyedit-alphaedit": {"nullspace_threshold": 0.3, "L2": 2.0},
-    "r-rome": {}, "rome": {}, "ultraedit": {"lr": 1e-2, "token": "ans"},
+    "r-rome": {}, "rome": {}, "ultraedit": {"lr": 1e-2, "token": "ans"}, "stableedit": {"lr": 1e-2, "token": "ans"},
 }  # fmt: skip
 MASS = tuple(name for name, recipe in RECIPES.items() if recipe.schedule == "mass" and not recipe.needs_chunks)
 
