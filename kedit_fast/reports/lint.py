@@ -342,7 +342,7 @@ def _token_findings(
 
 def _no_keys(measured: Measured) -> str:
     """Why keys cannot be compared; "" where they can."""
-    if not measured.recipe.optimizes_values or not measured.hparams.layers:
+    if not measured.recipe.guards_subjects or not measured.hparams.layers:
         return f"{measured.recipe.name} has no keys of subjects"
     return ""
 
@@ -455,6 +455,8 @@ def _special(checked: Checked, i: int, field: str, text: str, holding: str) -> F
 
 
 def _long_targets(encoded: Encoded) -> Iterator[Finding]:
+    if encoded.recipe.needs_chunks:
+        return
     for i, one in encoded.usable():
         count = len(one.full.ids) - len(one.bare.ids)
         if count > LONG_TARGET:
@@ -463,7 +465,7 @@ def _long_targets(encoded: Encoded) -> Iterator[Finding]:
                 "warning",
                 (i,),
                 f"the target has {count} tokens, and one vector must carry them: {one.request.target_new[:60]!r}",
-                "closed forms write facts: shorten it to the answer",
+                "closed forms write facts: shorten it to the answer, or use anyedit",
             )
 
 

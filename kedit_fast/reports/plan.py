@@ -10,7 +10,10 @@ import torch
 
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.batch_size import BatchSize, fitting_batch, request_bytes
+from kedit_fast.editing.values.chunks import Columns, find_chunk_values, spans_of
 from kedit_fast.editing.values.loop import SITES, find_values
+from kedit_fast.editing.values.objective import EarlierChunks
+from kedit_fast.editing.values.result import Values
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.declaration import AUTO as FROM_BATCH
 from kedit_fast.methods.hparams import Hparams
@@ -23,7 +26,7 @@ from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype, copy_bytes
 from kedit_fast.ops import rank_k_update_
 from kedit_fast.requests.problems import OnError, require_no_problems, skipped_records
-from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_each
+from kedit_fast.requests.prompts import PreparedRequest, Prompt, PromptFormat, prepare_each
 from kedit_fast.requests.reading import as_requests, rows_of
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
@@ -156,8 +159,9 @@ def plan(
             require_no_problems(unusable if prepared else skipped)
     tokens = ASSUMED_TOKENS * contexts
     if prepared:
-        tokens = max(len(p.cut().ids) for r in prepared for p in r.rewriting) * contexts
-    sizes = _bytes(view, recipe, chosen, edits, tokens)
+        tokens = max(_read(p, r, chosen) for r in prepared for p in r.rewriting) * contexts
+    columns, others = _columns(prepared, chosen, edits)
+    sizes = _bytes(view, recipe, chosen, edits, tokens, columns, others)
     batch = seconds = None
     if prepared:
         batch = _batch(view, recipe, chosen, sites, prepared, edits)
@@ -195,26 +199,48 @@ def _batch(
     return BatchSize(min(fitting.requests, edits), each)
 
 
-def _bytes(view: ModelView, recipe: Recipe, hparams: Hparams, edits: int, tokens: int) -> dict[str, int]:
-    """Bytes by value_sites they hold; `tokens` of one request's prompts, cut after the subject."""
+def _read(prompt: Prompt, request: PreparedRequest, hparams: Hparams) -> int:
+    """Tokens of a prompt, and of its target, whose states are carried between layers."""
+    if hparams.chunk_tokens or hparams.keep_other_tokens:
+        return len(prompt.ids) + len(request.target)
+    return len(prompt.cut().ids)
+
+
+def _columns(prepared: Sequence[PreparedRequest], hparams: Hparams, edits: int) -> tuple[int, int]:
+    """The columns of `edits` requests like these, and those without a residual; one each where there are none."""
+    if not prepared:
+        return edits, edits * ASSUMED_TOKENS if hparams.keep_other_tokens else 0
+    count = len(Columns.of(prepared, spans_of(prepared, hparams)).owner)
+    texts = sum(len(one.rewriting[0].ids) + len(one.target) for one in prepared)
+    others = texts - count if hparams.keep_other_tokens else 0
+    return -(-edits * count // len(prepared)), -(-edits * others // len(prepared))
+
+
+def _bytes(
+    view: ModelView, recipe: Recipe, hparams: Hparams, edits: int, tokens: int, columns: int, others: int
+) -> dict[str, int]:
+    """Bytes by value_sites they hold; `tokens` of one request's prompts, cut after the subject; `columns` of the
+    system, one a request or one a chunk of its target, and `others` without a residual."""
     out, d = view.weight(hparams.layers[0]).shape
     size = view.weight(hparams.layers[0]).element_size()
     count = len(hparams.layers)
-    at_once = edits if recipe.is_batched else 1
+    rows, at_once = (edits, columns) if recipe.is_batched else (1, 1)
     window = hparams.undo_window
-    unfolded = min(edits, window_columns(d) if window else int(FOLD_ABOVE * d))  # keys before they are folded
-    memory = 8 * (d * edits + unfolded * unfolded) + (8 * d * (d + 1) if edits > unfolded else 0)
+    unfolded = min(columns, window_columns(d) if window else int(FOLD_ABOVE * d))  # keys before they are folded
+    memory = 8 * (d * columns + unfolded * unfolded) + (8 * d * (d + 1) if columns > unfolded else 0)
+    unmoved = {"keys of other tokens": 3 * 8 * d * others} if others else {}  # as read, whitened, beside the edits'
     return {
         "weights": sum(parameter.nbytes for parameter in view.model.parameters()),
         **({"their copies in float32, during a pass": copies} if (copies := copy_bytes(view.base)) else {}),
         "originals and masters": count * out * d * (size + (4 if size == 2 else 0) + (max(4, size) if window else 0)),
         "statistics and factors": count * 2 * d * d * 8 if hparams.uses_moments else 0,
         **({"statistics of outputs, decomposed": count * 2 * out * out * 8} if hparams.weighs_outputs else {}),
-        "factors of the updates": count * edits * (out + d) * 4,
+        "factors of the updates": count * columns * (out + d) * 4,
         "key memory": count * memory if recipe.memory else 0,
         "keys": 4 * d * at_once * 8,  # the mixed and the bare prompt's, each also transposed
-        "values": out * edits * (8 + 4),
-        "states between layers": tokens * at_once * out * computing_dtype(view.base, meta_is_cpu=True).itemsize
+        **unmoved,
+        "values": out * columns * (8 + 4),
+        "states between layers": rows * tokens * out * computing_dtype(view.base, meta_is_cpu=True).itemsize
         if count > 1
         else 0,
     }
@@ -243,36 +269,49 @@ def _seconds(
     )
     short, long = (replace(hparams, v_num_grad_steps=count, **full_length) for count in ITERATIONS)
     options: dict[str, Any] = dict(stop_rule=recipe.stop_rule, on_problem="keep")
+    spans = spans_of(prepared, hparams)
+
+    def optimize(numbers: Hparams) -> None:
+        def find(requests: Sequence[PreparedRequest], earlier: Sequence[EarlierChunks] | None = None) -> Values:
+            return find_values(view, requests, last, value_sites, numbers, earlier=earlier, **options)
+
+        if spans is None:
+            find(prepared)
+        else:
+            find_chunk_values(find, prepared, spans)
+
     find_values(view, prepared[:1], last, value_sites, short, **options)  # warm-up
-    begin, end = (
-        _timed(view, lambda n=n: find_values(view, prepared, last, value_sites, n, **options)) for n in (short, long)
-    )
+    begin, end = (_timed(view, lambda n=n: optimize(n)) for n in (short, long))
     each = max(0.0, end - begin) / (ITERATIONS[1] - ITERATIONS[0])
     values = (max(0.0, begin - each) + each * hparams.v_num_grad_steps) * edits / trial
 
     def keys() -> None:
-        passes = KeyPass(view, prepared, Site(last, SITES[value_sites][-1]), recipe.key_weights)
+        site = Site(last, SITES[value_sites][-1])
+        others = hparams.keep_other_tokens
+        passes = KeyPass(view, prepared, site, recipe.key_weights, spans=spans, other_tokens=others)
         for layer in hparams.layers:
             passes.at(layer)
 
     out, d = view.weight(hparams.layers[0]).shape
     rate = _fp64_rate(view.device)
-    u = edits if recipe.is_batched else 1
+    columns, others = _columns(prepared, hparams, edits)
+    u = columns if recipe.is_batched else 1
+    n = u + others
     count = len(hparams.layers)
     # The factor is computed once per layer, whatever the number of solves.
     factor = 0.0 if not hparams.uses_moments else 9.0 * d**3 if recipe.uses_null_space else d**3 / 3
-    once = d * u * u + u**3 / 3 + 2 * u * u * d if u <= PRIMAL_ABOVE * d else d * d * u + d**3 / 3 + 2 * d * d * u
+    once = d * n * n + n**3 / 3 + 2 * u * n * d if n <= PRIMAL_ABOVE * d else d * d * n + d**3 / 3 + 2 * d * d * u
     short_side, long_side = sorted((out, d))
     attenuation = 2.0 * short_side**2 * long_side + 9.0 * short_side**3 if hparams.sphere_strength else 0.0
     if hparams.weighs_outputs:
         factor += 9.0 * out**3
         once += 9.0 * u**3 + 2 * u * u * d + 4 * out * (out + u) * u
-    flops = factor + (2 * d * d * u + once + attenuation) * edits / u
+    flops = factor + (2 * d * d * n + once + attenuation) * columns / u
     solve = count * 2 * flops / rate
     weight = view.weight(hparams.layers[0]).clone()
     rank = min(u, 256)
     left, right = (torch.zeros(rows, rank, dtype=torch.float32, device=weight.device) for rows in (out, d))
-    write = _timed(view, lambda: rank_k_update_(weight, left, right)) * count * edits / rank
+    write = _timed(view, lambda: rank_k_update_(weight, left, right)) * count * columns / rank
     phases = {"values": values, "keys": _timed(view, keys) * edits / trial, "solve": solve, "write": write}
     return {name: round(spent, 3) for name, spent in {**phases, "total": sum(phases.values())}.items()}
 
