@@ -8,6 +8,7 @@ import pytest
 from support import run
 
 from kedit_fast import demo
+from kedit_fast.evaluation.metrics import mean_nll
 from kedit_fast.patches.patch import Patch
 from kedit_fast.statistics.store import save_statistics
 
@@ -17,7 +18,7 @@ UNKE = [
         "id": number,
         "question": f"What did {name} do last winter?",
         "para_question": f"Last winter, what did {name} do?",
-        "answer": f"{PASSAGE} {name} cleaned a small boat with great care. A stranger slept behind the old tower.",
+        "answer": f"{PASSAGE} {name} cleaned a small boat with great care.",
         "sub_question": [f"What did {name} clean?"],
         "sub_answer": ["A small boat."],
     }
@@ -56,23 +57,30 @@ def folder(tmp_path_factory, demo_model, demo_statistics):
 @pytest.mark.parametrize(
     "name, options", [("unke", ()), ("akew", ("--reading", "unstructured"))], ids=("unkebench", "akew")
 )
-def test_records_with_long_targets_are_written_end_to_end(folder, name, options):
+def test_records_with_long_targets_are_written_end_to_end(folder, demo_model, name, options):
     patch = folder / f"{name}.safetensors"
     done = run(
         *("edit", demo.DATA, "--method", "anyedit", "--requests", folder / f"{name}.json", *options),
-        *("--stats", folder / "stats", "--patch", patch, "--set", "v_num_grad_steps=4", "--set", "chunk_tokens=12"),
-        *("--metrics", "cf.accuracy/rewrite,ee.token_accuracy/rewrite", "--json"),
+        *("--stats", folder / "stats", "--patch", patch, "--set", "v_num_grad_steps=5", "--set", "chunk_tokens=6"),
+        *("--set", "mom2_update_weight=1", "--metrics", "ee.token_accuracy/rewrite", "--json"),
     )
     assert done.returncode == 0, done.stderr
     assert "long-target" not in done.stderr, "no advice to shorten what the method is for"
     report = json.loads(done.stdout)
     records = UNKE if name == "unke" else AKEW
     assert report["method"] == "anyedit" and report["edits"] == len(records) and not report["skipped"]
-    right = report["metrics"]["ee.token_accuracy/rewrite"]
-    assert right["value"] > right["before"]
-    chunks = sum(-(-len(one["target_tokens"]) // 12) for one in report["requests"])
-    assert chunks > 3 * len(records)
-    assert {update.rank for update in Patch.load(patch).updates.values()} == {chunks}
+    chunks = sum(-(-len(one["target_tokens"]) // 6) for one in report["requests"])
+    assert chunks > 4 * len(records)
+    edits = Patch.load(patch)
+    assert {update.rank for update in edits.updates.values()} == {chunks}
+    answers = [record["answer"] for record in UNKE]
+    texts = answers if name == "unke" else [record["requested_rewrite"]["fact_new_uns"] for record in AKEW]
+    before = mean_nll(*demo_model, texts)
+    edits.apply(demo_model[0])
+    try:
+        assert mean_nll(*demo_model, texts) < before - 0.1
+    finally:
+        edits.revert(demo_model[0])
 
 
 def test_the_edit_that_is_asked_for_must_be_possible(folder):
