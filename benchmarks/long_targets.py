@@ -100,11 +100,11 @@ def measure(on: Subject, name: str, keeps: bool, **overrides: Any) -> Row:
     chosen = VARIANTS[name]
     if chosen is None:
         return {**row, **shares(on), "drift": 0.0, "columns": 0, "others": 0, "norm": 0.0, "seconds": 0.0}
-    method, numbers = chosen
-    numbers = {**NUMBERS, "on_predicted": "allow", "keep_other_tokens": keeps, **numbers, **overrides}
+    method, hparams = chosen
+    hparams = {**NUMBERS, "on_predicted": "allow", "keep_other_tokens": keeps, **hparams, **overrides}
     prefixes = None if method == "anyedit" else ()
     editor = Editor(
-        on.model, on.tokenizer, method, statistics=on.moments, layers=(0, 1), hparams=numbers, prefixes=prefixes
+        on.model, on.tokenizer, method, statistics=on.moments, layers=(0, 1), hparams=hparams, prefixes=prefixes
     )
     try:
         begin = time.perf_counter()

@@ -271,9 +271,9 @@ def _seconds(
     options: dict[str, Any] = dict(stop_rule=recipe.stop_rule, on_problem="keep")
     spans = spans_of(prepared, hparams)
 
-    def optimize(numbers: Hparams) -> None:
+    def optimize(settings: Hparams) -> None:
         def find(requests: Sequence[PreparedRequest], earlier: Sequence[EarlierChunks] | None = None) -> Values:
-            return find_values(view, requests, last, value_sites, numbers, earlier=earlier, **options)
+            return find_values(view, requests, last, value_sites, settings, earlier=earlier, **options)
 
         if spans is None:
             find(prepared)

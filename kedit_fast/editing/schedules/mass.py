@@ -107,9 +107,10 @@ def write_mass(batch: BatchRun) -> None:
     batch.collisions = [(number[i], number[j]) for i, j in pairs if i in number and j in number]
     if batch.collisions and system.groups is None:
         _log.warning(
-            "%d pairs of requests have nearly the same key, as requests on one subject have: each gets a mean of their "
-            "values (the method memit-merge gives them one value)",
+            "%d pairs of requests have nearly the same key%s: each gets a mean of their values%s",
             len(batch.collisions),
+            ", as requests on one subject have" if spans is None else ", before a chunk",
+            " (the method memit-merge gives them one value)" if spans is None else "",
         )
 
 
