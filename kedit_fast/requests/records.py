@@ -134,7 +134,7 @@ def _missing_fields(
     if with_braces:
         text += f": {advice_on_braces(with_braces)}"
     elif missing == ["subject"]:
-        text += ": of all methods ultraedit alone needs none"
+        text += ": of all methods ultraedit, anyedit and anyedit-alphaedit alone need none"
     return text
 
 

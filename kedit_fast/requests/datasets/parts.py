@@ -97,6 +97,8 @@ def make_request(where: str, options: Options, **fields: Any) -> EditRequest:
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from None
     if options.need_subject and request.subject is None:
-        raise RequestError(f"{where} has no subject: of all methods ultraedit alone needs none")
+        raise RequestError(
+            f"{where} has no subject: of all methods ultraedit, anyedit and anyedit-alphaedit alone need none"
+        )
     note_mixed_forms(request, where, options)
     return request
