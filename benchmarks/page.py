@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.architectures import VERDICTS
 from benchmarks.frontier import compared
 from benchmarks.harness import RESULTS, Row, read
+from benchmarks.long_targets import HEADER, cells
 from benchmarks.plots import strongest
 from benchmarks.quality import SEQUENCES, TITLES, VARIANTS
 from benchmarks.untuned import FIXED, points
@@ -195,6 +196,12 @@ def sequence() -> str:
     return table((row["case"], f"{row['machine']}, {row['commit']}"), lines)
 
 
+def long_targets() -> str:
+    """How much of a long target an edit makes the model say, by the length of its chunks."""
+    measured = (RESULTS / "long_targets.json").exists()
+    return table(HEADER, [cells(row) for row in (rows_in("long_targets") if measured else ())])
+
+
 def grouped(rows: Iterable[Row], *names: str) -> dict[tuple, list[Row]]:
     """Rows by the values of some fields, in order."""
     groups: dict[tuple, list[Row]] = {}
@@ -344,6 +351,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"quality {metric}": lambda metric=metric: quality(metric) for metric in METRICS},
     "frontier": frontier,
     "quality variants": quality_variants,
+    "long targets": long_targets,
     "ops ratios": ops_ratios,
     "ops times": ops_times,
     "ops overhead": ops_overhead,

@@ -106,7 +106,8 @@ ASKS_NOTHING = Fault("a criterion without questions, or a question without answe
 def _read_sanitation(record: Mapping[str, Any], where: str, options: Options) -> list[EditRequest]:
     if options.need_subject:
         raise RequestError(
-            f"{where} has no subject, which this method needs: of all methods ultraedit, anyedit and anyedit-alphaedit alone need none"
+            f"{where} has no subject, which this method needs: of all methods ultraedit, anyedit and "
+            "anyedit-alphaedit alone need none"
         )
     edited = [object_of(row, "success", where) for row in list_of(record["success"], "success", where)]
     if not edited:
