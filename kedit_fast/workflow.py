@@ -305,7 +305,7 @@ def run_edits(
         with _progress_bar(len(indices), progress and len(batches) > 1) as bar:
             try:
                 run.start(batches)
-                if state is None and not run.batches and size < len(indices):
+                if state is None and not editor.ledger.count and run.batches < len(batches) and size < len(indices):
                     _measure_anchor(editor, [prepared[i] for i in indices], size, seconds)
                 for batch in batches[run.batches :]:
                     run.write(batch)

@@ -373,14 +373,14 @@ def _restored(
 
 
 def _fingerprints_of_statistics(editor: Editor) -> dict[str, str]:
-    """Layer -> a hash of what the preconditioner is made from; {} where the method uses none."""
-    hashes = {}
-    weighs_outputs = getattr(editor.hparams, "output_metric", False)
-    for layer in editor.hparams.layers if editor.hparams.uses_statistics else ():
-        space = editor.solver_state.null_space_overrides.get(layer)
-        tensor = editor.solver_state.moment(layer) if space is None else space.basis
-        tensors = [tensor]
-        if weighs_outputs and editor.statistics is not None:
+    """Layer -> a hash of the statistics that its solves are made from; {} where the method uses none."""
+    hashes, hparams, state = {}, editor.hparams, editor.solver_state
+    for layer in hparams.layers if hparams.uses_statistics else ():
+        tensors = []
+        if hparams.uses_moments:
+            space = state.null_space_overrides.get(layer)
+            tensors.append(state.moment(layer) if space is None else space.basis)
+        if hparams.weighs_outputs and editor.statistics is not None:
             tensors.append(editor.statistics.output_metric(layer))
         hashes[str(layer)] = edit_fingerprint(tensors)[:16]
     return hashes

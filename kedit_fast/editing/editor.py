@@ -186,6 +186,8 @@ class Editor:
             raise MethodError(f"{self.recipe.name} has no null space: null_spaces are for AlphaEdit")
         if self.hparams.uses_statistics and not set(null_spaces or ()) >= set(self.hparams.layers):
             self._check_statistics()
+        elif statistics is not None:  # the predicted harm is of them
+            self._check_model(statistics)
         require_passes(self.view, self._sites())
         self.solver_state = SolverState(self.view, self.recipe, self.hparams, statistics, null_spaces)
         if is_guess(self.origin) and "layers" not in overrides:
@@ -220,7 +222,10 @@ class Editor:
                 self.statistics.moment(layer)
             if self.hparams.weighs_outputs:
                 self.statistics.output_metric(layer)
-        if different := difference(self.statistics.model, fingerprint(self.view, self.tokenizer)):
+        self._check_model(self.statistics)
+
+    def _check_model(self, statistics: Statistics) -> None:
+        if different := difference(statistics.model, fingerprint(self.view, self.tokenizer)):
             raise StatisticsError(f"the statistics are of another model: different {different}")
 
     def _edited_modules(self) -> dict[str, torch.Tensor]:
@@ -283,12 +288,8 @@ class Editor:
             EditError, SolveError, StatisticsError: the edit failed. The model, the ledger and the state between batches
                 are as they were before, bit for bit.
         """
-        if torch.is_inference_mode_enabled():
-            raise EditError("values need gradients: call edit() outside torch.inference_mode()")
-        if not self.in_place():
-            raise EditError("the model was moved or cast since this Editor was made: make a new one")
+        self._require_ready("edit")
         self.solver_state.require_state()
-        require_editable(self.view, self.modules)  # the model may have been compiled or got an adapter in between
         prepared, problems = self.check(requests, on_error)
         places = [i for i in range(len(prepared) + len(problems)) if i not in problems]  # in the call
         if not self.recipe.weighs_requests and request_weights(prepared) is not None:
@@ -357,8 +358,7 @@ class Editor:
             raise MethodError(f'norm_anchor = {self.hparams.norm_anchor!r} needs no measuring: only "{AUTO}" does')
         if self.ledger.count or self._continues:
             raise EditError("a norm anchor is measured on the unedited model: before the first batch, without a state")
-        if torch.is_inference_mode_enabled():
-            raise EditError("values need gradients: call measure_norm_anchor() outside torch.inference_mode()")
+        self._require_ready("measure_norm_anchor")
         prepared, _ = self.check(requests, on_error)
         self._chosen, self._measured = {}, set()
         with torch.no_grad():
@@ -396,13 +396,9 @@ class Editor:
         """
         if self.recipe.optimizes_values:
             raise MethodError(f"{self.recipe.name} has no running normalizer to warm up: ultraedit and stableedit have")
-        if torch.is_inference_mode_enabled():
-            raise EditError("gradients are needed: call warm_up() outside torch.inference_mode()")
         if self.ledger.count:
             raise EditError("a normalizer is warmed up before the first edit; this editor has made some")
-        if not self.in_place():
-            raise EditError("the model was moved or cast since this Editor was made: make a new one")
-        require_editable(self.view, self.modules)
+        self._require_ready("warm_up")
         prepared, problems = self.check(requests, on_error)
         places = [i for i in range(len(prepared) + len(problems)) if i not in problems]
         try:
@@ -412,6 +408,14 @@ class Editor:
         finally:
             self.solver_state.settle(0)
         return dict(sorted((problems | {places[i]: reason for i, reason in left_out.items()}).items()))
+
+    def _require_ready(self, name: str) -> None:
+        """Raise when the model can no longer be edited, or gradients cannot be taken in the method `name`."""
+        if torch.is_inference_mode_enabled():
+            raise EditError(f"gradients are needed: call {name}() outside torch.inference_mode()")
+        if not self.in_place():
+            raise EditError("the model was moved or cast since this Editor was made: make a new one")
+        require_editable(self.view, self.modules)  # it may have been compiled or got an adapter in between
 
     @property
     def resolved(self) -> dict[str, Any]:

@@ -96,7 +96,8 @@ class KeyPass:
         budget: bytes for the states between layers.
         spans: of each request (begin, end) of the chunks of its target: a column for each chunk, whose lookup token is
             the one before it. None: a column for each request, at the subject's last token.
-        other_tokens: whether to read the keys of all other tokens of the bare prompts with their targets as well.
+        other_tokens: whether to read the keys of all other tokens of the bare prompts with their targets as well: those
+            at which no request has its lookup token after the same text.
 
     Cost: for the first layer the blocks up to the site for bare prompts, and up to the layer for the others; for each
         further layer the blocks from the previous one on. States take rows * T * h elements of the model's dtype.
@@ -129,6 +130,8 @@ class KeyPass:
         self.stored_bytes = {"device": 0, "host": 0, "recomputed": 0}
         """Place -> bytes of the states there; "recomputed" for states without room."""
         rows = self._rows(prepared, spans)
+        # Texts at whose last token an edit has its key, of whichever request: these tokens are to move.
+        self._edited = {row.ids[: position + 1] for row in rows if row.bare for position in row.positions}
         self.count = 1 + max(column for row in rows for column in row.columns)
         """Columns."""
         self.passes = []
@@ -171,7 +174,7 @@ class KeyPass:
                 (r, position, -1)
                 for r, row in enumerate(rows)
                 for position in range(len(row.ids))
-                if position not in row.positions
+                if row.ids[: position + 1] not in self._edited
             ]
         device = self.view.device
         at, positions, columns = (torch.tensor(part, device=device) for part in zip(*places, strict=True))

@@ -69,7 +69,7 @@ class Declaration:
     """The value at which it changes nothing; None where there is none. There it identifies nothing, so that files from
     before it existed stay valid."""
     part_of: str = ""
-    """A hyper-parameter that must be switched on, so not 0 or false, for this one to have an effect."""
+    """A hyper-parameter that must be switched on, so not 0, false or `off`, for this one to have an effect."""
 
     @property
     def is_required(self) -> bool:

@@ -7,6 +7,7 @@ To add one, add a field to `Hparams`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal
@@ -373,6 +374,7 @@ class Hparams:
             INNER_SHARE,
             "SPHERE's eta: share of the rows' energy that makes directions main ones",
             read_by=_batched,
+            part_of="sphere_strength",
         ),
     )
     inner_params: tuple[str, ...] = field(
@@ -440,6 +442,7 @@ class Hparams:
             AT_LEAST_ONE,
             "how often a batch is written at most: keys and solves are repeated for requests that are not reached",
             read_by=_repeating,
+            off=1,
         ),
     )
     round_share: float = field(
@@ -448,6 +451,7 @@ class Hparams:
             LESS_THAN_ONE,
             "a request is reached once its residual |z - h| is at most this share of its first one",
             read_by=_repeating,
+            part_of="rounds",
         ),
     )
     round_least: float = field(
@@ -576,8 +580,13 @@ class Hparams:
             raise self._out_of_range("update_norm_lambda", f'0 or "{AUTO}" where mom2_update_weight is "{AUTO}"')
         for name, declaration in DECLARATIONS.items():
             optional = declaration.is_required and not declaration.read_by(recipe)
-            if not optional and not declaration.accepted.contains(getattr(self, name)):
+            value = getattr(self, name)
+            if not optional and not declaration.accepted.contains(value):
                 raise self._out_of_range(name, declaration.accepted.description)
+            if isinstance(value, float) and math.isinf(value):
+                raise self._out_of_range(name, "finite")
+        if self.round_most and self.round_least >= self.round_most and reads(recipe, "round_least"):
+            raise self._out_of_range("round_least", f"below round_most, {self.round_most:g}: no request is between them")
         if recipe.edits_one_layer and len(self.layers) != 1:
             raise MethodError(f"{self.method} edits one layer; got layers {', '.join(map(str, self.layers))}")
         self._check_chunks(recipe)
@@ -641,8 +650,10 @@ class Hparams:
         known, recipe = DECLARATIONS.get(name), find_recipe(self.method)
         if known is None:
             return ""
-        if known.part_of and not (reads(recipe, known.part_of) and getattr(self, known.part_of)):
-            return known.part_of
+        if known.part_of:
+            value = getattr(self, known.part_of)
+            if not reads(recipe, known.part_of) or not value or value == DECLARATIONS[known.part_of].off:
+                return known.part_of
         if known.only_with and not any(reads(recipe, o) and getattr(self, o) == AUTO for o in known.only_with):
             return f'{" or ".join(known.only_with)} = "{AUTO}"'
         return ""

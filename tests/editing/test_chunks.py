@@ -151,6 +151,21 @@ def test_keys_are_those_of_whole_unpadded_texts(kind):
     torch.testing.assert_close(passes.outputs(), passes.at(1).outputs, rtol=1e-4, atol=1e-4)
 
 
+def test_a_token_that_one_edit_moves_is_held_by_no_other():
+    """The second prompt goes on where the key of the first one is: its tokens up to there are not other tokens."""
+    first = EditRequest("{} is located in", "Ebro", "Sweden")
+    second = EditRequest("{} is located in the old tower, and", "Ebro", "nobody")
+    _, view, _, hparams = make_case(prefixes=PREFIXES)
+    prepared = prepare(make_tokenizer(bos=True), [first, second], PREFIXES, 128)
+    spans = spans_of(prepared, hparams)
+    passes = KeyPass(view, prepared, Site(1, "block"), "bare_half", spans=spans, other_tokens=True)
+    seen = passes.at(0)
+    everything = sum(len(one.rewriting[0].ids) + len(one.target) for one in prepared)
+    assert seen.other_keys.shape[1] == everything - sum(map(len, spans)) - 1
+    gaps = torch.cdist(seen.other_keys.T, seen.bare_keys.T) / seen.bare_keys.norm(dim=0)
+    assert float(gaps.min()) > 1e-3
+
+
 def both(view, ids, layer, site):
     """Inputs [T, d] of a layer and outputs [T, h] of a site in a pass over one text, fp64."""
     seen = {}

@@ -192,6 +192,10 @@ def test_the_anchor_is_measured_on_the_unedited_model_and_forgotten_with_the_fir
     assert same(editor, weights(given))
     with pytest.raises(MethodError, match="needs no measuring"):
         given.measure_norm_anchor(REQUESTS)
+    cast = editor_of(norm_anchor="auto")
+    cast.view.model.to(torch.bfloat16)
+    with pytest.raises(EditError, match="moved or cast"):
+        cast.measure_norm_anchor(REQUESTS)
 
 
 def test_edits_beyond_twice_the_anchor_are_dropped_and_named(caplog):

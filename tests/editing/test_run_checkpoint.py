@@ -22,6 +22,7 @@ from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import collect_statistics
 from kedit_fast.editing.batch_record import BatchRecord
+from kedit_fast.editing.batch_run import BatchRun
 from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.solver_state import SolverState
 from kedit_fast.errors import CheckpointError, EditError, SolveError
@@ -298,6 +299,45 @@ def test_a_batch_that_cannot_be_written_is_named_and_the_others_are_written(tmp_
     assert all(torch.equal(tensor, original[name]) for name, tensor in model.state_dict().items())
     assert json.loads((tmp_path / "raise" / "manifest.json").read_text())["records"] == 2  # the first batch is safe
     assert run(folder=tmp_path / "raise", on_error="raise", **options).report.edits == 3
+
+
+def test_an_anchor_of_the_whole_run_is_measured_again_while_nothing_is_written(tmp_path, run, monkeypatch):
+    """The first batch fails, and the run is killed after it: the second batch still has the anchor of all requests."""
+    before, batches = BatchRun.find_values, []
+
+    def find(self, *args):
+        batches.append([prepared.request.subject for prepared in self.prepared])
+        if batches[-1] == [REQUESTS[0].subject]:
+            raise SolveError("the system is not positive definite")
+        return before(self, *args)
+
+    monkeypatch.setattr(BatchRun, "find_values", find)
+    options = {"requests": REQUESTS[:3], "batch_size": 1, "checkpoint_every": 1, "hparams": {"norm_anchor": "auto"}}
+    options["hparams"]["mom2_update_weight"] = 10.0
+    whole = run(folder=tmp_path / "whole", **options)
+    undo = stopping_before(monkeypatch, 2)
+    with pytest.raises(Stop):
+        run(folder=tmp_path / "part", **options)
+    undo()
+    assert run(folder=tmp_path / "part", **options).bits == whole.bits
+
+
+def test_a_checkpoint_asks_for_no_statistics_that_the_run_does_not_read(tmp_path, run, monkeypatch):
+    options = {"requests": REQUESTS[:1], "hparams": {"output_metric": True}}
+    assert run("alphaedit", tmp_path / "idle", **options).report.edits == 1  # it does not read output_metric
+    model = make_model("llama")
+    both = collect_statistics(model, make_tokenizer(), TEXT, (0, 1), output_metric=True, progress=False)
+    numbers = {**FAST, "layers": (0, 1), "mom2_update_weight": 10.0, "mom2_adjustment": False, "output_metric": True}
+    report = run_edits(
+        model,
+        make_tokenizer(),
+        REQUESTS[:1],
+        "memit",
+        statistics=replace(both, layers={}),
+        hparams=numbers,
+        checkpoint=tmp_path / "alone",
+    )
+    assert report.edits == 1
 
 
 def test_something_else_that_changes_the_model_is_no_bad_batch(run, monkeypatch):

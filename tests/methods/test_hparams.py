@@ -206,6 +206,19 @@ def test_values_out_of_range_and_unknown_methods_are_named():
         make_hparams("rome", LLAMA3, {"layers": (1, 2)})
     with pytest.raises(MethodError, match="unknown method 'mend': choose from alphaedit, anyedit"):
         find_recipe("mend")
+    for name, value, message in (
+        ("rounds", 1.5, "is not a int"),
+        ("output_metric", "perhaps", "is not a bool"),
+        ("norm_anchor", float("inf"), "it must be finite"),
+        ("kl_temperature", float("inf"), "it must be finite"),
+    ):
+        with pytest.raises(MethodError, match=f"{name} = .*{message}"):
+            make_hparams("memit", LLAMA3, {name: value})
+    with pytest.raises(MethodError, match="round_least = 5.0 .* below round_most, 2"):
+        make_hparams("memit", LLAMA3, {"round_least": 5.0, "round_most": 2.0})
+    hparams, _ = make_hparams("memit", LLAMA3, {"sphere_energy": 0.3, "round_share": 0.2})
+    assert hparams.lacks("sphere_energy") == "sphere_strength" and hparams.lacks("round_share") == "rounds"
+    assert not make_hparams("memit", LLAMA3, {"rounds": 2, "round_share": 0.2})[0].lacks("round_share")
     assert set(Hparams.__dataclass_fields__) >= {"v_lr", "kl_factor", "mom2_update_weight"}
 
 

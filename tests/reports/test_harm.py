@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from support import REQUESTS, make_editor, run
+from tiny_models import TEXT, make_model, make_tokenizer
 
 from kedit_fast import Editor, LowRankUpdate, collect_statistics, demo, evaluate, save_statistics
 from kedit_fast.editing.values.store import ValueFile
@@ -120,6 +121,14 @@ def test_the_commands_show_it_beside_the_norm(edited, tmp_path):
     assert f"predicted KL {harm.predicted_kl:.3g} nats a token" in page
     without = run("eval", tmp_path / "model", "--requests", tmp_path / "requests.jsonl", "--stats", folder)
     assert without.returncode == 2 and "--patch" in without.stderr
+
+
+def test_statistics_of_another_model_predict_nothing():
+    """Also where the method itself reads none."""
+    other = collect_statistics(make_model("llama", seed=1), make_tokenizer(), TEXT, (1,), progress=False)
+    numbers = {"inner_params": ["model.layers.1.mlp.down_proj.weight"]}
+    with pytest.raises(StatisticsError, match="of another model"):
+        run_edits(make_model("llama"), make_tokenizer(), REQUESTS, "ultraedit", statistics=other, hparams=numbers)
 
 
 def test_a_report_has_the_harm_beside_its_metrics(demo_model, statistics):

@@ -85,7 +85,7 @@ def write_mass(batch: BatchRun) -> None:
         with batch.timed("keys"):
             outputs = passes.outputs()
         residual = values.targets.to(outputs) - outputs  # [h, n]
-        if batch.writes_again or not requests or len(rounds) == hparams.rounds:
+        if batch.writes_again or not requests or len(rounds) >= hparams.rounds:
             break
         norms = residual.norm(dim=0)
         requests = _chosen(norms > hparams.round_share * first, norms, system, hparams)
