@@ -586,7 +586,7 @@ class Hparams:
             if isinstance(value, float) and math.isinf(value):
                 raise self._out_of_range(name, "finite")
         if self.round_most and self.round_least >= self.round_most and reads(recipe, "round_least"):
-            raise self._out_of_range("round_least", f"below round_most, {self.round_most:g}: no request is between them")
+            raise self._out_of_range("round_least", f"below round_most, {self.round_most:g}, or no request is written")
         if recipe.edits_one_layer and len(self.layers) != 1:
             raise MethodError(f"{self.method} edits one layer; got layers {', '.join(map(str, self.layers))}")
         self._check_chunks(recipe)

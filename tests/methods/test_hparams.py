@@ -214,7 +214,7 @@ def test_values_out_of_range_and_unknown_methods_are_named():
     ):
         with pytest.raises(MethodError, match=f"{name} = .*{message}"):
             make_hparams("memit", LLAMA3, {name: value})
-    with pytest.raises(MethodError, match="round_least = 5.0 .* below round_most, 2"):
+    with pytest.raises(MethodError, match=r"round_least = 5.0 .* below round_most, 2"):
         make_hparams("memit", LLAMA3, {"round_least": 5.0, "round_most": 2.0})
     hparams, _ = make_hparams("memit", LLAMA3, {"sphere_energy": 0.3, "round_share": 0.2})
     assert hparams.lacks("sphere_energy") == "sphere_strength" and hparams.lacks("round_share") == "rounds"
