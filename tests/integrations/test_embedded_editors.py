@@ -405,7 +405,7 @@ def test_cache_c_is_summed_from_the_keys_of_the_batch_which_are_not_computed_aga
     """To the bit what a second pass after the writes gives, and one pass only."""
     tok, model, made = make_tokenizer(), make_model("llama"), []
     home = "kedit_fast.editing.schedules.mass.KeyPass"
-    monkeypatch.setattr(home, lambda *args: made.append(KeyPass(*args)) or made[-1])
+    monkeypatch.setattr(home, lambda *args, **kw: made.append(KeyPass(*args, **kw)) or made[-1])
     if method == "alphaedit":
         P = torch.stack([s.project(torch.eye(64, dtype=torch.float64)) for s in null_spaces(statistics).values()])
         _, cache_c = alphaedit.apply_AlphaEdit_to_model(model, tok, records(), alpha_hparams(), P=P.float())
