@@ -347,6 +347,37 @@ def gpu_tests() -> str:
     return table(("tests", "result", "commit"), lines)
 
 
+def harm() -> str:
+    """Measured over predicted divergence, for each method and number of edits."""
+    rows = {(row["method"], row["edits"]): row for row in rows_in("harm")}
+    counts = list(dict.fromkeys(count for _, count in rows))
+    lines = []
+    for method in dict.fromkeys(method for method, _ in rows):
+        cells = []
+        for row in (rows.get((method, count)) for count in counts):
+            if row is None:
+                cells.append("")
+                continue
+            spread = "" if row["groups"] == 1 else f", {row['lowest']:.2f} to {row['highest']:.2f}"
+            cells.append(f"{row['ratio']:.2f} ({row['predicted_kl']:.1e}{spread})")
+        lines.append((f"`{method}`", *cells))
+    return table(("method", *(f"{count} edits" if count > 1 else "1 edit" for count in counts)), lines)
+
+
+def erasure() -> str:
+    """What a probe reads before and after, and what it costs."""
+    return table(
+        ("way", "layer", "kinds", "probe before", "probe after", "chance", "drift", "facts still said"),
+        (
+            (
+                row["way"], str(row["layer"]), str(row["kinds"]), f"{row['before']:.2f}", f"{row['after']:.2f}",
+                f"{1 / row['kinds']:.2f}", f"{row['drift']:+.3f}", f"{row['facts']:.2f}",
+            )
+            for row in rows_in("erasure")
+        ),
+    )  # fmt: skip
+
+
 TABLES: dict[str, Callable[[], str]] = {
     **{f"quality {metric}": lambda metric=metric: quality(metric) for metric in METRICS},
     "frontier": frontier,
@@ -362,6 +393,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "statistics": lambda: seconds_and_ratio("statistics"),
     "statistics rate": statistics_rate,
     "evaluation": evaluation,
+    "harm": harm,
+    "erasure": erasure,
     "untuned": untuned,
     "untuned grid": untuned_grid,
     "architectures": architectures,

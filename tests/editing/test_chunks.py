@@ -34,7 +34,7 @@ LONG = [
     EditRequest("{} is a", "Ebro", "very old tower, because"),
 ]
 NUMBERS = dict(v_num_grad_steps=4, v_lr=0.1, v_weight_decay=0.5, clamp_norm_factor=4.0, v_stop_loss=0.01)
-VALUE_LIMITS = (1e-5, 1e-4)  # median and largest |value - serial value| / |delta|; measured 1.5e-6 and 2e-5
+VALUE_LIMITS = (1e-5, 1e-4)  # median and largest |value - serial value| / |delta|
 
 
 def make_case(kind="llama", prefixes=(), method="anyedit", layer=1, **numbers):
