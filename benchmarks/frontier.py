@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from benchmarks.harness import Row, provenance, read, require_clean, save
 from benchmarks.quality import METRICS, Subject, subject
@@ -149,9 +150,13 @@ def compared(rows: Sequence[Row]) -> Iterator[tuple[int, float, Row, Row]]:
                 yield edits, level, plain, weighed
 
 
-if __name__ == "__main__":
+def main(file: Path, out: Path) -> None:
+    """Draw both frontiers of a file of points, into a folder."""
     from benchmarks.plots import frontier_curves
 
-    file, out = map(Path, sys.argv[1:])
     for path in frontier_curves(read(file), out / file.stem):
         print(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

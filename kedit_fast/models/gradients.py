@@ -41,16 +41,14 @@ def output_gradients(
         forward pass of these blocks; what the blocks above that layer need for it stays in memory meanwhile.
     """
     _ = view.head  # checked before anything is put into the model
-    gradients: dict[int, torch.Tensor] = {}
-    seen: set[int] = set()
+    outputs: dict[int, torch.Tensor] = {}
+    gradients: dict[int, torch.Tensor | None] = {}
 
     def watched(layer: int) -> Callable[..., torch.Tensor]:
         def hook(module: torch.nn.Module, args: tuple, output: Any) -> torch.Tensor:
-            _check_output(view, layer, batch, output, layer in seen)
-            seen.add(layer)
-            output = output + output.new_zeros(()).requires_grad_()  # a tensor that nothing changes in place
-            output.register_hook(lambda gradient: gradients.update({layer: gradient.detach()}))
-            return output
+            _check_output(view, layer, batch, output, layer in outputs)
+            outputs[layer] = output + output.new_zeros(()).requires_grad_()
+            return outputs[layer].clone()  # what comes next may change it in place
 
         return hook
 
@@ -58,17 +56,20 @@ def output_gradients(
         value = loss(last_states(view, batch))
         try:
             if value.requires_grad:
-                value.backward()
+                at_outputs = torch.autograd.grad(value, list(outputs.values()), allow_unused=True)
+                gradients = dict(zip(outputs, at_outputs, strict=True))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # it may be any code
             raise _no_gradients(view, f"{type(error).__name__}: {first_line(error)}") from error
+    rows = {}
     for layer in layers:
-        if layer not in seen:
+        if layer not in outputs:
             raise did_not_run(view, Site(layer, "key"))
-        if layer not in gradients:
+        if (gradient := gradients.get(layer)) is None:
             raise _no_gradients(view, f"its logits do not depend on {view.module_name(layer)}")
-    return {layer: as_rows(gradients[layer], batch.input_ids.shape) for layer in layers}
+        rows[layer] = as_rows(gradient, batch.input_ids.shape)
+    return rows
 
 
 def _check_output(view: ModelView, layer: int, batch: TokenBatch, output: Any, again: bool) -> None:

@@ -87,7 +87,7 @@ def test_demo_prints_exactly_one_json_object():
     names = ["efficacy", "efficacy_success", "paraphrase", "neighborhood"]
     assert [row["target_separator"] for row in found["requests"]] == [" "] * 3
     shares = {*names, *(f"{name}_before" for name in names)}
-    assert set(found) == {"method", "edits", "seconds", "skipped", "requests", "metrics", *shares}
+    assert set(found) == {"method", "edits", "seconds", "skipped", "requests", "metrics", "harm", *shares}
     assert found["metrics"]["cf.accuracy/rewrite"]["value"] == pytest.approx(100 * found["efficacy"])
     assert found["method"] == "memit" and found["edits"] == 3
     assert all(0 <= found[n] <= 1 for n in names)

@@ -304,11 +304,16 @@ def test_committed_pictures_are_those_of_the_committed_numbers():
     """By the strings that matplotlib writes beside the shapes of an SVG."""
     from benchmarks import plots
 
+    def document(name: str):
+        return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
     drawn = {
         f"{NAME}_ratios": plots.ratio_figure(committed()), f"{NAME}_roofline": plots.roofline_figure(committed()),
         f"{NAME}_values_savings": plots.saving_figure(committed("_values")),
         f"{NAME}_solver_sequence": plots.sequence_figure(committed("_solver")),
-        "h200_ratios": plots.ratio_figure(json.loads((RESULTS / "h200.json").read_text(encoding="utf-8"))),
+        "h200_ratios": plots.ratio_figure(document("h200")),
+        "frontier_demo": plots.frontier_figure(document("frontier_demo")),
+        "sequence_edits": plots.endless_figure(document("sequence")),
     }  # fmt: skip
     assert {path.stem for path in RESULTS.glob("*.svg")} == {path.stem for path in RESULTS.glob("*.png")} == set(drawn)
     for stem, figure in drawn.items():
