@@ -185,7 +185,10 @@ def sequence() -> str:
         ("median edit, ms", f"{row['median_s'] * 1e3:.2f}: {parts}"),
         ("fold, ms", f"{row['fold_s'] * 1e3:.0f}, every {row['columns']} edits"),
         ("first and last fold period, ms an edit", " ".join(f"{periods[i]['mean_s'] * 1e3:.2f}" for i in (0, -1))),
-        (f"largest deviation of a period after edit {flat['after']}", f"{flat['largest_deviation']:.1%}"),
+        (
+            f"largest deviation from the mean after edit {flat['after']}: of a period, of four together",
+            f"{flat['largest_deviation']:.1%}, {flat['largest_deviation_together']:.1%}",
+        ),
         ("last to first quarter of these", f"{flat['last_to_first_quarter']:.3f}"),
         ("state, MiB", f"{row['bytes'] / 2**20:.1f} of at most {row['bound'] / 2**20:.1f}"),
         ("error of the last update's equation", f"{row['error']:.0e}"),
