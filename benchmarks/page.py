@@ -352,6 +352,8 @@ def gpu_tests() -> str:
 
 def harm() -> str:
     """Measured over predicted divergence, for each method and number of edits."""
+    if not (RESULTS / "harm.json").exists():
+        return "Not measured yet."
     rows = {(row["method"], row["edits"]): row for row in rows_in("harm")}
     counts = list(dict.fromkeys(count for _, count in rows))
     lines = []
