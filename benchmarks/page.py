@@ -352,8 +352,6 @@ def gpu_tests() -> str:
 
 def harm() -> str:
     """Measured over predicted divergence, for each method and number of edits."""
-    if not (RESULTS / "harm.json").exists():
-        return "Not measured yet."
     rows = {(row["method"], row["edits"]): row for row in rows_in("harm")}
     counts = list(dict.fromkeys(count for _, count in rows))
     lines = []
@@ -367,6 +365,15 @@ def harm() -> str:
             cells.append(f"{row['ratio']:.2f} ({row['predicted_kl']:.1e}{spread})")
         lines.append((f"`{method}`", *cells))
     return table(("method", *(f"{count} edits" if count > 1 else "1 edit" for count in counts)), lines)
+
+
+def harm_of_parts() -> str:
+    """Measured over predicted divergence of one update, scaled down."""
+    parts = read(RESULTS / "harm.json")["scales"]
+    return table(
+        ("part of the update", *(f"{row['scale']:g}" for row in parts)),
+        [("measured / predicted", *(f"{row['ratio']:.2f}" for row in parts))],
+    )
 
 
 def erasure() -> str:
@@ -399,6 +406,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "statistics rate": statistics_rate,
     "evaluation": evaluation,
     "harm": harm,
+    "harm of parts": harm_of_parts,
     "erasure": erasure,
     "untuned": untuned,
     "untuned grid": untuned_grid,
