@@ -367,12 +367,12 @@ def harm() -> str:
     return table(("method", *(f"{count} edits" if count > 1 else "1 edit" for count in counts)), lines)
 
 
-def harm_of_parts() -> str:
-    """Measured over predicted divergence of one update, scaled down."""
-    parts = read(RESULTS / "harm.json")["scales"]
+def harm_of(kind: str, name: str, title: str) -> str:
+    """Measured over predicted divergence of the same edits, by another number."""
+    rows = read(RESULTS / "harm.json")[kind]
     return table(
-        ("part of the update", *(f"{row['scale']:g}" for row in parts)),
-        [("measured / predicted", *(f"{row['ratio']:.2f}" for row in parts))],
+        (title, *(f"{row[name]:g}" for row in rows)),
+        [("measured / predicted", *(f"{row['ratio']:.2f}" for row in rows))],
     )
 
 
@@ -406,7 +406,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "statistics rate": statistics_rate,
     "evaluation": evaluation,
     "harm": harm,
-    "harm of parts": harm_of_parts,
+    "harm of parts": lambda: harm_of("scales", "scale", "part of the update"),
+    "harm by lambda": lambda: harm_of("lambdas", "lambda", "lambda"),
     "erasure": erasure,
     "untuned": untuned,
     "untuned grid": untuned_grid,
