@@ -4,7 +4,7 @@
 
 Each group of requests is written into the unedited model at once, measured, and undone. `predicted_kl` is that of
 `kedit_fast.workflow.predicted_harm`, from the factors alone; `measured_kl` is the metric loc.kl/text, the mean over all
-positions of KL(unedited || edited) on held-out text that names no edited subject. Both are nats a token. `ratio` is
+positions of KL(unedited || edited) on held-out documents that name no edited subject. Both are nats a token. `ratio` is
 measured over predicted; of several groups the median, with the lowest and the highest. At last the same is measured of
 MEMIT's largest group with other lambdas, and of its update scaled down: the prediction is the term of second order.
 """
@@ -38,6 +38,8 @@ VALIDATION = 100
 """The first requests: presets were chosen on them."""
 TOKENS = 16_000
 """Of the output metric: more than the default, so that its own error does not count."""
+SENTENCES, DOCUMENTS = 4, 400
+"""Of the held-out text: documents of the form of those that the statistics are of."""
 FACTOR = 4.0
 """Between predicted and measured: what is asked for. Runs of 30 and more edits are not all within it."""
 LAMBDAS = (100.0, 316.0, 562.0, 750.0, 1000.0)
@@ -57,7 +59,8 @@ class Demo:
         self.statistics = collect_statistics(
             self.model, self.tokenizer, demo.corpus(), layers, output_metric=metric, progress=False
         )
-        self.text = demo.held_out([request.subject for request in requests])
+        sentences = demo.held_out([request.subject for request in requests], SENTENCES * DOCUMENTS)
+        self.text = [" ".join(sentences[i : i + SENTENCES]) for i in range(0, len(sentences), SENTENCES)]
         self.store = ValueFile(None)
         self.prefixes: dict[tuple, tuple[str, ...]] = {}
 
