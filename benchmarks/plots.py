@@ -202,16 +202,9 @@ def sequence_figure(document: Document) -> Any:
     left.plot([row["n"] for row in curve], [row["published_seconds"] for row in curve], "^:", label="published, fp32")
     right.plot([row["n"] for row in curve], [row["published_bytes"] / 2**20 for row in curve], "^:",
                label="published: P and cache, fp32")  # fmt: skip
-    left.set_yscale("log")
-    left.set_ylabel("seconds a batch")
-    left.margins(y=0.12)
-    figures.log_ticks(left.yaxis)
-    right.set_ylabel("state, MiB")
-    right.set_ylim(bottom=0)
-    for axes in (left, right):
-        axes.set_xlabel(f"keys kept (d {rows[0]['d']}, {rows[0]['u']} a batch)")
-        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-    figure.suptitle(_machine([document["about"]]))
+    _label_halves(
+        figure, left, right, "seconds a batch", f"keys kept (d {rows[0]['d']}, {rows[0]['u']} a batch)", document
+    )
     return figure
 
 
@@ -253,21 +246,26 @@ def endless_figure(document: Document) -> Any:
     left.plot(places, [period["edit_s"] for period in periods], label="median edit")
     if row["baseline_median_s"] is not None:
         left.axhline(row["baseline_median_s"], color="black", linestyle=":", label="published, fp32 (samples)")
-    left.set_yscale("log")
-    left.set_ylabel("seconds an edit")
-    left.margins(y=0.12)
-    figures.log_ticks(left.yaxis)
     right.plot(places, [period["bytes"] / 2**20 for period in periods], label=f"window of {row['window']}")
     whole = [8 * (row["d"] ** 2 + row["d"] + row["d"] * place) / 2**20 for place in places]
     right.plot(places, whole, "--", label="no window: all keys, computed")
     right.axhline(row["bound"] / 2**20, color="black", linestyle=":", label="bound with the window")
+    _label_halves(figure, left, right, "seconds an edit", f"single edits (d {row['d']})", document)
+    return figure
+
+
+def _label_halves(figure: Any, left: Any, right: Any, seconds: str, places: str, document: Document) -> None:
+    """Name the axes of a picture whose left half shows seconds, on a log scale, and whose right half bytes."""
+    left.set_yscale("log")
+    left.set_ylabel(seconds)
+    left.margins(y=0.12)
+    figures.log_ticks(left.yaxis)
     right.set_ylabel("state, MiB")
     right.set_ylim(bottom=0)
     for axes in (left, right):
-        axes.set_xlabel(f"single edits (d {row['d']})")
+        axes.set_xlabel(places)
         axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     figure.suptitle(_machine([document["about"]]))
-    return figure
 
 
 def _changes(rows: Sequence[dict[str, Any]]) -> list[int]:

@@ -193,11 +193,21 @@ def serial_value(
         loss.backward()
         optimizer.step()
         steps += 1
-        with torch.no_grad():
-            for delta, state in zip(deltas, initial, strict=True):
-                limit = hparams.clamp_norm_factor * state.norm()
-                if delta.norm() > limit:
-                    delta.mul_(limit / delta.norm())
+        _clamp_(deltas, initial, hparams.clamp_norm_factor)
+    return _value(deltas, initial, steps, history)
+
+
+@torch.no_grad()
+def _clamp_(deltas: Sequence[torch.Tensor], initial: Sequence[torch.Tensor], factor: float) -> None:
+    """Keep each |delta| at most `factor` times that of the state that it is added to."""
+    for delta, state in zip(deltas, initial, strict=True):
+        limit = factor * state.norm()
+        if delta.norm() > limit:
+            delta.mul_(limit / delta.norm())
+
+
+def _value(deltas: Sequence[torch.Tensor], initial: Sequence[torch.Tensor], steps: int, history: list[float]) -> Value:
+    """The value of a loop that has ended."""
     done = [delta.detach() for delta in deltas]
     targets = [state.double() + delta.double() for state, delta in zip(initial, done, strict=True)]
     return Value(targets, done, history[-1], steps, history)
@@ -268,14 +278,8 @@ def serial_chunks(
             loss.backward()
             optimizer.step()
             steps += 1
-            with torch.no_grad():
-                for delta, state in zip(deltas, initial, strict=True):
-                    limit = hparams.clamp_norm_factor * state.norm()
-                    if delta.norm() > limit:
-                        delta.mul_(limit / delta.norm())
-        last = [delta.detach() for delta in deltas]
-        targets = [state.double() + delta.double() for state, delta in zip(initial, last, strict=True)]
-        done.append((begin, Value(targets, last, history[-1], steps, history)))
+            _clamp_(deltas, initial, hparams.clamp_norm_factor)
+        done.append((begin, _value(deltas, initial, steps, history)))
         begin += hparams.chunk_tokens - hparams.chunk_overlap
     return [value for _, value in done]
 

@@ -547,8 +547,9 @@ def predicted_harm(editor: Editor, statistics: Statistics | None) -> Harm:
         except StatisticsError as error:
             return str(error)
 
-    updates = {name.removesuffix(".weight"): editor.ledger.total(name) for name in editor.ledger.names()}
-    return Harm.of(updates, moments)
+    ledger = editor.ledger
+    totals = ((name.removesuffix(".weight"), ledger.total(name)) for name in ledger.names())  # one in memory at a time
+    return Harm.of(totals, moments)
 
 
 def before_and_after(evaluation: Evaluation) -> dict[str, dict[str, Any]]:

@@ -115,10 +115,6 @@ def _masking(recipe: Recipe) -> bool:
     return recipe.masks_updates
 
 
-def _joint(recipe: Recipe) -> bool:
-    return recipe.weighs_requests
-
-
 def _repeating(recipe: Recipe) -> bool:
     return recipe.weighs_requests and not recipe.masks_updates
 
@@ -476,7 +472,7 @@ class Hparams:
             NOT_NEGATIVE,
             "neighborhood prompts of each request whose keys stand in the system with a residual of 0, so that their "
             "outputs stay; the first ones count",
-            read_by=_joint,
+            read_by=_weighing,
         ),
     )
     on_bad_pivot: OnBadPivot = field(

@@ -26,7 +26,7 @@ def patch_harm(patch: Patch, folder: str | os.PathLike | None) -> Harm:
     Cost: see `solver.harm.predicted_kl`; the moments of one layer are in memory at a time.
     """
     if folder is None:
-        return Harm.of(patch.updates)
+        return Harm.of(patch.updates.items())
     if not Path(folder).is_dir():
         raise StatisticsError(f"no statistics folder {folder}: make one with `kedit-fast stats`")
 
@@ -40,7 +40,7 @@ def patch_harm(patch: Patch, folder: str | os.PathLike | None) -> Harm:
         return read_layer(Path(folder), module).second.moment, outputs.second.moment
 
     try:
-        return Harm.of(patch.updates, moments)
+        return Harm.of(patch.updates.items(), moments)
     except InvalidArgumentError as error:
         raise StatisticsError(f"the statistics in {folder} are not of this patch's model: {error}") from error
 

@@ -12,7 +12,7 @@ and products of two positions, or of two layers, are left out. Several matrices 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,11 +95,11 @@ class Harm:
     """Why a prediction is missing; empty where none is, or none was asked for."""
 
     @classmethod
-    def of(cls, updates: Mapping[str, Update], moments: Callable[[str], Moments | str] | None = None) -> Harm:
+    def of(cls, updates: Iterable[tuple[str, Update]], moments: Callable[[str], Moments | str] | None = None) -> Harm:
         """The harm of updates by module path.
 
         Args:
-            updates: Delta [out, d] of each module.
+            updates: the path of each module and its Delta [out, d]; taken one at a time.
             moments: a module's path -> its A [d, d] and B [out, out], or why one is missing; called for one module at a
                 time. None for norms alone.
 
@@ -107,7 +107,7 @@ class Harm:
             InvalidArgumentError: moments of another size.
         """
         modules, missing = {}, ""
-        for name, update in updates.items():
+        for name, update in updates:
             given = "" if moments is None else moments(name)
             kl = None if isinstance(given, str) else predicted_kl(update, *given)
             missing = missing or (given if isinstance(given, str) else "")

@@ -52,14 +52,14 @@ def test_moments_of_another_size_are_refused():
 def test_the_harm_of_several_matrices_adds_up_and_says_what_is_missing():
     updates = {name: LowRankUpdate(torch.randn(4, 2), torch.randn(6, 2)) for name in ("a", "b")}
     inputs, outputs = moment(6), moment(4)
-    harm = Harm.of(updates, lambda name: (inputs, outputs))
+    harm = Harm.of(updates.items(), lambda name: (inputs, outputs))
     parts = {name: predicted_kl(update, inputs, outputs) for name, update in updates.items()}
     assert harm.predicted_kl == pytest.approx(sum(parts.values())) and not harm.missing
     norms = torch.stack([update.dense().norm() for update in updates.values()])
     assert harm.norm == pytest.approx(float(norms.norm()))
     assert harm.as_dict()["modules"]["b"] == {"norm": updates["b"].norm(), "predicted_kl": parts["b"]}
-    partial = Harm.of(updates, lambda name: (inputs, outputs) if name == "a" else f"none for {name}")
+    partial = Harm.of(updates.items(), lambda name: (inputs, outputs) if name == "a" else f"none for {name}")
     assert partial.predicted_kl is None and partial.missing == "none for b" == partial.as_dict()["missing"]
     assert partial.modules["a"].predicted_kl == pytest.approx(parts["a"])
-    norms_alone = Harm.of(updates)
+    norms_alone = Harm.of(updates.items())
     assert norms_alone.predicted_kl is None and not norms_alone.missing and norms_alone.norm == harm.norm
