@@ -183,7 +183,7 @@ def edit(
     )
     shown = None
     if warm_up is not None:
-        if recipe.optimizes_values:
+        if not recipe.gathers_gradients:
             raise MethodError(f"--warm-up: {recipe.name} has no running normalizer; ultraedit and stableedit have")
         if go_on:
             raise MethodError("--warm-up with --continue: the state of the earlier edit has its statistics already")

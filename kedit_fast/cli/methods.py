@@ -20,7 +20,7 @@ def methods(as_json: JsonOption = False) -> None:
     table = Table.grid(padding=(0, 2))
     for recipe in RECIPES.values():
         how = "One request at a time, one layer" if not recipe.is_batched else "A batch at once"
-        how = "A batch at once, several modules" if not recipe.optimizes_values else how
+        how = "A batch at once, several modules" if recipe.gathers_gradients else how
         text = f"{recipe.title}\n{recipe.source}\n{how}; keeps {recipe.keeps}\n"
         table.add_row(recipe.name, escape(text))
     output.print(table)

@@ -16,6 +16,7 @@ from kedit_fast.editing.ledger import Ledger
 from kedit_fast.editing.result import EditResult
 from kedit_fast.editing.shaping import SHAPINGS
 from kedit_fast.editing.solver_state import SolverState
+from kedit_fast.editing.tuning.state import TuningState
 from kedit_fast.editing.values.chunks import Columns, find_chunk_values, spans_of
 from kedit_fast.editing.values.clamp import choose_clamp, trial_places
 from kedit_fast.editing.values.loop import SITES
@@ -77,6 +78,8 @@ class EditContext:
     progress: bool
     values_most: int | None = None
     """Requests whose values are optimized together, at most; None for as many as fit in memory."""
+    tuning: TuningState | None = None
+    """What methods without a closed form keep from batch to batch."""
 
     @property
     def site(self) -> SiteKind:

@@ -22,6 +22,7 @@ from kedit_fast.editing.schedules import SCHEDULES
 from kedit_fast.editing.schedules.gradients import warm_up
 from kedit_fast.editing.shaping import SHAPINGS
 from kedit_fast.editing.solver_state import SolverState
+from kedit_fast.editing.tuning.state import TuningState
 from kedit_fast.editing.values.batch_size import fitting_batch
 from kedit_fast.editing.values.loop import SITES
 from kedit_fast.editing.values.memit_values import MemitCache
@@ -96,6 +97,8 @@ class Editor:
         target_separator: the text between prompt and target of requests that do not name one: "auto" decides from the
             text (`kedit_fast.requests.spacing`), " " or "".
         state_budget: bytes for the hidden states that are carried from layer to layer while keys are computed.
+        irrelevant: texts that have nothing to do with the edits, for methods that train or compare with such (WISE,
+            MEMOIR); None for built-in ones.
         progress: show progress bars on stderr.
 
     Where torch.distributed is initialized (`kedit_fast.support.process_group.start()` under torchrun), every process
@@ -125,6 +128,7 @@ class Editor:
         prompt_format: PromptFormat | None = None,
         target_separator: str = AUTO_SEPARATOR,
         state_budget: StateBudget | None = None,
+        irrelevant: Sequence[str] | None = None,
         progress: bool = False,
     ):
         self.view = ModelView(model, spec)
@@ -190,6 +194,10 @@ class Editor:
             self._check_model(statistics)
         require_passes(self.view, self._sites())
         self.solver_state = SolverState(self.view, self.recipe, self.hparams, statistics, null_spaces)
+        self.tuning: TuningState | None = None
+        """Of methods without a closed form, what they keep from batch to batch."""
+        if self.recipe.tuning is not None:
+            self.tuning = TuningState(self.view, tokenizer, self.recipe, self.hparams, statistics, seed, irrelevant)
         if is_guess(self.origin) and "layers" not in overrides:
             self._shrink_window()
 
@@ -213,14 +221,16 @@ class Editor:
                 + (
                     "collect_statistics(model, tokenizer, texts, layers, output_metric=True), or "
                     "`kedit-fast stats --output-metric`"
-                    if self.hparams.weighs_outputs
+                    if self.hparams.weighs_outputs or self.hparams.constrains_curvature
                     else "collect_statistics(model, tokenizer, texts, layers), or `kedit-fast stats`"
                 )
             )
         for layer in self.hparams.layers:
             if self.hparams.uses_moments:
                 self.statistics.moment(layer)
-            if self.hparams.weighs_outputs:
+            if self.hparams.constrains_curvature:
+                self.statistics.moment(layer)
+            if self.hparams.weighs_outputs or self.hparams.constrains_curvature:
                 self.statistics.output_metric(layer)
         self._check_model(self.statistics)
 
@@ -317,8 +327,12 @@ class Editor:
                 self.ledger.require_untouched(name)
             if written:
                 self.solver_state.commit()
+                if self.recipe.makes_memory:
+                    self.ledger.count_batch()
                 self._written[number] = result.requests
                 result = replace(result, resolved=self.resolved)
+            if self.tuning is not None and written:
+                self.tuning.commit()
         return result
 
     def _settled(self, batch: BatchRun) -> dict[str, float]:
@@ -394,7 +408,7 @@ class Editor:
 
         Cost: the forward and backward pass of `edit`.
         """
-        if self.recipe.optimizes_values:
+        if not self.recipe.gathers_gradients:
             raise MethodError(f"{self.recipe.name} has no running normalizer to warm up: ultraedit and stableedit have")
         if self.ledger.count:
             raise EditError("a normalizer is warmed up before the first edit; this editor has made some")
@@ -445,6 +459,7 @@ class Editor:
             on_keys=self.on_keys,
             progress=self.progress,
             values_most=self.values_most,
+            tuning=self.tuning,
         )
 
     @contextlib.contextmanager
@@ -457,8 +472,10 @@ class Editor:
             self._settle()
 
     def _settle(self) -> None:
-        """Give the solver state as many batches as the ledger has; without any, nothing stays decided."""
+        """Give the states as many batches as the ledger has; without any, nothing stays decided."""
         self.solver_state.settle(self.ledger.count)
+        if self.tuning is not None:
+            self.tuning.settle(self.ledger.count)
         if not self.ledger.count and not self._continues:
             self._chosen = {name: number for name, number in self._chosen.items() if name in self._measured}
 
@@ -676,6 +693,10 @@ class Editor:
         Raises:
             EditError: nothing was written, or something else has changed a matrix since.
         """
+        if self.recipe.makes_memory:
+            raise EditError(
+                f"{self.recipe.name} changes no weight: its edits are in Editor.memory, which can be saved and attached"
+            )
         if not self.ledger.count:
             raise EditError("there is nothing to make a patch of: no batch was written")
         updates, targets = {}, {}
@@ -691,6 +712,19 @@ class Editor:
         requests = [r for number in range(1, self.ledger.count + 1) for r in self._written[number]]
         records = tuple({"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in requests)
         return Patch(updates, targets, self.recipe.name, {**asdict(self.hparams), **self.resolved}, records)
+
+    @property
+    def memory(self) -> Any:
+        """What stands beside the weights, of methods that change none: to be saved, and attached to other copies.
+
+        Raises:
+            EditError: the method writes into the weights (`patch`), or nothing was edited.
+        """
+        if self.tuning is None or not self.recipe.makes_memory:
+            raise EditError(f"{self.recipe.name} keeps no memory beside the weights: its edits are in Editor.patch()")
+        if self.tuning.memory is None:
+            raise EditError("there is no memory: no batch was edited")
+        return self.tuning.memory
 
     @plain_torch()
     def values_together(self, prepared: Sequence[PreparedRequest]) -> int | None:

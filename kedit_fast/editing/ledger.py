@@ -151,6 +151,7 @@ class Ledger:
         self._past = _Past()
         self._matrices: dict[str, _Matrix] = {}
         self._open: list[Entry] | None = None
+        self._counts = False
 
     @property
     def batches(self) -> list[tuple[Entry, ...]]:
@@ -180,7 +181,7 @@ class Ledger:
         if self._open is not None:
             raise EditError("a batch is already open")
         self._fold()
-        self._open = []
+        self._open, self._counts = [], False
         try:
             yield
         except BaseException:
@@ -189,10 +190,16 @@ class Ledger:
             self._forget()
             raise
         entries, self._open = self._open, None
-        if entries:  # a block without writes adds no batch
+        if entries or self._counts:  # a block without writes adds no batch, unless one was asked for
             past = self._past
             permanent = max(past.permanent, self.count + 1 - self.window) if self.window else 0
             self._past = replace(past, batches=[*past.batches, tuple(entries)], permanent=permanent)
+
+    def count_batch(self) -> None:
+        """Let the open batch count, though it writes no matrix: what it does is beside the weights."""
+        if self._open is None:
+            raise EditError("count_batch() belongs inside transaction()")
+        self._counts = True
 
     def _fold(self) -> None:
         """Fold the batches that cannot be undone, once they are a quarter of the window."""

@@ -235,7 +235,7 @@ def _create_editor(
     view = ModelView(model, spec)
     resolved, _ = make_hparams(call.method, view.config, hparams)
     check_modules(view, resolved, raw)
-    with_easyedit_rows = options.ultraedit_rows == "easyedit" and not recipe.optimizes_values
+    with_easyedit_rows = options.ultraedit_rows == "easyedit" and recipe.gathers_gradients
     if with_easyedit_rows and options.target_separator == "":
         raise MethodError(
             'ultraedit_rows = "easyedit" puts a space before every target: target_separator = "" needs "own"'

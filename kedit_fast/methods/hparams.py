@@ -2,7 +2,7 @@
 identifies. Validation, warnings of unused ones, the keys of stored values and states, `kedit-fast methods --json` and
 the table of this room's page follow from the declarations.
 
-To add one, add a field to `Hparams`.
+To add one, add a field to `Hparams`, or to `TuningHparams` for methods that tune a matrix.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from kedit_fast.methods.declaration import (
 )
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import find_recipe
+from kedit_fast.methods.tuning_hparams import TUNING_NAMES, TuningHparams
 
 NullSpaceRule = Literal["absolute", "relative", "energy"]
 FactorDtype = Literal["float64", "float32"]
@@ -48,11 +49,19 @@ def _optimizing(recipe: Recipe) -> bool:
 
 
 def _gradient(recipe: Recipe) -> bool:
-    return not recipe.optimizes_values
+    return recipe.gathers_gradients
+
+
+def _stepping(recipe: Recipe) -> bool:
+    return recipe.gathers_gradients or recipe.tuning is not None
+
+
+def _closed_form(recipe: Recipe) -> bool:
+    return recipe.tuning is None
 
 
 def _batched(recipe: Recipe) -> bool:
-    return recipe.is_batched
+    return recipe.is_batched and recipe.tuning is None
 
 
 def _whitening(recipe: Recipe) -> bool:
@@ -120,7 +129,7 @@ def _repeating(recipe: Recipe) -> bool:
 
 
 @dataclass(frozen=True)
-class Hparams:
+class Hparams(TuningHparams):
     """The hyper-parameters of a method. Names are those of the memit repository's files.
 
     Raises:
@@ -346,13 +355,18 @@ class Hparams:
     )
     frobenius_limit: float = field(
         default=0.0,
-        metadata=declare(NOT_NEGATIVE, "largest |Delta| / |W| of a write, reached by scaling; 0 for no limit"),
+        metadata=declare(
+            NOT_NEGATIVE,
+            "largest |Delta| / |W| of a write, reached by scaling; 0 for no limit",
+            read_by=_closed_form,
+        ),
     )
     spectral_limit: float = field(
         default=0.0,
         metadata=declare(
             NOT_NEGATIVE,
             "largest ratio of the largest singular values of Delta and W, reached by clipping; 0 for no limit",
+            read_by=_closed_form,
         ),
     )
     sphere_strength: float = field(
@@ -382,7 +396,12 @@ class Hparams:
             identifies=("state",),
         ),
     )
-    lr: float = field(default=0.0, metadata=declare(POSITIVE, "factor of the gradients", read_by=_gradient))
+    lr: float = field(
+        default=0.0,
+        metadata=declare(
+            POSITIVE, "factor of UltraEdit's gradients; learning rate of methods that tune", read_by=_stepping
+        ),
+    )
     ridge: float = field(
         default=1.0,
         metadata=declare(
@@ -613,12 +632,17 @@ class Hparams:
     @property
     def uses_statistics(self) -> bool:
         """Whether statistics of the edited layers are needed: second moments, or those of outputs."""
-        return self.uses_moments or self.weighs_outputs
+        return self.uses_moments or self.weighs_outputs or self.constrains_curvature
 
     @property
     def uses_moments(self) -> bool:
         """Whether second moments of the edited layers' inputs are needed."""
         return self.mom2_adjustment and find_recipe(self.method).uses_statistics
+
+    @property
+    def constrains_curvature(self) -> bool:
+        """Whether steps stay where the loss of ordinary text is flat: statistics of inputs and outputs are needed."""
+        return self.curvature_energy > 0 and reads(find_recipe(self.method), "curvature_energy")
 
     @property
     def undo_window(self) -> int:
@@ -659,10 +683,12 @@ class Hparams:
 
         Those that are off are not among them.
         """
+        recipe = find_recipe(self.method)
         return {
             name: getattr(self, name)
             for name, known in DECLARATIONS.items()
             if part in known.identifies and self.has_effect(name) and getattr(self, name) != known.off
+            if name not in TUNING_NAMES or reads(recipe, name)  # older files hold those of all closed forms
         }
 
 
@@ -670,10 +696,10 @@ DECLARATIONS: Mapping[str, Declaration] = {
     known.name: Declaration(
         name=known.name, default=None if known.default is MISSING else known.default, **known.metadata
     )
-    for known in fields(Hparams)
+    for known in sorted(fields(Hparams), key=lambda known: known.name in TUNING_NAMES)
     if known.name != "method"
 }
-"""Name -> declaration of every hyper-parameter, in the order of the fields."""
+"""Name -> declaration of every hyper-parameter, in the order of the fields; those of `TuningHparams` last."""
 
 
 def reads(recipe: Recipe, name: str) -> bool:

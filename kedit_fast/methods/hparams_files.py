@@ -210,6 +210,10 @@ def _pairs(value: Any) -> tuple[tuple[int, int], ...]:
     return tuple((int(length), int(count)) for length, count in value)
 
 
+def _floats(value: Any) -> tuple[float, ...]:
+    return tuple(map(_number, json.loads(value) if isinstance(value, str) else value))
+
+
 def _texts(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(str(v) for v in value)
 
@@ -263,6 +267,7 @@ _CONVERTERS: dict[str, Callable[[Any], Any]] = {
     "tuple[int, ...]": parse_layers,
     "tuple[str, ...]": _texts,
     "tuple[tuple[int, int], ...]": _pairs,
+    "tuple[float, ...]": _floats,
     "bool": _boolean,
     "int": _integer,
     "float": _number,

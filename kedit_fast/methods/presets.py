@@ -150,7 +150,7 @@ def make_hparams(method: str, config: Any, *overrides: Mapping[str, Any]) -> tup
         if "layers" in override and "inner_params" not in override:
             values.pop("inner_params", None)  # a preset's modules are not of other layers
         values.update(parse_values(override, "hyper-parameters"))
-    if not recipe.optimizes_values and "layers" not in values:
+    if recipe.gathers_gradients and "layers" not in values:
         values["layers"] = ()
     values["method"] = recipe.name
     return Hparams(**values), origin

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kedit_fast.errors import MethodError
+from kedit_fast.methods.tuning_recipe import TuningRecipe
 
-ValueSites = Literal["block", "mlp", "attention and mlp", "gradients"]
+ValueSites = Literal["block", "mlp", "attention and mlp", "gradients", "none"]
 KeyWeights = Literal["bare_half", "mean"]
-Schedule = Literal["mass", "single", "gradients"]
+Schedule = Literal["mass", "single", "gradients", "tuning"]
 PreconditionerKind = Literal["covariance", "null_space", "identity"]
 Constraint = Literal["ridge", "soft_equality", "equality"]
 ValueKey = Literal["bare", "mean"]
@@ -24,13 +25,15 @@ Shaping = Literal["none", "rect", "prune"]
 StopRule = Literal["below_loss", "pmet"]
 NormalizerKind = Literal["standard", "whitened"]
 
+_OPTIMIZED = ("block", "mlp", "attention and mlp")
+_VALUES_OF: dict[str, tuple[str, ...]] = {"gradients": ("gradients",), "tuning": ("none",)}
 # How the field `rho` of `kedit-fast methods --json` names a constraint.
 _RHO = {"ridge": "one", "soft_equality": "emmet_lambda", "equality": "equality"}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """An editing method with a closed form.
+    """An editing method: the strategies of its closed form, or how it tunes a matrix.
 
     Raises:
         MethodError: a field names no strategy, or two fields contradict each other.
@@ -46,12 +49,12 @@ class Recipe:
     """Name of the preset file. Methods that differ in the solve alone share one."""
     values: ValueSites = "block"
     """Outputs whose values are optimized: of the block, of its MLP, or of attention and MLP together. With "gradients"
-    nothing is optimized: gradients of the loss stand in for values."""
+    nothing is optimized: gradients of the loss stand in for values. "none" of methods that tune a matrix."""
     key_weights: KeyWeights = "bare_half"
     """How a key is averaged over contexts: half the bare prompt and half the mean of the others, or the plain mean."""
     schedule: Schedule = "mass"
     """Order of a batch: "mass", all requests at once and layer after layer; "single", one request at a time in one
-    layer; "gradients", all requests at once and all modules from one backward pass."""
+    layer; "gradients", all requests at once and all modules from one backward pass; "tuning", by gradient steps."""
     preconditioner: PreconditionerKind = "covariance"
     """S of the equation: lambda C + lambda_n I; P / L2 as S^-1, with P the projector on the null space of C; or I."""
     constraint: Constraint = "ridge"
@@ -79,6 +82,8 @@ class Recipe:
     """(tokens, count) of the generated context prefixes, as published."""
     keeps: str = "nothing"
     """What is kept between batches beside the ledger, in words."""
+    tuning: TuningRecipe | None = None
+    """How a matrix is tuned, of methods without a closed form."""
 
     def __post_init__(self):
         for field, accepted in _choices().items():
@@ -88,7 +93,8 @@ class Recipe:
                     + ", ".join(map(repr, accepted))
                 )
         agreements = {
-            "schedule and values": (self.schedule == "gradients") == (self.values == "gradients"),
+            "schedule and values": self.values in _VALUES_OF.get(self.schedule, _OPTIMIZED),
+            "schedule and tuning": (self.schedule == "tuning") == (self.tuning is not None),
             "schedule and constraint": (self.schedule == "single") == (self.constraint == "equality"),
             "schedule and spread": self.schedule == "mass" or self.spread == "none",
             "schedule and memory": self.schedule == "mass" or not self.memory,
@@ -112,12 +118,22 @@ class Recipe:
     @property
     def edits_one_layer(self) -> bool:
         """Whether the method writes a single layer."""
-        return self.schedule == "single"
+        return self.schedule == "single" or (self.tuning is not None and not self.tuning.locates_layers)
 
     @property
     def optimizes_values(self) -> bool:
-        """Whether values are found by gradient descent; otherwise gradients are taken for them."""
-        return self.values != "gradients"
+        """Whether values are found by gradient descent; others gather gradients, or tune a matrix."""
+        return self.values in _OPTIMIZED
+
+    @property
+    def gathers_gradients(self) -> bool:
+        """Whether gradients of the loss stand in for values."""
+        return self.schedule == "gradients"
+
+    @property
+    def makes_memory(self) -> bool:
+        """Whether edits stay beside the weights, which do not change."""
+        return self.tuning is not None and self.tuning.makes_memory
 
     @property
     def fits_memit_values(self) -> bool:
@@ -143,7 +159,9 @@ class Recipe:
     def chunk_obstacle(self) -> str:
         """Why a request cannot have a value for each chunk of its target; "" where it can."""
         if not self.optimizes_values:
-            return "it takes a gradient at every token of a target"
+            return (
+                "it takes a gradient at every token of a target" if self.tuning is None else "it tunes on whole targets"
+            )
         if self.schedule == "single":
             return "it writes one key and one value of each request"
         return "requests on one subject share one value" if self.merge else ""
@@ -217,7 +235,7 @@ class Recipe:
 
         `schedule` tells there whether a batch is written at once, and `rho` is the older name of the constraint.
         """
-        schedule = "mass" if self.is_batched else "single"
+        schedule = "tuning" if self.tuning is not None else "mass" if self.is_batched else "single"
         return {**asdict(self), "schedule": schedule, "rho": _RHO[self.constraint]}
 
 

@@ -4,9 +4,36 @@ from __future__ import annotations
 
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.recipe import Recipe
+from kedit_fast.methods.tuning_recipe import TuningRecipe
 
 _KEYS = "keys of all earlier batches, with a factor: 8 (d n + n^2) bytes a layer after n edits"
 _ROME_CONTEXTS = ((5, 10), (10, 10))
+
+
+def _tuned(
+    name: str,
+    title: str,
+    source: str,
+    preset: str,
+    tuning: TuningRecipe,
+    contexts: tuple[tuple[int, int], ...] = (),
+    keeps: str = "nothing",
+) -> Recipe:
+    """A method without a closed form."""
+    return Recipe(
+        name,
+        title,
+        source,
+        preset,
+        values="none",
+        schedule="tuning",
+        preconditioner="identity",
+        spread="none",
+        contexts=contexts,
+        keeps=keeps,
+        tuning=tuning,
+    )
+
 
 RECIPES = {
     recipe.name: recipe
@@ -167,6 +194,76 @@ RECIPES = {
             contexts=(),
             keeps="mean and variance of keys and gradients, covariance of gradients: 16 (d + out) + 8 out^2 bytes a "
             "shape of module; 4 out bytes a token, to undo batches",
+        ),
+        _tuned(
+            "locft-bf",
+            "Fine-tuning of one matrix on all requests at once, in epochs of mini-batches",
+            "Yang et al. 2026, arXiv 2509.22072",
+            "locft-bf",
+            TuningRecipe(order="breadth", stop="below and skip", eos=True),
+        ),
+        _tuned(
+            "ft-l",
+            "Fine-tuning of one matrix on the last prompt token's distribution, within a box",
+            "baseline of Meng et al. 2022, arXiv 2202.05262",
+            "ft",
+            TuningRecipe(likelihood="last", stop="below and skip"),
+        ),
+        _tuned(
+            "ft-m",
+            "Fine-tuning of one matrix on the target's tokens",
+            "baseline of Zhang et al. 2024, arXiv 2401.01286",
+            "ft",
+            TuningRecipe(stop="below and skip"),
+        ),
+        _tuned(
+            "dinm",
+            "Detoxification: the layer in which a safe and an unsafe answer differ most is tuned to the safe one",
+            "Wang et al. 2024, arXiv 2403.14472",
+            "dinm",
+            TuningRecipe(where="located", extra_rows="general", extra_term="kl"),
+        ),
+        _tuned(
+            "wise",
+            "A copy of one matrix in which each edit changes few entries, and a router by its activations",
+            "Wang et al. 2024, arXiv 2405.14768",
+            "wise",
+            TuningRecipe(
+                extra_rows="irrelevant",
+                extra_term="margin",
+                optimizer="sgd",
+                mask="entries",
+                stop="plateau",
+                placement="replaces",
+                router="activation",
+            ),
+            contexts=((5, 5), (10, 5)),
+            keeps="a memory beside the weights: the tuned copies of the matrix, a threshold each",
+        ),
+        _tuned(
+            "memoir",
+            "A matrix beside one of the model's, of which each edit changes the columns of its features",
+            "Wang et al. 2025, arXiv 2506.07899",
+            "memoir",
+            TuningRecipe(
+                trains="residual",
+                extra_rows="irrelevant",
+                optimizer="sgd",
+                mask="features",
+                stop="plateau",
+                placement="adds",
+                router="fingerprint",
+            ),
+            contexts=((5, 5), (10, 5)),
+            keeps="a memory beside the weights: one matrix, and d / 8 bytes an edit",
+        ),
+        _tuned(
+            "grace",
+            "A codebook of a layer's inputs and of the outputs that take the place of its own",
+            "Hartvigsen et al. 2023, arXiv 2211.11031",
+            "grace",
+            TuningRecipe(trains="value", order="codebook", stop="used up", placement="token", router="nearest key"),
+            keeps="a memory beside the weights: 4 (d + out) bytes an entry",
         ),
     )
 }

@@ -22,7 +22,7 @@ def methods_table() -> str:
         if recipe.optimizes_values:
             values = {"block": "block's output", "mlp": "MLP's output"}.get(recipe.values, f"{recipe.values} outputs")
         else:
-            values = "gradients"
+            values = "gradients" if recipe.gathers_gradients else "none"
         rest = {
             "one value per subject": recipe.merge,
             "residual over sqrt(n)": recipe.spread == "sqrt",

@@ -347,7 +347,7 @@ def _described(chosen: Hparams, recipe: Recipe) -> dict[str, Any]:
         for name in names
         if name not in idle and chosen.has_effect(name) and getattr(chosen, name) != defaults[name]
     }
-    return {"layers": chosen.layers, **differing, **({} if recipe.optimizes_values else {"inner_params": ()})}
+    return {"layers": chosen.layers, **differing, **({"inner_params": ()} if recipe.gathers_gradients else {})}
 
 
 def _notes(best: Trial, usable: int, effort: Effort, held: Sequence[PreparedRequest]) -> list[str]:

@@ -234,7 +234,9 @@ def test_an_origin_says_which_numbers_are_given(method, config):
     assert make_hparams(method, config, own)[1] == "given"
     some, said = make_hparams(method, config, {"layers": whole.layers or (1,), "v_stop_loss": 0.1})
     assert some.layers and said.startswith(origin.split(":")[0]) and "relative depth" not in said
-    assert said.endswith("; given: layers" if method in ("ultraedit", "stableedit") else "; given: layers, v_stop_loss")
+    assert said.endswith(
+        "; given: layers" if not find_recipe(method).optimizes_values else "; given: layers, v_stop_loss"
+    )
 
 
 def test_numbers_that_a_method_does_not_read_give_nothing():

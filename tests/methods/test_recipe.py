@@ -82,13 +82,17 @@ def test_capabilities():
     assert methods("keeps_state") == {
         "memit-sequential", "alphaedit", "sphere", "nas", "encore", "rlsedit", "ultraedit", "stableedit"
     }  # fmt: skip
-    assert set(RECIPES) - methods("is_batched") == methods("edits_one_layer") == {"rome", "r-rome"}
+    tuned = {name for name, recipe in RECIPES.items() if recipe.tuning is not None}
+    assert tuned == {"locft-bf", "ft-l", "ft-m", "dinm", "wise", "memoir", "grace"}
+    assert methods("makes_memory") == {"wise", "memoir", "grace"}
+    assert set(RECIPES) - methods("is_batched") == methods("edits_one_layer") - tuned == {"rome", "r-rome"}
+    assert tuned - methods("edits_one_layer") == {"dinm"}
     assert (
-        set(RECIPES) - methods("optimizes_values")
+        set(RECIPES) - methods("optimizes_values") - tuned
         == {"ultraedit", "stableedit"}
-        == set(RECIPES) - methods("uses_statistics")
+        == set(RECIPES) - methods("uses_statistics") - tuned
     )
-    assert set(RECIPES) - methods("weighs_requests") == {"rome", "r-rome", "ultraedit", "stableedit"}
+    assert set(RECIPES) - methods("weighs_requests") - tuned == {"rome", "r-rome", "ultraedit", "stableedit"}
     assert methods("softens_equality") == {"emmet"} and methods("uses_null_space") == {
         "alphaedit",
         "sphere",
@@ -97,7 +101,7 @@ def test_capabilities():
     }
     assert methods("needs_chunks") == {"anyedit", "anyedit-alphaedit"}
     assert methods("optimizes_values") - methods("needs_subject") == methods("needs_chunks")
-    assert methods("chunk_obstacle") == {"rome", "r-rome", "memit-merge", "ultraedit", "stableedit"}
+    assert methods("chunk_obstacle") - tuned == {"rome", "r-rome", "memit-merge", "ultraedit", "stableedit"}
     assert {name for name, recipe in RECIPES.items() if recipe.stop_rule == "pmet"} == {"pmet"}
     assert methods("whitens_gradients") == {"stableedit"}
 
@@ -128,11 +132,12 @@ def test_json_has_the_fields_and_words_of_before():
         "r-rome": "equality",
         "emmet": "emmet_lambda",
     }
-    assert {r.as_dict()["schedule"] for r in RECIPES.values()} == {"mass", "single"}
+    assert {r.as_dict()["schedule"] for r in RECIPES.values()} == {"mass", "single", "tuning"}
 
 
 def test_every_field_of_hparams_is_declared_and_read_by_a_method():
-    assert list(DECLARATIONS) == [field.name for field in dataclasses.fields(Hparams)][1:]
+    names = [field.name for field in dataclasses.fields(Hparams) if field.name != "method"]
+    assert sorted(DECLARATIONS) == sorted(names) and list(DECLARATIONS)[0] == "layers"
     for name, known in DECLARATIONS.items():
         assert known.meaning and known.accepted.description
         assert any(reads(recipe, name) for recipe in RECIPES.values())

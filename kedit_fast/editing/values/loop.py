@@ -58,6 +58,7 @@ SITES: dict[ValueSites, tuple[SiteKind, ...]] = {
     "mlp": ("mlp",),
     "attention and mlp": ("attention", "mlp"),
     "gradients": (),
+    "none": (),
 }
 """Sites of the deltas; the layer of the last one is written."""
 

@@ -1,0 +1,1 @@
+"""Methods that tune one matrix by gradient steps."""
