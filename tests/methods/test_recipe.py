@@ -137,7 +137,7 @@ def test_json_has_the_fields_and_words_of_before():
 
 def test_every_field_of_hparams_is_declared_and_read_by_a_method():
     names = [field.name for field in dataclasses.fields(Hparams) if field.name != "method"]
-    assert sorted(DECLARATIONS) == sorted(names) and list(DECLARATIONS)[0] == "layers"
+    assert sorted(DECLARATIONS) == sorted(names) and next(iter(DECLARATIONS)) == "layers"
     for name, known in DECLARATIONS.items():
         assert known.meaning and known.accepted.description
         assert any(reads(recipe, name) for recipe in RECIPES.values())
