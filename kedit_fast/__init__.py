@@ -17,12 +17,16 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.p
     from kedit_fast.backends import use_backend as use_backend
     from kedit_fast.editing.editor import Editor as Editor
     from kedit_fast.evaluation.evaluator import evaluate as evaluate
+    from kedit_fast.ops import activation_distance as activation_distance
     from kedit_fast.ops import distribution_kl as distribution_kl
     from kedit_fast.ops import gated_silu as gated_silu
+    from kedit_fast.ops import masked_adam_ as masked_adam_
+    from kedit_fast.ops import masked_descent_ as masked_descent_
     from kedit_fast.ops import mirror_ as mirror_
     from kedit_fast.ops import rank_k_update_ as rank_k_update_
     from kedit_fast.ops import rank_one_update_ as rank_one_update_
     from kedit_fast.ops import rms_norm as rms_norm
+    from kedit_fast.ops import routed_linear as routed_linear
     from kedit_fast.ops import spd_solve as spd_solve
     from kedit_fast.ops import symmetric_rank_k_update_ as symmetric_rank_k_update_
     from kedit_fast.ops import target_log_probs as target_log_probs
@@ -57,6 +61,7 @@ PUBLIC_NAMES = {
     "OutputMetric": "kedit_fast.solver.output_metric",
     "Patch": "kedit_fast.patches.patch",
     "__version__": "kedit_fast._version",
+    "activation_distance": "kedit_fast.ops",
     "backends": "kedit_fast.backends",
     "collect_into": "kedit_fast.statistics.resumable",
     "collect_statistics": "kedit_fast.statistics.collect",
@@ -67,11 +72,14 @@ PUBLIC_NAMES = {
     "lint_requests": "kedit_fast.reports.lint",
     "load_requests": "kedit_fast.requests.reading",
     "load_statistics": "kedit_fast.statistics.store",
+    "masked_adam_": "kedit_fast.ops",
+    "masked_descent_": "kedit_fast.ops",
     "mirror_": "kedit_fast.ops",
     "optimize_values": "kedit_fast.solver.value_descent",
     "rank_k_update_": "kedit_fast.ops",
     "rank_one_update_": "kedit_fast.ops",
     "rms_norm": "kedit_fast.ops",
+    "routed_linear": "kedit_fast.ops",
     "save_statistics": "kedit_fast.statistics.store",
     "second_moment": "kedit_fast.statistics.moments",
     "solve_update": "kedit_fast.solver.least_squares",

@@ -1,22 +1,33 @@
 """Public ops. Each file holds one op: its schema, its checks, its backends and its documentation."""
 
+from kedit_fast.ops.activation_distance import activation_distance
 from kedit_fast.ops.distribution_kl import distribution_kl
 from kedit_fast.ops.gated_silu import gated_silu
+from kedit_fast.ops.masked_adam import masked_adam_
+from kedit_fast.ops.masked_descent import masked_descent_
 from kedit_fast.ops.rank_k_update import rank_k_update_, rank_one_update_
 from kedit_fast.ops.rms_norm import rms_norm
+from kedit_fast.ops.routed_linear import routed_linear
 from kedit_fast.ops.spd_solve import spd_solve
 from kedit_fast.ops.symmetric_rank_k_update import mirror_, symmetric_rank_k_update_
 from kedit_fast.ops.target_log_probs import TargetLogProbs, target_log_probs
+from kedit_fast.reference.entry_bits import pack_bits, unpack_bits
 
 __all__ = [
     "TargetLogProbs",
+    "activation_distance",
     "distribution_kl",
     "gated_silu",
+    "masked_adam_",
+    "masked_descent_",
     "mirror_",
+    "pack_bits",
     "rank_k_update_",
     "rank_one_update_",
     "rms_norm",
+    "routed_linear",
     "spd_solve",
     "symmetric_rank_k_update_",
     "target_log_probs",
+    "unpack_bits",
 ]
