@@ -13,7 +13,7 @@ import torch
 
 from kedit_fast.editing.batch_record import BatchRecord
 from kedit_fast.editing.batch_run import BatchRun, EditContext, request_weights
-from kedit_fast.editing.erasure import Erasure, ErasureCost, TextTokens, inputs_at_texts, tokenized_texts
+from kedit_fast.editing.erasure import Erasure, ErasureCost, ErasurePlan, TextTokens, tokenized_texts
 from kedit_fast.editing.gradients import answer_gradients
 from kedit_fast.editing.keys import StateBudget
 from kedit_fast.editing.ledger import Ledger
@@ -50,10 +50,9 @@ from kedit_fast.requests.record_fields import Notes
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO as AUTO_SEPARATOR
 from kedit_fast.requests.spacing import check_separator
-from kedit_fast.solver.erasure import difference_directions, erasing_update, label_directions, shrunk_covariance
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.low_rank import LowRankUpdate
-from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace, Preconditioner
+from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.matrix_bits import edit_fingerprint, sha256
@@ -577,22 +576,14 @@ class Editor:
         rows = tokenized_texts(self.view, self.tokenizer, texts, self.prompt_format)
         names = list(dict.fromkeys(labels))
         of_text = torch.tensor([names.index(label) for label in labels], dtype=torch.int64)
+        plan = ErasurePlan(rows, of_text, tokens, cost, pairs, keep_mean)
         updates, norms = {}, {}
         with self._together(), torch.no_grad():
             for layer in chosen:
                 name, weight = self.view.weight_name(layer), self.modules[self.view.module_name(layer)]
-                inputs, owner = inputs_at_texts(self.view, rows, layer, tokens)
-                label = of_text[owner].to(inputs.device)
-                if pairs:
-                    if len(names) != 2:
-                        raise InvalidArgumentError(f"pairs have two labels; got {len(names)}")
-                    directions = difference_directions(inputs[:, label == 0], inputs[:, label == 1], pairs)
-                else:
-                    directions = label_directions(inputs, label)
-                space = self._erasure_space(layer, cost, inputs)
-                still = inputs.double().mean(1) if keep_mean else None
+                moment = self.solver_state.moment(layer) if cost == "statistics" else None
                 before = whole(weight)
-                update = erasing_update(before, directions, space, still)
+                update = plan.update(self.view, layer, before, moment, self.hparams.mom2_ridge)
                 norms[name] = update.norm() / float(torch.linalg.vector_norm(before, dtype=torch.float64))
                 updates[name] = update.cpu()
                 self.ledger.write(name, weight, update)
@@ -600,13 +591,6 @@ class Editor:
             number = self.ledger.count + 1
             self._written[number] = ()
         return Erasure(number, updates, norms)
-
-    def _erasure_space(self, layer: int, cost: ErasureCost, inputs: torch.Tensor) -> Preconditioner:
-        """S^-1 of an erasing update."""
-        if cost == "none":
-            return Identity(inputs.shape[0], inputs.device)
-        moment = shrunk_covariance(inputs) if cost == "texts" else self.solver_state.moment(layer).to(inputs.device)
-        return Covariance.from_moment(moment, 0.0 if cost == "texts" else self.hparams.mom2_ridge)
 
     @plain_torch()
     def check(

@@ -12,7 +12,9 @@ from kedit_fast.errors import InvalidArgumentError, RequestError
 from kedit_fast.models.forward import Site, capture, pad, unknown_token
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PromptFormat, continuation
+from kedit_fast.solver.erasure import difference_directions, erasing_update, label_directions, shrunk_covariance
 from kedit_fast.solver.low_rank import LowRankUpdate
+from kedit_fast.solver.preconditioner import Covariance, Identity, Preconditioner
 
 BATCH_TOKENS = 2048
 """Tokens of one forward pass."""
@@ -32,6 +34,57 @@ class Erasure:
     """Name of a weight -> what was added to it; on the host."""
     relative_norms: dict[str, float]
     """Name of a weight -> |Delta| / |W|, with W as it was before."""
+
+
+@dataclass(frozen=True)
+class ErasurePlan:
+    """What is erased, and at what cost; see `Editor.erase`."""
+
+    rows: Sequence[Sequence[int]]
+    """Token ids of each text."""
+    labels: torch.Tensor
+    """[texts] int64, the number of each text's label, from 0."""
+    tokens: TextTokens
+    """Tokens of a text that have its label."""
+    cost: ErasureCost
+    """What an update should change least."""
+    pairs: int
+    """Directions between paired texts; 0 for the covariance with the labels."""
+    keep_mean: bool
+    """Whether the mean input gets the output that it had."""
+
+    def update(
+        self, view: ModelView, layer: int, weight: torch.Tensor, moment: torch.Tensor | None, ridge: float
+    ) -> LowRankUpdate:
+        """The update of one layer, in the model as it is.
+
+        Args:
+            view: the model.
+            layer: the layer.
+            weight: W [out, d] of its edited matrix.
+            moment: C [d, d] of ordinary text, where that is the cost; else None.
+            ridge: added to C, as a multiple of its mean diagonal.
+
+        Raises:
+            InvalidArgumentError: pairs of other than two labels.
+        """
+        inputs, owner = inputs_at_texts(view, self.rows, layer, self.tokens)
+        label = self.labels[owner].to(inputs.device)
+        if self.pairs:
+            if (count := int(self.labels.max()) + 1) != 2:
+                raise InvalidArgumentError(f"pairs have two labels; got {count}")
+            directions = difference_directions(inputs[:, label == 0], inputs[:, label == 1], self.pairs)
+        else:
+            directions = label_directions(inputs, label)
+        space: Preconditioner
+        if self.cost == "none":
+            space = Identity(inputs.shape[0], inputs.device)
+        elif moment is None:
+            space = Covariance.from_moment(shrunk_covariance(inputs), 0.0)
+        else:
+            space = Covariance.from_moment(moment.to(inputs.device), ridge)
+        still = inputs.double().mean(1) if self.keep_mean else None
+        return erasing_update(weight, directions, space, still)
 
 
 def tokenized_texts(
