@@ -271,7 +271,8 @@ class Editor:
         """The context prefixes, generated from the unedited model on first use."""
         if self._prefixes is None:
             lengths = self.hparams.context_template_length_params
-            self._prefixes = generate_prefixes(self.view, self.tokenizer, lengths, self.seed)
+            style = "sampled" if self.recipe.tuning is None else self.recipe.tuning.decoding
+            self._prefixes = generate_prefixes(self.view, self.tokenizer, lengths, self.seed, None, style)
         return self._prefixes
 
     @plain_torch(leave_inference_mode=False)

@@ -22,6 +22,7 @@ Mask = Literal["none", "entries", "features"]
 Order = Literal["depth", "breadth", "codebook"]
 TuningStop = Literal["plateau", "below and skip", "below", "used up"]
 Placement = Literal["in place", "replaces", "adds", "token"]
+Decoding = Literal["sampled", "greedy"]
 Router = Literal["none", "activation", "fingerprint", "nearest key"]
 _ROUTERS: dict[str, str] = {
     "in place": "none",
@@ -68,6 +69,8 @@ class TuningRecipe:
     output, or stands at a "token"."""
     router: Router = "none"
     """What decides whether a text is answered with what stands beside the weights."""
+    decoding: Decoding = "sampled"
+    """How the model writes context prefixes: memit's sampled ones that end in ". ", or WISE's greedy ones."""
 
     def __post_init__(self):
         for field, accepted in _choices().items():

@@ -24,7 +24,9 @@ def test_a_text_about_an_edited_subject_is_refused():
         require_unrelated(["We know the tower is old."], [EditRequest("the tower is", None, "new")])
 
 
-@pytest.mark.parametrize(("texts", "said"), [("one text", "not one text"), ([], "no irrelevant"), (["a", " "], "texts 1")])
+@pytest.mark.parametrize(
+    ("texts", "said"), [("one text", "not one text"), ([], "no irrelevant"), (["a", " "], "texts 1")]
+)
 def test_texts_that_cannot_be_used_are_refused(texts, said):
     with pytest.raises(RequestError, match=said):
         irrelevant_texts(texts)

@@ -97,3 +97,13 @@ def test_greedy_prefixes_are_what_the_model_says_without_a_cache():
         ids.append(int(logits.argmax()))
     text = "The" + tokenizer.decode(ids[len(tokenizer("The")["input_ids"]) :])
     assert prefix == " ".join(text.split()).rstrip(". ") + ". "
+
+
+def test_greedy_prefixes_are_the_models_own_continuations_of_the_published_starts():
+    view, tokenizer = ModelView(make_model("llama")), make_tokenizer()
+    prefixes = generate_prefixes(view, tokenizer, ((2, 5), (4, 5)), seed=0, style="greedy")
+    assert prefixes == generate_prefixes(view, tokenizer, ((2, 5), (4, 5)), seed=9, style="greedy")
+    for start, short, long in zip(("I", "You", "Because", "Yes", "Q:"), prefixes[:5], prefixes[5:], strict=True):
+        assert short.startswith(start) and long.startswith(start)
+        assert short.endswith(" ") and not short.endswith(". ")
+    assert prefixes[:5] != prefixes[5:]

@@ -53,7 +53,7 @@ def test_16_bit_memories_are_merged_in_fp32():
 
 
 def test_unknown_rules_and_missing_memories_are_refused():
-    with pytest.raises(MethodError, match="dare_ties.*choose from ties"):
+    with pytest.raises(MethodError, match=r"dare_ties.*choose from ties"):
         merged(torch.zeros(2, 2), [torch.zeros(2, 2)], [1.0], 0.5, "dare_ties")
     for rule in RULES:
         with pytest.raises(MethodError, match="0 memories"):
