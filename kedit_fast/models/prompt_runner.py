@@ -8,8 +8,8 @@ tails do not run, the whole prompts do. Both ways compute the same function.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence, Set
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -119,13 +119,15 @@ def _try(view: ModelView, sites: tuple[Site, ...]) -> PassKind:
         at = torch.tensor(wanted, device=view.device)
         expected = whole.runner.run(delta, at)
         limit = error_limit(expected.dtype, view.head.rounding)
-        obstacle = _obstacle(view)
+        obstacle = obstacle_of_tails(view)
         kinds: list[PassKind] = ["packed tails", "padded tails"] if tail_attention.usable(view) else ["padded tails"]
         for kind in kinds if not obstacle else ():
             try:
                 tails = _record(view, batch, lookups, sites, [0], kind)
                 error = relative_error(tails.runner.run(delta, at), expected)
-                if kind == "packed tails" and not _sees_windows(view, tails.runner):
+                runner = tails.runner
+                packed = isinstance(runner, TailRunner) and runner.layout is not None
+                if packed and not sees_windows(view, runner.layout.windows, runner.first_live):
                     obstacle = "its attention does not say its sliding window"
                 elif error <= limit:
                     return kind
@@ -137,7 +139,7 @@ def _try(view: ModelView, sites: tuple[Site, ...]) -> PassKind:
     return "whole prompts"
 
 
-def _obstacle(view: ModelView) -> str:
+def obstacle_of_tails(view: ModelView) -> str:
     """Why the tails of prompts cannot run in a model; "" if that is to be tried."""
     if view.head.matrix is None:
         return "the model runs whole"
@@ -148,17 +150,22 @@ def _obstacle(view: ModelView) -> str:
     return ""
 
 
-def _sees_windows(view: ModelView, runner: Any) -> bool:
-    """Whether the attention of live layers was called with the sliding windows that the configuration names.
+def sees_windows(view: ModelView, windows: Set[int | None], first_live: int) -> bool:
+    """Whether attention from block `first_live` on was called with the sliding windows that the configuration names.
 
     A window longer than a few tokens changes nothing in a small pass, so its length is compared.
+
+    Args:
+        view: the model.
+        windows: those that packed attention was called with; None for calls without one.
+        first_live: the first block that ran.
     """
     window = getattr(view.config, "sliding_window", None)
     kinds = getattr(view.config, "layer_types", None)
-    if not window or runner.layout is None:
+    if not window or first_live >= view.num_layers:
         return True
     if kinds is not None:
-        expected = {window if kind == "sliding_attention" else None for kind in kinds[runner.first_live :]}
+        expected = {window if kind == "sliding_attention" else None for kind in kinds[first_live:]}
     else:
         expected = {window} if getattr(view.config, "use_sliding_window", True) else {None}
-    return expected <= runner.layout.windows
+    return expected <= windows

@@ -10,7 +10,7 @@ transformers' registry; models or versions of transformers without one keep thei
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +104,8 @@ class _Tail:
 
     keys: torch.Tensor
     """[1, groups, N, size] of the packed tail tokens."""
-    storage: KeysValues
-    """Where they belong, beside the prefixes."""
+    storage: KeysValues | None
+    """Where they belong, beside the prefixes; None where there are no prefixes."""
     layout: Layout
     """How they are laid out there."""
 
@@ -113,12 +113,12 @@ class _Tail:
 class TailCache(DynamicCache):
     """A cache whose prefixes are fixed: `update` returns the tail's keys with the places that they belong to."""
 
-    def __init__(self, caches: dict[int, KeysValues], layout: Layout):
+    def __init__(self, caches: Mapping[int, KeysValues], layout: Layout):
         super().__init__()
         self.caches, self.layout = caches, layout
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # noqa: D102
-        return _Tail(key_states, self.caches[layer_idx], self.layout), value_states
+        return _Tail(key_states, self.caches.get(layer_idx), self.layout), value_states
 
     def get_seq_length(self, *args, **kwargs) -> int:  # noqa: D102
         return 0
@@ -162,12 +162,15 @@ class _TailAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, storage: KeysValues, layout: Layout, bias, scale: float, softcap: float):
+    def forward(ctx, query, key, value, storage: KeysValues | None, layout: Layout, bias, scale: float, softcap: float):
         (rows, tail), prefix = layout.shape, layout.prefix
         heads, groups = query.shape[1], key.shape[1]
         row, place = layout.row.to(query.device), layout.place.to(query.device)
-        storage.keys[row, :, prefix + place] = key
-        storage.values[row, :, prefix + place] = value
+        if storage is None:
+            storage = KeysValues(*(_laid_out(part, rows, tail, row, place) for part in (key, value)))
+        else:
+            storage.keys[row, :, prefix + place] = key
+            storage.values[row, :, prefix + place] = value
         keys, values = (part.flatten(0, 1) for part in (storage.keys, storage.values))  # [R groups, P + S, size]
         queries = _laid_out(query, rows, tail, row, place).view(rows * groups, -1, query.shape[2])
         scores = torch.bmm(queries, keys.mT)  # [R groups, heads / groups * S, P + S]

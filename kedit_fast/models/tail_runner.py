@@ -185,6 +185,51 @@ class TailRunner:
             ).last_hidden_state
         return _Gather.apply(hidden.flatten(0, 1), wanted.to(hidden.device))
 
+    @plain_torch()
+    def run_states(self, states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        """Last hidden states of some tokens of whole rows, from states that leave the sites' block.
+
+        For runners that `whole_rows` makes. Differentiable in `states`.
+
+        Args:
+            states: [N, h] of the rows' tokens, one row after another without padding.
+            wanted: [n] int64, indices into these, without repetition.
+
+        Returns:
+            [n, h].
+
+        Cost: the blocks above the sites' layer; in the last one the MLP runs on the wanted tokens alone.
+        """
+        last, first = self.view.num_layers - 1, self.first_live
+        ids, positions = (part.flatten()[self.tokens] for part in (self.ids, self.positions))
+        wanted = wanted.to(states.device)
+        mask, cache, attention = None, None, contextlib.nullcontext()
+        if first > last:  # the norm alone is left: it needs no other token
+            states, ids, positions = (_Gather.apply(states, wanted), ids[wanted.to(ids.device)], positions[wanted])
+            wanted = torch.arange(len(wanted), device=states.device)
+            entering, picks = states[None], {}
+            ids, positions = ids[None], positions[None]
+        elif self.layout is not None:
+            entering, ids, positions = states[None], ids[None], positions[None]
+            cache, attention = tail_attention.TailCache({}, self.layout), tail_attention.installed(self.view)
+            picks = {last: wanted}
+        else:
+            here = self.tokens.to(states.device)
+            entering = _Scatter.apply(states, here, self.inside.numel()).view(*self.inside.shape, -1)
+            wanted = here[wanted]
+            ids, positions, mask = self.ids, self.positions, self.mask
+            picks = {layer: wanted if layer == last else here for layer in range(first, last + 1)}
+        below = stubs(self.view, Entering(first, entering, self.returns_tuple))
+        with replaced_forwards({**below, **_packed_mlps(self.view, picks)}), attention:
+            hidden = self.view.base(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            ).last_hidden_state
+        return _Gather.apply(hidden.flatten(0, 1), wanted.to(hidden.device))
+
     def _fresh_cache(self) -> DynamicCache | None:
         """A new Cache object, each pass appends the tail to it; None without prefixes: older models want none."""
         if self.prefix == 0:
@@ -282,6 +327,33 @@ def record_tails(
         caches=caches,
     )
     return runner, full_pass.site_outputs, full_pass.reference
+
+
+def whole_rows(view: ModelView, batch: TokenBatch, layer: int, packs_rows: bool, returns_tuple: bool) -> TailRunner:
+    """A runner of whole rows for `run_states`: what leaves block `layer` is given in each pass, nothing is recorded.
+
+    Args:
+        view: the model, in evaluation mode.
+        batch: R rows.
+        layer: the block whose output is given.
+        packs_rows: whether the tokens of all rows are to run as one row, under `tail_attention`.
+        returns_tuple: whether blocks of this version of transformers return tuples.
+    """
+    assert batch.attention_mask is not None
+    return TailRunner(
+        view=view,
+        sites=(Site(layer, "block"),),
+        packs_rows=packs_rows,
+        returns_tuple=returns_tuple,
+        prefix=0,
+        lookup=torch.zeros(len(batch.input_ids), dtype=torch.int64, device=batch.input_ids.device),
+        ids=batch.input_ids,
+        positions=batch.position_ids,
+        inside=batch.attention_mask.bool(),
+        mask=batch.attention_mask,
+        entering=None,
+        caches={},
+    )
 
 
 class _FullPass(NamedTuple):

@@ -25,10 +25,12 @@ from kedit_fast.models.forward import (
     hidden_of,
     last_states,
     module_at,
+    pad,
     starts_midway,
     stubs,
     with_hidden,
 )
+from kedit_fast.models.head import sample_rows
 from kedit_fast.models.patching import output_hooks, replaced_forwards
 from kedit_fast.models.view import ModelView
 from kedit_fast.support.torch_state import plain_torch
@@ -212,3 +214,59 @@ def record_whole(
     )
     at_sites = torch.stack([outputs[site].to(view.device) for site in sites], 1)
     return runner, at_sites, states[chosen, lookup.to(states.device)[chosen]]
+
+
+@plain_torch()
+def run_outputs(
+    view: ModelView,
+    layer: int,
+    batch: TokenBatch,
+    places: torch.Tensor,
+    entering: torch.Tensor | None,
+    outputs: torch.Tensor,
+    wanted: torch.Tensor,
+) -> torch.Tensor:
+    """Last states of some tokens with other outputs of a layer's edited module, differentiable in them.
+
+    Args:
+        view: the model, in evaluation mode.
+        layer: whose edited module's outputs are replaced.
+        batch: R rows of at most T tokens.
+        places: [N] int64, the places of the flattened [R * T] that hold a token.
+        entering: [N, h] states that enter the block; None to run from the embeddings.
+        outputs: [N, out] with the module's bias, in the dtype that passes compute in.
+        wanted: [n] int64, indices into the N tokens.
+
+    Returns:
+        [n, h], or [n, V] where passes give logits (`Head.matrix` is None).
+
+    Cost: the block and those above it; or all blocks.
+    """
+    shape = batch.input_ids.shape
+
+    def laid_out(packed: torch.Tensor) -> torch.Tensor:
+        here = places.to(packed.device)
+        return packed.new_zeros(shape.numel(), packed.shape[1]).index_copy(0, here, packed).view(*shape, -1)
+
+    def forward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        states = laid_out(outputs).to(hidden.device)
+        return states if hidden.ndim == 3 else states.flatten(0, 1)
+
+    start = {}
+    if entering is not None:
+        start = stubs(view, Entering(layer, laid_out(entering).to(outputs.dtype), view.once(_returns_tuple)))
+    with replaced_forwards({**start, view.edited_module(layer): forward}):
+        states = last_states(view, batch)
+    return states.flatten(0, 1)[places[wanted.to(places.device)].to(states.device)]
+
+
+def _returns_tuple(view: ModelView) -> bool:
+    """Whether blocks of this version of transformers return tuples."""
+    seen: list[bool] = []
+
+    def see(module: torch.nn.Module, args: tuple, output: Any) -> None:
+        seen.append(isinstance(output, tuple | list))
+
+    with torch.no_grad(), output_hooks([(view.block(0), see)]):
+        last_states(view, pad([sample_rows(view.model.config, view.vocabulary)[0][:2]], view.device))
+    return seen[-1]
