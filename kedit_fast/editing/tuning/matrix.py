@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from kedit_fast.editing.tuning.plain_steps import masked_adam_, masked_descent_
+from kedit_fast.ops import masked_adam_, masked_descent_
 from kedit_fast.support.dtypes import accumulation_dtype
 
 Optimizer = Literal["sgd", "adam"]
