@@ -47,6 +47,10 @@ class PatchError(KeditError, RuntimeError):
     """A patch cannot be read, written or applied; the model or checkpoint is as it was before."""
 
 
+class SideMemoryError(KeditError, RuntimeError):
+    """A memory beside the weights cannot be read, written, attached or merged; the model is as it was before."""
+
+
 class EvaluationError(KeditError, ArithmeticError):
     """A model cannot be measured: it gives no finite probabilities for a prompt, which is named."""
 

@@ -24,7 +24,18 @@ CSRC = Path(__file__).parent.parent / "csrc"
 
 _LOW = {"errors", "support"}
 _MODELS = {*_LOW, "ops", "models"}
-_EDITING = {*_MODELS, "backends", "reference", "kernels", "methods", "solver", "requests", "statistics", "patches"}
+_EDITING = {
+    *_MODELS,
+    "backends",
+    "reference",
+    "kernels",
+    "methods",
+    "solver",
+    "requests",
+    "statistics",
+    "patches",
+    "memories",
+}
 _ALL = {*_EDITING, "editing", "evaluation"}
 MAY_IMPORT: dict[str, set[str]] = {
     "_version": set(),
@@ -41,7 +52,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "requests": {*_LOW, "models"},
     "statistics": _MODELS,
     "patches": {*_MODELS, "solver"},
-    "evaluation": {*_MODELS, "requests", "patches"},
+    "memories": {*_MODELS, "solver", "methods", "patches"},
+    "evaluation": {*_MODELS, "requests", "patches", "memories"},
     "editing": _EDITING,
     "workflow": _ALL,
     "reports": {*_ALL, "workflow"},
@@ -66,6 +78,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "requests": _HUB,
     "statistics": {*_HUB, "datasets", "huggingface_hub"},
     "patches": {*_HUB, "peft"},
+    "memories": _HUB,
     "evaluation": {*_HUB, "nltk", "sklearn"},
     "editing": _HUB,
     "workflow": _HUB,
