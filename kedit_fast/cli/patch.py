@@ -57,7 +57,7 @@ def show(
         table.add_column(column, justify="right" if column in quantities else "left", overflow="fold")
     for name, module in about["modules"].items():
         shape = "{} x {}".format(*module["shape"]) + (", transposed" if module["transposed"] else "")
-        rank = f"{module['rank']}{', masked' if module['masked'] else ''}"
+        rank = f"{module['rank']}{', masked' if module['masked'] else ', dense' if module['dense'] else ''}"
         kl = harm.modules[name].predicted_kl
         predicted = [] if stats is None else ["" if kl is None else f"{kl:.3g}"]
         table.add_row(name, shape, rank, f"{module['norm']:.4g}", *predicted, module["dtype"], module["original"][:16])
@@ -167,11 +167,15 @@ def export(
 ) -> None:
     """Write a patch as a LoRA adapter."""
     loaded = Patch.load(patch)
-    ranks = export_lora(loaded, out, base_model=base_model, tolerance=tolerance, rank=rank, overwrite=overwrite)
+    modules = export_lora(loaded, out, base_model=base_model, tolerance=tolerance, rank=rank, overwrite=overwrite)
+    ranks = {name: module.rank for name, module in modules.items()}
+    errors = {name: module.error for name, module in modules.items()}
     if as_json:
-        print_json({"patch": str(patch), "out": str(out), "format": format_, "ranks": ranks})
+        about = {"patch": str(patch), "out": str(out), "format": format_}
+        print_json({**about, "ranks": ranks, "errors": errors})
         return
-    output.print(f"Ranks {comma_list(ranks.values())}; saved to {out}", markup=False)
+    left_out = f"|Delta - B A| / |Delta| {max(errors.values()):.2g} at most"
+    output.print(f"Ranks {comma_list(ranks.values())}, {left_out}; saved to {out}", markup=False)
 
 
 def _print_patch(patch: Patch, out: Path, as_json: bool) -> None:

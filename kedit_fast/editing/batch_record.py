@@ -10,7 +10,7 @@ import torch
 
 from kedit_fast.editing.ledger import Entry
 from kedit_fast.editing.solver_state import Committed
-from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
+from kedit_fast.solver.low_rank import update_of
 from kedit_fast.solver.normalizer import Normalizer
 
 
@@ -58,8 +58,7 @@ class BatchRecord:
         for number, about in enumerate(facts["entries"]):
             start = f"entry.{number}."
             parts = {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
-            update: Update = MaskedUpdate(**parts) if "bits" in parts else LowRankUpdate(**parts)
-            entries.append(Entry(about["name"], update, about["backend"]))
+            entries.append(Entry(about["name"], update_of(parts), about["backend"]))
         keys = {int(n.removeprefix("keys.")): tensor for n, tensor in tensors.items() if n.startswith("keys.")}
         normalizers = {}
         for shape in dict.fromkeys(name.split(".")[1] for name in tensors if name.startswith("normalizer.")):

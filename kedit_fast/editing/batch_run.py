@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 
@@ -33,7 +33,7 @@ from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.problems import OnError, require_no_problems
 from kedit_fast.requests.prompts import PreparedRequest
-from kedit_fast.solver.low_rank import LowRankUpdate, Update
+from kedit_fast.solver.low_rank import DenseUpdate, LowRankUpdate, Update, total_of
 from kedit_fast.solver.norm_anchor import DROPPED_ABOVE, anchored, norm_anchor
 from kedit_fast.solver.value_descent import Status
 from kedit_fast.support.dtypes import accumulation_dtype
@@ -48,6 +48,7 @@ ANCHOR_REQUESTS = 200
 MOST_ANCHOR_REQUESTS = 1000
 """Requests over which a norm anchor is measured, at most, as published."""
 
+Written = TypeVar("Written", LowRankUpdate, DenseUpdate)
 Phase = Literal["keys", "values", "solve", "write"]
 """What the time of a batch is counted to."""
 
@@ -281,14 +282,22 @@ class BatchRun:
         self.steps += columns.steps(values)
         self.rounds = rounds
 
-    def write(self, module: str, update: LowRankUpdate) -> LowRankUpdate:
-        """Add an update to a module's weight, within the limits of its norm; returns what was written."""
+    def write(self, module: str, update: Written) -> Written:
+        """Add an update to a module's weight, factors within the limits of its norm; returns what was written.
+
+        A dense update is the end of a tuning run, which has its own constraints: it is written as it is.
+        """
         name, weight = f"{module}.weight", self.context.modules[module]
-        left, right = (factor.to(weight.device) for factor in (update.left, update.right))
-        update = LowRankUpdate(left, right)  # a weight that is offloaded to the host is written there
+        # A weight that is offloaded to the host is written there.
+        moved = replace(update, **{part: tensor.to(weight.device) for part, tensor in vars(update).items()})
         self._weight_norms.setdefault(name, _norm(weight))
+        if isinstance(moved, DenseUpdate):
+            with self.timed("write"):
+                self.context.ledger.write(name, weight, moved)
+            self._record_update(name, moved)
+            return moved
         with self.timed("solve"):
-            limited = self.context.solver_state.limited(update, weight)
+            limited = self.context.solver_state.limited(moved, weight)
         with self.timed("write"):
             self.context.ledger.write(name, weight, limited)
         if self.writes_again:
@@ -338,7 +347,7 @@ class BatchRun:
             prefixes: the context prefixes.
         """
         norms = {
-            name: (self._norms[name][0] if len(updates) == 1 else _total_norm(updates))
+            name: (self._norms[name][0] if len(updates) == 1 else total_of(updates).norm())
             / max(self._weight_norms[name], 1e-30)
             for name, updates in self._updates.items()
         }
@@ -371,8 +380,3 @@ def request_weights(prepared: Sequence[PreparedRequest]) -> torch.Tensor | None:
 
 def _norm(weight: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(whole(weight), dtype=accumulation_dtype(weight)))
-
-
-def _total_norm(updates: Sequence[Update]) -> float:
-    joined = LowRankUpdate(torch.cat([u.left for u in updates], 1), torch.cat([u.right for u in updates], 1))
-    return joined.norm()

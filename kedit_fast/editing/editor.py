@@ -500,6 +500,7 @@ class Editor:
                 original, weight = self.ledger.original(name)
                 edits = self.ledger.total(name, without=earlier_steps)
                 earlier = self.ledger.total(name, only=earlier_steps)
+                assert isinstance(earlier, LowRankUpdate)  # the sum of such steps
                 change = restrain(edits, whole(original))
                 restrained[name] = change.rank
                 if change.rank or earlier.rank:

@@ -14,7 +14,6 @@ Of a matrix that is split over processes (`models.sharded`), each process writes
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +22,7 @@ import torch
 from kedit_fast.backends import requested, select
 from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.models.sharded import columns, like, local, whole
-from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
+from kedit_fast.solver.low_rank import DenseUpdate, LowRankUpdate, Update, total_of, update_of
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.matrix_bits import quick_sum
 from kedit_fast.support.process_group import in_any
@@ -37,14 +36,13 @@ class Entry:
     name: str
     """Of the matrix."""
     update: Update
-    """Its factors, fp32 (fp64 for an fp64 weight)."""
+    """Its factors or matrix, fp32 (fp64 for an fp64 weight)."""
     backend: str
     """The backend that wrote it, which a replay uses again."""
 
     def on(self, device: torch.device) -> Entry:
         """The same with its factors on a device."""
-        tensors = {name: tensor.to(device) for name, tensor in vars(self.update).items()}
-        return replace(self, update=type(self.update)(**tensors))
+        return replace(self, update=update_of({name: part.to(device) for name, part in vars(self.update).items()}))
 
 
 @dataclass
@@ -114,11 +112,8 @@ class _Matrix:
 
 
 def _contiguous(update: Update) -> Update:
-    """The same factors by rows: the rounding of a product may depend on how its operands lie in memory."""
-    left, right = update.left.contiguous(), update.right.contiguous()
-    if isinstance(update, MaskedUpdate):
-        return MaskedUpdate(left, right, update.bits.contiguous())
-    return LowRankUpdate(left, right)
+    """The same by rows: the rounding of a product may depend on how its operands lie in memory."""
+    return update_of({name: part.contiguous() for name, part in vars(update).items()})
 
 
 @dataclass(frozen=True)
@@ -170,7 +165,7 @@ class Ledger:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of originals, masters and factors."""
+        """Bytes of originals, masters and updates."""
         held = [t for m in self._matrices.values() for t in (m.original, m.master) if t is not None]
         factors = [t for batch in self.batches for entry in batch for t in vars(entry.update).values()]
         return sum(t.nbytes for t in (*held, *factors, *self._past.masters.values()))
@@ -222,10 +217,10 @@ class Ledger:
         Args:
             name: of the matrix; the same name must always come with the same weight.
             weight: [out, in] view on the model's memory, or a DTensor split over its inputs; written.
-            update: the factors.
+            update: its factors, or the matrix itself.
 
         Raises:
-            EditError: no open transaction, or factors that are not finite.
+            EditError: no open transaction, or an update that is not finite.
         """
         if self._open is None:
             raise EditError("write() belongs inside transaction()")
@@ -235,9 +230,11 @@ class Ledger:
         factors = _contiguous(update.compacted().to(accumulation_dtype(weight)))
         if not factors.is_finite():
             raise EditError(f"the update of {name} overflows float32")
-        copy = None if matrix.master is None else matrix.weight
-        args = (matrix.summed, factors.left, factors.right, copy)
-        runs = select("rank_k_update_", requested(None), *args).backend
+        runs = "torch"
+        if not isinstance(factors, DenseUpdate):
+            copy = None if matrix.master is None else matrix.weight
+            args = (matrix.summed, factors.left, factors.right, copy)
+            runs = select("rank_k_update_", requested(None), *args).backend
         self._add(matrix, Entry(name, factors, runs))
 
     @plain_torch(leave_inference_mode=False)
@@ -371,7 +368,7 @@ class Ledger:
                 raise InvalidArgumentError(f"the sum of some batches is not known{self._why_not_more()}")
             matrix = self._matrices[name]
             change = (matrix.summed.double() - matrix.original.double()).to(matrix.summed.dtype)
-            return LowRankUpdate.of_matrix(whole(like(matrix.of_model, change)))
+            return DenseUpdate(whole(like(matrix.of_model, change)))
         updates = [
             entry.update for number, batch in enumerate(self.batches, 1) for entry in batch
             if entry.name == name and number not in without and (only is None or number in only)
@@ -380,12 +377,7 @@ class Ledger:
             weight = self._matrices[name].of_model
             wide = accumulation_dtype(weight)
             return LowRankUpdate(*(torch.zeros(n, 0, dtype=wide, device=weight.device) for n in weight.shape))
-        if len(updates) == 1:
-            return updates[0]
-        if any(isinstance(update, MaskedUpdate) for update in updates):
-            dense = functools.reduce(torch.add, (update.dense() for update in updates))
-            return LowRankUpdate.of_matrix(dense)
-        return LowRankUpdate(torch.cat([u.left for u in updates], 1), torch.cat([u.right for u in updates], 1))
+        return total_of(updates)
 
     def _forget(self) -> None:
         """Drop matrices that no batch has written. They are unchanged, and others may change them."""

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import dataclass
 
 import torch
 
 from kedit_fast.errors import PatchError
 from kedit_fast.patches.patch import Patch
+from kedit_fast.solver.low_rank import DenseUpdate, LowRankUpdate, Update
 from kedit_fast.support.files import new_folder, write_file, write_text
 from kedit_fast.support.torch_state import plain_torch
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterModule:
+    """What an adapter has of one module's update."""
+
+    rank: int
+    """Of B A."""
+    error: float
+    """|Delta - B A| / |Delta| (Frobenius): what the adapter leaves out, and the rounding to its dtype."""
 
 
 @plain_torch()
@@ -25,11 +37,12 @@ def export_lora(
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     overwrite: bool = False,
-) -> dict[str, int]:
+) -> dict[str, AdapterModule]:
     """Write a folder that `peft.PeftModel.from_pretrained(model, folder)` loads, whole or not at all.
 
     The model then computes W x + B (A x) where the edited one computes round(W + B A) x, so the two differ by rounding.
-    The patch is compacted first; A and B share the norm of each direction equally.
+    The patch is compacted first; A and B share the norm of each direction equally. A tuned matrix (a dense update) has
+    full rank unless a tolerance or a rank says otherwise; the returned errors say what is left out.
 
     Args:
         patch: the edits.
@@ -40,7 +53,7 @@ def export_lora(
         overwrite: replace an existing folder.
 
     Returns:
-        module -> rank.
+        module -> the rank of its part of the adapter, and how far that is from the patch.
 
     Raises:
         PatchError: peft is not installed, weights overflow `dtype`, the patch mixes orientations, or the folder cannot
@@ -56,8 +69,10 @@ def export_lora(
             "the patch has matrices stored [in, out] and [out, in]: an adapter has one orientation for all"
         )
     compacted = patch.compacted(tolerance, rank)
-    tensors, ranks = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    modules: dict[str, AdapterModule] = {}
     for name, update in compacted.updates.items():
+        assert isinstance(update, LowRankUpdate)  # compacted
         if update.rank == 0:
             continue  # an update of zeros
         right, left = update.right.T.to(dtype).contiguous(), update.left.to(dtype).contiguous()
@@ -65,9 +80,10 @@ def export_lora(
             raise PatchError(f"the update of {name} overflows {dtype}")
         tensors[f"base_model.model.{name}.lora_A.weight"] = right
         tensors[f"base_model.model.{name}.lora_B.weight"] = left
-        ranks[name] = update.rank
-    if not ranks:
+        modules[name] = AdapterModule(update.rank, _error(patch.updates[name], LowRankUpdate(left, right.T)))
+    if not modules:
         raise PatchError("the patch changes nothing: there is no adapter to write")
+    ranks = {name: module.rank for name, module in modules.items()}
     largest = max(ranks.values())
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
@@ -88,4 +104,14 @@ def export_lora(
         settings["target_modules"].sort()  # peft writes a set, in any order
         write_text(work / CONFIG, json.dumps(settings, indent=2, sort_keys=True) + "\n", PatchError)
         write_file(work / WEIGHTS, tensors, {"format": "pt"}, PatchError)
-    return ranks
+    return modules
+
+
+def _error(update: Update, adapter: LowRankUpdate) -> float:
+    """|Delta - B A| / |Delta|."""
+    if isinstance(update, LowRankUpdate):
+        pairs = ((update.left, -adapter.left), (update.right, adapter.right))
+        gap = LowRankUpdate(*(torch.cat([one.double(), two.double()], 1) for one, two in pairs)).norm()
+    else:
+        gap = DenseUpdate(update.dense() - adapter.to(torch.float32).dense()).norm()
+    return gap / max(update.norm(), 1e-30)

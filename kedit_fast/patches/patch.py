@@ -1,7 +1,8 @@
 """Patches: the updates of a run of edits as one file, to be applied to any copy of the model and reverted there.
 
 It is a safetensors file. Tensors: `{module}.left` [out, k] and `{module}.right` [in, k] with Delta = left right^T, and
-for a masked update (RECT) `{module}.mask` [out, ceil(in / 8)] uint8. Metadata: `format_version`, `kedit_fast`, `kind`,
+for a masked update (RECT) `{module}.mask` [out, ceil(in / 8)] uint8; or, of a tuned matrix, `{module}.delta` [out, in].
+A file with such a matrix has format 2, others have format 1. Metadata: `format_version`, `kedit_fast`, `kind`,
 `method`, `configuration`, `requests`, and `targets`: for each module the SHA-256 of the matrix W_0 that the update is
 for, the SHA-256 of the matrix that the editor left, their dtype, and whether it is stored transposed (transformers'
 Conv1D).
@@ -22,14 +23,15 @@ from kedit_fast._version import __version__
 from kedit_fast.errors import PatchError, UnsupportedModelError
 from kedit_fast.models.editable import require_own
 from kedit_fast.patches.swap import Applied, Prepared, linear_weight_of
-from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
+from kedit_fast.solver.low_rank import DenseUpdate, MaskedUpdate, Update, total_of, update_of
 from kedit_fast.solver.shaping import compact
 from kedit_fast.support.dtypes import accumulation_dtype, dtype_name
 from kedit_fast.support.files import read_file, write_file
 from kedit_fast.support.matrix_bits import sha256
 from kedit_fast.support.torch_state import plain_torch
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION, DENSE_VERSION = "1", "2"
+_ENDS = {"left": "left", "right": "right", "bits": "mask", "delta": "delta"}  # field of an update -> end of its name
 KIND = "kedit_fast patch"
 
 
@@ -87,14 +89,14 @@ class Patch:
     @plain_torch()
     def save(self, path: str | os.PathLike) -> None:
         """Write the file, whole or not at all; raises PatchError when it cannot be written."""
-        tensors = {}
-        for name, update in self.updates.items():
-            tensors[f"{name}.left"] = update.left.detach().cpu().contiguous()
-            tensors[f"{name}.right"] = update.right.detach().cpu().contiguous()
-            if isinstance(update, MaskedUpdate):
-                tensors[f"{name}.mask"] = update.bits.cpu().contiguous()
+        tensors = {
+            f"{name}.{_ENDS[part]}": tensor.detach().cpu().contiguous()
+            for name, update in self.updates.items()
+            for part, tensor in vars(update).items()
+        }
+        is_dense = any(isinstance(update, DenseUpdate) for update in self.updates.values())
         metadata = {
-            "format_version": FORMAT_VERSION,
+            "format_version": DENSE_VERSION if is_dense else FORMAT_VERSION,
             "kind": KIND,
             "kedit_fast": __version__,
             "method": self.method,
@@ -115,17 +117,17 @@ class Patch:
         tensors, metadata = read_file(path, PatchError)
         if metadata.get("kind") != KIND:
             raise PatchError(f"{path} is not a patch of kedit_fast")
-        if metadata.get("format_version") != FORMAT_VERSION:
+        if metadata.get("format_version") not in (FORMAT_VERSION, DENSE_VERSION):
             raise PatchError(
-                f"{path} has patch format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}"
+                f"{path} has patch format {metadata.get('format_version')}, this version reads {FORMAT_VERSION} and "
+                f"{DENSE_VERSION}"
             )
         try:
             targets = {name: Target(**fields) for name, fields in json.loads(metadata["targets"]).items()}
             updates: dict[str, Update] = {}
             for name in targets:
-                left, right = tensors.pop(f"{name}.left"), tensors.pop(f"{name}.right")
-                bits = tensors.pop(f"{name}.mask", None)
-                updates[name] = LowRankUpdate(left, right) if bits is None else MaskedUpdate(left, right, bits)
+                ends = {part: f"{name}.{end}" for part, end in _ENDS.items()}
+                updates[name] = update_of({part: tensors.pop(end) for part, end in ends.items() if end in tensors})
             if tensors:
                 raise ValueError(f"it holds {sorted(tensors)[0]}, which belongs to no module")
             requests = tuple(json.loads(metadata["requests"]))
@@ -136,12 +138,12 @@ class Patch:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything that the patch adds: module paths, factors and masks."""
+        """SHA-256 of everything that the patch adds: module paths, factors, masks and matrices."""
         digest = hashlib.sha256()
         for name, update in sorted(self.updates.items()):
-            digest.update(f"{name} {sha256(update.left)} {sha256(update.right)}".encode())
-            if isinstance(update, MaskedUpdate):
-                digest.update(sha256(update.bits).encode())
+            hashes = {part: sha256(tensor) for part, tensor in vars(update).items()}
+            digest.update(" ".join([name, *(hashes[part] for part in hashes if part != "bits")]).encode())
+            digest.update(hashes.get("bits", "").encode())
         return digest.hexdigest()
 
     def about(self) -> dict[str, Any]:
@@ -150,9 +152,10 @@ class Patch:
         for name, update in self.updates.items():
             target = self.targets[name]
             modules[name] = {
-                "shape": [update.left.shape[0], update.right.shape[0]],
+                "shape": list(update.shape),
                 "rank": update.rank,
                 "masked": isinstance(update, MaskedUpdate),
+                "dense": isinstance(update, DenseUpdate),
                 "norm": update.norm(),
                 **vars(target),
             }
@@ -167,9 +170,8 @@ class Patch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the factors and masks."""
-        masks = sum(u.bits.nbytes for u in self.updates.values() if isinstance(u, MaskedUpdate))
-        return masks + sum(update.left.nbytes + update.right.nbytes for update in self.updates.values())
+        """Bytes of the factors, masks and matrices."""
+        return sum(tensor.nbytes for update in self.updates.values() for tensor in vars(update).values())
 
     @plain_torch()
     def compacted(self, tolerance: float = 0.0, rank: int | None = None) -> Patch:
@@ -182,7 +184,7 @@ class Patch:
         Raises:
             PatchError: a tolerance outside [0, 1), or a rank below 1.
 
-        Cost: per module a QR of both factors and an SVD of a [k, k] matrix; for a masked update an SVD of Delta.
+        Cost: per module a QR of both factors and an SVD of a [k, k] matrix; for others an SVD of Delta.
         """
         if not 0 <= tolerance < 1:
             raise PatchError(f"tolerance must be at least 0 and below 1; got {tolerance}")
@@ -237,8 +239,7 @@ class Patch:
             transposed: whether the model stores it as [in, out].
             force: check shape and orientation only.
         """
-        update, target = self.updates[name], self.targets[name]
-        shape = [update.left.shape[0], update.right.shape[0]]
+        target, shape = self.targets[name], list(self.updates[name].shape)
         if list(weight.shape) != shape or transposed != target.transposed:
             here, there = (" stored transposed" if flag else "" for flag in (transposed, target.transposed))
             raise PatchError(f"{name} is {list(weight.shape)}{here}, the patch is for {shape}{there}")
@@ -274,11 +275,7 @@ def patched(update: Update, weight: torch.Tensor, name: str, alpha: float = 1.0)
     """
     result = weight.clone()
     wide = update.to(accumulation_dtype(weight))
-    left, right = wide.left.to(weight.device), wide.right.to(weight.device)
-    if isinstance(wide, MaskedUpdate):
-        MaskedUpdate(left, right, wide.bits.to(weight.device)).apply_(result, alpha)
-    else:
-        LowRankUpdate(left, right).apply_(result, alpha)
+    update_of({part: tensor.to(weight.device) for part, tensor in vars(wide).items()}).apply_(result, alpha)
     if not bool(torch.isfinite(result).all()):
         raise PatchError(f"{name} is not finite with the patch")
     return result
@@ -302,21 +299,21 @@ def merge(patches: Sequence[Patch], force: bool = False) -> Patch:
     """
     if not patches:
         raise PatchError("no patches to merge")
-    updates: dict[str, list[Update]] = {}
+    merged: dict[str, list[Patch]] = {}
     targets: dict[str, Target] = {}
     for number, patch in enumerate(patches, 1):
-        for name, update in patch.updates.items():
+        for name in patch.updates:
             if name not in targets:
-                updates[name], targets[name] = [update], patch.targets[name]
+                merged[name], targets[name] = [patch], patch.targets[name]
                 continue
-            follows = _check_mergeable(number, name, patch, updates[name], targets[name], force)
-            updates[name].append(update)
+            follows = _check_mergeable(number, name, patch, merged[name], targets[name], force)
+            merged[name].append(patch)
             targets[name] = replace(targets[name], result=patch.targets[name].result if follows else "")
     methods = list(dict.fromkeys(patch.method for patch in patches))
     configurations = [dict(patch.configuration) for patch in patches]
     same = all(configuration == configurations[0] for configuration in configurations)
     return Patch(
-        {name: _sum(parts) for name, parts in updates.items()},
+        {name: _sum([part.updates[name] for part in parts]) for name, parts in merged.items()},
         targets,
         ", ".join(methods),
         configurations[0] if same else {"merged": configurations},
@@ -325,12 +322,11 @@ def merge(patches: Sequence[Patch], force: bool = False) -> Patch:
 
 
 def _check_mergeable(
-    number: int, name: str, patch: Patch, earlier: Sequence[Update], merged: Target, force: bool
+    number: int, name: str, patch: Patch, earlier: Sequence[Patch], merged: Target, force: bool
 ) -> bool:
     """Whether a patch was made on what the ones before it left; raises PatchError where it cannot be merged."""
-    update, target = patch.updates[name], patch.targets[name]
-    shapes = {(len(u.left), len(u.right)) for u in (update, earlier[0])}
-    if len(shapes) > 1 or target.transposed != merged.transposed:
+    target = patch.targets[name]
+    if patch.updates[name].shape != earlier[0].updates[name].shape or target.transposed != merged.transposed:
         raise PatchError(f"patch {number} is for another shape of {name}")
     follows = merged.result != "" and target.original == merged.result
     same_original = target.original == merged.original
@@ -339,7 +335,7 @@ def _check_mergeable(
             f"patch {number} is for another {name} than the ones before it: neither the same matrix nor what "
             "they leave. Forced, the merged edits may say something else, or harm"
         )
-    if not force and not follows and any(_begins_alike(update, other) for other in earlier):
+    if not force and not follows and any(_begins_alike(name, patch, other) for other in earlier):
         raise PatchError(
             f"patch {number} and one before it begin with the same updates of {name}: patches of one editor "
             "hold all it wrote, so the last one is enough"
@@ -347,27 +343,25 @@ def _check_mergeable(
     return follows
 
 
-def _begins_alike(one: Update, other: Update) -> bool:
-    """Whether the factors of one of two updates are the first ones of the other."""
-    k = min(one.rank, other.rank)
-    return (
-        k > 0
-        and torch.equal(one.left[:, :k].cpu(), other.left[:, :k].cpu())
-        and torch.equal(one.right[:, :k].cpu(), other.right[:, :k].cpu())
-    )
+def _begins_alike(name: str, patch: Patch, other: Patch) -> bool:
+    """Whether one of two patches has the other one's updates of a module: its factors first, or its matrix.
+
+    Of two matrices that were tuned from the same one, the one whose requests begin with those of the other has them in
+    it, as later patches of one editor do.
+    """
+    mine, others = patch.updates[name], other.updates[name]
+    if isinstance(mine, DenseUpdate) and isinstance(others, DenseUpdate):
+        count = min(len(patch.requests), len(other.requests))
+        same_requests = count > 0 and patch.requests[:count] == other.requests[:count]
+        return same_requests or torch.equal(mine.delta.cpu(), others.delta.cpu())
+    if isinstance(mine, DenseUpdate) or isinstance(others, DenseUpdate):
+        return False
+    k = min(mine.rank, others.rank)
+    factors = ((mine.left, others.left), (mine.right, others.right))
+    return k > 0 and all(torch.equal(one[:, :k].cpu(), two[:, :k].cpu()) for one, two in factors)
 
 
 def _sum(parts: Sequence[Update]) -> Update:
-    """The sum of updates: their factors side by side; the matrix itself where one of several has a mask."""
-    if len(parts) == 1:
-        return parts[0]
-    parts = [part.cpu() for part in parts]
-    if any(isinstance(part, MaskedUpdate) for part in parts):
-        matrices = [part.dense() for part in parts]
-        dense = torch.zeros_like(matrices[0])
-        for matrix in matrices:
-            dense = dense + matrix
-        return LowRankUpdate(dense, torch.eye(dense.shape[1], dtype=dense.dtype)).compacted()
-    left = torch.cat([part.left.to(accumulation_dtype(part.left)) for part in parts], 1)
-    right = torch.cat([part.right.to(accumulation_dtype(part.right)) for part in parts], 1)
-    return LowRankUpdate(left, right).compacted()
+    """The sum of updates on the host, in fp32 at least."""
+    wide = [part.to(accumulation_dtype(next(iter(vars(part).values())))).cpu() for part in parts]
+    return parts[0] if len(parts) == 1 else total_of(wide).compacted()

@@ -48,8 +48,7 @@ def predicted_kl(update: Update | torch.Tensor, input_moment: torch.Tensor, outp
         >>> predicted_kl(update, torch.eye(3), torch.eye(2))  # both moments the identity: half of |Delta|^2
         62.5
     """
-    is_factored = isinstance(update, LowRankUpdate)
-    shape = list(update.shape) if isinstance(update, torch.Tensor) else [len(update.left), len(update.right)]
+    shape = list(update.shape)
     moments = [list(output_moment.shape), list(input_moment.shape)]
     if len(shape) != 2 or moments != [[n, n] for n in shape]:
         raise InvalidArgumentError(
@@ -57,7 +56,7 @@ def predicted_kl(update: Update | torch.Tensor, input_moment: torch.Tensor, outp
             f"{moments[0]} and {moments[1]}"
         )
     out, d = shape
-    if is_factored and update.rank * (d * d + out * out) <= out * d * (out + d):
+    if isinstance(update, LowRankUpdate) and update.rank * (d * d + out * out) <= out * d * (out + d):
         product = _quadratic(update.left, output_moment) * _quadratic(update.right, input_moment)  # [k, k]
         return 0.5 * max(float(product.sum()), 0.0)
     dense = (update if isinstance(update, torch.Tensor) else update.dense()).to(input_moment.dtype)

@@ -1,8 +1,11 @@
-"""Updates as factors: Delta = left right^T, or a masked part of it."""
+"""Updates: as factors, Delta = left right^T, or a masked part of that; or as the matrix Delta itself."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import get_args
 
 import torch
 
@@ -10,6 +13,8 @@ from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.ops import rank_k_update_
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.torch_state import plain_torch
+
+_ROWS = 1024  # of a matrix that are in fp64 at once
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,11 @@ class _Factors:
             raise InvalidArgumentError(
                 f"left must be [out, k] and right [in, k]; got {list(self.left.shape)} and {list(self.right.shape)}"
             )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.left.shape[0], self.right.shape[0]
 
     @property
     def rank(self) -> int:
@@ -112,7 +122,7 @@ class MaskedUpdate(_Factors):
     @plain_torch()
     def from_mask(cls, update: LowRankUpdate, mask: torch.Tensor) -> MaskedUpdate:
         """The update whose entries are written where `mask` [out, in] is true."""
-        shape = (update.left.shape[0], update.right.shape[0])
+        shape = update.shape
         if mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise InvalidArgumentError(f"mask must be bool {list(shape)}; got {mask.dtype} {list(mask.shape)}")
         padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -shape[1] % 8)).unflatten(1, (-1, 8))
@@ -170,4 +180,108 @@ class MaskedUpdate(_Factors):
         return weight
 
 
-Update = LowRankUpdate | MaskedUpdate
+@dataclass(frozen=True)
+class DenseUpdate:
+    """Delta as a matrix: the end of a tuning run, of no low rank."""
+
+    delta: torch.Tensor
+    """[out, in]."""
+
+    def __post_init__(self) -> None:
+        if self.delta.ndim != 2:
+            raise InvalidArgumentError(f"delta must be [out, in]; got {list(self.delta.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.delta.shape[0], self.delta.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """min(out, in), an upper bound of the rank of Delta."""
+        return min(self.delta.shape)
+
+    def is_finite(self) -> bool:
+        """Whether all entries are finite."""
+        return bool(torch.isfinite(self.delta).all())
+
+    def dense(self) -> torch.Tensor:
+        """Delta as a matrix [out, in]."""
+        return self.delta
+
+    @plain_torch()
+    def norm(self) -> float:
+        """|Delta| (Frobenius), summed in fp64 row by row."""
+        rows = torch.stack([part.double().square().sum() for part in self.delta.split(_ROWS)])
+        return float(rows.sum().sqrt())
+
+    def to(self, dtype: torch.dtype) -> DenseUpdate:
+        """The matrix in another dtype."""
+        return DenseUpdate(self.delta.to(dtype))
+
+    def cpu(self) -> DenseUpdate:
+        """The matrix on the host."""
+        return DenseUpdate(self.delta.cpu())
+
+    def columns(self, part: slice) -> DenseUpdate:
+        """Some columns of Delta alone."""
+        return DenseUpdate(self.delta[:, part])
+
+    def compacted(self) -> DenseUpdate:
+        """Itself: there are no factors."""
+        return self
+
+    @plain_torch(leave_inference_mode=False)
+    def apply_(
+        self,
+        weight: torch.Tensor,
+        alpha: float = 1.0,
+        *,
+        copy: torch.Tensor | None = None,
+        backend: str | None = None,
+    ) -> torch.Tensor:
+        """Add alpha Delta to `weight` [out, in] in place, in fp32 (fp64 for fp64 weights), rounded once.
+
+        `copy` receives the rounded result. There is one implementation, torch's, whatever `backend` says.
+        """
+        if self.delta.shape != weight.shape:
+            raise InvalidArgumentError(f"delta is {list(self.delta.shape)}, the weight {list(weight.shape)}")
+        wide = accumulation_dtype(weight)
+        if weight.dtype == wide:
+            weight.add_(self.delta.to(wide), alpha=alpha)
+        else:
+            weight.copy_(weight.to(wide).add_(self.delta, alpha=alpha))
+        if copy is not None:
+            copy.copy_(weight)
+        return weight
+
+
+Update = LowRankUpdate | MaskedUpdate | DenseUpdate
+"""What is added to a matrix."""
+
+
+def update_of(tensors: Mapping[str, torch.Tensor]) -> Update:
+    """The update whose fields are these tensors: what `vars(update)` gave.
+
+    Raises:
+        ValueError: no kind of update has these fields.
+    """
+    for kind in get_args(Update):
+        if {one.name for one in fields(kind)} == set(tensors):
+            return kind(**tensors)
+    raise ValueError(f"no update has the parts {sorted(tensors)}")
+
+
+@plain_torch()
+def total_of(updates: Sequence[Update]) -> Update:
+    """The sum of updates of one matrix: factors side by side, or the sum as a matrix where one has a mask or is dense.
+
+    Args:
+        updates: at least one, on one device.
+    """
+    if len(updates) == 1:
+        return updates[0]
+    factors = [update for update in updates if isinstance(update, LowRankUpdate)]
+    if len(factors) == len(updates):
+        return LowRankUpdate(torch.cat([u.left for u in factors], 1), torch.cat([u.right for u in factors], 1))
+    return DenseUpdate(functools.reduce(torch.add, (update.dense() for update in updates)))

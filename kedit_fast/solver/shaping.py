@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kedit_fast.errors import InvalidArgumentError
-from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate, Update
+from kedit_fast.solver.low_rank import DenseUpdate, LowRankUpdate, MaskedUpdate, Update
 from kedit_fast.support.torch_state import plain_torch
 
 RECT_EPSILON = 1e-8  # added to the weight, as published
@@ -62,20 +62,20 @@ def compact(update: Update, tolerance: float = 0.0, rank: int | None = None) -> 
         tolerance: bound of |Delta - Delta'| / |Delta| (Frobenius); 0 drops only what is rounding.
         rank: upper limit of the number of factors, whatever the error; None for no limit.
 
-    Cost: that of `spectrum`; of a masked update an SVD of Delta.
+    Cost: that of `spectrum`; of a masked or dense update an SVD of Delta.
     """
-    if isinstance(update, MaskedUpdate):
+    if not isinstance(update, LowRankUpdate):
         u, s, vh = torch.linalg.svd(update.dense().double(), full_matrices=False)
         v = vh.T
     else:
         u, s, v = spectrum(update.to(torch.float64))
     sizes = s.cpu()  # torch's cumulative sums on a GPU have no fixed order
     left_out = sizes.square().flip(0).cumsum(0).flip(0).sqrt()  # |Delta - Delta'| when the directions from here on go
-    rounding = torch.finfo(torch.float64).eps * max(len(update.left), len(update.right))
+    rounding = torch.finfo(torch.float64).eps * max(update.shape)
     k = int((left_out > max(tolerance, rounding) * sizes.norm()).sum())
     k = k if rank is None else min(k, rank)
-    root = s[:k].sqrt()
-    return LowRankUpdate((u[:, :k] * root).to(update.left.dtype), (v[:, :k] * root).to(update.left.dtype))
+    root, dtype = s[:k].sqrt(), (update.delta if isinstance(update, DenseUpdate) else update.left).dtype
+    return LowRankUpdate((u[:, :k] * root).to(dtype), (v[:, :k] * root).to(dtype))
 
 
 @plain_torch()

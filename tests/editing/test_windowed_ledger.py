@@ -11,7 +11,7 @@ from support import make_editor, same, weights
 from kedit_fast import EditRequest
 from kedit_fast.editing.ledger import Ledger
 from kedit_fast.errors import EditError, InvalidArgumentError, MethodError, StatisticsError
-from kedit_fast.solver.low_rank import LowRankUpdate, MaskedUpdate
+from kedit_fast.solver.low_rank import DenseUpdate, LowRankUpdate, MaskedUpdate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NULL_SPACE = {"nullspace_rule": "energy", "nullspace_threshold": 0.3, "L2": 2.0}
@@ -31,6 +31,10 @@ def masked():
     return MaskedUpdate.from_mask(update(), torch.rand(20, 30) < 0.4)
 
 
+def dense():
+    return DenseUpdate(torch.randn(20, 30, dtype=torch.float64) * 0.1)
+
+
 def write(ledger, weight, updates):
     for one in updates:
         with ledger.transaction():
@@ -45,7 +49,7 @@ def test_rollback_within_the_window_gives_the_bits_of_the_full_ledger(dtype, tra
     weight = stored.T if transposed else stored
     ledger, original, after = Ledger(window), weight.clone(), [weight.clone()]
     for number in range(40):
-        write(ledger, weight, [masked() if number % 5 == 2 else update()])
+        write(ledger, weight, [{2: masked, 4: dense}.get(number % 5, update)()])
         after.append(weight.clone())
         assert len(ledger.batches) <= window + max(1, window // 4) + 1 and ledger.count == number + 1
     assert ledger.reach == window and torch.equal(weight, after[-1])

@@ -579,8 +579,9 @@ def test_peft_loads_the_adapter_with_the_edited_models_logits(kind, dtype, tmp_p
     updates = dict(patch.updates)
     updates[names[1]] = LowRankUpdate(*(t[:, :2] for t in (updates[names[1]].left, updates[names[1]].right)))
     patch = Patch(updates, patch.targets, "test")
-    ranks = export_lora(patch, tmp_path / "adapter")
-    assert list(ranks.values()) == [4, 2]
+    modules = export_lora(patch, tmp_path / "adapter")
+    assert [module.rank for module in modules.values()] == [4, 2]
+    assert all(module.error < 1e-6 for module in modules.values())
     adapted = peft.PeftModel.from_pretrained(make_model(kind, dtype), tmp_path / "adapter").eval()
     ids = torch.arange(3, 20)[None]
     with torch.no_grad():
@@ -594,7 +595,12 @@ def test_peft_loads_the_adapter_with_the_edited_models_logits(kind, dtype, tmp_p
 def test_an_adapter_to_a_tolerance_and_its_refusals(edited, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     patch = edited.patch()
-    assert max(export_lora(patch, tmp_path / "one", rank=1, base_model="tiny").values()) == 1
+    cut = export_lora(patch, tmp_path / "one", rank=1, base_model="tiny")
+    assert max(module.rank for module in cut.values()) == 1
+    for name, module in cut.items():
+        delta = patch.updates[name].dense().double()
+        sizes = torch.linalg.svdvals(delta)
+        assert module.error == pytest.approx(float(sizes[1:].norm() / sizes.norm()), rel=1e-3)
     config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "tiny" and config["fan_in_fan_out"] is True and config["r"] == 1
     with pytest.raises(PatchError, match="exists"):
