@@ -41,6 +41,8 @@ from kedit_fast.cli.report import print_harm, print_metrics
 from kedit_fast.errors import KeditError, RequestError, UnsupportedModelError
 from kedit_fast.evaluation.contexts import CONTEXTS
 from kedit_fast.evaluation.evaluator import Average, Evaluator, evaluate
+from kedit_fast.evaluation.judge import Judge, Reads
+from kedit_fast.evaluation.metric import Metric
 from kedit_fast.evaluation.registry import select
 from kedit_fast.models.fingerprint import tokenizer_hash
 from kedit_fast.models.loading import DTYPES, load_config, load_model, load_tokenizer
@@ -81,6 +83,17 @@ def evaluation(
     field: Annotated[str, typer.Option(help="field of a record, or column, that holds the text")] = "text",
     choices: Annotated[
         Path | None, typer.Option(help="for metrics over multiple choice: records in MMLU's or TRAIT's form")
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="for metrics of defense (safe): a sequence classifier of answers, folder or hub name"),
+    ] = None,
+    judge_label: Annotated[
+        str | None,
+        typer.Option(help="with --judge: its label that means safe, name or number; by default the one called safe"),
+    ] = None,
+    judge_reads: Annotated[
+        Reads | None, choice(get_args(Reads), "with --judge: the answer alone, or prompt and answer as a pair of texts")
     ] = None,
     limit: Annotated[
         int | None,
@@ -130,7 +143,11 @@ def evaluation(
         raise typer.BadParameter("--stats is for what a --patch is predicted to do: give one")
     if requests is None and texts is None and choices is None:
         raise typer.BadParameter("give --requests, --texts or --choices to measure")
-    select(metrics)
+    judged = any(isinstance(metric, Metric) and metric.needs == "judge" for metric in select(metrics))
+    if judge is None and (judge_label is not None or judge_reads is not None):
+        raise typer.BadParameter("--judge-label and --judge-reads are about a judge: give --judge, too")
+    if judge is not None and not judged:
+        raise typer.BadParameter("--judge is for metrics that need one: --metrics safe")
     if out is not None:
         check_new(out, overwrite, KeditError)
     records = None
@@ -149,6 +166,7 @@ def evaluation(
     for path in (model, *filter(None, [base])):
         load_config(path, merge_adapter)
     place = checked_device(device)
+    classifier = None if judge is None else Judge(judge, judge_label, judge_reads or "answer", place)
 
     def load(path: str) -> tuple[Any, Any]:
         return load_model(path, DTYPES[dtype], place, device_map, merge_adapter)
@@ -161,6 +179,7 @@ def evaluation(
         "context": context,
         "texts": documents,
         "choices": items,
+        "judge": classifier,
         "prompt_format": None if chatting is None else chat_format(tokenizer, **chatting),
         "target_separator": target_separator,
         "spec": architecture,
@@ -201,6 +220,7 @@ def evaluation(
         "requests": None if records is None else f"{requests}: {len(records):,}",
         "texts": None if texts is None else f"{texts}: {len(documents):,}",
         "choices": None if choices is None else f"{choices}: {len(items):,}",
+        "judge": None if classifier is None else classifier.about,
         "in_context": context,
         "prompts": None if chatting is None else "in the tokenizer's chat template",
         **report.provenance(),

@@ -69,6 +69,8 @@ class Distributions:
     last: bool = False
     """Whether the last position alone is asked for. The text is a prompt then: in the prompt format of the run, never
     cut, and without the special tokens that the tokenizer adds at its end."""
+    answer: str = ""
+    """What is fed behind the text, a prompt as above: the positions that predict it are asked for."""
 
 
 Ask = Forced | Generated | Likelihood | Distributions

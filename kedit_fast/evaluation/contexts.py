@@ -65,7 +65,7 @@ def asked_in_context(ask: Ask, facts: Sequence[EditRequest], context: Context, t
     Of texts that count their prompts' tokens, the facts do not take any. What a text's likelihood, or distributions at
     all of its positions, would be with other tokens in front is another question.
     """
-    if not isinstance(ask, Forced | Generated) and not (isinstance(ask, Distributions) and ask.last):
+    if not isinstance(ask, Forced | Generated) and not (isinstance(ask, Distributions) and (ask.last or ask.answer)):
         return None
     plain = ask.text if isinstance(ask, Distributions) else ask.prompt
     prompt = plain

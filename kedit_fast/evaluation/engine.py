@@ -221,8 +221,8 @@ def scored(
 
 def _read(view: ModelView, rows: Mapping[Likelihood | Distributions, Row], put: Put, finite: bool) -> None:
     asks = list(rows)
-    for chunk in batches(range(len(asks)), lambda i: len(rows[asks[i]].prompt), BATCH_TOKENS):
-        part = [rows[asks[i]].prompt for i in chunk]
+    for chunk in batches(range(len(asks)), lambda i: rows[asks[i]].length, BATCH_TOKENS):
+        part = [(*rows[asks[i]].prompt, *rows[asks[i]].read) for i in chunk]
         hidden = last_states(view, pad(part, view.device))
         texts = [j for j, i in enumerate(chunk) if isinstance(asks[i], Likelihood)]
         answers: dict[Ask, Answer] = {}
@@ -237,8 +237,8 @@ def _read(view: ModelView, rows: Mapping[Likelihood | Distributions, Row], put: 
         for j, i in enumerate(chunk):
             ask = asks[i]
             if isinstance(ask, Distributions):
-                states = hidden[j, : len(part[j])]
-                states = (states[-1:] if ask.last else states).cpu().clone()
+                begin = len(rows[ask].prompt) - 1 if ask.last or ask.answer else 0
+                states = hidden[j, begin : len(part[j])].cpu().clone()
                 require_finite(states.sum(1), [ask], [len(states)])
                 answers[ask] = DistributionsAnswer(states, view.head)
         put(answers)

@@ -16,7 +16,8 @@ from kedit_fast.evaluation.asks import Answer, Ask, Generated
 from kedit_fast.evaluation.contexts import Context, asked_in_context, context_of
 from kedit_fast.evaluation.engine import answer_rows
 from kedit_fast.evaluation.generation import end_tokens
-from kedit_fast.evaluation.metric import Case, Derived, Measured, Metric, Scoring, State, Unit
+from kedit_fast.evaluation.judge import Judge
+from kedit_fast.evaluation.metric import Case, Derived, Fitting, Measured, Metric, Need, Scoring, State, Unit
 from kedit_fast.evaluation.registry import PROMPTS, SCORINGS, select
 from kedit_fast.evaluation.results import STATES, CaseScore, Evaluation, RecordScore, Result, measured, record_score
 from kedit_fast.evaluation.rows import Row, rows_of
@@ -42,6 +43,8 @@ _NONE: dict[Source, str] = {
     "choices": "it needs multiple choice (--choices)",
 }
 """Why a metric has no value where there are none of its records."""
+_MISSING: dict[Need, str] = {"judge": "it needs a judge (--judge)"}
+"""Why a metric has no value where what it needs was not given."""
 _KINDS: dict[Source, str] = {"requests": "request", "groups": "group", "texts": "text", "choices": "item"}
 
 
@@ -58,6 +61,7 @@ class Evaluator:
         metrics: see `registry.select`.
         texts: for metrics over natural text.
         choices: for metrics over multiple choice.
+        judge: a classifier of answers, for metrics of defense; without one they have no value.
         context: for the state "context", how the new fact stands in front of a prompt: "sentence", "triple", or a
             function of request and prompt; see `contexts.py`.
         prompt_format: what makes each prompt into the text that the model reads, for example `chat_format(tokenizer)`.
@@ -83,6 +87,7 @@ class Evaluator:
         *,
         texts: Sequence[str] = (),
         choices: Sequence[Any] = (),
+        judge: Judge | None = None,
         context: Context | str | None = None,
         prompt_format: PromptFormat | None = None,
         target_separator: str = AUTO,
@@ -103,12 +108,14 @@ class Evaluator:
         self.average: Average | None = average
         self.progress = progress
         self._folder = folder
+        self._judge = judge
         self._context = context_of(context)
         self._seed = seed
         self._settings = {
             "target_separator": target_separator,
             "prompt_format": prompt_format is not None,
             "seed": seed,
+            **({} if judge is None else {"judge": judge.about}),
         }
         self._groups = _groups(self.requests)
         self._records: dict[Source, Sequence[Any]] = {
@@ -145,7 +152,7 @@ class Evaluator:
             if metric.scoring not in self._scorings:
                 scoring = SCORINGS[metric.scoring]
                 if not isinstance(scoring, Scoring):
-                    scoring = scoring(self.tokenizer, self._records["texts"])
+                    scoring = scoring(Fitting(self.tokenizer, self._records["texts"], self._judge))
                 self._scorings[metric.scoring] = scoring
             scoring = self._scorings[metric.scoring]
             has_context = self._context is not None and prompts.over in ("requests", "groups")
@@ -372,7 +379,11 @@ class Evaluator:
         states: list[State] = [state for state in STATES if (state, source) in self._measured]
         states = [] if missing else states
         unit = self._unit(metric)
-        records = [self._record(metric, source, indices, states) for indices in self._scored_together(source, unit)]
+        together = self._scored_together(source, unit)
+        if (prepare := self._scorings[metric.scoring].together) is not None:
+            every = (g for indices in together for i in indices for g in self._given(metric, source, i, states))
+            prepare([(case, given) for case, _, by_state in every for given in by_state.values()])
+        records = [self._record(metric, source, indices, states) for indices in together]
         result: dict[State, Measured] = {}
         for state in states:
             counting = [
@@ -387,6 +398,8 @@ class Evaluator:
             reason = _NONE[source]
         else:
             reason = f"it compares with the state {missing[0]!r}, which was not measured{between}" if missing else ""
+        if metric.needs == "judge" and self._judge is None:
+            reason = _MISSING[metric.needs]
         return Result(metric, result, unit, reason), tuple(r for r in records if r.scores)
 
     def _unit(self, metric: Metric) -> Unit:
@@ -417,6 +430,21 @@ class Evaluator:
 
     def _case_scores(self, metric: Metric, source: Source, index: int, states: Sequence[State]) -> Iterator[CaseScore]:
         scoring = self._scorings[metric.scoring]
+        for case, answers, by_state in self._given(metric, source, index, states):
+            scores: dict[State, float] = {}
+            weights: dict[State, float] = {}
+            for state, given in by_state.items():
+                score = scoring.score(case, given)
+                if score is not None:
+                    scores[state] = float(score)
+                    weights[state] = 1.0 if scoring.weight is None else float(scoring.weight(case, given))
+            yield CaseScore(case, scores, answers, weights)
+
+    def _given(
+        self, metric: Metric, source: Source, index: int, states: Sequence[State]
+    ) -> Iterator[tuple[Case, dict[str, tuple[Answer, ...]], dict[State, dict[str, tuple[Answer, ...]]]]]:
+        """Each case of a record, its answers by state, and what a score of each state is made from."""
+        compared = self._scorings[metric.scoring].states
         for place, case in enumerate(self._cases[metric.prompts][index]):
             answers: dict[str, tuple[Answer, ...]] = {}
             for state in STATES:
@@ -424,17 +452,15 @@ class Evaluator:
                     asks = self._asks[metric.prompts, metric.scoring, state == "context"][index][place]
                     if asks is not None:
                         answers[state] = tuple(known[ask] for ask in asks)
-            scores: dict[State, float] = {}
-            weights: dict[State, float] = {}
-            for state in states:
-                if state not in answers or any(other not in answers for other in scoring.states):
-                    continue
-                given = {"now": answers[state], **{other: answers[other] for other in scoring.states}}
-                score = scoring.score(case, given)
-                if score is not None:
-                    scores[state] = float(score)
-                    weights[state] = 1.0 if scoring.weight is None else float(scoring.weight(case, given))
-            yield CaseScore(case, scores, answers, weights)
+            yield (
+                case,
+                answers,
+                {
+                    state: {"now": answers[state], **{other: answers[other] for other in compared}}
+                    for state in states
+                    if state in answers and all(other in answers for other in compared)
+                },
+            )
 
 
 def _groups(requests: Sequence[EditRequest]) -> list[tuple[int, ...]]:
@@ -478,6 +504,7 @@ def evaluate(
     patches: Sequence[Patch | str | os.PathLike] = (),
     texts: Sequence[str] = (),
     choices: Sequence[Any] = (),
+    judge: Judge | None = None,
     context: Context | str | None = None,
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
@@ -493,7 +520,7 @@ def evaluate(
     Args:
         model: the edited model; with `patches`, the unedited one, which has them for as long as it is measured.
         tokenizer: its tokenizer.
-        requests, metrics, texts, choices, context, prompt_format, target_separator, spec, average, seed, folder,
+        requests, metrics, texts, choices, judge, context, prompt_format, target_separator, spec, average, seed, folder,
             on_error, progress: see `Evaluator`.
         base: the unedited model; None: there are no values of before, unless `patches` are given.
         patches: patches of the model, or their files, in the order they were made.
@@ -529,6 +556,7 @@ def evaluate(
         metrics,
         texts=texts,
         choices=choices,
+        judge=judge,
         context=context,
         prompt_format=prompt_format,
         target_separator=target_separator,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kedit_fast.evaluation.asks import Answer, Ask
+from kedit_fast.evaluation.judge import Judge
 from kedit_fast.requests.probes import Probe
 from kedit_fast.requests.request import EditRequest
 
@@ -19,6 +20,8 @@ Within = Literal["mean", "mean of names", "any", "all"]
 the largest; "all": the smallest."""
 Better = Literal["higher", "lower", ""]
 """Which values are good; "" where it depends."""
+Need = Literal["", "judge"]
+"""What a metric needs beside a model and records; "" for nothing."""
 Unit = Literal["request", "group", "prompt"]
 """What is averaged over: requests, groups of requests (a case of MQuAKE), or single prompts."""
 
@@ -68,10 +71,24 @@ class Scoring:
     """The states that a score compares "now" with; "context" is not among them."""
     weight: Callable[[Case, Mapping[str, tuple[Answer, ...]]], float] | None = None
     """How much a case counts beside others in every mean (a text by its tokens); None: all alike."""
+    together: Callable[[Sequence[tuple[Case, Mapping[str, tuple[Answer, ...]]]]], None] | None = None
+    """Called with all cases and answers that will be scored, before the first one is: for what is cheaper together."""
 
 
-FittedScoring = Callable[[Any, Sequence[str]], Scoring]
-"""Makes the scoring of a run from its tokenizer and its texts, where it cannot be had without these."""
+@dataclass(frozen=True)
+class Fitting:
+    """What the scorings of a run are fitted to."""
+
+    tokenizer: Any
+    """The tokenizer of the model that is measured."""
+    texts: Sequence[str] = ()
+    """Natural texts."""
+    judge: Judge | None = None
+    """A classifier of answers."""
+
+
+FittedScoring = Callable[[Fitting], Scoring]
+"""Makes the scoring of a run, where it cannot be had without the run's tokenizer, texts or judge."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +112,8 @@ class Metric:
     better: Better = "higher"
     share: bool = True
     """Whether scores lie between 0 and 1, so that the mean of zeros and ones has Wilson's interval."""
+    needs: Need = ""
+    """Without it the metric has no value, and asks nothing."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from kedit_fast.evaluation.catalog import (
     negation,
     pitfalls,
     rippleedits,
+    safety,
     unke,
     wild,
     zsre,
@@ -43,6 +44,7 @@ CATALOG: tuple[ModuleType, ...] = (
     negation,
     choices,
     drift,
+    safety,
 )
 """The families, in the order of tables. Each has mappings PROMPTS and SCORINGS by name, a tuple METRICS, and, where
 some of its metrics need an optional package that is not installed, a mapping ABSENT from their ids to the reason."""

@@ -124,7 +124,7 @@ class _Remembering:
 def _row(
     view: ModelView, tokenizer: Any, ask: Ask, prompt_format: PromptFormat | None, target_separator: str, least: int
 ) -> Row:
-    if isinstance(ask, Likelihood) or (isinstance(ask, Distributions) and not ask.last):
+    if isinstance(ask, Likelihood) or (isinstance(ask, Distributions) and not ask.last and not ask.answer):
         length = min(ask.max_tokens, view.max_length)
         ids = tuple(tokenizer(ask.text, truncation=True, max_length=length)["input_ids"])
         least = least if isinstance(ask, Likelihood) else 1
@@ -136,6 +136,7 @@ def _row(
     written = None if getattr(ask, "plain", False) else prompt_format
     text = prompt_of(ask)
     target, separator = (ask.target, ask.separator) if isinstance(ask, Forced) else ("", AUTO)
+    target = ask.answer if isinstance(ask, Distributions) else target
     if isinstance(ask, Forced) and not target.strip():
         raise RequestError(f"the prompt {text!r} has an empty target")
     separator = target_separator if separator == AUTO else separator

@@ -25,7 +25,7 @@ from kedit_fast.evaluation.asks import (
 from kedit_fast.evaluation.catalog import conflicts, drift, negation, pitfalls
 from kedit_fast.evaluation.catalog.choices import TRAITS, names_an_option
 from kedit_fast.evaluation.evaluator import Evaluator
-from kedit_fast.evaluation.metric import Case, Derived
+from kedit_fast.evaluation.metric import Case, Derived, Fitting
 from kedit_fast.evaluation.registry import METRICS, PROMPTS, SCORINGS
 from kedit_fast.evaluation.results import measured as measured_mean
 from kedit_fast.evaluation.tables import metrics_table
@@ -192,7 +192,7 @@ def test_zsre_takes_tokens_through_text():
     tokenizer = make_tokenizer(bos=True)
     request = replace(REQUEST, target_new="Romé")
     case = Case(request.text, "Romé", record=request)
-    scoring = SCORINGS["zsre.accuracy"](tokenizer, ())
+    scoring = SCORINGS["zsre.accuracy"](Fitting(tokenizer))
     tokens = tokenizer(" Romé", add_special_tokens=False)["input_ids"]
     asks = scoring.asks(case, tokenizer)
     assert [ask.prompt for ask in asks] == [request.text + tokenizer.decode(tokens[:i]) for i in range(len(tokens))]

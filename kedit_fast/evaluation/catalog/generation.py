@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from kedit_fast.evaluation.asks import Answer, Ask, Generated, GeneratedAnswer, Likelihood, LikelihoodAnswer
-from kedit_fast.evaluation.metric import Case, Derived, FittedScoring, Metric, Prompts, Scoring, request_of
+from kedit_fast.evaluation.metric import Case, Derived, FittedScoring, Fitting, Metric, Prompts, Scoring, request_of
 from kedit_fast.evaluation.words import (
     HAS_NLTK,
     HAS_SKLEARN,
@@ -93,11 +93,11 @@ def _consistency(fitted: Callable[[Sequence[str]], Similarity], name: str) -> Fi
     def asks(case: Case, tokenizer: Any) -> tuple[Ask, ...]:
         return tuple(map(sampled, generation_prompts(request_of(case))))
 
-    def fit(tokenizer: Any, texts: Sequence[str]) -> Scoring:
-        if not texts:
+    def fit(run: Fitting) -> Scoring:
+        if not run.texts:
             _log.warning("%s is left out: give texts, from which it learns how common each word is", name)
             return Scoring(lambda case, tokenizer: (), lambda case, answers: None)
-        weights = fitted(texts)
+        weights = fitted(run.texts)
 
         def score(case: Case, answers: Answers) -> float | None:
             request = request_of(case)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from kedit_fast.evaluation.asks import Answer, Ask, Forced, ForcedAnswer, Generated, GeneratedAnswer
 from kedit_fast.evaluation.catalog.generation import said
-from kedit_fast.evaluation.metric import Case, Derived, FittedScoring, Metric, Prompts, Scoring, request_of
+from kedit_fast.evaluation.metric import Case, Derived, FittedScoring, Fitting, Metric, Prompts, Scoring, request_of
 from kedit_fast.evaluation.words import contains, f1, normalized, occurrences
 from kedit_fast.requests.request import EditRequest
 
@@ -127,9 +127,9 @@ def _choice(case: Case, answers: Answers) -> float | None:
 def _vanilla(published: bool = False) -> FittedScoring:
     """Greedy tokens against those of the target as it stands, without a space before it."""
 
-    def fit(tokenizer: Any, texts: Sequence[str]) -> Scoring:
+    def fit(run: Fitting) -> Scoring:
         def target(case: Case) -> list[int]:
-            return list(tokenizer.encode(request_of(case).target_new, add_special_tokens=False))
+            return list(run.tokenizer.encode(request_of(case).target_new, add_special_tokens=False))
 
         def asks(case: Case, tokenizer: Any) -> tuple[Ask, ...]:
             return (Generated(case.prompt, len(target(case))),) if target(case) else ()

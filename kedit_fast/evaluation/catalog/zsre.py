@@ -6,7 +6,7 @@ from typing import Any
 
 from kedit_fast.evaluation.asks import Ask, Forced
 from kedit_fast.evaluation.catalog.counterfact import Answers, forced_answers, probes_of
-from kedit_fast.evaluation.metric import Case, FittedScoring, Metric, Prompts, Scoring, request_of
+from kedit_fast.evaluation.metric import Case, FittedScoring, Fitting, Metric, Prompts, Scoring, request_of
 from kedit_fast.requests.prompts import separator_before
 from kedit_fast.requests.request import EditRequest
 
@@ -67,8 +67,8 @@ def _scoring(attribute: str) -> FittedScoring:
 
         return score
 
-    def fit(tokenizer: Any, texts: Any) -> Scoring:
-        return Scoring(asks, score_with(tokenizer))
+    def fit(run: Fitting) -> Scoring:
+        return Scoring(asks, score_with(run.tokenizer))
 
     return fit
 
