@@ -18,11 +18,14 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.p
     from kedit_fast.editing.editor import Editor as Editor
     from kedit_fast.evaluation.evaluator import evaluate as evaluate
     from kedit_fast.ops import activation_distance as activation_distance
+    from kedit_fast.ops import best_overlap as best_overlap
     from kedit_fast.ops import distribution_kl as distribution_kl
     from kedit_fast.ops import gated_silu as gated_silu
+    from kedit_fast.ops import magnitude_bound as magnitude_bound
     from kedit_fast.ops import masked_adam_ as masked_adam_
     from kedit_fast.ops import masked_descent_ as masked_descent_
     from kedit_fast.ops import mirror_ as mirror_
+    from kedit_fast.ops import nearest_key as nearest_key
     from kedit_fast.ops import rank_k_update_ as rank_k_update_
     from kedit_fast.ops import rank_one_update_ as rank_one_update_
     from kedit_fast.ops import rms_norm as rms_norm
@@ -30,6 +33,8 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.p
     from kedit_fast.ops import spd_solve as spd_solve
     from kedit_fast.ops import symmetric_rank_k_update_ as symmetric_rank_k_update_
     from kedit_fast.ops import target_log_probs as target_log_probs
+    from kedit_fast.ops import ties_merge_ as ties_merge_
+    from kedit_fast.ops import top_features as top_features
     from kedit_fast.patches.patch import Patch as Patch
     from kedit_fast.reports.lint import lint_requests as lint_requests
     from kedit_fast.requests.reading import load_requests as load_requests
@@ -63,6 +68,7 @@ PUBLIC_NAMES = {
     "__version__": "kedit_fast._version",
     "activation_distance": "kedit_fast.ops",
     "backends": "kedit_fast.backends",
+    "best_overlap": "kedit_fast.ops",
     "collect_into": "kedit_fast.statistics.resumable",
     "collect_statistics": "kedit_fast.statistics.collect",
     "distribution_kl": "kedit_fast.ops",
@@ -72,9 +78,11 @@ PUBLIC_NAMES = {
     "lint_requests": "kedit_fast.reports.lint",
     "load_requests": "kedit_fast.requests.reading",
     "load_statistics": "kedit_fast.statistics.store",
+    "magnitude_bound": "kedit_fast.ops",
     "masked_adam_": "kedit_fast.ops",
     "masked_descent_": "kedit_fast.ops",
     "mirror_": "kedit_fast.ops",
+    "nearest_key": "kedit_fast.ops",
     "optimize_values": "kedit_fast.solver.value_descent",
     "rank_k_update_": "kedit_fast.ops",
     "rank_one_update_": "kedit_fast.ops",
@@ -86,6 +94,8 @@ PUBLIC_NAMES = {
     "spd_solve": "kedit_fast.ops",
     "symmetric_rank_k_update_": "kedit_fast.ops",
     "target_log_probs": "kedit_fast.ops",
+    "ties_merge_": "kedit_fast.ops",
+    "top_features": "kedit_fast.ops",
     "use_backend": "kedit_fast.backends",
 }
 """Public name -> the module that it is loaded from. `__all__`, `dir()` and loading on first use follow from it."""

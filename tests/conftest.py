@@ -19,6 +19,7 @@ if not torch.cuda.is_available():  # before anything imports triton
 sys.path.append(str(Path(__file__).parent))  # support, floors, tiny_models and the like
 sys.path.append(str(Path(__file__).parent.parent))  # benchmarks; the installed package comes first
 
+from kedit_fast.backends import probe
 from kedit_fast.kernels.native import cpu as native_cpu
 
 ISAS = ("generic", "avx2", "avx512", "amx")
@@ -61,6 +62,16 @@ def isa(request, cpu_module):
 def backend(request):
     if request.param == "cpu":
         request.getfixturevalue("cpu_module")
+    return request.param
+
+
+@pytest.fixture(params=("torch",))
+def every_backend(request):
+    """The torch, C++ and Triton forms of an op; Triton's where its interpreter runs it on the CPU."""
+    if request.param == "cpu":
+        request.getfixturevalue("cpu_module")
+    if request.param == "triton" and not probe("triton").explicit_only:
+        pytest.skip("the interpreter is not in use: Triton takes no tensors of the CPU")
     return request.param
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from kedit_fast.errors import InvalidArgumentError
+from kedit_fast.ops import magnitude_bound
 from kedit_fast.solver.low_rank import DenseUpdate, LowRankUpdate, MaskedUpdate, Update
 from kedit_fast.support.torch_state import plain_torch
 
-RECT_EPSILON = 1e-8  # added to the weight, as published
+RECT_EPSILON = 1e-8  # added to the weight, as published and as `magnitude_bound` has it
 ROW_EPSILON = 1e-8  # added to the norms of the weight's rows, as published
 
 
@@ -27,18 +28,12 @@ def rect(update: LowRankUpdate, weight: torch.Tensor, share: float = 0.4) -> Mas
     if not 0 < share <= 1:
         raise InvalidArgumentError(f"share must be in (0, 1]; got {share}")
     change = update.dense()
+    rank = max(1, int(change.numel() * (1 - share)))  # of the smallest one written, counted from the smallest entry
+    bound = magnitude_bound(change, change.numel() - rank + 1, weight.to(change.device))
+    if bool(bound.isnan()):
+        raise InvalidArgumentError("rect: Delta / (W + 1e-8) has entries that are NaN, so none is the largest")
     change = change.div_(weight.to(change) + RECT_EPSILON).abs_()
-    rank = max(1, int(change.numel() * (1 - share)))
-    bound = _smallest(change.flatten(), rank)
     return MaskedUpdate.from_mask(update, change >= bound)
-
-
-@plain_torch()
-def _smallest(entries: torch.Tensor, rank: int) -> torch.Tensor:
-    """The entry of that rank, counted from 1 for the smallest."""
-    if entries.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
-        return entries.sort().values[rank - 1]  # torch refuses kthvalue there, because of the index that it returns too
-    return entries.kthvalue(rank).values
 
 
 def spectrum(update: LowRankUpdate) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

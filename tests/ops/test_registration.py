@@ -26,10 +26,17 @@ def cases():
         (OPS.target_log_probs, (hidden.clone().requires_grad_(), head, targets, None, 0.0, True, "")),
         (OPS.distribution_kl, (hidden.clone().requires_grad_(), torch.randn(6, 8), head, None, 2.0, True, False, "")),
         (OPS.distribution_kl, (hidden.clone().requires_grad_(), torch.randn(6, 8), head, None, 2.0, True, True, "")),
+        (OPS.nearest_key, (hidden, head, torch.rand(50), "")),
+        (OPS.nearest_key, (hidden, head[:0], torch.rand(0), "")),
+        (OPS.best_overlap, (*(torch.randint(0, 256, (n, 4), dtype=torch.uint8) for n in (3, 5)), "")),
+        (OPS.top_features, (hidden, torch.tensor([0, 2, 6]), torch.zeros(8), 3, torch.randperm(8), "")),
+        (OPS.magnitude_bound, (hidden, 7, None, "")),
+        (OPS.magnitude_bound, (hidden, 7, torch.randn(6, 8), "")),
+        (OPS.ties_merge_, (torch.empty(6, 8), hidden, torch.randn(2, 6, 8), [0.4, 0.6], 0.5, "")),
     ]
 
 
-@pytest.mark.parametrize("index", range(9))
+@pytest.mark.parametrize("index", range(len(cases())))
 def test_opcheck(index):
     op, args = cases()[index]
     torch.library.opcheck(op, args)
@@ -79,3 +86,18 @@ def test_ops_of_the_forward_pass_compile_without_a_graph_break():
 def test_spd_solve_compiles_without_a_graph_break():
     gram = torch.eye(3) * 2
     torch.testing.assert_close(_compiled(lambda g: kedit_fast.spd_solve(g, torch.eye(3)), gram), torch.eye(3) / 2)
+
+
+def test_ops_on_memories_compile_without_a_graph_break():
+    keys, radii, book = torch.randn(9, 8), torch.ones(9), torch.randint(0, 256, (4, 1), dtype=torch.uint8)
+    starts, permutation = torch.tensor([0, 2, 6]), torch.randperm(8)
+
+    def answer(x, out):
+        nearest = kedit_fast.nearest_key(x, keys, radii)
+        best = kedit_fast.best_overlap(kedit_fast.top_features(x, starts, x[0], 3, permutation), book)
+        bound = kedit_fast.magnitude_bound(x, 5, keys[:6])
+        kedit_fast.ties_merge_(out, x, keys[None, :6], [1.0], 0.5)
+        return nearest.distance.sum() + best.count.sum() + bound + out.sum()
+
+    x = torch.randn(6, 8)
+    torch.testing.assert_close(_compiled(answer, x, torch.empty(6, 8)), answer(x, torch.empty(6, 8)))
