@@ -20,6 +20,10 @@ from benchmarks.harness import RESULTS, Row, read
 from benchmarks.long_targets import HEADER, cells
 from benchmarks.plots import strongest
 from benchmarks.quality import SEQUENCES, TITLES, VARIANTS
+from benchmarks.quality_tuning import ROWS as TUNING_ROWS
+from benchmarks.quality_tuning import TABLES as TUNING_TABLES
+from benchmarks.quality_tuning import TUNING_SCENARIOS
+from benchmarks.quality_tuning import cell as tuning_cell
 from benchmarks.untuned import FIXED, points
 from kedit_fast.methods.registry import RECIPES
 
@@ -27,6 +31,7 @@ MACHINE = "cpu_sapphire_rapids_2_threads"
 GPU = "h200"
 WHOLE = ("collect_statistics", "find_values", "KeyMemory")  # rows of the GPU that are no single ops
 VARIANTS_FILE = "quality_variants"
+TUNING_FILE = "quality_tuning"
 METRICS = {
     "efficacy": lambda value: f"{value:.2f}",
     "paraphrase": lambda value: f"{value:.2f}",
@@ -104,6 +109,24 @@ def quality_variants() -> str:
             [name, *(cell for scenario in scenarios for cell in cells(rows.get((name, scenario), {})))]
             for name in VARIANTS
             if any((name, scenario) in rows for scenario in scenarios)
+        ),
+    )
+
+
+def quality_tuning(name: str) -> str:
+    """A row for each method that tunes or is compared with those, and a column for each scenario."""
+    if not (RESULTS / f"{TUNING_FILE}.json").exists():
+        return "Not measured yet."
+    rows = {(row["variant"], row["scenario"]): row for row in rows_in(TUNING_FILE)}
+    scenarios = [
+        scenario for scenario in TUNING_SCENARIOS if any((variant, scenario) in rows for variant in TUNING_ROWS)
+    ]
+    return table(
+        ["method", *(TITLES[scenario] for scenario in scenarios)],
+        (
+            [f"`{variant}`", *(tuning_cell(rows.get((variant, s)), TUNING_TABLES[name]) for s in scenarios)]
+            for variant in TUNING_ROWS
+            if any((variant, scenario) in rows for scenario in scenarios)
         ),
     )
 
@@ -394,6 +417,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{f"quality {metric}": lambda metric=metric: quality(metric) for metric in METRICS},
     "frontier": frontier,
     "quality variants": quality_variants,
+    **{f"quality tuning {name}": lambda name=name: quality_tuning(name) for name in TUNING_TABLES},
     "long targets": long_targets,
     "ops ratios": ops_ratios,
     "ops times": ops_times,

@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality [--methods memit,alphaedit] [--scenarios 1,100,500,sequence,singly] [--json FILE]
     python -m benchmarks.quality --variants [--methods NAMES] [--json FILE]   what VARIANTS switch on, in two sequences
+    python -m benchmarks.quality --tuning ...                      see benchmarks/quality_tuning.py
     python -m benchmarks.quality --frontier [--json FILE]          see benchmarks/frontier.py
     python -m benchmarks.quality markdown FILE
 
@@ -69,6 +70,8 @@ METRICS = {
 FLOOR = 0.9  # of retention, for methods made for sequences
 NEIGHBORS = 2
 """Neighborhood prompts of each request that neighbor columns are made of."""
+CLOSED_FORMS = tuple(name for name, recipe in RECIPES.items() if recipe.tuning is None)
+"""The methods of this table; of the others see `quality_tuning.py`."""
 SEQUENCES = ("sequence", "singly")
 """The scenarios of VARIANTS."""
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -280,7 +283,7 @@ def name_of(row: Row) -> str:
     return row.get("variant", row["method"])
 
 
-def show(rows: Sequence[Row]) -> None:
+def show_rows(rows: Sequence[Row]) -> None:
     table = Table("method", "edits", "efficacy", "paraphrase", "neighborhood", "drift", "seconds", "retention", "norm")
     for row in rows:
         if "n/a" in row:
@@ -308,6 +311,12 @@ def run(
         bool, typer.Option("--frontier", help="instead: MEMIT with and without the output metric along lambda")
     ] = False,
     values: Annotated[Path | None, typer.Option(help="with --frontier: where optimized values are stored")] = None,
+    tuning: Annotated[
+        bool, typer.Option("--tuning", help="instead: the rows of quality_tuning.py; names separated by ;")
+    ] = False,
+    missing: Annotated[
+        bool, typer.Option("--missing", help="with --tuning and --json: leave out rows that the file has")
+    ] = False,
 ) -> None:
     """Measure, print a table, and write the rows to a file when asked."""
     if context.invoked_subcommand is not None:
@@ -317,16 +326,22 @@ def run(
 
         run_frontier(json_file, values)
         return
-    known = VARIANTS if variants else RECIPES
-    names = methods.split(";" if variants else ",") if methods else list(known)
-    chosen = [
-        (s, m) for s in (scenarios.split(",") if scenarios else SEQUENCES if variants else SCENARIOS) for m in names
-    ]
+    if tuning:
+        from benchmarks import quality_tuning as rows_of_tuning
+
+        known, usual = tuple(rows_of_tuning.ROWS), rows_of_tuning.TUNING_SCENARIOS
+    else:
+        known, usual = (tuple(VARIANTS), SEQUENCES) if variants else (CLOSED_FORMS, tuple(SCENARIOS))
+    names = methods.split(";" if variants or tuning else ",") if methods else list(known)
+    chosen = [(scenario, name) for scenario in (scenarios.split(",") if scenarios else usual) for name in names]
     for scenario, name in chosen:
         if name not in known:
             raise typer.BadParameter(f"unknown name {name!r}: choose from {'; '.join(known)}")
         if scenario not in SCENARIOS:
             raise typer.BadParameter(f"unknown scenario {scenario!r}: choose from {', '.join(SCENARIOS)}")
+    if tuning:
+        rows_of_tuning.run(chosen, json_file, missing, validation)
+        return
     origin = provenance("cpu")
     require_clean(json_file, origin)
     on = subject(validation)
@@ -334,12 +349,12 @@ def run(
     for scenario, name in chosen:
         row = measure_variant(on, name, scenario) if variants else measure(on, name, scenario)
         rows.append({**row, "threads": torch.get_num_threads(), **origin})
-        show(rows[-1:])
+        show_rows(rows[-1:])
         if json_file is not None:
             older = read(json_file)["rows"] if json_file.exists() else []
             others = [row for row in older if (name_of(row), row["scenario"]) != (name, scenario)]
             save(json_file, {"peaks": {}, "rows": [*others, rows[-1]], "about": origin})
-    show(rows)
+    show_rows(rows)
     sequential = [m for m, recipe in RECIPES.items() if recipe.memory]
     low = [row for row in rows if name_of(row) in sequential and (row.get("retention") or 1) < FLOOR]
     for row in low:

@@ -17,6 +17,7 @@ from kedit_fast.errors import MethodError
 from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.registry import find_recipe
+from kedit_fast.methods.tuning_files import algorithm_of, our_names
 from kedit_fast.support.textfiles import Repeated, parse_json, parse_toml, read_text, suffix_of
 
 _log = logging.getLogger("kedit_fast")
@@ -51,6 +52,7 @@ _CHOSEN_ELSEWHERE = {
     "fp16": ((False, None), "a model's dtype is chosen where it is loaded (--dtype)"),
     "half": ((False, None), "a model's dtype is chosen where it is loaded (--dtype)"),
     "batch_size": ((1, None), "the edits of a batch are chosen where they are made (--batch-size)"),
+    "use_chat_template": ((False, None), "prompts in a chat template are chosen where they are made (--chat)"),
 }
 # Names of EasyEdit's files of SPHERE, one of which has a space, and of AnyEdit's files; with ours. AnyEdit's also name
 # a `fact_token`, which its code does not read.
@@ -69,7 +71,8 @@ def read_hparams(path: str | Path, method: str | None = None, *, warn_of_loading
 
     Args:
         path: the file.
-        method: the method that the values are for; only `add_prev_edits` depends on it.
+        method: the method that the values are for: names of a file of WISE, GRACE, FT or DINM depend on it, and
+            `add_prev_edits`.
         warn_of_loading: warn of `half`, `fp16` and `batch_size`, which are chosen where a model is loaded and edited;
             False for callers that compare them with their own choice.
 
@@ -78,6 +81,8 @@ def read_hparams(path: str | Path, method: str | None = None, *, warn_of_loading
     """
     raw = read_raw(path)
     values = parse_values(raw, str(path), foreign=True, method=method)
+    if algorithm := algorithm_of(raw, method):
+        raw = our_names(raw, algorithm, str(path), method)
     ignored = [str(name) for name in raw if name in _ELSEWHERE or name in _FIXED]
     for name, (neutral, where) in _CHOSEN_ELSEWHERE.items() if warn_of_loading else ():
         if not any(_same(raw.get(name), value) for value in neutral):
@@ -143,6 +148,9 @@ def parse_values(
     """
     types = {f.name: str(f.type) for f in fields(Hparams)}
     values: dict[str, Any] = {}
+    if foreign and (algorithm := algorithm_of(raw, method)):
+        raw = our_names(raw, algorithm, origin, method)
+        raw.pop("use_chat_template", None)
     for name, value in raw.items():
         is_read = not (foreign and name == "fact_token" and "window_size" in raw)
         if name in _FIXED and is_read and not any(_same(value, allowed) for allowed in _FIXED[name]):
