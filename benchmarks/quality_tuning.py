@@ -29,7 +29,9 @@ from benchmarks.harness import Row, provenance, read, require_clean, save
 from benchmarks.quality import SCENARIOS, SINGLE_EDITS, TITLES, Subject, console, subject, timed_edit
 from kedit_fast import Editor, EditRequest, evaluate
 from kedit_fast.evaluation.metrics import mean_nll
+from kedit_fast.methods.hparams import reads
 from kedit_fast.methods.registry import RECIPES, find_recipe
+from kedit_fast.reports.evaluation import scale_of
 
 COMPARED = ("memit", "alphaedit", "ultraedit")
 """The closed forms that the others are compared with."""
@@ -94,7 +96,7 @@ def measure(on: Subject, name: str, scenario: str) -> Row:
     requests = on.requests[:count]
     editor = Editor(
         on.model, on.tokenizer, method, statistics=on.moments if recipe.uses_statistics else None,
-        hparams={"on_predicted": "allow", **overrides},
+        hparams={**({"on_predicted": "allow"} if reads(recipe, "on_predicted") else {}), **overrides},
     )  # fmt: skip
     try:
         if scenario == "1":
@@ -151,8 +153,8 @@ def shares(on: Subject, requests: Sequence[EditRequest], columns: Sequence[str] 
     """METRICS of the model as it is, as shares of all prompts alike."""
     ids = {column: METRICS[column] for column in columns}
     measured = evaluate(on.model, on.tokenizer, requests, ids.values(), average="prompt")
-    values = {column: measured.value(id) for column, id in ids.items()}
-    return {column: None if value is None else value / 100 for column, value in values.items()}
+    values = {column: (measured.value(id), scale_of(measured, id)) for column, id in ids.items()}
+    return {column: None if value is None else value / scale for column, (value, scale) in values.items()}
 
 
 def bytes_beside(editor: Editor) -> int:

@@ -118,15 +118,15 @@ def _layer_of(value: Any, origin: str) -> list[int]:
     if len(names) != 1:
         raise MethodError(f"{origin}: inner_params = {value!r}: one matrix is tuned, give one")
     path = module_path(names[0])
-    numbers = [part for part in path.split(".") if part.isdigit()]
-    if len(numbers) != 1:
+    indices = [part for part in path.split(".") if part.isdigit()]
+    if len(indices) != 1:
         raise MethodError(f"{origin}: inner_params = {names[0]!r} has no number of a layer, or several")
     if path.rpartition(".")[2] in _FIRST_MATRICES:
         raise MethodError(
             f"{origin}: inner_params = {names[0]!r} begins an MLP; the matrix that ends it is tuned here: leave "
-            f"inner_params out, and give layers: [{numbers[0]}]"
+            f"inner_params out, and give layers: [{indices[0]}]"
         )
-    return [int(numbers[0])]
+    return [int(indices[0])]
 
 
 def _equal(value: Any, allowed: Any) -> bool:

@@ -7,18 +7,24 @@ from typer.testing import CliRunner
 
 from benchmarks import page, quality, quality_tuning
 from benchmarks.harness import read
+from kedit_fast.editing.values.store import ValueFile
+from kedit_fast.evaluation.metrics import mean_nll
 from kedit_fast.methods.registry import RECIPES
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, demo_model, demo_statistics):
     """A few requests, and little text."""
     for module in (quality, quality_tuning):
         monkeypatch.setattr(module, "SCENARIOS", {"1": (1, 1), "100": (4, None), "500": (4, None), "sequence": (4, 2)})
     monkeypatch.setattr(quality_tuning, "require_clean", lambda *_: None)
-    real_corpus, real_text = quality.demo.corpus, quality.demo.held_out
-    monkeypatch.setattr(quality.demo, "corpus", lambda: real_corpus(150))
-    monkeypatch.setattr(quality.demo, "held_out", lambda subjects: real_text(subjects, 40))
+    model, tokenizer = demo_model
+    requests = quality.demo.requests()[quality.VALIDATION :][:4]
+    text = quality.demo.held_out([request.subject for request in requests], 5)
+    on = quality.Subject(
+        model, tokenizer, demo_statistics, requests, text, mean_nll(model, tokenizer, text), ValueFile(None), {}, {}
+    )
+    monkeypatch.setattr(quality_tuning, "subject", lambda validation: on)
 
 
 def test_every_method_without_a_closed_form_has_a_row_and_stays_out_of_the_other_table():
@@ -30,17 +36,18 @@ def test_every_method_without_a_closed_form_has_a_row_and_stays_out_of_the_other
 def test_rows_are_written_one_by_one_and_what_is_there_is_left_out(small, tmp_path, monkeypatch):
     path = tmp_path / "rows.json"
 
-    def run(*more):
-        arguments = ["--tuning", "--methods", "memit;ultraedit", "--json", str(path), *more]
+    def run(methods, *more):
+        arguments = ["--tuning", "--methods", methods, "--json", str(path), *more]
         done = CliRunner().invoke(quality.app, arguments)
         assert done.exit_code == 0, done.output
         return {(row["variant"], row["scenario"]): row for row in read(path)["rows"]}
 
-    assert set(run("--scenarios", "sequence")) == {("memit", "sequence"), ("ultraedit", "sequence")}
+    assert set(run("memit", "--scenarios", "sequence")) == {("memit", "sequence")}
     asked, measure = [], quality_tuning.measure
     monkeypatch.setattr(quality_tuning, "measure", lambda on, *row: asked.append(row) or measure(on, *row))
-    rows = run("--scenarios", "1,sequence", "--missing")
-    assert asked == [("memit", "1"), ("ultraedit", "1")] and len(rows) == 4
+    rows = run("ultraedit;memit", "--scenarios", "1", "--missing")
+    rows = run("memit", "--scenarios", "sequence,1", "--missing")
+    assert asked == [("ultraedit", "1"), ("memit", "1")] and len(rows) == 3
     assert rows["ultraedit", "1"]["n/a"] and rows["memit", "1"]["said"] == 1.0
     sequence = rows["memit", "sequence"]
     assert all(0 <= sequence[column] <= 1 for column in quality_tuning.METRICS)
