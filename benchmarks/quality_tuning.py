@@ -141,10 +141,10 @@ def _together(on: Subject, editor: Editor, requests: Sequence[EditRequest], size
     editor.finish()
     batches.seconds += time.perf_counter() - begin
     measured = shares(on, requests)
-    own = statistics.mean(efficacies) if efficacies else None
+    mean = statistics.mean(efficacies) if efficacies else None
     return {
         **measured, "drift": mean_nll(on.model, on.tokenizer, on.text) - on.before, "seconds": batches.seconds,
-        "retention": None if own is None else measured["efficacy"] / max(own, 1e-9), "own_efficacy": own,
+        "retention": None if mean is None else measured["efficacy"] / max(mean, 1e-9), "own_efficacy": mean,
         "skipped": batches.skipped, "unlearned": batches.unlearned, "bytes": bytes_beside(editor),
     }  # fmt: skip
 
