@@ -17,6 +17,14 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.p
     from kedit_fast.backends import use_backend as use_backend
     from kedit_fast.editing.editor import Editor as Editor
     from kedit_fast.evaluation.evaluator import evaluate as evaluate
+    from kedit_fast.memories.attach import attach as attach
+    from kedit_fast.memories.attach import attached as attached
+    from kedit_fast.memories.attach import detach as detach
+    from kedit_fast.memories.attach import matrix_identity as matrix_identity
+    from kedit_fast.memories.memory import ActivationMemory as ActivationMemory
+    from kedit_fast.memories.memory import FingerprintMemory as FingerprintMemory
+    from kedit_fast.memories.memory import KeyValueMemory as KeyValueMemory
+    from kedit_fast.memories.memory import SideMemory as SideMemory
     from kedit_fast.ops import activation_distance as activation_distance
     from kedit_fast.ops import best_overlap as best_overlap
     from kedit_fast.ops import distribution_kl as distribution_kl
@@ -55,22 +63,29 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.p
     from kedit_fast.statistics.store import save_statistics as save_statistics
 
 PUBLIC_NAMES = {
+    "ActivationMemory": "kedit_fast.memories.memory",
     "Corpus": "kedit_fast.statistics.corpus",
     "Covariance": "kedit_fast.solver.preconditioner",
     "EditRequest": "kedit_fast.requests.request",
     "Editor": "kedit_fast.editing.editor",
+    "FingerprintMemory": "kedit_fast.memories.memory",
     "Identity": "kedit_fast.solver.preconditioner",
     "KeyMemory": "kedit_fast.solver.key_memory",
+    "KeyValueMemory": "kedit_fast.memories.memory",
     "LowRankUpdate": "kedit_fast.solver.low_rank",
     "NullSpace": "kedit_fast.solver.preconditioner",
     "OutputMetric": "kedit_fast.solver.output_metric",
     "Patch": "kedit_fast.patches.patch",
+    "SideMemory": "kedit_fast.memories.memory",
     "__version__": "kedit_fast._version",
     "activation_distance": "kedit_fast.ops",
+    "attach": "kedit_fast.memories.attach",
+    "attached": "kedit_fast.memories.attach",
     "backends": "kedit_fast.backends",
     "best_overlap": "kedit_fast.ops",
     "collect_into": "kedit_fast.statistics.resumable",
     "collect_statistics": "kedit_fast.statistics.collect",
+    "detach": "kedit_fast.memories.attach",
     "distribution_kl": "kedit_fast.ops",
     "evaluate": "kedit_fast.evaluation.evaluator",
     "explain": "kedit_fast.backends",
@@ -81,6 +96,7 @@ PUBLIC_NAMES = {
     "magnitude_bound": "kedit_fast.ops",
     "masked_adam_": "kedit_fast.ops",
     "masked_descent_": "kedit_fast.ops",
+    "matrix_identity": "kedit_fast.memories.attach",
     "mirror_": "kedit_fast.ops",
     "nearest_key": "kedit_fast.ops",
     "optimize_values": "kedit_fast.solver.value_descent",

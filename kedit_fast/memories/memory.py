@@ -299,6 +299,14 @@ class FingerprintMemory(SideMemory):
     The fingerprint of a prompt is permutation[i] for the top_k largest |mean of x over its tokens - center|. A sequence
     is routed to the edit j of the book that shares the most features with it, if these are at least threshold * top_k;
     there the module puts out x W_0^T + (m_j * x) W, with the *stored* features m_j.
+
+    Example:
+        >>> book = torch.tensor([[0b11]], dtype=torch.uint8)  # one edit, of the features 0 and 1
+        >>> memory = kedit_fast.FingerprintMemory(
+        ...     module="layers.3.down_proj", original="", weight=torch.eye(8), book=book, center=torch.zeros(8),
+        ...     permutation=torch.arange(8), top_k=2, threshold=0.5)
+        >>> memory.decide(torch.eye(8)[:3], torch.zeros(3, 8), torch.tensor([0, 2, 3]))
+        tensor([0, 0])
     """
 
     kind: ClassVar[str] = "fingerprint"
@@ -368,6 +376,16 @@ class KeyValueMemory(SideMemory):
     """GRACE: a prompt whose last token's input lies within the radius of the nearest key gets that key's value.
 
     Published decoding asks the keys again at every generated token; here a sequence is routed once, by its prompt.
+
+    Example:
+        >>> memory = kedit_fast.KeyValueMemory(
+        ...     module="layers.3.down_proj", original="", keys=torch.eye(2), values=torch.tensor([[5.0], [6.0]]),
+        ...     radii=torch.tensor([0.1, 0.1]))
+        >>> x, output = torch.tensor([[0.0, 1.05], [1.0, 1.0]]), torch.zeros(2, 1)
+        >>> route = memory.decide(x, output, torch.tensor([0, 1, 2]))  # two prompts of one token
+        >>> route, memory.outputs(x, output, route, place=torch.zeros(2))
+        (tensor([ 1, -1]), tensor([[6.],
+                [0.]]))
     """
 
     kind: ClassVar[str] = "key value"

@@ -9,6 +9,7 @@ answers from the model alone what is in it right now.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -38,6 +39,45 @@ def replaced_forwards(forwards: Mapping[torch.nn.Module, Forward]) -> Iterator[N
 def has_replaced_forward(module: torch.nn.Module) -> bool:
     """Whether somebody, this package included, has given this module a forward function of its own."""
     return "forward" in vars(module)
+
+
+class SurroundedForward:
+    """A module's forward function inside a call of another one; it stays in the module until it is removed.
+
+    `around(forward, args, kwargs)` is called for each call of the module, with the forward function that it had, and
+    returns the result. Code that torch.compile made of the module notices, unlike of a hook. Copies of the module have
+    the forward function of their class.
+    """
+
+    def __init__(self, module: torch.nn.Module, around: Callable[[Forward, tuple, dict], Any]):
+        self.module, self.around = module, around
+        self.__wrapped__: Forward = module.forward  # by this name, inspect.signature reads it
+        self._before = vars(module).get("forward")
+        module.forward = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module's forward function returns, or what `around` makes of it."""
+        return self.around(self.__wrapped__, args, kwargs)
+
+    def __deepcopy__(self, memo: dict) -> Forward:
+        copied = memo.get(id(self.module), self.module)
+        return functools.partial(type(copied).forward, copied)
+
+    def __reduce__(self) -> tuple:
+        return functools.partial, (type(self.module).forward, self.module)
+
+    def remove(self) -> None:
+        """Give the module its forward function back; one that somebody has put around this one stays, and calls it."""
+        if vars(self.module).get("forward") is not self:
+            self.around = _straight
+        elif self._before is not None:
+            self.module.forward = self._before
+        else:
+            del self.module.forward  # the class's own method shows again
+
+
+def _straight(forward: Forward, args: tuple, kwargs: dict) -> Any:
+    return forward(*args, **kwargs)
 
 
 @contextlib.contextmanager
