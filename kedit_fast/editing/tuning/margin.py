@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from kedit_fast.editing.tuning.captured import CapturedRows
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -58,3 +60,62 @@ def margin_loss(inside: torch.Tensor, outside: torch.Tensor, margins: Sequence[f
     alpha, beta, gamma = margins
     pairs = outside[:, None] - inside + gamma  # [O, R]
     return positive_mean(pairs) + positive_mean(outside - alpha) + positive_mean(beta - inside)
+
+
+class Margin:
+    """WISE's margin between the rows of a request and its unrelated ones: a `Term`.
+
+    Args:
+        captured: the rows, of requests 0 to u - 1, with rows whose role is "irrelevant" for each.
+        margins: alpha, beta, gamma.
+        activation: the model's activation function.
+        bias: [h] the layer's bias, or None.
+    """
+
+    def __init__(
+        self,
+        captured: CapturedRows,
+        margins: Sequence[float],
+        activation: Activation,
+        bias: torch.Tensor | None = None,
+    ):
+        self.margins, self.activation = tuple(margins), activation
+        self.bias = None if bias is None else bias.to(captured.original)
+        self.reference = captured.original if self.bias is None else captured.original + self.bias
+        self.places = torch.zeros(0, dtype=torch.int64, device=captured.view.head.device)
+        self.device, self.rows = captured.view.head.device, len(captured.rows)
+        device = captured.x.device
+        lengths = torch.tensor(captured.lengths, device=device)
+        self.row_of_token = torch.arange(self.rows, device=device).repeat_interleave(lengths)
+        offset = torch.arange(len(captured.x), device=device) - captured.starts[:-1][self.row_of_token]
+        prompts = torch.tensor([row.prompt for row in captured.rows], device=device)
+        self.in_prompt = offset < prompts[self.row_of_token]  # [N]
+        edited = [row.role == "rewriting" for row in captured.rows]
+        owners = [row.request for row in captured.rows]
+        self.inside, self.outside = (
+            [
+                torch.tensor(
+                    [i for i, owner in enumerate(owners) if owner == request and edited[i] == inside],
+                    device=device,
+                    dtype=torch.int64,
+                )
+                for request in captured.requests
+            ]
+            for inside in (True, False)
+        )
+
+    def changes(self, outputs: torch.Tensor, prompts_alone: bool = False) -> torch.Tensor:
+        """The mean change [R] of each row's tokens, or of those of its prompt alone, at outputs [N, h] without bias."""
+        outputs = outputs.to(self.reference)
+        outputs = outputs if self.bias is None else outputs + self.bias
+        change = activation_change(outputs, self.reference, self.activation)
+        return row_means(change, self.row_of_token, self.rows, self.in_prompt if prompts_alone else None)
+
+    def losses(self, outputs: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """See `objective.Term.losses`."""
+        changes = self.changes(outputs)
+        losses = [
+            margin_loss(changes[inside], changes[outside], self.margins)
+            for inside, outside in zip(self.inside, self.outside, strict=True)
+        ]
+        return torch.stack(losses).to(self.device)
