@@ -106,6 +106,8 @@ class BatchRun:
         self.steps: list[int] = []
         self.rounds: tuple[int, ...] = ()
         self.collisions: list[tuple[int, int]] = []
+        self.unlearned: tuple[int, ...] = ()
+        """Of methods that tune a matrix, indices in `prepared` of requests that ended without learning their target."""
         self.residual_before = self.residual_after = 0.0
         """Squared norms of the residuals, summed over requests."""
         self.seconds: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)
@@ -276,6 +278,12 @@ class BatchRun:
         self.context = replace(context, hparams=replace(context.hparams, clamp_norm_factor=clamp))
         return clamp
 
+    def fail(self, index: int, problem: str) -> None:
+        """Leave out a request, by its index in `prepared`, that turned out to be unusable; raises it, or skips it."""
+        if self.on_error == "raise":
+            require_no_problems({index: problem})
+        self.skipped[index] = problem
+
     def record(self, values: Values, columns: Columns, rounds: tuple[int, ...] = ()) -> None:
         """Note losses and steps of values that are written, and how many requests each round wrote."""
         self.losses += columns.losses(values)
@@ -369,6 +377,7 @@ class BatchRun:
             prefixes=prefixes,
             seconds={**self.seconds},
             rounds=self.rounds,
+            unlearned=tuple(sum(i not in self.skipped for i in range(index)) for index in self.unlearned),
         )
 
 

@@ -196,7 +196,9 @@ class Editor:
         self.tuning: TuningState | None = None
         """Of methods without a closed form, what they keep from batch to batch."""
         if self.recipe.tuning is not None:
-            self.tuning = TuningState(self.view, tokenizer, self.recipe, self.hparams, statistics, seed, irrelevant)
+            self.tuning = TuningState(
+                self.view, tokenizer, self.recipe, self.hparams, statistics, seed, irrelevant, prompt_format
+            )
         if is_guess(self.origin) and "layers" not in overrides:
             self._shrink_window()
 

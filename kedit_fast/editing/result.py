@@ -45,3 +45,6 @@ class EditResult:
     rounds: tuple[int, ...] = ()
     """Number of requests that each round wrote; one entry unless the hyper-parameter `rounds` allows more. Empty for
     methods that write no batch at once."""
+    unlearned: tuple[int, ...] = ()
+    """Of methods that tune a matrix, the places among the u requests of those that ended without learning their target:
+    its tokens have, in the geometric mean, a probability below a half."""

@@ -29,9 +29,7 @@ class History(Generic[T]):
         self.window = window
         self.count = 0
         """Number of batches that the state holds."""
-        self._earlier: list[
-            Callable[[T], T]
-        ] = []  # of each of the last batches: from the state after it to that before
+        self._earlier: list[Callable[[T], T]] = []  # of each batch: from the state after it
 
     def push(self, state: T, earlier: Callable[[T], T]) -> None:
         """Replace the state by that after one more batch, from which `earlier` makes the present one, bit for bit."""

@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Protocol
 
+from kedit_fast.editing.tuning.memoir import FingerprintTuning
+from kedit_fast.editing.tuning.wise import ActivationTuning
 from kedit_fast.errors import MethodError
+from kedit_fast.memories.memory import SideMemory
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import Recipe
+from kedit_fast.methods.tuning_recipe import Router
+from kedit_fast.models.fingerprint import tokenizer_hash
 from kedit_fast.models.view import ModelView
+from kedit_fast.requests.prompts import PromptFormat
+from kedit_fast.requests.request import EditRequest
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.support.dtypes import dtype_name
+from kedit_fast.support.matrix_bits import sha256
 
 if TYPE_CHECKING:
     from kedit_fast.editing.batch_run import BatchRun
+
+
+class BesideTuning(Protocol):
+    """The tuning of an editor whose edits stay beside the weights."""
+
+    def write(self, batch: BatchRun) -> None:
+        """Tune on the requests of a batch, and hold the result for `commit`."""
+        ...
+
+    def commit(self) -> None:
+        """Make the open batch the state; nothing where there is none."""
+        ...
+
+    def settle(self, batches: int) -> bool:
+        """Drop an open batch and return to the state after so many batches; returns whether that is another one."""
+        ...
+
+    def memory(self, about: Mapping[str, object]) -> SideMemory | None:
+        """What answers in the model, or None before the first edit; `about` are fields that every memory has."""
+        ...
+
+
+BESIDE: dict[Router, Callable[[TuningState], BesideTuning]] = {
+    "activation": ActivationTuning,
+    "fingerprint": FingerprintTuning,
+}
+"""Router of a method -> what tunes its edits."""
 
 
 class TuningState:
@@ -26,6 +64,7 @@ class TuningState:
         statistics: second moments of inputs and outputs, where steps are constrained by them.
         seed: of masks, orders and first values.
         irrelevant: texts that have nothing to do with the edits; None for built-in ones.
+        prompt_format: what makes prompts into the text that the model reads, or None.
     """
 
     def __init__(
@@ -37,19 +76,67 @@ class TuningState:
         statistics: Statistics | None,
         seed: int,
         irrelevant: Sequence[str] | None = None,
+        prompt_format: PromptFormat | None = None,
     ):
         assert recipe.tuning is not None
         self.view, self.tokenizer, self.recipe, self.hparams = view, tokenizer, recipe, hparams
         self.tuning, self.statistics, self.seed, self.irrelevant = recipe.tuning, statistics, seed, irrelevant
-        self.memory: Any = None
+        self.prompt_format = prompt_format
+        self.memory: SideMemory | None = None
         """What stands beside the weights, as after the last committed batch; None without any."""
+        self._written: list[tuple[EditRequest, ...]] = []  # requests of each batch
+        self._pending: tuple[EditRequest, ...] | None = None
+        make = BESIDE.get(self.tuning.router)
+        self.beside = None if make is None else make(self)
 
     def write(self, batch: BatchRun) -> None:
         """Tune on the requests of a batch; write the result into the weight, or hold it for `commit`."""
-        raise MethodError(f"{self.recipe.name} is not there yet")
+        if self.beside is None:
+            raise MethodError(f"{self.recipe.name} is not there yet")
+        self.beside.write(batch)
+        self._pending = tuple(p.request for i, p in enumerate(batch.prepared) if i not in batch.skipped)
 
     def commit(self) -> None:
         """Count the open batch: what it has made belongs to the state, and a memory answers in the model."""
+        if self._pending is None:
+            return
+        written, self._pending = self._pending, None
+        if self.beside is not None:
+            self.beside.commit()
+            self._written.append(written)
+            self._serve()
 
     def settle(self, batches: int) -> None:
         """Drop an open batch, and return to the state after so many batches, bit for bit."""
+        self._pending = None
+        if self.beside is not None and self.beside.settle(batches):
+            del self._written[batches:]
+            self._serve()
+
+    def _serve(self) -> None:
+        """Make the memory of the state as it is."""
+        assert self.beside is not None
+        self.memory = self.beside.memory(self._about())
+
+    def _about(self) -> dict[str, Any]:
+        """The fields that every memory of this editor has."""
+        layer, requests = self.hparams.layers[0], [r for written in self._written for r in written]
+        return {
+            "module": self.view.module_name(layer),
+            **self._matrix_identity,
+            "method": self.recipe.name,
+            "configuration": asdict(self.hparams),
+            "requests": tuple({"prompt": r.prompt, "subject": r.subject, "target_new": r.target_new} for r in requests),
+            "prompt_format": "{} is" if self.prompt_format is None else self.prompt_format("{} is"),
+            "tokenizer": tokenizer_hash(self.tokenizer),
+        }
+
+    @functools.cached_property
+    def _matrix_identity(self) -> dict[str, Any]:
+        """What matrix the memory is for; it does not change."""
+        weight = self.view.weight(self.hparams.layers[0])
+        return {
+            "original": sha256(weight),
+            "dtype": dtype_name(weight.dtype),
+            "transposed": self.view.spec.transposed,
+        }
