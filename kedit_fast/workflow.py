@@ -201,7 +201,7 @@ def run_edits(
         state: a file that `Editor.save_state` wrote; the run continues from it.
         warm_up: requests that the running normalizer of a gradient method sees before the first batch, without being
             written; see `Editor.warm_up`.
-        prompt_format: from a prompt to the text that the model reads.
+        prompt_format: from a prompt to the text that the model reads; metrics read what edits do, with DINM's suffix.
         target_separator: the text between prompt and target of requests that do not name one.
         on_error: "raise" at requests that cannot be written or measured, or "skip" them.
         metrics: what to measure beside efficacy, paraphrase and neighborhood; see `registry.select`.
@@ -267,7 +267,7 @@ def run_edits(
             tokenizer,
             [p.request for p in prepared.values()],
             metrics,
-            prompt_format=prompt_format,
+            prompt_format=editor.prompt_format,
             target_separator=target_separator,
             spec=spec,
             on_error="skip",
@@ -285,7 +285,7 @@ def run_edits(
             _require_single_ids({i: prepared[i] for i in indices})
         tracker = None
         if retention is not None:
-            settings = {"prompt_format": prompt_format, "target_separator": target_separator, "spec": spec}
+            settings = {"prompt_format": editor.prompt_format, "target_separator": target_separator, "spec": spec}
             tracker = RetentionTracker(evaluator, retention, **settings)
         size = batch_size or max(1, len(indices))
         if saved is not None:

@@ -49,7 +49,7 @@ from kedit_fast.models.loading import DTYPES, load_config, load_model, load_toke
 from kedit_fast.patches.patch import Patch
 from kedit_fast.reports import evaluation as report
 from kedit_fast.reports.harm import in_words, patch_harm
-from kedit_fast.requests.chat import chat_format
+from kedit_fast.requests.chat import chat_format, with_suffix
 from kedit_fast.requests.datasets.choices import load_choices
 from kedit_fast.requests.problems import first_problems, skipped_records
 from kedit_fast.requests.reading import load_requests
@@ -113,6 +113,9 @@ def evaluation(
     reading: ReadingOption = None,
     snippets: SnippetsOption = None,
     target_separator: SeparatorOption = "auto",
+    suffix: Annotated[
+        str, typer.Option(help="text that stands after every prompt, such as DINM's suffix_system_prompt")
+    ] = "",
     chat: ChatOption = False,
     system: SystemOption = None,
     template: TemplateOption = None,
@@ -180,7 +183,7 @@ def evaluation(
         "texts": documents,
         "choices": items,
         "judge": classifier,
-        "prompt_format": None if chatting is None else chat_format(tokenizer, **chatting),
+        "prompt_format": with_suffix(None if chatting is None else chat_format(tokenizer, **chatting), suffix),
         "target_separator": target_separator,
         "spec": architecture,
         "average": average,
@@ -223,6 +226,7 @@ def evaluation(
         "judge": None if classifier is None else classifier.about,
         "in_context": context,
         "prompts": None if chatting is None else "in the tokenizer's chat template",
+        "suffix": suffix or None,
         **report.provenance(),
     }
     files = []

@@ -42,6 +42,7 @@ from kedit_fast.models.forward import Site, require_passes
 from kedit_fast.models.sharded import local, whole
 from kedit_fast.models.view import ModelView, linear_weight
 from kedit_fast.patches.patch import Patch, Target
+from kedit_fast.requests.chat import with_suffix
 from kedit_fast.requests.prefixes import generate_prefixes
 from kedit_fast.requests.problems import OnError, require_no_problems
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, prepare_each
@@ -174,7 +175,7 @@ class Editor:
         """Called with each layer and its keys [d, u] while a batch is computed."""
         self.values_most: int | None = None
         """Requests whose values are optimized together, at most, whatever memory is free; None for as many as fit."""
-        self.prompt_format = prompt_format
+        self.prompt_format = with_suffix(prompt_format, self.hparams.suffix_system_prompt)
         self.target_separator = check_separator(target_separator)
         self.state_budget = state_budget
         self.values = open_values(values) if isinstance(values, str | os.PathLike) else values
@@ -615,6 +616,7 @@ class Editor:
         reported = set(rows.skipped) if isinstance(rows, RequestList) and rows.intact() else set()  # when it was read
         read = as_requests(rows, "skip", self.recipe.needs_subject, self._notes)
         parsed = dict(zip(read.places, read, strict=True))
+        tuning = self.recipe.tuning
         prepared, unusable = prepare_each(
             self.tokenizer,
             parsed,
@@ -624,6 +626,8 @@ class Editor:
             vocabulary=self.view.vocabulary,
             target_separator=self.target_separator,
             neighbors=self.hparams.neighbor_columns if self.recipe.weighs_requests else 0,
+            general=tuning is not None and tuning.extra_rows == "general",
+            contrasted=tuning is not None and tuning.locates_layers and len(self.hparams.layers) > 1,
         )
         problems = read.skipped | unusable
         if on_error == "raise":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,8 @@ class ChatFormat:
     """What the template reads beside the messages."""
     separator: str | None = None
     """White space that the template puts before an answer; None where that cannot be determined."""
+    suffix: str = ""
+    """A text that ends every message of the user, after a space."""
 
     def __call__(self, prompt: str) -> str:
         """The text that the model reads; raises RequestError where the template does."""
@@ -37,7 +39,7 @@ class ChatFormat:
     def rendered(self, prompt: str, answer: str | None = None) -> str:
         """A prompt, open for its answer, or a prompt with its answer."""
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages.append({"role": "user", "content": prompt})
+        messages.append({"role": "user", "content": f"{prompt} {self.suffix}" if self.suffix else prompt})
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
         try:
@@ -55,6 +57,38 @@ class ChatFormat:
             if "system" in text.lower():
                 advice = ": " + ("give a system message" if self.system is None else "leave the system message out")
             raise RequestError(f"the chat template fails on messages of {roles}: {text}{advice}") from error
+
+
+@dataclass(frozen=True)
+class SuffixFormat:
+    """A prompt with a text after it; see `with_suffix`."""
+
+    suffix: str
+    """The text."""
+    inner: Callable[[str], str] | None = None
+    """What makes prompt and suffix into the text that the model reads; None for nothing."""
+
+    def __call__(self, prompt: str) -> str:
+        """The text that the model reads."""
+        text = f"{prompt} {self.suffix}"
+        return text if self.inner is None else self.inner(text)
+
+
+def with_suffix(prompt_format: Callable[[str], str] | None, suffix: str) -> Callable[[str], str] | None:
+    """A prompt format that puts a text after every prompt, in a chat into the user's message; itself for no text.
+
+    DINM's `suffix_system_prompt` is such a text: the model is tuned, and measured, with it.
+    """
+    if not suffix:
+        return prompt_format
+    if isinstance(prompt_format, ChatFormat):
+        return replace(prompt_format, suffix=suffix)
+    return SuffixFormat(suffix, prompt_format)
+
+
+def is_plain(prompt_format: Callable[[str], str] | None) -> bool:
+    """Whether the model reads a prompt, and perhaps a suffix, without anything else around it."""
+    return prompt_format is None or (isinstance(prompt_format, SuffixFormat) and prompt_format.inner is None)
 
 
 def chat_format(tokenizer: Any, system: str | None = None, template: str | None = None, **arguments: Any) -> ChatFormat:

@@ -10,7 +10,8 @@ from typing import Any
 
 from kedit_fast.errors import RequestError
 from kedit_fast.models.forward import unknown_token
-from kedit_fast.requests.chat import ChatFormat
+from kedit_fast.requests.chat import ChatFormat, is_plain
+from kedit_fast.requests.general import general_prompts
 from kedit_fast.requests.problems import require_no_problems
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO, check_separator, separator
@@ -55,6 +56,8 @@ class PreparedRequest:
     """What was put between the bare prompt and the target."""
     neighbors: tuple[Prompt, ...] = ()
     """Neighborhood prompts whose keys stand in the batch's system; see `neighbor_prompts`."""
+    general: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] = ()
+    """Token ids of general prompts and of their answers, whose distributions a tuning method preserves."""
 
     def chunk(self, begin: int, end: int) -> PreparedRequest:
         """The target's tokens from `begin` up to `end`, to be written at the token before them in each context."""
@@ -116,7 +119,7 @@ def in_format(template: str, subject: str, prompt_format: PromptFormat | None) -
 
 def adds_special(tokenizer: Any, text: str, prompt_format: PromptFormat | None) -> bool:
     """Whether the tokenizer should add its special tokens; not if the format has written the first one already."""
-    return prompt_format is None or not (tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token))
+    return is_plain(prompt_format) or not (tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token))
 
 
 def covering_without_offsets(
@@ -229,7 +232,7 @@ def continuation(
     text = prompt if prompt_format is None else prompt_format(prompt)
     special = adds_special(tokenizer, text, prompt_format)
     ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-    if prompt_format is None:
+    if is_plain(prompt_format):
         ids = without_closing(tokenizer, ids, 1)
     if not target:
         return list(ids), ()
@@ -275,6 +278,8 @@ def prepare_each(
     vocabulary: int | None = None,
     target_separator: str = AUTO,
     neighbors: int = 0,
+    general: bool = False,
+    contrasted: bool = False,
 ) -> tuple[list[PreparedRequest], dict[int, str]]:
     """Tokenize requests, given by index.
 
@@ -287,11 +292,13 @@ def prepare_each(
         vocabulary: number of tokens that the model knows; None to allow any.
         target_separator: for requests that say "auto".
         neighbors: so many neighborhood prompts of each request, at most, are tokenized, too.
+        general: general prompts are tokenized, too, and a request needs one; see `requests.general`.
+        contrasted: a request needs the answer that its target stands against, `target_true`.
 
     Returns:
         the requests that can be used, in order; and for each other one index -> what is wrong, with its name: a subject
         or target without tokens, a special token in the target, more tokens than the model takes, a token past its
-        vocabulary, a chat template that fails.
+        vocabulary, a chat template that fails, something that it lacks.
     """
     check_separator(target_separator)
     prepared, problems = [], {}
@@ -301,8 +308,13 @@ def prepare_each(
             one = _prepare_one(tokenizer, request, prefixes, max_length, prompt_format, target_separator)
             if neighbors:
                 one = replace(one, neighbors=neighbor_prompts(tokenizer, request, neighbors, max_length, prompt_format))
+            if contrasted and not (request.target_true or "").strip():
+                raise RequestError("it has no target_true, the answer (of SafeEdit: the unsafe one) to compare with")
+            if general:
+                one = replace(one, general=_general(tokenizer, request, max_length, prompt_format))
             prompts = (*one.rewriting, one.kl, *one.neighbors)
             ids = [i for prompt in prompts for i in prompt.ids] + list(one.target)
+            ids += [i for pair in one.general for part in pair for i in part]
             if problem := unknown_token(tokenizer, ids, vocabulary):
                 raise RequestError(problem)
             prepared.append(one)
@@ -328,7 +340,7 @@ def _prepare_one(
     target = target_tokens(tokenizer, text, request.target_new, special, between)
     filled = [fill(tokenizer, request.prompt, request.subject, prefix, prompt_format) for prefix in ("", *prefixes)]
     kl = fill(tokenizer, KL_PROMPT, request.subject, "", prompt_format)
-    if prompt_format is None:  # a format ends where the answer begins, its special tokens belong there
+    if is_plain(prompt_format):  # a format ends where the answer begins, its special tokens belong there
         closing = non_words(tokenizer).closing
         filled = [prompt.open_ended(tokenizer, closing) for prompt in filled]
         kl = kl.open_ended(tokenizer, closing)
@@ -389,6 +401,27 @@ def neighbor_prompts(
             )
         prompts.append(prompt)
     return tuple(prompts)
+
+
+def _general(
+    tokenizer: Any, request: EditRequest, max_length: int, prompt_format: PromptFormat | None
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+    """Token ids of a request's general prompts and their answers."""
+    pairs = []
+    for prompt, answer in general_prompts(request):
+        ids, target = continuation(tokenizer, prompt, answer, prompt_format)
+        if not ids or len(ids) + len(target) > max_length:
+            raise RequestError(
+                f"the general prompt {prompt[:40]!r} has {len(ids) + len(target)} tokens with its answer, the model "
+                f"takes {max_length}"
+            )
+        pairs.append((tuple(ids), target))
+    if not pairs:
+        raise RequestError(
+            "it has no general prompt whose answer is to be preserved: a locality probe with an answer, or a "
+            "neighborhood prompt and target_true"
+        )
+    return tuple(pairs)
 
 
 def requested_separator(request: EditRequest, default: str) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import make_model, make_tokenizer
 from toy_rows import GOLDEN, toy_rows
 
+from kedit_fast import EditRequest
 from kedit_fast.editing.tuning.captured import TuningRow
 from kedit_fast.editing.tuning.general_kl import GeneralKL
 from kedit_fast.editing.tuning.locating import answer_distances, located, state_distance
@@ -14,6 +17,9 @@ from kedit_fast.editing.tuning.matrix import Steps, TunedMatrix
 from kedit_fast.editing.tuning.objective import Likelihood, Objective
 from kedit_fast.models.forward import evaluating
 from kedit_fast.models.view import ModelView
+from kedit_fast.requests.chat import chat_format, with_suffix
+from kedit_fast.requests.probes import Probe, Question
+from kedit_fast.requests.prompts import prepare, prepare_each
 
 ANSWERS = [
     ("You and I walked home.", "Nobody waited in the old tower; therefore you walked."),
@@ -97,3 +103,34 @@ def test_distances_do_not_depend_on_the_batch(monkeypatch):
         together = answer_distances(view, tokenizer, ANSWERS)
         monkeypatch.setattr(locating, "BATCH_TOKENS", 20)
         assert torch.allclose(answer_distances(view, tokenizer, ANSWERS), together, rtol=1e-5)
+
+
+def test_a_suffix_stands_after_prompts_and_general_prompts():
+    tokenizer = make_tokenizer(bos=True)
+    request = EditRequest(
+        "Because I saw the old tower", None, "You and I walked home.", "Nobody waited.",
+        probes=(Probe("locality", (Question("Miles Davis plays the", (("trumpet", "piano"),)),)),),
+    )  # fmt: skip
+    suffix = "If so, say who:"
+    (one,) = prepare(tokenizer, [request], (), 128, with_suffix(None, suffix))
+    assert tokenizer.decode(one.rewriting[0].ids) == f"<s>{request.prompt} {suffix}"
+    prepared, problems = prepare_each(
+        tokenizer, {0: request, 1: EditRequest("{} is", "Ebro", "in Spain"), 2: replace(request, target_true=None)},
+        (), 128, with_suffix(None, suffix), general=True, contrasted=True,
+    )  # fmt: skip
+    ((ids, answer),) = prepared[0].general
+    assert tokenizer.decode(ids) == f"<s>Miles Davis plays the {suffix}" and tokenizer.decode(answer) == " trumpet"
+    assert "no target_true" in problems[1] and "no target_true" in problems[2]
+    _, problems = prepare_each(tokenizer, {0: EditRequest("{} is", "Ebro", "in Spain", "in")}, (), 128, general=True)
+    assert "it has no general prompt" in problems[0]
+    long = replace(request, probes=(Probe("locality", (Question("Ebro " * 200, (("in",),)),)),))
+    _, problems = prepare_each(tokenizer, {0: long}, (), 128, general=True)
+    assert "tokens with its answer, the model takes 128" in problems[0]
+
+
+def test_a_suffix_stands_in_the_users_message_of_a_chat():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} [end]{% endfor %} answer:"
+    made = with_suffix(chat_format(tokenizer), "Say who:")
+    assert made is not None and made("Who walked home?") == "[user] Who walked home? Say who: [end] answer:"
+    assert with_suffix(None, "") is None
