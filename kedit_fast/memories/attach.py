@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import os
 from typing import Any
 
@@ -19,6 +21,9 @@ from kedit_fast.models.view import ModelView, linear_weight
 from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.matrix_bits import sha256
 from kedit_fast.support.torch_state import plain_torch
+
+_log = logging.getLogger("kedit_fast")
+_EXAMPLE = "{} is"  # the prompt that a memory's `prompt_format` shows
 
 
 class Attached:
@@ -97,7 +102,9 @@ def attach(
     Args:
         model: a causal language model; also one that is quantized, or inside torch.compile.
         memory: a memory, or the path of its file.
-        tokenizer: compared with the one that the edits were made with, where the memory says which.
+        tokenizer: compared with the one that the edits were made with, where the memory says which. With it, a warning
+            is logged once for a prompt that lacks the format of the edits' prompts (a chat template, for example); on a
+            GPU, where that has to wait for the device, the first batch alone is compared.
         spec: an ArchSpec for an architecture that is not known.
         force: accept another matrix than the one that the memory was made beside, for example of a model that is
             quantized or cast since. Distances and values then are off by what the matrices differ by.
@@ -138,7 +145,8 @@ def attach(
     _check_form(memory, module)
     _check_tokenizer(memory, tokenizer)
     _check_matrix(memory, model, force)
-    routes = Routes(model, view.base, memory.module, memory.to(device_of(module)))
+    see = None if tokenizer is None else _FormatCheck.of(memory, tokenizer)
+    routes = Routes(model, view.base, memory.module, memory.to(device_of(module)), see)
     routes.install()
     return Attached(model, routes)
 
@@ -271,3 +279,33 @@ def _check_matrix(memory: SideMemory, model: torch.nn.Module, force: bool) -> No
 def _check_tokenizer(memory: SideMemory, tokenizer: Any) -> None:
     if tokenizer is not None and memory.tokenizer and tokenizer_hash(tokenizer) != memory.tokenizer:
         raise SideMemoryError("the memory was made with another tokenizer: its prompts were other tokens")
+
+
+class _FormatCheck:
+    """Warns once of a prompt that does not begin as the prompts of a memory's edits did."""
+
+    def __init__(self, beginning: list[int], text: str):
+        self._beginning, self._text, self._open = beginning, text, True
+
+    @classmethod
+    def of(cls, memory: SideMemory, tokenizer: Any) -> _FormatCheck | None:
+        """The check of a memory; None where its format adds no tokens before a prompt."""
+        before, _, after = memory.prompt_format.partition(_EXAMPLE)
+        pairs = zip(*(tokenizer(f"{before}{text}{after}")["input_ids"] for text in ("A", "1")), strict=False)
+        shared = [one for one, other in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        return cls(shared, before) if before and shared else None
+
+    def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        if not self._open:
+            return
+        expected = torch.tensor(self._beginning, device=ids.device)
+        first = torch.zeros(len(ids), dtype=torch.int64, device=ids.device) if mask is None else mask.long().argmax(1)
+        places = first[:, None] + torch.arange(len(expected), device=ids.device)
+        same = bool((ids.gather(1, places.clamp(max=ids.shape[1] - 1)) == expected).all())
+        self._open = same and ids.device.type == "cpu"
+        if not same:
+            _log.warning(
+                "a prompt does not begin with %r, as those of the memory's edits did, and may not be routed to them: "
+                "give prompts the format that the edits were made with",
+                self._text,
+            )

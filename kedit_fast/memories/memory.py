@@ -25,16 +25,14 @@ import torch
 from kedit_fast._version import __version__
 from kedit_fast.errors import InvalidArgumentError, SideMemoryError
 from kedit_fast.memories.selection import (
-    activation_distance,
-    activation_function,
-    best_overlap,
+    activation_name,
     farthest,
-    nearest_key,
+    largest_count,
+    masked_product,
     published_order,
     routed_product,
-    set_bits,
-    top_features,
 )
+from kedit_fast.ops import activation_distance, best_overlap, nearest_key, top_features
 from kedit_fast.support.dtypes import FLOATS, describe_tensor
 from kedit_fast.support.files import read_file, write_file
 from kedit_fast.support.matrix_bits import sha256
@@ -253,7 +251,7 @@ class ActivationMemory(SideMemory):
             _shaped(self.bias, (out,), "bias")
         if self.order not in ("farthest", "published"):
             raise InvalidArgumentError(f'order must be "farthest" or "published"; got {self.order!r}')
-        activation_function(self.activation)  # refuses by name
+        activation_name(self.activation)  # refuses by name
         _positive(self.act_ratio, "act_ratio")
         if self.long < 0:
             raise InvalidArgumentError(f"long must be at least 0; got {self.long}")
@@ -271,7 +269,9 @@ class ActivationMemory(SideMemory):
     @torch.no_grad()
     def distances(self, x: torch.Tensor, output: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """D [M, R] of sequences whose tokens are packed as `decide` takes them."""
-        return activation_distance(x, output, self.weights, starts, self.activation, self.long, self.bias)
+        end = starts.new_full((1,), x.shape[0])  # what belongs to nobody is one more sequence
+        act, long = activation_name(self.activation), self.long
+        return activation_distance(x, output, self.weights, torch.cat([starts, end]), act, long, bias=self.bias)[:, :-1]
 
     @torch.no_grad()
     def decide(self, x: torch.Tensor, output: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
@@ -335,6 +335,8 @@ class FingerprintMemory(SideMemory):
             raise InvalidArgumentError(f"permutation must have each of 0 to {size - 1} once")
         if not 1 <= self.top_k <= size:
             raise InvalidArgumentError(f"top_k must be 1 to {size}, the inputs of the module; got {self.top_k}")
+        if (count := largest_count(self.book)) > self.top_k:
+            raise InvalidArgumentError(f"book has {count} features in a row, top_k is {self.top_k}")
         _positive(self.threshold, "threshold")
 
     @property
@@ -366,8 +368,7 @@ class FingerprintMemory(SideMemory):
         """The module\'s output [N, out] with the memory; see `SideMemory.outputs`."""
         if self.empty:
             return output
-        features = set_bits(self.book[route.clamp(min=0)], x.shape[1])  # [N, in]
-        added = (x * features).to(self.weight.dtype) @ self.weight
+        added = masked_product(x, self.weight, self.book[route.clamp(min=0)], self.top_k)
         return torch.where((route >= 0)[:, None], output + added.to(output.dtype), output)
 
 

@@ -1,7 +1,4 @@
-"""Which entry of a memory a prompt is routed to, and products by route: plain torch that waits for no device.
-
-Tokens of R sequences are packed: x [N, in], starts [R + 1] int64; tokens from starts[R] on belong to nobody.
-"""
+"""Which entry of a memory a prompt is routed to, and products by route; nothing waits for a device."""
 
 from __future__ import annotations
 
@@ -9,68 +6,26 @@ import torch
 from torch.nn import functional
 
 from kedit_fast.errors import InvalidArgumentError
-from kedit_fast.support.dtypes import accumulation_dtype
+from kedit_fast.ops import routed_linear
 
 _ACTIVATIONS = {
-    "none": lambda x: x,
-    "silu": functional.silu,
-    "swish": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
-    "gelu_fast": lambda x: functional.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
+    "none": "identity",
+    "linear": "identity",
+    "swish": "silu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    **{name: name for name in ("identity", "relu", "silu", "gelu", "gelu_tanh")},
 }
+_ROWS = 1024  # of a book that are unpacked at once
 
 
-def activation_function(name: str):
-    """s by its name in configurations of transformers; raises InvalidArgumentError for another one."""
+def activation_name(name: str) -> str:
+    """What the op `activation_distance` calls an activation of transformers; raises InvalidArgumentError for others."""
     if name not in _ACTIVATIONS:
         raise InvalidArgumentError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {name!r}")
     return _ACTIVATIONS[name]
-
-
-def owners(starts: torch.Tensor, count: int) -> torch.Tensor:
-    """[count] int64, the sequence of each token; R for those that belong to nobody."""
-    return torch.searchsorted(starts[1:].contiguous(), torch.arange(count, device=starts.device), right=True)
-
-
-def token_means(x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """[R, ...] means over the tokens of each sequence, summed in fp32 (fp64 for fp64); 0 without a token."""
-    rows, wide = len(starts) - 1, accumulation_dtype(x)
-    sums = torch.zeros(rows + 1, *x.shape[1:], dtype=wide, device=x.device)
-    sums.index_add_(0, owners(starts, len(x)), x.to(wide))
-    counts = starts.diff().clamp(min=1).to(wide)
-    return sums[:rows] / counts.view(-1, *[1] * (x.ndim - 1))
-
-
-def activation_distance(
-    x: torch.Tensor,
-    reference: torch.Tensor,
-    weights: torch.Tensor,
-    starts: torch.Tensor,
-    activation: str,
-    long: int = 0,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """D [M, R]: mean over a sequence's tokens of |s(x W_m^T + b) - s(reference)|_2; see `ActivationMemory`.
-
-    The largest instead of the mean for sequences of more than `long` tokens, where that is not 0.
-    """
-    act, wide = activation_function(activation), accumulation_dtype(x)
-    before = act(reference).to(wide)
-    rows, owner = len(starts) - 1, owners(starts, len(x))
-    distances = []
-    for weight in weights:
-        out = functional.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
-        distance = torch.linalg.vector_norm(act(out).to(wide) - before, dim=1)  # [N]
-        result = token_means(distance, starts)
-        if long:
-            largest = torch.full((rows + 1,), -torch.inf, dtype=wide, device=x.device)
-            largest.scatter_reduce_(0, owner, distance, "amax")
-            result = torch.where(starts.diff() > long, largest[:rows], result)
-        distances.append(result)
-    return torch.stack(distances)
 
 
 def farthest(distance: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
@@ -80,8 +35,10 @@ def farthest(distance: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
 
 
 def published_order(distance: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """The same as the released code has it: a memory must be farther than memory 0, also where that is not over its
-    own bound, and than those chosen before it."""
+    """[R] the memory that the released code takes, -1 for none.
+
+    A memory must be farther than memory 0, also where that one is not over its own bound, and than those chosen before.
+    """
     best, choice = distance[0], torch.where(distance[0] >= bounds[0], 0, -1)
     for memory in range(1, len(distance)):
         taken = (distance[memory] > best) & (distance[memory] > bounds[memory])
@@ -92,52 +49,43 @@ def published_order(distance: torch.Tensor, bounds: torch.Tensor) -> torch.Tenso
 def routed_product(
     x: torch.Tensor, output: torch.Tensor, weights: torch.Tensor, route: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """[N, out] = x W_route^T + b, and `output` where route [N] is -1."""
+    """[N, out] = x W_route^T + b, and `output` where route [N] is -1; with derivatives where gradients are needed."""
+    x = x.to(output.dtype)
+    if not torch.is_grad_enabled() or not (x.requires_grad or output.requires_grad):
+        return routed_linear(x, None, weights, route, output=output, bias=bias)
     for entry, weight in enumerate(weights):
         other = functional.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
         output = torch.where((route == entry)[:, None], other.to(output.dtype), output)
     return output
 
 
-def nearest_key(
-    queries: torch.Tensor, keys: torch.Tensor, radii: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Per query the nearest key (the first of equal ones), its distance, and whether that is within its radius."""
-    wide = accumulation_dtype(keys)
-    distances = torch.stack([torch.linalg.vector_norm(keys.to(wide) - q.to(wide), dim=1) for q in queries])
-    index = distances.argmin(1)
-    distance = distances.gather(1, index[:, None])[:, 0]
-    return index, distance, distance <= radii[index].to(wide)
+def masked_product(x: torch.Tensor, weight: torch.Tensor, bits: torch.Tensor, count: int) -> torch.Tensor:
+    """[N, out] = (m * x) W for masks m as bits [N, ceil(in / 8)], of at most `count` features each.
 
-
-def pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """[R, ceil(d / 8)] uint8 of mask [R, d]: bit i of byte j is entry 8 j + i."""
-    padded = functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
-    return (padded << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(2, dtype=torch.uint8)
+    Args:
+        x: [N, in].
+        weight: [in, out]; of a few tokens, the rows of their features alone are read.
+        bits: feature 8 j + i is bit i of byte j.
+        count: the largest number of features in a mask.
+    """
+    size = weight.shape[0]
+    mask, x = set_bits(bits, size), x.to(weight.dtype)
+    if len(x) * count >= size or weight.dtype not in (torch.float32, torch.float64):
+        return torch.where(mask, x, 0) @ weight
+    place = torch.where(mask, mask.cumsum(1) - 1, count)  # of each feature among those of its mask
+    features = torch.zeros(len(x), count + 1, dtype=torch.int64, device=x.device)
+    features = features.scatter_(1, place, torch.arange(size, device=x.device).expand_as(place))[:, :count]
+    scales = torch.where(torch.arange(count, device=x.device) < mask.sum(1, keepdim=True), x.gather(1, features), 0)
+    return functional.embedding_bag(features, weight, per_sample_weights=scales, mode="sum")
 
 
 def set_bits(bits: torch.Tensor, size: int) -> torch.Tensor:
-    """The inverse of `pack_bits`: [R, size] bool."""
+    """[R, size] bool of bits [R, ceil(size / 8)]: feature 8 j + i is bit i of byte j."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[:, :, None] >> places) & 1).flatten(1)[:, :size].bool()
 
 
-def top_features(
-    x: torch.Tensor, starts: torch.Tensor, center: torch.Tensor, count: int, permutation: torch.Tensor
-) -> torch.Tensor:
-    """[R, ceil(d / 8)] uint8: permutation[i] for the `count` largest |mean over tokens - center|, ties by index."""
-    means = token_means(x, starts)
-    top = (means - center.to(means)).abs().sort(dim=1, descending=True, stable=True).indices[:, :count]
-    mask = torch.zeros_like(means, dtype=torch.bool)
-    return pack_bits(mask.scatter_(1, permutation[top], True))
-
-
-def best_overlap(masks: torch.Tensor, book: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per mask [R, b] the row of the book [K, b] with which it shares the most bits (the first of equal ones), and how
-    many."""
-    counts = torch.zeros(len(masks), len(book), dtype=torch.int64, device=masks.device)
-    for i in range(8):
-        mine, theirs = (((bits >> i) & 1).float() for bits in (masks, book))
-        counts += (mine @ theirs.T).long()
-    index = counts.argmax(1)
-    return index, counts.gather(1, index[:, None])[:, 0]
+def largest_count(bits: torch.Tensor) -> int:
+    """The largest number of features in a row of a book [K, b]; 0 for an empty one."""
+    parts = [part for part in bits.split(_ROWS) if len(part)]
+    return max((int(set_bits(part, 8 * part.shape[1]).sum(1).max()) for part in parts), default=0)

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from kedit_fast.models.forward import evaluating, fused_modules, last_states, pad
 from kedit_fast.models.head import error_limit, relative_error, sample_rows
+from kedit_fast.models.routes import carry_rows, suspended
 from kedit_fast.models.view import ModelView
 from kedit_fast.support.messages import first_line
 from kedit_fast.support.torch_state import plain_torch
@@ -89,6 +90,7 @@ class RoomyCache(DynamicCache):
                 parts.append(made)
             result._states[layer] = (parts[0], parts[1])
             result._filled[layer] = width
+        carry_rows(self, result, rows)
         return result
 
 
@@ -206,7 +208,7 @@ def _tried(view: ModelView) -> tuple[int, int]:
     limit, obstacle = _span(view.config), _obstacle(view)
     if not obstacle:
         rows = [row[: _LEAST_SPAN // 2] for row in sample_rows(view.model.config, view.vocabulary)]
-        with evaluating(view):
+        with evaluating(view), suspended(view.model):
             try:
                 error, size = _difference(view, rows)
                 if error <= error_limit(view.head.matrix.dtype, view.head.rounding):  # pyright: ignore[reportOptionalMemberAccess]

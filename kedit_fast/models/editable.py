@@ -15,6 +15,7 @@ import torch
 
 from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.offloaded import hooks_on, offloads, on_host
+from kedit_fast.models.routes import require_no_memory
 from kedit_fast.models.sharded import local
 
 if TYPE_CHECKING:
@@ -79,11 +80,12 @@ def plain_model(model: Any) -> torch.nn.Module:
 def require_editable(view: ModelView, paths: Iterable[str]) -> None:
     """Raise UnsupportedModelError unless what is written into the modules `paths` stays there and is used by passes.
 
-    Refused by name: adapters; compiled modules; weights made in inference mode; weights without values, offloaded or
-    sharded where they are needed; edited weights that a hook recomputes, that other modules share, that overlap
-    themselves or lie in read-only memory.
+    Refused by name: an attached memory, unless the caller has suspended it (`models.routes`); adapters; compiled
+    modules; weights made in inference mode; weights without values, offloaded or sharded where they are needed; edited
+    weights that a hook recomputes, that other modules share, that overlap themselves or lie in read-only memory.
     """
     model = view.model
+    require_no_memory(model)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UnsupportedModelError(f"the model has an adapter loaded: {_MERGE}")
     for name, module in model.named_modules(remove_duplicate=False):

@@ -17,7 +17,7 @@ import functools
 import inspect
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -95,10 +95,18 @@ class Routes:
         base: its decoder, which gets the cache and the attention mask.
         path: of the module inside the decoder that the memory is for.
         memory: what answers.
+        see_prompts: called with the token ids [R, T] and the mask [R, T] of passes that decide.
     """
 
-    def __init__(self, model: torch.nn.Module, base: torch.nn.Module, path: str, memory: Routed):
-        self.path = path
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        base: torch.nn.Module,
+        path: str,
+        memory: Routed,
+        see_prompts: Callable[[torch.Tensor, torch.Tensor | None], None] | None = None,
+    ):
+        self.path, self._see_prompts = path, see_prompts
         self._model, self._base, self._module = model, base, model.get_submodule(path)
         self._names = tuple(inspect.signature(type(base).forward).parameters)[1:]
         self._thread = _Thread()
@@ -197,8 +205,11 @@ class Routes:
                 "a cache began before the memory was attached, or is a tuple, which cannot carry a route: start the "
                 "sequence with an empty cache object (transformers.DynamicCache())"
             )
+        mask = valid_tokens(given.get("attention_mask"), shape[1])
+        if self._see_prompts is not None and given.get("input_ids") is not None and not torch.compiler.is_compiling():
+            self._see_prompts(states, mask)
         drafts = 0 if cache is None else min(self._thread.drafts, shape[1] - 1)
-        return _Pass(shape, valid_tokens(given.get("attention_mask"), shape[1]), None, drafts)
+        return _Pass(shape, mask, None, drafts)
 
     def _around_module(self, forward: Forward, args: tuple, kwargs: dict) -> Any:
         output = forward(*args, **kwargs)

@@ -22,6 +22,7 @@ import torch
 from kedit_fast._version import __version__
 from kedit_fast.errors import PatchError, UnsupportedModelError
 from kedit_fast.models.editable import require_own
+from kedit_fast.models.routes import attached_routes
 from kedit_fast.patches.swap import Applied, Prepared, linear_weight_of
 from kedit_fast.solver.low_rank import DenseUpdate, MaskedUpdate, Update, total_of, update_of
 from kedit_fast.solver.shaping import compact
@@ -210,7 +211,10 @@ class Patch:
                 recomputes, that another module shares or that cannot be written; or a result that is not finite.
         """
         weights = {}
+        routes = attached_routes(model)
         for name in self.updates:
+            if routes is not None and routes.path == name:
+                raise PatchError(f"a memory is attached to {name}, for the matrix that is there now: detach it first")
             weight, transposed = linear_weight_of(model, name)
             self.check(name, weight, transposed, force)
             weights[name] = weight

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from kedit_fast.errors import InvalidArgumentError, SideMemoryError
 from kedit_fast.memories.memory import ActivationMemory, FingerprintMemory, KeyValueMemory, SideMemory
-from kedit_fast.memories.selection import pack_bits, set_bits, top_features
+from kedit_fast.memories.selection import masked_product, set_bits
 
 GOLDEN = load_file(Path(__file__).parents[1] / "data" / "golden_memories.safetensors")
 ABOUT = {"module": "model.layers.1.mlp.down_proj", "original": "0" * 64, "dtype": "float64"}
@@ -40,6 +40,11 @@ def fingerprints(**changes) -> FingerprintMemory:
         threshold=threshold,
     )
     return FingerprintMemory(**{**fields, **ABOUT, **changes})
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    padded = torch.nn.functional.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (padded << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
 
 
 def codebook(**changes) -> KeyValueMemory:
@@ -137,7 +142,7 @@ def test_a_sequence_without_tokens_or_with_nan_is_routed_nowhere(kind):
     x, output, _ = inputs(memory)
     x[4:] = torch.nan
     route = memory.decide(x, output, torch.tensor([0, 0, 4, 8]))
-    assert route[0] == -1 and route[1] >= 0 and (kind == "fingerprint" or route[2] == -1)
+    assert route[0] == -1 and route[1] >= 0 and route[2] == -1
 
 
 CLOSED = {
@@ -176,10 +181,16 @@ def test_a_bias_is_part_of_distances_and_outputs():
     close(biased.outputs(x, base, torch.full((8,), 2)), x @ memory.weights[2].T + bias)
 
 
-def test_ties_of_features_go_to_the_first():
-    x, permutation = torch.tensor([[1.0, -1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]]), torch.arange(9).flip(0)
-    bits = top_features(x, packed([1]), torch.zeros(9), 2, permutation)
-    assert set_bits(bits, 9)[0].nonzero()[:, 0].tolist() == [7, 8]
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_products_of_few_and_many_tokens_read_the_features_of_each(tokens):
+    x, weight, mask = torch.randn(tokens, 20).double(), torch.randn(20, 6).double(), torch.zeros(tokens, 20)
+    for row, count in zip(mask, (4, 3, 0, 4, 1), strict=False):
+        row[torch.randperm(20)[:count]] = 1
+    bits = pack_bits(mask.bool())
+    torch.testing.assert_close(masked_product(x, weight, bits, 4), (x * mask) @ weight, rtol=1e-12, atol=1e-12)
+    x[:, 5] = torch.nan  # a feature that is in no mask is not read
+    mask[:, 5], bits = 0, pack_bits((mask * (torch.arange(20) != 5)).bool())
+    assert not masked_product(x, weight, bits, 4).isnan().any()
 
 
 @pytest.mark.parametrize("kind", MEMORIES)
@@ -270,6 +281,7 @@ def test_a_damaged_file_is_refused_by_name(changes, message, tmp_path):
         (retrieve, dict(long=-1), "long must be at least 0"),
         (fingerprints, dict(book=torch.zeros(3, 3, dtype=torch.uint8)), "book must be uint8 \\[K, 2\\]"),
         (fingerprints, dict(permutation=torch.zeros(16, dtype=torch.int64)), "each of 0 to 15 once"),
+        (fingerprints, dict(top_k=4), "book has 5 features in a row, top_k is 4"),
         (fingerprints, dict(center=torch.zeros(3)), "center must be float"),
         (fingerprints, dict(top_k=17), "top_k must be 1 to 16"),
         (fingerprints, dict(threshold=float("nan")), "threshold must be positive"),
