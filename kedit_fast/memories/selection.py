@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.ops import routed_linear
+from kedit_fast.support.dtypes import accumulation_dtype
 
 _ACTIVATIONS = {
     "none": "identity",
@@ -26,6 +29,31 @@ def activation_name(name: str) -> str:
     if name not in _ACTIVATIONS:
         raise InvalidArgumentError(f"activation must be one of {', '.join(_ACTIVATIONS)}; got {name!r}")
     return _ACTIVATIONS[name]
+
+
+def activation_function(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """s itself, by the same names."""
+    return {
+        "identity": lambda x: x,
+        "relu": functional.relu,
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    }[activation_name(name)]
+
+
+def token_means(x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """[R, ...] means over the tokens of packed sequences, summed in fp32 (fp64 for fp64); 0 without a token.
+
+    Args:
+        x: [N, ...] the tokens of R sequences, one sequence after another.
+        starts: [R + 1] int64, where each begins, and the end; tokens from there on belong to nobody.
+    """
+    rows, wide = len(starts) - 1, accumulation_dtype(x)
+    owner = torch.searchsorted(starts[1:].contiguous(), torch.arange(len(x), device=starts.device), right=True)
+    sums = torch.zeros(rows + 1, *x.shape[1:], dtype=wide, device=x.device).index_add_(0, owner, x.to(wide))
+    counts = starts.diff().clamp(min=1).to(wide)
+    return sums[:rows] / counts.view(-1, *[1] * (x.ndim - 1))
 
 
 def farthest(distance: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:

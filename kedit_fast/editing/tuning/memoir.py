@@ -18,8 +18,9 @@ from kedit_fast.editing.tuning.plateau import Ending, until_plateau
 from kedit_fast.editing.tuning.wise import TOGETHER, report_unlearned
 from kedit_fast.errors import MethodError
 from kedit_fast.memories.memory import FingerprintMemory
-from kedit_fast.memories.selection import set_bits, token_means, top_features
+from kedit_fast.memories.selection import set_bits, token_means
 from kedit_fast.models.forward import evaluating
+from kedit_fast.ops import top_features
 from kedit_fast.requests.irrelevant import irrelevant_texts
 from kedit_fast.support.matrix_bits import integer_view
 
