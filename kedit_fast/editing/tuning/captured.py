@@ -151,6 +151,14 @@ class CapturedRows:
         return torch.tensor([row.request for row in self.rows], device=self.x.device)
 
     @cached_property
+    def tokens(self) -> dict[int, int]:
+        """Request -> how many tokens its rows have."""
+        tokens: dict[int, int] = {}
+        for row in self.rows:
+            tokens[row.request] = tokens.get(row.request, 0) + len(row.ids)
+        return tokens
+
+    @cached_property
     def offsets(self) -> list[int]:
         """`starts` as numbers."""
         return self.starts.tolist()
