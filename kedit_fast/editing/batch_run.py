@@ -81,6 +81,8 @@ class EditContext:
     """Requests whose values are optimized together, at most; None for as many as fit in memory."""
     tuning: TuningState | None = None
     """What methods without a closed form keep from batch to batch."""
+    seed: int = 0
+    """Of orders and masks."""
 
     @property
     def site(self) -> SiteKind:

@@ -463,6 +463,7 @@ class Editor:
             progress=self.progress,
             values_most=self.values_most,
             tuning=self.tuning,
+            seed=self.seed,
         )
 
     @contextlib.contextmanager

@@ -133,7 +133,7 @@ class CapturedRows:
     @cached_property
     def requests(self) -> list[int]:
         """The requests that rows belong to, in order."""
-        return sorted({row.request for row in self.rows})
+        return sorted(self.rows_by_request)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -149,6 +149,14 @@ class CapturedRows:
     def owner(self) -> torch.Tensor:
         """[R] int64, the request of each row, on the device of `x`."""
         return torch.tensor([row.request for row in self.rows], device=self.x.device)
+
+    @cached_property
+    def rows_by_request(self) -> dict[int, list[int]]:
+        """Request -> its rows."""
+        rows: dict[int, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            rows.setdefault(row.request, []).append(i)
+        return rows
 
     @cached_property
     def tokens(self) -> dict[int, int]:
@@ -180,18 +188,16 @@ class CapturedRows:
 
         Cost: a copy of these rows.
         """
-        number = {request: i for i, request in enumerate(requests)}
-        chosen = sorted(
-            (i for i, row in enumerate(self.rows) if row.request in number), key=lambda i: number[self.rows[i].request]
-        )
-        tokens = [range(self.offsets[i], self.offsets[i + 1]) for i in chosen]
-        index = torch.tensor([place for part in tokens for place in part], device=self.x.device, dtype=torch.int64)
+        chosen = [i for request in requests for i in self.rows_by_request[request]]
+        spans = [torch.arange(self.offsets[i], self.offsets[i + 1]) for i in chosen]
+        index = torch.cat(spans).to(self.x.device)
         device = self.view.row_device(self.layer)
         x, original, beside = (
             None if part is None else part.index_select(0, index).to(device)
             for part in (self.x, self.original, self.beside)
         )
         assert x is not None and original is not None
+        number = {request: i for i, request in enumerate(requests)}
         rows = tuple(replace(self.rows[i], request=number[self.rows[i].request]) for i in chosen)
         return replace(self, rows=rows, x=x, original=original, beside=beside)
 

@@ -75,9 +75,14 @@ class TunedMatrix:
                     assert part is not None
                     part.zero_()
 
+    def snapshot(self) -> torch.Tensor:
+        """A copy of the numbers, for `set`."""
+        return self.weight.clone()
+
     def set(self, weight: torch.Tensor) -> None:
         """Take these numbers [h, d]; the optimizer stays as it is."""
         self.weight.copy_(weight)
+        self.finite = torch.ones_like(self.finite)
         if self._copy is not None:
             self._copy.copy_(self.weight)
 

@@ -15,6 +15,7 @@ from kedit_fast.editing.tuning.stop_rules import StopRule
 from kedit_fast.errors import EditError
 
 NOT_FINITE = "the loss of its target is not finite; is the model's output finite there?"
+DIVERGED = "steps left a loss or numbers that are not finite; is lr too large?"
 PASS_TOKENS = {"cpu": 2048}
 """Type of a device -> tokens of one pass of a mini-batch; a larger one takes several, before one step."""
 PASS_TOKENS_ELSEWHERE = 16384
@@ -24,8 +25,10 @@ PASS_TOKENS_ELSEWHERE = 16384
 class Steppable(Protocol):
     """What is tuned: `matrix.TunedMatrix`, or one with the same methods."""
 
-    finite: torch.Tensor
-    """[] bool, whether every step so far left finite numbers."""
+    @property
+    def finite(self) -> torch.Tensor:
+        """[] bool, whether every step so far left finite numbers."""
+        ...
 
     def outputs(self, x: torch.Tensor) -> torch.Tensor:
         """Outputs [N, h] of inputs [N, d]."""
@@ -53,7 +56,16 @@ class Descent:
 
 
 class NotFiniteError(EditError):
-    """A loss is not finite, or a step left a number that is not."""
+    """A loss is not finite, or a step left a number that is not.
+
+    Args:
+        message: what is wrong.
+        steps: steps that were taken before.
+    """
+
+    def __init__(self, message: str, steps: int = 0):
+        super().__init__(message)
+        self.steps = steps
 
 
 def descend(
@@ -97,7 +109,7 @@ def descend(
             loss = float(total.detach())
             result.losses.append(loss)
             if not torch.isfinite(total.detach()):
-                raise NotFiniteError(NOT_FINITE)
+                raise NotFiniteError(NOT_FINITE if not taken else DIVERGED, len(taken))
             if stop.after(loss):
                 result.stopped = True
                 break
@@ -106,7 +118,7 @@ def descend(
         taken.append(loss)
         result.steps += 1
     if not bool(matrix.finite):
-        raise NotFiniteError("a step left numbers that are not finite; is lr too large?")
+        raise NotFiniteError(DIVERGED, len(taken))
     return result
 
 
@@ -132,7 +144,7 @@ def epochs(
     stop_loss: float,
     seed: int | str,
     requests: Sequence[int] | None = None,
-    seen: Callable[[int], None] | None = None,
+    seen: Callable[[int], object] | None = None,
 ) -> Epochs:
     """Breadth-first: epochs of mini-batches of all requests, in an order of its own each.
 
@@ -177,7 +189,7 @@ def epochs(
         mean = sum(values) / len(values)
         result.means.append(mean)
         if not (abs(mean) < float("inf") and bool(matrix.finite)):
-            raise NotFiniteError(f"the loss of epoch {epoch + 1} is not finite; is lr too large?")
+            raise NotFiniteError(f"epoch {epoch + 1}: {DIVERGED}", epoch + 1)
         if seen is not None:
             seen(epoch + 1)
         if mean < stop_loss:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kedit_fast.editing.tuning.in_place import EditedTuning
 from kedit_fast.editing.tuning.memoir import FingerprintTuning
 from kedit_fast.editing.tuning.wise import ActivationTuning
 from kedit_fast.errors import MethodError
 from kedit_fast.memories.memory import SideMemory
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import Recipe
-from kedit_fast.methods.tuning_recipe import Router
+from kedit_fast.methods.tuning_recipe import Router, TunedPlace
 from kedit_fast.models.fingerprint import tokenizer_hash
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PromptFormat
@@ -24,6 +25,17 @@ from kedit_fast.support.matrix_bits import sha256
 
 if TYPE_CHECKING:
     from kedit_fast.editing.batch_run import BatchRun
+
+
+class InPlaceTuning(Protocol):
+    """The tuning of an editor whose edits go into the weights. It holds nothing that a batch changes."""
+
+    def write(self, batch: BatchRun) -> None:
+        """Tune on the requests of a batch, and write the result, where a request is left.
+
+        Requests that cannot be used go to `batch.fail`; losses and steps of the others to `batch`, in their order.
+        """
+        ...
 
 
 class BesideTuning(Protocol):
@@ -51,6 +63,8 @@ BESIDE: dict[Router, Callable[[TuningState], BesideTuning]] = {
     "fingerprint": FingerprintTuning,
 }
 """Router of a method -> what tunes its edits."""
+IN_PLACE: dict[TunedPlace, Callable[[TuningState], InPlaceTuning]] = {"edited": EditedTuning}
+"""Which matrix a method without a router tunes -> what tunes it."""
 
 
 class TuningState:
@@ -65,6 +79,9 @@ class TuningState:
         seed: of masks, orders and first values.
         irrelevant: texts that have nothing to do with the edits; None for built-in ones.
         prompt_format: what makes prompts into the text that the model reads, or None.
+
+    Raises:
+        MethodError: the model or tokenizer lacks what the method needs.
     """
 
     def __init__(
@@ -88,12 +105,19 @@ class TuningState:
         self._pending: tuple[EditRequest, ...] | None = None
         make = BESIDE.get(self.tuning.router)
         self.beside = None if make is None else make(self)
+        self.in_place = None
+        if make is None:
+            if self.tuning.makes_memory or self.tuning.where not in IN_PLACE:
+                raise MethodError(f"{recipe.name} is not there yet")
+            self.in_place = IN_PLACE[self.tuning.where](self)
+        if view.is_sharded:
+            raise MethodError(f"{recipe.name} tunes a whole matrix: a model that processes hold together is refused")
 
     def write(self, batch: BatchRun) -> None:
         """Tune on the requests of a batch; write the result into the weight, or hold it for `commit`."""
-        if self.beside is None:
-            raise MethodError(f"{self.recipe.name} is not there yet")
-        self.beside.write(batch)
+        tuning = self.in_place if self.beside is None else self.beside
+        assert tuning is not None
+        tuning.write(batch)
         self._pending = tuple(p.request for i, p in enumerate(batch.prepared) if i not in batch.skipped)
 
     def commit(self) -> None:
