@@ -19,7 +19,7 @@ import torch
 
 from kedit_fast.editing.tuning.matrix import Steps, TunedMatrix
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
-from kedit_fast.ops import pack_bits
+from kedit_fast.solver.entry_bits import pack_bits
 from kedit_fast.solver.preconditioner import require_finite_moment
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.torch_state import plain_torch
@@ -91,9 +91,7 @@ class ConstrainedMatrix:
             raise InvalidArgumentError("norm_constraint does not go with curvature_energy: the steps are in a basis")
         dtype = accumulation_dtype(origin)
         self.origin = origin.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        self.core = TunedMatrix.of(
-            torch.zeros_like(self.origin), steps, pack_bits(curvature.free.to(origin.device)).contiguous()
-        )
+        self.core = TunedMatrix.of(torch.zeros_like(self.origin), steps, pack_bits(curvature.free.to(origin.device)))
         self._inputs, self._outputs = (b.to(origin.device, dtype) for b in (curvature.inputs, curvature.outputs))
 
     @property
@@ -107,12 +105,12 @@ class ConstrainedMatrix:
         return self.core.finite
 
     def snapshot(self) -> torch.Tensor:
-        """What `return_to` takes."""
+        """What `set` takes."""
         return self.core.snapshot()
 
-    def return_to(self, snapshot: torch.Tensor) -> None:
+    def set(self, snapshot: torch.Tensor) -> None:
         """Have the numbers of a snapshot again."""
-        self.core.return_to(snapshot)
+        self.core.set(snapshot)
 
     def restart(self) -> None:
         """Begin with a new optimizer."""

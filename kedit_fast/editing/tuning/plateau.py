@@ -10,6 +10,8 @@ import torch
 
 from kedit_fast.editing.tuning.matrix import TunedMatrix
 from kedit_fast.editing.tuning.objective import Objective
+from kedit_fast.editing.tuning.schedules import NotFiniteError, descend
+from kedit_fast.editing.tuning.stop_rules import Plateau
 
 LEARNED = math.log(2)
 """A target is learned when its mean loss is at most this: its tokens have, in the geometric mean, a probability of a
@@ -46,8 +48,7 @@ def until_plateau(
 ) -> Ending:
     """Tune a matrix on one request.
 
-    A stop is decided before a pass, by the two losses before it: the last one is at most `stop_loss`, and differs from
-    the one before by at most `stop_change`. Otherwise every one of `num_steps` iterations takes a step.
+    See `stop_rules.Plateau` for its end. Where a loss or a step is not finite, the losses of the ending are NaN.
 
     Args:
         objective: the loss of the request; its term "likelihood" is the target's.
@@ -58,18 +59,13 @@ def until_plateau(
         stop_loss: see above.
         stop_change: see above.
 
-    Source: WISE's released `EarlyStopMeter`; the loss that the release computes after the decision is not computed.
+    Source: WISE's released `EarlyStopMeter`.
     """
     matrix.restart()
-    before_last, last, likelihood = 0.0, math.inf, math.inf
-    result = outputs()
-    for step in range(num_steps):
-        if abs(last - before_last) <= stop_change and last <= stop_loss:
-            return Ending(step, last, likelihood, result)
-        losses, gradient = objective.gradient(result)
-        before_last, last = last, float(losses.total[0])
-        likelihood = float(losses.terms["likelihood"][0])
-        matrix.step(gradient, x)
-        if step < num_steps - 1:
-            result = outputs()
-    return Ending(num_steps, last, likelihood, result)
+    ends: list[torch.Tensor] = []
+    rule = Plateau(stop_loss, stop_change)
+    try:
+        descent = descend(matrix, x, objective, rule, num_steps, ends.append, outputs)
+    except NotFiniteError as error:
+        return Ending(error.steps, math.nan, math.nan, ends[0] if ends else outputs())
+    return Ending(descent.steps, descent.losses[-1], float(descent.terms["likelihood"][0]), ends[0])

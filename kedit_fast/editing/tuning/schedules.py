@@ -49,6 +49,8 @@ class Descent:
 
     losses: list[float] = field(default_factory=list)
     """The loss of each forward pass, in order; of the last one, without a step where a rule ended it there."""
+    terms: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Name of a term -> its losses [u] in the last pass."""
     steps: int = 0
     """Steps taken."""
     stopped: bool = False
@@ -74,7 +76,8 @@ def descend(
     objective: Objective,
     stop: StopRule,
     most: int,
-    at_end: Callable[[torch.Tensor], None] | None = None,
+    at_end: Callable[[torch.Tensor], object] | None = None,
+    outputs: Callable[[], torch.Tensor] | None = None,
 ) -> Descent:
     """Steps on the rows of one request, or of several with their mean loss.
 
@@ -86,6 +89,7 @@ def descend(
         most: steps at most.
         at_end: called once with the outputs [N, h] where the loop ends: where a rule ends it, or before the last of
             `most` steps. WISE takes its threshold there.
+        outputs: makes the layer's outputs [N, h] from the matrix as it is; None for `matrix.outputs(x)`.
 
     Raises:
         NotFiniteError: a loss that is not finite; the matrix has steps of this request in it.
@@ -96,18 +100,20 @@ def descend(
     result = Descent()
     taken: list[float] = []
     for iteration in range(most):
-        outputs = matrix.outputs(x)
+        current = matrix.outputs(x) if outputs is None else outputs()
         ends = stop.before(taken)
         if at_end is not None and (ends or iteration == most - 1):
-            at_end(outputs)
+            at_end(current)
         if ends:
             result.stopped = True
             break
-        leaf = outputs.detach().requires_grad_(True)
+        leaf = current.detach().requires_grad_(True)
         with torch.enable_grad():
-            total = objective.losses(leaf).total.mean()
+            losses = objective.losses(leaf)
+            total = losses.total.mean()
             loss = float(total.detach())
             result.losses.append(loss)
+            result.terms = {name: part.detach() for name, part in losses.terms.items()}
             if not torch.isfinite(total.detach()):
                 raise NotFiniteError(NOT_FINITE if not taken else DIVERGED, len(taken))
             if stop.after(loss):
