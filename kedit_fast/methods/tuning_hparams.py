@@ -29,6 +29,7 @@ Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
 Expansion = Literal["coverage", "moving_average"]
 LabelRule = Literal["ids", "mean"]
 LocatedTokens = Literal["valid", "padded"]
+CodebookUnits = Literal["published", "relative"]
 
 
 def _tuned(holds: Callable[[TuningRecipe], bool]) -> Callable[[Recipe], bool]:
@@ -261,6 +262,17 @@ class TuningHparams:
             "what happens to a key that a request with the same target extends: its radius grows, or it moves, too",
             read_by=_nearest,
             identifies=("state",),
+        ),
+    )
+    units: CodebookUnits = field(
+        default="published",
+        metadata=declare(
+            Range.choices(CodebookUnits),
+            "units of eps and lr: those of the model's states, as published, or the norm of the new key and the root "
+            "mean square of the layer's output there, which have no scale",
+            read_by=_nearest,
+            identifies=("state",),
+            off="published",
         ),
     )
     label_rule: LabelRule = field(

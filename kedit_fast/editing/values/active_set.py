@@ -65,6 +65,7 @@ class ActiveSet:
         leaders: Sequence[int] | None,
         clamp_norm_factor: float,
         v_lr_scale: float | None = None,
+        starting: Sequence[torch.Tensor | None] | None = None,
     ) -> ActiveSet:
         """A set of requests before their first iteration.
 
@@ -74,6 +75,7 @@ class ActiveSet:
             leaders: for each, the place in `requests` of the first one of its group; None without groups.
             clamp_norm_factor: bound of |delta| in units of |h0|; a group has its first request's bound.
             v_lr_scale: Adam's step size in units of the root mean square of h0, likewise; None for no `rate`.
+            starting: for each, the value [h] of the last site that its descent starts from; None for h0.
         """
         h0, device = objective.h0, objective.device
         v = len(requests)
@@ -83,13 +85,17 @@ class ActiveSet:
         if leaders is not None:
             first = torch.tensor(leaders, device=device)
             norm, leader = norm[first], request[first]
+        delta = torch.zeros_like(h0)
+        for row, value in enumerate(starting or ()):
+            if value is not None:
+                delta[row, -1] = value.to(h0) - h0[row, -1]
         return cls(
             objective=objective,
             request=request,
             leader=leader,
             max_norm=clamp_norm_factor * norm,
             rate=None if v_lr_scale is None else v_lr_scale * h0.shape[2] ** -0.5 * norm,
-            delta=torch.zeros_like(h0),
+            delta=delta,
             adam_mean=torch.zeros_like(h0),
             adam_square=torch.zeros_like(h0),
             loss=torch.zeros(v, device=device, dtype=torch.float32),

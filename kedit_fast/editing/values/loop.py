@@ -74,6 +74,7 @@ def find_values(
     stop_rule: StopRule = "below_loss",
     groups: Sequence[Hashable] | None = None,
     earlier: Sequence[EarlierChunks] | None = None,
+    starting: Sequence[torch.Tensor | None] | None = None,
     on_problem: OnProblem = "raise",
     most: int | None = None,
     progress: bool = False,
@@ -94,6 +95,8 @@ def find_values(
             clamp is the first one's (MEMIT-Merge: requests on one subject). None: each request has its own delta.
         earlier: of requests that are chunks of longer targets, the deltas of the chunks before them, as many of each;
             they are added in every pass. None where there are none.
+        starting: u values [h] at the last site that descents start from; None for the site's output there, without a
+            delta.
         on_problem: "raise" at the first request whose loss or gradient is not finite, or "keep" going with the others:
             such a request keeps the delta that it had before, and `Values.status` says what happened. A target that
             the model says already is never an error here; its status is PREDICTED.
@@ -143,6 +146,7 @@ def find_values(
             stopping=STOP_RULES[stop_rule],
             groups=groups,
             earlier=earlier,
+            starting=starting,
             on_problem=on_problem,
             finished=finished,
         )
@@ -173,11 +177,12 @@ class ValueOptimizer:
         stopping: Stopping,
         groups: Sequence[Hashable] | None = None,
         earlier: Sequence[EarlierChunks] | None = None,
+        starting: Sequence[torch.Tensor | None] | None = None,
         on_problem: OnProblem = "raise",
         finished: Callable[[Sequence[int], Values], None] | None = None,
     ):
         self.view, self.prepared, self.sites, self.hparams = view, prepared, sites, hparams
-        self.on_problem, self.finished, self.earlier = on_problem, finished, earlier
+        self.on_problem, self.finished, self.earlier, self.starting = on_problem, finished, earlier, starting
         if hparams.clamp_norm_factor == AUTO:
             raise EditError(f'clamp_norm_factor is "{AUTO}": choose one with `choose_clamp`')
         self.clamp = float(hparams.clamp_norm_factor)
@@ -224,7 +229,8 @@ class ValueOptimizer:
             earlier = None if self.earlier is None else [self.earlier[i] for i in requests]
             prepared = [self.prepared[i] for i in requests]
             objective = Objective.build(self.view, prepared, self.sites, self.decay_power, self.drift, earlier)
-            entering = ActiveSet.start(objective, requests, leaders, self.clamp, self.rate_scale)
+            starting = None if self.starting is None else [self.starting[i] for i in requests]
+            entering = ActiveSet.start(objective, requests, leaders, self.clamp, self.rate_scale, starting)
             active = entering if active is None else active.append(entering)
             self.last_iterations.add(self.iteration + self.hparams.v_num_grad_steps)
             self.graphed_step = None

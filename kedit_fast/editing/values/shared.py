@@ -9,6 +9,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from kedit_fast.editing.values.loop import SITES, find_values
 from kedit_fast.editing.values.objective import EarlierChunks
 from kedit_fast.editing.values.order import by_length, in_groups
@@ -38,6 +40,7 @@ def find_shared_values(
     stop_rule: StopRule = "below_loss",
     groups: Sequence[Hashable] | None = None,
     earlier: Sequence[EarlierChunks] | None = None,
+    starting: Sequence[torch.Tensor | None] | None = None,
     store: ValueStore | None = None,
     most: int | None = None,
     progress: bool = False,
@@ -54,7 +57,7 @@ def find_shared_values(
     Args:
         tokenizer: the model's; it is part of what identifies a stored value.
         store: where values are looked up and written; None for no store.
-        view, prepared, layer, site_kind, hparams, stop_rule, groups, earlier, most, progress: as in `find_values`.
+        view, prepared, layer, site_kind, hparams, stop_rule, groups, earlier, starting, most, progress: as in `find_values`.
 
     Raises:
         EditError: the store refuses, the processes have different requests or models, or one of them failed.
@@ -87,6 +90,7 @@ def find_shared_values(
             stop_rule=stop_rule,
             groups=None if groups is None or all(is_alone) else [groups[i] for i in indices],
             earlier=None if earlier is None else [earlier[i] for i in indices],
+            starting=None if starting is None else [starting[i] for i in indices],
             on_problem="keep",
             most=most,
             finished=finished,

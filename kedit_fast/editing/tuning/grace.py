@@ -1,0 +1,349 @@
+"""GRACE: a codebook of a layer's inputs, and of the outputs that take the place of its own.
+
+All keys and labels of a batch are known before any value is: keys are inputs of the layer, which no value changes. So
+edits enter the codebook one after another first, and then the values of all different entries are optimized together,
+by the engine of the closed forms' values, at the output of the MLP. Edits that share an entry form a chain: each starts
+from the value that the one before it has left. The result is that of one edit after another.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kedit_fast.editing.keys import bare_outputs
+from kedit_fast.editing.tuning.captured import CapturedRows, rewriting_rows
+from kedit_fast.editing.tuning.codebook import Codebook, Entered, Entering, Label, enter
+from kedit_fast.editing.tuning.objective import Likelihood, Objective
+from kedit_fast.editing.values.result import PROBLEMS
+from kedit_fast.editing.values.shared import find_shared_values
+from kedit_fast.memories.memory import KeyValueMemory
+from kedit_fast.methods.declaration import AUTO
+from kedit_fast.methods.hparams import Hparams
+from kedit_fast.models.forward import Site, evaluating
+from kedit_fast.models.sharded import whole
+from kedit_fast.requests.problems import require_no_problems
+from kedit_fast.requests.prompts import PreparedRequest, Prompt
+from kedit_fast.solver.value_descent import Status, clamped_step
+
+if TYPE_CHECKING:
+    from kedit_fast.editing.batch_run import BatchRun
+    from kedit_fast.editing.tuning.state import TuningState
+
+_log = logging.getLogger("kedit_fast")
+NEVER = -1.0
+"""A loss that no value reaches: descents take all their steps."""
+UNBOUNDED = 1e30
+"""A clamp that no value reaches, in units of the output's norm."""
+ROWS_TOGETHER = 64
+"""Requests whose values are optimized together where these stand at several tokens."""
+SAME_OUTPUT = 0.1
+"""Relative difference between the outputs of the MLP and of its last matrix from which on they are not the same."""
+
+
+@dataclass(frozen=True)
+class ValuesAndLosses:
+    """What a descent of values gives for u requests."""
+
+    values: torch.Tensor
+    """[u, h]."""
+    losses: list[float]
+    """[u] at the last forward pass, in nats."""
+    steps: list[int]
+    """[u]."""
+    status: list[Status]
+    """[u] COMPLETED, or what is wrong."""
+
+
+class CodebookTuning:
+    """The edits of one editor as a codebook. Nothing of the model changes.
+
+    Args:
+        state: what the editor tunes.
+    """
+
+    def __init__(self, state: TuningState):
+        self.state = state
+        (self.layer,) = state.hparams.layers
+
+    def tune(self, batch: BatchRun, earlier: Codebook | None) -> Codebook | None:
+        """The codebook after a batch, from that before it; requests that fail leave no trace in it.
+
+        Cost: a pass over the prompts up to the layer; distances to all keys; and per round of chains the descent of
+        values, whose iterations run the blocks above the layer from the last prompt token on.
+        """
+        prepared = batch.prepared
+        with batch.timed("keys"):
+            queries, outputs = self._captured(prepared)
+        problems = {
+            place: f"{prepared[place].name}: the input of layer {self.layer} is not finite on its prompt"
+            for place, finite in enumerate(torch.isfinite(queries).all(1).tolist())
+            if not finite
+        }
+        chosen = list(range(len(prepared)))
+        while True:
+            self._fail(batch, problems)
+            chosen = [place for place in chosen if place not in problems]
+            if not chosen:
+                return earlier
+            with batch.timed("keys"):
+                some = [prepared[place] for place in chosen]
+                book, entered = self._enter(earlier or Codebook(), queries[chosen], some)
+            problems = self._unreachable(chosen, some, entered)
+            if problems:
+                continue
+            with batch.timed("values"):
+                book, losses, steps, problems = self._trained(batch, book, some, outputs[chosen], entered, earlier)
+            problems = {chosen[place]: reason for place, reason in problems.items()}
+            if not problems:
+                break
+        batch.losses += losses
+        batch.steps += steps
+        _report(batch, chosen, book, queries[chosen], entered)
+        return book
+
+    def memory(self, book: Codebook | None, about: Mapping[str, Any]) -> KeyValueMemory | None:
+        """What answers beside the weights, or None before the first edit; `about` are fields of every memory."""
+        if book is None or not book.entries:
+            return None
+        return KeyValueMemory(
+            keys=book.keys,
+            values=book.values,
+            radii=book.radii,
+            replacement=self.state.hparams.replacement,
+            **about,
+        )
+
+    def _captured(self, prepared: Sequence[PreparedRequest]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [u, d] and outputs [u, h] of the layer at the last prompt tokens, fp32 (fp64 of fp64 models)."""
+        sites = [Site(self.layer, "key"), Site(self.layer, "mlp")]
+        inputs, outputs = bare_outputs(self.state.view, [_at_last_token(one) for one in prepared], sites)
+        dtype = torch.promote_types(self.state.view.dtype, torch.float32)
+        return inputs.T.to(dtype).contiguous(), outputs.T.to(dtype).contiguous()
+
+    def _enter(
+        self, book: Codebook, queries: torch.Tensor, prepared: Sequence[PreparedRequest]
+    ) -> tuple[Codebook, list[Entered]]:
+        """Let requests enter a codebook."""
+        hparams = self.state.hparams
+        radius: Callable[[torch.Tensor], float] = lambda query: hparams.eps
+        if hparams.units == "relative":
+            radius = lambda query: hparams.eps * float(torch.linalg.vector_norm(query))
+        dtype = self.state.view.dtype
+        labels = [Label(one.target, len(one.rewriting[0].ids)) for one in prepared]
+        return enter(
+            book,
+            queries,
+            labels,
+            radius,
+            rule=hparams.label_rule,
+            expand=hparams.eps_expand,
+            rounding=torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 0.0,
+        )
+
+    def _unreachable(
+        self, places: Sequence[int], prepared: Sequence[PreparedRequest], entered: Sequence[Entered]
+    ) -> dict[int, str]:
+        """Place of a request -> why no value of its entry can teach it anything."""
+        problems = {}
+        for place, request, one in zip(places, prepared, entered, strict=True):
+            if not one.inside:
+                problems[place] = f"{request.name}: its prompt lies outside the radius of the entry that it has moved"
+            elif self.state.hparams.replacement == "replace_prompt" and len(request.rewriting[0].ids) == 1:
+                problems[place] = f"{request.name}: replace_prompt replaces tokens before the last, and it has one alone"
+        return problems
+
+    def _fail(self, batch: BatchRun, problems: Mapping[int, str]) -> None:
+        """Skip requests of a batch, or raise."""
+        if batch.on_error == "raise":
+            require_no_problems(problems)
+        batch.skipped |= problems
+
+    def _trained(
+        self,
+        batch: BatchRun,
+        book: Codebook,
+        prepared: Sequence[PreparedRequest],
+        outputs: torch.Tensor,
+        entered: Sequence[Entered],
+        earlier: Codebook | None,
+    ) -> tuple[Codebook, list[float], list[int], dict[int, str]]:
+        """The codebook with the values of all entries that requests train; losses and steps of these; and problems."""
+        losses, steps = [0.0] * len(prepared), [0] * len(prepared)
+        problems: dict[int, str] = {}
+        first_number = 0 if earlier is None else earlier.edits
+        for members in rounds(entered):
+            starting = [
+                self._first_value(first_number + place, outputs[place])
+                if entered[place].begins
+                else book.entries[entered[place].entry].value
+                for place in members
+            ]
+            result = self._descend(batch, [prepared[place] for place in members], outputs[members], starting)
+            for place, loss, count, status in zip(members, result.losses, result.steps, result.status, strict=True):
+                losses[place], steps[place] = loss, count
+                if status in PROBLEMS:
+                    problems[place] = f"{prepared[place].name}: {PROBLEMS[status]}"
+            if problems:
+                break
+            values = result.values.to(book.entries[0].key)
+            book = book.with_values({entered[place].entry: values[row] for row, place in enumerate(members)})
+        return book, losses, steps, problems
+
+    def _first_value(self, number: int, output: torch.Tensor) -> torch.Tensor | None:
+        """Where the value of a new entry starts, by the number of its edit; None for the layer's output."""
+        if self.state.hparams.val_init == "warm":
+            return None
+        generator = torch.Generator().manual_seed((self.state.seed << 32) + number)
+        return torch.rand(len(output), generator=generator).to(output)
+
+    def _descend(
+        self,
+        batch: BatchRun,
+        prepared: Sequence[PreparedRequest],
+        outputs: torch.Tensor,
+        starting: Sequence[torch.Tensor | None],
+    ) -> ValuesAndLosses:
+        """The values of requests whose entries differ."""
+        if self.state.hparams.replacement != "replace_last":
+            parts = [
+                self._descend_in_rows(
+                    prepared[begin : begin + ROWS_TOGETHER],
+                    outputs[begin : begin + ROWS_TOGETHER],
+                    starting[begin : begin + ROWS_TOGETHER],
+                )
+                for begin in range(0, len(prepared), ROWS_TOGETHER)
+            ]
+            return ValuesAndLosses(
+                torch.cat([part.values for part in parts]),
+                [loss for part in parts for loss in part.losses],
+                [count for part in parts for count in part.steps],
+                [status for part in parts for status in part.status],
+            )
+        context = batch.context
+        with torch.enable_grad():
+            found = find_shared_values(
+                context.view,
+                context.tokenizer,
+                [_at_last_token(one) for one in prepared],
+                self.layer,
+                "mlp",
+                descent_hparams(self.state.hparams),
+                starting=starting,
+                most=context.values_most,
+                progress=context.progress,
+            )
+        return ValuesAndLosses(
+            found.targets.T, found.losses.tolist(), found.steps.tolist(), [Status(code) for code in found.status.tolist()]
+        )
+
+    def _descend_in_rows(
+        self, prepared: Sequence[PreparedRequest], outputs: torch.Tensor, starting: Sequence[torch.Tensor | None]
+    ) -> ValuesAndLosses:
+        """Values that stand at several tokens of each row, whose keys and queries above the layer they change, too."""
+        hparams, view = self.state.hparams, self.state.view
+        rows = rewriting_rows([replace(one, rewriting=one.rewriting[:1]) for one in prepared])
+        with evaluating(view):
+            captured = CapturedRows.capture(view, rows, self.layer)
+            objective = Objective(captured, {"likelihood": Likelihood(captured)})
+            bias = view.edited_module(self.layer).bias
+            own = captured.original if bias is None else captured.original + bias.detach().to(captured.original)
+            placed = [
+                (hparams.replacement == "replace_all" or place < row.prompt - 1, row.request)
+                for row in rows
+                for place in range(len(row.ids))
+            ]
+            is_placed, owner = (torch.tensor(part, device=own.device) for part in zip(*placed, strict=True))
+            origin = outputs.to(own)
+            value = torch.stack([one if first is None else first for one, first in zip(origin, starting, strict=True)])
+            value = value.to(own)
+            mean, square = torch.zeros_like(value), torch.zeros_like(value)
+            active = torch.ones(len(value), 1, dtype=torch.bool, device=value.device)
+            rate = hparams.lr
+            if hparams.units == "relative":
+                rate = hparams.lr * origin.square().mean(1, keepdim=True).sqrt()
+            unbounded = torch.full((len(value), 1), torch.inf, dtype=value.dtype, device=value.device)
+
+            def losses_at(point: torch.Tensor) -> torch.Tensor:
+                whole_output = torch.where(is_placed[:, None], point[owner], own)
+                return objective.losses(whole_output if bias is None else whole_output - bias.detach().to(own)).total
+
+            for step in range(hparams.num_steps):
+                with torch.enable_grad():
+                    point = value.clone().requires_grad_(True)
+                    (gradient,) = torch.autograd.grad(losses_at(point).sum(), point)
+                count = torch.full((len(value), 1), step + 1, device=value.device)
+                value, mean, square = clamped_step(value, gradient, mean, square, count, active, rate, unbounded)
+            with torch.no_grad():
+                losses = losses_at(value)
+        bad = ~(torch.isfinite(losses) & torch.isfinite(value).all(1).to(losses.device))
+        status = [Status.BAD_LOSS if flag else Status.COMPLETED for flag in bad.tolist()]
+        return ValuesAndLosses(value, losses.tolist(), [hparams.num_steps] * len(prepared), status)
+
+
+def rounds(entered: Sequence[Entered]) -> list[list[int]]:
+    """The edits that first train their entry, those that are the second ones of theirs, and so on: no two of one entry
+    in a round."""
+    counts: dict[int, int] = {}
+    result: list[list[int]] = []
+    for place, one in enumerate(entered):
+        number = counts.get(one.entry, 0)
+        counts[one.entry] = number + 1
+        if number == len(result):
+            result.append([])
+        result[number].append(place)
+    return result
+
+
+def descent_hparams(hparams: Hparams) -> Hparams:
+    """The numbers of the value engine that make it GRACE's loop: all steps, no drift, no decay, no clamp."""
+    relative = hparams.units == "relative"
+    return replace(
+        hparams,
+        v_num_grad_steps=hparams.num_steps + 1,  # the last iteration takes no step
+        v_lr=AUTO if relative else hparams.lr,
+        v_lr_scale=hparams.lr if relative else hparams.v_lr_scale,
+        v_weight_decay=0.0,
+        clamp_norm_factor=UNBOUNDED,
+        v_stop_loss=NEVER,
+        kl_factor=0.0,
+    )
+
+
+def _at_last_token(prepared: PreparedRequest) -> PreparedRequest:
+    """A request whose value stands at the last token of its bare prompt."""
+    ids = prepared.rewriting[0].ids
+    return replace(prepared, rewriting=(Prompt(ids, len(ids) - 1),), kl=Prompt(ids[:1], 0))
+
+
+def _report(
+    batch: BatchRun, places: Sequence[int], book: Codebook, queries: torch.Tensor, entered: Sequence[Entered]
+) -> None:
+    """Say which edits of a batch share an entry, and which ones it does not answer."""
+    last: dict[int, int] = {}
+    for place, one in enumerate(entered):
+        if one.entry in last:
+            batch.collisions.append((places[last[one.entry]], places[place]))
+        last[one.entry] = place
+    again = [place for place, one in enumerate(entered) if one.how == Entering.TAKEN_OVER]
+    if again:
+        _log.warning("%d of %d edits replace one of the same prompt that had another target", len(again), len(entered))
+    distances = torch.cdist(queries, book.keys, compute_mode="donot_use_mm_for_euclid_dist")
+    gaps, nearest = distances.min(1)
+    answered = gaps <= book.radii[nearest]
+    targets = [batch.prepared[place].target for place in places]
+    lost = [
+        place
+        for place, (entry, inside) in enumerate(zip(nearest.tolist(), answered.tolist(), strict=True))
+        if not inside or book.entries[entry].label.target != targets[place]
+    ]
+    if len(lost) > len(again):
+        _log.warning(
+            "%d of %d edits are not answered with their target: later ones of the batch have taken their prompts",
+            len(lost),
+            len(entered),
+        )
