@@ -9,15 +9,16 @@ from the value that the one before it has left. The result is that of one edit a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from kedit_fast.editing.keys import bare_outputs
 from kedit_fast.editing.tuning.captured import CapturedRows, rewriting_rows
 from kedit_fast.editing.tuning.codebook import Codebook, Entered, Entering, Label, enter
+from kedit_fast.editing.tuning.history import History
 from kedit_fast.editing.tuning.objective import Likelihood, Objective
 from kedit_fast.editing.values.result import PROBLEMS
 from kedit_fast.editing.values.shared import find_shared_values
@@ -25,8 +26,6 @@ from kedit_fast.memories.memory import KeyValueMemory
 from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.forward import Site, evaluating
-from kedit_fast.models.sharded import whole
-from kedit_fast.requests.problems import require_no_problems
 from kedit_fast.requests.prompts import PreparedRequest, Prompt
 from kedit_fast.solver.value_descent import Status, clamped_step
 
@@ -41,8 +40,6 @@ UNBOUNDED = 1e30
 """A clamp that no value reaches, in units of the output's norm."""
 ROWS_TOGETHER = 64
 """Requests whose values are optimized together where these stand at several tokens."""
-SAME_OUTPUT = 0.1
-"""Relative difference between the outputs of the MLP and of its last matrix from which on they are not the same."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +66,20 @@ class CodebookTuning:
     def __init__(self, state: TuningState):
         self.state = state
         (self.layer,) = state.hparams.layers
+        self.history: History[Codebook] = History(Codebook(), state.hparams.undo_window)
+        self._pending: Codebook | None = None
+        computed = state.view.weight(self.layer).dtype
+        self.dtype = torch.promote_types(computed, torch.float32)
+        """Of keys and values."""
+        self.rounding = 0.0 if computed == self.dtype else torch.finfo(computed).eps
 
-    def tune(self, batch: BatchRun, earlier: Codebook | None) -> Codebook | None:
-        """The codebook after a batch, from that before it; requests that fail leave no trace in it.
+    def write(self, batch: BatchRun) -> None:
+        """Let the requests of a batch enter the codebook; those that fail leave no trace in it.
 
         Cost: a pass over the prompts up to the layer; distances to all keys; and per round of chains the descent of
         values, whose iterations run the blocks above the layer from the last prompt token on.
         """
-        prepared = batch.prepared
+        prepared, earlier = batch.prepared, self.history.current
         with batch.timed("keys"):
             queries, outputs = self._captured(prepared)
         problems = {
@@ -86,54 +89,67 @@ class CodebookTuning:
         }
         chosen = list(range(len(prepared)))
         while True:
-            self._fail(batch, problems)
+            for place, reason in problems.items():
+                batch.fail(place, reason)
             chosen = [place for place in chosen if place not in problems]
             if not chosen:
-                return earlier
+                return
             with batch.timed("keys"):
                 some = [prepared[place] for place in chosen]
-                book, entered = self._enter(earlier or Codebook(), queries[chosen], some)
+                book, entered = self._enter(earlier, queries[chosen], some)
             problems = self._unreachable(chosen, some, entered)
             if problems:
                 continue
             with batch.timed("values"):
-                book, losses, steps, problems = self._trained(batch, book, some, outputs[chosen], entered, earlier)
+                book, losses, steps, problems = self._trained(batch, book, some, outputs[chosen], entered)
             problems = {chosen[place]: reason for place, reason in problems.items()}
             if not problems:
                 break
         batch.losses += losses
         batch.steps += steps
         _report(batch, chosen, book, queries[chosen], entered)
-        return book
+        self._pending = book
 
-    def memory(self, book: Codebook | None, about: Mapping[str, Any]) -> KeyValueMemory | None:
+    def commit(self) -> None:
+        """Make the open batch the state."""
+        if self._pending is not None:
+            before, state, self._pending = self.history.current, self._pending, None
+            self.history.push(state, lambda _: before)
+
+    def settle(self, batches: int) -> bool:
+        """Drop an open batch and return to the state after so many batches; returns whether that is another one."""
+        self._pending = None
+        return self.history.settle(batches)
+
+    def memory(self, about: Mapping[str, object]) -> KeyValueMemory | None:
         """What answers beside the weights, or None before the first edit; `about` are fields of every memory."""
-        if book is None or not book.entries:
+        book = self.history.current
+        if not book.entries:
             return None
         return KeyValueMemory(
             keys=book.keys,
             values=book.values,
             radii=book.radii,
             replacement=self.state.hparams.replacement,
-            **about,
+            **about,  # pyright: ignore[reportArgumentType] - fields of SideMemory
         )
 
     def _captured(self, prepared: Sequence[PreparedRequest]) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [u, d] and outputs [u, h] of the layer at the last prompt tokens, fp32 (fp64 of fp64 models)."""
         sites = [Site(self.layer, "key"), Site(self.layer, "mlp")]
         inputs, outputs = bare_outputs(self.state.view, [_at_last_token(one) for one in prepared], sites)
-        dtype = torch.promote_types(self.state.view.dtype, torch.float32)
-        return inputs.T.to(dtype).contiguous(), outputs.T.to(dtype).contiguous()
+        return inputs.T.to(self.dtype).contiguous(), outputs.T.to(self.dtype).contiguous()
 
     def _enter(
         self, book: Codebook, queries: torch.Tensor, prepared: Sequence[PreparedRequest]
     ) -> tuple[Codebook, list[Entered]]:
         """Let requests enter a codebook."""
         hparams = self.state.hparams
-        radius: Callable[[torch.Tensor], float] = lambda query: hparams.eps
-        if hparams.units == "relative":
-            radius = lambda query: hparams.eps * float(torch.linalg.vector_norm(query))
-        dtype = self.state.view.dtype
+
+        def radius(query: torch.Tensor) -> float:
+            relative = hparams.units == "relative"
+            return hparams.eps * float(torch.linalg.vector_norm(query)) if relative else hparams.eps
+
         labels = [Label(one.target, len(one.rewriting[0].ids)) for one in prepared]
         return enter(
             book,
@@ -142,7 +158,7 @@ class CodebookTuning:
             radius,
             rule=hparams.label_rule,
             expand=hparams.eps_expand,
-            rounding=torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 0.0,
+            rounding=self.rounding,
         )
 
     def _unreachable(
@@ -154,14 +170,8 @@ class CodebookTuning:
             if not one.inside:
                 problems[place] = f"{request.name}: its prompt lies outside the radius of the entry that it has moved"
             elif self.state.hparams.replacement == "replace_prompt" and len(request.rewriting[0].ids) == 1:
-                problems[place] = f"{request.name}: replace_prompt replaces tokens before the last, and it has one alone"
+                problems[place] = f"{request.name}: replace_prompt replaces tokens before the last; its prompt has none"
         return problems
-
-    def _fail(self, batch: BatchRun, problems: Mapping[int, str]) -> None:
-        """Skip requests of a batch, or raise."""
-        if batch.on_error == "raise":
-            require_no_problems(problems)
-        batch.skipped |= problems
 
     def _trained(
         self,
@@ -170,12 +180,11 @@ class CodebookTuning:
         prepared: Sequence[PreparedRequest],
         outputs: torch.Tensor,
         entered: Sequence[Entered],
-        earlier: Codebook | None,
     ) -> tuple[Codebook, list[float], list[int], dict[int, str]]:
         """The codebook with the values of all entries that requests train; losses and steps of these; and problems."""
         losses, steps = [0.0] * len(prepared), [0] * len(prepared)
         problems: dict[int, str] = {}
-        first_number = 0 if earlier is None else earlier.edits
+        first_number = self.history.current.edits
         for members in rounds(entered):
             starting = [
                 self._first_value(first_number + place, outputs[place])
@@ -226,7 +235,7 @@ class CodebookTuning:
             )
         context = batch.context
         with torch.enable_grad():
-            found = find_shared_values(
+            optimized = find_shared_values(
                 context.view,
                 context.tokenizer,
                 [_at_last_token(one) for one in prepared],
@@ -237,9 +246,8 @@ class CodebookTuning:
                 most=context.values_most,
                 progress=context.progress,
             )
-        return ValuesAndLosses(
-            found.targets.T, found.losses.tolist(), found.steps.tolist(), [Status(code) for code in found.status.tolist()]
-        )
+        status = [Status(code) for code in optimized.status.tolist()]
+        return ValuesAndLosses(optimized.targets.T, optimized.losses.tolist(), optimized.steps.tolist(), status)
 
     def _descend_in_rows(
         self, prepared: Sequence[PreparedRequest], outputs: torch.Tensor, starting: Sequence[torch.Tensor | None]
@@ -251,16 +259,16 @@ class CodebookTuning:
             captured = CapturedRows.capture(view, rows, self.layer)
             objective = Objective(captured, {"likelihood": Likelihood(captured)})
             bias = view.edited_module(self.layer).bias
-            own = captured.original if bias is None else captured.original + bias.detach().to(captured.original)
+            original = captured.original if bias is None else captured.original + bias.detach().to(captured.original)
             placed = [
                 (hparams.replacement == "replace_all" or place < row.prompt - 1, row.request)
                 for row in rows
                 for place in range(len(row.ids))
             ]
-            is_placed, owner = (torch.tensor(part, device=own.device) for part in zip(*placed, strict=True))
-            origin = outputs.to(own)
+            is_placed, owner = (torch.tensor(part, device=original.device) for part in zip(*placed, strict=True))
+            origin = outputs.to(original)
             value = torch.stack([one if first is None else first for one, first in zip(origin, starting, strict=True)])
-            value = value.to(own)
+            value = value.to(original)
             mean, square = torch.zeros_like(value), torch.zeros_like(value)
             active = torch.ones(len(value), 1, dtype=torch.bool, device=value.device)
             rate = hparams.lr
@@ -269,8 +277,10 @@ class CodebookTuning:
             unbounded = torch.full((len(value), 1), torch.inf, dtype=value.dtype, device=value.device)
 
             def losses_at(point: torch.Tensor) -> torch.Tensor:
-                whole_output = torch.where(is_placed[:, None], point[owner], own)
-                return objective.losses(whole_output if bias is None else whole_output - bias.detach().to(own)).total
+                whole_output = torch.where(is_placed[:, None], point[owner], original)
+                return objective.losses(
+                    whole_output if bias is None else whole_output - bias.detach().to(original)
+                ).total
 
             for step in range(hparams.num_steps):
                 with torch.enable_grad():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kedit_fast.editing.tuning.grace import CodebookTuning
 from kedit_fast.editing.tuning.in_place import EditedTuning
 from kedit_fast.editing.tuning.memoir import FingerprintTuning
 from kedit_fast.editing.tuning.wise import ActivationTuning
@@ -61,6 +62,7 @@ class BesideTuning(Protocol):
 BESIDE: dict[Router, Callable[[TuningState], BesideTuning]] = {
     "activation": ActivationTuning,
     "fingerprint": FingerprintTuning,
+    "nearest key": CodebookTuning,
 }
 """Router of a method -> what tunes its edits."""
 IN_PLACE: dict[TunedPlace, Callable[[TuningState], InPlaceTuning]] = {"edited": EditedTuning}

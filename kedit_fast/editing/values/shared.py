@@ -57,7 +57,8 @@ def find_shared_values(
     Args:
         tokenizer: the model's; it is part of what identifies a stored value.
         store: where values are looked up and written; None for no store.
-        view, prepared, layer, site_kind, hparams, stop_rule, groups, earlier, starting, most, progress: as in `find_values`.
+        view, prepared, layer, site_kind, hparams, stop_rule, groups, earlier, starting, most, progress: as in
+            `find_values`.
 
     Raises:
         EditError: the store refuses, the processes have different requests or models, or one of them failed.
