@@ -31,6 +31,7 @@ from kedit_fast.evaluation.sequences import Retention, RetentionTracker
 from kedit_fast.methods.declaration import AUTO as AUTO_NUMBER
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
+from kedit_fast.models.routes import prompt_tokens
 from kedit_fast.models.saving import save_model
 from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
@@ -626,7 +627,7 @@ def complete(
     if why := unknown_token(tokenizer, ids, view.vocabulary) or ("" if ids else "it has no tokens"):
         raise RequestError(f"the prompt {prompt!r}: {why}")
     begin = len(ids)
-    with evaluating(view), torch.no_grad():
+    with evaluating(view), torch.no_grad(), prompt_tokens(model, [begin]):
         for _ in range(tokens):
             states = last_states(view, pad([ids], view.device))[:, -1]
             ids.append(int(view.head.logits(states).argmax()))

@@ -73,7 +73,16 @@ class Distributions:
     """What is fed behind the text, a prompt as above: the positions that predict it are asked for."""
 
 
-Ask = Forced | Generated | Likelihood | Distributions
+@dataclass(frozen=True)
+class RouteOf:
+    """Which entry of the memory that is attached to the model answers for a prompt?"""
+
+    text: str
+    max_tokens: int = 0
+    """The text, a natural one, is cut to so many tokens; 0: it is a prompt, in the prompt format of the run."""
+
+
+Ask = Forced | Generated | Likelihood | Distributions | RouteOf
 
 
 @dataclass(frozen=True)
@@ -129,4 +138,12 @@ class DistributionsAnswer:
     head: Head
 
 
-Answer = ForcedAnswer | GeneratedAnswer | LikelihoodAnswer | DistributionsAnswer
+@dataclass(frozen=True)
+class RouteAnswer:
+    """What a memory decided."""
+
+    route: int | None
+    """The entry, -1 for none of them; None where no memory is attached."""
+
+
+Answer = ForcedAnswer | GeneratedAnswer | LikelihoodAnswer | DistributionsAnswer | RouteAnswer

@@ -17,11 +17,14 @@ from kedit_fast.evaluation.asks import (
     Generated,
     Likelihood,
     LikelihoodAnswer,
+    RouteAnswer,
+    RouteOf,
 )
 from kedit_fast.evaluation.generation import Put, generate
 from kedit_fast.evaluation.rows import Row, batches, require_finite, rows_of
 from kedit_fast.models.cached import cache_limit, run_beginnings
 from kedit_fast.models.forward import evaluating, last_states, pad
+from kedit_fast.models.routes import attached_routes, prompt_tokens, recorded_routes
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.problems import require_no_problems
 from kedit_fast.requests.prompts import PromptFormat
@@ -106,6 +109,7 @@ def answer_rows(
         _force(view, {ask: row for ask, row in open_rows.items() if isinstance(ask, Forced)}, put, finite)
         read = {ask: row for ask, row in open_rows.items() if isinstance(ask, Likelihood | Distributions)}
         _read(view, read, put, finite)
+        _route(view, {ask: row for ask, row in open_rows.items() if isinstance(ask, RouteOf)}, put)
         said = {ask: row for ask, row in open_rows.items() if isinstance(ask, Generated)}
         generate(view, tokenizer, said, put)
     return answers
@@ -164,13 +168,16 @@ def _force_batch(
     """Run prompts with their first reads, then the other reads from the prompts' keys and values; score all."""
     first = [(*branches.prompt, *branches.reads[0]) for branches in group]
     others = [(r, read) for r, branches in enumerate(group) for read in branches.reads[1:]]
+    prompts = [len(branches.prompt) for branches in group]
     if others:
-        hidden, beginnings = run_beginnings(view, first)
+        with prompt_tokens(view.model, prompts):
+            hidden, beginnings = run_beginnings(view, first)
         which = [r for r, _ in others]
-        part = beginnings.select(which, [len(group[r].prompt) for r in which])
+        part = beginnings.select(which, [prompts[r] for r in which])
         following = part.follow([read for _, read in others]).flatten(0, 1)
     else:
-        hidden, following = last_states(view, pad(first, view.device)), None
+        with prompt_tokens(view.model, prompts):
+            hidden, following = last_states(view, pad(first, view.device)), None
     width, behind = hidden.shape[1], len(first) * hidden.shape[1]
     each = 0 if following is None else len(following) // len(others)
     asks: list[Forced] = []
@@ -223,7 +230,8 @@ def _read(view: ModelView, rows: Mapping[Likelihood | Distributions, Row], put: 
     asks = list(rows)
     for chunk in batches(range(len(asks)), lambda i: rows[asks[i]].length, BATCH_TOKENS):
         part = [(*rows[asks[i]].prompt, *rows[asks[i]].read) for i in chunk]
-        hidden = last_states(view, pad(part, view.device))
+        with prompt_tokens(view.model, [len(rows[asks[i]].prompt) for i in chunk]):
+            hidden = last_states(view, pad(part, view.device))
         texts = [j for j, i in enumerate(chunk) if isinstance(asks[i], Likelihood)]
         answers: dict[Ask, Answer] = {}
         if texts:
@@ -242,3 +250,15 @@ def _read(view: ModelView, rows: Mapping[Likelihood | Distributions, Row], put: 
                 require_finite(states.sum(1), [ask], [len(states)])
                 answers[ask] = DistributionsAnswer(states, view.head)
         put(answers)
+
+
+def _route(view: ModelView, rows: Mapping[RouteOf, Row], put: Put) -> None:
+    asks = list(rows)
+    if attached_routes(view.model) is None:
+        put(dict.fromkeys(asks, RouteAnswer(None)))
+        return
+    for chunk in batches(range(len(asks)), lambda i: rows[asks[i]].length, BATCH_TOKENS):
+        with recorded_routes(view.model) as routes:
+            last_states(view, pad([rows[asks[i]].prompt for i in chunk], view.device))
+        (route,) = routes
+        put({asks[i]: RouteAnswer(entry) for i, entry in zip(chunk, route.tolist(), strict=True)})

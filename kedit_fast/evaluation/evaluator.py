@@ -43,7 +43,10 @@ _NONE: dict[Source, str] = {
     "choices": "it needs multiple choice (--choices)",
 }
 """Why a metric has no value where there are none of its records."""
-_MISSING: dict[Need, str] = {"judge": "it needs a judge (--judge)"}
+_MISSING: dict[Need, str] = {
+    "judge": "it needs a judge (--judge)",
+    "memory": "it needs a memory that is attached to the model",
+}
 """Why a metric has no value where what it needs was not given."""
 _KINDS: dict[Source, str] = {"requests": "request", "groups": "group", "texts": "text", "choices": "item"}
 
@@ -398,7 +401,8 @@ class Evaluator:
             reason = _NONE[source]
         else:
             reason = f"it compares with the state {missing[0]!r}, which was not measured{between}" if missing else ""
-        if metric.needs == "judge" and self._judge is None:
+        lacks = metric.needs == "memory" or (metric.needs == "judge" and self._judge is None)
+        if lacks and not any(one.records for one in result.values()):
             reason = _MISSING[metric.needs]
         return Result(metric, result, unit, reason), tuple(r for r in records if r.scores)
 

@@ -13,6 +13,7 @@ from kedit_fast.evaluation.asks import Answer, Ask, Generated, GeneratedAnswer
 from kedit_fast.evaluation.rows import Row, batches, require_finite
 from kedit_fast.models.cached import cache_bytes, cache_limit, run_beginnings
 from kedit_fast.models.forward import last_states, pad
+from kedit_fast.models.routes import prompt_tokens
 from kedit_fast.models.view import ModelView
 from kedit_fast.support.free_memory import free_bytes
 
@@ -111,7 +112,8 @@ def _continue_whole(view: ModelView, texts: Sequence[Text], put: Put) -> None:
     """Continue texts by whole passes over all that they have."""
     active = list(texts)
     while active:
-        hidden = last_states(view, pad([text.ids for text in active], view.device))
+        with prompt_tokens(view.model, [text.prompt_length for text in active]):
+            hidden = last_states(view, pad([text.ids for text in active], view.device))
         at = torch.tensor([text.length - 1 for text in active], device=hidden.device)
         tokens = next_tokens(view, hidden[torch.arange(len(active), device=hidden.device), at], active)
         for text, token in zip(active, tokens, strict=True):
@@ -144,6 +146,11 @@ class Text:
     def length(self) -> int:
         """Number of tokens so far."""
         return len(self._prompt) + len(self._new)
+
+    @property
+    def prompt_length(self) -> int:
+        """Number of tokens of the prompt."""
+        return len(self._prompt)
 
     @property
     def longest(self) -> int:

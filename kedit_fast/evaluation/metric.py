@@ -20,8 +20,8 @@ Within = Literal["mean", "mean of names", "any", "all"]
 the largest; "all": the smallest."""
 Better = Literal["higher", "lower", ""]
 """Which values are good; "" where it depends."""
-Need = Literal["", "judge"]
-"""What a metric needs beside a model and records; "" for nothing."""
+Need = Literal["", "judge", "memory"]
+"""What a metric needs beside records and a model: a judge, or a memory that is attached; "" for nothing."""
 Unit = Literal["request", "group", "prompt"]
 """What is averaged over: requests, groups of requests (a case of MQuAKE), or single prompts."""
 

@@ -16,6 +16,7 @@ from kedit_fast.evaluation.catalog import (
     easyedit,
     generation,
     knowedit,
+    memory,
     mquake,
     negation,
     pitfalls,
@@ -45,6 +46,7 @@ CATALOG: tuple[ModuleType, ...] = (
     choices,
     drift,
     safety,
+    memory,
 )
 """The families, in the order of tables. Each has mappings PROMPTS and SCORINGS by name, a tuple METRICS, and, where
 some of its metrics need an optional package that is not installed, a mapping ABSENT from their ids to the reason."""

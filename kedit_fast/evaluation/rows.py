@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
 from kedit_fast.errors import EvaluationError, RequestError
-from kedit_fast.evaluation.asks import Ask, Distributions, Forced, Generated, Likelihood
+from kedit_fast.evaluation.asks import Ask, Distributions, Forced, Generated, Likelihood, RouteOf
 from kedit_fast.models.forward import unknown_token
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PromptFormat, continuation, separator_before
@@ -124,7 +124,7 @@ class _Remembering:
 def _row(
     view: ModelView, tokenizer: Any, ask: Ask, prompt_format: PromptFormat | None, target_separator: str, least: int
 ) -> Row:
-    if isinstance(ask, Likelihood) or (isinstance(ask, Distributions) and not ask.last and not ask.answer):
+    if _is_text(ask):
         length = min(ask.max_tokens, view.max_length)
         ids = tuple(tokenizer(ask.text, truncation=True, max_length=length)["input_ids"])
         least = least if isinstance(ask, Likelihood) else 1
@@ -162,6 +162,13 @@ def _row(
     return Row(tuple(prompt), tokens, read, new)
 
 
+def _is_text(ask: Ask) -> TypeGuard[Likelihood | Distributions | RouteOf]:
+    """Whether an ask is about a natural text, which is read as it stands and cut."""
+    if isinstance(ask, RouteOf):
+        return ask.max_tokens > 0
+    return isinstance(ask, Likelihood) or (isinstance(ask, Distributions) and not ask.last and not ask.answer)
+
+
 def _special_before(tokenizer: Any, text: str) -> tuple[int, ...]:
     """The special tokens that a tokenizer puts before a text."""
     special = non_words(tokenizer).special
@@ -170,7 +177,7 @@ def _special_before(tokenizer: Any, text: str) -> tuple[int, ...]:
 
 def prompt_of(ask: Ask) -> str:
     """The text that an ask begins with."""
-    return ask.text if isinstance(ask, Likelihood | Distributions) else ask.prompt
+    return ask.text if isinstance(ask, Likelihood | Distributions | RouteOf) else ask.prompt
 
 
 def batches(

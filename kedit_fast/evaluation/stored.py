@@ -28,23 +28,26 @@ from kedit_fast.evaluation.asks import (
     Generated,
     GeneratedAnswer,
     LikelihoodAnswer,
+    RouteAnswer,
 )
 from kedit_fast.evaluation.rows import Row
 from kedit_fast.models.fingerprint import with_values
 from kedit_fast.models.head import Head
+from kedit_fast.models.routes import attached_routes
 from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
 from kedit_fast.support.files import locked
 from kedit_fast.support.matrix_bits import edit_fingerprint
 
 FILE = "answers.jsonl"
-_KINDS: dict[str, Any] = {"forced": ForcedAnswer, "generated": GeneratedAnswer, "likelihood": LikelihoodAnswer}
+_KINDS: dict[str, Any] = {"forced": ForcedAnswer, "generated": GeneratedAnswer, "likelihood": LikelihoodAnswer,
+                            "route": RouteAnswer}  # fmt: skip
 _DISTRIBUTIONS = "distributions"
 _NAMES = ("_name_or_path", "transformers_version")  # of a configuration: where it is from
 
 
 def model_hash(view: ModelView) -> str:
-    """A hash of all weights and buffers of a model, by name, and of its configuration.
+    """A hash of all weights and buffers of a model, by name, of its configuration, and of a memory in it.
 
     Cost: one pass over them, on their devices.
     """
@@ -58,6 +61,8 @@ def model_hash(view: ModelView) -> str:
         if values.numel():
             matrix = values.reshape(-1, values.shape[-1] if values.ndim else 1).contiguous()
             digest.update(edit_fingerprint([matrix if matrix.element_size() <= 8 else matrix.real]).encode())
+    if (routes := attached_routes(view.model)) is not None:
+        digest.update(f"memory {routes.memory.digest}".encode())
     return digest.hexdigest()
 
 

@@ -40,6 +40,11 @@ class Routed(Protocol):
         """Whether no sequence can be routed to it."""
         ...
 
+    @property
+    def digest(self) -> str:
+        """A hash of everything that decides what it does."""
+        ...
+
     def decide(self, x: torch.Tensor, output: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
         """The route [R] of packed sequences."""
         ...

@@ -15,6 +15,7 @@ from kedit_fast.models.editable import is_adapter, plain_model
 from kedit_fast.models.head import Head, checked_head, head_as_configured
 from kedit_fast.models.introspection import find_spec
 from kedit_fast.models.offloaded import device_of, on_host
+from kedit_fast.models.routes import suspended
 from kedit_fast.models.schemes import scheme_of
 from kedit_fast.models.sharded import is_sharded, require_whole_world, splits_inputs, work_share
 from kedit_fast.support.dtypes import FLOATS
@@ -176,7 +177,8 @@ class ModelView:
             if self.device.type == "meta":
                 head = head_as_configured(self.model)
             else:
-                head = checked_head(self.model, self.base, self.base_takes, self.vocabulary, self.device)
+                with suspended(self.model):
+                    head = checked_head(self.model, self.base, self.base_takes, self.vocabulary, self.device)
             self._head = weight, head
         return self._head[1]
 
@@ -215,9 +217,13 @@ class ModelView:
         return device_of(self.edited_module(layer))
 
     def once(self, compute: Callable[[ModelView], T]) -> T:
-        """What `compute` returns for this view, computed on the first call and stored with the view."""
+        """What `compute` returns for this view, computed on the first call and stored with the view.
+
+        It is about the model alone: a memory that is attached to it is suspended.
+        """
         if compute not in self._computed:
-            self._computed[compute] = compute(self)
+            with suspended(self.model):
+                self._computed[compute] = compute(self)
         return self._computed[compute]
 
     @property
