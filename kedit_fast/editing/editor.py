@@ -301,6 +301,12 @@ class Editor:
             EditError, SolveError, StatisticsError: the edit failed. The model, the ledger and the state between batches
                 are as they were before, bit for bit.
         """
+        with contextlib.nullcontext() if self.tuning is None else self.tuning.suspended_memory():
+            return self._edit(requests, on_error)
+
+    def _edit(
+        self, requests: Iterable[EditRequest | Mapping[str, Any] | PreparedRequest], on_error: OnError
+    ) -> EditResult:
         self._require_ready("edit")
         self.solver_state.require_state()
         prepared, problems = self.check(requests, on_error)

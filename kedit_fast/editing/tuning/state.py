@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,17 +13,17 @@ from kedit_fast.editing.tuning.in_place import EditedTuning
 from kedit_fast.editing.tuning.memoir import FingerprintTuning
 from kedit_fast.editing.tuning.wise import ActivationTuning
 from kedit_fast.errors import MethodError
+from kedit_fast.memories.attach import attach, attached, matrix_identity
 from kedit_fast.memories.memory import SideMemory
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.tuning_recipe import Router, TunedPlace
 from kedit_fast.models.fingerprint import tokenizer_hash
+from kedit_fast.models.routes import suspended
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PromptFormat
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.statistics.collect import Statistics
-from kedit_fast.support.dtypes import dtype_name
-from kedit_fast.support.matrix_bits import sha256
 
 if TYPE_CHECKING:
     from kedit_fast.editing.batch_run import BatchRun
@@ -103,6 +104,7 @@ class TuningState:
         self.prompt_format = prompt_format
         self.memory: SideMemory | None = None
         """What stands beside the weights, as after the last committed batch; None without any."""
+        self._answering: SideMemory | None = None  # the same on the device of its module
         self._written: list[tuple[EditRequest, ...]] = []  # requests of each batch
         self._pending: tuple[EditRequest, ...] | None = None
         make = BESIDE.get(self.tuning.router)
@@ -139,16 +141,34 @@ class TuningState:
             del self._written[batches:]
             self._serve()
 
+    @contextlib.contextmanager
+    def suspended_memory(self) -> Iterator[None]:
+        """Inside the block the model runs without this editor's memory; nobody else's is suspended."""
+        present = attached(self.view.model)
+        mine = present is not None and present.memory is self._answering
+        with suspended(self.view.model) if mine else contextlib.nullcontext():
+            yield
+
     def _serve(self) -> None:
-        """Make the memory of the state as it is."""
+        """Let the memory of the state, as it is, answer in the model; or none, where nothing is edited."""
         assert self.beside is not None
         self.memory = self.beside.memory(self._about())
+        model, present = self.view.model, attached(self.view.model)
+        if self.memory is None:
+            self._answering = None
+            if present is not None:
+                present.detach()
+            return
+        if present is None:
+            present = attach(model, self.memory, spec=self.view.spec)
+        else:
+            present.swap(self.memory)
+        self._answering = present.memory
 
     def _about(self) -> dict[str, Any]:
         """The fields that every memory of this editor has."""
-        layer, requests = self.hparams.layers[0], [r for written in self._written for r in written]
+        requests = [r for written in self._written for r in written]
         return {
-            "module": self.view.module_name(layer),
             **self._matrix_identity,
             "method": self.recipe.name,
             "configuration": asdict(self.hparams),
@@ -160,9 +180,4 @@ class TuningState:
     @functools.cached_property
     def _matrix_identity(self) -> dict[str, Any]:
         """What matrix the memory is for; it does not change."""
-        weight = self.view.weight(self.hparams.layers[0])
-        return {
-            "original": sha256(weight),
-            "dtype": dtype_name(weight.dtype),
-            "transposed": self.view.spec.transposed,
-        }
+        return matrix_identity(self.view.model, self.view.module_name(self.hparams.layers[0]))
