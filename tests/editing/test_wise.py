@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,14 +13,14 @@ from tiny_models import make_model, make_tokenizer
 from toy_rows import GOLDEN, toy_rows
 
 import kedit_fast
-from kedit_fast import Editor
+from kedit_fast import Editor, demo
 from kedit_fast.editing.tuning.captured import TuningRow
 from kedit_fast.editing.tuning.history import History, PackedMatrix
 from kedit_fast.editing.tuning.margin import activation_change, margin_loss
 from kedit_fast.editing.tuning.matrix import Steps, TunedMatrix
 from kedit_fast.editing.tuning.objective import Likelihood, Objective
 from kedit_fast.editing.tuning.plateau import until_plateau
-from kedit_fast.editing.tuning.wise import Shard, Shards, Working
+from kedit_fast.editing.tuning.wise import Shards, Working
 from kedit_fast.errors import EditError, MethodError, RequestError
 from kedit_fast.solver.entry_bits import random_bits, unpack_bits
 from kedit_fast.solver.merging import merged
@@ -185,6 +186,12 @@ def tokenizer():
     return make_tokenizer()
 
 
+@pytest.fixture
+def all_learned(monkeypatch):
+    """Every edit counts as learned, so that few steps make memories that answer."""
+    monkeypatch.setattr("kedit_fast.editing.tuning.plateau.LEARNED", math.inf)
+
+
 def editor(tokenizer, method, kind="llama", **arguments):
     changes = {**FAST[method], **arguments.pop("hparams", {})}
     prefixes = arguments.pop("prefixes", ("Yes. ", "I saw the tower "))
@@ -211,7 +218,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("method", ("wise", "memoir"))
-def test_batches_are_undone_bit_for_bit_across_shards_and_merges(tokenizer, method):
+def test_batches_are_undone_bit_for_bit_across_shards_and_merges(tokenizer, method, all_learned):
     one = editor(tokenizer, method)
     weight = one.view.weight(2).clone()
     states = [bits(one)]
@@ -235,8 +242,8 @@ def test_batches_are_undone_bit_for_bit_across_shards_and_merges(tokenizer, meth
 
 
 @pytest.mark.parametrize("method", ("wise", "memoir"))
-@pytest.mark.parametrize("stop", (0, 2, 4))
-def test_an_interrupted_batch_leaves_everything_as_it_was(tokenizer, method, stop, monkeypatch):
+@pytest.mark.parametrize("stop", (0, 4))
+def test_an_interrupted_batch_leaves_everything_as_it_was(tokenizer, method, stop, monkeypatch, all_learned):
     one = editor(tokenizer, method)
     one.edit(REQUESTS[:2])
     before, steps = bits(one), TunedMatrix.step
@@ -252,7 +259,7 @@ def test_an_interrupted_batch_leaves_everything_as_it_was(tokenizer, method, sto
     monkeypatch.setattr(TunedMatrix, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         one.edit(REQUESTS[2:])
-    monkeypatch.undo()
+    monkeypatch.setattr(TunedMatrix, "step", steps)
     assert_same(bits(one), before)
     one.edit(REQUESTS[2:])
     again = editor(tokenizer, method)
@@ -263,21 +270,21 @@ def test_an_interrupted_batch_leaves_everything_as_it_was(tokenizer, method, sto
 
 @pytest.mark.parametrize("method", ("wise", "memoir"))
 def test_one_bad_request_is_left_out_without_a_trace(tokenizer, method, monkeypatch):
-    one, other = editor(tokenizer, method), editor(tokenizer, method)
-    gradient, calls = Objective.gradient, 0
+    one = editor(tokenizer, method)
+    steps, calls = TunedMatrix.step, 0
 
-    def second_is_bad(self, outputs):
+    def fifth_is_bad(self, left, *args):
         nonlocal calls
-        losses, left = gradient(self, outputs)
         calls += 1
-        return losses, left * (torch.nan if calls == 5 else 1.0)
+        steps(self, left * (torch.nan if calls == 5 else 1.0), *args)
 
-    monkeypatch.setattr(Objective, "gradient", second_is_bad)
+    monkeypatch.setattr(TunedMatrix, "step", fifth_is_bad)
     result = one.edit(REQUESTS[:3], on_error="skip")
-    monkeypatch.undo()
     assert list(result.skipped) == [1] and "not finite" in result.skipped[1] and len(result.losses) == 2
-    other.tuning.beside.write  # noqa: B018
-    assert torch.isfinite(bits(one)[0]["logits"]).all() and len(one.memory.requests) == 2
+    monkeypatch.setattr(TunedMatrix, "step", steps)
+    tensors = bits(one)[0]
+    assert all(bool(torch.isfinite(t.float()).all()) for n, t in tensors.items() if n != "thresholds")
+    assert len(one.memory.requests) == 2
 
 
 @pytest.mark.parametrize("method", ("wise", "memoir"))
@@ -300,16 +307,27 @@ def test_masks_and_contexts_are_those_of_wise(tokenizer):
     assert float((tuned[mask] != weight[mask]).float().mean()) > 0.9
 
 
-def test_a_second_answer_of_a_prompt_wins(tokenizer):
-    for method in ("wise", "memoir"):
-        one = editor(tokenizer, method, hparams={"num_steps": 40, "lr": 0.5})
-        one.edit(REQUESTS[:3])
-        one.edit([{**REQUESTS[0], "target_new": "piano"}])
-        ids = tokenizer("Miles Davis plays the", return_tensors="pt").input_ids
-        first, second = (tokenizer(f" {word}").input_ids[0] for word in ("violin", "piano"))
+def test_edits_answer_and_a_second_answer_of_a_prompt_wins():
+    model, tokenizer = demo.load()
+    first, second, other = demo.requests(3)
+    ids = tokenizer(first.text, return_tensors="pt").input_ids
+
+    def answer():
         with torch.no_grad():
-            logits = one.view.model(ids).logits[0, -1]
-        assert logits[second] > logits[first] and int(logits.argmax()) == second, method
+            return tokenizer.decode(model(ids).logits[0, -1].argmax()).strip()
+
+    known = answer()
+    for method, changes in (("wise", {"save_freq": 2, "merge_freq": 10}), ("memoir", {})):
+        one = Editor(model, tokenizer, method, hparams=changes, prefixes=["I said that "])
+        one.edit([first, second, other])
+        assert first.target_new.startswith(answer()), method
+        again = replace(first, target_new=second.target_new)
+        one.edit([again])
+        assert second.target_new.startswith(answer()), method
+        one.rollback()
+        assert first.target_new.startswith(answer()), method
+        one.restore()
+        assert answer() == known
 
 
 def test_edits_that_did_not_learn_are_reported(tokenizer, caplog):
@@ -338,8 +356,3 @@ def test_what_is_refused(tokenizer):
     memory.edit(REQUESTS[:1])
     with kedit_fast.attach(one.view.model, memory.memory), pytest.raises(Exception, match="memory"):
         one.edit(REQUESTS[:1])
-
-
-def test_a_shard_is_as_it_was_after_its_merge_is_undone():
-    shard = Shard(0)
-    assert shard.threshold == math.inf and shard.weight is None
