@@ -9,12 +9,14 @@ import torch
 from tiny_models import make_model, make_tokenizer
 from toy_rows import GOLDEN, toy_rows
 
-from kedit_fast import EditRequest
+from kedit_fast import Editor, EditRequest
 from kedit_fast.editing.tuning.captured import TuningRow
 from kedit_fast.editing.tuning.general_kl import GeneralKL
 from kedit_fast.editing.tuning.locating import answer_distances, located, state_distance
 from kedit_fast.editing.tuning.matrix import Steps, TunedMatrix
 from kedit_fast.editing.tuning.objective import Likelihood, Objective
+from kedit_fast.errors import RequestError
+from kedit_fast.evaluation.evaluator import Evaluator
 from kedit_fast.models.forward import evaluating
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.chat import chat_format, with_suffix
@@ -134,3 +136,154 @@ def test_a_suffix_stands_in_the_users_message_of_a_chat():
     made = with_suffix(chat_format(tokenizer), "Say who:")
     assert made is not None and made("Who walked home?") == "[user] Who walked home? Say who: [end] answer:"
     assert with_suffix(None, "") is None
+
+
+def request(place: int, **changes) -> EditRequest:
+    safe, unsafe = ANSWERS[place]
+    prompt = ("Because I saw the old tower,", "Miles Davis plays", "Where is Ebro?")[place]
+    general = (Question("The mother tongue of Danielle Darrieux is", (("French",),)), Question("Ebro is", (("in",),)))
+    fields = dict(target_true=unsafe, probes=(Probe("locality", general[: 1 + place % 2]),), id=place)
+    return EditRequest(prompt, None, safe, **{**fields, **changes})
+
+
+NUMBERS = dict(num_steps=4, lr=1e-2, edit_factor=0.2, suffix_system_prompt="Answer:")
+
+
+def editor_of(model, **hparams) -> Editor:
+    layers = hparams.pop("layers", (0, 1, 2, 3))
+    return Editor(model, make_tokenizer(bos=True), "dinm", layers=layers, hparams={**NUMBERS, **hparams})
+
+
+def literal(model, layers, requests, gradient=True, bound=0.0):
+    """The released loop on single rows without padding, with a KL that has a gradient; edits stay in the model."""
+    tokenizer, suffix = make_tokenizer(bos=True), NUMBERS["suffix_system_prompt"]
+    originals = {layer: weight_of(model, layer).detach().clone() for layer in layers}
+    for layer, one in zip(layers, requests, strict=True):
+        weight = weight_of(model, layer)
+        weight.requires_grad_(True)
+        optimizer = torch.optim.Adam([weight], lr=NUMBERS["lr"])
+        rows = []
+        for question in one.probes[0].questions:
+            ids = tokenizer(f"{question.prompt} {suffix} {question.answers[0][0]}")["input_ids"]
+            prompt = tokenizer(f"{question.prompt} {suffix}")["input_ids"]
+            with torch.no_grad():
+                rows.append((ids, len(prompt) - 1, model(torch.tensor([ids])).logits[0].log_softmax(-1)))
+        prompt = tokenizer(f"{one.prompt} {suffix}")["input_ids"]
+        edit = tokenizer(f"{one.prompt} {suffix} {one.target_new}")["input_ids"]
+        for _ in range(NUMBERS["num_steps"]):
+            logits = model(torch.tensor([edit])).logits[0].log_softmax(-1)
+            nll = -logits[range(len(prompt) - 1, len(edit) - 1), edit[len(prompt) :]].mean()
+            kls = []
+            for ids, begin, before in rows:
+                now = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+                kls.append((before.exp() * (before - now)).sum(-1)[begin:])
+            kl = torch.cat(kls).mean()
+            loss = NUMBERS["edit_factor"] * nll + (kl if gradient else kl.detach())
+            if loss.item() < 1e-4:
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if bound:
+                with torch.no_grad():
+                    weight.clamp_(originals[layer] - bound, originals[layer] + bound)
+        weight.requires_grad_(False)
+    return {layer: weight_of(model, layer).detach() - originals[layer] for layer in set(layers)}
+
+
+def weight_of(model, layer):
+    return ModelView(model).edited_module(layer).weight
+
+
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((result - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("llama", {}), ("gpt2", {"gradient": False}), ("gemma2", {"bound": 2e-2}),
+])  # fmt: skip
+def test_requests_of_one_call_are_written_in_several_layers(kind, options, monkeypatch):
+    from kedit_fast.editing.tuning import dinm
+
+    layers, requests = [2, 1, 1, 2], [request(0), request(1), request(2), request(0, id=3)]
+    monkeypatch.setattr(dinm, "located", lambda distances, allowed: layers)
+    dtype = torch.float64 if kind == "gpt2" else torch.float32
+    model, copy = make_model(kind, dtype), make_model(kind, dtype)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    editor = editor_of(model, kl_gradient=options.get("gradient", True), norm_constraint=options.get("bound", 0.0))
+    result = editor.edit(requests)
+    expected = literal(copy, layers, requests, **options)
+    for layer, delta in expected.items():
+        change = weight_of(model, layer) - before[f"{editor.view.module_name(layer)}.weight"]
+        assert error(change, delta) < (1e-12 if kind == "gpt2" else 1e-4)
+    assert sorted(result.updates) == sorted(f"{editor.view.module_name(layer)}.weight" for layer in (1, 2))
+    assert all(len(updates) == 1 for updates in result.updates.values())  # one entry of each matrix
+    assert result.steps == (4,) * 4 and editor.ledger.count == 1
+    editor.rollback()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_layers_are_located_by_each_request():
+    model = make_model("llama")
+    editor = editor_of(model)
+    with evaluating(editor.view):
+        pairs = [(one.target_new, one.target_true) for one in map(request, range(3))]
+        layers = located(answer_distances(editor.view, editor.tokenizer, pairs), range(4))
+    result = editor.edit([request(i) for i in range(3)])
+    assert sorted(result.updates) == sorted({f"{editor.view.module_name(layer)}.weight" for layer in layers})
+    editor.restore()
+    (name,) = editor_of(model, layers=(1,)).edit([request(0, target_true=None)]).updates  # nothing to locate
+    assert "layers.1." in name
+
+
+def test_a_request_that_lacks_something_is_named_and_may_be_skipped():
+    editor = editor_of(make_model("llama"))
+    bad = [request(0, target_true=None), request(1, probes=(), id="bare"), request(2)]
+    with pytest.raises(RequestError, match=r"request 0: .*target_true[\s\S]*request 'bare': .*general prompt"):
+        editor.edit(bad)
+    result = editor.edit(bad, on_error="skip")
+    assert sorted(result.skipped) == [0, 1] and [one.id for one in result.requests] == [2]
+
+
+def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
+    from kedit_fast.editing.tuning import dinm
+
+    model = make_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    editor = editor_of(model)
+    monkeypatch.setattr(dinm, "located", lambda distances, allowed: [1, 2, 1])
+    calls, original = [], dinm.descend
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(dinm, "descend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        editor.edit([request(i) for i in range(3)])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert editor.ledger.count == 0
+    editor.require_untouched()
+
+
+def test_a_call_in_bfloat16_keeps_small_steps():
+    model = make_model("llama", torch.bfloat16)
+    editor = editor_of(model, lr=1e-4, layers=(1,))
+    result = editor.edit([request(0), request(1)])
+    (update,) = next(iter(result.updates.values()))
+    assert 0 < float(update.dense().abs().max()) < 9e-4  # at most eight steps of 1e-4
+
+
+def test_the_kl_with_a_gradient_holds_what_the_model_says():
+    said = {}
+    for gradient in (True, False):
+        model = make_model("llama")
+        editor = editor_of(model, kl_gradient=gradient, num_steps=20, layers=(1,))
+        measured = Evaluator(model, editor.tokenizer, [request(0)], "safe.kl", prompt_format=editor.prompt_format)
+        measured.measure("pre")
+        editor.edit([request(0)])
+        measured.measure("final")
+        said[gradient] = measured.result().value("safe.kl")
+    assert said[True] < 0.5 * said[False]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
+from kedit_fast.editing.tuning.dinm import LocatedTuning
 from kedit_fast.editing.tuning.grace import CodebookTuning
 from kedit_fast.editing.tuning.in_place import EditedTuning
 from kedit_fast.editing.tuning.memoir import FingerprintTuning
@@ -66,7 +67,7 @@ BESIDE: dict[Router, Callable[[TuningState], BesideTuning]] = {
     "nearest key": CodebookTuning,
 }
 """Router of a method -> what tunes its edits."""
-IN_PLACE: dict[TunedPlace, Callable[[TuningState], InPlaceTuning]] = {"edited": EditedTuning}
+IN_PLACE: dict[TunedPlace, Callable[[TuningState], InPlaceTuning]] = {"edited": EditedTuning, "located": LocatedTuning}
 """Which matrix a method without a router tunes -> what tunes it."""
 
 
