@@ -14,10 +14,12 @@ from kedit_fast.memories.memory import ActivationMemory, SideMemory
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.editable import is_adapter, plain_model
 from kedit_fast.models.fingerprint import tokenizer_hash
+from kedit_fast.models.introspection import find_spec
 from kedit_fast.models.offloaded import device_of
 from kedit_fast.models.routes import Routes, attached_routes, follow
 from kedit_fast.models.schemes import scheme_of
-from kedit_fast.models.view import ModelView, linear_weight
+from kedit_fast.models.sharded import is_sharded
+from kedit_fast.models.view import linear_weight
 from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.matrix_bits import sha256
 from kedit_fast.support.torch_state import plain_torch
@@ -63,7 +65,7 @@ class Attached:
             raise SideMemoryError("the memory was made with another tokenizer than the one in the model")
         module = self._model.get_submodule(memory.module)
         _check_form(memory, module)
-        self._routes.set_memory(memory.to(device_of(module)))
+        self._routes.set_memory(memory.to(_device(module)))
         return before
 
     def reset(self, cache: Any) -> None:
@@ -136,17 +138,18 @@ def attach(
     memory, model = _loaded(memory), plain_model(model)
     if attached_routes(model) is not None:
         raise SideMemoryError("the model has a memory already: detach that one first, or let it swap memories")
-    view = ModelView(model, spec)
-    if view.is_sharded:
+    if is_sharded(model):
         raise UnsupportedModelError("the model is split over processes: a memory needs a whole model")
+    blocks = (spec or find_spec(model)).blocks
+    base = model.get_submodule(blocks.rpartition(".")[0])
     module = _linear_module(model, memory.module)
-    if not memory.module.startswith(f"{view.spec.blocks}."):
-        raise SideMemoryError(f"{memory.module} is not inside the blocks of the decoder, {view.spec.blocks}")
+    if not memory.module.startswith(f"{blocks}."):
+        raise SideMemoryError(f"{memory.module} is not inside the blocks of the decoder, {blocks}")
     _check_form(memory, module)
     _check_tokenizer(memory, tokenizer)
     _check_matrix(memory, model, force)
     see = None if tokenizer is None else _FormatCheck.of(memory, tokenizer)
-    routes = Routes(model, view.base, memory.module, memory.to(device_of(module)), see)
+    routes = Routes(model, base, memory.module, memory.to(_device(module)), see)
     routes.install()
     return Attached(model, routes)
 
@@ -232,6 +235,13 @@ def module_shape(module: Any) -> tuple[int, int] | None:
     return None
 
 
+def _device(module: torch.nn.Module) -> torch.device:
+    """The device that a module runs on."""
+    if isinstance(getattr(module, "weight", None), torch.Tensor):
+        return device_of(module)
+    return next(itertools.chain(module.parameters(), module.buffers())).device
+
+
 def _check_form(memory: SideMemory, module: Any) -> None:
     """Raise SideMemoryError where a memory has another shape or bias than the module."""
     if memory.shape != module_shape(module):
@@ -256,10 +266,15 @@ def _check_form(memory: SideMemory, module: Any) -> None:
 def _check_matrix(memory: SideMemory, model: torch.nn.Module, force: bool) -> None:
     """Raise SideMemoryError where the module's matrix is not the one that a memory was made beside."""
     module = model.get_submodule(memory.module)
-    plain_or_known = scheme_of(module) is not None or type(getattr(module, "weight", None)) is torch.nn.Parameter
-    if force and not plain_or_known:
-        return
-    identity = matrix_identity(model, memory.module)
+    try:
+        identity = matrix_identity(model, memory.module)
+    except (InvalidArgumentError, UnsupportedModelError) as error:
+        if force:
+            return
+        raise SideMemoryError(
+            f"{memory.module} cannot be compared with the matrix that the memory was made beside ({error}); "
+            "attach(..., force=True) does without"
+        ) from None
     if scheme_of(module) is None and identity["transposed"] != memory.transposed:
         here, there = ("transposed" if flag else "as [out, in]" for flag in (identity["transposed"], memory.transposed))
         raise SideMemoryError(f"{memory.module} is stored {here}, and the memory was made beside one {there}")
@@ -293,7 +308,8 @@ class _FormatCheck:
         before, _, after = memory.prompt_format.partition(_EXAMPLE)
         pairs = zip(*(tokenizer(f"{before}{text}{after}")["input_ids"] for text in ("A", "1")), strict=False)
         shared = [one for one, other in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
-        return cls(shared, before) if before and shared else None
+        beginning = shared[:-1]  # the last one may end with what begins a prompt
+        return cls(beginning, before) if before and beginning else None
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         if not self._open:
