@@ -15,6 +15,11 @@ from kedit_fast.requests.request import LISTS, EditRequest, advice_on_braces, de
 
 SPACES = " \u00a0"
 """What counts as a stray space around a text: line ends are meant."""
+NEED_NONE = (
+    "of closed forms ultraedit, anyedit and anyedit-alphaedit alone need none; methods that tune a matrix, such as "
+    "dinm and locft-bf, need none"
+)
+"""What messages say of methods when a request has no subject."""
 _NONE: Mapping[str, str] = {}
 
 
@@ -134,7 +139,7 @@ def _missing_fields(
     if with_braces:
         text += f": {advice_on_braces(with_braces)}"
     elif missing == ["subject"]:
-        text += ": of all methods ultraedit, anyedit and anyedit-alphaedit alone need none"
+        text += f": {NEED_NONE}"
     return text
 
 

@@ -12,7 +12,7 @@ from kedit_fast.requests.datasets.dataset import NO_CHANGE, DataSet, Fault, list
 from kedit_fast.requests.datasets.easyedit import NAMES, PLACEHOLDERS, STRAY_SPACES
 from kedit_fast.requests.probes import Probe, Question
 from kedit_fast.requests.record_fields import is_empty
-from kedit_fast.requests.records import Options, read_flat
+from kedit_fast.requests.records import NEED_NONE, Options, read_flat
 from kedit_fast.requests.request import EditRequest, shorten
 
 _SECTIONS = ("portability", "locality")
@@ -105,10 +105,7 @@ ASKS_NOTHING = Fault("a criterion without questions, or a question without answe
 
 def _read_sanitation(record: Mapping[str, Any], where: str, options: Options) -> list[EditRequest]:
     if options.need_subject:
-        raise RequestError(
-            f"{where} has no subject, which this method needs: of all methods ultraedit, anyedit and "
-            "anyedit-alphaedit alone need none"
-        )
+        raise RequestError(f"{where} has no subject, which this method needs: {NEED_NONE}")
     edited = [object_of(row, "success", where) for row in list_of(record["success"], "success", where)]
     if not edited:
         raise RequestError(f"{where}: success is empty")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kedit_fast.errors import RequestError
-from kedit_fast.requests.records import Options, note_mixed_forms
+from kedit_fast.requests.records import NEED_NONE, Options, note_mixed_forms
 from kedit_fast.requests.request import EditRequest, describe
 
 
@@ -97,8 +97,6 @@ def make_request(where: str, options: Options, **fields: Any) -> EditRequest:
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from None
     if options.need_subject and request.subject is None:
-        raise RequestError(
-            f"{where} has no subject: of all methods ultraedit, anyedit and anyedit-alphaedit alone need none"
-        )
+        raise RequestError(f"{where} has no subject: {NEED_NONE}")
     note_mixed_forms(request, where, options)
     return request
