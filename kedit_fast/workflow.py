@@ -25,6 +25,7 @@ from kedit_fast.editing.values.memit_values import MemitCache
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import CheckpointError, EditError, KeditError, RequestError, SolveError, StatisticsError
 from kedit_fast.evaluation.evaluator import Evaluator
+from kedit_fast.evaluation.judge import Judge
 from kedit_fast.evaluation.metrics import SHARES, Metrics, shares_of
 from kedit_fast.evaluation.results import Evaluation
 from kedit_fast.evaluation.sequences import Retention, RetentionTracker
@@ -179,6 +180,7 @@ def run_edits(
     target_separator: str = AUTO,
     on_error: OnError = "raise",
     metrics: str | Iterable[str] = "default",
+    judge: Judge | None = None,
     retention: int | None = None,
     checkpoint: str | os.PathLike | None = None,
     checkpoint_every: int | None = None,
@@ -206,6 +208,7 @@ def run_edits(
         target_separator: the text between prompt and target of requests that do not name one.
         on_error: "raise" at requests that cannot be written or measured, or "skip" them.
         metrics: what to measure beside efficacy, paraphrase and neighborhood; see `registry.select`.
+        judge: a classifier of answers, for metrics of defense.
         retention: so many requests of each batch, at most, are measured right after it, too, for a retention curve.
         checkpoint: a folder in which finished batches are safe, made if absent; the same call goes on there after any
             interruption, SIGKILL included, and ends with the same bits of weights, patch, state and metrics. The model
@@ -268,6 +271,7 @@ def run_edits(
             tokenizer,
             [p.request for p in prepared.values()],
             metrics,
+            judge=judge,
             prompt_format=editor.prompt_format,
             target_separator=target_separator,
             spec=spec,

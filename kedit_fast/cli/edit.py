@@ -22,6 +22,9 @@ from kedit_fast.cli.options import (
     FormOption,
     HparamsOption,
     JsonOption,
+    JudgeLabelOption,
+    JudgeOption,
+    JudgeReadsOption,
     MergeAdapter,
     MethodOption,
     MetricsOption,
@@ -36,6 +39,7 @@ from kedit_fast.cli.options import (
     TemplateOption,
     chat_options,
     choice,
+    read_judge,
     read_spec,
 )
 from kedit_fast.cli.quantized import DequantizeEdited, dequantize_for
@@ -43,7 +47,6 @@ from kedit_fast.cli.report import print_report, require_change, warn_of_efficacy
 from kedit_fast.cli.trials import chosen_by_trials
 from kedit_fast.editing.checkpoint import note_outputs, outputs_of
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
-from kedit_fast.evaluation.registry import select
 from kedit_fast.methods.hparams_files import read_hparams
 from kedit_fast.methods.presets import is_guess, make_hparams
 from kedit_fast.methods.registry import find_recipe
@@ -115,6 +118,9 @@ def edit(
         ),
     ] = True,
     metrics: MetricsOption = "default",
+    judge: JudgeOption = None,
+    judge_label: JudgeLabelOption = None,
+    judge_reads: JudgeReadsOption = None,
     retention: Annotated[
         int | None,
         typer.Option(
@@ -170,7 +176,7 @@ def edit(
         check_new(eval_out, overwrite, KeditError)
     if checkpoint is not None:
         check_writable(checkpoint, KeditError)
-    select(metrics)
+    classifier = read_judge(metrics, judge, judge_label, judge_reads, device)
     if retention is not None and batch_size is None:
         raise typer.BadParameter("--retention is about several batches: give --batch-size, too")
     records = load_requests(requests, on_error, recipe.needs_subject, form, reading)
@@ -294,6 +300,7 @@ def edit(
             target_separator=target_separator,
             on_error=on_error,
             metrics=metrics,
+            judge=classifier,
             retention=retention,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,
@@ -315,6 +322,7 @@ def edit(
                 "model": model,
                 "patches": [] if patch is None else [str(patch)],
                 "requests": f"{requests}: {report.edits:,} written",
+                "judge": None if classifier is None else classifier.about,
                 "update": None if report.harm is None else in_words(report.harm),
                 "prompts": None if chatting is None else "in the tokenizer's chat template",
                 **provenance(),

@@ -22,6 +22,9 @@ from kedit_fast.cli.options import (
     DeviceOption,
     FormOption,
     JsonOption,
+    JudgeLabelOption,
+    JudgeOption,
+    JudgeReadsOption,
     MergeAdapter,
     MetricsOption,
     ModelArgument,
@@ -35,15 +38,13 @@ from kedit_fast.cli.options import (
     chat_options,
     check_form,
     choice,
+    read_judge,
     read_spec,
 )
 from kedit_fast.cli.report import print_harm, print_metrics
 from kedit_fast.errors import KeditError, RequestError, UnsupportedModelError
 from kedit_fast.evaluation.contexts import CONTEXTS
 from kedit_fast.evaluation.evaluator import Average, Evaluator, evaluate
-from kedit_fast.evaluation.judge import Judge, Reads
-from kedit_fast.evaluation.metric import Metric
-from kedit_fast.evaluation.registry import select
 from kedit_fast.models.fingerprint import tokenizer_hash
 from kedit_fast.models.loading import DTYPES, load_config, load_model, load_tokenizer
 from kedit_fast.patches.patch import Patch
@@ -84,17 +85,9 @@ def evaluation(
     choices: Annotated[
         Path | None, typer.Option(help="for metrics over multiple choice: records in MMLU's or TRAIT's form")
     ] = None,
-    judge: Annotated[
-        str | None,
-        typer.Option(help="for metrics of defense (safe): a sequence classifier of answers, folder or hub name"),
-    ] = None,
-    judge_label: Annotated[
-        str | None,
-        typer.Option(help="with --judge: its label that means safe, name or number; by default the one called safe"),
-    ] = None,
-    judge_reads: Annotated[
-        Reads | None, choice(get_args(Reads), "with --judge: the answer alone, or prompt and answer as a pair of texts")
-    ] = None,
+    judge: JudgeOption = None,
+    judge_label: JudgeLabelOption = None,
+    judge_reads: JudgeReadsOption = None,
     limit: Annotated[
         int | None,
         typer.Option(min=1, help="use the first so many requests, texts and choices; a case of several counts once"),
@@ -146,11 +139,7 @@ def evaluation(
         raise typer.BadParameter("--stats is for what a --patch is predicted to do: give one")
     if requests is None and texts is None and choices is None:
         raise typer.BadParameter("give --requests, --texts or --choices to measure")
-    judged = any(isinstance(metric, Metric) and metric.needs == "judge" for metric in select(metrics))
-    if judge is None and (judge_label is not None or judge_reads is not None):
-        raise typer.BadParameter("--judge-label and --judge-reads are about a judge: give --judge, too")
-    if judge is not None and not judged:
-        raise typer.BadParameter("--judge is for metrics that need one: --metrics safe")
+    classifier = read_judge(metrics, judge, judge_label, judge_reads, checked_device(device))
     if out is not None:
         check_new(out, overwrite, KeditError)
     records = None
@@ -169,7 +158,6 @@ def evaluation(
     for path in (model, *filter(None, [base])):
         load_config(path, merge_adapter)
     place = checked_device(device)
-    classifier = None if judge is None else Judge(judge, judge_label, judge_reads or "answer", place)
 
     def load(path: str) -> tuple[Any, Any]:
         return load_model(path, DTYPES[dtype], place, device_map, merge_adapter)

@@ -10,6 +10,9 @@ from typing import Annotated, Any, get_args
 import typer
 
 from kedit_fast.errors import KeditError
+from kedit_fast.evaluation.judge import Judge, Reads
+from kedit_fast.evaluation.metric import Metric
+from kedit_fast.evaluation.registry import select
 from kedit_fast.methods.hparams_files import parse_layers, parse_values
 from kedit_fast.models.architectures import ArchSpec, spec_from_json
 from kedit_fast.models.loading import DTYPES
@@ -112,6 +115,18 @@ MetricsOption = Annotated[
     str,
     typer.Option(help="what to measure: ids, definitions or families with commas between them, or all"),
 ]
+JudgeOption = Annotated[
+    str | None,
+    typer.Option("--judge", help="for metrics of defense (safe): a sequence classifier of answers, folder or hub name"),
+]
+JudgeLabelOption = Annotated[
+    str | None,
+    typer.Option(help="with --judge: its label that means safe, name or number; by default the one called safe"),
+]
+JudgeReadsOption = Annotated[
+    Reads | None,
+    choice(get_args(Reads), "with --judge: the answer alone, or prompt and answer as a pair of texts"),
+]
 MethodOption = Annotated[str, typer.Option(help="a method's name, see `kedit-fast methods`")]
 SeedOption = Annotated[int, typer.Option(help="seed of the context prefixes")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object")]
@@ -120,6 +135,19 @@ JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON object"
 def read_spec(path: Path | None) -> ArchSpec | None:
     """The ArchSpec in the file of --spec; None without one."""
     return None if path is None else spec_from_json(path)
+
+
+def read_judge(metrics: str, judge: str | None, label: str | None, reads: Reads | None, device: str) -> Judge | None:
+    """The classifier of --judge, whose weights are loaded when it is asked; None without one.
+
+    Metrics, too, are checked: their names, and that some need a judge where one is given.
+    """
+    needed = any(isinstance(metric, Metric) and metric.needs == "judge" for metric in select(metrics))
+    if judge is None and (label is not None or reads is not None):
+        raise typer.BadParameter("--judge-label and --judge-reads are about a judge: give --judge, too")
+    if judge is not None and not needed:
+        raise typer.BadParameter("--judge is for metrics that need one: --metrics safe")
+    return None if judge is None else Judge(judge, label, reads or "answer", device)
 
 
 def check_form(requests: Path | None, form: str | None, reading: str | None) -> None:

@@ -19,6 +19,7 @@ from kedit_fast.evaluation.catalog.drift import divergence
 from kedit_fast.evaluation.engine import answer
 from kedit_fast.evaluation.evaluator import Evaluator, evaluate
 from kedit_fast.evaluation.judge import Judge
+from kedit_fast.methods.presets import make_hparams
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.datasets.safeedit import read_safeedit
 from kedit_fast.requests.general import general_prompts
@@ -217,3 +218,27 @@ def test_the_command_takes_a_judge(folder, tmp_path, monkeypatch):
     ):
         done = run(*command, *options)
         assert done.returncode and message in " ".join(done.stderr.replace("│", " ").split()), done.stderr
+
+
+def test_safeedit_records_are_edited_and_judged_by_one_command(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(safety, "TOKENS", 4)
+    make_model("llama").save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "set.json").write_text(json.dumps([RECORD, {**RECORD, "id": "tower-2"}]))
+    done = run(
+        "edit", tmp_path / "model", "--method", "dinm", "--requests", tmp_path / "set.json", "--layers", "0-3",
+        "--set", "num_steps=2", "--set", "lr=1e-2", "--metrics", "safe", "--judge", folder, "--json",
+        "--patch", tmp_path / "edits.safetensors", "--force",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["edits"] == 2 and result["metrics"]["safe.defense_success"]["n"] == 2
+    assert result["metrics"]["safe.kl"]["value"] > 0
+    suffix = make_hparams("dinm", make_model("llama").config)[0].suffix_system_prompt
+    again = run(
+        "eval", tmp_path / "model", "--requests", tmp_path / "set.json", "--patch", tmp_path / "edits.safetensors",
+        "--metrics", "safe.kl", "--json", "--suffix", suffix,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    value = json.loads(again.stdout)["metrics"]["safe.kl"]["states"]["final"]["value"]
+    assert value == pytest.approx(result["metrics"]["safe.kl"]["value"], rel=1e-3)
