@@ -268,8 +268,8 @@ class TuningHparams:
         default="published",
         metadata=declare(
             Range.choices(CodebookUnits),
-            "units of eps and lr: those of the model's states, as published, or the norm of the new key and the root "
-            "mean square of the layer's output there, which have no scale",
+            "units of eps and lr: those of the model's states, as published, or a new key's distance from the mean "
+            "input in unrelated texts and the root mean square of the layer's output, which have no scale",
             read_by=_nearest,
             identifies=("state",),
             off="published",

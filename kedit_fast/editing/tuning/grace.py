@@ -8,6 +8,7 @@ from the value that the one before it has left. The result is that of one edit a
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kedit_fast.editing.erasure import tokenized_texts
 from kedit_fast.editing.keys import bare_outputs
-from kedit_fast.editing.tuning.captured import CapturedRows, rewriting_rows
+from kedit_fast.editing.tuning.captured import CapturedRows, TuningRow, rewriting_rows
 from kedit_fast.editing.tuning.codebook import Codebook, Entered, Entering, Label, enter
 from kedit_fast.editing.tuning.history import History
 from kedit_fast.editing.tuning.objective import Likelihood, Objective
@@ -26,6 +28,7 @@ from kedit_fast.memories.memory import KeyValueMemory
 from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.forward import Site, evaluating
+from kedit_fast.requests.irrelevant import irrelevant_texts
 from kedit_fast.requests.prompts import PreparedRequest, Prompt
 from kedit_fast.solver.value_descent import Status, clamped_step
 
@@ -72,6 +75,7 @@ class CodebookTuning:
         self.dtype = torch.promote_types(computed, torch.float32)
         """Of keys and values."""
         self.rounding = 0.0 if computed == self.dtype else torch.finfo(computed).eps
+        self.texts = irrelevant_texts(state.irrelevant)
 
     def write(self, batch: BatchRun) -> None:
         """Let the requests of a batch enter the codebook; those that fail leave no trace in it.
@@ -140,22 +144,34 @@ class CodebookTuning:
         inputs, outputs = bare_outputs(self.state.view, [_at_last_token(one) for one in prepared], sites)
         return inputs.T.to(self.dtype).contiguous(), outputs.T.to(self.dtype).contiguous()
 
+    @functools.cached_property
+    def center(self) -> torch.Tensor:
+        """[d] the mean input of the layer in the middle of unrelated texts: what all inputs have in common, which says
+        nothing of how far apart two of them are."""
+        state = self.state
+        ids = tokenized_texts(state.view, state.tokenizer, self.texts, state.prompt_format)
+        rows = [TuningRow(tuple(row[: (len(row) + 1) // 2]), i, 1) for i, row in enumerate(ids)]
+        with evaluating(state.view), torch.no_grad():
+            captured = CapturedRows.capture(state.view, rows, self.layer)
+        return captured.x[captured.starts[1:] - 1].to(self.dtype).mean(0)
+
+    def _radius(self, query: torch.Tensor) -> float:
+        """The radius of a new key."""
+        if self.state.hparams.units == "published":
+            return self.state.hparams.eps
+        return self.state.hparams.eps * float(torch.linalg.vector_norm(query - self.center.to(query)))
+
     def _enter(
         self, book: Codebook, queries: torch.Tensor, prepared: Sequence[PreparedRequest]
     ) -> tuple[Codebook, list[Entered]]:
         """Let requests enter a codebook."""
         hparams = self.state.hparams
-
-        def radius(query: torch.Tensor) -> float:
-            relative = hparams.units == "relative"
-            return hparams.eps * float(torch.linalg.vector_norm(query)) if relative else hparams.eps
-
         labels = [Label(one.target, len(one.rewriting[0].ids)) for one in prepared]
         return enter(
             book,
             queries,
             labels,
-            radius,
+            self._radius,
             rule=hparams.label_rule,
             expand=hparams.eps_expand,
             rounding=self.rounding,
