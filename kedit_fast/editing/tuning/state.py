@@ -155,6 +155,8 @@ class TuningState:
         assert self.beside is not None
         self.memory = self.beside.memory(self._about())
         model, present = self.view.model, attached(self.view.model)
+        if present is not None and present.memory is not self._answering:
+            return  # somebody else's, attached since
         if self.memory is None:
             self._answering = None
             if present is not None:
