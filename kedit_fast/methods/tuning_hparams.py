@@ -29,7 +29,7 @@ Replacement = Literal["replace_last", "replace_all", "replace_prompt"]
 Expansion = Literal["coverage", "moving_average"]
 LabelRule = Literal["ids", "mean"]
 LocatedTokens = Literal["valid", "padded"]
-CodebookUnits = Literal["published", "relative"]
+TunedUnits = Literal["published", "relative"]
 
 
 def _tuned(holds: Callable[[TuningRecipe], bool]) -> Callable[[Recipe], bool]:
@@ -48,6 +48,7 @@ _activation = _tuned(lambda tuning: tuning.router == "activation")
 _margin = _tuned(lambda tuning: tuning.extra_term == "margin")
 _fingerprint = _tuned(lambda tuning: tuning.router == "fingerprint")
 _nearest = _tuned(lambda tuning: tuning.router == "nearest key")
+_in_units = _tuned(lambda tuning: tuning.router in ("nearest key", "activation"))
 _general = _tuned(lambda tuning: tuning.extra_term == "kl")
 _located = _tuned(lambda tuning: tuning.locates_layers)
 _per_target = _tuned(lambda tuning: tuning.likelihood == "target" and tuning.steps_weight)
@@ -212,8 +213,17 @@ class TuningHparams:
     top_k: int = field(
         default=0,
         metadata=declare(
-            AT_LEAST_ONE,
-            "features of a request: columns that it may change",
+            NOT_NEGATIVE,
+            "features of a request: columns that it may change; 0 for a share, top_share",
+            read_by=_fingerprint,
+            identifies=("state",),
+        ),
+    )
+    top_share: float = field(
+        default=0.2857,
+        metadata=declare(
+            SHARE,
+            "with top_k = 0, features of a request as a share of the layer's inputs; published are 4,096 of 14,336",
             read_by=_fingerprint,
             identifies=("state",),
         ),
@@ -264,13 +274,15 @@ class TuningHparams:
             identifies=("state",),
         ),
     )
-    units: CodebookUnits = field(
+    units: TunedUnits = field(
         default="published",
         metadata=declare(
-            Range.choices(CodebookUnits),
-            "units of eps and lr: those of the model's states, as published, or a new key's distance from the mean "
-            "input in unrelated texts and the root mean square of the layer's output, which have no scale",
-            read_by=_nearest,
+            Range.choices(TunedUnits),
+            "units of lr and of eps or act_margin: those of the model's states, as published; or relative ones, which "
+            "have no scale: of GRACE a new key's distance from the mean input in unrelated texts and the root mean "
+            "square of the layer's output, of WISE the mean norm of activated outputs and the squared ratio of outputs "
+            "to inputs in unrelated texts",
+            read_by=_in_units,
             identifies=("state",),
             off="published",
         ),

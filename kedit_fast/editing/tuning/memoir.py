@@ -52,6 +52,7 @@ class FingerprintTuning:
         size = state.view.weight(self.layer).shape[1]
         if state.hparams.top_k > size:
             raise MethodError(f"top_k = {state.hparams.top_k}: layer {self.layer} has {size} inputs")
+        self.top_k = state.hparams.top_k or max(1, round(state.hparams.top_share * size))
         generator = torch.Generator().manual_seed(state.seed)
         self.permutation = torch.randperm(size, generator=generator)
         self.history: History[Residual] = History(Residual(), state.hparams.undo_window)
@@ -117,7 +118,7 @@ class FingerprintTuning:
         tokens = rows.rows[0].prompt
         starts = torch.tensor([0, tokens], device=rows.x.device)
         permutation = self.permutation.to(rows.x.device)
-        return top_features(rows.x[:tokens], starts, center, self.state.hparams.top_k, permutation)[0]
+        return top_features(rows.x[:tokens], starts, center, self.top_k, permutation)[0]
 
     def _tune(self, weight: torch.Tensor, rows: CapturedRows, mask: torch.Tensor) -> Ending:
         """Tune the rows of `weight` that a mask names, in place; where the loss is not finite, none changes."""
@@ -168,7 +169,7 @@ class FingerprintTuning:
             book=residual.book,
             center=self.center(),
             permutation=self.permutation.to(base.device),
-            top_k=self.state.hparams.top_k,
+            top_k=self.top_k,
             threshold=self.state.hparams.irr_threshold,
             **about,  # pyright: ignore[reportArgumentType] - fields of SideMemory
         )

@@ -195,6 +195,7 @@ class ActivationTuning:
         self.history: History[Shards] = History(Shards(), hparams.undo_window)
         self._pending: Shards | None = None
         self._warned = False
+        self._scales: tuple[float, float] | None = None
 
     @property
     def base(self) -> torch.Tensor:
@@ -205,6 +206,25 @@ class ActivationTuning:
     def bias(self) -> torch.Tensor | None:
         """The layer's bias [h], or None."""
         return self.state.view.edited_module(self.layer).bias
+
+    def scales(self) -> tuple[float, float]:
+        """What act_margin and lr are multiplied by: 1 in published units; else as unrelated texts say, measured once.
+
+        The mean |s(o0)|_2 over their tokens; and the mean |o0|^2 over the mean |x|^2, since a step of plain descent
+        changes outputs by lr |x|^2 times a gradient whose scale is that of 1 / |o0|.
+        """
+        if self.state.hparams.units == "published":
+            return 1.0, 1.0
+        if self._scales is None:
+            state = self.state
+            ids = tokenized_texts(state.view, state.tokenizer, self.texts, state.prompt_format)
+            rows = [TuningRow(tuple(row), i, len(row), role="irrelevant") for i, row in enumerate(ids)]
+            captured = CapturedRows.capture(state.view, rows, self.layer)
+            outputs = captured.original if self.bias is None else captured.original + self.bias.to(captured.original)
+            activated = torch.linalg.vector_norm(activation_function(self.activation)(outputs), dim=1).mean()
+            ratio = outputs.square().sum() / captured.x.to(outputs).square().sum()
+            self._scales = float(activated), float(ratio)
+        return self._scales
 
     def write(self, batch: BatchRun) -> None:
         """Tune on the requests of a batch, one after another; `commit` makes the result the state."""
@@ -244,7 +264,8 @@ class ActivationTuning:
         shard = working.holder(prompt)
         matrix = working.matrix(shard)
         before = matrix.weight.clone()
-        margin = Margin(rows, hparams.act_margin, activation_function(self.activation), self.bias)
+        margins = [self.scales()[0] * bound for bound in hparams.act_margin]
+        margin = Margin(rows, margins, activation_function(self.activation), self.bias)
         objective = Objective(rows, {"likelihood": Likelihood(rows, hparams.reduction), "margin": margin})
         ending = until_plateau(
             objective,
@@ -271,8 +292,9 @@ class ActivationTuning:
         source = base if shard.weight is None else shard.weight
         weight = source.to(wide, copy=True, memory_format=torch.contiguous_format)
         assert not isinstance(hparams.lr, str)
+        lr = self.scales()[1] * hparams.lr
         steps = Steps(
-            "sgd", hparams.lr, hparams.weight_decay, hparams.decay_entries == "weight", hparams.norm_constraint
+            "sgd", lr, hparams.weight_decay, hparams.decay_entries == "weight", hparams.norm_constraint
         )
         name = f"{self.state.view.module_name(self.layer)} shard {shard.number}"
         bits = random_bits(weight.numel(), hparams.mask_ratio, self.state.seed, name).to(base.device)
