@@ -11,7 +11,8 @@ generated (`wild.em`: the greedy answer up to its first full stop is the right o
 prompts alike on the final model; drift, in nats a token of held-out text that names no edited subject; retention,
 efficacy of all requests on the final model over that of each right after its batch; `unlearned`, requests that the
 tuning itself reports as not learned; seconds of editing without evaluation; bytes of what stands beside the weights. A
-memory's routes are decided on the prompts alone, never on the answer that is fed behind them.
+memory's routes are decided on the prompts alone, never on the answer that is fed behind them. DINM is tuned with the
+first neighborhood prompts of each request as its general prompts, and measured on the others.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import Row, provenance, read, require_clean, save
-from benchmarks.quality import SCENARIOS, SINGLE_EDITS, TITLES, Subject, console, subject, timed_edit
+from benchmarks.quality import NEIGHBORS, SCENARIOS, SINGLE_EDITS, TITLES, Subject, console, subject, timed_edit
 from kedit_fast import Editor, EditRequest, evaluate
 from kedit_fast.evaluation.metrics import mean_nll
 from kedit_fast.methods.hparams import reads
 from kedit_fast.methods.registry import RECIPES, find_recipe
 from kedit_fast.reports.evaluation import scale_of
+from kedit_fast.requests.probes import Probe, Question
 
 COMPARED = ("memit", "alphaedit", "ultraedit")
 """The closed forms that the others are compared with."""
@@ -94,6 +96,8 @@ def measure(on: Subject, name: str, scenario: str) -> Row:
     if not recipe.optimizes_values and recipe.tuning is None and size == 1:
         return {**row, "n/a": "its normalizer needs more than one token"}
     requests = on.requests[:count]
+    if recipe.tuning is not None and recipe.tuning.extra_rows == "general":
+        requests = [with_general_prompts(request) for request in requests]
     editor = Editor(
         on.model, on.tokenizer, method, statistics=on.moments if recipe.uses_statistics else None,
         hparams={**({"on_predicted": "allow"} if reads(recipe, "on_predicted") else {}), **overrides},
@@ -104,6 +108,15 @@ def measure(on: Subject, name: str, scenario: str) -> Row:
         return {**row, **_together(on, editor, requests, size or count)}
     finally:
         editor.restore()
+
+
+def with_general_prompts(request: EditRequest) -> EditRequest:
+    """The request with its first neighborhood prompts as general prompts, which are tuned with, instead of measured."""
+    assert request.target_true is not None
+    answer = ((request.target_true,),)
+    questions = tuple(Question(prompt, answer) for prompt in request.neighborhood_prompts[:NEIGHBORS])
+    rest = request.neighborhood_prompts[NEIGHBORS:]
+    return replace(request, probes=(Probe("locality", questions),), neighborhood_prompts=rest)
 
 
 def _singles(on: Subject, editor: Editor, requests: Sequence[EditRequest]) -> Row:
