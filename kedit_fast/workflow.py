@@ -20,6 +20,7 @@ from kedit_fast.editing.batch_run import ANCHOR_REQUESTS, Phase
 from kedit_fast.editing.checkpoint import RunCheckpoint, StoredBatch
 from kedit_fast.editing.editor import Editor
 from kedit_fast.editing.result import EditResult
+from kedit_fast.editing.tuning.summary import TuningSummary
 from kedit_fast.editing.values.clamp import trial_places
 from kedit_fast.editing.values.memit_values import MemitCache
 from kedit_fast.editing.values.store import ValueFile
@@ -29,6 +30,7 @@ from kedit_fast.evaluation.judge import Judge
 from kedit_fast.evaluation.metrics import SHARES, Metrics, shares_of
 from kedit_fast.evaluation.results import Evaluation
 from kedit_fast.evaluation.sequences import Retention, RetentionTracker
+from kedit_fast.memories.memory import SideMemory
 from kedit_fast.methods.declaration import AUTO as AUTO_NUMBER
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
@@ -53,6 +55,8 @@ from kedit_fast.support.torch_state import plain_torch
 _log = logging.getLogger("kedit_fast")
 STATE_FILE = "kedit_fast_state.safetensors"
 """In the folder of an edited model: what the method keeps between batches."""
+MEMORY_FILE = "kedit_fast_memory.safetensors"
+"""In the folder of an edited model: the edits of a method that keeps them beside the weights (`memories.attach`)."""
 HPARAMS_FILE = "kedit_fast_hparams.toml"
 """In the folder of an edited model: the hyper-parameters that trials chose, for --hparams."""
 PHASES = ("statistics", *get_args(Phase), "evaluate", "total")
@@ -69,7 +73,7 @@ def save_edited(
 ) -> None:
     """`save_model`, and in the same folder what the editor's method keeps between batches, and hyper-parameters.
 
-    These files are STATE_FILE and HPARAMS_FILE.
+    These files are STATE_FILE and HPARAMS_FILE; and MEMORY_FILE, where the edits are beside the weights.
 
     Args:
         model: the edited model.
@@ -81,10 +85,13 @@ def save_edited(
     """
 
     write_state = editor.state_writer() if editor is not None and editor.keeps_state else None
+    memory = editor.memory if editor is not None and editor.recipe.makes_memory else None
 
     def write_beside(folder: Path) -> None:
         if write_state is not None:
             write_state(folder / STATE_FILE)
+        if memory is not None:
+            memory.save(folder / MEMORY_FILE)
         if hparams:
             write_text(folder / HPARAMS_FILE, hparams, KeditError)
 
@@ -115,7 +122,8 @@ class Report:
     requests: tuple[dict[str, Any], ...] = ()
     """Of each request that was written: index, id, target_separator, target_text, target_tokens."""
     harm: Harm | None = field(default=None, repr=False)
-    """Norms of all that was written, and what it is predicted to do to ordinary text."""
+    """Norms of all that was written, and what it is predicted to do to ordinary text; None where the edits are beside
+    the weights."""
     warm_up: int = 0
     """Number of requests that a running normalizer has seen before the first batch."""
 
@@ -132,6 +140,8 @@ class Report:
             pairs["retention"] = self.retention.as_dict()
         if self.harm is not None:
             pairs["harm"] = self.harm.as_dict()
+        if self.tuning is not None:
+            pairs["tuning"] = self.tuning.as_dict()
         pairs["requests"] = list(self.requests)
         pairs["skipped"] = skipped_records(self.skipped)
         if self.warm_up:
@@ -147,6 +157,26 @@ class Report:
     def resolved(self) -> dict[str, Any]:
         """Hyper-parameters that are "auto" -> what the first batch has made of them; see `Editor.resolved`."""
         return {} if self.editor is None else self.editor.resolved
+
+    @property
+    def memory(self) -> SideMemory | None:
+        """The edits of a method that keeps them beside the weights, attached to the model now; None of others."""
+        editor = self.editor
+        if editor is None or not editor.recipe.makes_memory or not editor.ledger.count:
+            return None
+        return editor.memory
+
+    @property
+    def tuning(self) -> TuningSummary | None:
+        """What the gradient steps of a method without a closed form did; None of others."""
+        editor = self.editor
+        return None if editor is None or editor.tuning is None else TuningSummary.of(self.results, self.memory)
+
+    @property
+    def changed_anything(self) -> bool:
+        """Whether a bit of a weight is another one, or something stands beside the weights."""
+        memory = self.memory
+        return bool(self.changed_weights) if memory is None else not memory.empty
 
     @property
     def changed_weights(self) -> list[str]:
@@ -186,6 +216,7 @@ def run_edits(
     checkpoint_every: int | None = None,
     progress: bool = False,
     spec: ArchSpec | None = None,
+    irrelevant: Sequence[str] | None = None,
 ) -> Report:
     """Measure, edit in batches, and measure again.
 
@@ -217,6 +248,9 @@ def run_edits(
         progress: show progress bars on stderr: edits a second, time left, and of the last batch the largest norm of an
             update relative to its weight's, the share of the residual that is left, and with `retention` its efficacy.
         spec: an ArchSpec for an architecture that is not known.
+        irrelevant: texts that have nothing to do with the edits, for methods that need some; see `Editor`.
+
+    A method that keeps its edits beside the weights leaves its memory attached to the model.
 
     Returns:
         the report. Requests that were skipped are in `skipped`, by their index in `requests` or in the file that
@@ -253,6 +287,7 @@ def run_edits(
         target_separator=target_separator,
         progress=progress,
         spec=spec,
+        irrelevant=irrelevant,
     )
     if state is not None:
         editor.load_state(state)
@@ -260,6 +295,11 @@ def run_edits(
     seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
     seconds["statistics"] = statistics_seconds
     warmed = _warmed_up(editor, warm_up, on_error, seconds)
+    if checkpoint is not None and editor.recipe.makes_memory:
+        raise EditError(
+            f"a checkpoint records what is written into weights, and {editor.recipe.name} keeps its edits beside them: "
+            "run it without a checkpoint"
+        )
     if checkpoint is None and checkpoint_every is not None:
         raise EditError("checkpoint_every is about a checkpoint: give its folder, too")
     opened = None if checkpoint is None else RunCheckpoint.opened(checkpoint, editor, checkpoint_every)
@@ -332,7 +372,7 @@ def run_edits(
             with timed(seconds, "evaluate"):
                 evaluator.measure("final", [places[i] for i in written])
                 evaluation = evaluator.result([places[i] for i in written])
-                harm = predicted_harm(editor, statistics)
+                harm = None if editor.recipe.makes_memory else predicted_harm(editor, statistics)
                 editor.require_untouched()
         except BaseException:
             editor.overwrite()

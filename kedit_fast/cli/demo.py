@@ -16,21 +16,25 @@ from kedit_fast.cli.report import print_report, require_change
 from kedit_fast.cli.trials import chosen_by_trials
 from kedit_fast.errors import KeditError, MethodError
 from kedit_fast.methods.presets import is_guess, make_hparams
+from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.methods.windows import statistics_layers
-from kedit_fast.models.saving import save_model
 from kedit_fast.reports.trials import in_memory
 from kedit_fast.statistics.collect import collect_statistics
 from kedit_fast.support.files import check_new
 from kedit_fast.support.timing import timed
-from kedit_fast.workflow import complete, run_edits
+from kedit_fast.workflow import complete, run_edits, save_edited
 
 
 @command
 def demo(
     method: MethodOption = "memit",
     edits: Annotated[
-        int | None, typer.Option(min=1, help="requests to write, of 600; default 100; 5 for rome and r-rome")
+        int | None,
+        typer.Option(
+            min=1,
+            help="requests to write, of 600; default 100; 5 for rome and r-rome, 20 where each is tuned by itself",
+        ),
     ] = None,
     seed: SeedOption = 0,
     out: Annotated[Path | None, typer.Option(help="save the edited model here")] = None,
@@ -39,7 +43,7 @@ def demo(
 ) -> None:
     """Change facts inside the bundled demo model and show what changed. Saves nothing without --out."""
     recipe = find_recipe(method)
-    edits = edits or (100 if recipe.is_batched else 5)
+    edits = edits or _usual_edits(recipe)
     if out is not None:
         check_new(out, overwrite, KeditError)
     requests = bundled.requests()
@@ -77,7 +81,7 @@ def demo(
     require_change(report)
     after = [complete(model, tokenizer, request.text) for request in samples]
     if out is not None:
-        save_model(model, tokenizer, out, overwrite)
+        save_edited(model, tokenizer, out, overwrite, report.editor if recipe.makes_memory else None)
     if as_json:
         print_json(report.as_dict())
         return
@@ -90,3 +94,10 @@ def demo(
     output.print(table)
     if out is not None:
         output.print(f"Saved to {out}", markup=False)
+
+
+def _usual_edits(recipe: Recipe) -> int:
+    """How many requests a demonstration writes in about a quarter of a minute."""
+    if recipe.tuning is not None and recipe.tuning.order == "depth":
+        return 20
+    return 100 if recipe.is_batched else 5

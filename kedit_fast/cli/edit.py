@@ -15,6 +15,7 @@ from kedit_fast.cli.hparams import overridden_hparams, requested_sample, warn_of
 from kedit_fast.cli.options import (
     DTYPE_NAMES,
     REQUESTS_HELP,
+    TEXT_HELP,
     ArgumentsOption,
     ChatOption,
     DeviceMapOption,
@@ -49,6 +50,7 @@ from kedit_fast.editing.checkpoint import note_outputs, outputs_of
 from kedit_fast.errors import KeditError, MethodError, StatisticsError
 from kedit_fast.methods.hparams_files import read_hparams
 from kedit_fast.methods.presets import is_guess, make_hparams
+from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import DTYPES, load_config, load_model
 from kedit_fast.reports.evaluation import provenance, save
@@ -59,10 +61,11 @@ from kedit_fast.reports.trials import stored_statistics
 from kedit_fast.requests.chat import chat_format
 from kedit_fast.requests.reading import load_requests
 from kedit_fast.solver.alphaedit_projector import load_projector
+from kedit_fast.statistics.sources import open_texts
 from kedit_fast.statistics.store import load_statistics
 from kedit_fast.support.files import check_new, check_writable, require_space
 from kedit_fast.support.textfiles import read_text
-from kedit_fast.workflow import HPARAMS_FILE, STATE_FILE, run_edits, save_edited
+from kedit_fast.workflow import HPARAMS_FILE, MEMORY_FILE, STATE_FILE, run_edits, save_edited
 
 
 @command
@@ -70,9 +73,15 @@ def edit(
     model: ModelArgument,
     requests: Annotated[Path, typer.Option(help=REQUESTS_HELP)],
     out: Annotated[
-        Path | None, typer.Option(help="folder for the edited model; --out, --patch or both must be given")
+        Path | None, typer.Option(help="folder for the edited model; --out, --patch or --memory must be given")
     ] = None,
     patch: Annotated[Path | None, typer.Option(help="file for the edits only, see `kedit-fast patch`")] = None,
+    memory: Annotated[
+        Path | None,
+        typer.Option(
+            help="of wise, memoir and grace, which change no weight: file for the edits, see `kedit-fast memory`"
+        ),
+    ] = None,
     method: MethodOption = "memit",
     stats: Annotated[
         Path | None, typer.Option(help="folder that `kedit-fast stats` wrote, or one with memit's npz files")
@@ -99,6 +108,10 @@ def edit(
         typer.Option(
             help="requests that the running normalizer of ultraedit or stableedit sees first, without being written"
         ),
+    ] = None,
+    irrelevant: Annotated[
+        str | None,
+        typer.Option(help=f"texts that have nothing to do with the edits, for wise and memoir: {TEXT_HELP}"),
     ] = None,
     form: FormOption = None,
     reading: ReadingOption = None,
@@ -159,11 +172,13 @@ def edit(
     chatting = chat_options(chat, system, template, template_arg)
     check_device_map(device_map, device)
     architecture = read_spec(spec)
-    if out is None and patch is None:
-        raise MethodError("give --out for the edited model, --patch for its edits as a file, or both")
+    _check_outputs(recipe, out, patch, memory, checkpoint)
+    if irrelevant is not None and (recipe.tuning is None or not recipe.tuning.uses_irrelevant_texts):
+        raise typer.BadParameter(f"--irrelevant is for wise and memoir; {recipe.name} reads no unrelated texts")
+    unrelated = None if irrelevant is None else list(open_texts(irrelevant, "text"))
     if checkpoint is None and checkpoint_every is not None:
         raise typer.BadParameter("--checkpoint-every is about --checkpoint DIR: give it, too")
-    paths = {"out": out, "patch": patch, "eval_out": eval_out}
+    paths = {"out": out, "patch": patch, "memory": memory, "eval_out": eval_out}
     outputs = [str(path.absolute()) for path in paths.values() if path is not None]
     # A run that was killed while it saved has left some of these; no other run is taken for it, see `claim`.
     again = checkpoint is not None and outputs_of(checkpoint) == set(outputs)
@@ -172,6 +187,8 @@ def edit(
         check_new(out, overwrite, KeditError)
     if patch is not None:
         check_file(patch, "--patch", again or None)
+    if memory is not None:
+        check_file(memory, "--memory")
     if eval_out is not None:
         check_new(eval_out, overwrite, KeditError)
     if checkpoint is not None:
@@ -232,6 +249,11 @@ def edit(
     if not go_on and state.exists() and recipe.keeps_state:
         notices.print(
             f"kedit-fast: {model} was edited before; without --continue {recipe.name} knows nothing of that",
+            markup=False,
+        )
+    if (Path(model) / MEMORY_FILE).exists():
+        notices.print(
+            f"kedit-fast: {model} has edits beside its weights ({MEMORY_FILE}): this run knows nothing of them",
             markup=False,
         )
     with processes(device) as (rank, place), going_on(checkpoint):
@@ -306,6 +328,7 @@ def edit(
             checkpoint_every=checkpoint_every,
             progress=interactive(),
             spec=architecture,
+            irrelevant=unrelated,
         )
         require_change(report)
         if rank:
@@ -316,6 +339,8 @@ def edit(
             save_edited(loaded, tokenizer, out, overwrite, report.editor, toml)
         if patch is not None and report.editor is not None:
             report.editor.patch().save(patch)
+        if memory is not None and report.memory is not None:
+            report.memory.save(memory)
         if eval_out is not None and report.evaluation is not None:
             about = {
                 "title": f"{recipe.name.upper()}: {report.edits:,} edits of {Path(model).name}",
@@ -339,3 +364,23 @@ def edit(
         return
     print_report(report, f"{recipe.name.upper()}: {report.edits} edits of {model}")
     output.print(f"Saved to {', '.join(map(str, written.values()))}", markup=False)
+
+
+def _check_outputs(
+    recipe: Recipe, out: Path | None, patch: Path | None, memory: Path | None, checkpoint: Path | None
+) -> None:
+    """Raise MethodError where nothing is asked for, or what is asked for does not fit the method."""
+    if recipe.makes_memory and patch is not None:
+        raise MethodError(
+            f"--patch: {recipe.name} changes no weight, its edits stand beside them: --memory FILE writes them"
+        )
+    if not recipe.makes_memory and memory is not None:
+        raise MethodError(f"--memory: {recipe.name} writes into the weights: --patch FILE writes its edits")
+    if recipe.makes_memory and checkpoint is not None:
+        raise MethodError(
+            f"--checkpoint records what is written into weights, and {recipe.name} keeps its edits beside them: run it "
+            "without a checkpoint"
+        )
+    if out is None and patch is None and memory is None:
+        file = "--memory" if recipe.makes_memory else "--patch"
+        raise MethodError(f"give --out for the edited model, {file} for its edits as a file, or both")

@@ -45,6 +45,8 @@ from kedit_fast.cli.report import print_harm, print_metrics
 from kedit_fast.errors import KeditError, RequestError, UnsupportedModelError
 from kedit_fast.evaluation.contexts import CONTEXTS
 from kedit_fast.evaluation.evaluator import Average, Evaluator, evaluate
+from kedit_fast.memories.attach import attach
+from kedit_fast.memories.memory import SideMemory
 from kedit_fast.models.fingerprint import tokenizer_hash
 from kedit_fast.models.loading import DTYPES, load_config, load_model, load_tokenizer
 from kedit_fast.patches.patch import Patch
@@ -57,6 +59,7 @@ from kedit_fast.requests.reading import load_requests
 from kedit_fast.requests.sampling import cases_of, first_cases, part_of, sampled
 from kedit_fast.statistics.sources import open_texts
 from kedit_fast.support.files import check_new
+from kedit_fast.workflow import MEMORY_FILE
 
 
 @command
@@ -71,6 +74,10 @@ def evaluation(
         typer.Option(
             help="edits of MODEL, measured without them and with them; repeatable, in the order of their making"
         ),
+    ] = None,
+    memory: Annotated[
+        Path | None,
+        typer.Option(help="edits beside the weights of MODEL (`edit --memory`), measured without them and with them"),
     ] = None,
     stats: Annotated[
         Path | None, typer.Option(help="with --patch: statistics of MODEL with output metrics, for a predicted KL")
@@ -133,8 +140,10 @@ def evaluation(
     chatting = chat_options(chat, system, template, template_arg)
     check_device_map(device_map, device)
     architecture = read_spec(spec)
-    if base is not None and patch:
-        raise typer.BadParameter("--base is the model before its edits, --patch edits of MODEL: give one of them")
+    if sum((base is not None, bool(patch), memory is not None)) > 1:
+        raise typer.BadParameter(
+            "--base is the model before its edits, --patch and --memory are edits of MODEL: give one of them"
+        )
     if stats is not None and not patch:
         raise typer.BadParameter("--stats is for what a --patch is predicted to do: give one")
     if requests is None and texts is None and choices is None:
@@ -154,6 +163,13 @@ def evaluation(
         drawn = {id(request) for request in sampled(records, sample, seed)}
         records = part_of(records, [index for index, request in enumerate(records) if id(request) in drawn])
     patches = [Patch.load(path) for path in patch or ()]
+    beside = None if memory is None else SideMemory.load(memory)
+    if memory is None and (Path(model) / MEMORY_FILE).exists():
+        notices.print(
+            f"kedit-fast: {model} is measured without its edits beside the weights: --memory "
+            f"{Path(model) / MEMORY_FILE} measures them",
+            markup=False,
+        )
     harms = [patch_harm(loaded, stats) for loaded in patches]
     for path in (model, *filter(None, [base])):
         load_config(path, merge_adapter)
@@ -181,7 +197,15 @@ def evaluation(
         "progress": interactive(),
     }
     try:
-        if base is None:
+        if beside is not None:
+            evaluator = Evaluator(first, tokenizer, records or [], metrics, **options)
+            evaluator.measure("pre")
+            if context is not None:
+                evaluator.measure("context")
+            with attach(first, beside, tokenizer, spec=architecture):
+                evaluator.measure("final")
+            measured = evaluator.result()
+        elif base is None:
             measured = evaluate(first, tokenizer, records or [], metrics, patches=patches, **options)
         else:
             evaluator = Evaluator(first, tokenizer, records or [], metrics, **options)
@@ -207,6 +231,7 @@ def evaluation(
             f"{path}: {p.method}, {len(p.requests):,} edits, {in_words(harm)}"
             for path, p, harm in zip(patch or (), patches, harms, strict=True)
         ],
+        "memory": None if beside is None else f"{memory}: {beside.method}, {len(beside.requests):,} edits",
         "no_predicted_KL": next((harm.missing for harm in harms if harm.missing), None),
         "requests": None if records is None else f"{requests}: {len(records):,}",
         "texts": None if texts is None else f"{texts}: {len(documents):,}",

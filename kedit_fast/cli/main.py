@@ -40,6 +40,7 @@ COMMANDS = {
     ),
     "requests": ("kedit_fast.cli.requests:app", "Files of requests: what they hold, and in which form."),
     "patch": ("kedit_fast.cli.patch:app", "Edits as files: show, apply, revert, merge, export."),
+    "memory": ("kedit_fast.cli.memory:app", "Edits beside the weights as files: show, apply, revert, merge."),
 }
 app = lazy_app(COMMANDS, help="Closed-form knowledge editing of language models.")
 

@@ -21,8 +21,8 @@ LOW_EFFICACY = 0.5
 
 
 def require_change(report: Any) -> None:
-    """Raise EditError when a `workflow.Report` is of edits that changed no bit of any weight."""
-    if not report.changed_weights:
+    """Raise EditError when a `workflow.Report` is of edits that changed no bit of any weight, and left no memory."""
+    if not report.changed_anything:
         raise EditError(
             f"the {report.edits} edits changed no weight: the model says their targets already, or the updates are too "
             "small for the dtype of the weights; nothing was saved"
@@ -60,6 +60,9 @@ def print_report(report: Any, title: str) -> None:
             if share is not None
         )
         output.print(f"Retention of {curve.batches} batches in {curve.metric}: {shares}", markup=False)
+    if report.tuning is not None:
+        for line in report.tuning.lines():
+            output.print(line, markup=False)
     spent = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in report.seconds.items())
     output.print(f"Seconds: {spent}", markup=False)
     if report.harm is not None:

@@ -14,6 +14,7 @@ How these differ from EasyEdit's own:
 - PMET finds its positions whatever the padding.
 - AlphaEdit's keys belong to the model instead of the process, and are forgotten when weights are restored.
 - A failed batch leaves the model as it was.
+- WISE, GRACE, FT and DINM: see `easyedit_tuning`.
 - A model is edited in the dtype it has; a warning says so where the file has `half: true` and the model is not.
 
 Statistics are read from `stats_dir` and AlphaEdit's projector from `P_loc`. Missing statistics are computed once, where
@@ -36,9 +37,10 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import MethodError
+from kedit_fast.integrations.easyedit_tuning import dinm_function, fine_tuning_function, grace_function, wise_function
 from kedit_fast.integrations.framework_statistics import Text
 from kedit_fast.integrations.options import OUR_HPARAMS, Options, UltraEditRows
-from kedit_fast.integrations.signatures import Applied, easyedit_function
+from kedit_fast.integrations.signatures import easyedit_function
 from kedit_fast.methods.hparams_files import parse_values, read_raw
 from kedit_fast.models.architectures import ArchSpec
 
@@ -74,8 +76,12 @@ apply_memit_merge_to_model = easyedit_function("memit-merge", "apply_memit_merge
 apply_encore_to_model = easyedit_function("encore", "apply_encore_to_model")
 apply_rect_to_model = easyedit_function("rect", "apply_rect_to_model")
 apply_prune_to_model = easyedit_function("prune", "apply_prune_to_model")
+apply_wise_to_model = wise_function("apply_wise_to_model")
+apply_grace_to_model = grace_function("apply_grace_to_model")
+apply_ft_to_model = fine_tuning_function("apply_ft_to_model")
+apply_dinm_to_model = dinm_function("apply_dinm_to_model")
 
-ALGORITHMS: dict[str, Callable[..., Applied]] = {
+ALGORITHMS: dict[str, Callable[..., Any]] = {
     "ROME": apply_rome_to_model,
     "R-ROME": apply_r_rome_to_model,
     "MEMIT": apply_memit_to_model,
@@ -88,8 +94,18 @@ ALGORITHMS: dict[str, Callable[..., Applied]] = {
     "ENCORE": apply_encore_to_model,
     "RECT": apply_rect_to_model,
     "PRUNE": apply_prune_to_model,
+    "WISE": apply_wise_to_model,
+    "GRACE": apply_grace_to_model,
+    "FT": apply_ft_to_model,
+    "DINM": apply_dinm_to_model,
 }
 """By the names of EasyEdit's table."""
+_TUNING: dict[str, Callable[[str, Options], Callable[..., Any]]] = {
+    "WISE": wise_function,
+    "GRACE": grace_function,
+    "FT": fine_tuning_function,
+    "DINM": dinm_function,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -205,11 +221,14 @@ def _describe(options: Options) -> str:
     return ", ".join(f"{name} = {str(value)[:60]!r}" for name, value in options.given().items()) or "no options"
 
 
-def _functions(defaults: Options) -> dict[str, Callable[..., Applied]]:
+def _functions(defaults: Options) -> dict[str, Callable[..., Any]]:
     if defaults == Options():
         return ALGORITHMS
     return {
-        name: easyedit_function(_METHODS[name], function.__name__, defaults) for name, function in ALGORITHMS.items()
+        name: _TUNING[name](function.__name__, defaults)
+        if name in _TUNING
+        else easyedit_function(_METHODS[name], function.__name__, defaults)
+        for name, function in ALGORITHMS.items()
     }
 
 

@@ -30,8 +30,10 @@ from kedit_fast.methods.hparams_files import parse_values, read_raw
 from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import find_recipe
+from kedit_fast.methods.tuning_files import module_path
 from kedit_fast.models.patching import attach, attached, detach
 from kedit_fast.models.view import ModelView
+from kedit_fast.requests.chat import chat_format
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.alphaedit_projector import load_projector
 from kedit_fast.solver.preconditioner import NullSpace
@@ -43,6 +45,8 @@ from kedit_fast.support.torch_state import plain_torch
 _log = logging.getLogger("kedit_fast")
 _ATTRIBUTE = "_kedit_fast_run"  # of a model
 _HALF = (torch.float16, torch.bfloat16)
+GENERAL = "general knowledge constraint"
+"""What EasyEdit's requests of DINM call the prompt and answer that must stay."""
 NullSpaces = Mapping[int, NullSpace]
 
 
@@ -108,13 +112,23 @@ class Session:
 
     def undo_batch(self) -> None:
         """Undo the last batch, and forget the state that it left."""
-        self.editor.rollback()
-        self.states.pop()
+        self.undo(1)
+
+    def undo(self, batches: int) -> None:
+        """Undo the last batches, and forget the states that they left; raises where there are fewer."""
+        self.editor.rollback(batches)
+        del self.states[len(self.states) - batches :]
+
+    def reset(self) -> None:
+        """Undo every batch: the matrices as they were first, and no memory beside them."""
+        self.editor.restore()
+        del self.states[1:]
 
     @plain_torch(leave_inference_mode=False)
     def edit(self, requests: Sequence[Mapping[str, Any]]) -> EditResult:
         """Write a batch, and remember the state it leaves."""
-        result = self.editor.edit([_record(request) for request in requests])
+        tunes = self.editor.recipe.tuning is not None
+        result = self.editor.edit([_whole_record(request) if tunes else _record(request) for request in requests])
         try:
             self.editor.finish()  # PRUNE: after every call, since no call is known to be the last
         except BaseException:
@@ -129,8 +143,12 @@ class Session:
         return edit_fingerprint(list(self.editor.modules.values()))
 
 
-def parse_hparams(hparams: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+def parse_hparams(hparams: Any, method: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """A framework's hyper-parameters: the path of a file, a mapping, or an object of its class.
+
+    Args:
+        hparams: these.
+        method: the method that they are for, on which the meaning of some names depends.
 
     Returns:
         those that `Hparams` has, checked; and all as they are given, ours alone (`OUR_HPARAMS`) included.
@@ -138,17 +156,21 @@ def parse_hparams(hparams: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         MethodError: a name that is unknown, or a value of a wrong type or not implemented; the message names it.
     """
-    if isinstance(hparams, str | Path):
-        raw = dict(read_raw(hparams))
-    elif isinstance(hparams, Mapping):
-        raw = dict(hparams)
-    elif is_dataclass(hparams):  # attributes that scripts add beside its fields are ignored, except our names
-        raw = {f.name: getattr(hparams, f.name) for f in fields(hparams)}
-        raw |= {name: getattr(hparams, name) for name in OUR_HPARAMS if hasattr(hparams, name)}
-    else:
-        raw = dict(vars(hparams))
+    raw = raw_hparams(hparams)
     origin = str(hparams) if isinstance(hparams, str | Path) else type(hparams).__name__
-    return parse_values(_without_ours(raw), origin, foreign=True), raw
+    return parse_values(_without_ours(raw), origin, foreign=True, method=method), raw
+
+
+def raw_hparams(hparams: Any) -> dict[str, Any]:
+    """A framework's hyper-parameters as they are given; raises MethodError for a file that cannot be read."""
+    if isinstance(hparams, str | Path):
+        return dict(read_raw(hparams))
+    if isinstance(hparams, Mapping):
+        return dict(hparams)
+    if not is_dataclass(hparams):
+        return dict(vars(hparams))
+    raw = {f.name: getattr(hparams, f.name) for f in fields(hparams)}  # not what scripts add, except our names
+    return raw | {name: getattr(hparams, name) for name in OUR_HPARAMS if hasattr(hparams, name)}
 
 
 def session_of(model: torch.nn.Module) -> Session | None:
@@ -194,7 +216,7 @@ def get_or_create_session(
     A new session takes over the context prefixes of the one before (with `reset`, of `prefixes_from`): an edited model
     would generate different ones.
     """
-    hparams, raw = parse_hparams(call.hparams)
+    hparams, raw = parse_hparams(call.hparams, call.method)
     recipe, options = find_recipe(call.method), call.options.with_hparams(raw)
     for name in unused(recipe, hparams):
         if name in PUBLISHED_UNUSED:
@@ -259,6 +281,8 @@ def _create_editor(
         hparams=hparams,
         values=_usable_template(call.cache_template, recipe),
         prefixes=earlier.editor.prefixes if earlier is not None and same_tokenizer else None,
+        prompt_format=chat_format(tokenizer) if recipe.tuning is not None and raw.get("use_chat_template") else None,
+        irrelevant=unrelated_texts(call.requests) if recipe.tuning is not None else None,
         target_separator=AUTO if options.target_separator is None else options.target_separator,
         spec=spec,
     )
@@ -286,6 +310,33 @@ def _record(request: Mapping[str, Any]) -> dict[str, Any]:
     return record | ({"id": request["case_id"]} if "case_id" in request else {})
 
 
+def _whole_record(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A framework's request as one of ours, for methods that work on whole prompts.
+
+    SafeEdit's fields of EasyEdit's DINM become what its data set has: the unsafe answer, and the general prompt.
+    """
+    record = _record(request)
+    if "{}" not in str(record.get("prompt")):
+        record.pop("subject", None)
+    if request.get("ground_truth") is not None:
+        record["target_true"] = request["ground_truth"]
+    general = (request.get("locality") or {}).get(GENERAL)
+    if general:
+        question = {"prompt": general["prompt"], "answers": [[general["ground_truth"]]]}
+        record["probes"] = [{"kind": "locality", "name": "knowledge constrain", "questions": [question]}]
+    return record
+
+
+def unrelated_texts(requests: Sequence[Mapping[str, Any]]) -> tuple[str, ...] | None:
+    """The `loc_prompt` of requests of EasyEdit's WISE, each once; None where there is none.
+
+    One that stands inside its request's prompt means the subject there, and is no unrelated text.
+    """
+    texts = [request["loc_prompt"] for request in requests if request.get("loc_prompt")]
+    unrelated = [text for text in texts if not any(text in str(request.get("prompt")) for request in requests)]
+    return tuple(dict.fromkeys(unrelated)) or None
+
+
 def _warn_of_half(model: torch.nn.Module, raw: Mapping[str, Any]) -> None:
     """Warn where a file asks for a 16-bit model and this one is not: a function edits the model that it is given."""
     dtype = next(model.parameters()).dtype
@@ -297,10 +348,14 @@ def _warn_of_half(model: torch.nn.Module, raw: Mapping[str, Any]) -> None:
 
 def check_modules(view: ModelView, hparams: Hparams, raw: Mapping[str, Any]) -> None:
     """Raise MethodError when a file's `rewrite_module_tmp` is not the module that is edited here."""
-    template = raw.get("rewrite_module_tmp")
+    template, modules = raw.get("rewrite_module_tmp"), raw.get("inner_params") or ()
+    tuned = () if find_recipe(hparams.method).tuning is None else (modules,) if isinstance(modules, str) else modules
     for layer in hparams.layers:
-        if template and template.format(layer) != view.module_name(layer):
-            raise MethodError(
-                f"rewrite_module_tmp names {template.format(layer)}, of {view.spec.name} models "
-                f"{view.module_name(layer)} is edited: is this the file of another model?"
-            )
+        named = [("inner_params", name) for name in tuned]
+        named += [("rewrite_module_tmp", template.format(layer))] if template else []
+        for source, name in named:
+            if (module := module_path(name)) != view.module_name(layer):
+                raise MethodError(
+                    f"{source} names {module}, of {view.spec.name} models {view.module_name(layer)} is edited: is this "
+                    "the file of another model?"
+                )

@@ -109,6 +109,18 @@ def memit_function(method: str, name: str, whole_name: bool = False) -> Callable
     return apply_to_model
 
 
+TUNING_ARGUMENTS = {
+    "requests": "mappings with prompt (with {} or the subject in it, or a whole text) and target_new (a text or "
+    '{"str": text}). WISE also reads loc_prompt, an unrelated text; DINM ground_truth, the unsafe answer, and '
+    "locality.",
+    "hparams": "an object of EasyEdit's class, a mapping, or the path of one of its yaml files.",
+    "keep_original_weight": "has no effect here.",
+    "kwargs": "`statistics` of kedit_fast; `target_separator` and `spec`, see `install`; `reset_cache`, to forget "
+    "earlier calls. Anything else that EasyEdit passes is ignored.",
+}
+"""What the arguments of functions of methods that tune mean, where `ARGUMENTS` do not hold."""
+
+
 def easyedit_function(method: str, name: str, defaults: Options | None = None) -> Callable[..., Applied]:
     """A function with EasyEdit's signature.
 
