@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 from rich.markup import escape
@@ -11,10 +11,13 @@ from rich.table import Table
 
 from kedit_fast.cli.checks import check_file
 from kedit_fast.cli.console import command, output, print_json
-from kedit_fast.cli.options import JsonOption
+from kedit_fast.cli.options import JsonOption, ModelArgument, choice
 from kedit_fast.editing.tuning.summary import described
 from kedit_fast.errors import SideMemoryError
 from kedit_fast.memories.memory import SideMemory
+from kedit_fast.memories.merging import merge as merge_memory
+from kedit_fast.methods.tuning_hparams import MergeRule
+from kedit_fast.models.loading import load_model
 from kedit_fast.patches.checkpoint import Checkpoint
 from kedit_fast.support.matrix_bits import sha256
 from kedit_fast.workflow import MEMORY_FILE
@@ -103,3 +106,30 @@ def revert(
         print_json({"model": str(model), "file": str(place), "edits": len(loaded.requests)})
         return
     output.print(f"{len(loaded.requests)} edits of {loaded.method} are gone from {model}", markup=False)
+
+
+@app.command()
+@command
+def merge(
+    memory: Annotated[Path, typer.Argument(help=f"{MEMORY_HELP}, of wise")],
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option(help="file of the patch")],
+    rule: Annotated[str, choice(get_args(MergeRule), "how the memory's matrices become one")] = "ties",
+    density: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="share of each matrix's entries that is taken, the largest changes")
+    ] = 0.53,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a patch of a memory of wise: its edits then answer every text, and what routing left alone may change."""
+    check_file(out)
+    loaded, _ = load_model(model)
+    patch = merge_memory(SideMemory.load(memory), loaded, rule, density)
+    patch.save(out)
+    if as_json:
+        print_json({"memory": str(memory), "out": str(out), "rule": rule, "density": density, **patch.about()})
+        return
+    norms = ", ".join(f"{module['norm']:.4g}" for module in patch.about()["modules"].values())
+    output.print(
+        f"{len(patch.requests)} edits, |Delta| {norms}, without a route: measure what else they change; saved to {out}",
+        markup=False,
+    )
