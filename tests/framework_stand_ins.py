@@ -28,12 +28,30 @@ OWN = {  # of the methods
                       batch_size_once=1, dropout=0.0, no_grad_layers=None, editor_batch_size=10, silent=False,
                       half=False, results_dir="./results", model_class="AutoModelForCausalLM"),
     "MEMIT-Seq": {}, "MEMIT-Merge": {}, "ENCORE": dict(update_norm_lambda=10), "RECT": {}, "PRUNE": {},
+    "FT": dict(layers=[1], num_steps=4, lr="1e-2", weight_decay=0, kl_factor=0, norm_constraint=False,
+               objective_optimization="target_new", rewrite_module_tmp="model.layers.{}.mlp.down_proj.weight"),
+    "DINM": dict(layers=[], num_steps=2, lr="5e-3", weight_decay=0, kl_factor=0.1, norm_constraint=False,
+                 suffix_system_prompt="Be kind:", max_output_length=600,
+                 rewrite_module_tmp="model.layers.{}.mlp.down_proj.weight"),
+    "WISE": dict(inner_params=["model.layers[1].mlp.down_proj.weight"], edit_lr=1.0, n_iter=6, mask_ratio=0.5,
+                 norm_constraint=1, act_margin=[0.05, 0.2, 0.1], act_ratio=0.5, save_freq=500, merge_freq=1000,
+                 merge_alg="ties", objective_optimization="only_label", densities=0.53, weights=1.0, retrieve=True,
+                 replay=False),
+    "GRACE": dict(inner_params=["model.layers[1].mlp.down_proj.weight"], edit_lr=0.5, n_iter=12, eps=0.1, dist_fn="euc",
+                  val_init="warm", val_train="sgd", val_reg="None", reg="early_stop", replacement="replace_last",
+                  eps_expand="coverage", num_pert=8, dropout=0.0),
 }  # fmt: skip
+BESIDE = ("WISE", "GRACE")
+"""Methods whose function returns an object that answers, and a function that undoes."""
+WHOLE_FILES = ("ULTRAEDIT", "FT", "DINM", *BESIDE)
+"""Methods whose files have none of `COMMON`."""
 
 
 def hparams_of(name, **more):
     """An object like those of EasyEdit's classes: the names of its yaml as attributes."""
-    values = {**({} if name == "ULTRAEDIT" else COMMON), **OWN[name], "alg_name": name, **more}
+    place = {"model_name": "./hugging_cache/tiny", "device": 0, "batch_size": 1, "max_length": 40}
+    common = {} if name == "ULTRAEDIT" else place if name in WHOLE_FILES else COMMON
+    values = {**common, **OWN[name], "alg_name": name, **more}
     return SimpleNamespace(**values)
 
 
@@ -64,7 +82,7 @@ def alpha_hparams(**more):
 
 
 def easyedit_name(name):
-    return {"MEMIT-Seq": "memit-sequential"}.get(name, name.lower())
+    return {"MEMIT-Seq": "memit-sequential", "FT": "ft-m"}.get(name, name.lower())
 
 
 class BaseEditor:
@@ -80,9 +98,22 @@ class BaseEditor:
                 self.model, self.tok, [request], self.hparams, copy=False, return_orig_weights=True,
                 keep_original_weight=False, train_ds=None, **kwargs,
             )  # fmt: skip
+            if callable(weights_copy):
+                seen.append(self.answer(edited, request))
+                if not sequential_edit:
+                    weights_copy()
+                continue
             seen.append({name: edited.get_parameter(name).detach().clone() for name in weights_copy})
             if not sequential_edit:
                 with torch.no_grad():
                     for name, value in weights_copy.items():
                         self.model.get_parameter(name)[...] = value
         return seen
+
+    def answer(self, edited, request):
+        """Greedy tokens behind a prompt, as EasyEdit's evaluation of GRACE asks for them."""
+        prompt = self.tok(request["prompt"], return_tensors="pt")
+        return edited.generate(
+            input_ids=prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=2, do_sample=False,
+            pad_token_id=self.tok.eos_token_id, use_cache=False,
+        )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 
 from kedit_fast.errors import MethodError
 from kedit_fast.integrations.sessions import Session
+from kedit_fast.memories.memory import SideMemory
 from kedit_fast.models.routes import prompt_tokens
 
 IGNORED = -100
@@ -40,9 +41,9 @@ class EditedModel(torch.nn.Module):
             return getattr(super().__getattr__("model"), name)
 
     @property
-    def memory(self) -> Any:
-        """The memory (`kedit_fast.memories.SideMemory`); None before the first edit and after `reset_layer`."""
-        return self.session.editor.memory
+    def memory(self) -> SideMemory | None:
+        """The memory that answers; None after `reset_layer`."""
+        return self.session.memory
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's answer, with the edits.
@@ -94,10 +95,11 @@ class EditedModel(torch.nn.Module):
         Raises:
             MethodError: there is no memory: nothing was edited, or `reset_layer` was called.
         """
-        if self.memory is None:
+        memory = self.memory
+        if memory is None:
             raise MethodError("there is no memory to save: nothing was edited since the last reset_layer()")
         os.makedirs(os.path.dirname(os.path.abspath(save_path)), exist_ok=True)
-        self.memory.save(save_path)
+        memory.save(save_path)
 
 
 def _prompt_lengths(labels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

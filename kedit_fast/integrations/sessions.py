@@ -21,10 +21,13 @@ from typing import Any
 import torch
 
 from kedit_fast.editing.editor import Editor, EditResult
+from kedit_fast.editing.tuning.wise import ActivationTuning
 from kedit_fast.errors import MethodError
 from kedit_fast.integrations import easyedit_rows
 from kedit_fast.integrations.framework_statistics import framework_statistics
 from kedit_fast.integrations.options import OUR_HPARAMS, Options
+from kedit_fast.memories.attach import attached as attached_memory
+from kedit_fast.memories.memory import SideMemory
 from kedit_fast.methods.hparams import PUBLISHED_UNUSED, Hparams, unused
 from kedit_fast.methods.hparams_files import parse_values, read_raw
 from kedit_fast.methods.presets import make_hparams
@@ -91,7 +94,7 @@ class Session:
 
     def reconcile(self) -> bool:
         """Forget batches that somebody else has undone; False when the matrices are in no state known here."""
-        if not self.editor.in_place():
+        if not self.editor.in_place() or not self._answers():
             return False
         current = self._fingerprint()
         matching = [place for place, state in enumerate(self.states) if state.fingerprint == current]
@@ -105,6 +108,19 @@ class Session:
             del self.states[last + 1 :]
             self.caller_state = None
         return True
+
+    @property
+    def memory(self) -> SideMemory | None:
+        """The edits of a method that keeps them beside the weights; None of others, and without edits."""
+        editor = self.editor
+        return editor.memory if editor.recipe.makes_memory and editor.ledger.count else None
+
+    def _answers(self) -> bool:
+        """Whether the model has this session's memory, and no other one."""
+        memory, present = self.memory, attached_memory(self.editor.view.model)
+        if memory is None or present is None:
+            return memory is None and present is None
+        return present.memory is memory or present.memory.digest == memory.digest
 
     def record_state(self) -> None:
         """Remember the matrices as they are."""
@@ -127,7 +143,10 @@ class Session:
     @plain_torch(leave_inference_mode=False)
     def edit(self, requests: Sequence[Mapping[str, Any]]) -> EditResult:
         """Write a batch, and remember the state it leaves."""
-        tunes = self.editor.recipe.tuning is not None
+        tunes = self.editor.tuning is not None
+        beside = None if self.editor.tuning is None else self.editor.tuning.beside
+        if isinstance(beside, ActivationTuning):  # this call's texts, not those of the call that made the editor
+            beside.texts = unrelated_texts(requests) or beside.texts
         result = self.editor.edit([_whole_record(request) if tunes else _record(request) for request in requests])
         try:
             self.editor.finish()  # PRUNE: after every call, since no call is known to be the last

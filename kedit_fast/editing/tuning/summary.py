@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kedit_fast.editing.result import EditResult
+from kedit_fast.editing.tuning.plateau import LEARNED
 from kedit_fast.memories.memory import ActivationMemory, FingerprintMemory, KeyValueMemory, SideMemory
 
 
@@ -34,7 +35,7 @@ class TuningSummary:
         for result in results:
             steps += result.steps
             losses += result.losses
-            unlearned += [first + place for place in result.unlearned]
+            unlearned += [first + place for place in unlearned_places(result)]
             first += len(result.requests)
         return cls(tuple(steps), tuple(losses), tuple(unlearned), None if memory is None else described(memory))
 
@@ -60,6 +61,12 @@ class TuningSummary:
                 + "".join(f"; {name.replace('_', ' ')} {_in_words(value)}" for name, value in about.items())
             )
         return lines
+
+
+def unlearned_places(result: EditResult) -> list[int]:
+    """Places among the requests of a call that were not learned: their targets' loss stayed above `LEARNED`."""
+    above = {place for place, loss in enumerate(result.losses) if not loss <= LEARNED}
+    return sorted(above | set(result.unlearned))
 
 
 def described(memory: SideMemory) -> dict[str, Any]:
