@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import run, saved
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from support import run
 
-from kedit_fast import Patch, SideMemory, attach, attached
-from kedit_fast.workflow import MEMORY_FILE
+from kedit_fast import Patch, SideMemory, attach, attached, demo
+from kedit_fast.models.loading import load_model
+from kedit_fast.workflow import MEMORY_FILE, complete
 
-GRACE = ("--method", "grace", "--layers", "1", "--set", "num_steps=12", "--set", "lr=0.5", "--set", "val_init=warm",
-         "--set", "eps=0.1")  # fmt: skip
-WISE = ("--method", "wise", "--layers", "1", "--set", "num_steps=6", "--set", "mask_ratio=0.5", "--set",
-        "act_margin=[0.05, 0.2, 0.1]")  # fmt: skip
-FT = ("--method", "ft-m", "--layers", "1", "--set", "num_steps=8", "--set", "lr=1e-2")
+GRACE = ("--method", "grace", "--set", "num_steps=12")
+WISE = ("--method", "wise", "--set", "num_steps=3")
+FT = ("--method", "ft-m", "--set", "num_steps=4")
+MODULE = "model.layers.4.mlp.down_proj"
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A tiny model and requests; the edits of grace beside it, and of ft-m in it."""
+    """The demo model and two requests; the edits of grace beside it, and of ft-m in it."""
     root = tmp_path_factory.mktemp("memory")
-    saved(root / "model", "llama")
-    records = [
-        {"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "violin", "target_true": "trumpet",
-         "neighborhood_prompts": ["Thelonious Monk plays the"]},
-        {"prompt": "{} is in", "subject": "Ebro", "target_new": "Sweden", "target_true": "Spain"},
-    ]  # fmt: skip
-    (root / "requests.json").write_text(json.dumps(records))
+    (root / "model").symlink_to(demo.DATA)
+    lines = (demo.DATA / "requests.jsonl").read_text(encoding="utf-8").splitlines()[:2]
+    (root / "requests.jsonl").write_text("\n".join(lines), encoding="utf-8")
     for out, more in (("grace", (*GRACE, "--memory", root / "grace.safetensors")), ("tuned", FT)):
         done = edit(root, *more, "--out", root / out, "--json")
         assert done.returncode == 0, done.stderr
@@ -40,7 +36,7 @@ def place(tmp_path_factory):
 
 
 def edit(root, *more):
-    return run("edit", root / "model", "--requests", root / "requests.json", *more)
+    return run("edit", root / "model", "--requests", root / "requests.jsonl", *more)
 
 
 def test_an_edit_beside_the_weights_leaves_them_and_is_written_beside_the_model(place):
@@ -50,34 +46,33 @@ def test_an_edit_beside_the_weights_leaves_them_and_is_written_beside_the_model(
     about = found["tuning"]
     assert about["steps"] == 24 and about["unlearned"] == [] and about["loss"]["largest"] < 0.7
     assert about["memory"]["kind"] == "key value" and about["memory"]["entries"] == 2 and about["memory"]["bytes"] > 0
-    assert about["memory"]["radii"] == pytest.approx([0.1, 0.1])
+    assert about["memory"]["radii"] == [1.0, 1.0]
     one, other = (load_file(place / folder / "model.safetensors") for folder in ("model", "grace"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     beside = SideMemory.load(place / "grace" / MEMORY_FILE)
     assert beside.digest == SideMemory.load(place / "grace.safetensors").digest
-    assert [request["target_new"] for request in beside.requests] == ["violin", "Sweden"]
+    asked = [request.target_new for request in demo.requests()[:2]]
+    assert [request["target_new"] for request in beside.requests] == asked
 
 
-def test_another_process_attaches_the_file_and_answers(place):
-    model = AutoModelForCausalLM.from_pretrained(place / "grace")
-    tokenizer = AutoTokenizer.from_pretrained(place / "grace")
-    ids = tokenizer("Miles Davis plays the", return_tensors="pt")
-    before = model.generate(**ids, max_new_tokens=1, do_sample=False)
+def test_a_copy_of_the_model_answers_with_the_file(place):
+    model, tokenizer = load_model(str(place / "model"))
+    request = demo.requests()[0]
+    before = complete(model, tokenizer, request.text)
     with attach(model, place / "grace" / MEMORY_FILE, tokenizer):
-        edited = model.generate(**ids, max_new_tokens=1, do_sample=False)
-    assert attached(model) is None and tokenizer.decode(edited[0, -1:]).strip()[:1] == "v"
-    assert not torch.equal(before, edited)
+        assert complete(model, tokenizer, request.text) == request.target_new.strip() != before
+    assert attached(model) is None and complete(model, tokenizer, request.text) == before
 
 
 def test_eval_measures_without_the_memory_and_with_it(place, tmp_path):
-    command = ("eval", place / "model", "--requests", place / "requests.json", "--metrics", "cf.accuracy")
+    command = ("eval", place / "model", "--requests", place / "requests.jsonl", "--metrics", "cf.accuracy")
     done = run(*command, "--memory", place / "grace.safetensors", "--out", tmp_path / "report", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     states = found["metrics"]["cf.accuracy/rewrite"]["states"]
     assert states["pre"]["value"] == 0 and states["final"]["value"] == 100
     assert "grace, 2 edits" in found["about"]["memory"] and (tmp_path / "report" / "report.html").exists()
-    plain = run("eval", place / "grace", "--requests", place / "requests.json", "--metrics", "cf.accuracy")
+    plain = run("eval", place / "grace", "--requests", place / "requests.jsonl", "--metrics", "cf.accuracy")
     assert plain.returncode == 0 and f"--memory {place / 'grace' / MEMORY_FILE} measures them" in plain.stderr
     for other in (("--patch", place / "none.safetensors"), ("--base", place / "grace")):
         assert run(*command, "--memory", place / "grace.safetensors", *other).returncode == 2
@@ -86,16 +81,17 @@ def test_eval_measures_without_the_memory_and_with_it(place, tmp_path):
 def test_show_says_what_a_memory_holds(place):
     done = run("memory", "show", place / "grace.safetensors", "--requests", 1)
     assert done.returncode == 0, done.stderr
-    assert "model.layers.1.mlp.down_proj" in done.stdout and "grace: 2 edits" in done.stdout
-    assert "radii: 0.1, 0.1" in done.stdout and "Miles Davis plays the -> violin" in done.stdout
+    first = demo.requests()[0]
+    assert MODULE in done.stdout and "grace: 2 edits" in done.stdout and "radii: 1, 1" in done.stdout
+    assert f"{first.text} -> {first.target_new.strip()}" in done.stdout
     assert "and 1 more" in done.stdout
     found = json.loads(run("memory", "show", place / "grace.safetensors", "--json").stdout)
-    assert found["entries"] == 2 and found["shape"] == [32, 64] and found["requests"][1]["subject"] == "Ebro"
+    assert found["entries"] == 2 and found["shape"] == [256, 768] and found["requests"][0]["subject"] == first.subject
     assert run("memory", "show", place / "model" / "model.safetensors").returncode == 1
 
 
 def test_a_memory_goes_beside_the_model_that_it_was_made_for_and_away_again(place, tmp_path):
-    saved(tmp_path / "model", "llama")
+    shutil.copytree(demo.DATA, tmp_path / "model")
     command = ("memory", "apply", place / "grace.safetensors", tmp_path / "model")
     done = run(*command)
     assert done.returncode == 0, done.stderr
@@ -107,7 +103,7 @@ def test_a_memory_goes_beside_the_model_that_it_was_made_for_and_away_again(plac
     gone = run("memory", "revert", tmp_path / "model")
     assert gone.returncode == 1 and f"has no {MEMORY_FILE}" in gone.stderr
     tensors = load_file(tmp_path / "model" / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] += 1
+    tensors[f"{MODULE}.weight"][0, 0] += 1
     save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     other = run(*command)
     assert other.returncode == 1 and "is not the matrix that" in other.stderr
@@ -117,7 +113,7 @@ def test_a_memory_goes_beside_the_model_that_it_was_made_for_and_away_again(plac
 def test_a_memory_of_wise_becomes_a_patch_and_one_of_grace_does_not(place, tmp_path):
     done = edit(place, *WISE, "--memory", tmp_path / "wise.safetensors", "--irrelevant", place / "texts.txt")
     assert done.returncode == 1 and "texts.txt" in done.stderr
-    (place / "texts.txt").write_text("Because I saw the old tower\nnobody walked home therefore\n")
+    (place / "texts.txt").write_text("The kettle began to whistle.\nNobody walked home in the rain.\n")
     done = edit(place, *WISE, "--memory", tmp_path / "wise.safetensors", "--irrelevant", place / "texts.txt")
     assert done.returncode == 0, done.stderr
     assert "Tuning: " in done.stdout and "Memory (activation): 1 entries" in done.stdout
@@ -157,4 +153,4 @@ def test_a_tuned_matrix_is_written_and_said(place):
     assert found["tuning"]["memory"] is None and found["tuning"]["steps"] > 0 and found["harm"]["norm"] > 0
     one, other = (load_file(place / folder / "model.safetensors") for folder in ("model", "tuned"))
     changed = [name for name in one if not torch.equal(one[name], other[name])]
-    assert changed == ["model.layers.1.mlp.down_proj.weight"] and not (place / "tuned" / MEMORY_FILE).exists()
+    assert changed == [f"{MODULE}.weight"] and not (place / "tuned" / MEMORY_FILE).exists()

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from floors import relative_error
-from framework_stand_ins import OWN, alpha_hparams, asked, hparams_of, null_spaces, same, state
+from framework_stand_ins import CLOSED_FORMS, OWN, alpha_hparams, asked, hparams_of, null_spaces, same, state
 from support import REQUESTS
 from tiny_models import TEXT, make_model, make_tokenizer
 
@@ -372,7 +372,7 @@ def test_an_install_that_fails_half_way_leaves_nothing(lacking, framework, monke
 # Caches
 
 
-@pytest.mark.parametrize("name", sorted(easyedit.ALGORITHMS))
+@pytest.mark.parametrize("name", sorted(CLOSED_FORMS))
 def test_use_cache_is_served_or_left_out_and_never_an_error(name, tmp_path, statistics, caplog):
     template, tok = tmp_path / "kvs" / "layer_{}_clamp_{}_case_{}.npz", make_tokenizer()
     found = []
@@ -530,7 +530,7 @@ def test_easyedits_rows_are_chosen_by_hyper_parameter_or_install_and_need_paddin
 # Words
 
 
-@pytest.mark.parametrize("name", sorted(easyedit.ALGORITHMS))
+@pytest.mark.parametrize("name", sorted(CLOSED_FORMS))
 def test_an_editor_says_nothing_of_what_was_not_the_users_choice(name, statistics, caplog):
     hparams = hparams_of(name)
     vars(hparams).pop("mom2_ridge", None)  # ours, which AlphaEdit does not use
