@@ -15,7 +15,8 @@ from kedit_fast import Patch, SideMemory, attach, attached, demo
 from kedit_fast.models.loading import load_model
 from kedit_fast.workflow import MEMORY_FILE, complete
 
-GRACE = ("--method", "grace", "--set", "num_steps=12")
+GRACE = ("--method", "grace", "--layers", "4", "--set", "num_steps=12", "--set", "eps=1", "--set", "lr=1",
+         "--set", "val_init=cold")  # fmt: skip
 WISE = ("--method", "wise", "--set", "num_steps=3")
 FT = ("--method", "ft-m", "--set", "num_steps=4")
 MODULE = "model.layers.4.mlp.down_proj"
