@@ -293,9 +293,7 @@ class ActivationTuning:
         weight = source.to(wide, copy=True, memory_format=torch.contiguous_format)
         assert not isinstance(hparams.lr, str)
         lr = self.scales()[1] * hparams.lr
-        steps = Steps(
-            "sgd", lr, hparams.weight_decay, hparams.decay_entries == "weight", hparams.norm_constraint
-        )
+        steps = Steps("sgd", lr, hparams.weight_decay, hparams.decay_entries == "weight", hparams.norm_constraint)
         name = f"{self.state.view.module_name(self.layer)} shard {shard.number}"
         bits = random_bits(weight.numel(), hparams.mask_ratio, self.state.seed, name).to(base.device)
         halves = base.dtype if base.dtype in (torch.bfloat16, torch.float16) else None
