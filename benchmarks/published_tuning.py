@@ -306,7 +306,7 @@ def grace(
         at = len(text.prompt) - 1
         ids = torch.tensor([text.ids], device=module.weight.device)
         labels = torch.tensor([[-100] * len(text.prompt) + list(text.target)], device=ids.device)
-        trained: dict[str, Any] = {"entry": -1}
+        optimizers: list[torch.optim.Optimizer] = []
 
         def enter(query: torch.Tensor, output: torch.Tensor, text: Text = text) -> None:
             """Update keys, radii and labels; leaves the entry that this edit trains."""
@@ -324,22 +324,32 @@ def grace(
                 return
             same = book.labels[near] == text.target
             if gap > eps + float(book.radii[near]) or not same:
-                joined = [torch.cat([getattr(book, n), getattr(new, n)]) for n in ("keys", "values", "radii")]
+                keys, values, radii = (
+                    torch.cat([getattr(book, n), getattr(new, n)]) for n in ("keys", "values", "radii")
+                )
                 if gap <= eps + float(book.radii[near]):
-                    joined[2][near], joined[2][-1] = gap / 2 - 1e-5, gap / 2
-                book = Codebook(*joined, [*book.labels, text.target])
+                    radii[near], radii[-1] = gap / 2 - 1e-5, gap / 2
+                book = Codebook(keys, values, radii, [*book.labels, text.target])
             elif gap > float(book.radii[near]):
                 book.radii[near] = gap
 
         for step in range(num_steps):
 
-            def adapter(_: torch.nn.Module, args: tuple, output: torch.Tensor, step: int = step, at: int = at) -> Any:
+            def adapter(
+                _: torch.nn.Module,
+                args: tuple,
+                output: torch.Tensor,
+                step: int = step,
+                at: int = at,
+                enter: Callable[..., None] = enter,
+                optimizers: list[torch.optim.Optimizer] = optimizers,
+            ) -> torch.Tensor:
                 query = args[0][0, at].detach()
                 if step == 0:
                     enter(query, output[0, at].detach())
                     assert book is not None
                     book.values = book.values.detach().requires_grad_(True)
-                    trained["optimizer"] = torch.optim.Adam([book.values], lr=lr)
+                    optimizers.append(torch.optim.Adam([book.values], lr=lr))
                 assert book is not None
                 distances = torch.cdist(query[None], book.keys)[0]
                 near = int(distances.argmin())
@@ -354,7 +364,7 @@ def grace(
                 loss = model(input_ids=ids, labels=labels).loss
             finally:
                 handle.remove()
-            optimizer = trained["optimizer"]
+            (optimizer,) = optimizers
             optimizer.zero_grad()
             if loss.requires_grad:
                 loss.backward()

@@ -201,6 +201,26 @@ class CapturedRows:
         rows = tuple(replace(self.rows[i], request=number[self.rows[i].request]) for i in chosen)
         return replace(self, rows=rows, x=x, original=original, beside=beside)
 
+    def up_to(self, counts: Sequence[int]) -> tuple[CapturedRows, torch.Tensor | None]:
+        """The first tokens of each row, which do not depend on those behind them; and their indices among the N.
+
+        Args:
+            counts: [R] tokens of each row; rows of which there are none are left out.
+
+        Returns:
+            the rows, and [n] int64 where their tokens are; None where all are there.
+        """
+        if list(counts) == self.lengths:
+            return self, None
+        chosen = [i for i, count in enumerate(counts) if count]
+        spans = [torch.arange(self.offsets[i], self.offsets[i] + counts[i]) for i in chosen]
+        index = torch.cat(spans).to(self.x.device)
+        x, original, beside = (
+            None if part is None else part.index_select(0, index) for part in (self.x, self.original, self.beside)
+        )
+        rows = tuple(replace(self.rows[i], ids=self.rows[i].ids[: counts[i]]) for i in chosen)
+        return replace(self, rows=rows, x=x, original=original, beside=beside), index
+
     @cached_property
     def runner(self) -> RowRunner:
         """The rows, ready to run."""

@@ -55,14 +55,29 @@ class Objective:
         self._wanted, inverse = torch.unique(joined, return_inverse=True)
         plain = len(self._wanted) == len(joined) and bool((joined[1:] > joined[:-1]).all())
         self._back = None if plain else inverse
+        wanted, ends = self._wanted.tolist(), captured.offsets[1:]
+        counts, row = [0] * len(captured.rows), 0
+        for place in wanted:  # in increasing order, so the last one of a row counts
+            while place >= ends[row]:
+                row += 1
+            counts[row] = place + 1 - captured.offsets[row]
+        self._rows, self._tokens = captured, None
+        if wanted:
+            self._rows, self._tokens = captured.up_to(counts)
+        if self._tokens is not None:  # the places among the tokens that run
+            number = torch.full((ends[-1],), -1, device=self._tokens.device)
+            number[self._tokens] = torch.arange(len(self._tokens), device=number.device)
+            self._wanted = number[self._wanted.to(number.device)]
 
     def losses(self, outputs: torch.Tensor) -> Losses:
         """The losses at outputs [N, h] of the tuned matrix, differentiable in them.
 
-        Cost: one pass of the blocks above the layer; the head on the places of the terms alone.
+        Cost: one pass of the blocks above the layer, over the tokens up to the last place in each row; the head on the
+            places alone.
         """
         if len(self._wanted):
-            states = self.captured.hidden(outputs, self._wanted)
+            run = outputs if self._tokens is None else outputs.index_select(0, self._tokens)
+            states = self._rows.hidden(run, self._wanted)
             states = states if self._back is None else states.index_select(0, self._back)
             parts = states.split(self._counts)
         else:
