@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from typing import Any
 
 import pytest
 import torch
@@ -40,15 +40,17 @@ def change(editor: Editor) -> torch.Tensor:
     return updates[0].dense()
 
 
-@pytest.mark.parametrize("kind", ("gpt2", "gptj", "llama", "gemma2"))
-@pytest.mark.parametrize("method", ("ft-l", "ft-m", "locft-bf"))
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("gpt2", "ft-l"), ("gpt2", "ft-m"), ("gpt2", "locft-bf"), ("gemma2", "ft-m"), ("gptj", "locft-bf")],
+)
 def test_an_edit_is_the_published_loop_on_rows_without_padding(kind, method, tokenizer):
     model = make_model(kind)
     editor = Editor(model, tokenizer, method, layers=[LAYER], hparams={**NUMBERS, "stop_loss": 4.0})
     parameter = editor.view.edited_module(LAYER).weight
     before = editor.view.weight(LAYER).clone()
+    more: dict[str, Any]
     if method == "locft-bf":
-        editor.hparams = editor.tuning.hparams = copy.replace(editor.hparams, minibatch=3) if 0 else editor.hparams
         groups, more = [texts(editor, tokenizer.eos_token_id)], {"minibatch": 100, "seed": 0}
     else:
         groups, more = [[text] for text in texts(editor)], {"at_last": method == "ft-l"}
@@ -75,8 +77,8 @@ def test_calls_follow_each_other_and_are_undone_bit_for_bit(tokenizer):
     patch = editor.patch()
     editor.restore()
     assert all(torch.equal(parameter, original[name]) for name, parameter in model.named_parameters())
-    patch.apply(model)
-    assert torch.equal(editor.view.weight(LAYER), after)
+    patch.apply_(model)
+    torch.testing.assert_close(editor.view.weight(LAYER), after, rtol=0, atol=1e-6)
 
 
 class Interrupt(BaseException):
@@ -157,8 +159,17 @@ def test_an_answer_ends_with_the_end_of_text_or_the_tokenizer_is_refused(tokeniz
     other.eos_token = None
     with pytest.raises(MethodError, match="names none"):
         Editor(model, other, "locft-bf", layers=[LAYER])
-    prompt = {"prompt": "{} " + "plays the " * 60, "subject": "Miles", "target_new": "a"}
-    editor = Editor(model, tokenizer, "locft-bf", layers=[LAYER], hparams=NUMBERS)
-    editor.view.__class__.max_length.fget  # noqa: B018
-    tokens = len(editor.check([prompt])[0][0].rewriting[0].ids)
-    assert tokens < 128
+
+
+def test_a_target_that_leaves_no_room_for_its_end_is_named(tokenizer):
+    editor = Editor(make_model("llama"), tokenizer, "locft-bf", layers=[LAYER], hparams=NUMBERS)
+
+    def request(words: int) -> dict:
+        return {"prompt": "{} said", "subject": "Miles", "target_new": "~" * words}
+
+    (short,), _ = editor.check([request(10)])
+    words = 10 + 129 - len(short.rewriting[0].ids) - len(short.target)  # one token a word
+    assert editor.check([request(words)])[0]
+    with pytest.raises(RequestError, match="129 tokens with context and target, the model takes 128"):
+        editor.edit([request(words)])
+    assert editor.edit([request(words - 1)]).batch == 1
