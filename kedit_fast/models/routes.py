@@ -159,8 +159,10 @@ class Routes:
         thread = self._thread
         if thread.suspended:
             return forward(*args, **kwargs)
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+        given = {**dict(zip(self._names[: len(args)], args, strict=True)), **kwargs}
+        cache = None
+        for name in _CACHES:  # a loop, which older versions of torch.compile can read
+            cache = given.get(name) if cache is None else cache
         before, thread.current = thread.current, self._begin(given, cache)
         try:
             output = forward(*args, **kwargs)
@@ -172,13 +174,21 @@ class Routes:
                 f"{self.path} did not run in a pass of the model, so its memory was not asked: was the module replaced "
                 "since the memory was attached? Detach the memory, and attach it again"
             )
-        made = cache if cache is not None else _cache_of(output)
-        if made is not None and not isinstance(made, tuple):
-            record = getattr(made, _ON_CACHE, None)
-            if record is None or record.version != self.version or record.route is None:
-                follow(made)
-                setattr(made, _ON_CACHE, CacheRoute(self.version, run.route))
+        made = _cache_of(output)
+        if isinstance(made, tuple):  # of a few models in older transformers; made anew in each pass
+            carrying = _Tuple(made)
+            setattr(carrying, _ON_CACHE, CacheRoute(self.version, run.route))
+            output.past_key_values = carrying
+        else:
+            self._bind(cache if made is None else made, run.route)
         return output
+
+    def _bind(self, cache: Any, route: torch.Tensor) -> None:
+        """Let a cache carry a route, if there is a cache and it has none."""
+        record = getattr(cache, _ON_CACHE, None)
+        if cache is not None and (record is None or record.route is None):
+            follow(cache)
+            setattr(cache, _ON_CACHE, CacheRoute(self.version, route))
 
     def _begin(self, given: dict[str, Any], cache: Any) -> _Pass:
         """The pass that a call of the decoder makes; raises where it cannot be routed."""
@@ -188,11 +198,12 @@ class Routes:
         if states is None:
             raise UnsupportedModelError("a pass has neither input_ids nor inputs_embeds, so its rows are not known")
         shape = states.shape[:2]
-        if packed := next((name for name in _PACKED if given.get(name) is not None), None):
-            raise UnsupportedModelError(
-                f"a pass packs several sequences in a row ({packed}: continuous batching, or rows without padding), "
-                "and a memory answers for rows: detach it, or run each sequence in a row of its own"
-            )
+        for name in _PACKED:
+            if given.get(name) is not None:
+                raise UnsupportedModelError(
+                    f"a pass packs several sequences in a row ({name}: continuous batching, or rows without padding), "
+                    "and a memory answers for rows: detach it, or run each sequence in a row of its own"
+                )
         record = getattr(cache, _ON_CACHE, None)
         if record is not None and record.version != self.version:
             raise SideMemoryError(
@@ -207,8 +218,8 @@ class Routes:
             return _Pass(shape, None, record.route)
         if record is None and cache is not None and _has_begun(cache):
             raise SideMemoryError(
-                "a cache began before the memory was attached, or is a tuple, which cannot carry a route: start the "
-                "sequence with an empty cache object (transformers.DynamicCache())"
+                "a cache began before the memory was attached, or was reordered as a tuple, which loses routes: "
+                "start the sequence with an empty cache object (transformers.DynamicCache())"
             )
         mask = valid_tokens(given.get("attention_mask"), shape[1])
         if self._see_prompts is not None and given.get("input_ids") is not None and not torch.compiler.is_compiling():
@@ -391,6 +402,10 @@ def valid_tokens(mask: Any, tokens: int) -> torch.Tensor | None:
     return (seen & causal & ~later).any(1)
 
 
+class _Tuple(tuple):
+    """A cache that is a tuple, with the routes of its rows, which it loses when they are reordered."""
+
+
 class _FollowsRows:
     """Methods of a cache that change its rows, with the routes of these rows."""
 
@@ -484,9 +499,9 @@ def _has_begun(cache: Any) -> bool:
 
 
 def _cache_of(output: Any) -> Any:
-    """The cache in a decoder's output; None without one."""
+    """The cache in a decoder's output; None without one, and for one that is a tuple in a tuple."""
     for name in _CACHES:
         if getattr(output, name, None) is not None:
             return getattr(output, name)
-    parts = output if isinstance(output, tuple | list) else ()
+    parts = output if isinstance(output, tuple) else ()
     return next((part for part in parts if hasattr(part, "get_seq_length")), None)
