@@ -28,6 +28,7 @@ from kedit_fast.errors import CheckpointError, EditError, KeditError, RequestErr
 from kedit_fast.evaluation.evaluator import Evaluator
 from kedit_fast.evaluation.judge import Judge
 from kedit_fast.evaluation.metrics import SHARES, Metrics, shares_of
+from kedit_fast.evaluation.registry import BESIDE
 from kedit_fast.evaluation.results import Evaluation
 from kedit_fast.evaluation.sequences import Retention, RetentionTracker
 from kedit_fast.memories.memory import SideMemory
@@ -238,7 +239,8 @@ def run_edits(
         prompt_format: from a prompt to the text that the model reads; metrics read what edits do, with DINM's suffix.
         target_separator: the text between prompt and target of requests that do not name one.
         on_error: "raise" at requests that cannot be written or measured, or "skip" them.
-        metrics: what to measure beside efficacy, paraphrase and neighborhood; see `registry.select`.
+        metrics: what to measure beside efficacy, paraphrase and neighborhood; see `registry.select`. "default" counts
+            routes, too, where edits stand beside the weights.
         judge: a classifier of answers, for metrics of defense.
         retention: so many requests of each batch, at most, are measured right after it, too, for a retention curve.
         checkpoint: a folder in which finished batches are safe, made if absent; the same call goes on there after any
@@ -305,6 +307,7 @@ def run_edits(
     opened = None if checkpoint is None else RunCheckpoint.opened(checkpoint, editor, checkpoint_every)
     with opened or contextlib.nullcontext() as saved:
         prepared, skipped = _usable_requests(editor, requests, on_error)
+        metrics = BESIDE if editor.recipe.makes_memory and metrics == "default" else metrics
         metrics = [*(metrics.split(",") if isinstance(metrics, str) else metrics), *SHARES]
         evaluator = Evaluator(
             model,

@@ -232,7 +232,8 @@ def edit(
         chosen, _ = make_hparams(method, config, overrides)
     else:
         stored_choice = None
-    tries = guessed and trial and projector is None and not go_on
+    # Trials search windows of layers and closed forms' numbers.
+    tries = guessed and trial and projector is None and not go_on and recipe.tuning is None
     if guessed and not tries:
         notices.print(f"kedit-fast: no preset for this model: {origin}; layers {span(chosen.layers)}", markup=False)
     if chosen.uses_statistics and stats is None and projector is None:

@@ -45,6 +45,7 @@ from kedit_fast.cli.report import print_harm, print_metrics
 from kedit_fast.errors import KeditError, RequestError, UnsupportedModelError
 from kedit_fast.evaluation.contexts import CONTEXTS
 from kedit_fast.evaluation.evaluator import Average, Evaluator, evaluate
+from kedit_fast.evaluation.registry import BESIDE
 from kedit_fast.memories.attach import attach
 from kedit_fast.memories.memory import SideMemory
 from kedit_fast.models.fingerprint import tokenizer_hash
@@ -164,6 +165,7 @@ def evaluation(
         records = part_of(records, [index for index, request in enumerate(records) if id(request) in drawn])
     patches = [Patch.load(path) for path in patch or ()]
     beside = None if memory is None else SideMemory.load(memory)
+    metrics = BESIDE if beside is not None and metrics == "default" else metrics
     if memory is None and (Path(model) / MEMORY_FILE).exists():
         notices.print(
             f"kedit-fast: {model} is measured without its edits beside the weights: --memory "

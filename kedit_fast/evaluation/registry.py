@@ -66,6 +66,9 @@ DEFAULT = (
 )
 """What "default" stands for: teacher-forced numbers that cost the passes of the request's prompts alone."""
 
+BESIDE = "default,memory"
+"""What is measured by default where edits stand beside the weights."""
+
 
 def _merged(tables: Iterable[Mapping[str, T]], kind: str) -> Mapping[str, T]:
     merged: dict[str, T] = {}

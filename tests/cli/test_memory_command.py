@@ -73,6 +73,9 @@ def test_eval_measures_without_the_memory_and_with_it(place, tmp_path):
     states = found["metrics"]["cf.accuracy/rewrite"]["states"]
     assert states["pre"]["value"] == 0 and states["final"]["value"] == 100
     assert "grace, 2 edits" in found["about"]["memory"] and (tmp_path / "report" / "report.html").exists()
+    done = run(*command[:4], "--memory", place / "grace.safetensors", "--json")
+    routes = json.loads(done.stdout)["metrics"]["memory.missed_route/rewrite"]["states"]  # measured by default
+    assert routes["pre"]["value"] is None and routes["final"]["value"] == 0
     plain = run("eval", place / "grace", "--requests", place / "requests.jsonl", "--metrics", "cf.accuracy")
     assert plain.returncode == 0 and f"--memory {place / 'grace' / MEMORY_FILE} measures them" in plain.stderr
     for other in (("--patch", place / "none.safetensors"), ("--base", place / "grace")):
