@@ -22,6 +22,7 @@ from kedit_fast.editing.tuning.objective import Likelihood, Objective
 from kedit_fast.editing.tuning.plateau import until_plateau
 from kedit_fast.editing.tuning.wise import Shards, Working
 from kedit_fast.errors import EditError, MethodError, RequestError
+from kedit_fast.models.forward import evaluating
 from kedit_fast.solver.entry_bits import random_bits, unpack_bits
 from kedit_fast.solver.merging import merged
 
@@ -336,6 +337,28 @@ def test_edits_that_did_not_learn_are_reported(tokenizer, caplog):
         result = one.edit(REQUESTS[:2])
     assert result.unlearned == (0, 1) and "2 of 2 edits ended without learning" in caplog.text
     assert one.memory.thresholds.isinf().all()
+
+
+def test_one_prompt_with_two_targets_in_a_batch_is_named(tokenizer, caplog):
+    one = editor(tokenizer, "memoir")
+    with caplog.at_level(logging.WARNING):
+        result = one.edit([REQUESTS[0], REQUESTS[1], {**REQUESTS[0], "target_new": "piano"}])
+    assert result.collisions == ((0, 2),) and "the later one wins" in caplog.text and one.memory.entries == 2
+
+
+def test_relative_units_have_no_scale(tokenizer):
+    published = editor(tokenizer, "wise").tuning.beside
+    relative = editor(tokenizer, "wise", hparams={"units": "relative"}).tuning.beside
+    assert published.scales() == (1.0, 1.0)
+    with evaluating(relative.state.view):
+        margin, rate = relative.scales()
+    for name in ("up_proj", "down_proj"):  # outputs twice and inputs twice; then outputs twice alone
+        other = editor(tokenizer, "wise", hparams={"units": "relative"}).tuning.beside
+        other.state.view.block(2).mlp.get_submodule(name).weight.data *= 2
+        with evaluating(other.state.view):
+            _, changed = other.scales()
+        assert changed == pytest.approx(rate * (1 if name == "up_proj" else 4), rel=1e-4)
+    assert margin > 0
 
 
 def test_a_merge_that_trims_nothing_is_warned_of(tokenizer, caplog):
