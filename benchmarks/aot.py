@@ -38,6 +38,8 @@ QUICK = (
     ("rank_k_update_", "bfloat16 weight, k 1"), ("rank_k_update_", "bfloat16 weight, k 100"),
     ("rank_k_update_", "bfloat16 weight, k 100, odd strides"), ("target_log_probs", "bfloat16"),
     ("distribution_kl, gradient", "bfloat16"), ("gradient of both", "bfloat16"),
+    ("masked_descent_", "float32, dot, entries, box, copy"), ("masked_adam_", "float32, rows, entries, box, copy"),
+    ("activation_distance", "bfloat16, silu"), ("routed_linear", "bfloat16, weight"),
 )  # fmt: skip
 ODD = "odd strides"  # no stride or size is a multiple of 16 elements: loads cannot be wide
 
@@ -56,11 +58,13 @@ def variants() -> Iterator[Variant]:
     from kedit_fast.kernels.triton import (
         distribution_kl,
         lm_head,
+        masked_step,
         rank_k_update,
+        row_products,
         symmetric_rank_k_update,
         target_log_probs,
     )
-    from kedit_fast.kernels.triton.configs import GRADIENT, LOGITS, RANK_K, SYMMETRIC, lookup
+    from kedit_fast.kernels.triton.configs import GRADIENT, LOGITS, RANK_K, ROW_PRODUCTS, STEP, SYMMETRIC, lookup
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype)  # untouched: it takes no memory
@@ -146,6 +150,56 @@ def variants() -> Iterator[Variant]:
                     d, e, lookup(GRADIENT, kind, arch)
                 )[0],
             )  # fmt: skip
+    flag, number = torch.ones((), dtype=torch.uint8), empty(2)
+    for adam in (False, True):
+        for kind, options in (
+            ("rows", ""), ("rows", "entries, box, copy"), ("rows", f"entries, box, copy, {ODD}"),
+            ("rows", "transposed, entries, box, copy"), ("dot", ""), ("dot", "entries, box, copy"),
+            ("dot", f"entries, box, copy, {ODD}"), ("dot", "bfloat16 factors, entries, box, copy"),
+        ):  # fmt: skip
+            h, d, n = (255, 511, 77) if ODD in options else (256, 512, 304)
+            weight, half = empty(h, d), empty(h, d, dtype=torch.bfloat16)
+            if "transposed" in options:
+                weight = empty(d, h).T
+            factors = torch.bfloat16 if "factors" in options else torch.float32
+            gradient = (empty(h, d), None, None) if kind == "rows" else (
+                None, empty(n, h, dtype=factors), empty(n, d, dtype=factors)
+            )  # fmt: skip
+            full = "entries" in options
+            rest = (torch.ones(-(-h * d // 8), dtype=torch.uint8), half, 1.0, half) if full else (None,) * 4
+            state = {"adam": (empty(h, d), empty(h, d), number, 0.9, 0.999, 1e-8)} if adam else {}
+            flags = {**state, "active": flag} if adam and full else {**state, "decay": 0.1 * full, "lr": 0.5}
+            yield Variant(
+                "masked_adam_" if adam else "masked_descent_", ", ".join(filter(None, (f"float32, {kind}", options))),
+                lambda arch, a=(weight, flag, *gradient, *rest), kind=kind, flags=flags: masked_step.launches(
+                    *a, lookup(STEP, kind, arch), **flags
+                ),
+            )  # fmt: skip
+    for dtype in FLOATS:
+        odd = f"bias, {ODD}"
+        for options, n, h, d in (("", 64, 256, 512), (odd, 33, 255, 511), ("float32 memories", 64, 256, 512)):
+            ("", 64, 256, 512),
+            (f"bias, {ODD}", 33, 255, 511),
+            ("float32 memories", 64, 256, 512),
+        ):
+            stored = torch.float32 if "memories" in options else dtype
+            x, weights, outputs = empty(n, d, dtype=dtype), empty(2, h, d, dtype=stored), empty(n, h, dtype=dtype)
+            bias, order = empty(h) if "bias" in options else None, torch.zeros(n, dtype=torch.int64)
+            kind, case = row_products.shape_class(x, weights), ", ".join(filter(None, (name(dtype), options)))
+            for activation in ("silu", "gelu", "gelu_tanh") if dtype == torch.bfloat16 else ("silu",):
+                yield Variant(
+                    "activation_distance", f"{case}, {activation}",
+                    lambda arch, a=(x, outputs, weights, activation, bias), kind=kind: row_products.distance_launches(
+                        *a, lookup(ROW_PRODUCTS, kind, arch)
+                    )[0],
+                )  # fmt: skip
+            for beside in ("weight", "output"):
+                matrix, rows = (weights[0], None) if beside == "weight" else (None, outputs)
+                yield Variant(
+                    "routed_linear", f"{case}, {beside}",
+                    lambda arch, a=(x, matrix, weights, order, order, rows, bias, outputs), kind=kind:
+                    row_products.routed_launches(*a, lookup(ROW_PRODUCTS, kind, arch)),
+                )  # fmt: skip
 
 
 def name(dtype: torch.dtype) -> str:

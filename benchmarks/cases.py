@@ -128,7 +128,42 @@ def _by_rows() -> list[Case]:
     return cases
 
 
-OPS = [*_symmetric(), *_rank_k(), *_head(), *_solve(), *_by_rows()]
+def _steps() -> list[Case]:
+    """One step on a matrix: WISE's, from the factors of 300 tokens, and one of Adam with a box, as FT takes it."""
+    m = MODELS["GPT-2"]
+    cases = []
+    for h, d, note in (
+        (m.hidden, m.inner, ""), (2048, 8192, "half the sides of Llama-3-8B: time on 2 cores"),
+    ):  # fmt: skip
+        sizes = {"h": h, "d": d}
+        tokens = {**sizes, "tokens": 300}
+        name = f"W [{h}, {d}]"
+        masked = f"{name}, 300 tokens, a fifth of the entries, box"
+        cases += [
+            Case("masked_descent_", masked, "float32", {**tokens, "share": 20}, 4.0, 5.0, note=note),
+            Case("masked_descent_", f"{name}, 300 tokens, all entries, box", "float32", tokens, note=note),
+            Case("masked_adam_", f"{name}, box", "float32", sizes, 2.0, 4.0, note=note),
+        ]
+    return cases
+
+
+def _memories() -> list[Case]:
+    """What a memory costs beside a layer: routing prompts of 25 tokens, and a token of each sequence afterwards."""
+    m = MODELS["GPT-J"]
+    h, d = m.hidden // 2, m.inner // 2
+    note = "half the sides of GPT-J: time on 2 cores"
+    sizes = {"h": h, "d": d, "memories": 2}
+    return [
+        Case("activation_distance", f"4 prompts of 25 tokens, 2 memories [{h}, {d}]", "float32",
+             {**sizes, "sequences": 4, "tokens": 25}, note=note),
+        Case("routed_linear", f"100 tokens, 2 memories [{h}, {d}]", "float32",
+             {**sizes, "sequences": 4, "tokens": 25}, note=note),
+        Case("routed_linear", f"4 tokens, 2 memories [{h}, {d}]", "float32",
+             {**sizes, "sequences": 4, "tokens": 1}, note=note),
+    ]  # fmt: skip
+
+
+OPS = [*_symmetric(), *_rank_k(), *_head(), *_solve(), *_by_rows(), *_steps(), *_memories()]
 
 
 def _gpu() -> list[Case]:
@@ -155,6 +190,16 @@ def _gpu() -> list[Case]:
         for op in ("target_log_probs", "distribution_kl"):
             name = f"{model}, [1152, {m.hidden}] x [{m.vocabulary}, {m.hidden}], forward + backward"
             cases.append(Case(op, name, dtype, sizes))
+    h, d = MODELS["Llama-3-8B"].hidden, MODELS["Llama-3-8B"].inner
+    sizes, memories = {"h": h, "d": d}, {"h": h, "d": d, "memories": 2, "sequences": 8}
+    cases += [
+        Case("masked_descent_", f"Llama-3-8B, W [{h}, {d}], 300 tokens, a fifth of the entries, box", "float32",
+             {**sizes, "tokens": 300, "share": 20}),
+        Case("masked_adam_", f"Llama-3-8B, W [{h}, {d}], box", "float32", sizes),
+        Case("activation_distance", "Llama-3-8B, 8 prompts of 25 tokens, 2 memories", "bfloat16",
+             {**memories, "tokens": 25}),
+        Case("routed_linear", "Llama-3-8B, 8 tokens, 2 memories", "bfloat16", {**memories, "tokens": 1}),
+    ]  # fmt: skip
     return cases + _solve()
 
 
@@ -173,5 +218,13 @@ SMALL = [
     Case("distribution_kl", "[5, 16] x [99, 16]", "bfloat16", {"rows": 5, "width": 16, "vocabulary": 99}),
     Case("rms_norm", "[7, 33]", "bfloat16", {"rows": 7, "d": 33}),
     Case("gated_silu", "[7, 33]", "float32", {"rows": 7, "d": 33}),
+    Case("masked_descent_", "W [9, 33], 5 tokens, a fifth of the entries, box", "float32",
+         {"h": 9, "d": 33, "tokens": 5, "share": 20}),
+    Case("masked_descent_", "W [9, 33], 5 tokens, all entries, box", "float32", {"h": 9, "d": 33, "tokens": 5}),
+    Case("masked_adam_", "W [9, 33], box", "float32", {"h": 9, "d": 33}),
+    Case("activation_distance", "3 prompts of 5 tokens, 2 memories [9, 33]", "bfloat16",
+         {"h": 9, "d": 33, "memories": 2, "sequences": 3, "tokens": 5}),
+    Case("routed_linear", "3 tokens, 2 memories [9, 33]", "float32",
+         {"h": 9, "d": 33, "memories": 2, "sequences": 3, "tokens": 1}),
     Case("spd_solve", "[9, 9], 4 right sides", "float64", {"u": 9, "columns": 4}),
 ]  # fmt: skip

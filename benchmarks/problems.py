@@ -277,6 +277,145 @@ def _by_rows(case: Case, device: str, backend: str | None) -> Problem:
     )  # fmt: skip
 
 
+def _descent(case: Case, device: str, backend: str | None) -> Problem:
+    """WISE's step against its published expression: an int64 mask, weight decay on everything, a clamp."""
+    h, d, tokens = (case.sizes[name] for name in ("h", "d", "tokens"))
+    origin, lr, decay, bound = torch.randn(h, d, device=device) * 0.02, 1.0, 1e-5, 1.0
+    left, right = torch.randn(tokens, h, device=device) * 1e-3, torch.randn(tokens, d, device=device)
+    share = case.sizes.get("share")
+    mask = None if share is None else (torch.rand(h, d, device=device) < share / 100).long()
+    entries = None if mask is None else kedit_fast.ops.pack_bits(mask)
+    weight, plain = origin.clone(), origin.clone()
+    options = {"left": left, "right": right, "entries": entries, "decay": decay, "decay_all": True, "origin": origin,
+               "bound": bound, "backend": backend}  # fmt: skip
+
+    def error() -> float:
+        grad = left.double().T @ right.double() * (1 if mask is None else mask)
+        expected = origin.double() - lr * (grad + decay * origin.double())
+        expected = expected.clamp(origin.double() - bound, origin.double() + bound)
+        result = origin.clone()
+        if not kedit_fast.masked_descent_(result, lr, **options):
+            return float("inf")
+        return float((result.double() - expected).norm() / expected.norm())
+
+    def expression(weight, left, right, mask, origin):
+        grad = left.T @ right
+        if mask is not None:
+            grad = grad * mask
+        weight.add_(grad.add(weight, alpha=decay), alpha=-lr)
+        weight.copy_(torch.clamp(weight, min=origin - bound, max=origin + bound))
+
+    compiled = torch.compile(expression)
+    text = "g = left.T @ right" + (" * mask" if share else "") + "; W -= lr * (g + decay * W); clamp(W, W0 - c, W0 + c)"
+    operands = (plain, left, right, mask, origin)
+    return Problem(
+        ours=lambda: kedit_fast.masked_descent_(weight, lr, **options),
+        baselines={
+            text: lambda: expression(*operands),
+            f"torch.compile({text})": lambda: compiled(*operands),
+        },
+        error=error, limit=LIMITS["float32"], flops=2 * h * d * tokens,
+        bytes=12 * h * d + left.nbytes + right.nbytes + (0 if entries is None else entries.nbytes), rate="fp32",
+        backend=_runs(case.op, weight, None, left, right, origin, backend=backend),
+    )  # fmt: skip
+
+
+def _adam(case: Case, device: str, backend: str | None) -> Problem:
+    """One step and a clamp, as FT takes them, against torch's fused optimizer and the compiled expression."""
+    h, d = case.sizes["h"], case.sizes["d"]
+    lr, bound = 5e-4, 5e-4
+    origin, grad = torch.randn(h, d, device=device) * 0.02, torch.randn(h, d, device=device) * 1e-3
+    state = [origin.clone(), *(torch.zeros(h, d, device=device) for _ in range(2)), torch.zeros((), device=device)]
+    plain = [t.clone() for t in state]
+    parameter = torch.nn.Parameter(origin.clone())
+    parameter.grad = grad.clone()
+    adam = torch.optim.Adam([parameter], lr=lr, fused=True)
+
+    def ours():
+        return kedit_fast.masked_adam_(*state, lr, grad=grad, origin=origin, bound=bound, backend=backend)
+
+    def fused():
+        adam.step()
+        with torch.no_grad():
+            parameter.copy_(torch.clamp(parameter, min=origin - bound, max=origin + bound))
+
+    def expression(weight, mean, square, count, grad, origin):
+        count += 1
+        mean.lerp_(grad, 0.1)
+        square.mul_(0.999).addcmul_(grad, grad, value=0.001)
+        root = (square.sqrt() / (1 - 0.999**count).sqrt()).add_(1e-8)
+        weight.sub_(mean / root * (lr / (1 - 0.9**count)))
+        weight.copy_(torch.clamp(weight, min=origin - bound, max=origin + bound))
+
+    def error() -> float:
+        """Of the first step from zeros: the sign of the gradient times lr, but for eps."""
+        expected = origin.double() - lr * grad.double() / (grad.double().abs() + 1e-8)
+        result = [origin.clone(), *(torch.zeros_like(origin) for _ in range(2)), torch.zeros((), device=device)]
+        kedit_fast.masked_adam_(*result, lr, grad=grad, origin=origin, bound=2 * bound, backend=backend)
+        return float((result[0].double() - expected).norm() / expected.norm())
+
+    compiled = torch.compile(expression)
+    text = "Adam(fused=True).step(); clamp(W, W0 - c, W0 + c)"
+    return Problem(
+        ours=ours,
+        baselines={
+            text: fused,
+            "torch.compile(Adam's expression; clamp(W, W0 - c, W0 + c))": lambda: compiled(*plain, grad, origin),
+        },
+        error=error, limit=LIMITS["float32"], flops=15 * h * d, bytes=32 * h * d, rate="fp32",
+        backend=_runs(case.op, *state[:1], grad, None, None, origin, backend=backend),
+    )  # fmt: skip
+
+
+def _memories(case: Case, device: str, backend: str | None) -> Problem:
+    """Prompts against memories, and tokens through them, beside a product for every memory with all rows."""
+    h, d, count, sequences, tokens = (case.sizes[name] for name in ("h", "d", "memories", "sequences", "tokens"))
+    dtype = getattr(torch, case.dtype)
+    x = torch.randn(sequences * tokens, d, device=device).to(dtype)
+    weight = (torch.randn(h, d, device=device) / d**0.5).to(dtype)
+    memories = (weight + torch.randn(count, h, d, device=device).to(dtype) / d**0.5).contiguous()
+    reference = x @ weight.T
+    starts = torch.arange(0, sequences * tokens + 1, tokens, device=device)
+    route = (torch.arange(sequences, device=device) % (count + 1) - 1).repeat_interleave(tokens)
+    routed = case.op == "routed_linear"
+
+    def ours():
+        if routed:
+            return kedit_fast.routed_linear(x, weight, memories, route, backend=backend)
+        return kedit_fast.activation_distance(x, reference, memories, starts, backend=backend)
+
+    def distances(x, reference, memories):
+        gaps = [(F.silu(x @ w.T) - F.silu(reference)).float().norm(dim=1) for w in memories]
+        return torch.stack(gaps).view(len(memories), -1, tokens).mean(2)
+
+    def everywhere(x, weight, memories, route):
+        out = x @ weight.T
+        for m, w in enumerate(memories):
+            out = torch.where((route == m)[:, None], x @ w.T, out)
+        return out
+
+    def expression():
+        return everywhere(x, weight, memories, route) if routed else distances(x, reference, memories)
+
+    def error() -> float:
+        wide = x.double(), reference.double(), memories.double()
+        expected = everywhere(wide[0], weight.double(), wide[2], route) if routed else distances(*wide)
+        return float((ours().double() - expected).norm() / expected.norm())
+
+    compiled = torch.compile(everywhere if routed else distances)
+    operands = (x, weight, memories, route) if routed else (x, reference, memories)
+    text = ("where(route == m, x @ W_m.T, out) for every m" if routed
+            else "norm(silu(x @ W_m.T) - silu(x @ W_0.T)).mean() for every m")  # fmt: skip
+    used = route.unique() + 1 if routed else range(1, count + 1)
+    first = (x, weight, memories, route) if routed else (x, reference, memories, starts)
+    return Problem(
+        ours=ours, baselines={text: expression, f"torch.compile({text})": lambda: compiled(*operands)},
+        error=error, limit=LIMITS[case.dtype] if routed else max(LIMITS["float32"], 2e-6),
+        flops=2 * len(x) * h * d * (1 if routed else count), bytes=len(used) * weight.nbytes + x.nbytes,
+        rate="fp32" if dtype == torch.float32 else "bf16", backend=_runs(case.op, *first, backend=backend),
+    )  # fmt: skip
+
+
 def _runs(op: str, *args: Any, backend: str | None) -> str:
     return kedit_fast.explain(op, *args, backend=backend).runs.split()[0]
 
@@ -289,4 +428,8 @@ _BUILDERS = {
     "spd_solve": _solve,
     "rms_norm": _by_rows,
     "gated_silu": _by_rows,
+    "masked_descent_": _descent,
+    "masked_adam_": _adam,
+    "activation_distance": _memories,
+    "routed_linear": _memories,
 }

@@ -6,8 +6,10 @@
 #include "../common/parallel.h"
 #include "../cpu/gated_silu.h"
 #include "../cpu/kernel_table.h"
+#include "../cpu/masked_step.h"
 #include "../cpu/rank_k_update.h"
 #include "../cpu/rms_norm.h"
+#include "../cpu/routed_linear.h"
 #include "../cpu/symmetric_rank_k_update.h"
 #include "dlpack_tensor.h"
 
@@ -68,6 +70,69 @@ PYBIND11_MODULE(_cpu, m) {
         kf::cpu::rank_k_update(w.view, l.view, r.view, alpha, c.view, threads);
       },
       py::arg("weight"), py::arg("left"), py::arg("right"), py::arg("alpha"), py::arg("copy"), py::arg("threads"));
+
+  m.def(
+      "masked_descent_",
+      [](const py::object& weight, double lr, const py::object& grad, const py::object& left, const py::object& right,
+         const py::object& entries, double decay, bool decay_all, const py::object& origin, double bound,
+         const py::object& copy, int threads) {
+        auto w = borrow(kDLCPU, weight, "weight"), g = borrow(kDLCPU, grad, "grad"), l = borrow(kDLCPU, left, "left");
+        auto r = borrow(kDLCPU, right, "right"), e = borrow(kDLCPU, entries, "entries");
+        auto o = borrow(kDLCPU, origin, "origin"), c = borrow(kDLCPU, copy, "copy");
+        py::gil_scoped_release release;
+        const kf::cpu::StepInput input = {g.view, l.view, r.view, e.view, o.view, bound};
+        return kf::cpu::masked_descent(w.view, input, {lr, decay, decay_all}, c.view, threads);
+      },
+      py::arg("weight"), py::arg("lr"), py::arg("grad"), py::arg("left"), py::arg("right"), py::arg("entries"),
+      py::arg("decay"), py::arg("decay_all"), py::arg("origin"), py::arg("bound"), py::arg("copy"), py::arg("threads"));
+
+  m.def(
+      "masked_adam_",
+      [](const py::object& weight, const py::object& mean, const py::object& square, double step, double root,
+         double beta1, double beta2, double eps, bool active, const py::object& grad, const py::object& left,
+         const py::object& right, const py::object& entries, const py::object& origin, double bound,
+         const py::object& copy, int threads) {
+        auto w = borrow(kDLCPU, weight, "weight"), m = borrow(kDLCPU, mean, "mean");
+        auto s = borrow(kDLCPU, square, "square"), g = borrow(kDLCPU, grad, "grad"), l = borrow(kDLCPU, left, "left");
+        auto r = borrow(kDLCPU, right, "right"), e = borrow(kDLCPU, entries, "entries");
+        auto o = borrow(kDLCPU, origin, "origin"), c = borrow(kDLCPU, copy, "copy");
+        py::gil_scoped_release release;
+        const kf::cpu::StepInput input = {g.view, l.view, r.view, e.view, o.view, bound};
+        const kf::cpu::AdamNumbers numbers = {step, root, beta1, beta2, eps, active};
+        return kf::cpu::masked_adam(w.view, m.view, s.view, input, numbers, c.view, threads);
+      },
+      py::arg("weight"), py::arg("mean"), py::arg("square"), py::arg("step"), py::arg("root"), py::arg("beta1"),
+      py::arg("beta2"), py::arg("eps"), py::arg("active"), py::arg("grad"), py::arg("left"), py::arg("right"),
+      py::arg("entries"), py::arg("origin"), py::arg("bound"), py::arg("copy"), py::arg("threads"));
+
+  m.def(
+      "activation_distance",
+      [](const py::object& distances, const py::object& x, const py::object& reference, const py::object& weights,
+         const std::vector<int64_t>& starts, const std::string& activation, int64_t long_from, const py::object& bias,
+         int threads) {
+        auto o = borrow(kDLCPU, distances, "distances"), a = borrow(kDLCPU, x, "x");
+        auto r = borrow(kDLCPU, reference, "reference"), w = borrow(kDLCPU, weights, "weights");
+        auto b = borrow(kDLCPU, bias, "bias");
+        py::gil_scoped_release release;
+        const int64_t sequences = static_cast<int64_t>(starts.size()) - 1;
+        kf::cpu::activation_distance(o.view, a.view, r.view, w.view, starts.data(), sequences, activation, long_from,
+                                     b.view, threads);
+      },
+      py::arg("distances"), py::arg("x"), py::arg("reference"), py::arg("weights"), py::arg("starts"),
+      py::arg("activation"), py::arg("long"), py::arg("bias"), py::arg("threads"));
+
+  m.def(
+      "routed_linear",
+      [](const py::object& out, const py::object& x, const py::object& weight, const py::object& memories,
+         const std::vector<int64_t>& route, const py::object& bias, int threads) {
+        auto o = borrow(kDLCPU, out, "out"), a = borrow(kDLCPU, x, "x"), w = borrow(kDLCPU, weight, "weight");
+        auto m = borrow(kDLCPU, memories, "memories"), b = borrow(kDLCPU, bias, "bias");
+        py::gil_scoped_release release;
+        kf::require(static_cast<int64_t>(route.size()) == a.view.shape[0], "route must be [n]");
+        kf::cpu::routed_linear(o.view, a.view, w.view, m.view, route.data(), b.view, threads);
+      },
+      py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("memories"), py::arg("route"), py::arg("bias"),
+      py::arg("threads"));
 
   m.def(
       "rms_norm",

@@ -13,6 +13,8 @@ namespace {
 #include "lower_tile.inl"
 #include "symmetric_rank_k_update_impl.inl"
 #include "rank_k_update_impl.inl"
+#include "masked_step_impl.inl"
+#include "row_products_impl.inl"
 #include "rms_norm_impl.inl"
 #include "gated_silu_impl.inl"
 
@@ -24,6 +26,10 @@ const KernelTable& KF_TABLE() {
                                     {},
                                     RankKBody<float>::kernel(),
                                     RankKBody<double>::kernel(),
+                                    MaskedStepBody<float>::kernel(),
+                                    MaskedStepBody<double>::kernel(),
+                                    RowProductsBody<float>::kernel(),
+                                    RowProductsBody<double>::kernel(),
                                     RmsNormBody::rows,
                                     GatedSiluBody::rows};
   return table;

@@ -87,6 +87,71 @@ struct RankKKernel {
   void (*block)(const void* left, const void* right, int64_t k, const BlockRange&, const RankKTarget&);
 };
 
+// A matrix of a masked step; data is null where there is none.
+struct StepMatrix {
+  void* data;
+  DType dtype;
+  int64_t row_stride, column_stride;
+};
+
+// One step of masked_descent (adam == false) or masked_adam on a weight of the arithmetic's dtype.
+struct StepCall {
+  StepMatrix weight, mean, square;  // written; the last two by Adam alone
+  StepMatrix grad, origin, copy;
+  const uint8_t* entries;  // bits of the entries that move; null: all
+  int64_t entry_bytes;
+  int64_t bit_row, bit_column;  // entry (i, j) is bit i * bit_row + j * bit_column; one of the two is 1
+  int64_t k;                    // rows of the factors
+  bool adam, active, boxed, decay_all;
+  double lr, decay, bound;
+  double beta1, beta2, eps, root;  // Adam's; lr and root hold the corrections of its means
+};
+
+// Gradients from factors: panels are packed as the block wants them, `depth` numbers for each of their rows.
+struct StepProducts {
+  int mr, nr;
+  size_t element;  // bytes of a packed number
+  void (*pack)(const RankKFactor&, int64_t first_row, int width, int64_t depth, void* out);
+  bool (*block)(const void* left, const void* right, int64_t depth, const BlockRange&, const StepCall&);
+};
+
+// Every function returns whether all it stepped was finite before the box.
+struct StepKernel {
+  bool (*rows)(const StepCall&, const BlockRange&);
+  StepProducts dense, sparse;
+};
+
+enum class Activation : int { identity, relu, silu, gelu, gelu_tanh };
+
+// x [rows, d] holds numbers of the arithmetic's dtype, its rows contiguous.
+struct DistanceCall {
+  const void* x;
+  int64_t x_stride, rows, d, h;
+  StepMatrix weights;    // of memory 0
+  int64_t memory_bytes;  // from one memory to the next
+  StepMatrix reference;
+  StepMatrix bias;  // one row
+  Activation activation;
+};
+
+struct RoutedCall {
+  const void* x;
+  int64_t x_stride, d, h;
+  StepMatrix bias;
+  void* out;  // [n, h], contiguous
+  DType out_dtype;
+};
+
+struct RowProductsKernel {
+  int64_t outputs;  // of one task
+  size_t element;
+  void (*widen_row)(const StepMatrix& x, int64_t i, int64_t d, void* out);
+  // Outputs from `first` on of one memory: the sum of squared differences for each row of x.
+  void (*differences)(const DistanceCall&, int64_t memory, int64_t first, void* partial);
+  // Outputs from `first` on of the listed rows.
+  void (*routed)(const RoutedCall&, const StepMatrix& matrix, const int64_t* rows, int64_t row_count, int64_t first);
+};
+
 // Rows of x [rows, d] into those of out, which is contiguous. `weight` is fp32 or of the dtype of x.
 struct RmsNormCall {
   const void* x;
@@ -116,6 +181,8 @@ struct KernelTable {
   SymmetricKernel symmetric_f64;   // x fp64
   SymmetricKernel symmetric_bf16;  // x bf16 on matrix units; mr == 0 where there are none
   RankKKernel rank_k_f32, rank_k_f64;
+  StepKernel step_f32, step_f64;
+  RowProductsKernel row_products_f32, row_products_f64;
   void (*rms_norm)(const RmsNormCall&, int64_t first, int64_t last);  // rows [first, last)
   void (*gated_silu)(const GatedSiluCall&, int64_t first, int64_t last);
 };

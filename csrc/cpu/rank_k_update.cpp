@@ -7,6 +7,7 @@
 #include "../common/error.h"
 #include "../common/parallel.h"
 #include "kernel_table.h"
+#include "written_matrix.h"
 
 namespace kf::cpu {
 namespace {
@@ -15,27 +16,18 @@ constexpr int64_t STRIP_BYTES = 1 << 20;  // of packed right panels: they stay i
 
 bool is_float(DType t) { return t != DType::u8; }
 
-void check_matrix(const TensorView& m, const char* name) {
-  const int64_t rows = m.shape[0], columns = m.shape[1];
-  const bool by_rows = m.stride[1] > 0 && m.stride[0] >= (columns - 1) * m.stride[1] + 1;
-  const bool by_columns = m.stride[0] > 0 && m.stride[1] >= (rows - 1) * m.stride[0] + 1;
-  const bool single = rows <= 1 || columns <= 1;
-  const bool single_ok = (rows <= 1 || m.stride[0] > 0) && (columns <= 1 || m.stride[1] > 0);
-  require(single ? single_ok : by_rows || by_columns, std::string(name) + " must not overlap itself");
-}
-
 void check(const TensorView& weight, const TensorView& left, const TensorView& right, const TensorView& copy) {
   require(weight.ndim == 2 && is_float(weight.dtype), "weight must be a floating point matrix [out, in]");
   require(left.ndim == 2 && is_float(left.dtype) && left.shape[0] == weight.shape[0], "left must be [out, k]");
   require(right.ndim == 2 && is_float(right.dtype) && right.shape[0] == weight.shape[1], "right must be [in, k]");
   require(left.shape[1] == right.shape[1], "left and right must have the same k");
-  check_matrix(weight, "weight");
+  check_written(weight, "weight");
   if (copy.defined()) {
     require(weight.dtype == DType::f32, "copy needs a float32 weight");
     require(copy.ndim == 2 && copy.shape[0] == weight.shape[0] && copy.shape[1] == weight.shape[1],
             "copy must have the shape of weight");
     require(copy.dtype == DType::bf16 || copy.dtype == DType::f16, "copy must be bfloat16 or float16");
-    check_matrix(copy, "copy");
+    check_written(copy, "copy");
   }
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kedit_fast.backends import Implementation, register
+from kedit_fast.kernels import native, triton
 from kedit_fast.ops._checks import require_finite_number
 from kedit_fast.ops._library import LIBRARY, dispatch
 from kedit_fast.ops._step import check_memory, check_numbers, check_step, mark_written
@@ -128,4 +129,10 @@ def _fake(
     return weight.new_empty((), dtype=torch.bool)
 
 
+def _triton_declines(weight: torch.Tensor, *others: torch.Tensor | None) -> str:
+    return triton.declines_device(weight) or triton.declines_float64(weight, *others)
+
+
 register(Implementation(OP, "torch", reference.masked_descent_))
+register(Implementation(OP, "cpu", native.cpu.masked_descent_, lambda weight, *_: native.cpu.declines_device(weight)))
+register(Implementation(OP, "triton", triton.lazy("masked_step", OP), _triton_declines))

@@ -157,19 +157,13 @@ def _cpu_declines(weight: torch.Tensor, *_: object) -> str:
 def _cuda_declines(
     weight: torch.Tensor, left: torch.Tensor | None = None, right: torch.Tensor | None = None, *_: object
 ) -> str:
-    return native.cuda.declines_device(weight) or _declines_float64(weight, left, right)
+    return native.cuda.declines_device(weight) or triton.declines_float64(weight, left, right)
 
 
 def _triton_declines(
     weight: torch.Tensor, left: torch.Tensor | None = None, right: torch.Tensor | None = None, *_: object
 ) -> str:
-    return triton.declines_device(weight) or _declines_float64(weight, left, right)
-
-
-def _declines_float64(*tensors: torch.Tensor | None) -> str:
-    """Why the kernels for GPUs, which compute in fp32, do not take these tensors, or ''."""
-    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
-    return "float64 weights or factors" if wide else ""
+    return triton.declines_device(weight) or triton.declines_float64(weight, left, right)
 
 
 def _cuda_is_slower(weight: torch.Tensor, left: torch.Tensor | None = None, *_: object) -> str:

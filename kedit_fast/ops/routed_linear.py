@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kedit_fast.backends import Implementation, register
+from kedit_fast.kernels import native, triton
 from kedit_fast.ops._checks import describe, require, require_dtype, require_no_grad, require_same_device
 from kedit_fast.ops._library import LIBRARY, dispatch
 from kedit_fast.reference import routed_linear as reference
@@ -130,4 +131,10 @@ def _fake(
     return x.new_empty((x.shape[0], memories.shape[1]))
 
 
+def _triton_declines(x: torch.Tensor, *others: torch.Tensor | None) -> str:
+    return triton.declines_device(x) or triton.declines_float64(x, *others)
+
+
 register(Implementation(OP, "torch", reference.routed_linear))
+register(Implementation(OP, "cpu", native.cpu.routed_linear, lambda x, *_: native.cpu.declines_device(x)))
+register(Implementation(OP, "triton", triton.lazy("row_products", OP), _triton_declines))

@@ -8,12 +8,16 @@ import pytest
 import torch
 
 from kedit_fast import (
+    activation_distance,
     distribution_kl,
     gated_silu,
+    masked_adam_,
+    masked_descent_,
     mirror_,
     rank_k_update_,
     rank_one_update_,
     rms_norm,
+    routed_linear,
     spd_solve,
     symmetric_rank_k_update_,
     target_log_probs,
@@ -50,6 +54,31 @@ def log_probs(hidden=None, head=None, targets=None, *rest, **more):
 def kl(hidden=None, other=None, head=None, *rest, **more):
     tensors = (of(2, 4) if hidden is None else hidden, of(2, 4) if other is None else other)
     return distribution_kl(*tensors, of(9, 4) if head is None else head, *rest, **more)
+
+
+def descend(weight=None, lr=0.1, **more):
+    gradient = {} if more.keys() & {"grad", "left", "right"} else {"grad": of(3, 4)}
+    return masked_descent_(of(3, 4) if weight is None else weight, lr, **gradient, **more)
+
+
+def adam(weight=None, mean=None, square=None, count=None, **more):
+    weight = of(3, 4) if weight is None else weight
+    mean, square = (weight.clone() if t is None else t for t in (mean, square))
+    gradient = {} if more.keys() & {"grad", "left"} else {"grad": of(3, 4)}
+    return masked_adam_(weight, mean, square, of() if count is None else count, 0.1, **gradient, **more)
+
+
+def distance(x=None, reference=None, weights=None, starts=None, *rest, **more):
+    tensors = (of(5, 4) if x is None else x, of(5, 3) if reference is None else reference)
+    starts = torch.tensor([0, 2, 5]) if starts is None else starts
+    return activation_distance(*tensors, of(2, 3, 4) if weights is None else weights, starts, *rest, **more)
+
+
+def routed(x=None, memories=None, route=None, **more):
+    beside = {} if more.keys() & {"weight", "output"} else {"weight": of(3, 4)}
+    tensors = (of(5, 4) if x is None else x, beside.get("weight", more.pop("weight", None)))
+    route = of(5, dtype=torch.int64) if route is None else route
+    return routed_linear(*tensors, of(2, 3, 4) if memories is None else memories, route, **more)
 
 
 BAD = [
@@ -120,6 +149,57 @@ BAD = [
     ("gate of another shape", lambda: gated_silu(of(3, 4), of(4)), Invalid, r"up must be \[3, 4\]"),
     ("gate of another dtype", lambda: gated_silu(of(3, 4), of(3, 4).half()), Invalid, "up must be float32"),
     ("gate wants a gradient", lambda: gated_silu(of(3, 4).requires_grad_(), of(3, 4)), GradientError, "gate, which"),
+    ("a step on a vector", lambda: descend(of(4)), Invalid, r"weight must be \[h, d\]"),
+    ("a step on bf16", lambda: descend(of(3, 4).bfloat16()), Invalid, "weight must be float32, float64"),
+    ("a step's weight expanded", lambda: descend(of(1, 4).expand(3, 4)), Invalid, "weight overlaps itself"),
+    ("a step without a gradient", lambda: descend(grad=None), Invalid, "pass either grad, or left and right"),
+    ("two gradients", lambda: descend(grad=of(3, 4), left=of(2, 3), right=of(2, 4)), Invalid, "pass either grad"),
+    ("left alone", lambda: descend(left=of(2, 3)), Invalid, "pass either grad"),
+    ("a gradient by columns", lambda: descend(grad=of(4, 3)), Invalid, r"grad must be \[3, 4\]"),
+    ("a gradient of integers", lambda: descend(grad=of(3, 4, dtype=torch.int64)), Invalid, "grad must be float32"),
+    ("left [h, N]", lambda: descend(left=of(3, 2), right=of(2, 4)), Invalid, r"left must be \[N, 3\]"),
+    ("right of other tokens", lambda: descend(left=of(2, 3), right=of(5, 4)), Invalid, r"right must be \[2, 4\]"),
+    ("right elsewhere", lambda: descend(left=of(2, 3), right=of(2, 4, device=META)), Invalid, "right on meta"),
+    ("entries as a mask", lambda: descend(entries=of(3, 4, dtype=torch.bool)), Invalid, r"entries must be \[2\]"),
+    ("entries of integers", lambda: descend(entries=of(2, dtype=torch.int64)), Invalid, "entries must be uint8"),
+    ("a box without a middle", lambda: descend(bound=1.0), Invalid, "bound needs origin"),
+    ("a box of another shape", lambda: descend(origin=of(4, 3), bound=1.0), Invalid, r"origin must be \[3, 4\]"),
+    ("a box inside out", lambda: descend(origin=of(3, 4), bound=-1.0), Invalid, "bound must be 0 or more"),
+    ("a box of NaN", lambda: descend(origin=of(3, 4), bound=math.nan), Invalid, "bound must be 0 or more"),
+    ("lr infinite", lambda: descend(lr=math.inf), Invalid, "lr must be finite"),
+    ("decay NaN", lambda: descend(decay=math.nan), Invalid, "decay must be finite"),
+    ("a step's copy in fp32", lambda: descend(copy=of(3, 4)), Invalid, "copy must be bfloat16"),
+    ("a step's copy of fp64", lambda: descend(of(3, 4).double(), copy=of(3, 4).half()), Invalid, "copy needs a"),
+    ("a gradient to be differentiated", lambda: descend(grad=of(3, 4).requires_grad_()), GradientError, "grad, which"),
+    ("mean in half", lambda: adam(mean=of(3, 4).half()), Invalid, "mean must be float32"),
+    ("square of another shape", lambda: adam(square=of(3, 5)), Invalid, r"square must be \[3, 4\]"),
+    ("count of one entry", lambda: adam(count=of(1)), Invalid, r"count must be \[\]"),
+    ("count in half", lambda: adam(count=of().half()), Invalid, "count must be float32, int64"),
+    ("beta 1", lambda: adam(betas=(0.9, 1.0)), Invalid, r"betas\[1\] must be in \[0, 1\); got 1.0"),
+    ("eps of Adam negative", lambda: adam(eps=-1.0), Invalid, "eps must not be negative"),
+    ("active a number", lambda: adam(active=of()), Invalid, "active must be bool"),
+    ("active of one entry", lambda: adam(active=of(1, dtype=torch.bool)), Invalid, r"active must be \[\]"),
+    ("active elsewhere", lambda: adam(active=of(dtype=torch.bool, device=META)), Invalid, "active on meta"),
+    ("mean the weight", lambda: adam(w := of(3, 4), mean=w), Invalid, "weight and mean share memory"),
+    ("no such activation", lambda: distance(None, None, None, None, "tanh"), Invalid, "activation must be one of"),
+    ("long negative", lambda: distance(None, None, None, None, "silu", -1), Invalid, "long must not be negative"),
+    ("tokens with three dimensions", lambda: distance(of(1, 5, 4)), Invalid, r"x must be \[N, d\]"),
+    ("one memory a matrix", lambda: distance(weights=of(3, 4)), Invalid, r"weights must be \[M, h, 4\]"),
+    ("outputs of other tokens", lambda: distance(reference=of(4, 3)), Invalid, r"reference must be \[5, 3\]"),
+    ("starts as numbers", lambda: distance(starts=of(3)), Invalid, "starts must be int64"),
+    ("no starts", lambda: distance(starts=of(0, dtype=torch.int64)), Invalid, r"starts must be \[R \+ 1\]"),
+    ("starts that fall", lambda: distance(starts=torch.tensor([0, 3, 2, 5])), Invalid, "starts must rise from 0 to 5"),
+    ("starts too short", lambda: distance(starts=torch.tensor([0, 4])), Invalid, "starts must rise from 0 to 5"),
+    ("a bias by inputs", lambda: distance(bias=of(4)), Invalid, r"bias must be \[3\]"),
+    ("memories want a gradient", lambda: distance(weights=of(2, 3, 4).requires_grad_()), GradientError, "weights, wh"),
+    ("memories by inputs", lambda: routed(memories=of(2, 4, 3)), Invalid, r"memories must be \[M, h, 4\]"),
+    ("a weight of another width", lambda: routed(weight=of(3, 5)), Invalid, r"weight must be \[3, 4\]"),
+    ("neither weight nor output", lambda: routed(weight=None), Invalid, "pass either weight or output"),
+    ("an output in half", lambda: routed(output=of(5, 3).half()), Invalid, "output must be float32"),
+    ("routes of sequences", lambda: routed(route=of(2, dtype=torch.int64)), Invalid, r"route must be \[5\]"),
+    ("routes as numbers", lambda: routed(route=of(5)), Invalid, "route must be int64"),
+    ("a route too far", lambda: routed(route=torch.tensor([0, 1, 2, -1, 0])), Invalid, "-1 to 1; got -1 to 2"),
+    ("rows want a gradient", lambda: routed(of(5, 4).requires_grad_()), GradientError, "x, which requires grad"),
     ("gram not positive", lambda: spd_solve(-torch.eye(3), of(3, 1)), SolveError, "order 1 of 3"),
 ]  # fmt: skip
 
@@ -158,6 +238,10 @@ def test_nothing_is_written_when_an_argument_is_bad(backend):
         rank_k_update_(weight, weight[:, :2], of(4, 2), copy=copy, backend=backend)
     with pytest.raises(InvalidArgumentError):
         rank_k_update_(weight, of(3, 2), of(4, 2), copy=copy[:, :3], backend=backend)
+    with pytest.raises(InvalidArgumentError):
+        masked_descent_(weight, 0.1, grad=of(3, 4), copy=copy[:, :3], backend=backend)
+    with pytest.raises(InvalidArgumentError):
+        masked_adam_(weight, of(3, 4), of(3, 4), of(1), 0.1, grad=of(3, 4), copy=copy, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(before, (acc, weight, copy), strict=True))
 
 

@@ -16,6 +16,9 @@ def cases():
     master, copy = torch.randn(20, 30), torch.empty(20, 30, dtype=torch.bfloat16)
     left, right = torch.randn(20, 3), torch.randn(30, 3)
     mask, weights = torch.rand(6) > 0.5, torch.rand(6)
+    bits, state, count = torch.full((75,), 0xA5, dtype=torch.uint8), torch.zeros(2, 20, 30), torch.zeros(())
+    factors, box = (None, left.T, right.T, bits), (master.half(), 0.5)
+    memories, starts, route = torch.randn(2, 5, 8), torch.tensor([0, 2, 6]), torch.tensor([0, -1, 1, 1, -1, 0])
     return [
         (OPS.symmetric_rank_k_update_, (torch.zeros(8, 8), hidden, weights, mask, 1.0, "")),
         (OPS.rank_k_update_, (master.clone(), left, right, 1.0, None, "")),
@@ -33,7 +36,14 @@ def cases():
         (OPS.magnitude_bound, (hidden, 7, None, "")),
         (OPS.magnitude_bound, (hidden, 7, torch.randn(6, 8), "")),
         (OPS.ties_merge_, (torch.empty(6, 8), hidden, torch.randn(2, 6, 8), [0.4, 0.6], 0.5, "")),
-    ]
+        (OPS.masked_descent_, (master.clone(), 0.1, *factors, 0.1, False, *box, copy, "")),
+        (OPS.masked_descent_, (master.clone(), 0.1, state[0], None, None, None, 0.0, False, None, None, None, "")),
+        (OPS.masked_adam_, (master.clone(), state[0], state[1], count, 0.1, 0.9, 0.999, 1e-8, *factors, *box,
+                            torch.tensor(True), copy, "")),
+        (OPS.activation_distance, (hidden, torch.randn(6, 5), memories, starts, "gelu", 3, torch.randn(5), "")),
+        (OPS.routed_linear, (hidden, torch.randn(5, 8), memories, route, None, torch.randn(5), "")),
+        (OPS.routed_linear, (hidden, None, memories, route, torch.randn(6, 5), None, "")),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("index", range(len(cases())))
@@ -58,6 +68,33 @@ def test_update_ops_compile_without_a_graph_break():
     args = torch.zeros(8, 8), torch.randn(4, 5), torch.randn(4, 2), torch.randn(5, 2)
     expected = step(*(a.clone() for a in args))
     torch.testing.assert_close(_compiled(step, *(a.clone() for a in args)), expected)
+
+
+def test_steps_compile_without_a_graph_break():
+    grad, active, entries = torch.randn(4, 6), torch.tensor(True), torch.full((3,), 0x5A, dtype=torch.uint8)
+
+    def step(weight, mean, square, count):
+        first = kedit_fast.masked_descent_(weight, 0.1, grad=grad, entries=entries, decay=0.1)
+        box = {"origin": grad, "bound": 0.1, "active": active}
+        second = kedit_fast.masked_adam_(weight, mean, square, count, 0.1, grad=grad, **box)
+        return weight + mean + square + count, first & second
+
+    args = torch.randn(4, 6), torch.zeros(4, 6), torch.zeros(4, 6), torch.zeros(())
+    expected = step(*(a.clone() for a in args))
+    torch.testing.assert_close(_compiled(step, *(a.clone() for a in args)), expected)
+
+
+def test_ops_of_memories_compile_without_a_graph_break():
+    x, memories, starts = torch.randn(6, 8), torch.randn(2, 5, 8), torch.tensor([0, 2, 6])
+    rows = torch.tensor([0, 0, 1, 1, 1, 1])
+
+    def step(x, weight):
+        distance = kedit_fast.activation_distance(x, x @ weight.T, memories, starts, "silu", 3)
+        route = torch.where(distance.amax(0) > 1, distance.argmax(0), -1)[rows]
+        return kedit_fast.routed_linear(x, weight, memories, route)
+
+    args = x, torch.randn(5, 8)
+    torch.testing.assert_close(_compiled(step, *args), step(*args))
 
 
 def test_differentiable_ops_compile_without_a_graph_break():

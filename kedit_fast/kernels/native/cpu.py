@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from kedit_fast.backends import Probe, register_probe
 from kedit_fast.errors import BackendUnavailableError
 from kedit_fast.kernels.native.loader import ISA_VARIABLE, call, capsule, load
+from kedit_fast.support.dtypes import accumulation_dtype
 
 
 def module() -> ModuleType:
@@ -59,6 +61,92 @@ def rank_k_update_(
     """Call the C++ kernel of the op of the same name."""
     threads = torch.get_num_threads()
     call(module().rank_k_update_, capsule(weight), capsule(left), capsule(right), alpha, capsule(copy), threads)
+
+
+def masked_descent_(
+    weight: torch.Tensor,
+    lr: float,
+    grad: torch.Tensor | None,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    entries: torch.Tensor | None,
+    decay: float,
+    decay_all: bool,
+    origin: torch.Tensor | None,
+    bound: float | None,
+    copy: torch.Tensor | None,
+) -> torch.Tensor:
+    """Call the C++ kernel of the op of the same name."""
+    gradient = capsule(grad), capsule(left), capsule(right), _bits(entries)
+    box = capsule(origin), -1.0 if bound is None else bound
+    step = (capsule(weight), lr, *gradient, decay, decay_all, *box, capsule(copy))
+    return torch.tensor(call(module().masked_descent_, *step, torch.get_num_threads()))
+
+
+def masked_adam_(
+    weight: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    count: torch.Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    grad: torch.Tensor | None,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    entries: torch.Tensor | None,
+    origin: torch.Tensor | None,
+    bound: float | None,
+    active: torch.Tensor | None,
+    copy: torch.Tensor | None,
+) -> torch.Tensor:
+    """Call the C++ kernel of the op of the same name."""
+    on = active is None or bool(active)
+    count.add_(int(on))
+    steps = max(1.0, float(count))
+    corrected = lr / (1 - beta1**steps), (1 - beta2**steps) ** -0.5
+    gradient = capsule(grad), capsule(left), capsule(right), _bits(entries)
+    box = capsule(origin), -1.0 if bound is None else bound
+    state = capsule(weight), capsule(mean), capsule(square)
+    step = (*state, *corrected, beta1, beta2, eps, on, *gradient, *box, capsule(copy))
+    return torch.tensor(call(module().masked_adam_, *step, torch.get_num_threads()))
+
+
+def _bits(entries: torch.Tensor | None) -> Any:
+    return None if entries is None else capsule(entries.contiguous())
+
+
+def activation_distance(
+    x: torch.Tensor,
+    reference: torch.Tensor,
+    weights: torch.Tensor,
+    starts: torch.Tensor,
+    activation: str,
+    long: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Call the C++ kernel of the op of the same name."""
+    distances = x.new_empty((weights.shape[0], starts.shape[0] - 1), dtype=accumulation_dtype(x))
+    tensors = capsule(distances), capsule(x), capsule(reference), capsule(weights), starts.tolist()
+    call(module().activation_distance, *tensors, activation, long, capsule(bias), torch.get_num_threads())
+    return distances
+
+
+def routed_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    memories: torch.Tensor,
+    route: torch.Tensor,
+    output: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Call the C++ kernel of the op of the same name."""
+    shape = x.shape[0], memories.shape[1]
+    out = x.new_empty(shape) if output is None else output.clone(memory_format=torch.contiguous_format)
+    tensors = capsule(out), capsule(x), capsule(weight), capsule(memories), route.tolist(), capsule(bias)
+    call(module().routed_linear, *tensors, torch.get_num_threads())
+    return out
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, round_first: bool) -> torch.Tensor:

@@ -57,9 +57,9 @@ def capsule(tensor: torch.Tensor | None) -> Any:
     return None if tensor is None else to_dlpack(tensor)
 
 
-def call(function: Callable[..., None], *args: Any) -> None:
+def call(function: Callable[..., Any], *args: Any) -> Any:
     """Call a compiled function; what it refuses becomes an InvalidArgumentError."""
     try:
-        function(*args)
+        return function(*args)
     except ValueError as error:
         raise InvalidArgumentError(str(error)) from None

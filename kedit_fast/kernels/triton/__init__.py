@@ -53,6 +53,12 @@ def declines_device(tensor: torch.Tensor) -> str:
     return _too_old(tensor.device) if tensor.device.type == "cuda" else f"tensors on {tensor.device}"
 
 
+def declines_float64(*tensors: torch.Tensor | None) -> str:
+    """Why the kernels, which compute in fp32, do not take these tensors, or ''."""
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return "float64 tensors" if wide else ""
+
+
 @lru_cache(maxsize=64)
 def _too_old(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)

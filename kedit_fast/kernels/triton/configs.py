@@ -31,12 +31,15 @@ class Config:
 
 
 SYMMETRIC, RANK_K, LOGITS, GRADIENT = "symmetric_rank_k_update_", "rank_k_update_", "logits", "gradient"
+STEP, ROW_PRODUCTS = "masked_step", "row_products"
 
 # Shape classes. symmetric: "native" (16-bit rows as they are), "native64" (the same with an fp64 acc, whose tile takes
 # twice the registers), "split" (fp32 rows or weights, written as bf16 terms); "narrow" and "split_narrow" are the same
 # where strides or a size forbid loads of 16 bytes.
 # rank_k: "fma" (small k), "dot". logits (forward and backward of the head ops) and gradient (d logits times head):
 # "native" (16-bit states), "split" (fp32), each "narrow" where loads are; "pair" computes two distributions at once.
+# masked_step (masked_descent_ and masked_adam_): "rows" (a gradient), "dot" (its factors). row_products
+# (activation_distance and routed_linear): "native" (16-bit operands of one dtype), "split".
 TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (SYMMETRIC, "native"): {
         "sm_80": Config(128, 128, 32, 8, 4),
@@ -57,6 +60,10 @@ TABLE: dict[tuple[str, str], dict[str, Config]] = {
     },
     (RANK_K, "fma"): {"sm_80": Config(32, 256, 1, 4, 2)},
     (RANK_K, "dot"): {"sm_80": Config(32, 64, 32, 4, 2)},
+    (STEP, "rows"): {"sm_80": Config(16, 128, 1, 4, 2)},
+    (STEP, "dot"): {"sm_80": Config(32, 64, 32, 4, 2)},
+    (ROW_PRODUCTS, "native"): {"sm_80": Config(32, 64, 32, 4, 3)},
+    (ROW_PRODUCTS, "split"): {"sm_80": Config(16, 64, 32, 4, 2)},
     (LOGITS, "native"): {
         "sm_80": Config(64, 128, 32, 8, 4),
         "sm_90": Config(64, 128, 64, 8, 4),
@@ -83,6 +90,8 @@ TABLE: dict[tuple[str, str], dict[str, Config]] = {
 INTERPRETED = {
     SYMMETRIC: Config(32, 32, 32, 4, 1, group=2),
     RANK_K: Config(32, 64, 32, 4, 1),
+    STEP: Config(32, 64, 32, 4, 1),
+    ROW_PRODUCTS: Config(16, 32, 32, 4, 1),
     LOGITS: Config(16, 32, 32, 4, 1),
     GRADIENT: Config(16, 32, 32, 4, 1),
 }
@@ -101,6 +110,20 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         for m, n, k, warps, stages in (
             (8, 256, 1, 4, 2), (16, 128, 1, 4, 2), (16, 256, 1, 4, 2), (32, 128, 1, 4, 2), (32, 256, 1, 8, 2),
             (64, 128, 1, 8, 2), (64, 64, 32, 4, 2), (64, 128, 32, 8, 2), (128, 64, 32, 8, 2), (64, 64, 16, 4, 3),
+        )
+    ),
+    STEP: tuple(
+        Config(m, n, k, warps, stages)
+        for m, n, k, warps, stages in (
+            (8, 128, 1, 4, 2), (8, 256, 1, 4, 2), (16, 256, 1, 8, 2), (32, 64, 32, 8, 2), (64, 64, 32, 4, 2),
+            (64, 64, 32, 8, 2), (64, 128, 32, 8, 2),
+        )
+    ),
+    ROW_PRODUCTS: tuple(
+        Config(m, n, k, warps, stages)
+        for m, n, k, warps, stages in (
+            (16, 64, 64, 4, 4), (16, 128, 64, 4, 4), (32, 64, 64, 4, 4), (32, 128, 64, 4, 3), (64, 64, 32, 4, 3),
+            (64, 128, 32, 8, 3),
         )
     ),
     LOGITS: tuple(
@@ -130,6 +153,6 @@ def lookup(op: str, shape_class: str, architecture: str) -> Config:
 
 def candidates(op: str, shape_class: str) -> tuple[Config, ...]:
     """What autotuning tries for a shape class."""
-    if op == RANK_K:
-        return tuple(config for config in CANDIDATES[op] if (config.k == 1) == (shape_class == "fma"))
+    if op in (RANK_K, STEP):
+        return tuple(config for config in CANDIDATES[op] if (config.k == 1) == (shape_class in ("fma", "rows")))
     return CANDIDATES[op]
