@@ -178,10 +178,6 @@ def variants() -> Iterator[Variant]:
     for dtype in FLOATS:
         odd = f"bias, {ODD}"
         for options, n, h, d in (("", 64, 256, 512), (odd, 33, 255, 511), ("float32 memories", 64, 256, 512)):
-            ("", 64, 256, 512),
-            (f"bias, {ODD}", 33, 255, 511),
-            ("float32 memories", 64, 256, 512),
-        ):
             stored = torch.float32 if "memories" in options else dtype
             x, weights, outputs = empty(n, d, dtype=dtype), empty(2, h, d, dtype=stored), empty(n, h, dtype=dtype)
             bias, order = empty(h) if "bias" in options else None, torch.zeros(n, dtype=torch.int64)
@@ -198,7 +194,7 @@ def variants() -> Iterator[Variant]:
                 yield Variant(
                     "routed_linear", f"{case}, {beside}",
                     lambda arch, a=(x, matrix, weights, order, order, rows, bias, outputs), kind=kind:
-                    row_products.routed_launches(*a, lookup(ROW_PRODUCTS, kind, arch)),
+                    row_products.routed_launches(*a, lookup(ROW_PRODUCTS, f"routed_{kind}", arch)),
                 )  # fmt: skip
 
 

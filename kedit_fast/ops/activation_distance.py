@@ -135,10 +135,29 @@ def _fake(
     return x.new_empty((weights.shape[0], starts.shape[0] - 1), dtype=accumulation_dtype(x))
 
 
+_token_distances = triton.lazy("row_products", "token_distances")
+
+
+def _by_triton(
+    x: torch.Tensor,
+    reference_: torch.Tensor,
+    weights: torch.Tensor,
+    starts: torch.Tensor,
+    activation: str,
+    long: int,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return reference.by_sequence(_token_distances(x, reference_, weights, activation, bias), starts, long)
+
+
+def _cpu_declines(x: torch.Tensor, *_: object) -> str:
+    return native.cpu.declines_older(OP, x)
+
+
 def _triton_declines(x: torch.Tensor, *others: torch.Tensor | None) -> str:
     return triton.declines_device(x) or triton.declines_float64(x, *others)
 
 
 register(Implementation(OP, "torch", reference.activation_distance))
-register(Implementation(OP, "cpu", native.cpu.activation_distance, lambda x, *_: native.cpu.declines_device(x)))
-register(Implementation(OP, "triton", triton.lazy("row_products", OP), _triton_declines))
+register(Implementation(OP, "cpu", native.cpu.activation_distance, _cpu_declines))
+register(Implementation(OP, "triton", _by_triton, _triton_declines))

@@ -173,10 +173,14 @@ def _fake(
     return weight.new_empty((), dtype=torch.bool)
 
 
+def _cpu_declines(weight: torch.Tensor, *_: object) -> str:
+    return native.cpu.declines_older(OP, weight)
+
+
 def _triton_declines(weight: torch.Tensor, *others: torch.Tensor | None) -> str:
     return triton.declines_device(weight) or triton.declines_float64(weight, *others)
 
 
 register(Implementation(OP, "torch", reference.masked_adam_))
-register(Implementation(OP, "cpu", native.cpu.masked_adam_, lambda weight, *_: native.cpu.declines_device(weight)))
+register(Implementation(OP, "cpu", native.cpu.masked_adam_, _cpu_declines))
 register(Implementation(OP, "triton", triton.lazy("masked_step", OP), _triton_declines))

@@ -131,10 +131,14 @@ def _fake(
     return x.new_empty((x.shape[0], memories.shape[1]))
 
 
+def _cpu_declines(x: torch.Tensor, *_: object) -> str:
+    return native.cpu.declines_older(OP, x)
+
+
 def _triton_declines(x: torch.Tensor, *others: torch.Tensor | None) -> str:
     return triton.declines_device(x) or triton.declines_float64(x, *others)
 
 
 register(Implementation(OP, "torch", reference.routed_linear))
-register(Implementation(OP, "cpu", native.cpu.routed_linear, lambda x, *_: native.cpu.declines_device(x)))
+register(Implementation(OP, "cpu", native.cpu.routed_linear, _cpu_declines))
 register(Implementation(OP, "triton", triton.lazy("row_products", OP), _triton_declines))

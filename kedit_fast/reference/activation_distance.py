@@ -33,9 +33,8 @@ def activation_distance(
     act, wide = ACTIVATIONS[activation], x.to(dtype)
     before, shift = act(reference.to(dtype)), None if bias is None else bias.to(dtype)
     distances = [torch.linalg.vector_norm(act(F.linear(wide, w.to(dtype), shift)) - before, dim=1) for w in weights]
-    if not distances:
-        return x.new_empty((0, starts.numel() - 1), dtype=dtype)
-    return by_sequence(torch.stack(distances), starts, long)
+    none = x.new_empty((0, x.shape[0]), dtype=dtype)
+    return by_sequence(torch.stack(distances) if distances else none, starts, long)
 
 
 def by_sequence(distances: torch.Tensor, starts: torch.Tensor, long: int) -> torch.Tensor:
@@ -43,6 +42,8 @@ def by_sequence(distances: torch.Tensor, starts: torch.Tensor, long: int) -> tor
 
     Sums are taken in the order of the tokens. A sequence without tokens has 0.
     """
+    if distances.numel() == 0:
+        return distances.new_zeros(distances.shape[0], starts.numel() - 1)
     by_token, offsets = distances.T.contiguous(), starts.long()
     length = offsets.diff()[:, None]
     total = torch.segment_reduce(by_token, "sum", offsets=offsets, axis=0, unsafe=True, initial=0)

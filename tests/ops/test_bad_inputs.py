@@ -31,8 +31,8 @@ Invalid = InvalidArgumentError
 
 def of(*shape, dtype=torch.float32, device=None):
     if dtype in (torch.int64, torch.int32, torch.bool):
-        return torch.zeros(*shape, dtype=dtype, device=device)
-    return torch.ones(*shape, dtype=dtype, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.ones(shape, dtype=dtype, device=device)
 
 
 def symmetric(acc=None, x=None, weights=None, mask=None, **more):

@@ -41,6 +41,13 @@ def declines_device(tensor: torch.Tensor) -> str:
     return "" if tensor.device.type == "cpu" else f"tensors on {tensor.device}"
 
 
+def declines_older(op: str, tensor: torch.Tensor) -> str:
+    """Why a module built before it had this op's kernel, or tensors of this device, are declined, or ''."""
+    if hasattr(module(), op):
+        return declines_device(tensor)
+    return "the built module is older than this kernel: build it again"
+
+
 def declines_float64(first: torch.Tensor, *_: object) -> str:
     """Why the C++ kernels that compute only in fp32 do not take these tensors, or ''."""
     return declines_device(first) or ("float64" if first.dtype == torch.float64 else "")

@@ -39,7 +39,7 @@ STEP, ROW_PRODUCTS = "masked_step", "row_products"
 # rank_k: "fma" (small k), "dot". logits (forward and backward of the head ops) and gradient (d logits times head):
 # "native" (16-bit states), "split" (fp32), each "narrow" where loads are; "pair" computes two distributions at once.
 # masked_step (masked_descent_ and masked_adam_): "rows" (a gradient), "dot" (its factors). row_products
-# (activation_distance and routed_linear): "native" (16-bit operands of one dtype), "split".
+# (activation_distance): "native" (16-bit operands of one dtype), "split"; "routed_" before them for routed_linear.
 TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (SYMMETRIC, "native"): {
         "sm_80": Config(128, 128, 32, 8, 4),
@@ -61,9 +61,11 @@ TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (RANK_K, "fma"): {"sm_80": Config(32, 256, 1, 4, 2)},
     (RANK_K, "dot"): {"sm_80": Config(32, 64, 32, 4, 2)},
     (STEP, "rows"): {"sm_80": Config(16, 128, 1, 4, 2)},
-    (STEP, "dot"): {"sm_80": Config(32, 64, 32, 4, 2)},
+    (STEP, "dot"): {"sm_80": Config(32, 64, 32, 8, 2)},
     (ROW_PRODUCTS, "native"): {"sm_80": Config(32, 64, 32, 4, 3)},
     (ROW_PRODUCTS, "split"): {"sm_80": Config(16, 64, 32, 4, 2)},
+    (ROW_PRODUCTS, "routed_native"): {"sm_80": Config(16, 64, 32, 4, 2)},
+    (ROW_PRODUCTS, "routed_split"): {"sm_80": Config(16, 32, 16, 4, 2)},
     (LOGITS, "native"): {
         "sm_80": Config(64, 128, 32, 8, 4),
         "sm_90": Config(64, 128, 64, 8, 4),

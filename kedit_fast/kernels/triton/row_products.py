@@ -9,7 +9,6 @@ import triton.language as tl
 from kedit_fast.kernels.triton.arithmetic import accumulate, narrow, tanh
 from kedit_fast.kernels.triton.configs import ROW_PRODUCTS, Config
 from kedit_fast.kernels.triton.launch import INTERPRET, Launch, ceil_div, choose, run, size_class
-from kedit_fast.reference.activation_distance import by_sequence
 
 ACTIVATIONS = ("identity", "relu", "silu", "gelu", "gelu_tanh")
 
@@ -167,19 +166,13 @@ def distance_launches(
     return [Launch(_distance_kernel, grid, arguments, constants, config)], partial
 
 
-def activation_distance(
-    x: torch.Tensor,
-    reference: torch.Tensor,
-    weights: torch.Tensor,
-    starts: torch.Tensor,
-    activation: str,
-    long: int,
-    bias: torch.Tensor | None,
+def token_distances(
+    x: torch.Tensor, reference: torch.Tensor, weights: torch.Tensor, activation: str, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Run the op of the same name; see kedit_fast/ops/activation_distance.py."""
+    """Distances [M, N] float32 of every token; see kedit_fast/ops/activation_distance.py."""
     memories, rows = weights.shape[0], x.shape[0]
     if not memories or not rows:
-        return torch.zeros(memories, starts.shape[0] - 1, device=x.device)
+        return torch.zeros(memories, rows, device=x.device)
 
     def plan(config: Config) -> tuple[list[Launch], torch.Tensor]:
         return distance_launches(x, reference, weights, activation, bias, config)
@@ -188,7 +181,7 @@ def activation_distance(
     config = choose(ROW_PRODUCTS, shape_class(x, weights), x.device, lambda config: plan(config)[0], size)
     planned, partial = plan(config)
     run(planned, x.device)
-    return by_sequence(partial.sum(1).sqrt(), starts, long)
+    return partial.sum(1).sqrt()
 
 
 def routed_launches(
@@ -242,6 +235,6 @@ def routed_linear(
 
     matrix = memories if weight is None or shape_class(x, memories) == "split" else weight
     size = f"routed, {x.dtype}, N {size_class(x.shape[0])}, {size_class(memories[:1].numel())}"
-    config = choose(ROW_PRODUCTS, shape_class(x, matrix), x.device, plan, size)
+    config = choose(ROW_PRODUCTS, f"routed_{shape_class(x, matrix)}", x.device, plan, size)
     run(plan(config), x.device)
     return out
