@@ -69,7 +69,8 @@ def our_names(raw: Mapping[str, Any], algorithm: str, origin: str, method: str |
 
     `inner_params` with one module ("model.layers[27].mlp.down_proj.weight") are the layer of that module;
     `norm_constraint: false` is 0, no bound, and an integer is a bound like any number (EasyEdit takes it for none);
-    `layers: []` of DINM is left out: the layer is located.
+    `layers: []` of DINM is left out: the layer is located. The numbers of WISE and GRACE have published units, whatever
+    units a preset has.
 
     Raises:
         MethodError: a value that asks for something that is not implemented.
@@ -81,7 +82,7 @@ def our_names(raw: Mapping[str, Any], algorithm: str, origin: str, method: str |
                 f"{origin}: objective_optimization = {raw['objective_optimization']!r} is the method {meant}, "
                 f"not {method}"
             )
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"units": "published"} if algorithm in ("WISE", "GRACE") else {}
     margin = {name: raw[name] for name in ("alpha", "beta", "gamma") if name in raw}
     for name, value in raw.items():
         fixed = _FIXED[algorithm].get(name)

@@ -48,10 +48,12 @@ def test_every_name_of_the_files_has_its_meaning(named, tmp_path):
     assert found["wise"] == dict(
         mask_ratio=0.2, lr=1.0, num_steps=70, norm_constraint=1.0, act_margin=(5.0, 20.0, 10.0), act_ratio=0.88,
         save_freq=500, merge_freq=1000, merge_alg="ties", layers=(27,), merge_density=0.53, retrieve=True,
+        units="published",
     )  # fmt: skip
     assert found["grace"] == dict(
-        layers=(27,), lr=1.0, num_steps=50, eps=1.0, val_init="cold", replacement="replace_last", eps_expand="coverage"
-    )
+        layers=(27,), lr=1.0, num_steps=50, eps=1.0, val_init="cold", replacement="replace_last", eps_expand="coverage",
+        units="published",
+    )  # fmt: skip
     assert found["ft-l"] == dict(layers=(21,), num_steps=25, lr=5e-4, norm_constraint=0.0)
     assert found["dinm"] == dict(
         suffix_system_prompt="Be kind:", num_steps=10, lr=5e-4, edit_factor=0.1, norm_constraint=0.0
