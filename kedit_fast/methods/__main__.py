@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kedit_fast.methods.tables import hparams_table, methods_table, presets_table
+from kedit_fast.methods.tables import hparams_table, methods_table, presets_table, tuning_table
 
 if __name__ == "__main__":
-    print(methods_table(), hparams_table(), presets_table(), sep="\n\n")
+    print(methods_table(), tuning_table(), hparams_table(), presets_table(), sep="\n\n")

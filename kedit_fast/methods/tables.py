@@ -11,18 +11,23 @@ from kedit_fast.methods.presets import load_presets
 from kedit_fast.methods.registry import RECIPES
 
 _S = {"covariance": "lambda C + lambda_n I", "null_space": "S^-1 = P / L2", "identity": "I"}
+_TUNING_COLUMNS = (
+    "where", "trains", "order", "likelihood", "eos", "extra_rows", "extra_term", "optimizer", "mask", "stop",
+    "placement", "router",
+)  # fmt: skip
 _CONSTRAINTS = {"ridge": "rho = 1", "soft_equality": "rho = `emmet_lambda`", "equality": "exact"}
 
 
 def methods_table() -> str:
-    """A row per method: its paper, its strategies, and what it keeps between batches."""
+    """A row per closed form: its paper, its strategies, and what it keeps between batches."""
     rows = []
     for recipe in RECIPES.values():
-        link = re.sub(r"arXiv (\d+\.\d+)", r"[arXiv \1](https://arxiv.org/abs/\1)", recipe.source)
+        if recipe.tuning is not None:
+            continue
         if recipe.optimizes_values:
             values = {"block": "block's output", "mlp": "MLP's output"}.get(recipe.values, f"{recipe.values} outputs")
         else:
-            values = "gradients" if recipe.gathers_gradients else "none"
+            values = "gradients"
         rest = {
             "one value per subject": recipe.merge,
             "residual over sqrt(n)": recipe.spread == "sqrt",
@@ -34,7 +39,7 @@ def methods_table() -> str:
         rows.append(
             (
                 f"`{recipe.name}`",
-                f"{recipe.title} ({link})",
+                f"{recipe.title} ({_link(recipe.source)})",
                 "a batch" if recipe.is_batched else "one request",
                 values,
                 _S[recipe.preconditioner],
@@ -45,6 +50,21 @@ def methods_table() -> str:
         )
     header = ("method", "what it is", "writes at once", "values", "S", "softness", "earlier keys", "also")
     return _table(header, rows)
+
+
+def tuning_table() -> str:
+    """A row per method that tunes a matrix: its paper, and the fields of its record."""
+    rows = [
+        (
+            f"`{recipe.name}`",
+            f"{recipe.title} ({_link(recipe.source)})",
+            *(_field(tuning[name]) for name in _TUNING_COLUMNS),
+        )
+        for recipe in RECIPES.values()
+        if recipe.tuning is not None
+        for tuning in [recipe.tuning.as_dict()]
+    ]
+    return _table(("method", "what it is", *(name.replace("_", " ") for name in _TUNING_COLUMNS)), rows)
 
 
 def hparams_table() -> str:
@@ -75,6 +95,16 @@ def presets_table() -> str:
         )
         rows.append((f"`{name}.toml`", methods, models))
     return _table(("file", "methods", "models"), rows)
+
+
+def _link(source: str) -> str:
+    """A source with links to arXiv."""
+    return re.sub(r"arXiv (\d+\.\d+)", r"[arXiv \1](https://arxiv.org/abs/\1)", source)
+
+
+def _field(value: object) -> str:
+    """A field of a record as a cell; nothing for what is not there."""
+    return "" if value in ("none", False) else "yes" if value is True else str(value)
 
 
 def _readers(known: Declaration) -> str:

@@ -19,7 +19,7 @@ from kedit_fast.methods import recipe as records
 from kedit_fast.methods.hparams import DECLARATIONS, Hparams, describe, reads
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.methods.registry import RECIPES, find_recipe
-from kedit_fast.methods.tables import hparams_table, methods_table, presets_table
+from kedit_fast.methods.tables import hparams_table, methods_table, presets_table, tuning_table
 
 PAGE = Path(__file__).parents[2] / "kedit_fast" / "methods" / "README.md"
 
@@ -202,7 +202,7 @@ def test_a_value_out_of_range_is_refused_with_the_range():
     assert Hparams("ultraedit", (1,), lr=1e-6).v_lr == 0
 
 
-@pytest.mark.parametrize("table", [methods_table, hparams_table, presets_table])
+@pytest.mark.parametrize("table", [methods_table, tuning_table, hparams_table, presets_table])
 def test_the_page_has_the_tables_that_the_declarations_give(table):
     """`python -m kedit_fast.methods` prints them."""
     assert table() in PAGE.read_text(encoding="utf-8")
