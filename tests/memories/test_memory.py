@@ -293,3 +293,25 @@ def test_a_damaged_file_is_refused_by_name(changes, message, tmp_path):
 def test_a_memory_of_another_form_is_refused(make, changes, message):
     with pytest.raises(InvalidArgumentError, match=message):
         make(**changes)
+
+
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_routing_and_outputs_are_one_graph_that_reads_no_number(kind):
+    """torch.compile(fullgraph=True) refuses whatever has to wait for a tensor's value."""
+    memory = MEMORIES[kind]()
+    x, output, starts = inputs(memory)
+    owner, place = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2]), torch.tensor([-2, -1, 0, 0, -3, -2, -1, 0])
+
+    def serve(x, output, starts):
+        route = memory.decide(x, output, starts)
+        return route, memory.outputs(x, output, route[owner], place)
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        for one, other in zip(
+            torch.compile(serve, backend="eager", fullgraph=True)(x, output, starts),
+            serve(x, output, starts),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+    torch.compiler.reset()
