@@ -50,6 +50,7 @@ _fingerprint = _tuned(lambda tuning: tuning.router == "fingerprint")
 _nearest = _tuned(lambda tuning: tuning.router == "nearest key")
 _in_units = _tuned(lambda tuning: tuning.router in ("nearest key", "activation"))
 _general = _tuned(lambda tuning: tuning.extra_term == "kl")
+_ending = _tuned(lambda tuning: tuning.eos)
 _located = _tuned(lambda tuning: tuning.locates_layers)
 _per_target = _tuned(lambda tuning: tuning.likelihood == "target" and tuning.steps_weight)
 
@@ -70,6 +71,16 @@ class TuningHparams:
     minibatch: int = field(
         default=100,
         metadata=declare(AT_LEAST_ONE, "requests of a mini-batch", read_by=_breadth, identifies=("state",)),
+    )
+    train_end: bool = field(
+        default=True,
+        metadata=declare(
+            BOOLEAN,
+            "whether the end-of-text token is trained behind each target, as published; without it a model runs on "
+            "after its answer, with it ordinary text ends where an answer would",
+            read_by=_ending,
+            identifies=("state",),
+        ),
     )
     stop_loss: float = field(
         default=1e-2,

@@ -49,7 +49,7 @@ class TuningRecipe:
     extra_rows: ExtraRows = "none"
     """Rows beside those of the request: "irrelevant" texts, or "general" prompts with the model's answers."""
     eos: bool = False
-    """Whether the end-of-text token is trained as the last token of each target."""
+    """Whether the end-of-text token is trained as the last token of each target, unless `train_end` is false."""
     likelihood: Likelihood = "target"
     """The likelihood of targets: of each token after those before it, or of all tokens from the last prompt token's
     distribution (FT-L)."""

@@ -36,7 +36,7 @@ class EditedTuning:
     def __init__(self, state: TuningState):
         self.state = state
         self._curvature: LowCurvature | None = None
-        self._end = end_token(state) if state.tuning.eos else None
+        self._end = end_token(state) if state.tuning.eos and state.hparams.train_end else None
 
     def write(self, batch: BatchRun) -> None:
         """See `state.InPlaceTuning.write`."""
