@@ -744,6 +744,7 @@ class Editor:
 
     def recorded(self, result: EditResult) -> BatchRecord:
         """What the last call of `edit`, which returned `result`, has added to this editor, for `repeat`."""
+        self._require_no_memory("be recorded")
         if not result.batch or result.batch != self.ledger.count:
             raise EditError(f"batch {result.batch} is not the last of {self.ledger.count} batches")
         bits = {} if self.view.is_sharded else {name: self.ledger.bits(name) for name in result.updates}
@@ -801,6 +802,7 @@ class Editor:
         Of a tensor-parallel model the parts are gathered here: all processes call this, and the first one what it
         returns.
         """
+        self._require_no_memory("be continued from a saved state")
         identity = {**self._state_identity(), "prefixes": list(self.prefixes)}
 
         def write(path: str | os.PathLike) -> None:
@@ -818,8 +820,17 @@ class Editor:
                 format, model or statistics, or of a model with other edits in it.
             EditError: this editor has edited already.
         """
+        self._require_no_memory("be continued from a saved state")
         identity, self._chosen = self.solver_state.load(path, self._state_identity())
         self._prefixes, self._continues = tuple(identity["prefixes"]), True
+
+    def _require_no_memory(self, wish: str) -> None:
+        """Raise EditError for methods whose batches are in a memory beside the weights."""
+        if self.recipe.makes_memory:
+            raise EditError(
+                f"the batches of {self.recipe.name} cannot {wish}: they are in Editor.memory, whose `save` writes what "
+                "answers in the model"
+            )
 
     def _state_identity(self) -> dict[str, Any]:
         """What a saved state belongs to, beside the hyper-parameters."""

@@ -375,7 +375,12 @@ def test_what_is_refused(tokenizer):
     with pytest.raises(RequestError, match="names 'Miles Davis'"):
         editor(tokenizer, "wise", irrelevant=["Miles Davis slept."]).edit(REQUESTS[:1])
     one = editor(tokenizer, "wise")
+    with pytest.raises(EditError, match="cannot be continued from a saved state: they are in Editor"):
+        one.save_state("state.safetensors")
+    with pytest.raises(EditError, match="cannot be continued"):
+        one.load_state("state.safetensors")
     memory = editor(tokenizer, "wise")
-    memory.edit(REQUESTS[:1])
+    with pytest.raises(EditError, match="cannot be recorded"):
+        memory.recorded(memory.edit(REQUESTS[:1]))
     with kedit_fast.attach(one.view.model, memory.memory), pytest.raises(Exception, match="memory"):
         one.edit(REQUESTS[:1])
