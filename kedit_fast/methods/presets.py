@@ -54,7 +54,8 @@ def preset_hparams(recipe: Recipe, config: Any) -> tuple[dict[str, Any], str]:
         return parse_values(values, entry["source"]), origin + ")"
     layers = _by_depth(recipe, family, config.num_hidden_layers)
     values = parse_values({**family["values"], **family["guess"]}, family["source"])
-    scaled = "numbers scaled to the model, the rest of " if AUTO in values.values() else "values of "
+    scales = AUTO in values.values() or values.get("units") == "relative"
+    scaled = "numbers scaled to the model, the rest of " if scales else "values of "
     return {**values, "layers": layers}, f"{GUESS}: layers by relative depth, {scaled}{family['source']}"
 
 
