@@ -196,7 +196,7 @@ def weight_of(model, layer):
 
 
 def error(result: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((result - expected).norm() / expected.norm())
+    return float((result.detach() - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize(("kind", "options"), [
