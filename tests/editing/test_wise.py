@@ -35,7 +35,14 @@ REQUESTS = [
     {"prompt": "{} plays the", "subject": "Thelonious Monk", "target_new": "tower"},
 ]
 FAST = {
-    "wise": {"num_steps": 3, "save_freq": 2, "merge_freq": 4, "act_margin": (0.1, 1.0, 0.5), "lr": 0.1},
+    "wise": {
+        "num_steps": 3,
+        "save_freq": 2,
+        "merge_freq": 4,
+        "act_margin": (0.1, 1.0, 0.5),
+        "lr": 0.1,
+        "units": "published",
+    },
     "memoir": {"num_steps": 3, "top_k": 16, "lr": 0.1},
 }
 
