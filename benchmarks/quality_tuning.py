@@ -9,10 +9,11 @@ machines. Requests and scenarios are those of `benchmarks.quality`.
 Columns: efficacy, paraphrase and neighborhood teacher-forced (every token of the answer is the most probable one) and
 generated (`wild.em`: the greedy answer up to its first full stop is the right one, in SQuAD's form), as shares of all
 prompts alike on the final model; drift, in nats a token of held-out text that names no edited subject; retention,
-efficacy of all requests on the final model over that of each right after its batch; `unlearned`, requests that the
-tuning itself reports as not learned; seconds of editing without evaluation; bytes of what stands beside the weights. A
-memory's routes are decided on the prompts alone, never on the answer that is fed behind them. DINM is tuned with the
-first neighborhood prompts of each request as its general prompts, and measured on the others.
+efficacy of all requests on the final model over that of each right after its batch; of memories the shares of edited
+prompts and paraphrases that they do not answer, and of neighbors and sentences that they do; `unlearned`, requests
+whose loss stayed above that of a probability of one half; seconds of editing without evaluation; bytes of what stands
+beside the weights. A memory's routes are decided on the prompts alone, never on the answer that is fed behind them.
+DINM is tuned with the first neighborhood prompts of each request as its general prompts, and measured on the others.
 """
 
 from __future__ import annotations
@@ -55,9 +56,17 @@ METRICS = {
     "said_neighborhood": "wild.em/neighborhood",
 }
 """Column -> metric; the last three are of generated answers."""
+ROUTES = {
+    "missed": "memory.missed_route/rewrite",
+    "missed_paraphrase": "memory.missed_route/paraphrase",
+    "false_route": "memory.false_route/neighborhood",
+    "false_route_text": "memory.false_route/text",
+}
+"""Column -> metric, of methods that keep a memory: edited prompts that it does not answer, and others that it does."""
 TABLES = {
     "forced": ("efficacy", "paraphrase", "neighborhood"),
     "said": ("said", "said_paraphrase", "said_neighborhood"),
+    "routes": tuple(ROUTES),
     "cost": ("drift", "retention", "unlearned", "seconds", "bytes"),
 }
 """Name of a table -> the columns that its cells hold, with / between them."""
@@ -125,18 +134,16 @@ def _singles(on: Subject, editor: Editor, requests: Sequence[EditRequest]) -> Ro
     measured, drifts, batches, held = [], [], _Batches(), []
     for request in requests:
         if batches.write(editor, [request]).batch:
-            measured.append(shares(on, [request]))
+            measured.append(shares(on, [request]) | routes(on, editor, [request]))
             drifts.append(mean_nll(on.model, on.tokenizer, on.text) - on.before)
             held.append(bytes_beside(editor))
             editor.restore()
     if not measured:
         return {"n/a": "no request could be written", "skipped": batches.skipped}
-    means = {
-        column: statistics.mean(present)
-        if (present := [s[column] for s in measured if s[column] is not None])
-        else None
-        for column in METRICS
+    columns = {
+        column: [each[column] for each in measured if each[column] is not None] for column in (*METRICS, *ROUTES)
     }
+    means = {column: statistics.mean(present) if present else None for column, present in columns.items()}
     return {
         **means, "drift": statistics.mean(drifts), "seconds": batches.seconds, "retention": None,
         "skipped": batches.skipped, "unlearned": batches.unlearned, "bytes": max(held),
@@ -154,7 +161,7 @@ def _together(on: Subject, editor: Editor, requests: Sequence[EditRequest], size
     begin = time.perf_counter()
     editor.finish()
     batches.seconds += time.perf_counter() - begin
-    measured = shares(on, requests)
+    measured = shares(on, requests) | routes(on, editor, requests)
     mean = statistics.mean(efficacies) if efficacies else None
     return {
         **measured, "drift": mean_nll(on.model, on.tokenizer, on.text) - on.before, "seconds": batches.seconds,
@@ -168,6 +175,15 @@ def shares(on: Subject, requests: Sequence[EditRequest], columns: Sequence[str] 
     ids = {column: METRICS[column] for column in columns}
     measured = evaluate(on.model, on.tokenizer, requests, ids.values(), average="prompt")
     values = {column: (measured.value(id), scale_of(measured, id)) for column, id in ids.items()}
+    return {column: None if value is None else value / scale for column, (value, scale) in values.items()}
+
+
+def routes(on: Subject, editor: Editor, requests: Sequence[EditRequest]) -> dict[str, Any]:
+    """ROUTES of the memory that answers now, as shares; None for methods without one."""
+    if not editor.recipe.makes_memory:
+        return dict.fromkeys(ROUTES)
+    measured = evaluate(on.model, on.tokenizer, requests, ROUTES.values(), average="prompt", texts=on.text)
+    values = {column: (measured.value(id), scale_of(measured, id)) for column, id in ROUTES.items()}
     return {column: None if value is None else value / scale for column, (value, scale) in values.items()}
 
 

@@ -51,6 +51,7 @@ def test_rows_are_written_one_by_one_and_what_is_there_is_left_out(small, tmp_pa
     assert rows["ultraedit", "1"]["n/a"] and rows["memit", "1"]["said"] == 1.0
     sequence = rows["memit", "sequence"]
     assert all(0 <= sequence[column] <= 1 for column in quality_tuning.METRICS)
+    assert all(sequence[column] is None for column in quality_tuning.ROUTES)
     assert 0.5 < sequence["retention"] <= 2 and sequence["bytes"] == 0 and sequence["unlearned"] == 0
     assert CliRunner().invoke(quality.app, ["--tuning", "--methods", "rome"]).exit_code == 2
 
