@@ -40,6 +40,9 @@ QUICK = (
     ("distribution_kl, gradient", "bfloat16"), ("gradient of both", "bfloat16"),
     ("masked_descent_", "float32, dot, entries, box, copy"), ("masked_adam_", "float32, rows, entries, box, copy"),
     ("activation_distance", "bfloat16, silu"), ("routed_linear", "bfloat16, weight"),
+    ("nearest_key", "float32 keys"),
+    ("best_overlap", "words"), ("magnitude_bound", "bfloat16 sizes of differences"),
+    ("ties_merge_", "bfloat16, 2 memories"),
 )  # fmt: skip
 ODD = "odd strides"  # no stride or size is a multiple of 16 elements: loads cannot be wide
 
@@ -56,15 +59,31 @@ class Variant:
 def variants() -> Iterator[Variant]:
     """Every combination of dtypes and options that compiles to different code."""
     from kedit_fast.kernels.triton import (
+        best_overlap,
         distribution_kl,
         lm_head,
+        magnitude_bound,
         masked_step,
+        nearest_key,
         rank_k_update,
         row_products,
         symmetric_rank_k_update,
         target_log_probs,
+        ties_merge,
     )
-    from kedit_fast.kernels.triton.configs import GRADIENT, LOGITS, RANK_K, ROW_PRODUCTS, STEP, SYMMETRIC, lookup
+    from kedit_fast.kernels.triton.configs import (
+        DIGITS,
+        GRADIENT,
+        LOGITS,
+        MERGE,
+        NEAREST,
+        OVERLAP,
+        RANK_K,
+        ROW_PRODUCTS,
+        STEP,
+        SYMMETRIC,
+        lookup,
+    )
 
     def empty(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype)  # untouched: it takes no memory
@@ -196,6 +215,38 @@ def variants() -> Iterator[Variant]:
                     lambda arch, a=(x, matrix, weights, order, order, rows, bias, outputs), kind=kind:
                     row_products.routed_launches(*a, lookup(ROW_PRODUCTS, f"routed_{kind}", arch)),
                 )  # fmt: skip
+    for dtype in FLOATS:
+        for options, width in (("", 256), (ODD, 255)) if dtype != torch.float16 else (("", 256),):
+            queries, keys = empty(64, width), empty(512, width, dtype=dtype)
+            yield Variant(
+                NEAREST, ", ".join(filter(None, (f"{name(dtype)} keys", options))),
+                lambda arch, a=(queries, keys): nearest_key.launches(*a, lookup(NEAREST, "rows", arch))[0],
+            )  # fmt: skip
+    for options, width in (("words", 1792), ("bytes", 1791)):
+        masks, book = empty(4, width, dtype=torch.uint8), empty(512, width, dtype=torch.uint8)
+        yield Variant(
+            OVERLAP, options,
+            lambda arch, a=(masks, book): best_overlap.launches(*a, lookup(OVERLAP, "words", arch))[0],
+        )  # fmt: skip
+    for dtype in FLOATS:
+        x, y = empty(1 << 20, dtype=dtype), empty(1 << 20)
+        prefix, histogram = torch.zeros(1, dtype=torch.int32), torch.zeros(512, dtype=torch.int64)
+        for kind, text in enumerate(("sizes", "sizes of quotients", "sizes of differences")):
+            yield Variant(
+                DIGITS, f"{name(dtype)} {text}",
+                lambda arch, a=(x, y, kind), counted=(prefix, histogram, prefix): [
+                    launch
+                    for shift in magnitude_bound.SHIFTS[:2]
+                    for launch in magnitude_bound.launches(*a, shift, *counted, lookup(DIGITS, "entries", arch))
+                ],
+            )  # fmt: skip
+        memories = {m: empty(m, 1 << 20, dtype=dtype) for m in (1, 2, 16)}
+        for m, memory in memories.items():
+            marks = (torch.zeros(m, dtype=torch.int32), torch.zeros(m, dtype=torch.int64), empty(m))
+            yield Variant(
+                MERGE, f"{name(dtype)}, {m} memories",
+                lambda arch, a=(x, x, memory, *marks): ties_merge.launches(*a, lookup(MERGE, "entries", arch)),
+            )  # fmt: skip
 
 
 def name(dtype: torch.dtype) -> str:

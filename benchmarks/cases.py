@@ -163,7 +163,32 @@ def _memories() -> list[Case]:
     ]  # fmt: skip
 
 
-OPS = [*_symmetric(), *_rank_k(), *_head(), *_solve(), *_by_rows(), *_steps(), *_memories()]
+def _selections(gpu: bool = False) -> list[Case]:
+    """What side memories ask for each sequence, and what is selected over a whole matrix."""
+    near, book = {"queries": 256, "keys": 10_000, "d": 4096}, {"entries": 15_000, "bits": 14_336}
+    floors = {"near": 1.5, "book": 20.0, "bound": 2.0, "merge": 3.0} if not gpu else {}
+    name = "GRACE, queries [256, 4096], 10,000 keys"
+    cases = [
+        Case("nearest_key", f"{name}, none near", "float32", near, floors.get("near")),
+        Case("nearest_key", f"{name}, each near one", "float32", {**near, "close": 1}),
+    ]
+    for rows in (1, 16):
+        label = f"MEMOIR, masks [{rows}, 14336 bits], book of 15,000"
+        cases.append(Case("best_overlap", label, "uint8", {**book, "masks": rows}, floors.get("book")))
+    m = MODELS["Llama-3-8B"]
+    out, inner = (m.hidden, m.inner) if gpu else (m.hidden // 4, m.inner)
+    note = "" if gpu else f"{out} rows instead of {m.hidden}: time of the baselines"
+    for dtype, divided in (("float32", 0), ("bfloat16", 0), ("float32", 1)):
+        sizes = {"out": out, "inner": inner, "divided": divided}
+        label = f"Llama-3-8B, [{out}, {inner}], the largest 40 % of {'|x / y|' if divided else '|x|'}"
+        cases.append(Case("magnitude_bound", label, dtype, sizes, floors.get("bound"), note=note))
+    sizes = {"out": out, "inner": inner, "memories": 2}
+    label = f"WISE, Llama-3-8B, 2 memories [{out}, {inner}]"
+    cases.append(Case("ties_merge_", label, "float32", sizes, floors.get("merge"), note=note))
+    return cases
+
+
+OPS = [*_symmetric(), *_rank_k(), *_head(), *_solve(), *_by_rows(), *_steps(), *_memories(), *_selections()]
 
 
 def _gpu() -> list[Case]:
@@ -200,7 +225,7 @@ def _gpu() -> list[Case]:
              {**memories, "tokens": 25}),
         Case("routed_linear", "Llama-3-8B, 8 tokens, 2 memories", "bfloat16", {**memories, "tokens": 1}),
     ]  # fmt: skip
-    return cases + _solve()
+    return cases + _solve() + _selections(gpu=True)
 
 
 GPU_OPS = _gpu()
@@ -226,5 +251,10 @@ SMALL = [
          {"h": 9, "d": 33, "memories": 2, "sequences": 3, "tokens": 5}),
     Case("routed_linear", "3 tokens, 2 memories [9, 33]", "float32",
          {"h": 9, "d": 33, "memories": 2, "sequences": 3, "tokens": 1}),
+    Case("nearest_key", "queries [5, 9], 7 keys", "float32", {"queries": 5, "keys": 7, "d": 9}),
+    Case("best_overlap", "masks [3, 24 bits], book of 5", "uint8", {"entries": 5, "bits": 24, "masks": 3}),
+    Case("magnitude_bound", "[7, 33]", "bfloat16", {"out": 7, "inner": 33, "divided": 0}),
+    Case("magnitude_bound", "[7, 33], divided", "float32", {"out": 7, "inner": 33, "divided": 1}),
+    Case("ties_merge_", "2 memories [7, 33]", "float32", {"out": 7, "inner": 33, "memories": 2}),
     Case("spd_solve", "[9, 9], 4 right sides", "float64", {"u": 9, "columns": 4}),
 ]  # fmt: skip

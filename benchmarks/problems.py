@@ -416,6 +416,129 @@ def _memories(case: Case, device: str, backend: str | None) -> Problem:
     )  # fmt: skip
 
 
+def _nearest(case: Case, device: str, backend: str | None) -> Problem:
+    """Error: the larger one of those of the distances and of the distances to the keys that are named."""
+    n, k, d = (case.sizes[name] for name in ("queries", "keys", "d"))
+    keys, radii = torch.randn(k, d, device=device), torch.ones(k, device=device)
+    queries = torch.randn(n, d, device=device)
+    if case.sizes.get("close"):
+        queries = keys[torch.randint(0, k, (n,), device=device)] + 0.3 * queries
+
+    def error() -> float:
+        result = kedit_fast.nearest_key(queries, keys, radii, backend=backend)
+        wide = keys.double()
+        gaps = torch.stack([torch.linalg.vector_norm(wide - q.double(), dim=1) for q in queries])
+        right = gaps.gather(1, result.index[:, None])[:, 0]
+        least = gaps.amin(1)
+        worst = max(
+            float((right - least).norm() / least.norm()), float((result.distance - least).norm() / least.norm())
+        )
+        return worst
+
+    return Problem(
+        ours=lambda: kedit_fast.nearest_key(queries, keys, radii, backend=backend),
+        baselines={
+            "torch.cdist(queries, keys).min(1), not exact": lambda: torch.cdist(queries, keys).min(1),
+            "torch.cdist(queries, keys, compute_mode='donot_use_mm_for_euclid_dist').min(1)": lambda: torch.cdist(
+                queries, keys, compute_mode="donot_use_mm_for_euclid_dist"
+            ).min(1),
+        },
+        error=error, limit=LIMITS["float32"], flops=2 * n * k * d, bytes=queries.nbytes + keys.nbytes, rate="fp32",
+        backend=_runs("nearest_key", queries, keys, backend=backend),
+    )  # fmt: skip
+
+
+def _overlap(case: Case, device: str, backend: str | None) -> Problem:
+    """Error: the share of answers that differ."""
+    k, bits, rows = (case.sizes[name] for name in ("entries", "bits", "masks"))
+    flags = torch.rand(rows + k, bits, device=device) < 0.29  # 4,096 of 14,336
+    packed = torch.stack([kedit_fast.ops.pack_bits(row) for row in flags])
+    masks, book = packed[:rows], packed[rows:].contiguous()
+    of_masks, of_book = flags[:rows], flags[rows:]
+    wide_book = of_book.float()
+
+    def error() -> float:
+        result = kedit_fast.best_overlap(masks, book, backend=backend)
+        shared = of_masks.float() @ wide_book.T  # whole numbers below 2^24: exact
+        wrong = (result.index != shared.argmax(1)) | (result.count != shared.amax(1))
+        return float(wrong.float().mean())
+
+    return Problem(
+        ours=lambda: kedit_fast.best_overlap(masks, book, backend=backend),
+        baselines={
+            "(masks.float() @ book.T.float()).max(1), published, a byte a bit": lambda: (
+                of_masks.float() @ of_book.T.float()
+            ).max(1),
+            "(masks.float() @ book.T).max(1), the book kept in fp32": lambda: (of_masks.float() @ wide_book.T).max(1),
+        },
+        error=error, limit=0.0, flops=0, bytes=packed.nbytes, rate="fp32",
+        backend=_runs("best_overlap", masks, book, backend=backend),
+    )  # fmt: skip
+
+
+def _bound(case: Case, device: str, backend: str | None) -> Problem:
+    """Error: the relative one, of a selection that must be exact."""
+    shape = case.sizes["out"], case.sizes["inner"]
+    x = torch.randn(shape, device=device).to(getattr(torch, case.dtype))
+    divisor = torch.randn(shape, device=device) if case.sizes["divided"] else None
+    count = max(1, int(0.4 * x.numel()))
+
+    def sizes() -> torch.Tensor:
+        return (x if divisor is None else x / (divisor + 1e-8)).abs().flatten()
+
+    def error() -> float:
+        right = sizes().float().sort(descending=True).values[count - 1]
+        return float((kedit_fast.magnitude_bound(x, count, divisor, backend=backend) - right).abs() / right)
+
+    text = "x.abs()" if divisor is None else "(x / (y + 1e-8)).abs()"
+    return Problem(
+        ours=lambda: kedit_fast.magnitude_bound(x, count, divisor, backend=backend),
+        baselines={
+            f"{text}.flatten().topk(count, sorted=False).values.min()": lambda: sizes()
+            .topk(count, sorted=False)
+            .values.min(),
+            f"{text}.flatten().kthvalue(n - count + 1)": lambda: sizes().kthvalue(x.numel() - count + 1),
+        },
+        error=error, limit=0.0, flops=0, bytes=x.nbytes + (0 if divisor is None else divisor.nbytes), rate="fp32",
+        backend=_runs("magnitude_bound", x, divisor, backend=backend),
+    )  # fmt: skip
+
+
+def gta_ties(base: torch.Tensor, memories: torch.Tensor, weights: torch.Tensor, density: float) -> torch.Tensor:
+    """TIES as EasyEdit's WISE merges (`models/wise/merge/gta.py`): trim by topk, majority sign, disjoint mean."""
+    trimmed = []
+    for memory in memories:
+        delta = memory - base
+        mask = torch.zeros_like(delta.view(-1))
+        mask[torch.topk(delta.abs().view(-1), k=int(density * delta.numel()), largest=True)[1]] = 1
+        trimmed.append(delta * mask.view_as(delta))
+    weighted = torch.stack(trimmed) * weights.view(-1, 1, 1)
+    sign = (weighted.sum(0) >= 0) * 2 - 1
+    agrees = weighted.sign() == sign
+    share = (weights.view(-1, 1, 1) * agrees).sum(0)
+    share[share.abs() < 1e-8] = 1
+    return base + (weighted * agrees).sum(0) / share
+
+
+def _ties(case: Case, device: str, backend: str | None) -> Problem:
+    out, inner, m = (case.sizes[name] for name in ("out", "inner", "memories"))
+    base = torch.randn(out, inner, device=device)
+    memories = torch.stack([base + 1e-3 * torch.randn_like(base) for _ in range(m)])
+    weights, result = torch.full((m,), 1 / m, device=device), torch.empty_like(base)
+
+    def error() -> float:
+        kedit_fast.ties_merge_(result, base, memories, [1 / m] * m, 0.53, backend=backend)
+        expected = gta_ties(base.double(), memories.double(), weights.double(), 0.53)
+        return float((result.double() - expected).norm() / expected.norm())
+
+    return Problem(
+        ours=lambda: kedit_fast.ties_merge_(result, base, memories, [1 / m] * m, 0.53, backend=backend),
+        baselines={"TIES of EasyEdit's gta.py, re-implemented": lambda: gta_ties(base, memories, weights, 0.53)},
+        error=error, limit=1e-6, flops=0, bytes=4 * (memories.nbytes + base.nbytes) + base.nbytes, rate="fp32",
+        backend=_runs("ties_merge_", base, memories, backend=backend),
+    )  # fmt: skip
+
+
 def _runs(op: str, *args: Any, backend: str | None) -> str:
     return kedit_fast.explain(op, *args, backend=backend).runs.split()[0]
 
@@ -432,4 +555,8 @@ _BUILDERS = {
     "masked_adam_": _adam,
     "activation_distance": _memories,
     "routed_linear": _memories,
+    "nearest_key": _nearest,
+    "best_overlap": _overlap,
+    "magnitude_bound": _bound,
+    "ties_merge_": _ties,
 }

@@ -65,7 +65,7 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture(params=("torch",))
+@pytest.fixture(params=("torch", "cpu", "triton"))
 def every_backend(request):
     """The torch, C++ and Triton forms of an op; Triton's where its interpreter runs it on the CPU."""
     if request.param == "cpu":

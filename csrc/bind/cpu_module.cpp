@@ -4,13 +4,17 @@
 
 #include "../common/aligned_buffer.h"
 #include "../common/parallel.h"
+#include "../cpu/best_overlap.h"
 #include "../cpu/gated_silu.h"
 #include "../cpu/kernel_table.h"
+#include "../cpu/magnitude_bound.h"
 #include "../cpu/masked_step.h"
+#include "../cpu/nearest_key.h"
 #include "../cpu/rank_k_update.h"
 #include "../cpu/rms_norm.h"
 #include "../cpu/routed_linear.h"
 #include "../cpu/symmetric_rank_k_update.h"
+#include "../cpu/ties_merge.h"
 #include "dlpack_tensor.h"
 
 namespace py = pybind11;
@@ -152,4 +156,58 @@ PYBIND11_MODULE(_cpu, m) {
         kf::cpu::gated_silu(o.view, g.view, u.view, threads);
       },
       py::arg("out"), py::arg("gate"), py::arg("up"), py::arg("threads"));
+
+  m.def(
+      "nearest_key",
+      [](const py::object& index, const py::object& distance, const py::object& queries, const py::object& keys,
+         const py::object& product, int threads) {
+        auto i = borrow(kDLCPU, index, "index"), d = borrow(kDLCPU, distance, "distance");
+        auto q = borrow(kDLCPU, queries, "queries"), k = borrow(kDLCPU, keys, "keys");
+        auto p = borrow(kDLCPU, product, "product");
+        py::gil_scoped_release release;
+        kf::cpu::nearest_key(i.view, d.view, q.view, k.view, p.view, threads);
+      },
+      py::arg("index"), py::arg("distance"), py::arg("queries"), py::arg("keys"), py::arg("product"),
+      py::arg("threads"));
+
+  m.def(
+      "nearest_open_share",
+      [](const py::object& queries, const py::object& keys, int threads) {
+        auto q = borrow(kDLCPU, queries, "queries"), k = borrow(kDLCPU, keys, "keys");
+        py::gil_scoped_release release;
+        return kf::cpu::nearest_open_share(q.view, k.view, threads);
+      },
+      py::arg("queries"), py::arg("keys"), py::arg("threads"));
+
+  m.def(
+      "best_overlap",
+      [](const py::object& index, const py::object& count, const py::object& masks, const py::object& book,
+         int threads) {
+        auto i = borrow(kDLCPU, index, "index"), c = borrow(kDLCPU, count, "count");
+        auto a = borrow(kDLCPU, masks, "masks"), b = borrow(kDLCPU, book, "book");
+        py::gil_scoped_release release;
+        kf::cpu::best_overlap(i.view, c.view, a.view, b.view, threads);
+      },
+      py::arg("index"), py::arg("count"), py::arg("masks"), py::arg("book"), py::arg("threads"));
+
+  m.def(
+      "magnitude_bound",
+      [](const py::object& out, const py::object& x, const py::object& divisor, int64_t count, int threads) {
+        auto o = borrow(kDLCPU, out, "out"), a = borrow(kDLCPU, x, "x"), b = borrow(kDLCPU, divisor, "divisor");
+        py::gil_scoped_release release;
+        kf::cpu::magnitude_bound(o.view, a.view, b.view, count, threads);
+      },
+      py::arg("out"), py::arg("x"), py::arg("divisor"), py::arg("count"), py::arg("threads"));
+
+  m.def(
+      "ties_merge_",
+      [](const py::object& out, const py::object& base, const py::object& memories,
+         const std::vector<double>& coefficients, int64_t count, int threads) {
+        auto o = borrow(kDLCPU, out, "out"), b = borrow(kDLCPU, base, "base");
+        auto w = borrow(kDLCPU, memories, "memories");
+        py::gil_scoped_release release;
+        return kf::cpu::ties_merge(o.view, b.view, w.view, coefficients, count, threads);
+      },
+      py::arg("out"), py::arg("base"), py::arg("memories"), py::arg("coefficients"), py::arg("count"),
+      py::arg("threads"));
 }

@@ -26,6 +26,7 @@ inline DType dtype_of(const DLDataType& t, const std::string& name) {
     if (t.code == kDLFloat && t.bits == 64) return DType::f64;
     if (t.code == kDLFloat && t.bits == 16) return DType::f16;
     if (t.code == kDLBfloat && t.bits == 16) return DType::bf16;
+    if (t.code == kDLInt && t.bits == 64) return DType::i64;
     if ((t.code == kDLUInt || t.code == kDLBool) && t.bits == 8) return DType::u8;
   }
   throw InvalidArgument(name + " has an unsupported dtype (DLPack code " + std::to_string(t.code) + ", " +

@@ -4,9 +4,11 @@
 
 namespace kf {
 
-enum class DType : int { f32, f64, bf16, f16, u8 };
+enum class DType : int { f32, f64, bf16, f16, u8, i64 };
 
-constexpr int64_t item_size(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::u8 ? 1 : 2; }
+constexpr int64_t item_size(DType t) {
+  return t == DType::f64 || t == DType::i64 ? 8 : t == DType::f32 ? 4 : t == DType::u8 ? 1 : 2;
+}
 
 constexpr int MAX_DIMS = 3;
 

@@ -14,6 +14,16 @@ inline void check_rows(const TensorView& m, const std::string& name, int64_t row
   require(columns <= 1 || m.stride[1] == 1, name + " must have contiguous rows");
 }
 
+inline void check_vector(const TensorView& v, const std::string& name, int64_t size, DType dtype) {
+  require(v.ndim == 1 && v.shape[0] == size && (size <= 1 || v.stride[0] == 1) && v.dtype == dtype,
+          name + " must be a contiguous vector of the right size and dtype");
+}
+
+inline void check_floats(const TensorView& t, const std::string& name) {
+  require(t.ndim >= 1 && t.dtype != DType::u8 && t.dtype != DType::i64,
+          name + " must be of float32, float64, bfloat16 or float16");
+}
+
 inline void check_result(const TensorView& out) {
   require(out.ndim == 2 && (out.dtype == DType::f32 || out.dtype == DType::bf16 || out.dtype == DType::f16),
           "out must be a matrix of float32, bfloat16 or float16");

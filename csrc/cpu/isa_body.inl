@@ -17,6 +17,10 @@ namespace {
 #include "row_products_impl.inl"
 #include "rms_norm_impl.inl"
 #include "gated_silu_impl.inl"
+#include "best_overlap_impl.inl"
+#include "size_selection_impl.inl"
+#include "ties_merge_impl.inl"
+#include "nearest_key_impl.inl"
 
 }  // namespace
 
@@ -31,7 +35,14 @@ const KernelTable& KF_TABLE() {
                                     RowProductsBody<float>::kernel(),
                                     RowProductsBody<double>::kernel(),
                                     RmsNormBody::rows,
-                                    GatedSiluBody::rows};
+                                    GatedSiluBody::rows,
+                                    OverlapBody::rows,
+                                    SizeBodies::count_digits,
+                                    SizeBodies::find_equal,
+                                    TiesMergeBodies::run,
+                                    NearestBody<float>::add_squares,
+                                    NearestBody<double>::add_squares,
+                                    WidenBody::row};
   return table;
 }
 

@@ -176,6 +176,67 @@ struct GatedSiluCall {
   int64_t d;
 };
 
+// Rows of bytes: masks [rows, bytes] and a book of the same width.
+struct OverlapCall {
+  const uint8_t* masks;
+  int64_t mask_stride, rows;
+  const uint8_t* book;
+  int64_t book_stride;
+  int64_t bytes;
+};
+
+// The size of an entry: |x|, |x / (y + 1e-8)| or |x - y|. x and y are contiguous, both of float64 or none.
+enum class SizeKind { plain, quotient, difference };
+struct SizeSource {
+  const void* x;
+  DType x_dtype;
+  const void* y;
+  DType y_dtype;
+  int64_t n;
+  SizeKind kind;
+};
+
+// The digit of `width` bits from bit `shift` on, of all sizes or of those whose higher bits are `prefix`.
+struct DigitPass {
+  int shift, width;
+  uint64_t prefix;
+  bool all;
+};
+
+// ties_merge: of each memory the differences from base whose bits are at least `bound` stay, those equal to it up to
+// entry `last_equal` alone. Everything is contiguous; base, memories and out are all of float64, or none.
+constexpr int MOST_MEMORIES = 16;
+struct MergeCall {
+  struct Memory {
+    const void* data;
+    double coefficient;
+    uint64_t bound;
+    int64_t last_equal;
+  };
+  const void* base;
+  DType base_dtype;
+  DType memory_dtype;
+  void* out;
+  DType out_dtype;
+  int memories;
+  Memory of[MOST_MEMORIES];
+};
+
+// Some columns of queries and keys: sums [query_count, key_count] += sums of squared differences, but for pairs whose
+// sum exceeds the limit of their query, which need not be exact any more.
+constexpr int64_t NEAREST_DEPTH = 512;  // columns at most
+template <class T>
+struct NearestBlock {
+  const T* queries;
+  int64_t query_stride, query_count;
+  const T* keys;
+  int64_t key_stride, key_count;
+  int64_t depth;
+  T* sums;
+  int64_t sum_stride;
+  const T* limits;  // [query_count]
+};
+
 struct KernelTable {
   SymmetricKernel symmetric_f32;   // x fp32, bf16, fp16: arithmetic in fp32
   SymmetricKernel symmetric_f64;   // x fp64
@@ -185,6 +246,18 @@ struct KernelTable {
   RowProductsKernel row_products_f32, row_products_f64;
   void (*rms_norm)(const RmsNormCall&, int64_t first, int64_t last);  // rows [first, last)
   void (*gated_silu)(const GatedSiluCall&, int64_t first, int64_t last);
+  // Rows [first, last) of the book: count [rows] and index [rows] are replaced where one of them is better.
+  void (*best_overlap)(const OverlapCall&, int64_t first, int64_t last, int64_t* count, int64_t* index);
+  // Entries [first, last), fewer than 2^31, into histogram [2^width]; where all are counted, `largest` rises to the
+  // largest size's bits.
+  void (*count_digits)(const SizeSource&, int64_t first, int64_t last, const DigitPass&, int64_t* histogram,
+                       uint64_t* largest);
+  // The nth (from 1) of entries [first, last) whose bits are `key`, or -1 with nth reduced by how many there are.
+  int64_t (*find_equal)(const SizeSource&, int64_t first, int64_t last, uint64_t key, int64_t* nth);
+  void (*ties_merge)(const MergeCall&, int64_t first, int64_t last);
+  void (*add_squares_f32)(const NearestBlock<float>&);
+  void (*add_squares_f64)(const NearestBlock<double>&);
+  void (*widen_row)(const void* data, DType dtype, int64_t count, float* out);  // bfloat16 or float16
 };
 
 // setup.py defines KF_ISA_* for those whose flags the compiler knows.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from kedit_fast.backends import Implementation, register
+from kedit_fast.kernels import native, triton
 from kedit_fast.ops._checks import describe, require, require_dtype, require_same_device
 from kedit_fast.ops._library import LIBRARY, dispatch
 from kedit_fast.reference import best_overlap as reference
@@ -33,7 +34,7 @@ def best_overlap(masks: torch.Tensor, book: torch.Tensor, *, backend: str | None
     Args:
         masks: [R, b] uint8, eight features a byte.
         book: [K, b] uint8; K may be 0.
-        backend: "torch" or "auto"; None takes the choice of `use_backend` or KEDIT_FAST_BACKEND.
+        backend: "torch", "cpu", "triton" or "auto"; None takes the choice of `use_backend` or KEDIT_FAST_BACKEND.
 
     Returns:
         BestOverlap. All backends return the same numbers.
@@ -78,4 +79,14 @@ def _fake(masks: torch.Tensor, book: torch.Tensor, backend: str) -> tuple[torch.
     return index, torch.empty_like(index)
 
 
+def _cpu_declines(first: torch.Tensor, *_: object) -> str:
+    return native.cpu.declines_device(first)
+
+
+def _triton_declines(first: torch.Tensor, *_: object) -> str:
+    return triton.declines_device(first)
+
+
 register(Implementation(OP, "torch", reference.best_overlap))
+register(Implementation(OP, "cpu", native.cpu.best_overlap, _cpu_declines))
+register(Implementation(OP, "triton", triton.lazy("best_overlap", "best_overlap"), _triton_declines))

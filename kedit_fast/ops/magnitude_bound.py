@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kedit_fast.backends import Implementation, register
+from kedit_fast.kernels import native, triton
 from kedit_fast.ops._checks import describe, require, require_dtype, require_no_grad, require_same_device
 from kedit_fast.ops._library import LIBRARY, dispatch
 from kedit_fast.reference import magnitude_bound as reference
@@ -26,7 +27,7 @@ def magnitude_bound(
         x: any shape but empty, of a floating dtype.
         count: between 1 and the number of entries.
         divisor: of the shape of x and a floating dtype, or None.
-        backend: "torch" or "auto"; None takes the choice of `use_backend` or KEDIT_FAST_BACKEND.
+        backend: "torch", "cpu", "triton" or "auto"; None takes the choice of `use_backend` or KEDIT_FAST_BACKEND.
 
     Returns:
         [] float32 (float64 for a float64 x, which the quotient has too): one of the sizes, exactly, the same on every
@@ -62,7 +63,12 @@ def _check(x: torch.Tensor, count: int, divisor: torch.Tensor | None) -> None:
 @torch.library.impl(LIBRARY, OP, "CompositeExplicitAutograd")
 def _run(x: torch.Tensor, count: int, divisor: torch.Tensor | None, backend: str) -> torch.Tensor:
     _check(x, count, divisor)
-    return dispatch(OP, backend, (x, divisor), x, count, divisor)
+    if x.ndim == 2 and x.T.is_contiguous():
+        x, divisor = x.T, None if divisor is None else divisor.T  # any order of the entries will do
+    if divisor is not None:
+        narrow = torch.float64 not in (x.dtype, divisor.dtype)
+        divisor = (divisor if narrow else divisor.to(accumulation_dtype(x))).reshape(-1)
+    return dispatch(OP, backend, (x, divisor), x.reshape(-1), count, divisor)
 
 
 @torch.library.register_fake(f"kedit_fast::{OP}", lib=LIBRARY)
@@ -71,4 +77,15 @@ def _fake(x: torch.Tensor, count: int, divisor: torch.Tensor | None, backend: st
     return x.new_empty((), dtype=accumulation_dtype(x))
 
 
+def _cpu_declines(first: torch.Tensor, *_: object) -> str:
+    return native.cpu.declines_device(first)
+
+
+def _triton_declines(first: torch.Tensor, *others: torch.Tensor | None) -> str:
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (first, *others))
+    return triton.declines_device(first) or ("float64" if wide else "")
+
+
 register(Implementation(OP, "torch", reference.magnitude_bound))
+register(Implementation(OP, "cpu", native.cpu.magnitude_bound, _cpu_declines))
+register(Implementation(OP, "triton", triton.lazy("magnitude_bound", "magnitude_bound"), _triton_declines))

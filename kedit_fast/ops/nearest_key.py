@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from kedit_fast.backends import Implementation, register
+from kedit_fast.kernels import native, triton
 from kedit_fast.ops._checks import describe, require, require_dtype, require_no_grad, require_same_device
 from kedit_fast.ops._library import LIBRARY, dispatch
 from kedit_fast.reference import nearest_key as reference
@@ -40,11 +41,12 @@ def nearest_key(
         queries: [N, d] of a floating dtype.
         keys: [K, d] of a floating dtype; K may be 0.
         radii: [K] float32 or float64, the radius of each key. A negative one contains nothing.
-        backend: "torch" or "auto"; None takes the choice of `use_backend` or KEDIT_FAST_BACKEND.
+        backend: "torch", "cpu", "triton" or "auto"; None takes the choice of `use_backend` or KEDIT_FAST_BACKEND.
 
     Returns:
-        NearestKey. Differences, squares and sums are in fp32, in fp64 where queries or keys are fp64. A distance that
-        is NaN, because of a query or a key, counts as the smallest: it is what is returned, and nothing is inside.
+        NearestKey. Differences, squares and sums are in fp32, in fp64 where queries or keys are fp64. The C++ kernel
+        gives the same bits for any number of threads. A distance that is NaN is compared as infinity, so a key that
+        holds NaN is never preferred to a sound one; a query that holds NaN has the distance NaN, and is inside nothing.
 
     Raises:
         InvalidArgumentError: a wrong shape, dtype or device.
@@ -101,4 +103,15 @@ def _fake(
     return torch.empty_like(row, dtype=torch.int64), row, torch.empty_like(row, dtype=torch.bool)
 
 
+def _cpu_declines(first: torch.Tensor, *_: object) -> str:
+    return native.cpu.declines_device(first)
+
+
+def _triton_declines(first: torch.Tensor, *others: torch.Tensor | None) -> str:
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (first, *others))
+    return triton.declines_device(first) or ("float64" if wide else "")
+
+
 register(Implementation(OP, "torch", reference.nearest_key))
+register(Implementation(OP, "cpu", native.cpu.nearest_key, _cpu_declines))
+register(Implementation(OP, "triton", triton.lazy("nearest_key", "nearest_key"), _triton_declines))

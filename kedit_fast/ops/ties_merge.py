@@ -8,6 +8,7 @@ import torch
 
 from kedit_fast.backends import Implementation, register
 from kedit_fast.errors import InvalidArgumentError
+from kedit_fast.kernels import native, triton
 from kedit_fast.ops._checks import (
     describe,
     require,
@@ -20,7 +21,7 @@ from kedit_fast.ops._checks import (
 )
 from kedit_fast.ops._library import LIBRARY, dispatch
 from kedit_fast.reference import ties_merge as reference
-from kedit_fast.support.dtypes import FLOATS
+from kedit_fast.support.dtypes import FLOATS, accumulation_dtype
 
 OP = "ties_merge_"
 MOST_MEMORIES = 16
@@ -51,7 +52,7 @@ def ties_merge_(
         memories: [M, h, d] of a floating dtype, M from 1 to 16: the changed copies of `base`.
         coefficients: M finite numbers, the weight of each memory.
         density: share of the entries that a memory keeps, in [0, 1].
-        backend: "torch" or "auto"; None takes the choice of `use_backend` or KEDIT_FAST_BACKEND.
+        backend: "torch", "cpu", "triton" or "auto"; None takes the choice of `use_backend` or KEDIT_FAST_BACKEND.
 
     Returns:
         `out`. Computed in fp32 (fp64 where base or memories are fp64) and rounded once; the same on every backend.
@@ -109,9 +110,15 @@ def _run(
     require_apart("out", out, base=base, memories=memories)
     if not base.numel():
         return
-    count = int(density * base.numel())
-    if not dispatch(OP, backend, (out, base, memories), out, base, memories, coefficients, count):
+    if wide := torch.float64 in (base.dtype, memories.dtype):
+        base, memories = base.double(), memories.double()
+    in_place = out.is_contiguous() and (out.dtype == torch.float64) == wide
+    result = out if in_place else torch.empty(base.shape, dtype=accumulation_dtype(base), device=out.device)
+    entries = result.view(-1), base.reshape(-1), memories.reshape(len(memories), -1)
+    if not dispatch(OP, backend, entries, *entries, coefficients, int(density * base.numel())):
         raise InvalidArgumentError(f"{OP}: base or a memory has values that are not finite")
+    if not in_place:
+        out.copy_(result)
     torch.autograd.graph.increment_version(out)
 
 
@@ -127,4 +134,15 @@ def _fake(
     _check(out, base, memories, coefficients, density)
 
 
+def _cpu_declines(first: torch.Tensor, *_: object) -> str:
+    return native.cpu.declines_device(first)
+
+
+def _triton_declines(first: torch.Tensor, *others: torch.Tensor | None) -> str:
+    wide = any(tensor is not None and tensor.dtype == torch.float64 for tensor in (first, *others))
+    return triton.declines_device(first) or ("float64" if wide else "")
+
+
 register(Implementation(OP, "torch", reference.ties_merge_))
+register(Implementation(OP, "cpu", native.cpu.ties_merge_, _cpu_declines))
+register(Implementation(OP, "triton", triton.lazy("ties_merge", "ties_merge_"), _triton_declines))

@@ -11,11 +11,11 @@ EPSILON = 1e-8
 
 
 def magnitude_bound(x: torch.Tensor, count: int, divisor: torch.Tensor | None = None) -> torch.Tensor:
-    """The count-th largest |x| or |x / (divisor + 1e-8)|, []; NaN where an entry is NaN."""
+    """The count-th largest |x| or |x / (divisor + 1e-8)| of entries [n], []; NaN where one is NaN."""
     size = x.to(accumulation_dtype(x))
     if divisor is not None:
         size = size / (divisor.to(size.dtype) + EPSILON)
-    return largest(size.abs().flatten(), count)
+    return largest(size.abs(), count)
 
 
 def largest(size: torch.Tensor, count: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ from kedit_fast.reference.magnitude_bound import largest
 def ties_merge_(
     out: torch.Tensor, base: torch.Tensor, memories: torch.Tensor, coefficients: Sequence[float], count: int
 ) -> bool:
-    """Merge memories [M, h, d] into base [h, d], each trimmed to `count` entries, and write `out` [h, d].
+    """Merge memories [M, n] into base [n], each trimmed to `count` entries, and write `out` [n].
 
     Returns False, with nothing written, where a difference is not finite.
     """
@@ -36,8 +36,8 @@ def trimmed(delta: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` entries of largest size, those of equal size from the lowest index on; the others 0."""
     if count == 0:
         return torch.zeros_like(delta)
-    size = delta.abs().flatten()
+    size = delta.abs()
     bound = largest(size, count)
     above, at_bound = size > bound, size == bound
     within = at_bound & (at_bound.cumsum(0) <= count - above.sum())
-    return torch.where((above | within).view_as(delta), delta, 0.0)
+    return torch.where(above | within, delta, 0.0)

@@ -9,11 +9,14 @@ import torch
 
 from kedit_fast import (
     activation_distance,
+    best_overlap,
     distribution_kl,
     gated_silu,
+    magnitude_bound,
     masked_adam_,
     masked_descent_,
     mirror_,
+    nearest_key,
     rank_k_update_,
     rank_one_update_,
     rms_norm,
@@ -21,6 +24,7 @@ from kedit_fast import (
     spd_solve,
     symmetric_rank_k_update_,
     target_log_probs,
+    ties_merge_,
 )
 from kedit_fast.backends import probe
 from kedit_fast.errors import BackendUnavailableError, GradientError, InvalidArgumentError, KeditError, SolveError
@@ -30,7 +34,7 @@ Invalid = InvalidArgumentError
 
 
 def of(*shape, dtype=torch.float32, device=None):
-    if dtype in (torch.int64, torch.int32, torch.bool):
+    if dtype in (torch.int64, torch.int32, torch.bool, torch.uint8):
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.ones(shape, dtype=dtype, device=device)
 
@@ -79,6 +83,22 @@ def routed(x=None, memories=None, route=None, **more):
     tensors = (of(5, 4) if x is None else x, beside.get("weight", more.pop("weight", None)))
     route = of(5, dtype=torch.int64) if route is None else route
     return routed_linear(*tensors, of(2, 3, 4) if memories is None else memories, route, **more)
+
+
+def nearest(queries=None, keys=None, radii=None):
+    tensors = (of(2, 4) if queries is None else queries, of(3, 4) if keys is None else keys)
+    return nearest_key(*tensors, of(3) if radii is None else radii)
+
+
+BYTES = {"dtype": torch.uint8}
+
+
+def ties(out=None, base=None, memories=None, coefficients=(0.5, 0.5), density=0.5):
+    tensors = (of(3, 4) if out is None else out, of(3, 4) if base is None else base)
+    return ties_merge_(*tensors, of(2, 3, 4) if memories is None else memories, coefficients, density)
+
+
+SHARED = torch.zeros(2, 3, 4)
 
 
 BAD = [
@@ -200,6 +220,34 @@ BAD = [
     ("routes as numbers", lambda: routed(route=of(5)), Invalid, "route must be int64"),
     ("a route too far", lambda: routed(route=torch.tensor([0, 1, 2, -1, 0])), Invalid, "-1 to 1; got -1 to 2"),
     ("rows want a gradient", lambda: routed(of(5, 4).requires_grad_()), GradientError, "x, which requires grad"),
+    ("queries a vector", lambda: nearest(queries=of(4)), Invalid, r"queries must be \[N, d\]"),
+    ("queries of integers", lambda: nearest(queries=of(2, 4, dtype=torch.int64)), Invalid, "queries must be float32"),
+    ("keys of another width", lambda: nearest(keys=of(3, 5)), Invalid, r"keys must be \[K, 4\]"),
+    ("too few radii", lambda: nearest(radii=of(2)), Invalid, r"radii must be \[3\]"),
+    ("radii in fp16", lambda: nearest(radii=of(3).half()), Invalid, "radii must be float32"),
+    ("keys on another device", lambda: nearest(keys=of(3, 4, device=META)), Invalid, "keys on meta"),
+    ("keys want a gradient", lambda: nearest(keys=of(3, 4).requires_grad_()), GradientError, "keys, which"),
+    ("masks a vector", lambda: best_overlap(of(4, **BYTES), of(2, 4, **BYTES)), Invalid, r"masks must be \[R, b\]"),
+    ("masks of floats", lambda: best_overlap(of(2, 4), of(2, 4, **BYTES)), Invalid, "masks must be uint8"),
+    ("book of another width", lambda: best_overlap(of(2, 4, **BYTES), of(2, 3, **BYTES)), Invalid, "book must be"),
+    ("book of bools", lambda: best_overlap(of(2, 4, **BYTES), of(2, 4).bool()), Invalid, "book must be uint8"),
+    ("count 0", lambda: magnitude_bound(of(3), 0), Invalid, r"count must be in \[1, 3\]"),
+    ("count 4 of 3", lambda: magnitude_bound(of(3), 4), Invalid, r"count must be in \[1, 3\]"),
+    ("bound of nothing", lambda: magnitude_bound(of(0), 1), Invalid, r"count must be in \[1, 0\]"),
+    ("bound of integers", lambda: magnitude_bound(of(3, dtype=torch.int64), 1), Invalid, "x must be float32"),
+    ("divisor of another shape", lambda: magnitude_bound(of(3), 1, of(4)), Invalid, r"divisor must be \[3\]"),
+    ("divisor wants a gradient", lambda: magnitude_bound(of(3), 1, of(3).requires_grad_()), GradientError, "divisor"),
+    ("merge into a vector", lambda: ties(out=of(4)), Invalid, r"out must be \[3, 4\]"),
+    ("base with three dimensions", lambda: ties(base=of(1, 3, 4)), Invalid, r"base must be \[h, d\]"),
+    ("memories of another shape", lambda: ties(memories=of(2, 4, 3)), Invalid, r"memories must be \[M, 3, 4\]"),
+    ("17 memories", lambda: ties(memories=of(17, 3, 4)), Invalid, "M from 1 to 16"),
+    ("no memory", lambda: ties(memories=of(0, 3, 4), coefficients=()), Invalid, "M from 1 to 16"),
+    ("a coefficient too few", lambda: ties(coefficients=(1.0,)), Invalid, "coefficients must be 2"),
+    ("a coefficient NaN", lambda: ties(coefficients=(1.0, math.nan)), Invalid, "each of coefficients must be finite"),
+    ("density 1.5", lambda: ties(density=1.5), Invalid, r"density must be in \[0, 1\]; got 1.5"),
+    ("density NaN", lambda: ties(density=math.nan), Invalid, "density must be finite"),
+    ("merge into a memory", lambda: ties(out=SHARED[0], memories=SHARED), Invalid, "out and memories share memory"),
+    ("out expanded", lambda: ties(out=of(1, 4).expand(3, 4)), Invalid, "out overlaps itself"),
     ("gram not positive", lambda: spd_solve(-torch.eye(3), of(3, 1)), SolveError, "order 1 of 3"),
 ]  # fmt: skip
 

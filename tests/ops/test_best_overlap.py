@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 from golden_memories import golden
 
@@ -26,6 +28,35 @@ def test_the_row_that_shares_most_bits(every_backend):
         result = best_overlap(masks, book, backend=every_backend)
         index, count = published(masks, book, 8 * b)
         assert torch.equal(result.index, index) and torch.equal(result.count, count.long()), (r, k, b)
+
+
+def test_every_isa_and_number_of_threads_finds_the_same(isa):
+    masks, book = (torch.randint(0, 256, (n, 1030), dtype=torch.uint8) for n in (5, 2000))
+    index, count = published(masks, book, 8 * 1030)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            result = best_overlap(masks, book, backend="cpu")
+            assert torch.equal(result.index, index) and torch.equal(result.count, count.long())
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_the_native_module_checks_what_it_is_given(cpu_module):
+    index, count = np.empty(2, np.int64), np.empty(2, np.int64)
+    masks, book = np.full((2, 3), 7, np.uint8), np.full((4, 3), 5, np.uint8)
+    cpu_module.best_overlap(index, count, masks, book, 1)
+    assert (index == 0).all() and (count == 6).all()
+    for bad in (
+        (index[:1], count, masks, book),
+        (index, count.astype(np.float64), masks, book),
+        (index, count, masks, book[:, :2]),
+        (index, count, masks, book[:0]),
+        (index, count, masks.astype(np.float32), book),
+    ):
+        with pytest.raises(ValueError):
+            cpu_module.best_overlap(*bad, 1)
 
 
 def test_all_bits_and_none(every_backend):

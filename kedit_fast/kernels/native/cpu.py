@@ -5,6 +5,7 @@ The callers have the names of their ops; kedit_fast/ops documents the arguments 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,15 @@ from kedit_fast.backends import Probe, register_probe
 from kedit_fast.errors import BackendUnavailableError
 from kedit_fast.kernels.native.loader import ISA_VARIABLE, call, capsule, load
 from kedit_fast.support.dtypes import accumulation_dtype
+
+PRODUCT_BYTES = 64 << 20
+"""Of products of queries and keys in memory at a time."""
+SAMPLED_QUERIES = 8
+"""Queries from which it is told whether the first columns decide."""
+OPEN_SHARE = 0.1
+"""Share of pairs left open by the first columns, above which a product of queries and keys pays."""
+WIDENED_KEYS = 1024
+"""Keys of 16 bits that are widened at a time."""
 
 
 def module() -> ModuleType:
@@ -173,10 +183,64 @@ def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def nearest_key(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call the C++ kernel of the op of the same name: index and distance [N]."""
+    wide = torch.float64 if torch.float64 in (queries.dtype, keys.dtype) else torch.float32
+    queries, keys = _by_rows(queries.to(wide)), _by_rows(keys.to(wide) if wide == torch.float64 else keys)
+    index, distance = queries.new_empty(len(queries), dtype=torch.int64), queries.new_empty(len(queries))
+    threads, rows = torch.get_num_threads(), max(1, PRODUCT_BYTES // (len(keys) * queries.element_size()))
+    sample = queries[:: max(1, len(queries) // SAMPLED_QUERIES)][:SAMPLED_QUERIES]
+    multiplied = (
+        len(queries) > 2 * SAMPLED_QUERIES
+        and len(keys) > 2 * SAMPLED_QUERIES
+        and (call(module().nearest_open_share, capsule(sample), capsule(keys), threads) > OPEN_SHARE)
+    )
+    for begin in range(0, len(queries), rows) if multiplied else (0,):
+        part = slice(begin, begin + rows if multiplied else None)
+        product = _product(queries[part], keys) if multiplied else None
+        tensors = (index[part], distance[part], queries[part], keys, product)
+        call(module().nearest_key, *map(capsule, tensors), threads)
+    return index, distance
+
+
+def _product(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """[N, K] in the dtype of queries, keys of 16 bits widened in parts."""
+    if keys.dtype == queries.dtype:
+        return queries @ keys.T
+    return torch.cat([queries @ part.to(queries.dtype).T for part in keys.split(WIDENED_KEYS)], 1)
+
+
+def best_overlap(masks: torch.Tensor, book: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call the C++ kernel of the op of the same name."""
+    index, count = (masks.new_empty(len(masks), dtype=torch.int64) for _ in range(2))
+    tensors = (capsule(index), capsule(count), capsule(_by_rows(masks)), capsule(_by_rows(book)))
+    call(module().best_overlap, *tensors, torch.get_num_threads())
+    return index, count
+
+
+def magnitude_bound(x: torch.Tensor, count: int, divisor: torch.Tensor | None) -> torch.Tensor:
+    """Call the C++ kernel of the op of the same name on entries [n]."""
+    out = x.new_empty(1, dtype=accumulation_dtype(x))
+    call(module().magnitude_bound, capsule(out), capsule(x), capsule(divisor), count, torch.get_num_threads())
+    return out[0]
+
+
+def ties_merge_(
+    out: torch.Tensor, base: torch.Tensor, memories: torch.Tensor, coefficients: Sequence[float], count: int
+) -> bool:
+    """Call the C++ kernel of the op of the same name on entries [n] and [M, n]; False where one is not finite."""
+    tensors = (capsule(out), capsule(base), capsule(memories))
+    return call(module().ties_merge_, *tensors, list(coefficients), count, torch.get_num_threads())
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """[.., d] as [n, d] with contiguous rows: the tensor's own memory where its strides allow it."""
-    flat = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
-    return flat if flat.stride(-1) == 1 or flat.shape[-1] <= 1 else flat.contiguous()
+    return _by_rows(x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1]))
+
+
+def _by_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix itself where its rows are contiguous, else a copy."""
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
 
 
 register_probe("cpu", probe, _describe)

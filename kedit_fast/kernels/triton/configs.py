@@ -32,6 +32,7 @@ class Config:
 
 SYMMETRIC, RANK_K, LOGITS, GRADIENT = "symmetric_rank_k_update_", "rank_k_update_", "logits", "gradient"
 STEP, ROW_PRODUCTS = "masked_step", "row_products"
+NEAREST, OVERLAP, DIGITS, MERGE = "nearest_key", "best_overlap", "magnitude_bound", "ties_merge_"
 
 # Shape classes. symmetric: "native" (16-bit rows as they are), "native64" (the same with an fp64 acc, whose tile takes
 # twice the registers), "split" (fp32 rows or weights, written as bf16 terms); "narrow" and "split_narrow" are the same
@@ -40,6 +41,8 @@ STEP, ROW_PRODUCTS = "masked_step", "row_products"
 # "native" (16-bit states), "split" (fp32), each "narrow" where loads are; "pair" computes two distributions at once.
 # masked_step (masked_descent_ and masked_adam_): "rows" (a gradient), "dot" (its factors). row_products
 # (activation_distance): "native" (16-bit operands of one dtype), "split"; "routed_" before them for routed_linear.
+# nearest_key: m queries and n keys, k columns at a time. best_overlap: m rows of the book, n words. magnitude_bound and
+# ties_merge_: n entries.
 TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (SYMMETRIC, "native"): {
         "sm_80": Config(128, 128, 32, 8, 4),
@@ -80,6 +83,10 @@ TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (LOGITS, "pair_native_narrow"): {"sm_80": Config(32, 64, 32, 4, 3)},
     (LOGITS, "pair_split"): {"sm_80": Config(32, 64, 32, 8, 2)},
     (LOGITS, "pair_split_narrow"): {"sm_80": Config(16, 64, 32, 4, 2)},
+    (NEAREST, "rows"): {"sm_80": Config(4, 16, 64, 4, 2)},
+    (OVERLAP, "words"): {"sm_80": Config(16, 128, 1, 4, 2)},
+    (DIGITS, "entries"): {"sm_80": Config(1, 1024, 1, 4, 2)},
+    (MERGE, "entries"): {"sm_80": Config(1, 512, 1, 4, 2)},
     (GRADIENT, "native"): {"sm_80": Config(64, 64, 32, 4, 3)},
     (GRADIENT, "split"): {"sm_80": Config(64, 64, 32, 4, 2)},
     (GRADIENT, "split_narrow"): {
@@ -96,6 +103,10 @@ INTERPRETED = {
     ROW_PRODUCTS: Config(16, 32, 32, 4, 1),
     LOGITS: Config(16, 32, 32, 4, 1),
     GRADIENT: Config(16, 32, 32, 4, 1),
+    NEAREST: Config(16, 64, 128, 4, 1),
+    OVERLAP: Config(64, 64, 1, 4, 1),
+    DIGITS: Config(1, 1024, 1, 4, 1),
+    MERGE: Config(1, 1024, 1, 4, 1),
 }
 
 CANDIDATES: dict[str, tuple[Config, ...]] = {
@@ -135,6 +146,13 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
             (64, 128, 64, 4, 3), (64, 128, 64, 8, 4), (64, 256, 64, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4),
         )
     ),
+    NEAREST: tuple(
+        Config(m, n, k, warps, 2)
+        for m, n, k, warps in ((2, 16, 128, 4), (4, 16, 64, 4), (4, 32, 32, 4), (8, 16, 32, 4), (8, 32, 32, 8))
+    ),
+    OVERLAP: tuple(Config(m, n, 1, 4, 2) for m, n in ((8, 128), (16, 64), (16, 128), (32, 64), (32, 128))),
+    DIGITS: tuple(Config(1, n, 1, warps, 2) for n, warps in ((512, 4), (1024, 4), (2048, 4), (2048, 8), (4096, 8))),
+    MERGE: tuple(Config(1, n, 1, warps, 2) for n, warps in ((256, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8))),
     GRADIENT: tuple(
         Config(m, n, k, warps, stages)
         for m, n, k, warps, stages in (
