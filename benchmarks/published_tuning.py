@@ -248,12 +248,12 @@ def dinm(
     side: Side = "left",
 ) -> Tuned:
     """DINM's descent of each request on a layer that was located: a safe answer, and the KL divergence at a general
-    prompt with its answer, at the last places. The divergence has a gradient here, which the release misses."""
+    prompt with its answer, from the prompt's last token on. The divergence has a gradient here, unlike the release's."""
     losses = []
     with only_trained(model, parameter):
         for safe, general in requests:
             optimizer = torch.optim.Adam([parameter], lr=lr)
-            count = len(general.target)
+            count = len(general.target) + 1
             with torch.no_grad():
                 before = logits_of(model, [general.ids], side)[0][-count:].float().log_softmax(-1)
             for _ in range(num_steps):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,7 +38,7 @@ from benchmarks.harness import (
     with_baseline,
 )
 from benchmarks.published_tuning import Text
-from kedit_fast import Editor, demo
+from kedit_fast import Editor, EditRequest, demo
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.irrelevant import SENTENCES
 from kedit_fast.requests.prefixes import generate_prefixes
@@ -51,7 +51,7 @@ GPT2_SMALL = "GPT-2-small shape, random weights"
 DEMO = "demo model"
 ERROR_LIMIT = 1e-3  # of a weight's change, relative to its norm, in fp32
 CHECKED = 3  # requests of the gate
-GENERAL = "The weather in the valley is mild"
+GENERAL, ANSWER = "The weather in the valley is", "mild in spring and dry"
 UNRELATED = SENTENCES[:8]
 
 
@@ -62,7 +62,7 @@ class Subject:
     name: str
     model: Any
     tokenizer: Any
-    requests: list[dict[str, Any]]
+    requests: list[EditRequest]
     prefixes: tuple[str, ...]
 
     def editor(self, method: str, layer: int, **hparams: Any) -> Editor:
@@ -86,10 +86,8 @@ def subject(name: str, edits: int, device: str) -> Subject:
     if name == GPT2_SMALL:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2")).eval()
-    requests = []
-    for request in demo.requests(edits):
-        record = {"prompt": request.prompt, "subject": request.subject, "target_new": request.target_new}
-        requests.append(record)
+    general = {"neighborhood_prompts": (GENERAL,), "target_true": ANSWER, "probes": ()}  # DINM's general prompt
+    requests = [replace(request, **general) for request in demo.requests(edits)]
     return Subject(name, model.to(device), tokenizer, requests, tuple(prefixes))
 
 
@@ -203,17 +201,39 @@ def published_wise(case: Case, count: int, side: published.Side) -> torch.Tensor
     return tuned.weight
 
 
+def published_dinm(case: Case, count: int, side: published.Side) -> torch.Tensor:
+    """DINM in one layer."""
+    hparams = case.hparams
+    requests = []
+    for request in case.prepared(count):
+        ((prompt, answer),) = request.general
+        requests.append((texts_of(request)[0], Text(tuple(prompt), tuple(answer))))
+    numbers = {name: hparams[name] for name in ("num_steps", "lr", "edit_factor", "stop_loss")}
+    tuned = published.dinm(case.on.model, case.module().weight, requests, side=side, **numbers)
+    return as_matrix(case, tuned.weight)
+
+
+def published_grace(case: Case, count: int, side: published.Side) -> torch.Tensor:
+    """GRACE, whose rows run alone in any case: its values."""
+    texts = [texts_of(request)[0] for request in case.prepared(count)]
+    numbers = {name: case.hparams[name] for name in ("num_steps", "lr", "eps")}
+    return published.grace(case.on.model, case.module(), texts, **numbers).values
+
+
 def cases(edits: int, device: str) -> dict[str, Case]:
     """Name of a row -> the case."""
     gpt2, small = subject(GPT2_SMALL, edits, device), subject(DEMO, edits, device)
     wise = {
         "num_steps": 10, "lr": 1.0, "stop_loss": -1.0, "weight_decay": 1e-5, "decay_entries": "weight",
-        "norm_constraint": 1.0, "act_margin": (5.0, 20.0, 10.0),
+        "norm_constraint": 1.0, "act_margin": (5.0, 20.0, 10.0), "units": "published",
     }  # fmt: skip
+    grace = {"num_steps": 10, "lr": 1.0, "eps": 1e-3, "val_init": "warm", "units": "published"}
     adam = {"num_steps": 10, "lr": 5e-4, "stop_loss": -1.0}
     return {
         "wise": Case("wise", gpt2, 8, wise, 2.5, 4.0, published_wise),
         "wise-demo": Case("wise", small, 4, wise, 3.0, None, published_wise),
+        "dinm": Case("dinm", gpt2, 8, {**adam, "edit_factor": 0.1}, 2.5, None, published_dinm),
+        "grace": Case("grace", gpt2, 8, grace, 4.0, None, published_grace),
         "locft-bf": Case("locft-bf", gpt2, 6, {**adam, "minibatch": 100}, 1.5, 2.0, published_breadth),
         "ft-m": Case("ft-m", gpt2, 8, adam, 1.5, None, published_depth),
     }
