@@ -247,8 +247,11 @@ def dinm(
     stop_loss: float = 1e-4,
     side: Side = "left",
 ) -> Tuned:
-    """DINM's descent of each request on a layer that was located: a safe answer, and the KL divergence at a general
-    prompt with its answer, from the prompt's last token on. The divergence has a gradient here, unlike the release's."""
+    """DINM's descent of each request in a layer that was located.
+
+    The loss is that of a safe answer, and the KL divergence at a general prompt with its answer, from the prompt's last
+    token on. The divergence has a gradient here; as released it has none.
+    """
     losses = []
     with only_trained(model, parameter):
         for safe, general in requests:
