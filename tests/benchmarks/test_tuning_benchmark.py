@@ -31,8 +31,8 @@ NUMBERS = {**GRACE, "lr": 1e-2, "stop_loss": -1.0}
 @pytest.mark.parametrize(
     ("method", "hparams", "loop"),
     [
-        ("wise", {"lr": 0.1, "weight_decay": 1e-5, "decay_entries": "weight", "norm_constraint": 1.0, "units": "published",
-                  "act_margin": (1.0, 4.0, 2.0)}, tuning.published_wise),
+        ("wise", {"lr": 0.1, "weight_decay": 1e-5, "decay_entries": "weight", "norm_constraint": 1.0,
+                  "units": "published", "act_margin": (1.0, 4.0, 2.0)}, tuning.published_wise),
         ("dinm", {"edit_factor": 0.1}, tuning.published_dinm),
         ("grace", {"lr": 0.5, "eps": 1e-3, "val_init": "warm", "units": "published"}, tuning.published_grace),
         ("locft-bf", {"minibatch": 2}, tuning.published_breadth),

@@ -22,6 +22,7 @@ from kedit_fast.memories.memory import ActivationMemory
 from kedit_fast.memories.selection import activation_function
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.forward import evaluating
+from kedit_fast.models.widened import computing_dtype
 from kedit_fast.requests.irrelevant import SENTENCES, irrelevant_texts, require_unrelated
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.solver.entry_bits import random_bits
@@ -297,7 +298,8 @@ class ActivationTuning:
         steps = Steps("sgd", lr, hparams.weight_decay, hparams.decay_entries == "weight", hparams.norm_constraint)
         name = f"{self.state.view.module_name(self.layer)} shard {shard.number}"
         bits = random_bits(weight.numel(), hparams.mask_ratio, self.state.seed, name).to(base.device)
-        halves = base.dtype if base.dtype in (torch.bfloat16, torch.float16) else None
+        dtype = computing_dtype(self.state.view.entry)  # of a 16-bit model on a processor without units for it, fp32
+        halves = dtype if dtype in (torch.bfloat16, torch.float16) else None
         return TunedMatrix(weight, base, steps, bits, halves)
 
     def _texts(self, prepared: Sequence[PreparedRequest]) -> Sequence[str]:
