@@ -12,6 +12,8 @@ from kedit_fast.reference import routed_linear as reference
 from kedit_fast.support.dtypes import FLOATS
 
 OP = "routed_linear"
+CPU_ROWS = 16
+"""Rows up to which the C++ kernel is preferred on float32."""
 LIBRARY.define(
     f"{OP}(Tensor x, Tensor? weight, Tensor memories, Tensor route, Tensor? output, Tensor? bias, str backend) "
     "-> Tensor"
@@ -135,10 +137,16 @@ def _cpu_declines(x: torch.Tensor, *_: object) -> str:
     return native.cpu.declines_older(OP, x)
 
 
+def _cpu_is_slower(x: torch.Tensor, _weight: object = None, memories: torch.Tensor | None = None, *_: object) -> str:
+    """Above a few rows a product of torch's library is faster, where it needs no other dtype."""
+    many = x.shape[0] > CPU_ROWS and memories is not None and x.dtype == memories.dtype == torch.float32
+    return f"torch's product is faster above {CPU_ROWS} rows" if many else ""
+
+
 def _triton_declines(x: torch.Tensor, *others: torch.Tensor | None) -> str:
     return triton.declines_device(x) or triton.declines_float64(x, *others)
 
 
 register(Implementation(OP, "torch", reference.routed_linear))
-register(Implementation(OP, "cpu", native.cpu.routed_linear, _cpu_declines))
+register(Implementation(OP, "cpu", native.cpu.routed_linear, _cpu_declines, _cpu_is_slower))
 register(Implementation(OP, "triton", triton.lazy("row_products", OP), _triton_declines))
