@@ -12,8 +12,6 @@ from kedit_fast.reference import activation_distance as reference
 from kedit_fast.support.dtypes import FLOATS, accumulation_dtype
 
 OP = "activation_distance"
-CPU_ROWS = 16
-"""Rows up to which the C++ kernel is preferred on float32."""
 LIBRARY.define(
     f"{OP}(Tensor x, Tensor reference, Tensor weights, Tensor starts, str activation, int long, Tensor? bias, "
     "str backend) -> Tensor"
@@ -157,9 +155,9 @@ def _cpu_declines(x: torch.Tensor, *_: object) -> str:
 
 
 def _cpu_is_slower(x: torch.Tensor, _reference: object = None, weights: torch.Tensor | None = None, *_: object) -> str:
-    """Above a few rows a product of torch's library is faster, where it needs no other dtype."""
-    many = x.shape[0] > CPU_ROWS and weights is not None and x.dtype == weights.dtype == torch.float32
-    return f"torch's product is faster above {CPU_ROWS} rows" if many else ""
+    """Measured: products of torch's library are faster where they need no other dtype."""
+    plain = weights is not None and x.dtype == weights.dtype == torch.float32
+    return "torch's products are faster on float32" if plain else ""
 
 
 def _triton_declines(x: torch.Tensor, *others: torch.Tensor | None) -> str:
