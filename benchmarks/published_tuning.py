@@ -263,8 +263,8 @@ def dinm(
                 optimizer.zero_grad()
                 edit = likelihoods(model, [safe], side).mean()
                 after = logits_of(model, [general.ids], side)[0][-count:].float().log_softmax(-1)
-                kept = kl_div(after, before, reduction="none", log_target=True).sum(-1).mean()
-                loss = edit_factor * edit + kept
+                divergence = kl_div(after, before, reduction="none", log_target=True).sum(-1).mean()
+                loss = edit_factor * edit + divergence
                 losses.append(loss.item())
                 if loss.item() < stop_loss:
                     break
