@@ -156,10 +156,10 @@ def published_breadth(case: Case, count: int, side: published.Side) -> torch.Ten
     """LocFT-BF."""
     end = case.on.tokenizer.eos_token_id
     texts = [texts_of(request, end)[0] for request in case.prepared(count)]
-    numbers = {"epochs": case.hparams["num_steps"], "lr": case.hparams["lr"], "skip": case.hparams["stop_loss"]}
+    settings = {"epochs": case.hparams["num_steps"], "lr": case.hparams["lr"], "skip": case.hparams["stop_loss"]}
     minibatch = case.hparams["minibatch"]
     tuned = published.fine_tune(
-        case.on.model, case.module().weight, [texts], minibatch=minibatch, seed=0, side=side, **numbers
+        case.on.model, case.module().weight, [texts], minibatch=minibatch, seed=0, side=side, **settings
     )
     return as_matrix(case, tuned.weight)
 
@@ -167,9 +167,9 @@ def published_breadth(case: Case, count: int, side: published.Side) -> torch.Ten
 def published_depth(case: Case, count: int, side: published.Side) -> torch.Tensor:
     """FT-L or FT-M."""
     texts = [texts_of(request)[:1] for request in case.prepared(count)]
-    numbers = {"epochs": case.hparams["num_steps"], "lr": case.hparams["lr"], "skip": case.hparams["stop_loss"]}
+    settings = {"epochs": case.hparams["num_steps"], "lr": case.hparams["lr"], "skip": case.hparams["stop_loss"]}
     at_last = case.method == "ft-l"
-    tuned = published.fine_tune(case.on.model, case.module().weight, texts, at_last=at_last, side=side, **numbers)
+    tuned = published.fine_tune(case.on.model, case.module().weight, texts, at_last=at_last, side=side, **settings)
     return as_matrix(case, tuned.weight)
 
 
@@ -208,16 +208,16 @@ def published_dinm(case: Case, count: int, side: published.Side) -> torch.Tensor
     for request in case.prepared(count):
         ((prompt, answer),) = request.general
         requests.append((texts_of(request)[0], Text(tuple(prompt), tuple(answer))))
-    numbers = {name: hparams[name] for name in ("num_steps", "lr", "edit_factor", "stop_loss")}
-    tuned = published.dinm(case.on.model, case.module().weight, requests, side=side, **numbers)
+    settings = {name: hparams[name] for name in ("num_steps", "lr", "edit_factor", "stop_loss")}
+    tuned = published.dinm(case.on.model, case.module().weight, requests, side=side, **settings)
     return as_matrix(case, tuned.weight)
 
 
 def published_grace(case: Case, count: int, side: published.Side) -> torch.Tensor:
     """GRACE, whose rows run alone in any case: its values."""
     texts = [texts_of(request)[0] for request in case.prepared(count)]
-    numbers = {name: case.hparams[name] for name in ("num_steps", "lr", "eps")}
-    return published.grace(case.on.model, case.module(), texts, **numbers).values
+    settings = {name: case.hparams[name] for name in ("num_steps", "lr", "eps")}
+    return published.grace(case.on.model, case.module(), texts, **settings).values
 
 
 def cases(edits: int, device: str) -> dict[str, Case]:

@@ -40,7 +40,7 @@ NUMBERS = {**GRACE, "lr": 1e-2, "stop_loss": -1.0}
     ],
 )  # fmt: skip
 def test_our_edit_ends_where_the_published_loop_does(tiny, method, hparams, loop):
-    numbers = {
+    settings = {
         name: value for name, value in {**NUMBERS, **hparams}.items() if (method, name) != ("grace", "stop_loss")
     }
     case = tuning.Case(method, tiny, 1, numbers, 1.0, None, loop)
