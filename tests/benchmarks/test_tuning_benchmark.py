@@ -43,5 +43,5 @@ def test_our_edit_ends_where_the_published_loop_does(tiny, method, hparams, loop
     settings = {
         name: value for name, value in {**NUMBERS, **hparams}.items() if (method, name) != ("grace", "stop_loss")
     }
-    case = tuning.Case(method, tiny, 1, numbers, 1.0, None, loop)
+    case = tuning.Case(method, tiny, 1, settings, 1.0, None, loop)
     assert case.error() < tuning.ERROR_LIMIT
