@@ -1,4 +1,4 @@
-"""Masks of a matrix's entries as bits: entry 8 j + i of a matrix read row by row is bit i of byte j."""
+"""Random masks of a matrix's entries, as the bits that `kedit_fast.ops.pack_bits` makes."""
 
 from __future__ import annotations
 
@@ -7,26 +7,10 @@ import hashlib
 import torch
 
 from kedit_fast.errors import InvalidArgumentError
+from kedit_fast.ops import pack_bits
 from kedit_fast.support.torch_state import plain_torch
 
 _AT_ONCE = 1 << 22  # entries drawn at once: a multiple of 8
-
-
-def pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """A mask of any shape as bytes [ceil(entries / 8)] uint8; the last byte is filled up with zeros."""
-    flat = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    place = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return (flat << place).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(bits: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The mask [shape] bool that `pack_bits` packed."""
-    place = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    flat = ((bits[:, None] >> place) & 1).flatten()
-    entries = 1
-    for size in shape:
-        entries *= size
-    return flat[:entries].view(shape).bool()
 
 
 @plain_torch()

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kedit_fast.errors import MethodError
+from kedit_fast.ops import ties_merge_
+from kedit_fast.ops.ties_merge import MOST_MEMORIES
 from kedit_fast.support.torch_state import plain_torch
 
 Rule = Callable[[torch.Tensor, Sequence[torch.Tensor], Sequence[float], float], torch.Tensor]
@@ -46,7 +48,10 @@ def _elected(base: torch.Tensor, deltas: Sequence[torch.Tensor], coefficients: S
 def _ties(
     base: torch.Tensor, memories: Sequence[torch.Tensor], coefficients: Sequence[float], density: float
 ) -> torch.Tensor:
-    return _elected(base, _deltas(base, memories, density), coefficients)
+    if len(memories) > MOST_MEMORIES:
+        return _elected(base, _deltas(base, memories, density), coefficients)
+    out = torch.empty(base.shape, dtype=torch.promote_types(base.dtype, torch.float32), device=base.device)
+    return ties_merge_(out, base, torch.stack([memory.to(out) for memory in memories]), coefficients, density)
 
 
 def _sign(

@@ -23,7 +23,8 @@ from kedit_fast.editing.tuning.plateau import until_plateau
 from kedit_fast.editing.tuning.wise import Shards, Working
 from kedit_fast.errors import EditError, MethodError, RequestError
 from kedit_fast.models.forward import evaluating
-from kedit_fast.solver.entry_bits import random_bits, unpack_bits
+from kedit_fast.ops import unpack_bits
+from kedit_fast.solver.entry_bits import random_bits
 from kedit_fast.solver.merging import merged
 
 SILU = torch.nn.functional.silu
@@ -310,7 +311,8 @@ def test_masks_and_contexts_are_those_of_wise(tokenizer):
     assert len(one.prefixes) == 10 and one.prefixes[0].startswith("I") and one.prefixes[4].startswith("Q:")
     one.edit(REQUESTS[:1])
     weight, tuned = one.view.weight(2), one.tuning.beside.history.current.current.weight
-    mask = unpack_bits(random_bits(weight.numel(), 0.2, 0, f"{one.view.module_name(2)} shard 0"), tuple(weight.shape))
+    bits = random_bits(weight.numel(), 0.2, 0, f"{one.view.module_name(2)} shard 0")
+    mask = unpack_bits(bits, weight.numel()).view(weight.shape)
     assert torch.equal(tuned[~mask], weight[~mask])  # entries outside the mask do not decay either
     assert float((tuned[mask] != weight[mask]).float().mean()) > 0.9
 

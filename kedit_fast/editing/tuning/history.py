@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from kedit_fast.solver.entry_bits import pack_bits, unpack_bits
+from kedit_fast.ops import pack_bits, unpack_bits
 from kedit_fast.support.matrix_bits import integer_view
 
 T = TypeVar("T")
@@ -77,5 +77,5 @@ class PackedMatrix:
         if self.bits is None:
             return values
         matrix = base.to(values.dtype, copy=True, memory_format=torch.contiguous_format)
-        matrix[unpack_bits(self.bits.to(base.device), tuple(base.shape))] = values
+        matrix[unpack_bits(self.bits.to(base.device), base.numel()).view(base.shape)] = values
         return matrix

@@ -19,7 +19,7 @@ import torch
 
 from kedit_fast.editing.tuning.matrix import Steps, TunedMatrix
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
-from kedit_fast.solver.entry_bits import pack_bits
+from kedit_fast.ops import pack_bits
 from kedit_fast.solver.preconditioner import require_finite_moment
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.torch_state import plain_torch
