@@ -426,7 +426,7 @@ def _shared_first_tokens(encoded: Encoded) -> Iterator[Finding]:
                 "warning",
                 (i,),
                 f"{one.request.target_new!r} and {one.request.target_true!r} begin with one token, "
-                f"{encoded.tokenizer.decode(new[:1])!r}: the first token cannot be edited, and success says little",
+                f"{encoded.tokenizer.decode(new[:1])!r}: an edit has nothing to change there, and success says little",
                 "measure the token accuracy",
             )
 
