@@ -39,6 +39,7 @@ from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.editable import require_editable
 from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, require_passes
+from kedit_fast.models.routes import attached_routes
 from kedit_fast.models.sharded import local, whole
 from kedit_fast.models.view import ModelView, linear_weight
 from kedit_fast.patches.patch import Patch, Target
@@ -652,8 +653,10 @@ class Editor:
 
         Raises:
             InvalidArgumentError: there are fewer batches, or they are older than the window; nothing is undone.
-            EditError: something else has changed a matrix since the last write; nothing is undone.
+            EditError: something else has changed a matrix since the last write, or a memory stands beside it; nothing
+                is undone.
         """
+        self._require_no_memory_beside()
         try:
             with torch.no_grad():
                 self.ledger.rollback(batches, restored)
@@ -673,7 +676,17 @@ class Editor:
                 local(weight).copy_(local(original))
         self._restore(restored=True)
 
+    def _require_no_memory_beside(self) -> None:
+        """Raise EditError where a memory that is attached was made beside a matrix that this editor has written."""
+        routes = attached_routes(self.view.model)
+        if routes is not None and f"{routes.path}.weight" in self.ledger.names():
+            raise EditError(
+                f"a memory is attached beside {routes.path} as this editor has left it: detach it first "
+                "(kedit_fast.detach(model))"
+            )
+
     def _restore(self, restored: bool = False) -> None:
+        self._require_no_memory_beside()
         try:
             with torch.no_grad():
                 self.ledger.restore(restored)

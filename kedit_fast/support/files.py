@@ -34,6 +34,8 @@ def replacing(path: str | os.PathLike, error: type[Exception]) -> Iterator[Path]
         error: the file cannot be written, naming it.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # a folder, a device: never to be replaced
+        raise error(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no regular file'}")
     part = None
     try:
         handle, name = tempfile.mkstemp(dir=path.absolute().parent, prefix=f".{path.name}.", suffix=path.suffix)

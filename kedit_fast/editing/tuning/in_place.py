@@ -18,8 +18,6 @@ from kedit_fast.errors import MethodError
 from kedit_fast.methods.tuning_recipe import Order
 from kedit_fast.models.forward import evaluating
 from kedit_fast.models.widened import computing_dtype
-from kedit_fast.requests.problems import require_no_problems
-from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.solver.low_rank import DenseUpdate
 
 if TYPE_CHECKING:
@@ -45,6 +43,9 @@ class EditedTuning:
         module = state.view.module_name(layer)
         weight = context.modules[module]
         rows = rewriting_rows(batch.prepared, end=self._end, at_last=state.tuning.likelihood == "last")
+        rows = rows_that_fit(batch, rows)
+        if not rows:
+            return
         with evaluating(state.view):
             with batch.timed("keys"):
                 captured = capture(batch, rows, layer)
@@ -85,30 +86,24 @@ def end_token(state: TuningState) -> int:
 
 
 def capture(batch: BatchRun, rows: Sequence[TuningRow], layer: int) -> CapturedRows:
-    """Captured rows of a batch, within the budget of its editor.
-
-    Raises:
-        RequestError: rows with more tokens than the model takes, by their requests.
-    """
+    """Captured rows of a batch, within the budget of its editor."""
     context = batch.context
-    require_rows_fit(batch.prepared, rows, context.view.max_length)
     weight = context.modules[context.view.module_name(layer)]
     budget = None if context.state_budget is None else context.state_budget.device
     return CapturedRows.capture(context.view, rows, layer, weight, budget)
 
 
-def require_rows_fit(prepared: Sequence[PreparedRequest], rows: Sequence[TuningRow], most: int) -> None:
-    """Raise RequestError at requests whose rows have more than `most` tokens."""
-    longest: dict[int, int] = {}
-    for row in rows:
-        longest[row.request] = max(len(row.ids), longest.get(row.request, 0))
-    require_no_problems(
-        {
-            request: f"{prepared[request].name}: {tokens} tokens with context and target, the model takes {most}"
-            for request, tokens in longest.items()
-            if tokens > most
-        }
-    )
+def rows_that_fit(batch: BatchRun, rows: Sequence[TuningRow]) -> list[TuningRow]:
+    """The rows of requests that the model can take; the others are left out of the batch.
+
+    A request fits without the token that ends an answer, or it would not have been prepared.
+    """
+    most = batch.context.view.max_length
+    too_long = {row.request: len(row.ids) for row in rows if most is not None and len(row.ids) > most}
+    for request, tokens in too_long.items():
+        name = batch.prepared[request].name
+        batch.fail(request, f"{name}: {tokens} tokens with context and target, the model takes {most}")
+    return [row for row in rows if row.request not in too_long]
 
 
 class Run:

@@ -15,7 +15,7 @@ from kedit_fast.editing.tuning.history import History
 from kedit_fast.editing.tuning.matrix import Steps, TunedMatrix
 from kedit_fast.editing.tuning.objective import Likelihood, Objective
 from kedit_fast.editing.tuning.plateau import Ending, until_plateau
-from kedit_fast.editing.tuning.wise import TOGETHER, report_conflicts, report_unlearned
+from kedit_fast.editing.tuning.wise import TOGETHER, report_unlearned
 from kedit_fast.errors import MethodError
 from kedit_fast.memories.memory import FingerprintMemory
 from kedit_fast.memories.selection import set_bits, token_means
@@ -111,7 +111,6 @@ class FingerprintTuning:
                     batch.losses.append(ending.likelihood)
                     batch.steps.append(ending.steps)
         report_unlearned(batch, unlearned)
-        report_conflicts(batch)
         self._pending = Residual(weight, torch.stack(book) if book else None)
 
     def fingerprint(self, rows: CapturedRows, center: torch.Tensor) -> torch.Tensor:

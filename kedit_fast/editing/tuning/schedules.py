@@ -133,9 +133,9 @@ class Epochs:
     """How breadth-first steps went."""
 
     losses: list[float]
-    """[u] the loss of each request at its last forward pass."""
+    """The loss of each request at its last forward pass, by its index."""
     steps: list[int]
-    """[u] the steps that a request took part in."""
+    """The steps that a request took part in, by its index."""
     means: list[float]
     """The mean loss of each epoch."""
 
@@ -159,7 +159,7 @@ def epochs(
 
     Args:
         matrix: what is tuned; its optimizer goes on from mini-batch to mini-batch.
-        captured: the rows of u requests, 0 to u - 1.
+        captured: the rows of requests, by index.
         objective_of: the loss of some of the rows.
         most: epochs at most.
         minibatch: requests of a mini-batch; the last one of an epoch is smaller.
@@ -173,9 +173,10 @@ def epochs(
 
     Source: LocFT-BF (arXiv 2509.22072), its released `fine-tune.py`. There the order is unseeded.
     """
-    chosen = list(range(len(captured)) if requests is None else requests)
+    chosen = list(captured.requests if requests is None else requests)
     order = random.Random(seed)
-    result = Epochs([float("nan")] * len(captured), [0] * len(captured), [])
+    count = 1 + max(chosen, default=-1)
+    result = Epochs([float("nan")] * count, [0] * count, [])
     for epoch in range(most):
         order.shuffle(chosen)
         parts = [chosen[i : i + minibatch] for i in range(0, len(chosen), minibatch)]

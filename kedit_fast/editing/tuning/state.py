@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,7 +14,7 @@ from kedit_fast.editing.tuning.grace import CodebookTuning
 from kedit_fast.editing.tuning.in_place import EditedTuning
 from kedit_fast.editing.tuning.memoir import FingerprintTuning
 from kedit_fast.editing.tuning.wise import ActivationTuning
-from kedit_fast.errors import MethodError
+from kedit_fast.errors import EditError, MethodError
 from kedit_fast.memories.attach import attach, attached, matrix_identity
 from kedit_fast.memories.memory import SideMemory
 from kedit_fast.methods.hparams import Hparams
@@ -25,9 +26,12 @@ from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PromptFormat
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.support.matrix_bits import quick_sum
 
 if TYPE_CHECKING:
     from kedit_fast.editing.batch_run import BatchRun
+
+_log = logging.getLogger("kedit_fast")
 
 
 class InPlaceTuning(Protocol):
@@ -105,6 +109,7 @@ class TuningState:
         self.prompt_format = prompt_format
         self.memory: SideMemory | None = None
         """What stands beside the weights, as after the last committed batch; None without any."""
+        self._bits: int | None = None  # sum of the matrix's bits at the first edit beside it
         self._answering: SideMemory | None = None  # the same on the device of its module
         self._written: list[tuple[EditRequest, ...]] = []  # requests of each batch
         self._pending: tuple[EditRequest, ...] | None = None
@@ -122,7 +127,11 @@ class TuningState:
         """Tune on the requests of a batch; write the result into the weight, or hold it for `commit`."""
         tuning = self.in_place if self.beside is None else self.beside
         assert tuning is not None
+        if self.beside is not None:
+            self._require_same_matrix()
         tuning.write(batch)
+        if self.tuning.steps_weight:  # entries of a codebook are compared by what tunes them
+            report_conflicts(batch, "the later one wins" if self.tuning.order == "depth" else "no step serves both")
         self._pending = tuple(p.request for i, p in enumerate(batch.prepared) if i not in batch.skipped)
 
     def commit(self) -> None:
@@ -146,17 +155,25 @@ class TuningState:
     def suspended_memory(self) -> Iterator[None]:
         """Inside the block the model runs without this editor's memory; nobody else's is suspended."""
         present = attached(self.view.model)
-        mine = present is not None and present.memory is self._answering
+        mine = present is not None and self._is_mine(present.memory)
         with suspended(self.view.model) if mine else contextlib.nullcontext():
             yield
+
+    def _is_mine(self, memory: SideMemory) -> bool:
+        """Whether a memory in the model is this editor's, perhaps attached by somebody else."""
+        mine = self._answering
+        return memory is mine or (mine is not None and memory.digest == mine.digest)
 
     def _serve(self) -> None:
         """Let the memory of the state, as it is, answer in the model; or none, where nothing is edited."""
         assert self.beside is not None
         self.memory = self.beside.memory(self._about())
         model, present = self.view.model, attached(self.view.model)
-        if present is not None and present.memory is not self._answering:
-            return  # somebody else's, attached since
+        if present is not None and not self._is_mine(present.memory):
+            _log.warning(
+                "the model has a memory that is not this editor's: it stays, and this editor's does not answer"
+            )
+            return
         if self.memory is None:
             self._answering = None
             if present is not None:
@@ -180,7 +197,38 @@ class TuningState:
             "tokenizer": tokenizer_hash(self.tokenizer),
         }
 
+    def _require_same_matrix(self) -> None:
+        """Raise EditError when the matrix has changed since the first edit beside it."""
+        bits = quick_sum(self.view.weight(self.hparams.layers[0]))
+        if self._bits is None or not self._written:
+            self._bits = bits
+            vars(self).pop("_matrix_identity", None)
+        elif bits != self._bits:
+            raise EditError(
+                f"{self.view.weight_name(self.hparams.layers[0])} was changed by something else since the first edit "
+                "beside it: take that back, or start a new Editor"
+            )
+
     @functools.cached_property
     def _matrix_identity(self) -> dict[str, Any]:
-        """What matrix the memory is for; it does not change."""
+        """What matrix the memory is for."""
         return matrix_identity(self.view.model, self.view.module_name(self.hparams.layers[0]))
+
+
+def report_conflicts(batch: BatchRun, outcome: str) -> None:
+    """Say which requests of a batch have one prompt and different targets, and what comes of it."""
+    earlier: dict[tuple[int, ...], int] = {}
+    for place, request in enumerate(batch.prepared):
+        if place in batch.skipped:
+            continue
+        prompt = request.rewriting[0].ids
+        before = earlier.get(prompt)
+        if before is not None and batch.prepared[before].target != request.target:
+            batch.collisions.append((before, place))
+            _log.warning(
+                "%s and %s have the same prompt and different targets: %s",
+                batch.prepared[before].name,
+                request.name,
+                outcome,
+            )
+        earlier[prompt] = place

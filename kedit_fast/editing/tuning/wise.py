@@ -256,7 +256,6 @@ class ActivationTuning:
                     batch.losses.append(ending.likelihood)
                     batch.steps.append(ending.steps)
         report_unlearned(batch, unlearned)
-        report_conflicts(batch)
         self._pending = working.finished(len(batch.prepared))
 
     def _tune(self, working: Working, rows: CapturedRows, request: PreparedRequest) -> Ending:
@@ -424,19 +423,3 @@ def report_unlearned(batch: BatchRun, unlearned: Sequence[int]) -> None:
             len(batch.prepared),
             comma_list(batch.prepared[place].name for place in unlearned[:5]) + (", ..." if len(unlearned) > 5 else ""),
         )
-
-
-def report_conflicts(batch: BatchRun) -> None:
-    """Say which requests of a batch have one prompt and different targets: the later one is what the memory answers."""
-    earlier: dict[tuple[int, ...], int] = {}
-    for place, request in enumerate(batch.prepared):
-        prompt = request.rewriting[0].ids
-        before = earlier.get(prompt)
-        if before is not None and batch.prepared[before].target != request.target:
-            batch.collisions.append((before, place))
-            _log.warning(
-                "%s and %s have the same prompt and different targets: the later one wins",
-                batch.prepared[before].name,
-                request.name,
-            )
-        earlier[prompt] = place
