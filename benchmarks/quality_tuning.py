@@ -44,8 +44,8 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name, recipe in RECIPES.items() if recipe.tuning is not None},
 }
 """Name of a row -> (method, hyper-parameters)."""
-if "wise" in ROWS:
-    ROWS["wise, merge"] = ("wise", {"retrieve": False})
+ROWS["locft-bf, no end token"] = ("locft-bf", {"train_end": False})
+ROWS["wise, merge"] = ("wise", {"retrieve": False})
 TUNING_SCENARIOS = ("1", "100", "500", "sequence")
 METRICS = {
     "efficacy": "cf.accuracy/rewrite",
