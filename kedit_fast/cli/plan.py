@@ -45,6 +45,7 @@ from kedit_fast.methods.registry import find_recipe
 from kedit_fast.models.loading import DTYPES, empty_model, load_config, load_model
 from kedit_fast.reports.plan import plan as estimate
 from kedit_fast.reports.trials import stored_statistics
+from kedit_fast.reports.tuning_plan import RoutingCost
 from kedit_fast.requests.chat import chat_format
 from kedit_fast.requests.reading import as_requests, load_requests
 from kedit_fast.support.messages import size_text
@@ -161,9 +162,21 @@ def plan(
     output.print(f"Architecture: {planned.architecture.name}, edits {where}", markup=False)
     if guessed:
         output.print("The layers are a guess: `edit` chooses them by trials, and so does --stats with --requests")
+    if planned.routing is not None:
+        output.print(_routing_text(planned.routing), markup=False)
     if planned.seconds is None:
         output.print("No trial: the batch and the time are unknown", markup=False)
         return
-    output.print(f"Values of {planned.values_batch} requests at a time", markup=False)
+    if planned.values_batch is not None:
+        output.print(f"Values of {planned.values_batch} requests at a time", markup=False)
     spent = ", ".join(f"{phase} {seconds:,.1f}" for phase, seconds in planned.seconds.items())
     output.print(f"Seconds, at most: {spent}", markup=False)
+
+
+def _routing_text(cost: RoutingCost) -> str:
+    """What a memory costs where it answers, in words."""
+    read = f", {size_text(cost.sequence_bytes)} read for a sequence" if cost.sequence_bytes else ""
+    return (
+        f"Where the memory answers, beside the layer's own product: {cost.prompt_products:g} products of the matrix a "
+        f"prompt token{read}; {cost.token_products:.2g} a token of sequences that an edit answers, 0 of others"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -25,6 +26,7 @@ from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype, copy_bytes
 from kedit_fast.ops import rank_k_update_
+from kedit_fast.reports.tuning_plan import RoutingCost, routing_cost, tuning_bytes, tuning_seconds
 from kedit_fast.requests.problems import OnError, require_no_problems, skipped_records
 from kedit_fast.requests.prompts import PreparedRequest, Prompt, PromptFormat, prepare_each
 from kedit_fast.requests.reading import as_requests, rows_of
@@ -79,6 +81,8 @@ class Plan:
     """Seconds of values, keys, solve, write, and total, if no request stopped early; None without a trial."""
     skipped: dict[int, str] = field(default_factory=dict)
     """Index of a request, or of a file's record -> why it could not be used."""
+    routing: RoutingCost | None = None
+    """What the memory costs where it answers, of methods whose edits stay beside the weights; else None."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -114,25 +118,24 @@ def plan(
         spec: an ArchSpec for an architecture that is not known.
 
     Raises:
-        MethodError: no edits, a method that optimizes no values, or a loaded model without requests.
+        MethodError: no edits, a method that takes no steps (UltraEdit), or a loaded model without requests.
         RequestError: requests that cannot be written, without "skip" or where nothing is left.
 
     Cost: the value loop of at most 16 requests for 5 iterations, one pass for their keys, and one write to a copy of an
-        edited matrix. Nothing in the model changes.
+        edited matrix; of methods that tune a matrix, three runs of at most 16 requests with up to 4 steps, which are
+        undone bit for bit. Nothing in the model changes.
     """
     if edits < 1:
         raise MethodError(f"cannot plan {edits} edits")
     view, recipe = ModelView(model, spec), find_recipe(method)
     chosen, origin = make_hparams(method, view.config, hparams or {})
-    if not recipe.optimizes_values:
+    if recipe.gathers_gradients:
         raise MethodError(
-            f"plan knows methods that optimize values; {recipe.name} takes one backward pass per batch instead"
+            f"plan knows methods that take steps; {recipe.name} takes one backward pass per batch instead"
         )
     if is_guess(origin) and "layers" not in (hparams or {}):
         chosen = replace(chosen, layers=view.nearest_editable(chosen.layers))
     layers = view.check_layers(chosen.layers)
-    value_sites = recipe.values_on(view.spec.post_norm)
-    sites = [Site(layers[-1], name) for name in SITES[value_sites]]
     contexts = 1 + sum(count for _, count in chosen.context_template_length_params)
     empty = view.device.type == "meta"
     prepared: list[PreparedRequest] = []
@@ -157,7 +160,37 @@ def plan(
         skipped = usable.skipped | unusable
         if on_error == "raise" or not prepared:
             require_no_problems(unusable if prepared else skipped)
+    weight = view.weight(layers[0])
+    planned = functools.partial(
+        Plan,
+        method=recipe.name,
+        edits=edits,
+        layers=layers,
+        architecture=view.spec,
+        hparams_from=origin,
+        device=str(view.device),
+        dtype=dtype_name(weight.dtype),
+        free_bytes=None if empty else free_bytes(view.device),
+        skipped=skipped,
+    )
     tokens = ASSUMED_TOKENS * contexts
+    if recipe.tuning is not None:
+        if prepared:
+            tokens = max(sum(len(p.ids) + len(r.target) for p in r.rewriting) for r in prepared)
+        seconds = None
+        if prepared:
+            overrides = {**(hparams or {}), "layers": layers}
+            options = {"prompt_format": prompt_format, "target_separator": target_separator, "spec": spec}
+            seconds = tuning_seconds(model, tokenizer, recipe, overrides, chosen.num_steps, prepared, edits, options)
+        return planned(
+            bytes=tuning_bytes(view, recipe, chosen, edits, tokens),
+            values_batch=None,
+            request_bytes=None,
+            seconds=seconds,
+            routing=routing_cost(view, recipe, chosen, edits),
+        )
+    value_sites = recipe.values_on(view.spec.post_norm)
+    sites = [Site(layers[-1], name) for name in SITES[value_sites]]
     if prepared:
         tokens = max(_read(p, r, chosen) for r in prepared for p in r.rewriting) * contexts
     columns, others = _columns(prepared, chosen, edits)
@@ -168,21 +201,11 @@ def plan(
         # The key is part of what --json prints, so its spelling stays.
         sizes["values, while optimised"] = batch.requests * batch.request_bytes
         seconds = _seconds(view, recipe, chosen, value_sites, prepared, edits)
-    weight = view.weight(layers[0])
-    return Plan(
-        method=recipe.name,
-        edits=edits,
-        layers=layers,
-        architecture=view.spec,
-        hparams_from=origin,
-        device=str(view.device),
-        dtype=dtype_name(weight.dtype),
+    return planned(
         bytes=sizes,
-        free_bytes=None if empty else free_bytes(view.device),
         values_batch=None if batch is None else batch.requests,
         request_bytes=None if batch is None else batch.request_bytes,
         seconds=seconds,
-        skipped=skipped,
     )
 
 
