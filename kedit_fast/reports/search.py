@@ -48,6 +48,8 @@ class Numbers:
     """The stage is passed over where the best efficacy so far is not below this: what could only do harm."""
     least_gain: float = 0.0
     """What the score must rise by for another value to be taken."""
+    whole: bool = False
+    """Whether values are whole numbers: multiples are rounded."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,13 @@ class Windows:
 
 
 Stage = Numbers | Windows
+Kind = Literal["values", "gradients", "tuning"]
+"""Of methods: those that optimize values, that take gradients, and that tune a matrix by steps."""
 
 _SHORT_RATE = Numbers("lr", (1e-6, 1e-5, 1e-4, 1e-3, 1e-2), ratio=10.0, low=1e-9, high=10.0)
 _TOKEN = Numbers("token", ("mask", "ans"))
-SEARCHES: dict[tuple[Effort, bool], tuple[Stage, ...]] = {
-    ("short", True): (
+SEARCHES: dict[tuple[Effort, Kind], tuple[Stage, ...]] = {
+    ("short", "values"): (
         Windows("coarse"),
         Windows("best", residual_share=0.1),
         Windows("ends"),
@@ -76,7 +80,7 @@ SEARCHES: dict[tuple[Effort, bool], tuple[Stage, ...]] = {
         Numbers("clamp_norm_factor", factors=(1.4, 2.0), efficacy_below=ENOUGH),
         Numbers("nullspace_threshold", factors=(0.5, 2.0), low=1e-4, high=0.95),
     ),
-    ("full", True): (
+    ("full", "values"): (
         Windows("coarse"),
         Windows("best", residual_share=0.1),
         Windows("ends"),
@@ -90,8 +94,8 @@ SEARCHES: dict[tuple[Effort, bool], tuple[Stage, ...]] = {
         Numbers("clamp_norm_factor", factors=(0.7, 1.4)),
         Numbers("residual_share", factors=(0.6, 0.8, 1.25, 1.6), low=0.005, high=0.95),
     ),
-    ("short", False): (_SHORT_RATE, Windows("coarse"), _TOKEN, Numbers("lr", factors=(0.1, 0.3, 3.0), ratio=3.0)),
-    ("full", False): (
+    ("short", "gradients"): (_SHORT_RATE, Windows("coarse"), _TOKEN, Numbers("lr", factors=(0.1, 0.3, 3.0), ratio=3.0)),
+    ("full", "gradients"): (
         _SHORT_RATE,
         Windows("coarse"),
         _TOKEN,
@@ -100,9 +104,34 @@ SEARCHES: dict[tuple[Effort, bool], tuple[Stage, ...]] = {
         Windows("sizes"),
         Numbers("lr", factors=(0.5, 0.7, 1.4, 2.0), ratio=1.4, low=1e-9, high=10.0),
     ),
+    ("short", "tuning"): (
+        Numbers("lr", factors=(1.0, 0.1, 0.3, 3.0), ratio=3.0, low=1e-7, high=100.0),
+        Windows("coarse"),
+        Numbers("eps", factors=(0.7, 1.4), ratio=1.4),
+        Numbers("act_ratio", factors=(0.7, 1.2), low=0.05, high=2.0),
+        Numbers("irr_threshold", factors=(0.7, 1.4), low=0.05, high=1.0),
+    ),
+    ("full", "tuning"): (
+        Numbers("lr", factors=(1.0, 0.1, 0.3, 3.0, 10.0), ratio=3.0, low=1e-7, high=100.0),
+        Windows("coarse"),
+        Numbers("eps", factors=(0.5, 0.7, 1.4, 2.0), ratio=1.4),
+        Numbers("act_ratio", factors=(0.5, 0.7, 1.2), ratio=1.4, low=0.05, high=2.0),
+        Numbers("irr_threshold", factors=(0.6, 0.8, 1.25, 1.6), ratio=1.25, low=0.05, high=1.0),
+        Numbers("mask_ratio", factors=(0.5, 2.0), low=0.01, high=1.0),
+        Numbers("num_steps", factors=(0.5, 2.0), ratio=2.0, low=1, high=400, whole=True),
+        Windows("ends"),
+        Numbers("lr", factors=(0.6, 1.7), ratio=1.7, low=1e-7, high=100.0),
+    ),
 }
-"""Effort, and whether the method optimizes values -> the stages, windows first. A method that takes gradients has no
+"""Effort and kind of the method -> the stages, windows first. A method that takes gradients has no
 number that suits every window or model, so it begins with its rate at the window of its family."""
+
+
+def kind_of(recipe: Recipe) -> Kind:
+    """What the search of a method varies."""
+    if recipe.tuning is not None:
+        return "tuning"
+    return "values" if recipe.optimizes_values else "gradients"
 
 
 @dataclass
@@ -178,7 +207,8 @@ class Search:
         start = self.value(name)
         if self.best is not None:
             tried.append(start)
-        candidates = [*stage.values, *(float(f"{start * factor:.3g}") for factor in stage.factors)]
+        multiples = [float(f"{start * factor:.3g}") for factor in stage.factors]
+        candidates = [*stage.values, *(max(1, round(one)) if stage.whole else one for one in multiples)]
         for value in candidates:
             if _is_number(value) and not stage.low <= value <= stage.high:
                 continue
@@ -189,6 +219,7 @@ class Search:
             return
         for _ in range(PAST_EDGE):
             following = _past(tried, self.value(name), stage)
+            following = round(following) if following is not None and stage.whole else following
             if following is None or not stage.low <= following <= stage.high:
                 break
             tried.append(following)

@@ -20,7 +20,7 @@ from kedit_fast.methods.registry import find_recipe
 from kedit_fast.methods.windows import windows
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.view import ModelView
-from kedit_fast.reports.search import SEARCHES, Effort, Search, span
+from kedit_fast.reports.search import SEARCHES, Effort, Search, kind_of, span
 from kedit_fast.reports.trials import StoredStatistics, Trial, Trials, in_memory
 from kedit_fast.requests.problems import OnError, require_no_problems, skipped_records
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat
@@ -108,7 +108,8 @@ def suggest(
 
     The search goes from coarse to fine, one hyper-parameter after another, around the best configuration so far:
     windows of layers, then the residual share, the clamp and the learning rate (AlphaEdit: also the threshold of its
-    null space; UltraEdit: its rate and token). Where the best value is the smallest or largest one, it goes on past it.
+    null space; UltraEdit: its rate and token; methods that tune a matrix: the rate, the layer, and what their router or
+    steps depend on). Where the best value is the smallest or largest one, it goes on past it.
 
     Args:
         model: its weights are the same afterwards, bit for bit.
@@ -187,7 +188,7 @@ def suggest(
         search = Search(trials, tried, recipe, chosen, frozenset(given), candidates, start, available, can_move)
         if effort == "full" and origin.startswith("preset") and preset.layers and available >= set(preset.layers):
             trials.run("preset", None, _differing(preset, chosen), tried)
-        search.run(SEARCHES[effort, recipe.optimizes_values])
+        search.run(SEARCHES[effort, kind_of(recipe)])
         sweep = tuple(trials.done)
         best = _require_best(sweep, effort)
         if effort == "short" and search.best is not None:
@@ -244,6 +245,8 @@ def _windows(
     last_layers: Sequence[int] | None,
 ) -> tuple[list[tuple[int, ...]], bool]:
     """The windows to try, and whether others may be tried beside them."""
+    if recipe.tuning is not None and recipe.tuning.locates_layers:  # each request points to one of all these
+        return [chosen.layers], False
     coarse = [tuple(view.editable[place] for place in window) for window in windows(recipe, len(view.editable))]
     if last_layers is not None:
         size = max(map(len, coarse))

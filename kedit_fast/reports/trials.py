@@ -50,7 +50,7 @@ class Trial:
     drift: float | None = None
     """Increase of the loss on unrelated text, in nats per token; None without texts."""
     norm: float | None = None
-    """The largest |Delta| / |W| of the edited matrices."""
+    """The largest |Delta| / |W| of the edited matrices; 0 where edits stay beside the weights."""
     score: float = 0.0
     """Harmonic mean of the shares there are and of exp(-drift); 0 where the trial failed. For more edits than the trial
     wrote, neighborhood and drift are projected: their loss is taken to grow with the number of edits."""
@@ -223,7 +223,7 @@ class Trials:
         if reasons := editor.solver_state.without_null_space(editor.hparams.layers):
             return {"failure": next(iter(reasons.values())), "no_null_space": tuple(reasons)}
         try:
-            with _without_warnings():  # of a clamp, for one: the trial's shares say what came of it
+            with without_warnings():  # of a clamp, for one: the trial's shares say what came of it
                 result = editor.edit(requests, "skip")
             if not result.batch:
                 raise MethodError(next(iter(result.skipped.values())))
@@ -233,7 +233,7 @@ class Trials:
             resolved = editor.resolved
         finally:
             editor.restore()
-        metrics, norm = summary(scores), max(result.relative_norms.values())
+        metrics, norm = summary(scores), max(result.relative_norms.values(), default=0.0)
         shares = [metrics.efficacy, metrics.paraphrase, metrics.neighborhood]
         prompts = (
             [s.new for s in scores],
@@ -272,7 +272,7 @@ class Trials:
 
 
 @contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
+def without_warnings() -> Iterator[None]:
     """The package's logger says nothing below ERROR."""
 
     def is_error(record: logging.LogRecord) -> bool:

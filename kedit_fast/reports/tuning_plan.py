@@ -14,6 +14,7 @@ from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import Recipe
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype, copy_bytes
+from kedit_fast.reports.trials import without_warnings
 from kedit_fast.requests.prompts import PreparedRequest
 
 STEPS = (1, 4)
@@ -58,7 +59,8 @@ def routing_cost(view: ModelView, recipe: Recipe, hparams: Hparams, edits: int) 
         return RoutingCost(count, count * (out * d * weight.element_size() + 4), count, 1.0, 0)
     if tuning.router == "fingerprint":
         book = edits * -(-d // 8)
-        return RoutingCost(edits, 4 * out * d + book + 12 * d, 0.0, hparams.top_k / d, book)
+        features = hparams.top_k or max(1, round(hparams.top_share * d))
+        return RoutingCost(edits, 4 * out * d + book + 12 * d, 0.0, features / d, book)
     if tuning.router == "nearest key":
         size = max(4, weight.element_size())
         return RoutingCost(edits, size * edits * (d + out + 1), 0.0, 0.0, size * edits * (d + 1))
@@ -108,7 +110,7 @@ def tuning_seconds(
     edits: int,
     options: Mapping[str, Any],
 ) -> dict[str, float]:
-    """Seconds by phase if no request stopped early, from two trials that are undone bit for bit.
+    """Seconds by phase if no request stopped early, from trials that are undone bit for bit.
 
     Args:
         model, tokenizer: as in `Editor`.
@@ -121,21 +123,24 @@ def tuning_seconds(
     """
     numbers = {**hparams, "stop_loss": NEVER} if recipe.tuning and recipe.tuning.stop != "used up" else {**hparams}
 
-    def phases(count: int) -> dict[str, float]:
+    def phases(count: int, some: Sequence[PreparedRequest]) -> dict[str, float]:
         trial = {**numbers, "num_steps": count}
         trial.pop("curvature_energy", None)  # a constraint needs statistics, and costs little beside a pass
         editor = Editor(model, tokenizer, recipe.name, hparams=trial, **options)
         try:
-            return editor.edit(prepared).seconds
+            with without_warnings():  # nothing is learned in so few steps
+                return editor.edit(some).seconds
         finally:
             editor.restore()
 
-    phases(STEPS[0])  # warm-up
-    short, long = (phases(count) for count in STEPS)
-    scale = edits / len(prepared)
+    u, half = len(prepared), -(-len(prepared) // 2)
+    phases(STEPS[0], prepared[:half])  # warm-up
+    fewer, short, long = (phases(STEPS[0], prepared[:half]), *(phases(count, prepared) for count in STEPS))
     result = {}
     for name in short:
-        each = max(0.0, long[name] - short[name]) / (STEPS[1] - STEPS[0])
-        fixed = max(0.0, short[name] - STEPS[0] * each)
-        result[name] = (fixed + each * steps) * (1.0 if name == "write" else scale)
+        step = max(0.0, long[name] - short[name]) / (STEPS[1] - STEPS[0]) / u
+        # What a request costs beside its steps, and what a call costs whatever its requests.
+        request = max(0.0, short[name] - fewer[name]) / (u - half) - STEPS[0] * step if u > half else 0.0
+        call = max(0.0, short[name] - u * (max(0.0, request) + STEPS[0] * step))
+        result[name] = call + edits * (max(0.0, request) + steps * step)
     return {name: round(spent, 3) for name, spent in {**result, "total": sum(result.values())}.items()}

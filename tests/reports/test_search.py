@@ -110,7 +110,7 @@ def test_a_failure_is_a_row_and_only_a_search_without_a_window_ends():
         raise ArithmeticError("not finite")
 
     search = search_of(always)
-    search.run(SEARCHES["full", True])
+    search.run(SEARCHES["full", "values"])
     assert search.best is None and len(search.trials.done) == len(search.windows)
 
 
@@ -128,10 +128,10 @@ def test_layers_without_a_null_space_leave_their_windows():
 
 def test_what_is_given_or_has_no_effect_is_not_varied():
     search = search_of(lambda layers, **changes: 0.5, fixed={"clamp_norm_factor"}, v_lr=0.5)
-    search.run(SEARCHES["full", True])
+    search.run(SEARCHES["full", "values"])
     assert {trial.stage for trial in search.trials.done} == {"layers", "residual_share"}
     search = search_of(lambda layers, **changes: 0.5, "rome", v_lr=0.5)
-    search.run(SEARCHES["full", True])
+    search.run(SEARCHES["full", "values"])
     assert {trial.stage for trial in search.trials.done} == {"layers", "clamp_norm_factor"}
     assert all(len(trial.layers) == 1 for trial in search.trials.done)
 
@@ -152,7 +152,7 @@ def test_windows_move_and_change_their_size_only_over_layers_that_can_be_edited(
 
 def test_no_configuration_is_tried_twice():
     search = search_of(lambda **changes: zlib.crc32(repr(sorted(changes.items())).encode()) / 2**32)
-    search.run(SEARCHES["full", True])
+    search.run(SEARCHES["full", "values"])
     seen = [repr(sorted(trial.hparams.items())) for trial in search.trials.done]
     assert len(seen) == len(set(seen))
 

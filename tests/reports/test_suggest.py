@@ -73,7 +73,7 @@ def test_a_short_search_suggests_where_it_ended(place, monkeypatch, least_gain, 
 
 
 def test_a_third_is_held_out_and_the_best_three_are_scored_on_it(place, monkeypatch):
-    monkeypatch.setitem(suggestions.SEARCHES, ("full", True), suggestions.SEARCHES["short", True])
+    monkeypatch.setitem(suggestions.SEARCHES, ("full", "values"), suggestions.SEARCHES["short", "values"])
     written = []
     original = Editor.edit
     monkeypatch.setattr(Editor, "edit", lambda self, rows, *a: written.append(len(rows)) or original(self, rows, *a))
