@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name, recipe in RECIPES.items() if recipe.tuning is not None},
 }
 """Name of a row -> (method, hyper-parameters)."""
-ROWS["locft-bf, no end token"] = ("locft-bf", {"train_end": False})
+ROWS["locft-bf, end token"] = ("locft-bf", {"train_end": True})
 ROWS["wise, merge"] = ("wise", {"retrieve": False})
 TUNING_SCENARIOS = ("1", "100", "500", "sequence")
 METRICS = {
