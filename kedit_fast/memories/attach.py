@@ -100,6 +100,7 @@ def attach(
 
     Each sequence is routed once, from its prompt, row by row: see `kedit_fast.models.routes`. A row of a batch gets
     what it would get alone, to rounding; one that no edit is meant for, the bits of the model without the memory.
+    Copies of the model (copy.deepcopy, torch.save) have no memory: attach it there, too.
 
     Args:
         model: a causal language model; also one that is quantized, or inside torch.compile.
