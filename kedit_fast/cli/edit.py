@@ -100,7 +100,8 @@ def edit(
     values: Annotated[
         str | None,
         typer.Option(
-            help="file of optimized values to use and add to; or a template of memit's npz files, with three {}"
+            help="file of optimized values to use and add to (of methods that tune a matrix, of what they capture); or "
+            "a template of memit's npz files, with three {}"
         ),
     ] = None,
     warm_up: Annotated[

@@ -28,7 +28,7 @@ from kedit_fast.editing.values.loop import SITES
 from kedit_fast.editing.values.memit_values import MemitCache
 from kedit_fast.editing.values.protocol import ValueStore
 from kedit_fast.editing.values.shared import flush_store
-from kedit_fast.editing.values.store import open_values
+from kedit_fast.editing.values.store import ValueFile, open_values
 from kedit_fast.errors import EditError, InvalidArgumentError, MethodError, NullSpaceError, StatisticsError
 from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.hparams import worth_a_warning
@@ -92,12 +92,14 @@ class Editor:
         prefixes: context prefixes to use instead of generated ones, each ending in ". ".
         spec: an ArchSpec for an architecture that is not known.
         values: where optimized values are stored and looked up: the path of a file of ours, a template of memit's npz
-            files with three {}, or an object with the methods of `ValueStore`.
+            files with three {}, or an object with the methods of `ValueStore`. Methods that tune a matrix store what
+            they capture, in a file of ours alone.
         prompt_format: maps a prompt, which may hold {} for the subject, to the text that the model reads, for example
             `kedit_fast.requests.chat.chat_format(tokenizer)`.
         target_separator: the text between prompt and target of requests that do not name one: "auto" decides from the
             text (`kedit_fast.requests.spacing`), " " or "".
-        state_budget: bytes for the hidden states that are carried from layer to layer while keys are computed.
+        state_budget: bytes for the hidden states that are carried from layer to layer while keys are computed; of
+            methods that tune a matrix, for captured rows on the device.
         irrelevant: texts that have nothing to do with the edits, for methods that train or compare with such (WISE,
             MEMOIR); None for built-in ones.
         progress: show progress bars on stderr.
@@ -180,6 +182,7 @@ class Editor:
         self.target_separator = check_separator(target_separator)
         self.state_budget = state_budget
         self.values = open_values(values) if isinstance(values, str | os.PathLike) else values
+        rows = self._file_of_rows() if self.recipe.tuning is not None else None
         if isinstance(self.values, MemitCache) and self.hparams.chunk_tokens:
             raise MethodError(
                 "memit's npz files hold one value a request; with chunk_tokens it has several: give the path of a file "
@@ -199,10 +202,23 @@ class Editor:
         """Of methods without a closed form, what they keep from batch to batch."""
         if self.recipe.tuning is not None:
             self.tuning = TuningState(
-                self.view, tokenizer, self.recipe, self.hparams, statistics, seed, irrelevant, prompt_format
-            )
+                self.view, tokenizer, self.recipe, self.hparams, statistics, seed, irrelevant, prompt_format,
+                None if state_budget is None else state_budget.device, rows,
+            )  # fmt: skip
         if is_guess(self.origin) and "layers" not in overrides:
             self._shrink_window()
+
+    def _file_of_rows(self) -> ValueFile | None:
+        """Where a method that tunes a matrix stores what it captures."""
+        if self.values is None:
+            return None
+        if not isinstance(self.values, ValueFile):
+            kind = "memit's npz files hold" if isinstance(self.values, MemitCache) else "a store of values holds"
+            raise MethodError(
+                f"{kind} optimized values, and {self.recipe.name} stores captured rows: give the path of a file"
+            )
+        self.values.require_model(self.view, self.tokenizer)
+        return self.values
 
     def _shrink_window(self) -> None:
         """Let layers without a null space leave a guessed window; raise the error of the first where none is left."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -72,6 +72,19 @@ class RecordedRows:
     beside: torch.Tensor | None
     """[N, h] in the same dtype: what the layer's outputs are added to, with the bias in it; behind a norm, what the
     norm's output is added to. Of "whole rows", the states that enter the block; None for passes from the embeddings."""
+
+
+class RowStore(Protocol):
+    """Where passes are looked up before they run. Rounding depends on which rows run together, so what is stored is
+    that of a whole pass."""
+
+    def load(self, rows: Sequence[Sequence[int]]) -> RecordedRows | None:
+        """What a pass over just these rows, in this order, has given, on the device of the layer; or None."""
+        ...
+
+    def store(self, rows: Sequence[Sequence[int]], recorded: RecordedRows) -> None:
+        """Take what a pass has just given."""
+        ...
 
 
 @dataclass
@@ -142,6 +155,7 @@ def record_rows(
     weight: torch.Tensor,
     how: RowPass | None = None,
     device: torch.device | None = None,
+    store: RowStore | None = None,
 ) -> RecordedRows:
     """Run rows up to a layer, and record what its weight does not change.
 
@@ -152,6 +166,7 @@ def record_rows(
         weight: [out, d] the layer's weight, in the dtype in which outputs are going to be computed.
         how: how passes run; None for `row_pass`.
         device: where the results go; None for where they are computed.
+        store: has passes that need not run, and takes the others; the results are the same, bit for bit.
 
     Cost: one pass over the tokens, up to the layer. Memory: of 2,048 tokens, and (d + out + h) numbers a token.
     """
@@ -161,17 +176,24 @@ def record_rows(
     while order:
         count = max(1, BATCH_TOKENS // len(rows[order[0]]))
         chosen, order = order[:count], order[count:]
-        batch = pad([rows[i] for i in chosen], view.device)
-        for i, part in zip(chosen, _recorded(view, batch, layer, weight, how), strict=True):
-            parts[i] = tuple(p if p is None or device is None else p.to(device) for p in part)  # pyright: ignore
+        together = [rows[i] for i in chosen]
+        recorded = None if store is None else store.load(together)
+        if recorded is None:
+            recorded = _recorded(view, pad(together, view.device), layer, weight, how)
+            if store is not None:
+                store.store(together, recorded)
+        lengths = [len(row) for row in together]
+        split = [
+            [None] * len(together) if part is None else (part if device is None else part.to(device)).split(lengths)
+            for part in (recorded.inputs, recorded.outputs, recorded.beside)
+        ]
+        parts |= dict(zip(chosen, zip(*split, strict=True), strict=True))
     inputs, outputs, beside = zip(*(parts[i] for i in range(len(rows))), strict=True)
     return RecordedRows(torch.cat(inputs), torch.cat(outputs), None if beside[0] is None else torch.cat(beside))
 
 
-def _recorded(
-    view: ModelView, batch: TokenBatch, layer: int, weight: torch.Tensor, how: RowPass
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-    """Inputs, outputs and what stands beside, of the tokens of each row of a batch."""
+def _recorded(view: ModelView, batch: TokenBatch, layer: int, weight: torch.Tensor, how: RowPass) -> RecordedRows:
+    """What one pass over a batch gives."""
     assert batch.attention_mask is not None
     seen: dict[Site, torch.Tensor] = {}
     key, block = Site(layer, "key"), Site(layer, "block")
@@ -193,10 +215,7 @@ def _recorded(
             biased = outputs if module.bias is None else outputs + module.bias.to(outputs)
             added = view.block(layer).get_submodule(how.norm)(biased.to(dtype)[None])[0].to(outputs)
         beside = seen[block][inside.to(seen[block].device)].to(outputs) - added
-    lengths = batch.attention_mask.sum(1).tolist()
-    split = [part.split(lengths) for part in (inputs, outputs)]
-    besides = [None] * len(lengths) if beside is None else beside.split(lengths)
-    return list(zip(*split, besides, strict=True))
+    return RecordedRows(inputs, outputs, beside)
 
 
 def product(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

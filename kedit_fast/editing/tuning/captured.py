@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from kedit_fast.models.forward import pad
-from kedit_fast.models.row_runner import RowPass, RowRunner, record_rows, row_pass
+from kedit_fast.models.row_runner import RowPass, RowRunner, RowStore, record_rows, row_pass
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.free_memory import free_bytes
@@ -102,6 +102,7 @@ class CapturedRows:
         layer: int,
         weight: torch.Tensor | None = None,
         budget: int | None = None,
+        store: RowStore | None = None,
     ) -> CapturedRows:
         """Run rows up to a layer.
 
@@ -112,6 +113,7 @@ class CapturedRows:
             weight: [h, d] fp32 or fp64, the matrix as it is now; None for the model's.
             budget: bytes on the model's device; beyond them the rows are stored on the host. None for a share of what
                 is free.
+            store: has passes that need not run, and takes the others.
 
         Cost: one pass over the tokens, up to the layer.
         """
@@ -122,8 +124,8 @@ class CapturedRows:
         size = sum(weight.shape) + weight.shape[0]
         needed = sum(len(row.ids) for row in rows) * size * weight.element_size()
         room = int(DEVICE_SHARE * free_bytes(device)) if budget is None else budget
-        store = None if needed <= room or device.type == "cpu" else torch.device("cpu")
-        recorded = record_rows(view, [row.ids for row in rows], layer, weight, how, store)
+        place = None if needed <= room or device.type == "cpu" else torch.device("cpu")
+        recorded = record_rows(view, [row.ids for row in rows], layer, weight, how, place, store)
         return cls(view, layer, how, tuple(rows), recorded.inputs, recorded.outputs, recorded.beside)
 
     def __len__(self) -> int:

@@ -9,21 +9,24 @@ from the value that the one before it has left. The result is that of one edit a
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from kedit_fast.editing.erasure import tokenized_texts
 from kedit_fast.editing.keys import bare_outputs
-from kedit_fast.editing.tuning.captured import CapturedRows, TuningRow, rewriting_rows
+from kedit_fast.editing.tuning.captured import TuningRow, rewriting_rows
 from kedit_fast.editing.tuning.codebook import Codebook, Entered, Entering, Label, enter
 from kedit_fast.editing.tuning.history import History
 from kedit_fast.editing.tuning.objective import Likelihood, Objective
 from kedit_fast.editing.values.result import PROBLEMS
 from kedit_fast.editing.values.shared import find_shared_values
+from kedit_fast.editing.values.store import model_identity
 from kedit_fast.memories.memory import KeyValueMemory
 from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.hparams import Hparams
@@ -31,6 +34,7 @@ from kedit_fast.models.forward import Site, evaluating
 from kedit_fast.requests.irrelevant import irrelevant_texts
 from kedit_fast.requests.prompts import PreparedRequest, Prompt
 from kedit_fast.solver.value_descent import Status, clamped_step
+from kedit_fast.support.matrix_bits import sha256
 
 if TYPE_CHECKING:
     from kedit_fast.editing.batch_run import BatchRun
@@ -57,6 +61,17 @@ class ValuesAndLosses:
     """[u]."""
     status: list[Status]
     """[u] COMPLETED, or what is wrong."""
+
+    def block(self) -> dict[str, torch.Tensor]:
+        """The same as tensors, for a file."""
+        counts = {"steps": torch.tensor(self.steps), "status": torch.tensor([int(one) for one in self.status])}
+        return {"values": self.values, "losses": torch.tensor(self.losses, dtype=torch.float64), **counts}
+
+    @classmethod
+    def of_block(cls, block: Mapping[str, torch.Tensor], like: torch.Tensor) -> ValuesAndLosses:
+        """What `block` has made tensors of, on the device of `like`."""
+        status = [Status(code) for code in block["status"].tolist()]
+        return cls(block["values"].to(like.device), block["losses"].tolist(), block["steps"].tolist(), status)
 
 
 class CodebookTuning:
@@ -152,7 +167,7 @@ class CodebookTuning:
         ids = tokenized_texts(state.view, state.tokenizer, self.texts, state.prompt_format)
         rows = [TuningRow(tuple(row[: (len(row) + 1) // 2]), i, 1) for i, row in enumerate(ids)]
         with evaluating(state.view), torch.no_grad():
-            captured = CapturedRows.capture(state.view, rows, self.layer)
+            captured = state.capture(rows, self.layer)
         return captured.x[captured.starts[1:] - 1].to(self.dtype).mean(0)
 
     def _radius(self, query: torch.Tensor) -> float:
@@ -233,7 +248,48 @@ class CodebookTuning:
         outputs: torch.Tensor,
         starting: Sequence[torch.Tensor | None],
     ) -> ValuesAndLosses:
-        """The values of requests whose entries differ."""
+        """The values of requests whose entries differ; those of a descent that the editor's file has, from there."""
+        file = self.state.file
+        if file is None:
+            return self._descended(batch, prepared, outputs, starting)
+        key = self._key(batch, prepared, outputs, starting)
+        block = file.load_block(key)
+        if block is not None:
+            return ValuesAndLosses.of_block(block, outputs)
+        result = self._descended(batch, prepared, outputs, starting)
+        if not set(result.status) & PROBLEMS.keys():
+            file.store_block(key, result.block())
+        return result
+
+    def _key(
+        self,
+        batch: BatchRun,
+        prepared: Sequence[PreparedRequest],
+        outputs: torch.Tensor,
+        starting: Sequence[torch.Tensor | None],
+    ) -> str:
+        """A hash of everything that a descent depends on, to the bit."""
+        state = self.state
+        identity = {
+            **model_identity(state.view, state.tokenizer),
+            "descent": asdict(descent_hparams(state.hparams)),
+            "layer": self.layer,
+            "requests": [[one.rewriting, one.target] for one in prepared],
+            "outputs": sha256(outputs),
+            "starting": [None if one is None else sha256(one[None]) for one in starting],
+            "together": batch.context.values_most,
+            "device": outputs.device.type,
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+
+    def _descended(
+        self,
+        batch: BatchRun,
+        prepared: Sequence[PreparedRequest],
+        outputs: torch.Tensor,
+        starting: Sequence[torch.Tensor | None],
+    ) -> ValuesAndLosses:
+        """The values, by the engine of the closed forms' values, or over whole rows."""
         if self.state.hparams.replacement != "replace_last":
             parts = [
                 self._descend_in_rows(
@@ -272,7 +328,7 @@ class CodebookTuning:
         hparams, view = self.state.hparams, self.state.view
         rows = rewriting_rows([replace(one, rewriting=one.rewriting[:1]) for one in prepared])
         with evaluating(view):
-            captured = CapturedRows.capture(view, rows, self.layer)
+            captured = self.state.capture(rows, self.layer)
             objective = Objective(captured, {"likelihood": Likelihood(captured)})
             bias = view.edited_module(self.layer).bias
             original = captured.original if bias is None else captured.original + bias.detach().to(captured.original)

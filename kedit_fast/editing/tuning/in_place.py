@@ -86,11 +86,11 @@ def end_token(state: TuningState) -> int:
 
 
 def capture(batch: BatchRun, rows: Sequence[TuningRow], layer: int) -> CapturedRows:
-    """Captured rows of a batch, within the budget of its editor."""
+    """Captured rows of a batch, as `TuningState.capture`."""
     context = batch.context
     weight = context.modules[context.view.module_name(layer)]
-    budget = None if context.state_budget is None else context.state_budget.device
-    return CapturedRows.capture(context.view, rows, layer, weight, budget)
+    assert context.tuning is not None
+    return context.tuning.capture(rows, layer, weight)
 
 
 def rows_that_fit(batch: BatchRun, rows: Sequence[TuningRow]) -> list[TuningRow]:

@@ -73,7 +73,7 @@ class FingerprintTuning:
             state = self.state
             ids = tokenized_texts(state.view, state.tokenizer, self.texts, state.prompt_format)
             rows = [TuningRow(tuple(row), i, len(row), role="irrelevant") for i, row in enumerate(ids)]
-            captured = CapturedRows.capture(state.view, rows, self.layer)
+            captured = state.capture(rows, self.layer)
             self._center = token_means(captured.x, captured.starts).mean(0).to(self.base.device)
         return self._center
 
@@ -94,7 +94,7 @@ class FingerprintTuning:
             for begin in range(0, len(batch.prepared), TOGETHER):
                 part = batch.prepared[begin : begin + TOGETHER]
                 with batch.timed("keys"):
-                    captured = CapturedRows.capture(state.view, rewriting_rows(part), self.layer)
+                    captured = state.capture(rewriting_rows(part), self.layer)
                 for i, request in enumerate(part):
                     rows = captured.of_requests([i])
                     mask = self.fingerprint(rows, center)

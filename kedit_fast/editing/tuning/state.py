@@ -9,11 +9,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+
+from kedit_fast.editing.tuning.captured import CapturedRows, TuningRow
 from kedit_fast.editing.tuning.dinm import LocatedTuning
 from kedit_fast.editing.tuning.grace import CodebookTuning
 from kedit_fast.editing.tuning.in_place import EditedTuning
 from kedit_fast.editing.tuning.memoir import FingerprintTuning
+from kedit_fast.editing.tuning.stored_rows import StoredRows
 from kedit_fast.editing.tuning.wise import ActivationTuning
+from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import EditError, MethodError
 from kedit_fast.memories.attach import attach, attached, matrix_identity
 from kedit_fast.memories.memory import SideMemory
@@ -87,6 +92,8 @@ class TuningState:
         seed: of masks, orders and first values.
         irrelevant: texts that have nothing to do with the edits; None for built-in ones.
         prompt_format: what makes prompts into the text that the model reads, or None.
+        budget: bytes of captured rows on the model's device; None for a share of what is free.
+        file: where what is captured is stored and looked up; None for nowhere.
 
     Raises:
         MethodError: the model or tokenizer lacks what the method needs.
@@ -102,11 +109,13 @@ class TuningState:
         seed: int,
         irrelevant: Sequence[str] | None = None,
         prompt_format: PromptFormat | None = None,
+        budget: int | None = None,
+        file: ValueFile | None = None,
     ):
         assert recipe.tuning is not None
         self.view, self.tokenizer, self.recipe, self.hparams = view, tokenizer, recipe, hparams
         self.tuning, self.statistics, self.seed, self.irrelevant = recipe.tuning, statistics, seed, irrelevant
-        self.prompt_format = prompt_format
+        self.prompt_format, self.budget, self.file = prompt_format, budget, file
         self.memory: SideMemory | None = None
         """What stands beside the weights, as after the last committed batch; None without any."""
         self._bits: int | None = None  # sum of the matrix's bits at the first edit beside it
@@ -122,6 +131,11 @@ class TuningState:
             self.in_place = IN_PLACE[self.tuning.where](self)
         if view.is_sharded:
             raise MethodError(f"{recipe.name} tunes a whole matrix: a model that processes hold together is refused")
+
+    def capture(self, rows: Sequence[TuningRow], layer: int, weight: torch.Tensor | None = None) -> CapturedRows:
+        """`CapturedRows.capture` within the editor's budget, with what its file has."""
+        store = None if self.file is None else StoredRows(self.file, self.view, self.tokenizer, layer)
+        return CapturedRows.capture(self.view, rows, layer, weight, self.budget, store)
 
     def write(self, batch: BatchRun) -> None:
         """Tune on the requests of a batch; write the result into the weight, or hold it for `commit`."""

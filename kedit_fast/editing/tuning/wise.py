@@ -220,7 +220,7 @@ class ActivationTuning:
             state = self.state
             ids = tokenized_texts(state.view, state.tokenizer, self.texts, state.prompt_format)
             rows = [TuningRow(tuple(row), i, len(row), role="irrelevant") for i, row in enumerate(ids)]
-            captured = CapturedRows.capture(state.view, rows, self.layer)
+            captured = state.capture(rows, self.layer)
             outputs = captured.original if self.bias is None else captured.original + self.bias.to(captured.original)
             activated = torch.linalg.vector_norm(activation_function(self.activation)(outputs), dim=1).mean()
             ratio = outputs.square().sum() / captured.x.to(outputs).square().sum()
@@ -244,7 +244,7 @@ class ActivationTuning:
                     mine = [replace(one, request=i) for one in rewriting_rows([row], whole=True)]
                     rows += [*mine, TuningRow(text, i, len(text), role="irrelevant")]
                 with batch.timed("keys"):
-                    captured = CapturedRows.capture(state.view, rows, self.layer)
+                    captured = state.capture(rows, self.layer)
                 for i, request in enumerate(part):
                     with batch.timed("values"):
                         ending = self._tune(working, captured.of_requests([i]), request)
