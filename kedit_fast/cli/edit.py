@@ -243,7 +243,7 @@ def edit(
             f"{recipe.name} needs statistics of this model for "
             f"{'the layers that trials choose from' if tries else f'layers {layer_option}'}; collect them once, then "
             f"pass --stats:\n  kedit-fast stats {model} --text FILE --layers {layer_option} --out DIR"
-            + (" --output-metric" if chosen.weighs_outputs else "")
+            + (" --output-metric" if chosen.weighs_outputs or chosen.constrains_curvature else "")
         )
     state = Path(model) / STATE_FILE
     if go_on and not state.exists():

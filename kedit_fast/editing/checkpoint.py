@@ -380,7 +380,9 @@ def _fingerprints_of_statistics(editor: Editor) -> dict[str, str]:
         if hparams.uses_moments:
             space = state.null_space_overrides.get(layer)
             tensors.append(state.moment(layer) if space is None else space.basis)
-        if hparams.weighs_outputs and editor.statistics is not None:
+        if hparams.constrains_curvature and editor.statistics is not None:
+            tensors.append(editor.statistics.moment(layer).moment)
+        if (hparams.weighs_outputs or hparams.constrains_curvature) and editor.statistics is not None:
             tensors.append(editor.statistics.output_metric(layer))
         hashes[str(layer)] = edit_fingerprint(tensors)[:16]
     return hashes

@@ -171,7 +171,7 @@ def suggest(
                 documents,
                 layers,
                 max_tokens=max_tokens,
-                output_metric=chosen.weighs_outputs,
+                output_metric=chosen.weighs_outputs or chosen.constrains_curvature,
                 progress=progress,
                 spec=spec,
             )

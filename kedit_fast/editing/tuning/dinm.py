@@ -14,6 +14,7 @@ from kedit_fast.editing.tuning.captured import CapturedRows, TuningRow, rewritin
 from kedit_fast.editing.tuning.general_kl import GeneralKL
 from kedit_fast.editing.tuning.in_place import capture, descent_began
 from kedit_fast.editing.tuning.locating import answer_distances, located
+from kedit_fast.editing.tuning.low_curvature import ConstrainedMatrix, LowCurvature
 from kedit_fast.editing.tuning.matrix import Steps, TunedMatrix
 from kedit_fast.editing.tuning.objective import Likelihood, Objective
 from kedit_fast.editing.tuning.plateau import LEARNED
@@ -53,7 +54,7 @@ class LocatedTuning:
                     with batch.timed("keys"):
                         captured = capture(batch, self._rows([batch.prepared[i] for i in requests]), layer)
                     with batch.timed("values"):
-                        matrix = matrices.begin(layer, captured, self._steps())
+                        matrix = matrices.begin(layer, captured, self._steps(), self._curvature(layer))
                         for place, request in enumerate(requests):
                             rows = captured.of_requests([place])
                             done += self._tune(batch, request, rows, matrix, unlearned)
@@ -93,8 +94,16 @@ class LocatedTuning:
         assert not isinstance(hparams.lr, str)
         return Steps(self.state.tuning.optimizer, hparams.lr, bound=hparams.norm_constraint)
 
+    def _curvature(self, layer: int) -> LowCurvature | None:
+        return self.state.curvature(layer) if self.state.hparams.constrains_curvature else None
+
     def _tune(
-        self, batch: BatchRun, request: int, rows: CapturedRows, matrix: TunedMatrix, unlearned: list[int]
+        self,
+        batch: BatchRun,
+        request: int,
+        rows: CapturedRows,
+        matrix: TunedMatrix | ConstrainedMatrix,
+        unlearned: list[int],
     ) -> bool:
         """Take the steps of one request; returns whether it is written."""
         hparams = self.state.hparams
@@ -143,23 +152,27 @@ class _Matrices:
             for module, original in self._originals.items():
                 self.batch.context.modules[module].copy_(original)
 
-    def begin(self, layer: int, captured: CapturedRows, steps: Steps) -> TunedMatrix:
+    def begin(
+        self, layer: int, captured: CapturedRows, steps: Steps, curvature: LowCurvature | None = None
+    ) -> TunedMatrix | ConstrainedMatrix:
         """The matrix of a layer as it is now, to be tuned on the device of captured rows."""
         view = self.batch.context.view
         module, device = view.module_name(layer), captured.x.device
         weight = self.batch.context.modules[module]
         original = self._originals.get(module, weight)
         start = self.tuned.get(module, weight)
+        if curvature is not None:
+            return ConstrainedMatrix(start.to(device), curvature, steps)
         copied = start.to(device, accumulation_dtype(start), copy=True, memory_format=torch.contiguous_format)
         dtype = computing_dtype(view.entry)
         halves = dtype if dtype in (torch.bfloat16, torch.float16) else None
         origin = original.to(device, copy=True) if steps.bound else original
         return TunedMatrix(copied, origin, steps, None, halves)
 
-    def end(self, layer: int, matrix: TunedMatrix) -> None:
+    def end(self, layer: int, matrix: TunedMatrix | ConstrainedMatrix) -> None:
         """Take the tuned matrix, and let the model answer with it."""
         module = self.batch.context.view.module_name(layer)
         weight = self.batch.context.modules[module]
         self._originals.setdefault(module, weight.clone())
         self.tuned[module] = matrix.weight
-        weight.copy_(matrix.weight)
+        weight.copy_(self.tuned[module])

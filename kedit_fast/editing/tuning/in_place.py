@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from kedit_fast.editing.tuning.captured import CapturedRows, TuningRow, rewriting_rows
-from kedit_fast.editing.tuning.low_curvature import ConstrainedMatrix, LowCurvature
+from kedit_fast.editing.tuning.low_curvature import ConstrainedMatrix
 from kedit_fast.editing.tuning.matrix import Steps, TunedMatrix
 from kedit_fast.editing.tuning.objective import Likelihood, Objective
 from kedit_fast.editing.tuning.schedules import NOT_FINITE, NotFiniteError, descend, epochs, gradient_of
@@ -33,7 +33,6 @@ class EditedTuning:
 
     def __init__(self, state: TuningState):
         self.state = state
-        self._curvature: LowCurvature | None = None
         self._end = end_token(state) if state.tuning.eos and state.hparams.train_end else None
 
     def write(self, batch: BatchRun) -> None:
@@ -60,11 +59,7 @@ class EditedTuning:
         steps = Steps(state.tuning.optimizer, hparams.lr, bound=hparams.norm_constraint)
         if not hparams.constrains_curvature:
             return TunedMatrix.of(weight, steps, dtype=computing_dtype(state.view.entry))
-        if self._curvature is None:
-            assert state.statistics is not None
-            moments = state.statistics.moment(layer).moment, state.statistics.output_metric(layer)
-            self._curvature = LowCurvature.of(*moments, hparams.curvature_energy)
-        return ConstrainedMatrix(weight, self._curvature, steps)
+        return ConstrainedMatrix(weight, state.curvature(layer), steps)
 
     def _objective(self, rows: CapturedRows) -> Objective:
         return Objective(rows, {"likelihood": Likelihood(rows, self.state.hparams.reduction)})

@@ -15,6 +15,7 @@ from kedit_fast.editing.tuning.captured import CapturedRows, TuningRow
 from kedit_fast.editing.tuning.dinm import LocatedTuning
 from kedit_fast.editing.tuning.grace import CodebookTuning
 from kedit_fast.editing.tuning.in_place import EditedTuning
+from kedit_fast.editing.tuning.low_curvature import LowCurvature
 from kedit_fast.editing.tuning.memoir import FingerprintTuning
 from kedit_fast.editing.tuning.stored_rows import StoredRows
 from kedit_fast.editing.tuning.wise import ActivationTuning
@@ -118,10 +119,13 @@ class TuningState:
         self.prompt_format, self.budget, self.file = prompt_format, budget, file
         self.memory: SideMemory | None = None
         """What stands beside the weights, as after the last committed batch; None without any."""
+        self._curvatures: dict[int, LowCurvature] = {}
         self._bits: int | None = None  # sum of the matrix's bits at the first edit beside it
         self._answering: SideMemory | None = None  # the same on the device of its module
         self._written: list[tuple[EditRequest, ...]] = []  # requests of each batch
         self._pending: tuple[EditRequest, ...] | None = None
+        if hparams.constrains_curvature and hparams.norm_constraint:
+            raise MethodError("norm_constraint does not go with curvature_energy: the steps are in another basis")
         make = BESIDE.get(self.tuning.router)
         self.beside = None if make is None else make(self)
         self.in_place = None
@@ -136,6 +140,14 @@ class TuningState:
         """`CapturedRows.capture` within the editor's budget, with what its file has."""
         store = None if self.file is None else StoredRows(self.file, self.view, self.tokenizer, layer)
         return CapturedRows.capture(self.view, rows, layer, weight, self.budget, store)
+
+    def curvature(self, layer: int) -> LowCurvature:
+        """The changes of a layer's matrix along which the loss on ordinary text is flat, made on first use."""
+        if layer not in self._curvatures:
+            assert self.statistics is not None
+            moments = self.statistics.moment(layer).moment, self.statistics.output_metric(layer)
+            self._curvatures[layer] = LowCurvature.of(*moments, self.hparams.curvature_energy)
+        return self._curvatures[layer]
 
     def write(self, batch: BatchRun) -> None:
         """Tune on the requests of a batch; write the result into the weight, or hold it for `commit`."""
