@@ -66,7 +66,7 @@ def test_a_short_search_suggests_where_it_ended(place, monkeypatch, least_gain, 
 
     monkeypatch.setattr(trials.Trials, "_measured", measured)
     stages = (Windows("coarse"), Numbers("residual_share", (0.02,), least_gain=least_gain))
-    monkeypatch.setitem(suggestions.SEARCHES, ("short", True), stages)
+    monkeypatch.setitem(suggestions.SEARCHES, ("short", "values"), stages)
     suggestion = short(place, hparams={**FAST, "mom2_update_weight": "auto"})
     assert suggestion.best.hparams.get("residual_share") == suggestion.hparams.get("residual_share") == chosen
     assert max(trial.score for trial in suggestion.trials) == 0.9
