@@ -3,6 +3,7 @@
 from kedit_fast.ops.activation_distance import activation_distance
 from kedit_fast.ops.best_overlap import BestOverlap, best_overlap
 from kedit_fast.ops.distribution_kl import distribution_kl
+from kedit_fast.ops.entry_bits import pack_bits, unpack_bits
 from kedit_fast.ops.gated_silu import gated_silu
 from kedit_fast.ops.magnitude_bound import magnitude_bound
 from kedit_fast.ops.masked_adam import masked_adam_
@@ -16,7 +17,6 @@ from kedit_fast.ops.symmetric_rank_k_update import mirror_, symmetric_rank_k_upd
 from kedit_fast.ops.target_log_probs import TargetLogProbs, target_log_probs
 from kedit_fast.ops.ties_merge import ties_merge_
 from kedit_fast.ops.top_features import top_features
-from kedit_fast.reference.entry_bits import pack_bits, unpack_bits
 
 __all__ = [
     "BestOverlap",

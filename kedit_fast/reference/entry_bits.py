@@ -6,30 +6,14 @@ import torch
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """A mask as bits, row-major; the last byte is filled with zeros.
-
-    Args:
-        mask: a tensor of any shape whose entries other than 0 are set.
-
-    Returns:
-        uint8 [ceil(entries / 8)], contiguous.
-
-    Example:
-        >>> pack_bits(torch.tensor([[True, False, True], [False, False, True]]))
-        tensor([37], dtype=torch.uint8)
-    """
+    """See `kedit_fast.ops.pack_bits`."""
     flat = (mask != 0).flatten().to(torch.uint8)
     rows = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
     return (rows << _shifts(mask.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(bits: torch.Tensor, count: int) -> torch.Tensor:
-    """The first `count` entries of a mask that `pack_bits` packed, as bool [count].
-
-    Example:
-        >>> unpack_bits(torch.tensor([37], dtype=torch.uint8), 6).int().tolist()
-        [1, 0, 1, 0, 0, 1]
-    """
+    """See `kedit_fast.ops.unpack_bits`."""
     return (bits[:, None] >> _shifts(bits.device) & 1).flatten()[:count].bool()
 
 
