@@ -121,10 +121,12 @@ def tuning_seconds(
         edits: how many there will be.
         options: further arguments of `Editor`.
     """
-    numbers = {**hparams, "stop_loss": NEVER} if recipe.tuning and recipe.tuning.stop != "used up" else {**hparams}
+    never_stopping = (
+        {**hparams, "stop_loss": NEVER} if recipe.tuning and recipe.tuning.stop != "used up" else {**hparams}
+    )
 
     def phases(count: int, some: Sequence[PreparedRequest]) -> dict[str, float]:
-        trial = {**numbers, "num_steps": count}
+        trial = {**never_stopping, "num_steps": count}
         trial.pop("curvature_energy", None)  # a constraint needs statistics, and costs little beside a pass
         editor = Editor(model, tokenizer, recipe.name, hparams=trial, **options)
         try:
