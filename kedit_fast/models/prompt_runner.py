@@ -125,9 +125,10 @@ def _try(view: ModelView, sites: tuple[Site, ...]) -> PassKind:
             try:
                 tails = _record(view, batch, lookups, sites, [0], kind)
                 error = relative_error(tails.runner.run(delta, at), expected)
-                runner = tails.runner
-                packed = isinstance(runner, TailRunner) and runner.layout is not None
-                if packed and not sees_windows(view, runner.layout.windows, runner.first_live):
+                runner, sees = tails.runner, True
+                if isinstance(runner, TailRunner) and runner.layout is not None:
+                    sees = sees_windows(view, runner.layout.windows, runner.first_live)
+                if not sees:
                     obstacle = "its attention does not say its sliding window"
                 elif error <= limit:
                     return kind
