@@ -40,10 +40,11 @@ from benchmarks.harness import (
 from benchmarks.published_tuning import Text
 from kedit_fast import Editor, EditRequest, demo
 from kedit_fast.models.view import ModelView
+from kedit_fast.ops import unpack_bits
 from kedit_fast.requests.irrelevant import SENTENCES
 from kedit_fast.requests.prefixes import generate_prefixes
 from kedit_fast.requests.prompts import PreparedRequest, continuation
-from kedit_fast.solver.entry_bits import random_bits, unpack_bits
+from kedit_fast.solver.entry_bits import random_bits
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(width=180, highlight=False)
@@ -179,7 +180,12 @@ def published_wise(case: Case, count: int, side: published.Side) -> torch.Tensor
     editor = case.on.editor(case.method, case.layer, **hparams)
     shape = editor.view.edited_shape(case.layer)
     size, name = shape[0] * shape[1], f"{editor.view.module_name(case.layer)} shard 0"
-    mask = unpack_bits(random_bits(size, editor.hparams.mask_ratio, 0, name), shape).long().to(module.weight.device)
+    mask = (
+        unpack_bits(random_bits(size, editor.hparams.mask_ratio, 0, name), size)
+        .view(shape)
+        .long()
+        .to(module.weight.device)
+    )
     unrelated = itertools.cycle(Text(tuple(continuation(case.on.tokenizer, text, "")[0])) for text in UNRELATED)
     requests = [(texts_of(request), next(unrelated)) for request in case.prepared(count)]
     activation = case.on.model.get_submodule(editor.view.module_name(case.layer).rpartition(".")[0])
