@@ -31,6 +31,7 @@ def namespace(demo_model, demo_statistics, tmp_path, monkeypatch):
         "requests": demo.requests()[:4],
         **{name: getattr(kedit_fast, name) for name in kedit_fast.__all__},
     }
+    kedit_fast.detach(model)
     model.load_state_dict(before)
 
 

@@ -146,7 +146,8 @@ def namespace(demo_model, demo_statistics, given, tmp_path, monkeypatch):
 
 
 def restore(model, before) -> None:
-    """Weights as they were; and nothing that an integration has hung on the model."""
+    """Weights as they were; no memory beside them; and nothing that an integration has hung on the model."""
+    kedit_fast.detach(model)
     model.load_state_dict(before)
     for name in [name for name in vars(model) if name.startswith("_kedit")]:
         vars(model).pop(name)

@@ -200,6 +200,11 @@ def takes_attention_functions(base: torch.nn.Module, config: Any) -> bool:
     )
 
 
+def attention_name(config: Any) -> str | None:
+    """The attention that a configuration has chosen, by its name in transformers; None where it says nothing."""
+    return getattr(config, "_attn_implementation", None)
+
+
 @contextlib.contextmanager
 def replaced_attention(base: torch.nn.Module, attention: Callable[..., Any]) -> Iterator[None]:
     """Inside the block a decoder that `takes_attention_functions` computes attention by `attention`, without masks.

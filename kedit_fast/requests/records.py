@@ -16,8 +16,8 @@ from kedit_fast.requests.request import LISTS, EditRequest, advice_on_braces, de
 SPACES = " \u00a0"
 """What counts as a stray space around a text: line ends are meant."""
 NEED_NONE = (
-    "of closed forms ultraedit, anyedit and anyedit-alphaedit alone need none; methods that tune a matrix, such as "
-    "dinm and locft-bf, need none"
+    "of closed forms ultraedit, stableedit, anyedit and anyedit-alphaedit alone need none; methods that tune a matrix, "
+    "such as dinm and locft-bf, need none"
 )
 """What messages say of methods when a request has no subject."""
 _NONE: Mapping[str, str] = {}

@@ -238,7 +238,7 @@ def test_what_triton_does_not_take_is_said():
     wide = torch.zeros(3, 3, dtype=torch.float64, device=DEVICE)
     with pytest.raises(BackendUnavailableError, match="float64 rows"):
         symmetric_rank_k_update_(wide, wide.clone(), backend="triton")
-    with pytest.raises(BackendUnavailableError, match="float64 weights"):
+    with pytest.raises(BackendUnavailableError, match="float64 tensors"):
         rank_k_update_(wide, wide[:, :1].clone(), wide[:, :1].clone(), backend="triton")
     with pytest.raises(BackendUnavailableError, match="float64 states"):
         distribution_kl(wide, wide, wide, backend="triton")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kedit_fast.editing.values.store import ValueFile, model_identity
+from kedit_fast.models.patching import attention_name
 from kedit_fast.models.row_runner import RecordedRows, row_pass
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
@@ -34,7 +35,7 @@ class StoredRows:
             "rows": layer,
             "pass": row_pass(view, layer),
             "computes in": str(computing_dtype(view.entry)),
-            "attention": getattr(view.config, "_attn_implementation", None),
+            "attention": attention_name(view.config),
             "device": view.row_device(layer).type,
         }
         self._context = json.dumps(identity, sort_keys=True, default=str)
