@@ -26,7 +26,6 @@ from kedit_fast import (
     target_log_probs,
     ties_merge_,
 )
-from kedit_fast.backends import probe
 from kedit_fast.errors import BackendUnavailableError, GradientError, InvalidArgumentError, KeditError, SolveError
 
 META = torch.device("meta")
@@ -252,13 +251,10 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=("torch", "cpu", "triton"))
-def backend(request):
-    if request.param == "cpu":
-        request.getfixturevalue("cpu_module")
-    if request.param == "triton" and not probe("triton").explicit_only:
-        pytest.skip("the interpreter is not in use: Triton takes no tensors of the CPU")
-    return request.param
+@pytest.fixture
+def backend(every_backend):
+    """Each form of an op."""
+    return every_backend
 
 
 @pytest.mark.parametrize(("call", "error", "message"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])

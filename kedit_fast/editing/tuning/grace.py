@@ -31,6 +31,7 @@ from kedit_fast.memories.memory import KeyValueMemory
 from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.forward import Site, evaluating
+from kedit_fast.ops import nearest_key
 from kedit_fast.requests.irrelevant import irrelevant_texts
 from kedit_fast.requests.prompts import PreparedRequest, Prompt
 from kedit_fast.solver.value_descent import Status, clamped_step
@@ -414,9 +415,7 @@ def _report(
     again = [place for place, one in enumerate(entered) if one.how == Entering.TAKEN_OVER]
     if again:
         _log.warning("%d of %d edits replace one of the same prompt that had another target", len(again), len(entered))
-    distances = torch.cdist(queries, book.keys, compute_mode="donot_use_mm_for_euclid_dist")
-    gaps, nearest = distances.min(1)
-    answered = gaps <= book.radii[nearest]
+    nearest, _, answered = nearest_key(queries, book.keys, book.radii)
     targets = [batch.prepared[place].target for place in places]
     lost = [
         place
