@@ -30,6 +30,7 @@ from kedit_fast.editing.values.protocol import ValueStore
 from kedit_fast.editing.values.shared import flush_store
 from kedit_fast.editing.values.store import ValueFile, open_values
 from kedit_fast.errors import EditError, InvalidArgumentError, MethodError, NullSpaceError, StatisticsError
+from kedit_fast.memories.memory import SideMemory
 from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.hparams import worth_a_warning
 from kedit_fast.methods.presets import is_guess, make_hparams
@@ -588,6 +589,8 @@ class Editor:
         """
         if self.hparams.inner_params:
             raise MethodError("erase() is for editors of layers, not of modules by path (inner_params)")
+        if self.recipe.makes_memory:
+            raise MethodError(f"{self.recipe.name} changes no weight: erase() is for editors of methods that do")
         chosen = sorted(self.hparams.layers if layers is None else layers)
         if not chosen or not set(chosen) <= set(self.hparams.layers):
             raise MethodError(
@@ -742,7 +745,7 @@ class Editor:
         return Patch(updates, targets, self.recipe.name, {**asdict(self.hparams), **self.resolved}, records)
 
     @property
-    def memory(self) -> Any:
+    def memory(self) -> SideMemory:
         """What stands beside the weights, of methods that change none: to be saved, and attached to other copies.
 
         Raises:

@@ -7,7 +7,7 @@ import torch
 
 import kedit_fast
 from kedit_fast import Editor
-from kedit_fast.errors import EditError, RequestError
+from kedit_fast.errors import EditError, MethodError, RequestError
 from tests.tiny_models import make_model, make_tokenizer
 
 GOOD = {"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "violin"}
@@ -73,4 +73,13 @@ def test_a_memory_that_was_attached_anew_is_still_the_editors():
     kedit_fast.detach(editor.view.model)
     kedit_fast.attach(editor.view.model, editor.memory)
     editor.restore()
+    assert kedit_fast.attached(editor.view.model) is None
+
+
+def test_nothing_is_erased_by_an_editor_that_changes_no_weight():
+    editor = editor_of("grace", eps=1.0)
+    editor.edit([GOOD])
+    with pytest.raises(MethodError, match="grace changes no weight"):
+        editor.erase(["He plays", "She speaks"], ["a", "b"])
+    editor.rollback()
     assert kedit_fast.attached(editor.view.model) is None
