@@ -173,8 +173,15 @@ def wise(
     both: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def adapter(_: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-        both.append((torch.nn.functional.linear(args[0], weight, bias), output))
+        both.append((tuned(args[0]), output))
         return both[-1][0]
+
+    def tuned(x: torch.Tensor) -> torch.Tensor:
+        """The outputs of the copy, by the product that the module itself runs."""
+        if not transposed:
+            return torch.nn.functional.linear(x, weight, bias)
+        assert bias is not None
+        return torch.addmm(bias, x.flatten(0, -2), weight.T).view(*x.shape[:-1], -1)
 
     def positive(values: torch.Tensor) -> torch.Tensor:
         chosen = values[values > 0]

@@ -7,13 +7,22 @@ import torch
 from kedit_fast.reference.wide_product import HALVES, has_wide_product, wide_product
 from kedit_fast.support.dtypes import accumulation_dtype
 
+CACHED = 6 << 20
+"""Bytes of a head that the products of a chunk read."""
 DEPTH = 1024
 """Columns of 16-bit states that a matrix unit sums before their sum is rounded to fp32."""
 
 
-def default_chunk(tensor: torch.Tensor) -> int:
-    """Vocabulary entries whose logits are in memory at a time: few enough for a CPU's cache, enough to fill a GPU."""
-    return 8192 if tensor.device.type == "cpu" else 16384
+def default_chunk(hidden: torch.Tensor) -> int:
+    """Vocabulary entries whose logits are in memory at a time.
+
+    Few enough for their part of the head to stay in a CPU's cache from one product to the other; many enough to fill a
+    GPU.
+    """
+    if hidden.device.type != "cpu":
+        return 16384
+    width = hidden.shape[1] * accumulation_dtype(hidden).itemsize
+    return max(CACHED // max(width, 1), 256)
 
 
 def product_dtype(hidden: torch.Tensor, head: torch.Tensor) -> torch.dtype:

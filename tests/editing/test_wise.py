@@ -16,10 +16,11 @@ import kedit_fast
 from kedit_fast import Editor, demo
 from kedit_fast.editing.tuning.captured import TuningRow
 from kedit_fast.editing.tuning.history import History, PackedMatrix
-from kedit_fast.editing.tuning.margin import activation_change, margin_loss
+from kedit_fast.editing.tuning.margin import Margin, activation_change, margin_loss
 from kedit_fast.editing.tuning.matrix import Steps, TunedMatrix
 from kedit_fast.editing.tuning.objective import Likelihood, Objective
 from kedit_fast.editing.tuning.plateau import until_plateau
+from kedit_fast.editing.tuning.state import TuningState
 from kedit_fast.editing.tuning.wise import Shards, Working
 from kedit_fast.errors import EditError, MethodError, RequestError
 from kedit_fast.models.forward import evaluating
@@ -393,3 +394,31 @@ def test_what_is_refused(tokenizer):
         memory.recorded(memory.edit(REQUESTS[:1]))
     with kedit_fast.attach(one.view.model, memory.memory), pytest.raises(Exception, match="memory"):
         one.edit(REQUESTS[:1])
+
+
+@pytest.mark.parametrize("kind", ("llama", "gpt2"))
+def test_a_matrix_that_is_still_the_models_changes_no_activation(tokenizer, kind, monkeypatch):
+    """Rounding between two ways to the same outputs, here put in by hand, would get a gradient of norm 1."""
+    first: list[float] = []
+    init, losses, capture = Margin.__init__, Margin.losses, TuningState.capture
+
+    def rounded(*args, **kwargs):
+        captured = capture(*args, **kwargs)
+        return replace(captured, original=captured.original * (1 + 1e-7))
+
+    def begun(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.counted = False
+
+    def counted(self, outputs, states):
+        if not self.counted:
+            first.append(float(self.changes(outputs).detach().abs().max()))
+            self.counted = True
+        return losses(self, outputs, states)
+
+    monkeypatch.setattr(TuningState, "capture", rounded)
+    monkeypatch.setattr(Margin, "__init__", begun)
+    monkeypatch.setattr(Margin, "losses", counted)
+    one = editor(tokenizer, "wise", kind, hparams={**FAST["wise"], "save_freq": 1, "merge_freq": 8})
+    one.edit(REQUESTS[:3])
+    assert first == [0.0] * 3

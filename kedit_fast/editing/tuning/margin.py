@@ -70,6 +70,8 @@ class Margin:
         margins: alpha, beta, gamma.
         activation: the model's activation function.
         bias: [h] the layer's bias, or None.
+        reference: [N, h] outputs of the model's own matrix, without bias; None for the captured ones. A matrix that
+            equals the model's must give exactly these: the gradient of a norm makes a direction out of any rounding.
     """
 
     def __init__(
@@ -78,10 +80,12 @@ class Margin:
         margins: Sequence[float],
         activation: Activation,
         bias: torch.Tensor | None = None,
+        reference: torch.Tensor | None = None,
     ):
         self.margins, self.activation = tuple(margins), activation
         self.bias = None if bias is None else bias.to(captured.original)
-        self.reference = captured.original if self.bias is None else captured.original + self.bias
+        reference = captured.original if reference is None else reference.to(captured.original)
+        self.reference = reference if self.bias is None else reference + self.bias
         self.places = torch.zeros(0, dtype=torch.int64, device=captured.view.head.device)
         self.device, self.rows = captured.view.head.device, len(captured.rows)
         device = captured.x.device

@@ -266,7 +266,8 @@ class ActivationTuning:
         matrix = working.matrix(shard)
         before = matrix.weight.clone()
         margins = [self.scales()[0] * bound for bound in hparams.act_margin]
-        margin = Margin(rows, margins, activation_function(self.activation), self.bias)
+        unchanged = None if shard.edits else matrix.outputs(rows.x)  # the same product as that of the first step
+        margin = Margin(rows, margins, activation_function(self.activation), self.bias, unchanged)
         objective = Objective(rows, {"likelihood": Likelihood(rows, hparams.reduction), "margin": margin})
         ending = until_plateau(
             objective,
