@@ -32,6 +32,8 @@ GPU = "h200"
 WHOLE = ("collect_statistics", "find_values", "KeyMemory")  # rows of the GPU that are no single ops
 VARIANTS_FILE = "quality_variants"
 TUNING_FILE = "quality_tuning"
+LOOP_FILE = "cpu_zen4_2_threads_tuning"
+TUNING_OPS_FILE = "cpu_zen4_2_threads_tuning_ops"
 METRICS = {
     "efficacy": lambda value: f"{value:.2f}",
     "paraphrase": lambda value: f"{value:.2f}",
@@ -131,10 +133,35 @@ def quality_tuning(name: str) -> str:
     )
 
 
-def cases() -> dict[tuple[str, str, str], list[Row]]:
+def tuning_loop() -> str:
+    """Our median, the published loop's, and their ratio beside its floor."""
+    if not (RESULTS / f"{LOOP_FILE}.json").exists():
+        return "Not measured yet."
+    lines = [
+        (f"`{row['op'].removeprefix('tuning ')}`", row["case"], f"{row['median_s']:.3g}",
+         f"{row['baseline_median_s']:.3g}", f"{row['ratio']:.1f}", f"{row['floor']:g}", f"{row['error']:.0e}")
+        for row in rows_in(LOOP_FILE)
+    ]  # fmt: skip
+    names = ("method", "case", "seconds", "seconds of the published loop", "ratio", "floor", "error of the change")
+    return table(names, lines)
+
+
+def tuning_ops() -> str:
+    """Ratios of the ops of tuning, memories and merges, and our median times."""
+    if not (RESULTS / f"{TUNING_OPS_FILE}.json").exists():
+        return "Not measured yet."
+    lines = [
+        (f"`{op}`", case, dtype, rows[0]["isa"], f"{rows[0]['median_s'] * 1e3:.3g}",
+         "; ".join(f"{row['ratio']:.1f} {row['baseline']}" for row in rows))
+        for (op, case, dtype), rows in cases(TUNING_OPS_FILE).items()
+    ]  # fmt: skip
+    return table(("op", "case", "dtype", "instruction set", "ms", "ratio over"), lines)
+
+
+def cases(name: str = MACHINE) -> dict[tuple[str, str, str], list[Row]]:
     """Rows of the ops by case: the first against the expression, the next against it compiled."""
     grouped: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows_in(MACHINE):
+    for row in rows_in(name):
         grouped.setdefault((row["op"], row["case"], row["dtype"]), []).append(row)
     return grouped
 
@@ -422,6 +449,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ops ratios": ops_ratios,
     "ops times": ops_times,
     "ops overhead": ops_overhead,
+    "tuning loop": tuning_loop,
+    "tuning ops": tuning_ops,
     "values": lambda: seconds_and_ratio("values"),
     "savings": lambda: seconds_and_ratio("values", "value iteration"),
     "solver": lambda: seconds_and_ratio("solver"),

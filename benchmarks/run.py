@@ -1,6 +1,6 @@
 """Time the ops against torch.
 
-    python -m benchmarks.run [--suite ops|overhead|all] [--json FILE] [--only TEXT]
+    python -m benchmarks.run [--suite ops|overhead|all] [--json FILE] [--only TEXT]...
     python -m benchmarks.run compare OLD NEW      exit status 1 when a ratio fell by more than a tenth or a row is gone
     python -m benchmarks.run plot FILE --out DIR  ratio bars and a roofline, PNG and SVG
     python -m benchmarks.run markdown FILE        every row of a file as a table
@@ -162,7 +162,7 @@ def run(
     ] = Suite.all,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
     runs: Annotated[int, typer.Option(min=7, help="interleaved runs of each")] = 9,
-    only: Annotated[str, typer.Option(help="cases whose op, name or dtype contains this text")] = "",
+    only: Annotated[list[str] | None, typer.Option(help="cases whose op, name or dtype contains one of these")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     backend: Annotated[str | None, typer.Option(help="force a backend: torch, cpu, triton or cuda")] = None,
     compiled: Annotated[bool, typer.Option(help="torch.compile baselines too")] = True,
@@ -174,7 +174,11 @@ def run(
     require_clean(json_file, origin)
     real = OPS if device == "cpu" else GPU_OPS
     chosen = {Suite.ops: real, Suite.all: real, Suite.small: SMALL, Suite.overhead: []}[suite]
-    chosen = [case for case in chosen if only in str(case)]
+
+    def is_wanted(text: str) -> bool:
+        return not only or any(part in text for part in only)
+
+    chosen = [case for case in chosen if is_wanted(str(case))]
     peaks, rows = measured_peaks(device), []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for case in progress.track(chosen, description="cases"):
@@ -183,7 +187,7 @@ def run(
             del problem
             torch.compiler.reset()
     if suite in (Suite.overhead, Suite.all):
-        rows += [row for row in overhead_rows(device, runs) if only in f"{row['op']} {row['case']} {row['dtype']}"]
+        rows += [row for row in overhead_rows(device, runs) if is_wanted(f"{row['op']} {row['case']} {row['dtype']}")]
     show(rows, origin, peaks)
     save(json_file, document_of(rows, origin, peaks))
     fail_on_wrong_results(rows)

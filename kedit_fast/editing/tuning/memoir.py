@@ -65,9 +65,9 @@ class FingerprintTuning:
         return self.state.view.weight(self.layer)
 
     def center(self) -> torch.Tensor:
-        """The mean features [d] of the unrelated texts, on the device of the layer; measured once.
+        """The mean features [d] of the unrelated texts, on the device of the layer; measured for the first edit.
 
-        What it is does not depend on edits: these change nothing below the layer.
+        Later edits are told apart by the same one, which is part of the memory.
         """
         if self._center is None:
             state = self.state
@@ -83,6 +83,7 @@ class FingerprintTuning:
         wide = torch.promote_types(base.dtype, torch.float32)
         size, out = base.shape[1], base.shape[0]
         if before.weight is None:
+            self._center = None  # the model may have been edited since a memory that was undone
             weight = torch.zeros(size, out, dtype=wide, device=base.device)
         else:
             weight = before.weight.clone()
