@@ -62,7 +62,8 @@ def rows_in(name: str) -> list[Row]:
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table."""
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in escaped)])
 
 
 def quality(metric: str) -> str:
@@ -152,10 +153,10 @@ def tuning_ops() -> str:
         return "Not measured yet."
     lines = [
         (f"`{op}`", case, dtype, rows[0]["isa"], f"{rows[0]['median_s'] * 1e3:.3g}",
-         "; ".join(f"{row['ratio']:.1f} {row['baseline']}" for row in rows))
+         "; ".join(f"{row['ratio']:.1f} over `{row['baseline']}`" for row in rows))
         for (op, case, dtype), rows in cases(TUNING_OPS_FILE).items()
     ]  # fmt: skip
-    return table(("op", "case", "dtype", "instruction set", "ms", "ratio over"), lines)
+    return table(("op", "case", "dtype", "instruction set", "ms", "ratios"), lines)
 
 
 def cases(name: str = MACHINE) -> dict[tuple[str, str, str], list[Row]]:
