@@ -1,5 +1,11 @@
-"""`python -m kedit_fast`: what to paste into a bug report."""
+"""`python -m kedit_fast`: what to paste into a bug report; with arguments, the command kedit-fast."""
+
+import sys
 
 from kedit_fast.cli.environment import print_environment
+from kedit_fast.cli.main import main
 
-print_environment()
+if sys.argv[1:]:
+    main()
+else:
+    print_environment()

@@ -306,6 +306,12 @@ def test_backends_and_the_bug_report():
         assert text in report
 
 
+def test_python_m_takes_the_commands_too():
+    arguments = [sys.executable, "-m", "kedit_fast", "nonsense"]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 2 and "No such command 'nonsense'" in done.stderr
+
+
 def test_methods_lists_every_recipe_with_its_source():
     from kedit_fast.methods.registry import RECIPES
 
