@@ -36,7 +36,10 @@ QUICK = (
     ("symmetric_rank_k_update_", "bfloat16 rows, float64 acc, odd strides"),
     ("symmetric_rank_k_update_", "float32 rows, float32 acc, split"),
     ("rank_k_update_", "bfloat16 weight, k 1"), ("rank_k_update_", "bfloat16 weight, k 100"),
-    ("rank_k_update_", "bfloat16 weight, k 100, odd strides"), ("target_log_probs", "bfloat16"),
+    ("rank_k_update_", "bfloat16 weight, k 100, odd strides"),
+    ("grouped_symmetric_rank_k_update_", "bfloat16 rows, float64 acc, weights"),
+    ("grouped_rank_k_update_", "bfloat16 weight, fma"), ("grouped_rank_k_update_", "bfloat16 weight, dot"),
+    ("target_log_probs", "bfloat16"),
     ("distribution_kl, gradient", "bfloat16"), ("gradient of both", "bfloat16"),
     ("masked_descent_", "float32, dot, entries, box, copy"), ("masked_adam_", "float32, rows, entries, box, copy"),
     ("activation_distance", "bfloat16, silu"), ("routed_linear", "bfloat16, weight"),
@@ -61,6 +64,8 @@ def variants() -> Iterator[Variant]:
     from kedit_fast.kernels.triton import (
         best_overlap,
         distribution_kl,
+        grouped_rank_k_update,
+        grouped_symmetric_rank_k_update,
         lm_head,
         magnitude_bound,
         masked_step,
@@ -128,6 +133,39 @@ def variants() -> Iterator[Variant]:
                     lambda arch, a=(weight, left, right, 0.5, copy), kind=kind: rank_k_update.launches(
                         *a, lookup(RANK_K, kind, arch)
                     ),
+                )  # fmt: skip
+    offsets, columns = torch.zeros(9, dtype=torch.int64), torch.zeros(512, dtype=torch.int64)
+    for dtype in FLOATS:
+        for acc_dtype in (torch.float32, torch.float64):
+            for options, n, d in (
+                ("", 4096, 768), ("weights", 4096, 768),
+                *(((ODD, 4095, 767), (f"weights, {ODD}", 4095, 767)) if dtype != torch.float16 else ()),
+            ):  # fmt: skip
+                x, acc = empty(n, d, dtype=dtype), empty(8, d, d, dtype=acc_dtype)
+                weights = torch.ones(n) if "weights" in options else None
+                kind = grouped_symmetric_rank_k_update.shape_class(x, weights)
+                yield Variant(
+                    f"grouped_{SYMMETRIC}",
+                    ", ".join(filter(None, (f"{name(dtype)} rows", f"{name(acc_dtype)} acc", options))),
+                    lambda arch, a=(acc, x, offsets, weights, 0.5), kind=kind: grouped_symmetric_rank_k_update.launches(
+                        *a, lookup(SYMMETRIC, kind, arch)
+                    ),
+                )  # fmt: skip
+        for copy_dtype in (None, torch.bfloat16) if dtype == torch.float32 else (None,):
+            for rows, options in ((64, ""), (512, ""), (64, ODD), (512, ODD), (512, "transposed"), (64, "transposed")):
+                out, inner = (255, 511) if ODD in options else (256, 512)
+                weight, left, right = empty(8, out, inner, dtype=dtype), empty(out, 64), empty(rows, inner)
+                copy = None if copy_dtype is None else empty(8, out, inner, dtype=copy_dtype)
+                if "transposed" in options:
+                    weight = empty(8, inner, out, dtype=dtype).mT
+                    copy = None if copy is None else empty(8, inner, out, dtype=copy_dtype).mT
+                kind = grouped_rank_k_update.shape_class(right, 8)
+                case = f"{name(dtype)} weight, {kind.removeprefix('grouped_')}"
+                case += "" if copy is None else f", {name(copy_dtype)} copy"
+                yield Variant(
+                    f"grouped_{RANK_K}", ", ".join(filter(None, (case, options))),
+                    lambda arch, a=(weight, left, right, columns[:rows], offsets, 0.5, copy), kind=kind:
+                    grouped_rank_k_update.launches(*a, lookup(RANK_K, kind, arch)),
                 )  # fmt: skip
     for dtype in FLOATS:
         odd = ((ODD, 33, 255, 4097), ("odd vocabulary", 32, 256, 4097)) if dtype != torch.float16 else ()

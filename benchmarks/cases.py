@@ -97,6 +97,40 @@ def _rank_k() -> list[Case]:
     return cases
 
 
+def _grouped(gpu: bool = False) -> list[Case]:
+    """The experts of a mixture: moments of a batch of tokens, each of which chose 8 experts, and the write of edits."""
+    groups, d, out = 128, 768, 2048  # Qwen3-30B-A3B
+    model, cases = "Qwen3-30B-A3B", []
+    bars = {"bfloat16": (2.0, None), "float32": (1.3, None)}
+    no_unit: dict[str, tuple[float | None, float | None]] = dict.fromkeys(("avx512", "avx2", "generic"), (1.3, None))
+    for dtype, rows, options in (
+        ("float32", 32, ""), ("float32", 256, ""), ("bfloat16", 32, ""), ("bfloat16", 256, ""),
+        ("bfloat16", 256, "weighted"), ("bfloat16", 256, "weighted, uneven"),
+    ):  # fmt: skip
+        floor, goal = bars[dtype] if not options and not gpu else (None, None)
+        cases.append(
+            Case(
+                "grouped_symmetric_rank_k_update_",
+                ", ".join(filter(None, (f"{model}, {groups} experts, {rows} rows each, d {d}", options))),
+                dtype,
+                {"groups": groups, "rows": rows, "d": d, **{option: 1 for option in options.split(", ") if option}},
+                floor,
+                goal,
+                elsewhere=no_unit if floor and dtype == "bfloat16" else {},
+            )
+        )
+    for dtype, rows, options in (
+        ("bfloat16", 6, ""), ("bfloat16", 32, ""), ("bfloat16", 256, ""), ("bfloat16", 32, "uneven"),
+        ("float32", 32, ""), ("float32", 32, "copy"),
+    ):  # fmt: skip
+        floor = 3.0 if rows == 32 and dtype == "bfloat16" and not options and not gpu else None
+        name = f"{model}, {groups} experts [{out}, {d}], {rows} rows each"
+        sizes = {"groups": groups, "rows": rows, "out": out, "inner": d}
+        sizes |= {option: 1 for option in (options,) if option}
+        cases.append(Case("grouped_rank_k_update_", ", ".join(filter(None, (name, options))), dtype, sizes, floor))
+    return cases
+
+
 def _head() -> list[Case]:
     """Rows are the target tokens of a step: 64 requests of three tokens, and one KL prompt each."""
     cases = []
@@ -188,7 +222,9 @@ def _selections(gpu: bool = False) -> list[Case]:
     return cases
 
 
-OPS = [*_symmetric(), *_rank_k(), *_head(), *_solve(), *_by_rows(), *_steps(), *_memories(), *_selections()]
+OPS = [
+    *_symmetric(), *_rank_k(), *_grouped(), *_head(), *_solve(), *_by_rows(), *_steps(), *_memories(), *_selections(),
+]  # fmt: skip
 
 
 def _gpu() -> list[Case]:
@@ -225,7 +261,7 @@ def _gpu() -> list[Case]:
              {**memories, "tokens": 25}),
         Case("routed_linear", "Llama-3-8B, 8 tokens, 2 memories", "bfloat16", {**memories, "tokens": 1}),
     ]  # fmt: skip
-    return cases + _solve() + _selections(gpu=True)
+    return cases + _grouped(gpu=True) + _solve() + _selections(gpu=True)
 
 
 GPU_OPS = _gpu()
@@ -239,6 +275,13 @@ SMALL = [
     Case("rank_k_update_", "W [33, 70], k 5", "bfloat16", {"out": 33, "inner": 70, "k": 5}),
     Case("rank_k_update_", "W [33, 70], k 5, transposed", "float32", {"out": 33, "inner": 70, "k": 5, "transposed": 1}),
     Case("rank_k_update_", "W [33, 70], k 5, copy", "float32", {"out": 33, "inner": 70, "k": 5, "copy": 1}),
+    Case("grouped_symmetric_rank_k_update_", "3 groups of 9 rows, d 33", "bfloat16", {"groups": 3, "rows": 9, "d": 33}),
+    Case("grouped_symmetric_rank_k_update_", "3 groups of 9 rows, d 33, weighted, uneven", "float32",
+         {"groups": 3, "rows": 9, "d": 33, "weighted": 1, "uneven": 1}),
+    Case("grouped_rank_k_update_", "3 matrices [9, 33], 8 rows each", "bfloat16",
+         {"groups": 3, "rows": 8, "out": 9, "inner": 33}),
+    Case("grouped_rank_k_update_", "3 matrices [9, 33], 8 rows each, uneven, copy", "float32",
+         {"groups": 3, "rows": 8, "out": 9, "inner": 33, "uneven": 1, "copy": 1}),
     Case("target_log_probs", "[5, 16] x [99, 16]", "float32", {"rows": 5, "width": 16, "vocabulary": 99}),
     Case("distribution_kl", "[5, 16] x [99, 16]", "bfloat16", {"rows": 5, "width": 16, "vocabulary": 99}),
     Case("rms_norm", "[7, 33]", "bfloat16", {"rows": 7, "d": 33}),

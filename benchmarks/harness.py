@@ -65,12 +65,12 @@ def with_baseline(row: Row, name: str, times: list[float]) -> Row:
 
 
 def isa(backend: str, op: str, dtype: str, device: str) -> str:
-    """The instruction set or device that runs this op: the AMX table has AVX-512 code but for one op on bf16."""
+    """The instruction set or device that runs this op: the AMX table has AVX-512 code but for moments of bf16."""
     if device != "cpu":
         return f"sm_{''.join(map(str, torch.cuda.get_device_capability()))}"
     if backend == "cpu":
         active = native_cpu.module().isa()
-        matrix = op == "symmetric_rank_k_update_" and dtype == "bfloat16"
+        matrix = op.endswith("symmetric_rank_k_update_") and dtype == "bfloat16"
         return "avx512" if active == "amx" and not matrix else active
     return torch.backends.cpu.get_cpu_capability().lower()
 

@@ -18,6 +18,8 @@ from benchmarks.architectures import VERDICTS
 from benchmarks.frontier import compared
 from benchmarks.harness import RESULTS, Row, read
 from benchmarks.long_targets import HEADER, cells
+from benchmarks.mixture import EDITED, MODELS
+from benchmarks.mixture import METHODS as MIXTURE_METHODS
 from benchmarks.plots import strongest
 from benchmarks.quality import SEQUENCES, TITLES, VARIANTS
 from benchmarks.quality_tuning import ROWS as TUNING_ROWS
@@ -286,6 +288,26 @@ def untuned_grid() -> str:
     return table(("model", "method", "runs of values", "solves", "hyper-parameters"), lines)
 
 
+def mixture() -> str:
+    """A row for each model, scenario and method, with the routing shift of the mixture."""
+    rows = rows_in("mixture") if (RESULTS / "mixture.json").exists() else []
+
+    def order(row: Row) -> tuple[int, int, int]:
+        return MODELS.index(row["model"]), EDITED.index(row["scenario"]), MIXTURE_METHODS.index(row["method"])
+
+    def line(row: Row) -> list[str]:
+        shares = [f"{row[n]:.2f}" for n in ("efficacy", "paraphrase", "neighborhood_before", "neighborhood")]
+        retention = "" if row["retention"] is None else f"{row['retention']:.2f}"
+        shift = "" if row["routing"] is None else f"{row['routing']:.3f}"
+        layers = ", ".join(map(str, row["layers"]))
+        nll = f"{row['nll_before']:.3f} {row['drift']:+.3f}"
+        return [row["model"], TITLES[row["scenario"]], f"`{row['method']}`", layers, *shares, nll, retention, shift]
+
+    names = ("model", "edits", "method", "layers", "efficacy", "paraphrase", "neighborhood before", "neighborhood",
+             "NLL", "retention", "routing shift")  # fmt: skip
+    return table(names, [line(row) for row in sorted(rows, key=order)])
+
+
 def shown(value: Any) -> str:
     """A hyper-parameter; layers as first-last."""
     return (
@@ -465,6 +487,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "erasure": erasure,
     "untuned": untuned,
     "untuned grid": untuned_grid,
+    "mixture": mixture,
     "architectures": architectures,
     "architectures errors": architectures_errors,
     "architectures refused": architectures_refused,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Problem:
     rate: str
     """The measured peak that bounds the rate: "fp32", "bf16" or "fp64"."""
     backend: str
+    beside: frozenset[str] = frozenset()
+    """Baselines that floors and goals are not for: loops over other ops of this package."""
 
 
 def build(case: Case, device: str = "cpu", backend: str | None = None, compiled: bool = True) -> Problem:
@@ -129,6 +132,169 @@ def _rank_k(case: Case, device: str, backend: str | None) -> Problem:
         },
         error=error, limit=LIMITS[case.dtype], flops=2 * out * inner * k, bytes=moved, rate="fp32",
         backend=_runs("rank_k_update_", weight, left, right, copy, backend=backend),
+    )  # fmt: skip
+
+
+def _offsets(case: Case) -> torch.Tensor:
+    """Where the rows of each group begin [E + 1]: as many in every group, or as uneven a random routing makes them."""
+    groups, rows = case.sizes["groups"], case.sizes["rows"]
+    counts = torch.full((groups,), rows)
+    if case.sizes.get("uneven"):
+        counts = torch.multinomial(torch.rand(groups), groups * rows, replacement=True).bincount(minlength=groups)
+    return F.pad(counts.cumsum(0), (1, 0))
+
+
+def _padding(offsets: torch.Tensor, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Rows [n, d] -> [E, most, d], zeros behind those of a group; a view where groups are even."""
+    counts = offsets.diff()
+    groups, most = len(counts), int(counts.max())
+    if bool((counts == most).all()):
+        return lambda rows: rows.view(groups, most, rows.shape[1])
+    group = torch.arange(groups).repeat_interleave(counts)
+    at = (group * most + torch.arange(len(group)) - offsets[group]).to(device)
+
+    def pad(rows: torch.Tensor) -> torch.Tensor:
+        return rows.new_zeros(groups * most, rows.shape[1]).index_copy_(0, at, rows).view(groups, most, -1)
+
+    return pad
+
+
+def _takes_grouped_mm(*matrices: torch.Tensor) -> bool:
+    """Whether torch has products of groups for these: their rows must begin at multiples of 16 bytes."""
+    wide = all(stride == 1 or stride * m.element_size() % 16 == 0 for m in matrices for stride in m.stride())
+    return hasattr(F, "grouped_mm") and wide
+
+
+def _grouped_symmetric(case: Case, device: str, backend: str | None) -> Problem:
+    d, dtype = case.sizes["d"], getattr(torch, case.dtype)
+    where = _offsets(case)
+    begins, groups, rows = where.tolist(), len(where) - 1, int(where[-1])
+    offsets, pad = where.to(device), _padding(where, device)
+    ends = offsets[1:].int()
+    x = torch.randn(rows, d, device=device).to(dtype)
+    weights = torch.rand(rows, device=device) if case.sizes.get("weighted") else None
+    acc, plain = (torch.zeros(groups, d, d, device=device) for _ in range(2))
+
+    def error() -> float:
+        result = kedit_fast.grouped_symmetric_rank_k_update_(
+            torch.zeros_like(acc), x, offsets, weights, backend=backend
+        )
+        wrong, scale = 0.0, 0.0
+        for group, (begin, end) in enumerate(pairwise(begins)):
+            part = x[begin:end].double()
+            scaled = part if weights is None else part * weights[begin:end, None].double()
+            expected = torch.tril(scaled.T @ part)
+            wrong += float((result[group].tril().double() - expected).square().sum())
+            scale += float(expected.square().sum())
+        return (wrong / scale) ** 0.5
+
+    halves = dtype != torch.float32 and device != "cpu"  # the matrix unit's own product with fp32 sums
+
+    def expression(total, x):
+        if halves and weights is None:
+            padded = pad(x)
+            return total.add_(torch.bmm(padded.mT, padded, out_dtype=torch.float32))
+        wide = x.float()
+        padded = pad(wide)
+        return total.baddbmm_((padded if weights is None else pad(wide * weights[:, None])).mT, padded)
+
+    def by_grouped_mm(total, x):
+        wide = x if halves else x.float()
+        scaled = wide if weights is None else wide * weights[:, None].to(wide.dtype)
+        return total.add_(F.grouped_mm(scaled.T, wide, offs=ends, out_dtype=torch.float32 if halves else None))
+
+    def loop():
+        for group, (begin, end) in enumerate(pairwise(begins)):
+            part = None if weights is None else weights[begin:end]
+            kedit_fast.symmetric_rank_k_update_(plain[group], x[begin:end], part, backend=backend)
+
+    left = "X" if weights is None else "(w X)"
+    text = f"acc.baddbmm_({left}.mT, X), X = {'x' if dtype == torch.float32 else 'x.float()'} by groups"
+    if halves and weights is None:
+        text = "acc.add_(torch.bmm(X.mT, X, out_dtype=torch.float32)), X = x by groups"
+    looped = "a loop of symmetric_rank_k_update_"
+    compiled = torch.compile(expression)
+    baselines: dict[str, Callable[[], Any]] = {text: lambda: expression(plain, x)}
+    if _takes_grouped_mm(x):
+        baselines[f"acc.add_(F.grouped_mm({left.lower()}.T, x, offs))"] = lambda: by_grouped_mm(plain, x)
+    baselines[looped] = loop
+    if dtype != torch.float32:  # nothing to fuse otherwise
+        baselines[f"torch.compile({text})"] = lambda: compiled(plain, x)
+    written = sum(begin < end for begin, end in pairwise(begins)) * d * (d + 1) * acc.element_size()
+    return Problem(
+        ours=lambda: kedit_fast.grouped_symmetric_rank_k_update_(acc, x, offsets, weights, backend=backend),
+        baselines=baselines, error=error, limit=LIMITS["float32"], flops=rows * d * (d + 1), bytes=x.nbytes + written,
+        rate="fp32" if dtype == torch.float32 else "bf16",
+        backend=_runs("grouped_symmetric_rank_k_update_", acc, x, offsets, weights, backend=backend),
+        beside=frozenset({looped}),
+    )  # fmt: skip
+
+
+def _grouped_rank_k(case: Case, device: str, backend: str | None) -> Problem:
+    out, inner, dtype = case.sizes["out"], case.sizes["inner"], getattr(torch, case.dtype)
+    where = _offsets(case)
+    begins, groups, rows = where.tolist(), len(where) - 1, int(where[-1])
+    offsets, pad = where.to(device), _padding(where, device)
+    ends = offsets[1:].int()
+    u = max(1, rows // 8)  # eight experts a token
+    weight = torch.randn(groups, out, inner, device=device).to(dtype)
+    left, right = torch.randn(out, u, device=device) * 1e-3, torch.randn(rows, inner, device=device)
+    columns = torch.randint(0, u, (rows,), device=device)
+    copy = weight.bfloat16() if case.sizes.get("copy") else None
+    plain, plain_copy = weight.clone(), None if copy is None else copy.clone()
+
+    def error() -> float:
+        result, narrow = weight.clone(), None if copy is None else torch.zeros_like(copy)
+        kedit_fast.grouped_rank_k_update_(result, left, right, columns, offsets, copy=narrow, backend=backend)
+        if narrow is not None and not torch.equal(narrow, result.bfloat16()):
+            return float("inf")
+        wrong, scale = 0.0, 0.0
+        for group, (begin, end) in enumerate(pairwise(begins)):
+            product = left[:, columns[begin:end]].double() @ right[begin:end].double()
+            expected = weight[group].double() + product
+            wrong += float((result[group].double() - expected).square().sum())
+            scale += float(expected.square().sum())
+        return (wrong / scale) ** 0.5
+
+    def expression(weight, copy, left, right):
+        by_row = left.T[columns]
+        factors = pad(by_row).mT, pad(right)
+        if weight.dtype == torch.float32:
+            weight.baddbmm_(*factors)
+        else:
+            weight += torch.bmm(*factors).to(weight.dtype)
+        if copy is not None:
+            copy.copy_(weight)
+
+    def by_grouped_mm(weight, copy, left, right):
+        weight += F.grouped_mm(left[:, columns], right, offs=ends).to(weight.dtype)
+        if copy is not None:
+            copy.copy_(weight)
+
+    def loop():
+        for group, (begin, end) in enumerate(pairwise(begins)):
+            narrow = None if plain_copy is None else plain_copy[group]
+            factors = left[:, columns[begin:end]], right[begin:end].T
+            kedit_fast.rank_k_update_(plain[group], *factors, copy=narrow, backend=backend)
+
+    compiled = torch.compile(expression)
+    text = "W.baddbmm_(L, R)" if dtype == torch.float32 else "W += torch.bmm(L, R).to(W.dtype)"
+    text += ", L, R = left[:, columns], right by groups" + ("" if copy is None else "; copy.copy_(W)")
+    looped = "a loop of rank_k_update_"
+    baselines: dict[str, Callable[[], Any]] = {text: lambda: expression(plain, plain_copy, left, right)}
+    if device == "cpu" and _takes_grouped_mm(left[:, columns], right):  # on CUDA it takes bfloat16 alone
+        name = "W += F.grouped_mm(left[:, columns], right, offs).to(W.dtype)"
+        baselines[name] = lambda: by_grouped_mm(plain, plain_copy, left, right)
+    baselines[looped] = loop
+    baselines[f"torch.compile({text})"] = lambda: compiled(plain, plain_copy, left, right)
+    moved = weight.nbytes * 2 + left.nbytes + right.nbytes + (0 if copy is None else copy.nbytes)
+    return Problem(
+        ours=lambda: kedit_fast.grouped_rank_k_update_(
+            weight, left, right, columns, offsets, copy=copy, backend=backend
+        ),
+        baselines=baselines, error=error, limit=LIMITS[case.dtype], flops=2 * out * inner * rows, bytes=moved,
+        rate="fp32", backend=_runs("grouped_rank_k_update_", weight, left, right, copy, backend=backend),
+        beside=frozenset({looped}),
     )  # fmt: skip
 
 
@@ -547,6 +713,8 @@ def _runs(op: str, *args: Any, backend: str | None) -> str:
 _BUILDERS = {
     "symmetric_rank_k_update_": _symmetric,
     "rank_k_update_": _rank_k,
+    "grouped_symmetric_rank_k_update_": _grouped_symmetric,
+    "grouped_rank_k_update_": _grouped_rank_k,
     "target_log_probs": _head,
     "distribution_kl": _head,
     "spd_solve": _solve,

@@ -118,9 +118,12 @@ class Subject:
     prefixes: dict[tuple, tuple[str, ...]]
 
 
-def subject(validation: bool = False) -> Subject:
-    """Everything that the methods share; with `validation` the requests presets were chosen on."""
-    model, tokenizer = demo.load()
+def subject(validation: bool = False, loaded: tuple[Any, Any] | None = None) -> Subject:
+    """Everything that the methods share; with `validation` the requests presets were chosen on.
+
+    `loaded` is another model of the demo's world in place of the demo model, with its tokenizer.
+    """
+    model, tokenizer = loaded or demo.load()
     every = demo.requests()
     requests = every[:VALIDATION] if validation else every[VALIDATION:]
     text = demo.held_out([request.subject for request in [*requests, *shared_subjects(100)]])

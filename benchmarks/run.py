@@ -76,7 +76,11 @@ def rows_of(case: Case, problem: Problem, peaks: Row, runs: int, device: str) ->
     row |= timing(mine)
     least = max(problem.flops / peaks[f"{problem.rate}_flops_per_s"], problem.bytes / peaks["copy_bytes_per_s"])
     row["share_of_peak"] = least / row["median_s"]
-    return [with_baseline(row, name, times) for name, times in zip(problem.baselines, others, strict=True)]
+    unbarred = {**row, "floor": None, "goal": None}
+    return [
+        with_baseline(unbarred if name in problem.beside else row, name, times)
+        for name, times in zip(problem.baselines, others, strict=True)
+    ]
 
 
 def overhead_rows(device: str, runs: int) -> list[Row]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.p
     from kedit_fast.ops import best_overlap as best_overlap
     from kedit_fast.ops import distribution_kl as distribution_kl
     from kedit_fast.ops import gated_silu as gated_silu
+    from kedit_fast.ops import grouped_rank_k_update_ as grouped_rank_k_update_
+    from kedit_fast.ops import grouped_symmetric_rank_k_update_ as grouped_symmetric_rank_k_update_
     from kedit_fast.ops import magnitude_bound as magnitude_bound
     from kedit_fast.ops import masked_adam_ as masked_adam_
     from kedit_fast.ops import masked_descent_ as masked_descent_
@@ -90,6 +92,8 @@ PUBLIC_NAMES = {
     "evaluate": "kedit_fast.evaluation.evaluator",
     "explain": "kedit_fast.backends",
     "gated_silu": "kedit_fast.ops",
+    "grouped_rank_k_update_": "kedit_fast.ops",
+    "grouped_symmetric_rank_k_update_": "kedit_fast.ops",
     "lint_requests": "kedit_fast.reports.lint",
     "load_requests": "kedit_fast.requests.reading",
     "load_statistics": "kedit_fast.statistics.store",

@@ -30,6 +30,7 @@ from kedit_fast.evaluation.judge import Judge
 from kedit_fast.evaluation.metrics import SHARES, Metrics, shares_of
 from kedit_fast.evaluation.registry import BESIDE
 from kedit_fast.evaluation.results import Evaluation
+from kedit_fast.evaluation.routing import RoutingProbe, RoutingShift, routing_probe
 from kedit_fast.evaluation.sequences import Retention, RetentionTracker
 from kedit_fast.memories.memory import SideMemory
 from kedit_fast.methods.declaration import AUTO as AUTO_NUMBER
@@ -39,6 +40,8 @@ from kedit_fast.models.routes import prompt_tokens
 from kedit_fast.models.saving import save_model
 from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
+from kedit_fast.models.weight_names import module_path_of
+from kedit_fast.requests.irrelevant import irrelevant_texts, unrelated_texts
 from kedit_fast.requests.problems import OnError, first_problems, require_no_problems, skipped_records
 from kedit_fast.requests.prompts import PreparedRequest, PromptFormat, continuation
 from kedit_fast.requests.reading import rows_of
@@ -127,6 +130,9 @@ class Report:
     the weights."""
     warm_up: int = 0
     """Number of requests that a running normalizer has seen before the first batch."""
+    routing: tuple[RoutingShift, ...] = ()
+    """Of a mixture of experts, after each batch and after the final step where it writes: the choices of experts above
+    the lowest edited layer against those of the model before the first batch, in text that names no edited subject."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `--json` prints."""
@@ -141,6 +147,9 @@ class Report:
             pairs["retention"] = self.retention.as_dict()
         if self.harm is not None:
             pairs["harm"] = self.harm.as_dict()
+        if self.routing:
+            shares = [one.share for one in self.routing]
+            pairs["routing"] = {**self.routing[-1].as_dict(), "share_after_each_batch": shares}
         if self.tuning is not None:
             pairs["tuning"] = self.tuning.as_dict()
         pairs["requests"] = list(self.requests)
@@ -250,7 +259,9 @@ def run_edits(
         progress: show progress bars on stderr: edits a second, time left, and of the last batch the largest norm of an
             update relative to its weight's, the share of the residual that is left, and with `retention` its efficacy.
         spec: an ArchSpec for an architecture that is not known.
-        irrelevant: texts that have nothing to do with the edits, for methods that need some; see `Editor`.
+        irrelevant: texts that have nothing to do with the edits, for methods that need some (see `Editor`) and for the
+            routing shift of a mixture of experts; those that name an edited subject do not count for it. None for
+            built-in ones.
 
     A method that keeps its edits beside the weights leaves its memory attached to the model.
 
@@ -348,7 +359,11 @@ def run_edits(
                     "warm-up": None if warm_up is None else _hash_of_normalizers(editor),
                 },
             )
-        run = _Run(editor, evaluator, tracker, prepared, places, skipped, seconds, on_error, saved)
+        probe = None
+        if not editor.recipe.makes_memory:
+            with timed(seconds, "evaluate"):
+                probe = _probe_of(editor, [prepared[i].request for i in indices], irrelevant)
+        run = _Run(editor, evaluator, tracker, probe, prepared, places, skipped, seconds, on_error, saved)
         batches = [indices[start : start + size] for start in range(0, len(indices), size)]
         with _progress_bar(len(indices), progress and len(batches) > 1) as bar:
             try:
@@ -363,6 +378,9 @@ def run_edits(
                     raise EditError("\n".join(["every request was skipped:", *first_problems(skipped)]))
                 with timed(seconds, "solve"):
                     editor.finish()
+                if editor.ledger.count > run.ledger_batches and probe is not None:
+                    with timed(seconds, "evaluate"):
+                        run.routing.append(probe.shift())
                 run.save()
             except BaseException:
                 try:
@@ -398,7 +416,17 @@ def run_edits(
         tuple(_request_entry(tokenizer, i, prepared[i]) for i in written),
         harm,
         warmed,
+        tuple(run.routing),
     )
+
+
+def _probe_of(editor: Editor, requests: Sequence[EditRequest], irrelevant: Sequence[str] | None) -> RoutingProbe | None:
+    """What the routing of a mixture of experts is measured by; None of other models."""
+    lowest = min(editor.hparams.layers, default=None) if not editor.hparams.inner_params else None
+    if all(editor.view.experts(layer) is None for layer in range(editor.view.num_layers)):
+        return None
+    texts = unrelated_texts(irrelevant_texts(irrelevant), requests)
+    return routing_probe(editor.view, editor.tokenizer, texts, lowest)
 
 
 def _measure_anchor(editor: Editor, prepared: Sequence[PreparedRequest], size: int, seconds: dict[str, float]) -> None:
@@ -435,7 +463,7 @@ class _Run:
     """The batches of a run: written, measured, recorded where there is a checkpoint, and shown.
 
     Args:
-        editor, evaluator, tracker, on_error, saved: of the run.
+        editor, evaluator, tracker, probe, on_error, saved: of the run.
         prepared: index of a request -> the request.
         places: index of a request -> its index in the evaluator.
         skipped: index of a request -> why it is left out; added to.
@@ -447,6 +475,7 @@ class _Run:
         editor: Editor,
         evaluator: Evaluator,
         tracker: RetentionTracker | None,
+        probe: RoutingProbe | None,
         prepared: Mapping[int, PreparedRequest],
         places: Mapping[int, int],
         skipped: dict[int, str],
@@ -455,12 +484,16 @@ class _Run:
         saved: RunCheckpoint | None,
     ):
         self.editor, self.evaluator, self.tracker, self.saved = editor, evaluator, tracker, saved
+        self.probe = probe
         self.prepared, self.places = prepared, places
         self.on_error: OnError = on_error
         self.skipped, self.seconds = skipped, seconds
         self.results: list[EditResult] = []
+        self.routing: list[RoutingShift] = []
         self.batches = self.requests = self.resumed = 0
         """How many are done, failed ones included; and the requests of earlier processes."""
+        self.ledger_batches = 0
+        """How many batches the ledger has, without the final step."""
         self._measures_batches = bool(evaluator.compared_states & {"first", "post"})
 
     def start(self, batches: Sequence[Sequence[int]]) -> None:
@@ -489,6 +522,8 @@ class _Run:
             measured = self._measured(stored.requests)
             if self.tracker is not None:
                 self.tracker.recall(measured, stored.beside["retention"])
+            if shift := stored.beside.get("routing"):
+                self.routing.append(RoutingShift.from_dict(shift))
             if self._measures_batches:
                 self.evaluator.recall(stored.beside["post"], "post", measured)
         self.resumed = self.requests
@@ -520,6 +555,9 @@ class _Run:
                 self.tracker.measure(measured)
             if self._measures_batches:
                 self.evaluator.measure("post", measured)
+            shift = self.probe.shift() if self.probe is not None and result is not None and result.batch else None
+        if shift is not None:
+            self.routing.append(shift)
         for phase, seconds in spent.items():
             self.seconds[phase] += seconds
         if self.saved is not None:
@@ -527,6 +565,7 @@ class _Run:
                 "seconds": spent,
                 "retention": None if self.tracker is None else self.tracker.recorded(),
                 "post": self.evaluator.recorded("post", measured) if self._measures_batches else None,
+                "routing": None if shift is None else shift.as_dict(),
             }
             self.saved.add(batch, skipped, result, beside)
 
@@ -544,6 +583,8 @@ class _Run:
         if not bar.disable and self.results:
             last = self.results[-1]
             health = {"norm": max(last.relative_norms.values(), default=0.0), "residual": last.residual}
+            if self.routing:
+                health["routing shift"] = self.routing[-1].share
             efficacy = None if self.tracker is None else self.tracker.last
             shown = health if efficacy is None else {**health, "efficacy": efficacy}
             bar.set_postfix_str(", ".join(f"{name} {value:.2g}" for name, value in shown.items()))
@@ -551,6 +592,7 @@ class _Run:
     def _count(self, batch: Sequence[int], skipped: Mapping[int, str], result: EditResult | None) -> None:
         self.skipped.update(skipped)
         self.batches += 1
+        self.ledger_batches = self.editor.ledger.count
         self.requests += len(batch)
         if result is not None:
             if self.editor.hparams.undo_window:  # memory has a bound, however many batches there are
@@ -596,7 +638,7 @@ def predicted_harm(editor: Editor, statistics: Statistics | None) -> Harm:
             return str(error)
 
     ledger = editor.ledger
-    totals = ((name.removesuffix(".weight"), ledger.total(name)) for name in ledger.names())  # one in memory at a time
+    totals = ((module_path_of(name), ledger.total(name)) for name in ledger.names())  # one in memory at a time
     return Harm.of(totals, moments)
 
 

@@ -29,6 +29,23 @@ CONFIGS = {
     "olmo2": _LLAMA,
 }
 KINDS = tuple(CONFIGS)
+_EXPERTS = dict(_LLAMA, moe_intermediate_size=24, num_experts_per_tok=2)
+MIXTURE_CONFIGS = {
+    "qwen3_moe": dict(_EXPERTS, head_dim=8, num_experts=6, norm_topk_prob=True),
+    "mixtral": dict(_LLAMA, intermediate_size=24, num_local_experts=5, num_experts_per_tok=2),
+    "gpt_oss": dict(_LLAMA, intermediate_size=24, head_dim=8, num_local_experts=4, num_experts_per_tok=2),
+    "deepseek_v3": dict(
+        _EXPERTS, num_key_value_heads=4, n_routed_experts=8, n_group=2, topk_group=1, n_shared_experts=1,
+        first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+    ),
+    "olmoe": dict(_LLAMA, intermediate_size=24, num_experts=6, num_experts_per_tok=3),
+    "granitemoe": dict(
+        _LLAMA, intermediate_size=24, num_local_experts=6, num_experts_per_tok=3, residual_multiplier=0.7
+    ),
+}  # fmt: skip
+HAS_EXPERTS = int(transformers.__version__.split(".")[0]) >= 5
+MIXTURES = tuple(MIXTURE_CONFIGS)
+"""Of transformers 5 alone (HAS_EXPERTS)."""
 POST_NORM = ("gemma2", "gemma3_text", "olmo2")
 SPECIAL = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
 
@@ -53,20 +70,24 @@ def make_tokenizer(bos: bool = False, side: str = "right") -> PreTrainedTokenize
 
 
 def make_model(kind: str, dtype: torch.dtype = torch.float32, layers: int = 4, seed: int = 0) -> torch.nn.Module:
-    """A random model with rows large enough for its outputs to depend on everything."""
+    """A random model of CONFIGS or MIXTURE_CONFIGS, with rows large enough for its outputs to depend on everything."""
     torch.manual_seed(seed)
     count = "n_layer" if kind in ("gpt2", "gptj") else "num_hidden_layers"
-    numbers = {"vocab_size": 400, "max_position_embeddings": 128, count: layers, **CONFIGS[kind], **SPECIAL}
+    numbers = {"vocab_size": 400, "max_position_embeddings": 128, count: layers, **SPECIAL}
+    numbers |= CONFIGS.get(kind) or MIXTURE_CONFIGS[kind]
     if count == "n_layer":
         del numbers["max_position_embeddings"]
     # In fp64, padding past a window gives NaN (transformers' softmax is fp32); older Gemmas cut masks to the window.
     older = tuple(map(int, transformers.__version__.split(".")[:2])) < (4, 56) and kind in ("gemma2", "gemma3_text")
     if "sliding_window" in numbers and (dtype == torch.float64 or older):
         numbers["sliding_window"] = 64
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **numbers), attn_implementation="eager")
+    eager = dict(attn_implementation="eager")
+    if kind in MIXTURES:
+        eager["experts_implementation"] = "eager"  # the grouped products of others refuse fp64
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **numbers), **eager)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and not name.endswith("bias"):
                 parameter.mul_(8)
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -76,6 +76,30 @@ PYBIND11_MODULE(_cpu, m) {
       py::arg("weight"), py::arg("left"), py::arg("right"), py::arg("alpha"), py::arg("copy"), py::arg("threads"));
 
   m.def(
+      "grouped_symmetric_rank_k_update_",
+      [](const py::object& acc, const py::object& x, const py::object& offsets, const py::object& row_weights,
+         double alpha, int threads) {
+        auto a = borrow(kDLCPU, acc, "acc"), b = borrow(kDLCPU, x, "x"), o = borrow(kDLCPU, offsets, "offsets");
+        auto w = borrow(kDLCPU, row_weights, "row_weights");
+        py::gil_scoped_release release;
+        kf::cpu::grouped_symmetric_rank_k_update(a.view, b.view, o.view, w.view, alpha, threads);
+      },
+      py::arg("acc"), py::arg("x"), py::arg("offsets"), py::arg("row_weights"), py::arg("alpha"), py::arg("threads"));
+
+  m.def(
+      "grouped_rank_k_update_",
+      [](const py::object& weight, const py::object& left, const py::object& right, const py::object& columns,
+         const py::object& offsets, double alpha, const py::object& copy, int threads) {
+        auto w = borrow(kDLCPU, weight, "weight"), l = borrow(kDLCPU, left, "left");
+        auto r = borrow(kDLCPU, right, "right"), k = borrow(kDLCPU, columns, "columns");
+        auto o = borrow(kDLCPU, offsets, "offsets"), c = borrow(kDLCPU, copy, "copy");
+        py::gil_scoped_release release;
+        kf::cpu::grouped_rank_k_update(w.view, l.view, r.view, k.view, o.view, alpha, c.view, threads);
+      },
+      py::arg("weight"), py::arg("left"), py::arg("right"), py::arg("columns"), py::arg("offsets"), py::arg("alpha"),
+      py::arg("copy"), py::arg("threads"));
+
+  m.def(
       "masked_descent_",
       [](const py::object& weight, double lr, const py::object& grad, const py::object& left, const py::object& right,
          const py::object& entries, double decay, bool decay_all, const py::object& origin, double bound,

@@ -1,6 +1,7 @@
 // A tensor as plain data: what every kernel takes. No torch, no Python.
 #pragma once
 #include <cstdint>
+#include <utility>
 
 namespace kf {
 
@@ -26,5 +27,32 @@ struct TensorView {
     return n;
   }
 };
+
+// Rows [first, first + count) of a tensor.
+inline TensorView rows_of(const TensorView& t, int64_t first, int64_t count) {
+  TensorView rows = t;
+  rows.data = static_cast<char*>(t.data) + first * t.stride[0] * item_size(t.dtype);
+  rows.shape[0] = count;
+  return rows;
+}
+
+// A matrix of a stack [E, rows, columns]; undefined where the stack is.
+inline TensorView matrix_of(const TensorView& stack, int64_t index) {
+  TensorView matrix;
+  if (!stack.defined()) return matrix;
+  matrix = rows_of(stack, index, 1);
+  matrix.ndim = 2;
+  for (int i = 0; i < 2; ++i) {
+    matrix.shape[i] = stack.shape[i + 1];
+    matrix.stride[i] = stack.stride[i + 1];
+  }
+  return matrix;
+}
+
+inline TensorView transposed(TensorView matrix) {
+  std::swap(matrix.shape[0], matrix.shape[1]);
+  std::swap(matrix.stride[0], matrix.stride[1]);
+  return matrix;
+}
 
 }  // namespace kf

@@ -60,13 +60,15 @@ struct SymmetricKernel {
   void (*leave)();
 };
 
-// Factor [rows, k] with any strides, packed into panels of `width` rows: out[k][width], times scale.
+// Factor [rows, k] with any strides, packed into panels of `width` rows: out[k][width], times scale. Where there is an
+// order, its entry p is the column that is packed as the p-th.
 struct RankKFactor {
   const void* data;
   DType dtype;
   int64_t rows, k;
   int64_t row_stride, k_stride;
   double scale;
+  const int64_t* order = nullptr;
 };
 
 // What rank_k_update writes: the weight, and its copy in 16 bits where there is one.

@@ -2,10 +2,12 @@
 
 #include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "../common/aligned_buffer.h"
 #include "../common/error.h"
 #include "../common/parallel.h"
+#include "groups.h"
 #include "kernel_table.h"
 #include "written_matrix.h"
 
@@ -14,21 +16,112 @@ namespace {
 
 constexpr int64_t STRIP_BYTES = 1 << 20;  // of packed right panels: they stay in a core's second-level cache
 
+constexpr size_t PAGE = 4096;  // packed panels of a side begin at one
+constexpr double GRAIN = 4e6;  // of work that is worth a thread
+
 bool is_float(DType t) { return t != DType::u8; }
 
 void check(const TensorView& weight, const TensorView& left, const TensorView& right, const TensorView& copy) {
   require(weight.ndim == 2 && is_float(weight.dtype), "weight must be a floating point matrix [out, in]");
   require(left.ndim == 2 && is_float(left.dtype) && left.shape[0] == weight.shape[0], "left must be [out, k]");
   require(right.ndim == 2 && is_float(right.dtype) && right.shape[0] == weight.shape[1], "right must be [in, k]");
-  require(left.shape[1] == right.shape[1], "left and right must have the same k");
-  check_written(weight, "weight");
   if (copy.defined()) {
     require(weight.dtype == DType::f32, "copy needs a float32 weight");
     require(copy.ndim == 2 && copy.shape[0] == weight.shape[0] && copy.shape[1] == weight.shape[1],
             "copy must have the shape of weight");
     require(copy.dtype == DType::bf16 || copy.dtype == DType::f16, "copy must be bfloat16 or float16");
-    check_written(copy, "copy");
   }
+}
+
+// One write: weight += alpha left[:, order] right^T, where `order` may be null for all columns of left as they are.
+struct Job {
+  const RankKKernel& kernel;
+  RankKTarget target;
+  RankKFactor a, b;
+  int64_t rows, columns, k;
+  int64_t panel, left_panel;  // bytes
+  int64_t left_panels, right_panels, strip;
+  size_t left_bytes, packed_bytes;
+  int64_t tasks;
+  double work;
+
+  Job(const TensorView& weight, const TensorView& left, const int64_t* order, const TensorView& right, double alpha,
+      const TensorView& copy)
+      : kernel(weight.dtype == DType::f64 ? active_table().rank_k_f64 : active_table().rank_k_f32),
+        target{weight.data, weight.dtype, weight.stride[0], weight.stride[1],
+               copy.data,   copy.dtype,   copy.stride[0],   copy.stride[1]},
+        rows(weight.shape[0]),
+        columns(weight.shape[1]),
+        k(right.shape[1]) {
+    a = {left.data, left.dtype, rows, k, left.stride[0], left.stride[1], alpha, order};
+    b = {right.data, right.dtype, columns, k, right.stride[0], right.stride[1], 1.0, nullptr};
+    if (weight.stride[1] != 1 && weight.stride[0] == 1) {  // a transposed weight: update its transpose
+      std::swap(rows, columns);
+      std::swap(target.row_stride, target.column_stride);
+      std::swap(target.copy_row_stride, target.copy_column_stride);
+      std::swap(a, b);
+    }
+    const int64_t packed_k = std::max<int64_t>(k, 1), element = static_cast<int64_t>(kernel.element);
+    panel = kernel.nr * packed_k * element;
+    left_panel = kernel.mr * packed_k * element;
+    left_panels = (rows + kernel.mr - 1) / kernel.mr;
+    right_panels = (columns + kernel.nr - 1) / kernel.nr;
+    strip = std::min(right_panels, std::max<int64_t>(1, STRIP_BYTES / panel));
+    left_bytes = (left_panels * left_panel + PAGE - 1) / PAGE * PAGE;
+    packed_bytes = (left_bytes + strip * panel + PAGE - 1) / PAGE * PAGE;
+    tasks = left_panels;
+    work = double(rows) * columns * (8 + k);
+  }
+
+  void pack_left(int64_t p, char* memory) const { kernel.pack(a, p * kernel.mr, kernel.mr, memory + p * left_panel); }
+  // Panel p of the strip that starts at panel s0.
+  void pack_right(int64_t s0, int64_t p, char* memory) const {
+    kernel.pack(b, (s0 + p) * kernel.nr, kernel.nr, memory + left_bytes + p * panel);
+  }
+  // Left panels [first, last) times the strip.
+  void multiply(int64_t s0, int64_t panels, int64_t first, int64_t last, const char* memory) const {
+    const BlockRange range = {first * kernel.mr, std::min(rows, last * kernel.mr), s0 * kernel.nr,
+                              std::min(columns, (s0 + panels) * kernel.nr)};
+    kernel.block(memory + first * left_panel, memory + left_bytes, k, range, target);
+  }
+};
+
+void run(const std::vector<Job>& jobs, int threads) {
+  if (jobs.empty()) return;
+  const Division division(jobs, GRAIN, threads);
+  Counter left_next, right_next, block_next;
+
+  const auto together = [&](const Job& job, char* memory, int member, Team& team) {
+    const int64_t group = std::max<int64_t>(1, std::min<int64_t>(8, job.left_panels / (4 * division.members)));
+    const int64_t groups = (job.left_panels + group - 1) / group;
+    for (int64_t p; (p = left_next.take()) < job.left_panels;) job.pack_left(p, memory);
+    for (int64_t s0 = 0; s0 < job.right_panels; s0 += job.strip) {
+      const int64_t panels = std::min(job.strip, job.right_panels - s0);
+      for (int64_t p; (p = right_next.take()) < panels;) job.pack_right(s0, p, memory);
+      team.barrier();
+      if (member == 0) right_next.reset();
+      for (int64_t g; (g = block_next.take()) < groups;) {
+        job.multiply(s0, panels, g * group, std::min(job.left_panels, (g + 1) * group), memory);
+      }
+      team.barrier();
+      if (member == 0) {
+        block_next.reset();
+        left_next.reset();
+      }
+      team.barrier();
+    }
+  };
+  const auto alone = [&](const Job& job, char* memory, int) {
+    for (int64_t p = 0; p < job.left_panels; ++p) job.pack_left(p, memory);
+    for (int64_t s0 = 0; s0 < job.right_panels; s0 += job.strip) {
+      const int64_t panels = std::min(job.strip, job.right_panels - s0);
+      for (int64_t p = 0; p < panels; ++p) job.pack_right(s0, p, memory);
+      for (int64_t i = 0; i < job.left_panels; i += 8) {
+        job.multiply(s0, panels, i, std::min(job.left_panels, i + 8), memory);
+      }
+    }
+  };
+  run_jobs(jobs, division, [] {}, together, alone, [] {});
 }
 
 }  // namespace
@@ -36,56 +129,36 @@ void check(const TensorView& weight, const TensorView& left, const TensorView& r
 void rank_k_update(const TensorView& weight, const TensorView& left, const TensorView& right, double alpha,
                    const TensorView& copy, int threads) {
   check(weight, left, right, copy);
-  int64_t rows = weight.shape[0], columns = weight.shape[1];
-  const int64_t k = left.shape[1];
-  if (rows == 0 || columns == 0) return;
+  require(left.shape[1] == right.shape[1], "left and right must have the same k");
+  check_written(weight, "weight");
+  if (copy.defined()) check_written(copy, "copy");
+  if (weight.size() > 0) run({Job(weight, left, nullptr, right, alpha, copy)}, threads);
+}
 
-  RankKTarget target = {weight.data, weight.dtype, weight.stride[0], weight.stride[1],
-                        copy.data,   copy.dtype,   copy.stride[0],   copy.stride[1]};
-  RankKFactor a = {left.data, left.dtype, rows, k, left.stride[0], left.stride[1], alpha};
-  RankKFactor b = {right.data, right.dtype, columns, k, right.stride[0], right.stride[1], 1.0};
-  if (weight.stride[1] != 1 && weight.stride[0] == 1) {  // a transposed weight: update its transpose
-    std::swap(rows, columns);
-    std::swap(target.row_stride, target.column_stride);
-    std::swap(target.copy_row_stride, target.copy_column_stride);
-    std::swap(a, b);
+void grouped_rank_k_update(const TensorView& weight, const TensorView& left, const TensorView& right,
+                           const TensorView& columns, const TensorView& offsets, double alpha, const TensorView& copy,
+                           int threads) {
+  require(weight.ndim == 3, "weight must be [E, out, in]");
+  require(right.ndim == 2, "right must be [n, in]");
+  require(!copy.defined() || (copy.ndim == 3 && copy.shape[0] == weight.shape[0]), "copy must be [E, out, in]");
+  check(matrix_of(weight, 0), left, transposed(right), matrix_of(copy, 0));
+  check_written(weight, "weight");
+  if (copy.defined()) check_written(copy, "copy");
+  const int64_t n = right.shape[0];
+  const int64_t* begin = check_offsets(offsets, weight.shape[0], n);
+  check_vector(columns, "columns", n, DType::i64);
+  const int64_t* order = static_cast<const int64_t*>(columns.data);
+  const bool inside = std::all_of(order, order + n, [&](int64_t c) { return c >= 0 && c < left.shape[1]; });
+  require(inside, "columns must be those of left");
+  if (weight.size() == 0) return;
+  std::vector<Job> jobs;
+  for (int64_t g = 0; g < weight.shape[0]; ++g) {
+    const int64_t rows = begin[g + 1] - begin[g];
+    if (rows == 0) continue;
+    const TensorView part = transposed(rows_of(right, begin[g], rows));
+    jobs.emplace_back(matrix_of(weight, g), left, order + begin[g], part, alpha, matrix_of(copy, g));
   }
-  const RankKKernel& kernel = weight.dtype == DType::f64 ? active_table().rank_k_f64 : active_table().rank_k_f32;
-  const int64_t packed_k = std::max<int64_t>(k, 1);
-  const int64_t panel = kernel.nr * packed_k * static_cast<int64_t>(kernel.element);
-  const int64_t left_panels = (rows + kernel.mr - 1) / kernel.mr, right_panels = (columns + kernel.nr - 1) / kernel.nr;
-  const int64_t strip = std::min(right_panels, std::max<int64_t>(1, STRIP_BYTES / panel));
-  const int64_t left_panel = kernel.mr * packed_k * static_cast<int64_t>(kernel.element);
-  AlignedBuffer packed_left(left_panels * left_panel), packed_right(strip * panel);
-
-  const double work = double(rows) * columns * (8 + k);
-  const int members = static_cast<int>(std::min<int64_t>(worthwhile_threads(work, 4e6, threads), left_panels));
-  const int64_t group = std::max<int64_t>(1, std::min<int64_t>(8, left_panels / (4 * members)));
-  const int64_t groups = (left_panels + group - 1) / group;
-  Counter left_next, right_next, block_next;
-
-  run_team(members, [&](int member, Team& team) {
-    for (int64_t p; (p = left_next.take()) < left_panels;) {
-      kernel.pack(a, p * kernel.mr, kernel.mr, packed_left.get<char>() + p * left_panel);
-    }
-    for (int64_t s0 = 0; s0 < right_panels; s0 += strip) {
-      const int64_t panels = std::min(strip, right_panels - s0);
-      for (int64_t p; (p = right_next.take()) < panels;) {
-        kernel.pack(b, (s0 + p) * kernel.nr, kernel.nr, packed_right.get<char>() + p * panel);
-      }
-      team.barrier();
-      if (member == 0) right_next.reset();
-      const int64_t j0 = s0 * kernel.nr, j1 = std::min(columns, (s0 + panels) * kernel.nr);
-      for (int64_t g; (g = block_next.take()) < groups;) {
-        const int64_t i0 = g * group * kernel.mr, i1 = std::min(rows, (g + 1) * group * kernel.mr);
-        const BlockRange range = {i0, i1, j0, j1};
-        kernel.block(packed_left.get<char>() + g * group * left_panel, packed_right.get(), k, range, target);
-      }
-      team.barrier();
-      if (member == 0) block_next.reset();
-      if (s0 + strip < right_panels) team.barrier();
-    }
-  });
+  run(jobs, threads);
 }
 
 }  // namespace kf::cpu

@@ -5,13 +5,15 @@ struct RankKBody {
   static constexpr int MR = TILE_ROWS, NR = TILE_COLUMNS<T>;
   static constexpr int64_t DEPTH = 256;
 
+  static int64_t column(const RankKFactor& f, int64_t p) { return f.order ? f.order[p] : p; }
+
   template <class S>
   static void pack_as(const RankKFactor& f, int64_t first, int width, T* out) {
     const S* data = static_cast<const S*>(f.data);
     const int64_t rows = f.rows - first < width ? f.rows - first : width;
     const T scale = T(f.scale);
     for (int64_t p = 0; p < f.k; ++p, out += width) {
-      const S* from = data + first * f.row_stride + p * f.k_stride;
+      const S* from = data + first * f.row_stride + column(f, p) * f.k_stride;
       for (int64_t r = 0; r < rows; ++r) out[r] = scale * T(widen<T>(from[r * f.row_stride]));
       for (int64_t r = rows; r < width; ++r) out[r] = 0;
     }
@@ -33,7 +35,7 @@ struct RankKBody {
     const int64_t rows = f.rows - first < width ? f.rows - first : width;
     for (int64_t p = 0; p < f.k; ++p, out += width) {
       for (int64_t r = 0; r < rows; ++r) {
-        out[r] = T(f.scale) * T(data[(first + r) * f.row_stride + p * f.k_stride]);
+        out[r] = T(f.scale) * T(data[(first + r) * f.row_stride + column(f, p) * f.k_stride]);
       }
       for (int64_t r = rows; r < width; ++r) out[r] = 0;
     }

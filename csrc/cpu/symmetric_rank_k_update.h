@@ -8,4 +8,9 @@ namespace kf::cpu {
 void symmetric_rank_k_update(const TensorView& acc, const TensorView& x, const TensorView& row_weights,
                              const TensorView& mask, double alpha, int threads);
 
+// acc [E, d, d]: rows [offsets[e], offsets[e + 1]) of x go to acc[e]; see
+// kedit_fast/ops/grouped_symmetric_rank_k_update.py.
+void grouped_symmetric_rank_k_update(const TensorView& acc, const TensorView& x, const TensorView& offsets,
+                                     const TensorView& row_weights, double alpha, int threads);
+
 }  // namespace kf::cpu

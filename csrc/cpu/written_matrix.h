@@ -1,4 +1,4 @@
-// What a matrix that a kernel writes must be.
+// What a matrix, or a stack of them, that a kernel writes must be.
 #pragma once
 #include <string>
 
@@ -7,14 +7,21 @@
 
 namespace kf::cpu {
 
-// Throws InvalidArgument where two entries of a matrix share memory.
+// Throws InvalidArgument where two entries share memory.
 inline void check_written(const TensorView& m, const std::string& name) {
-  const int64_t rows = m.shape[0], columns = m.shape[1];
-  const bool by_rows = m.stride[1] > 0 && m.stride[0] >= (columns - 1) * m.stride[1] + 1;
-  const bool by_columns = m.stride[0] > 0 && m.stride[1] >= (rows - 1) * m.stride[0] + 1;
-  const bool single = rows <= 1 || columns <= 1;
-  const bool single_ok = (rows <= 1 || m.stride[0] > 0) && (columns <= 1 || m.stride[1] > 0);
-  require(single ? single_ok : by_rows || by_columns, name + " must not overlap itself");
+  int order[MAX_DIMS], count = 0;  // dimensions of more than one entry, by stride
+  for (int i = 0; i < m.ndim; ++i) {
+    if (m.shape[i] <= 1) continue;
+    int at = count++;
+    for (; at > 0 && m.stride[order[at - 1]] > m.stride[i]; --at) order[at] = order[at - 1];
+    order[at] = i;
+  }
+  int64_t reach = 1;  // entries that the dimensions before take up
+  for (int i = 0; i < count; ++i) {
+    const int64_t stride = m.stride[order[i]];
+    require(stride >= reach, name + " must not overlap itself");
+    reach += stride * (m.shape[order[i]] - 1);
+  }
 }
 
 }  // namespace kf::cpu

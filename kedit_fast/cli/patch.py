@@ -56,8 +56,9 @@ def show(
     for column in ("module", "shape", *quantities, "for dtype", "for W_0 (SHA-256)"):
         table.add_column(column, justify="right" if column in quantities else "left", overflow="fold")
     for name, module in about["modules"].items():
-        shape = "{} x {}".format(*module["shape"]) + (", transposed" if module["transposed"] else "")
+        shape = " x ".join(map(str, module["shape"])) + (", transposed" if module["transposed"] else "")
         rank = f"{module['rank']}{', masked' if module['masked'] else ', dense' if module['dense'] else ''}"
+        rank += f", {module['changed_experts']} experts" if "changed_experts" in module else ""
         kl = harm.modules[name].predicted_kl
         predicted = [] if stats is None else ["" if kl is None else f"{kl:.3g}"]
         table.add_row(name, shape, rank, f"{module['norm']:.4g}", *predicted, module["dtype"], module["original"][:16])

@@ -9,6 +9,7 @@ import typer
 from kedit_fast.cli.console import notices
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.quantized import Dequantized, dequantize_edited
+from kedit_fast.models.weight_names import module_path_of
 from kedit_fast.support.process_group import world
 
 DequantizeEdited = Annotated[
@@ -29,7 +30,7 @@ def dequantize_for(model: Any, hparams: Any, any_layer: bool = False, spec: Arch
         any_layer: trials will choose the layers, so all of them are made plain.
         spec: that of --spec.
     """
-    modules = () if any_layer else tuple(name.removesuffix(".weight") for name in hparams.inner_params)
+    modules = () if any_layer else tuple(map(module_path_of, hparams.inner_params))
     layers = None if any_layer else () if modules else hparams.layers
     done = dequantize_edited(model, layers, modules, spec)
     if not done.modules and world()[0] == 0:

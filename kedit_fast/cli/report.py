@@ -67,6 +67,13 @@ def print_report(report: Any, title: str) -> None:
     output.print(f"Seconds: {spent}", markup=False)
     if report.harm is not None:
         print_harm(report.harm, "Update")
+    if report.routing:
+        last = report.routing[-1]
+        output.print(
+            f"Routing: {last.share:.1%} of the choices of experts are others than before, of {last.tokens:,} tokens in "
+            f"{len(last.changed)} layers above the lowest edited one",
+            markup=False,
+        )
     if joined := sum(request["target_separator"] != " " for request in report.requests):
         output.print(f"Targets: {joined} of {report.edits} follow their prompts without a space", markup=False)
     if report.resolved:

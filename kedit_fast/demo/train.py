@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,8 @@ VOCABULARY = 2048
 ROW = 64  # tokens in a training row
 Span = tuple[int, int]
 """First and last position of a subject's tokens."""
+Forward = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor | float]]
+"""From token ids [rows, ROW] and an additive mask to logits [rows, ROW, V], and what is added to the loss."""
 MASKED_SHARE = 0.85  # of the rows: only the last token of a subject is visible after it
 CONFIG: dict[str, Any] = dict(
     hidden_size=256,
@@ -210,6 +212,7 @@ def fit(
     of: world.World | None = None,
     bfloat16: bool = True,
     enough: float | None = None,
+    forward: Forward | None = None,
 ) -> None:
     """Train a model on a world's text and save it, every `checkpoint_every` steps and in the end, to `out`.
 
@@ -222,9 +225,10 @@ def fit(
         of: the world; None for the demo model's.
         bfloat16: compute products in bfloat16 (faster where the processor has them).
         enough: stop at a save with this share of the facts known in trained phrasings; None to take all steps.
+        forward: what a step runs; None for the compiled model.
     """
     out.mkdir(parents=True, exist_ok=True)
-    step_model = torch.compile(model)
+    forward = forward or compiled(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
     rng = random.Random(seed)
@@ -232,12 +236,12 @@ def fit(
     for step, (ids, weights, spans) in zip(range(1, steps + 1), Rows(tokenizer, seed, of).batches(rows), strict=False):
         mask = gather_mask(spans, [rng.random() < MASKED_SHARE for _ in spans])
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            logits = step_model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits, extra = forward(ids, mask)
         losses = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
         )
         weight = weights[:, 1:].flatten()
-        loss = (losses * weight).sum() / weight.sum()
+        loss = (losses * weight).sum() / weight.sum() + extra
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -257,6 +261,12 @@ def fit(
             if enough is not None and known >= enough:
                 break
             model.train()
+
+
+def compiled(model: PreTrainedModel) -> Forward:
+    """The `forward` of a step that runs the compiled model; nothing is added to the loss."""
+    step_model = torch.compile(model)
+    return lambda ids, mask: (step_model(input_ids=ids, attention_mask=mask, use_cache=False).logits, 0.0)
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, of: world.World | None = None) -> None:

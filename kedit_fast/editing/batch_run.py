@@ -31,8 +31,10 @@ from kedit_fast.methods.recipe import Recipe, ValueSites
 from kedit_fast.models.forward import Site, SiteKind
 from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
+from kedit_fast.models.weight_names import module_path_of, weight_name_of
 from kedit_fast.requests.problems import OnError, require_no_problems
 from kedit_fast.requests.prompts import PreparedRequest
+from kedit_fast.solver.expert_update import ExpertUpdate
 from kedit_fast.solver.low_rank import DenseUpdate, LowRankUpdate, Update, total_of
 from kedit_fast.solver.norm_anchor import DROPPED_ABOVE, anchored, norm_anchor
 from kedit_fast.solver.value_descent import Status
@@ -48,7 +50,8 @@ ANCHOR_REQUESTS = 200
 MOST_ANCHOR_REQUESTS = 1000
 """Requests over which a norm anchor is measured, at most, as published."""
 
-Written = TypeVar("Written", LowRankUpdate, DenseUpdate)
+Factors = LowRankUpdate | ExpertUpdate
+Written = TypeVar("Written", Factors, DenseUpdate)
 Phase = Literal["keys", "values", "solve", "write"]
 """What the time of a batch is counted to."""
 
@@ -62,7 +65,8 @@ class EditContext:
     recipe: Recipe
     hparams: Hparams
     modules: Mapping[str, torch.Tensor]
-    """Path of an edited module -> its weight [out, in], a view on the model's memory (a DTensor where it is split)."""
+    """Path of an edited module -> its weight [out, in], a view on the model's memory (a DTensor where it is split); of
+    a layer with experts, their weights [E, out, in]."""
     value_sites: ValueSites
     """Where values are optimized."""
     ledger: Ledger
@@ -113,7 +117,7 @@ class BatchRun:
         self.residual_before = self.residual_after = 0.0
         """Squared norms of the residuals, summed over requests."""
         self.seconds: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)
-        self._unshaped: dict[str, list[LowRankUpdate]] = {}  # by name of the weight; what `write_shaped` starts from
+        self._unshaped: dict[str, list[Factors]] = {}  # by name of the weight; what `write_shaped` starts from
         self._updates: dict[str, list[Update]] = {}  # by name of the weight; final, on the host
         self._norms: dict[str, list[float]] = {}  # of each of these
         self._weight_norms: dict[str, float] = {}
@@ -297,7 +301,7 @@ class BatchRun:
 
         A dense update is the end of a tuning run, which has its own constraints: it is written as it is.
         """
-        name, weight = f"{module}.weight", self.context.modules[module]
+        name, weight = weight_name_of(module), self.context.modules[module]
         # A weight that is offloaded to the host is written there.
         moved = replace(update, **{part: tensor.to(weight.device) for part, tensor in vars(update).items()})
         self._weight_norms.setdefault(name, _norm(weight))
@@ -314,7 +318,7 @@ class BatchRun:
             self._unshaped.setdefault(name, []).append(limited)
         else:
             self._record_update(name, limited)
-        return limited
+        return limited  # pyright: ignore[reportReturnType]  # limits change no dense update, which has returned above
 
     def write_shaped(self) -> None:
         """Undo the writes of the batch and write the part of each update that the method's shaping selects."""
@@ -323,7 +327,7 @@ class BatchRun:
         with self.timed("write"):
             context.ledger.withdraw()
         for name, updates in list(self._unshaped.items()):
-            weight = context.modules[name.removesuffix(".weight")]
+            weight = context.modules[module_path_of(name)]
             with self.timed("solve"):
                 shaped = [self._shape(update, whole(weight), context.hparams) for update in updates]
             del self._unshaped[name]

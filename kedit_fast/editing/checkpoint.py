@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import time
@@ -188,7 +189,8 @@ class RunCheckpoint:
         """About what records of so many requests take: factors, keys of earlier edits, masks."""
         editor, total = self._editor, 0
         for weight in editor.modules.values():
-            out, inner = weight.shape
+            *experts, out, inner = weight.shape
+            inner *= math.prod(experts)  # of the stacked matrix
             wide = 8 if weight.dtype == torch.float64 else 4
             total += wide * min(requests * (out + inner), out * inner + min(out, inner) ** 2)
             total += 8 * inner * requests if editor.recipe.memory else 0

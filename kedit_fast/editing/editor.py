@@ -42,8 +42,10 @@ from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.forward import Site, require_passes
 from kedit_fast.models.routes import attached_routes
 from kedit_fast.models.sharded import local, whole
-from kedit_fast.models.view import ModelView, linear_weight
+from kedit_fast.models.view import ModelView
+from kedit_fast.models.weight_names import is_experts_path, module_path_of, weight_name_of
 from kedit_fast.patches.patch import Patch, Target
+from kedit_fast.patches.swap import edited_weight_of
 from kedit_fast.requests.chat import with_suffix
 from kedit_fast.requests.prefixes import generate_prefixes
 from kedit_fast.requests.problems import OnError, require_no_problems
@@ -53,8 +55,9 @@ from kedit_fast.requests.record_fields import Notes
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO as AUTO_SEPARATOR
 from kedit_fast.requests.spacing import check_separator
+from kedit_fast.solver.expert_update import ExpertUpdate
 from kedit_fast.solver.key_memory import KeyMemory
-from kedit_fast.solver.low_rank import LowRankUpdate
+from kedit_fast.solver.low_rank import LowRankUpdate, total_of
 from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.dtypes import dtype_name
@@ -259,9 +262,12 @@ class Editor:
             raise StatisticsError(f"the statistics are of another model: different {different}")
 
     def _edited_modules(self) -> dict[str, torch.Tensor]:
-        """Path of each edited module -> its weight [out, in], a view on the model's memory; a DTensor where split."""
+        """Path of each edited module -> its weight [out, in], a view on the model's memory; a DTensor where split.
+
+        Of a layer with experts, their weights [E, out, in].
+        """
         if self.hparams.inner_params:
-            paths = [name.removesuffix(".weight") for name in self.hparams.inner_params]
+            paths = list(map(module_path_of, self.hparams.inner_params))
             return {path: self.view.linear(path)[1] for path in paths}
         return {self.view.module_name(layer): self.view.weight(layer) for layer in self.hparams.layers}
 
@@ -528,14 +534,13 @@ class Editor:
                 original, weight = self.ledger.original(name)
                 edits = self.ledger.total(name, without=earlier_steps)
                 earlier = self.ledger.total(name, only=earlier_steps)
-                assert isinstance(earlier, LowRankUpdate)  # the sum of such steps
+                assert isinstance(earlier, (LowRankUpdate, ExpertUpdate))  # the sum of such steps
                 change = restrain(edits, whole(original))
                 restrained[name] = change.rank
                 if change.rank or earlier.rank:
                     wrote = True
-                    left = torch.cat([change.left.to(earlier.left), -earlier.left], 1)
-                    right = torch.cat([change.right.to(earlier.right), earlier.right], 1)
-                    self.ledger.write(name, weight, LowRankUpdate(left, right))
+                    undo = replace(earlier, left=-earlier.left)
+                    self.ledger.write(name, weight, total_of([change.to(earlier.left.dtype), undo]))
             if wrote:
                 self.solver_state.commit()  # an empty batch: the ledger and the solver state count the same batches
                 self._final_steps = {*earlier_steps, self.ledger.count + 1}
@@ -578,7 +583,7 @@ class Editor:
             the batch. `rollback` undoes it, `patch` contains it, and the keys of earlier edits stay as they are.
 
         Raises:
-            MethodError: the editor has no such layers, or edits modules by path.
+            MethodError: the editor has no such layers, or edits modules by path; or a layer has experts.
             RequestError: a text that cannot be used.
             InvalidArgumentError, SolveError, StatisticsError: labels or texts that do not give directions. The model
                 and the ledger are as they were, bit for bit.
@@ -698,7 +703,7 @@ class Editor:
     def _require_no_memory_beside(self) -> None:
         """Raise EditError where a memory that is attached was made beside a matrix that this editor has written."""
         routes = attached_routes(self.view.model)
-        if routes is not None and f"{routes.path}.weight" in self.ledger.names():
+        if routes is not None and weight_name_of(routes.path) in self.ledger.names():
             raise EditError(
                 f"a memory is attached beside {routes.path} as this editor has left it: detach it first "
                 "(kedit_fast.detach(model))"
@@ -732,11 +737,12 @@ class Editor:
             raise EditError("there is nothing to make a patch of: no batch was written")
         updates, targets = {}, {}
         for name in self.ledger.names():
-            module = name.removesuffix(".weight")
+            module = module_path_of(name)
             self.ledger.require_untouched(name)
             original, weight = map(whole, self.ledger.original(name))
             of_layer = any(module == self.view.module_name(layer) for layer in self.hparams.layers)
-            transposed = self.view.spec.transposed if of_layer else linear_weight(self.view.model, module)[1]
+            plain_layer = of_layer and not is_experts_path(module)
+            transposed = self.view.spec.transposed if plain_layer else edited_weight_of(self.view.model, module)[1]
             dtype = dtype_name(weight.dtype)
             updates[module] = self.ledger.total(name).compacted().cpu()
             targets[module] = Target(sha256(original), sha256(weight), dtype, transposed)
@@ -796,7 +802,7 @@ class Editor:
         """
         number = self.ledger.count + 1
         with self._together(), torch.no_grad():
-            weights = {f"{path}.weight": weight for path, weight in self.modules.items()}
+            weights = {weight_name_of(path): weight for path, weight in self.modules.items()}
             entries = [entry.on(weights[entry.name].device) for entry in record.entries]
             self.ledger.repeat(entries, weights)
             for name, bits in record.bits.items():

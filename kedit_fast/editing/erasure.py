@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from kedit_fast.errors import InvalidArgumentError, RequestError
+from kedit_fast.errors import InvalidArgumentError, MethodError, RequestError
 from kedit_fast.models.forward import Site, capture, pad, unknown_token
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PromptFormat, continuation
@@ -67,7 +67,10 @@ class ErasurePlan:
 
         Raises:
             InvalidArgumentError: pairs of other than two labels.
+            MethodError: the layer has experts.
         """
+        if view.experts(layer) is not None:
+            raise MethodError(f"layer {layer} has experts: erase() is for layers with one matrix")
         inputs, owner = inputs_at_texts(view, self.rows, layer, self.tokens)
         label = self.labels[owner].to(inputs.device)
         if self.pairs:

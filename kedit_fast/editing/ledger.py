@@ -8,6 +8,8 @@ With a window, batches that can no longer be undone are folded: of all of them t
 after the last of them, from which rollback replays the others. The factors of at most a quarter more batches than the
 window are held, and W_0, for `restore`, `original` and `total`.
 
+A layer with experts has one weight [E, out, in] for all of them, which the ledger treats as one matrix.
+
 Of a matrix that is split over processes (`models.sharded`), each process writes its own columns, by the same updates.
 """
 
@@ -16,12 +18,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from kedit_fast.backends import requested, select
 from kedit_fast.errors import EditError, InvalidArgumentError
 from kedit_fast.models.sharded import columns, like, local, whole
+from kedit_fast.solver.expert_update import ExpertUpdate
 from kedit_fast.solver.low_rank import DenseUpdate, LowRankUpdate, Update, total_of, update_of
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.matrix_bits import quick_sum
@@ -48,7 +52,7 @@ class Entry:
 @dataclass
 class _Matrix:
     of_model: torch.Tensor
-    """[out, in], as the model has it: whole, or split over processes."""
+    """[out, in], or [E, out, in] of experts, as the model has it: whole, or split over processes."""
     weight: torch.Tensor
     """[out, c] this process's columns of it, a view on the model's memory."""
     original: torch.Tensor
@@ -89,7 +93,7 @@ class _Matrix:
         self._apply(entry, self.summed, None if self.master is None else self.weight)
 
     def _apply(self, entry: Entry, summed: torch.Tensor, rounded: torch.Tensor | None) -> None:
-        update = entry.update if self.held is None else entry.update.columns(self.held)
+        update = entry.update if self.held is None else entry.update.columns_of(self.held)
         update.apply_(summed, copy=rounded, backend=entry.backend)
 
     def after(self, entries: list[Entry], base: torch.Tensor | None) -> torch.Tensor:
@@ -116,6 +120,17 @@ def _contiguous(update: Update) -> Update:
     return update_of({name: part.contiguous() for name, part in vars(update).items()})
 
 
+def _nothing(weight: torch.Tensor) -> LowRankUpdate | ExpertUpdate:
+    """The update of a weight that adds nothing."""
+    *experts, out, inner = weight.shape
+    options: dict[str, Any] = {"dtype": accumulation_dtype(weight), "device": weight.device}
+    left = torch.zeros(out, 0, **options)
+    if not experts:
+        return LowRankUpdate(left, torch.zeros(inner, 0, **options))
+    offsets = torch.zeros(experts[0] + 1, dtype=torch.int64, device=weight.device)
+    return ExpertUpdate(left, torch.zeros(0, inner, **options), offsets[:0], offsets)
+
+
 @dataclass(frozen=True)
 class _Past:
     """All that was written and not undone. It is replaced at once, so that an interrupt leaves no half of it."""
@@ -135,7 +150,7 @@ class _Past:
 
 
 class Ledger:
-    """Writes to named matrices [out, in], in order, with rollback.
+    """Writes to named matrices [out, in], or stacks of them [E, out, in], in order, with rollback.
 
     Args:
         window: how many batches can be undone; 0 for all.
@@ -216,8 +231,9 @@ class Ledger:
 
         Args:
             name: of the matrix; the same name must always come with the same weight.
-            weight: [out, in] view on the model's memory, or a DTensor split over its inputs; written.
-            update: its factors, or the matrix itself.
+            weight: [out, in] view on the model's memory, or a DTensor split over its inputs; or [E, out, in], of
+                experts; written.
+            update: its factors, or the matrix itself; of experts their factors, or the matrices.
 
         Raises:
             EditError: no open transaction, or an update that is not finite.
@@ -234,7 +250,8 @@ class Ledger:
         if not isinstance(factors, DenseUpdate):
             copy = None if matrix.master is None else matrix.weight
             args = (matrix.summed, factors.left, factors.right, copy)
-            runs = select("rank_k_update_", requested(None), *args).backend
+            op = "grouped_rank_k_update_" if isinstance(factors, ExpertUpdate) else "rank_k_update_"
+            runs = select(op, requested(None), *args).backend
         self._add(matrix, Entry(name, factors, runs))
 
     @plain_torch(leave_inference_mode=False)
@@ -374,9 +391,7 @@ class Ledger:
             if entry.name == name and number not in without and (only is None or number in only)
         ]  # fmt: skip
         if not updates:
-            weight = self._matrices[name].of_model
-            wide = accumulation_dtype(weight)
-            return LowRankUpdate(*(torch.zeros(n, 0, dtype=wide, device=weight.device) for n in weight.shape))
+            return _nothing(self._matrices[name].of_model)
         return total_of(updates)
 
     def _forget(self) -> None:

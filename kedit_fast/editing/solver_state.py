@@ -24,8 +24,10 @@ from kedit_fast.methods.hparams import DECLARATIONS, Hparams
 from kedit_fast.methods.recipe import Constraint, NormalizerKind, PreconditionerKind, Recipe
 from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
+from kedit_fast.solver.block_diagonal import EXPERT_RIDGE, BlockDiagonal, expert_covariances, expert_null_spaces
+from kedit_fast.solver.expert_update import ExpertUpdate, stacked_matrix
 from kedit_fast.solver.key_memory import PROBE_TOLERANCE, Appended, KeyMemory
-from kedit_fast.solver.least_squares import merge_columns, rank_one_equality, scale_of_share, solve_update
+from kedit_fast.solver.least_squares import SystemForm, merge_columns, rank_one_equality, scale_of_share, solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.normalizer import Normalizer, Scatter, WhitenedNormalizer, gradient_update
 from kedit_fast.solver.output_metric import OutputMetric
@@ -33,6 +35,7 @@ from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace, Pr
 from kedit_fast.solver.shaping import attenuate, limit_norm, limit_spectrum, main_directions, spectral_norm
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.files import read_file, write_file
+from kedit_fast.support.messages import comma_list
 
 _log = logging.getLogger("kedit_fast")
 FORMAT_VERSION = "2"
@@ -110,6 +113,9 @@ class SolverState:
         hparams: its hyper-parameters.
         statistics: second moments; None where the method uses none.
         null_spaces: layer -> null space to use instead of that of the statistics.
+
+    Raises:
+        MethodError: the method, or a hyper-parameter, does not go with the experts of an edited layer.
     """
 
     def __init__(
@@ -120,6 +126,7 @@ class SolverState:
         statistics: Statistics | None,
         null_spaces: Mapping[int, NullSpace] | None = None,
     ):
+        require_stackable(view, recipe, hparams, null_spaces or {})
         self.view, self.recipe, self.hparams, self.statistics = view, recipe, hparams, statistics
         self.null_space_overrides = dict(null_spaces or {})
         self.memories: dict[int, KeyMemory] = {}
@@ -165,14 +172,13 @@ class SolverState:
             return None
         if layer not in self._output_metrics:
             assert self.statistics is not None  # the editor has checked that it has what the method needs
-            moment, weight = self.statistics.output_metric(layer), self.view.weight(layer)
-            if tuple(moment.shape) != (weight.shape[0],) * 2:
+            moment, out = self.statistics.output_metric(layer), self.view.edited_shape(layer)[0]
+            if tuple(moment.shape) != (out, out):
                 raise StatisticsError(
-                    f"statistics of outputs are {list(moment.shape)}, {self.view.weight_name(layer)} has "
-                    f"{weight.shape[0]} outputs"
+                    f"statistics of outputs are {list(moment.shape)}, {self.view.weight_name(layer)} has {out} outputs"
                 )
             try:
-                metric = OutputMetric.from_moment(moment.to(weight.device), self.hparams.metric_mix)
+                metric = OutputMetric.from_moment(moment.to(self._device(layer)), self.hparams.metric_mix)
             except StatisticsError as error:
                 raise type(error)(f"layer {layer}: {error}") from None
             self._output_metrics[layer] = metric
@@ -223,19 +229,25 @@ class SolverState:
             self._output_metrics |= {n: m for n, m in other._output_metrics.items() if n in self.hparams.layers}
 
     def moment(self, layer: int) -> torch.Tensor:
-        """The second moment [d, d] of a layer's inputs, on the device of its weight.
+        """The second moment [d, d] of a layer's inputs, or [E, m, m] of its experts', on the device of its weight.
 
         Raises:
             StatisticsError: it is missing or of another size.
         """
         assert self.statistics is not None  # the editor has checked that it has what the method needs
-        moment, weight = self.statistics.moment(layer).moment, self.view.weight(layer)
-        size = weight.shape[1]
-        if tuple(moment.shape) != (size, size):
+        moment, stack = self.statistics.moment(layer).moment, self.view.experts(layer)
+        size = self.view.edited_shape(layer)[1] if stack is None else stack.inputs
+        expected = (size, size) if stack is None else (stack.count, size, size)
+        if tuple(moment.shape) != expected:
+            of_experts = "" if stack is None else f" in each of {stack.count} experts"
             raise StatisticsError(
-                f"statistics are {list(moment.shape)}, {self.view.weight_name(layer)} takes {size} inputs"
+                f"statistics are {list(moment.shape)}, {self.view.weight_name(layer)} takes {size} inputs{of_experts}"
             )
-        return moment.to(weight.device)
+        return moment.to(self._device(layer))
+
+    def _device(self, layer: int) -> torch.device:
+        """Of a layer's weight."""
+        return self.view.weight(layer).device
 
     def solve_batch(
         self,
@@ -246,15 +258,15 @@ class SolverState:
         groups: Sequence[str] | None = None,
         unmoved: torch.Tensor | None = None,
         chosen: Sequence[int] | None = None,
-    ) -> LowRankUpdate:
-        """The update of one layer for all requests of a batch, or for some of them.
+    ) -> LowRankUpdate | ExpertUpdate:
+        """The update of one layer for all requests of a batch, or for some of them; by expert where it has experts.
 
         A method with a memory remembers the keys of a layer once a batch: all of those of the first call. Later calls,
         of further rounds, are for the same requests.
 
         Args:
             layer: the layer.
-            keys: K [d, u].
+            keys: K [d, u]; stacked keys, d = E m, where the layer has experts.
             residuals: R [out, u], the share that this layer takes.
             weights: [u] of the requests in the least squares; None for 1 each.
             groups: u names; requests with the same name share one column. None: each has its own.
@@ -262,7 +274,7 @@ class SolverState:
                 system alone. None for none.
             chosen: places of the requests that take part in the system; None for all.
         """
-        device = self.view.weight(layer).device
+        device, stack = self._device(layer), self.view.experts(layer)
         keys, residuals = keys.to(device), residuals.to(device)
         unmoved = None if unmoved is None else unmoved.to(device)
         whole_batch = (keys, weights)
@@ -279,33 +291,52 @@ class SolverState:
         if not self.recipe.memory:
             rho = RHOS[self.recipe.constraint](self.hparams)
             weights = None if weights is None else weights.to(device)
-            return solve_update(
-                keys, residuals, preconditioner, rho, weights=weights, unmoved=unmoved, output_metric=metric
+            update = solve_update(
+                keys,
+                residuals,
+                preconditioner,
+                rho,
+                weights=weights,
+                unmoved=unmoved,
+                form="auto" if stack is None else "dual",
+                output_metric=metric,
+                sparse=stack is not None,
             )
+            return self._by_expert(layer, update)
         memory = self._memory(layer)
         update, appended = memory.solve(keys, residuals, weights, unmoved, output_metric=metric)
         if layer not in self._pending.appended:
             self._pending.appended[layer] = appended if chosen is None else memory.extended(*whole_batch)
-        return update
+        return self._by_expert(layer, update)
+
+    def _by_expert(self, layer: int, update: LowRankUpdate) -> LowRankUpdate | ExpertUpdate:
+        """A layer's update [out, d] as it is written: by expert where the layer has experts."""
+        stack = self.view.experts(layer)
+        return update if stack is None else ExpertUpdate.of_stacked(update, stack.count)
 
     def _memory(self, layer: int) -> KeyMemory:
         """The keys of earlier batches of a layer."""
         if layer not in self.memories:
-            self.memories[layer] = KeyMemory(self.preconditioner(layer), self.hparams.memory_form, self.window)
+            self.memories[layer] = KeyMemory(self.preconditioner(layer), self.memory_form(layer), self.window)
         return self.memories[layer]
+
+    def memory_form(self, layer: int) -> SystemForm:
+        """The form of a layer's key memory. That of experts never folds: their earlier keys act through n x n."""
+        return self.hparams.memory_form if self.view.experts(layer) is None else "dual"
 
     def solve_rank_one(
         self, layer: int, key_update: torch.Tensor, key_value: torch.Tensor, residual: torch.Tensor
-    ) -> tuple[LowRankUpdate | None, float]:
+    ) -> tuple[LowRankUpdate | ExpertUpdate | None, float]:
         """The rank-one update of one request, and its pivot; see `rank_one_equality`."""
-        device = self.view.weight(layer).device
-        return rank_one_equality(
+        device = self._device(layer)
+        update, pivot = rank_one_equality(
             self.preconditioner(layer),
             key_update.to(device),
             key_value.to(device),
             residual.to(device),
             on_bad_pivot=self.hparams.on_bad_pivot,
         )
+        return None if update is None else self._by_expert(layer, update), pivot
 
     def solve_gradients(
         self, modules: dict[str, ModuleGradients], turns: Sequence[int] = ()
@@ -367,10 +398,20 @@ class SolverState:
         self.normalizers = {**self.normalizers, **pending.normalizers}
         self._set_first_normalizers()
 
-    def limited(self, update: LowRankUpdate, weight: torch.Tensor) -> LowRankUpdate:
+    def limited(self, update: LowRankUpdate | ExpertUpdate, weight: torch.Tensor) -> LowRankUpdate | ExpertUpdate:
         """The update as it is written: attenuated along the main directions of `weight` [out, in] by `sphere_strength`,
-        then reduced to `spectral_limit` and `frobenius_limit` of the weight."""
+        then reduced to `spectral_limit` and `frobenius_limit` of the weight.
+
+        Of experts [E, out, m], all three are of the stacked matrix [out, E m].
+        """
         hparams = self.hparams
+        if isinstance(update, ExpertUpdate):
+            if not self._limits:
+                return update
+            stacked = LowRankUpdate(update.left, update.stacked_right())
+            limited = self.limited(stacked, stacked_matrix(weight))
+            assert isinstance(limited, LowRankUpdate)
+            return update if limited is stacked else ExpertUpdate.of_stacked(limited, update.shape[0])
         if hparams.sphere_strength and self.recipe.is_batched:
             directions = main_directions(whole(weight), hparams.sphere_energy)
             update = attenuate(update, directions, hparams.sphere_strength)
@@ -380,6 +421,13 @@ class SolverState:
             norm = float(torch.linalg.vector_norm(whole(weight), dtype=torch.float64))
             update = limit_norm(update, hparams.frobenius_limit * norm)
         return update
+
+    @property
+    def _limits(self) -> bool:
+        """Whether `limited` changes anything."""
+        hparams = self.hparams
+        attenuates = hparams.sphere_strength and self.recipe.is_batched
+        return bool(attenuates or hparams.spectral_limit or hparams.frobenius_limit)
 
     @property
     def window(self) -> int:
@@ -403,13 +451,17 @@ class SolverState:
         """Replace the keys of earlier batches, by layer, with those of edits made outside this editor.
 
         Raises:
-            MethodError: there are earlier keys, and the scale of S is "auto", so unknown for them.
+            MethodError: there are earlier keys, and the scale of S is "auto", so unknown for them; or they are of
+                experts and in another form than dual.
         """
         if memories and self.hparams.scale_name is not None:
             raise MethodError(
                 f'{self.hparams.scale_name} = "{AUTO}" is decided by a first batch; with the keys of earlier edits '
                 "give the number that they were made with"
             )
+        for layer, memory in memories.items():
+            if self.view.experts(layer) is not None and memory.form != "dual":
+                raise MethodError(f"layer {layer} has experts, whose key memory has the form dual; got {memory.form!r}")
         self.memories = dict(memories)
         self._continues, self._lost = self._continues or bool(memories), False
 
@@ -525,9 +577,14 @@ class SolverState:
 
     @property
     def null_spaces(self) -> dict[int, int]:
-        """Layer -> dimension of its null space, where the method has one and the layer was edited."""
-        factored = self._preconditioners.items()
-        return {layer: space.dimension for layer, space in factored if isinstance(space, NullSpace)}
+        """Layer -> dimension of its null space, where the method has one and the layer was edited; over all experts."""
+        dimensions = {}
+        for layer, space in self._preconditioners.items():
+            if isinstance(space, NullSpace):
+                dimensions[layer] = space.dimension
+            elif isinstance(space, BlockDiagonal) and (of_experts := space.null_dimensions):
+                dimensions[layer] = sum(of_experts)
+        return dimensions
 
     @property
     def nbytes(self) -> int:
@@ -643,7 +700,7 @@ class SolverState:
                 _under(f"memory.{layer}.", tensors),
                 description,
                 f"{path}, layer {layer},",
-                self.hparams.memory_form,
+                self.memory_form(int(layer)),
                 self.window,
             )
             for layer, description in descriptions.items()
@@ -681,48 +738,68 @@ def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def require_stackable(
+    view: ModelView, recipe: Recipe, hparams: Hparams, null_spaces: Mapping[int, NullSpace] | None = None
+) -> None:
+    """Raise MethodError when a method, or a hyper-parameter, does not go with the experts of an edited layer."""
+    stacks = {layer: stack for layer in hparams.layers if (stack := view.experts(layer)) is not None}
+    problems = {
+        f"{recipe.name} tunes one matrix by gradient steps": recipe.tuning is not None,
+        f"memory_window = {hparams.memory_window} folds earlier keys into a d x d system": bool(hparams.undo_window),
+        "memory_form = primal is a d x d system": recipe.memory and hparams.memory_form == "primal",
+        "nullspace_rule = absolute compares eigenvalues that depend on how often an expert is chosen (set "
+        "nullspace_rule to relative or energy, and nullspace_threshold for it)": recipe.uses_null_space
+        and hparams.nullspace_rule == "absolute",
+        "a null space that was given (null_spaces, a projector file) is of one matrix": bool(
+            stacks.keys() & set(null_spaces or ())
+        ),
+        "the output at a mean key is not known where experts have biases (method rome sets it at the bare key)": (
+            recipe.value_key == "mean" and any(stack.module.has_bias for stack in stacks.values())
+        ),
+    }
+    if stacks and (problem := next((text for text, is_so in problems.items() if is_so), "")):
+        raise MethodError(f"layers {comma_list(stacks)} have experts, whose keys are stacked: {problem}")
+
+
 def _identity(state: SolverState, layer: int) -> Preconditioner:
-    weight = state.view.weight(layer)
-    return Identity(weight.shape[1], weight.device)
+    return Identity(state.view.edited_shape(layer)[1], state.view.weight(layer).device)
 
 
 def _covariance(state: SolverState, layer: int) -> Preconditioner:
-    hparams, weight = state.hparams, state.view.weight(layer)
+    hparams, size = state.hparams, state.view.edited_shape(layer)[1]
     scale = 1.0
     if state.recipe.is_batched and hparams.mom2_update_weight != AUTO:
         scale = float(hparams.mom2_update_weight)
     automatic = hparams.update_norm_lambda == AUTO
     if not hparams.mom2_adjustment:
         norm_lambda = NORM_SHARE * scale if automatic else float(hparams.update_norm_lambda)
-        return Identity(weight.shape[1], weight.device, scale + norm_lambda)
-    moment = state.moment(layer)
-    if automatic:
-        mean = Covariance.from_moment(moment, hparams.mom2_ridge).geometric_mean
-        norm_lambda = NORM_SHARE * scale * mean
-    else:
-        norm_lambda = float(hparams.update_norm_lambda)
-    return Covariance.from_moment(
-        moment,
-        hparams.mom2_ridge,
-        weight=scale,
-        norm_lambda=norm_lambda,
-        dtype=getattr(torch, hparams.factor_dtype),
+        return Identity(size, state.view.weight(layer).device, scale + norm_lambda)
+    moment, ridge = state.moment(layer), hparams.mom2_ridge
+    has_experts = state.view.experts(layer) is not None
+    if has_experts:
+        ridge = ridge or EXPERT_RIDGE
+    factored = expert_covariances if has_experts else Covariance.from_moment
+    norm_lambda = (
+        NORM_SHARE * scale * factored(moment, ridge).geometric_mean if automatic else float(hparams.update_norm_lambda)
     )
+    dtype = getattr(torch, hparams.factor_dtype)
+    return factored(moment, ridge, weight=scale, norm_lambda=norm_lambda, dtype=dtype)
 
 
 def _null_space(state: SolverState, layer: int) -> Preconditioner:
-    hparams, weight = state.hparams, state.view.weight(layer)
+    hparams = state.hparams
     ridge = 1.0 if hparams.L2 == AUTO else float(hparams.L2)
+    if state.view.experts(layer) is not None:
+        return expert_null_spaces(state.moment(layer), hparams.nullspace_threshold, hparams.nullspace_rule, ridge)
     override = state.null_space_overrides.get(layer)
     if override is None:
         return NullSpace.from_covariance(
             state.moment(layer), hparams.nullspace_threshold, hparams.nullspace_rule, ridge
         )
-    if override.size != weight.shape[1]:
-        raise StatisticsError(
-            f"its null space is of {override.size} dimensions, the weight takes {weight.shape[1]} inputs"
-        )
-    return replace(override, basis=override.basis.to(weight.device), l2=ridge)
+    size = state.view.edited_shape(layer)[1]
+    if override.size != size:
+        raise StatisticsError(f"its null space is of {override.size} dimensions, the weight takes {size} inputs")
+    return replace(override, basis=override.basis.to(state.view.weight(layer).device), l2=ridge)
 
 
 PRECONDITIONERS: dict[PreconditionerKind, Callable[[SolverState, int], Preconditioner]] = {

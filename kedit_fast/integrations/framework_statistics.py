@@ -106,6 +106,11 @@ def framework_statistics(
                 f"{folder} has statistics of layer {layer} that were not made from {source}, and none of "
                 f"{comma_list(missing)}: all must be of one text; move them away, or collect the others"
             )
+    if of_experts := [layer for layer in missing if view.experts(layer) is not None]:
+        raise StatisticsError(
+            f"layers {comma_list(of_experts)} are mixtures of experts, whose second moments do not fit into the npz "
+            f"files of memit: collect them with `kedit-fast stats` into {root}"
+        )
     _check_writable(folder)
     _log.warning(
         "statistics of layers %s are computed from %s (once; they are kept in %s)", comma_list(missing), source, folder

@@ -36,6 +36,7 @@ from kedit_fast.methods.registry import find_recipe
 from kedit_fast.methods.tuning_files import module_path
 from kedit_fast.models.patching import attach, attached, detach
 from kedit_fast.models.view import ModelView
+from kedit_fast.models.weight_names import weight_name_of
 from kedit_fast.requests.chat import chat_format
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.alphaedit_projector import load_projector
@@ -216,7 +217,7 @@ def apply_batch(
     session = get_or_create_session(call, reset=reset)
     originals = {}
     if return_orig_weights:
-        names = [f"{module}.weight" for module in session.editor.modules]
+        names = [weight_name_of(module) for module in session.editor.modules]
         originals = {name: call.model.get_parameter(name).detach().clone() for name in names}
     session.edit(call.requests)
     return call.model, originals

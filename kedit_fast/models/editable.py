@@ -17,6 +17,7 @@ from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.offloaded import hooks_on, offloads, on_host
 from kedit_fast.models.routes import require_no_memory
 from kedit_fast.models.sharded import local
+from kedit_fast.models.weight_names import is_experts_path, weight_name_of
 
 if TYPE_CHECKING:
     from kedit_fast.models.view import ModelView
@@ -108,6 +109,8 @@ def require_editable(view: ModelView, paths: Iterable[str]) -> None:
 def require_own(model: torch.nn.Module, paths: Iterable[str]) -> None:
     """Raise UnsupportedModelError unless each module's weight is a tensor in writable memory of its own.
 
+    The path of stacked experts (`models.weight_names`) stands for their stack.
+
     Memory that another tensor shares, or that a hook overwrites, is not its own.
     """
     model = _uncompiled(model)
@@ -123,13 +126,17 @@ def _require_own(
     places: list[tuple[str, torch.device, int, int]],
     maps: list[tuple[int, int]],
 ) -> None:
-    module, name = model.get_submodule(path), f"{path}.weight"
+    name = weight_name_of(path)
+    parent, _, attribute = name.rpartition(".")
+    module = model.get_submodule(parent)
     if is_adapter(module):
         raise UnsupportedModelError(f"{path} is an adapter's {type(module).__name__}: {_MERGE}")
-    weight = module._parameters.get("weight", module._buffers.get("weight"))
+    weight = module._parameters.get(attribute, module._buffers.get(attribute))
     if weight is None:
         beside = {*module._parameters, *module._buffers, *module._modules}
-        cure = next((cure for mark, cure in _RECOMPUTED if mark in beside), "make the weight a parameter of the module")
+        cure = "make the weight a parameter of the module"
+        if not is_experts_path(path):
+            cure = next((cure for mark, cure in _RECOMPUTED if mark in beside), cure)
         raise UnsupportedModelError(
             f"{name} is computed again in every pass (from {', '.join(sorted(n for n in beside if n != 'bias'))}), so "
             f"what an edit writes would be lost: {cure} first"
@@ -149,23 +156,29 @@ def _require_own(
             f"{name} is offloaded, and moves to another place in every pass, so what an edit writes would be lost: "
             "take the hook of cpu_offload_with_hook off (hook.remove()), or use cpu_offload"
         )
-    (inner, step), (outer, stride) = sorted(zip(weight.shape, weight.stride(), strict=True), key=lambda pair: pair[1])
-    if weight.numel() and ((inner > 1 and step == 0) or (outer > 1 and stride < inner * max(step, 1))):
+    cure = f"give the module a weight of its own, torch.nn.Parameter(module.{attribute}.clone())"
+    if _overlaps_itself(weight):
         raise UnsupportedModelError(
-            f"{name} has strides {tuple(weight.stride())}, so one number stands for several entries (expand?): give "
-            "the module a weight of its own, torch.nn.Parameter(module.weight.clone())"
+            f"{name} has strides {tuple(weight.stride())}, so one number stands for several entries (expand?): {cure}"
         )
     begin, end = _span(weight)
     for other, device, first, last in places:
         if other != name and device == weight.device and first < end and begin < last:
-            raise UnsupportedModelError(
-                f"{name} and {other} share memory, so an edit of one changes the other: give the module a weight of "
-                "its own, torch.nn.Parameter(module.weight.clone())"
-            )
+            raise UnsupportedModelError(f"{name} and {other} share memory, so an edit of one changes the other: {cure}")
     if weight.device.type == "cpu" and any(first < end and begin < last for first, last in maps):
         raise UnsupportedModelError(
             f"{name} lies in read-only memory (a file mapped for reading?): copy it, torch.nn.Parameter(weight.clone())"
         )
+
+
+def _overlaps_itself(weight: torch.Tensor) -> bool:
+    """Whether one number in memory stands for several entries."""
+    reach = 1  # of the dimensions with smaller strides
+    for size, stride in sorted(zip(weight.shape, weight.stride(), strict=True), key=lambda pair: pair[1]):
+        if size > 1 and stride < reach:
+            return weight.numel() > 0
+        reach = max(reach, size * stride)
+    return False
 
 
 def _uncompiled(model: Any) -> Any:

@@ -74,7 +74,7 @@ def _samples(view: ModelView) -> dict[str, list[float]]:
     for name, tensor in view.model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):  # a module's "extra state" may be anything
             continue
-        if any(path in edited for path in _prefixes(name)) and not name.endswith(".bias"):
+        if name in edited or (any(path in edited for path in _prefixes(name)) and not name.endswith(".bias")):
             continue  # the weight, or what a quantizer stores of it
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue

@@ -16,6 +16,7 @@ import torch
 
 from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models import fused
+from kedit_fast.models.experts import ExpertInputs, expert_inputs
 from kedit_fast.models.head import decoder_states, error_limit, model_logits, relative_error, sample_rows
 from kedit_fast.models.patching import (
     Forward,
@@ -60,7 +61,10 @@ class Site:
 
     layer: int
     kind: SiteKind
-    """"key" is the input of the edited linear layer; "attention", "mlp" and "block" are the output of that module."""
+    """"key" is the input of the edited linear layer; "attention", "mlp" and "block" are the output of that module.
+
+    Where the stacked matrix of experts is edited, the input is what enters their module (`models.experts`).
+    """
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device, fill: int = 0) -> TokenBatch:
@@ -164,9 +168,10 @@ def capture(
 
     Returns:
         per site [R, size] or [n, size] at the positions, or [R, T, size]; and the entering states of
-        `capture_entering`.
+        `capture_entering`. The key of experts is the stacked one, of size E m, in float32 (float64 of float64).
 
-    Cost: the blocks from the first one needed to the last site; the head never runs.
+    Cost: the blocks from the first one needed to the last site; the head never runs. Activations of experts are
+        computed once more, for the positions alone.
     """
     _ = view.head  # checked before anything is put into the model
     captured: dict[Site, torch.Tensor] = {}
@@ -176,7 +181,12 @@ def capture(
     def capture_states(module, args, output):
         entered.append(Entering(capture_entering, hidden_of(output), isinstance(output, tuple | list)))
 
-    def capture_site(site: Site, states: torch.Tensor) -> None:
+    def capture_site(site: Site, states: Any) -> None:
+        if isinstance(states, ExpertInputs):
+            places = None if positions is None else at * batch.input_ids.shape[1] + positions.to(at.device)
+            keys = states.stacked(places)
+            captured[site] = keys.unflatten(0, batch.input_ids.shape) if places is None else keys
+            return
         if positions is not None:
             states = states[at.to(states.device), positions.to(states.device)]
         captured[site] = states
@@ -198,10 +208,12 @@ def visit(
     view: ModelView,
     batch: TokenBatch,
     sites: Sequence[Site],
-    see: Callable[[Site, torch.Tensor], None],
+    see: Callable[[Site, Any], None],
     to_the_end: bool = False,
 ) -> torch.Tensor | None:
     """Run the model up to the last of some sites, and call `see` with each site and its states [R, T, size].
+
+    For a "key" site whose layer has experts, `see` gets an `ExpertInputs` of all tokens, row after row.
 
     With `to_the_end` the pass goes on to the last states, which are returned (`last_states`).
 
@@ -227,12 +239,19 @@ def visit(
             )
         if site.kind == "key" and is_split(view.edited_module(site.layer).weight):
             states = whole_inputs(states, view.weight(site.layer))
+        seen(site, states)
+
+    def seen(site: Site, states: Any) -> None:
         see(site, states)
         missing.discard(site)
         if not missing and not to_the_end:
             raise _AllSeen
 
     def see_input(site: Site) -> Callable[..., None]:
+        if (stack := view.experts(site.layer)) is not None:
+            return lambda module, args, kwargs: seen(
+                site, expert_inputs(stack, (*args, *kwargs.values()), batch.input_ids.numel())
+            )
         return lambda module, args, kwargs: pass_on(site, next(iter((*args, *kwargs.values())), None))
 
     def see_output(site: Site) -> Callable[..., None]:
@@ -251,25 +270,54 @@ def visit(
 def require_passes(view: ModelView, sites: Sequence[Site]) -> None:
     """Run two tokens through all blocks, and check that hooks see every block and all `sites`.
 
-    A change of what an edited layer puts out must come out of the site of values, in the same layer, as it is.
+    A change of what an edited layer puts out must come out of the site of values, in the same layer, as it is. Experts
+    must put out their stacked keys times their stacked matrix.
 
     Raises:
         UnsupportedModelError: a module, named by its path, that does not run, not on all tokens, or on rows of another
-            size than its weight; or a site where the edited layer's output is not one of the terms of a sum.
+            size than its weight; or a site where the edited layer's output is not one of the terms of a sum; or experts
+            that compute something else.
     """
+    expected: dict[int, torch.Tensor] = {}
 
-    def see(site: Site, states: torch.Tensor) -> None:
-        if site.kind == "key" and states.shape[-1] != (size := view.edited_shape(site.layer)[1]):
+    def see(site: Site, states: Any) -> None:
+        if isinstance(states, ExpertInputs):
+            expected[site.layer] = states.outputs()
+        elif site.kind == "key" and states.shape[-1] != (size := view.edited_shape(site.layer)[1]):
             raise UnsupportedModelError(f"{name_of(view, site)} takes {states.shape[-1]} inputs, its weight {size}")
 
+    def check_output(layer: int) -> Callable[..., None]:
+        return lambda module, args, output: _require_linear(view, layer, expected.pop(layer, None), output)
+
+    stacks = [site.layer for site in sites if site.kind == "key" and view.experts(site.layer) is not None]
     with evaluating(view):
         blocks = [Site(layer, "block") for layer in range(view.num_layers)]
         batch = pad([sample_rows(view.model.config, view.vocabulary)[0][:2]], view.device)
-        visit(view, batch, [*blocks, *sites], see)
+        with output_hooks([(view.edited_module(layer), check_output(layer)) for layer in stacks]):
+            visit(view, batch, [*blocks, *sites], see)
         for site in sites:
             summed = site.kind == "mlp" or (site.kind == "block" and not view.spec.post_norm)
             if summed and module_at(view, site) is not view.edited_module(site.layer):
                 _require_sum(view, batch, site)
+
+
+def _require_linear(view: ModelView, layer: int, expected: torch.Tensor | None, output: Any) -> None:
+    """Raise UnsupportedModelError unless experts put out what their stacked keys and matrix give."""
+    if expected is None:  # the call that put out this was not seen
+        return
+    states = hidden_of(output)
+    problem = "it puts out no tensor"
+    if isinstance(states, torch.Tensor):
+        problem = f"it puts out {list(states.shape)}, and they {list(expected.shape)}"
+        if states.numel() == expected.numel():
+            error = relative_error(states.reshape(expected.shape).to(expected.dtype), expected)
+            if error <= error_limit(states.dtype) or not bool(torch.isfinite(expected).all()):
+                return
+            problem = f"they differ by {error:.1g}"
+    raise UnsupportedModelError(
+        f"{view.spec.blocks}.{layer}.{view.spec.edit} is not the sum of its chosen experts' matrices times their "
+        f"activations and gates: {problem}. Its stacked matrix cannot be edited"
+    )
 
 
 def _require_sum(view: ModelView, batch: TokenBatch, site: Site) -> None:

@@ -2,8 +2,8 @@
 
 The list of decoder blocks stands beside the input embedding and is as long as the configuration says. In a block, the
 MLP is the module (or the pair of layers) that widens the residual stream and narrows it again without being attention
-or another mixer of positions. Its last linear layer is edited. Whether what that layer puts out joins the residual sum
-unchanged is tried with a few tokens.
+or another mixer of positions. Its last linear layer is edited; or, where a router chooses experts for each token, their
+stacked matrix (`models.experts`). Whether what is edited joins the residual sum unchanged is tried with a few tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.architectures import ArchSpec, known_architecture, require_decoder, text_config
+from kedit_fast.models.experts import refusal, stack_shape
 from kedit_fast.models.head import error_limit, model_logits, refused_by_name, sample_rows
 from kedit_fast.models.offloaded import device_of
 from kedit_fast.models.patching import evaluation_mode, output_hooks
@@ -49,6 +50,7 @@ class _Mlp(NamedTuple):
 
     mlp: str
     edit: str
+    """The linear layer, or the experts."""
     transposed: bool
 
 
@@ -61,8 +63,8 @@ def find_spec(model: Any) -> ArchSpec:
             is read from names alone.
 
     Raises:
-        UnsupportedModelError: a mixture of experts, an encoder-decoder, or a model in which a part cannot be told; the
-            message names the part.
+        UnsupportedModelError: a mixture of experts whose stacked matrix cannot be edited, an encoder-decoder, or a
+            model in which a part cannot be told; the message names the part.
 
     Cost: nothing for a listed architecture; else a pass of a few tokens, twice for each class of blocks.
     """
@@ -73,13 +75,12 @@ def find_spec(model: Any) -> ArchSpec:
     kind = getattr(text_config(model.config), "model_type", None) or type(model).__name__
     path, blocks = _blocks(model, kind)
     size = _hidden_size(model)
-    per_block = [None if _experts(block) else _mlp(block, size) for block in blocks]
+    per_block = [_stacked(block, size) for block in blocks]
+    if not any(per_block):
+        per_block = [None if _experts(block) else _mlp(block, size) for block in blocks]
     mlps = [mlp for mlp in per_block if mlp is not None]
-    if not mlps and (experts := next(filter(None, map(_experts, blocks)), "")):
-        raise UnsupportedModelError(
-            f"{kind!r} is a mixture-of-experts model ({path}.0.{experts}): a fact is not stored in one matrix there, "
-            "so closed-form editing does not apply. Use a dense model."
-        )
+    if not mlps and (layer := next((i for i, block in enumerate(blocks) if _experts(block)), None)) is not None:
+        raise _refused_experts(kind, f"{path}.{layer}.", blocks[layer], size)
     if not mlps:
         raise UnsupportedModelError(
             f"unknown architecture {kind!r}: no linear layer that ends an MLP was seen in {path}.0, a "
@@ -177,11 +178,38 @@ def _mlp(block: torch.nn.Module, size: int) -> _Mlp | None:
 
 
 def _experts(block: torch.nn.Module) -> str:
-    """Path of the experts inside a block; "" where it has none."""
-    for path, module in block.named_modules():
-        if re.search("experts?$", path.rpartition(".")[2], re.IGNORECASE) and any(True for _ in module.parameters()):
-            return path
-    return ""
+    """Path of the experts inside a block, those that a router chooses first; "" where it has none."""
+    named = [
+        path
+        for path, module in block.named_modules()
+        if re.search("experts?$", path.rpartition(".")[2], re.IGNORECASE) and any(True for _ in module.parameters())
+    ]
+    return min(named, key=lambda path: (path.rpartition(".")[2] != "experts", not _MLP.search(path)), default="")
+
+
+def _stacked(block: torch.nn.Module, size: int) -> _Mlp | None:
+    """Where the experts of a block are, if their stacked matrix can be edited; None if not, or if it has none."""
+    experts = _experts(block)
+    if not experts or _problem(block.get_submodule(experts), size):
+        return None
+    return _Mlp(experts.rpartition(".")[0] or experts, experts, False)
+
+
+def _problem(experts: torch.nn.Module, size: int) -> str:
+    """Why the stacked matrix of experts cannot be edited; "" if it can."""
+    if problem := refusal(experts):
+        return problem
+    _, outputs, _ = stack_shape(experts)
+    return "" if outputs == size else f"puts out {outputs} numbers, and the model's states have {size}"
+
+
+def _refused_experts(kind: str, prefix: str, block: torch.nn.Module, size: int) -> UnsupportedModelError:
+    path = _experts(block)
+    module = block.get_submodule(path)
+    return UnsupportedModelError(
+        f"{kind!r} is a mixture-of-experts model that cannot be edited: {prefix}{path} ({type(module).__name__}) "
+        f"{_problem(module, size)}"
+    )
 
 
 def _words(block: torch.nn.Module, path: str) -> str:

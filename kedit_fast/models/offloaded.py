@@ -33,12 +33,18 @@ def _own_hooks(module: Any) -> tuple[Any, ...]:
     return tuple(getattr(hook, "hooks", () if hook is None else (hook,)))
 
 
-def device_of(module: Any) -> torch.device:
-    """The device that a module with a weight runs on: the weight's, or where accelerate brings an offloaded one."""
-    if module.weight.device.type != "meta":
-        return module.weight.device
+def device_of(module: Any, name: str = "weight") -> torch.device:
+    """The device that a module with a weight runs on: the weight's, or where accelerate brings an offloaded one.
+
+    Args:
+        module: the module.
+        name: the name of its weight.
+    """
+    weight = getattr(module, name)
+    if weight.device.type != "meta":
+        return weight.device
     devices = [getattr(hook, "execution_device", None) for hook in _own_hooks(module)]
-    device = next((device for device in devices if device is not None), module.weight.device)  # meta: without values
+    device = next((device for device in devices if device is not None), weight.device)  # meta: without values
     return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
 
 

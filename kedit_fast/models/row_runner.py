@@ -228,8 +228,14 @@ def row_pass(view: ModelView, layer: int) -> RowPass:
     """How passes over rows run in a model; tried once for a view and layer, with a few tokens.
 
     Raises:
-        UnsupportedModelError: a module does not run, or no way gives what the model does with a changed weight.
+        UnsupportedModelError: a module does not run, or no way gives what the model does with a changed weight; or the
+            layer has experts.
     """
+    if view.experts(layer) is not None:
+        raise UnsupportedModelError(
+            f"{view.module_name(layer)} is the stacked matrix of experts: it is not tuned, only solved for. Use a "
+            "closed-form editor, MEMIT or AlphaEdit"
+        )
     tried = view.once(_tried)
     if layer not in tried:
         tried[layer] = _try(view, layer)

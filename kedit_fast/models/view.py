@@ -12,12 +12,14 @@ import torch
 from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
 from kedit_fast.models.architectures import ARCHITECTURES, ArchSpec, text_config
 from kedit_fast.models.editable import is_adapter, plain_model
+from kedit_fast.models.experts import ExpertStack, expert_stack, has_experts_name, refusal
 from kedit_fast.models.head import Head, checked_head, head_as_configured
 from kedit_fast.models.introspection import find_spec
 from kedit_fast.models.offloaded import device_of, on_host
 from kedit_fast.models.routes import suspended
 from kedit_fast.models.schemes import scheme_of
 from kedit_fast.models.sharded import is_sharded, require_whole_world, splits_inputs, work_share
+from kedit_fast.models.weight_names import EXPERTS_WEIGHT, is_experts_path, weight_name_of
 from kedit_fast.support.dtypes import FLOATS
 from kedit_fast.support.messages import comma_list
 
@@ -53,6 +55,10 @@ def linear_module(model: torch.nn.Module, path: str) -> Any:
         InvalidArgumentError: no such module, or not a linear one.
         UnsupportedModelError: it is an adapter's, or its weight is quantized or sharded.
     """
+    if is_experts_path(path):
+        raise InvalidArgumentError(
+            f"{path!r} is the stacked matrix of experts, not a linear module: only closed-form editors change it"
+        )
     try:
         module = model.get_submodule(path)
     except AttributeError:
@@ -69,22 +75,33 @@ def linear_module(model: torch.nn.Module, path: str) -> Any:
 def linear_weight(model: torch.nn.Module, path: str) -> tuple[torch.Tensor, bool]:
     """The weight of a linear module as [out, in], a view on the model's memory; and whether it is stored transposed.
 
+    The path of stacked experts (`models.weight_names`) gives [E, out, in].
+
     Of a weight that accelerate offloads to the host, it is the view on the memory there.
     Of a tensor-parallel model it is a DTensor, see `models.sharded`.
 
     Raises:
-        InvalidArgumentError, UnsupportedModelError: see `linear_module`; or the weight is offloaded to disk.
+        InvalidArgumentError, UnsupportedModelError: see `linear_module` and `expert_stack`; or the weight is offloaded
+            to disk.
     """
-    module = linear_module(model, path)
-    weight = module.weight.detach()
+    if is_experts_path(path):
+        parent = path.rpartition(".")[0]
+        try:
+            module = expert_stack(model, parent).module
+        except AttributeError:
+            raise InvalidArgumentError(f"the model has no module {parent!r}") from None
+        weight, is_transposed = module.down_proj.detach(), module.is_transposed
+    else:
+        module = linear_module(model, path)
+        weight, is_transposed = module.weight.detach(), type(module).__name__ == "Conv1D"
     if weight.device.type == "meta":
-        held = on_host(model, f"{path}.weight")
+        held = on_host(model, weight_name_of(path))
         if held is None:
             raise UnsupportedModelError(
                 f"{path!r} has no values in memory: it is offloaded to disk, or the model is not loaded"
             )
         weight = held
-    return (weight.T, True) if type(module).__name__ == "Conv1D" else (weight, False)
+    return (weight.mT, True) if is_transposed else (weight, False)
 
 
 class ModelView:
@@ -141,9 +158,16 @@ class ModelView:
         if problems and (self.spec in ARCHITECTURES or len(problems) == len(self.blocks)):
             raise UnsupportedModelError(next(iter(problems.values())))
         self._not_editable = problems
+        if has_experts_name(self.spec.edit) and is_sharded(model):
+            raise UnsupportedModelError(
+                f"the experts of {type(model).__name__} are held by several processes together: load the model whole, "
+                "without tp_plan, to edit them"
+            )
         self.editable = tuple(layer for layer in range(len(self.blocks)) if layer not in problems)
         for layer in self.editable:
-            if scheme_of(self.edited_module(layer)) is None:  # else its inputs can be read, and `weight` refuses it
+            if (
+                self.experts(layer) is None and scheme_of(self.edited_module(layer)) is None
+            ):  # else its inputs can be read, and `weight` refuses it
                 check_weight(self.weight_name(layer), self.edited_module(layer))
         self._computed: dict[Callable[[ModelView], Any], Any] = {}
         self._head: tuple[torch.Tensor, Head] | None = None  # of which weight
@@ -157,6 +181,9 @@ class ModelView:
                 f"block {layer} is a {type(self.block(layer)).__name__} that does not have the modules of "
                 f"{self.spec.name} ({error}): is it wrapped? Pass the model without wrappers inside"
             )
+        if has_experts_name(self.spec.edit):
+            problem = refusal(edited)
+            return f"{self.spec.blocks}.{layer}.{self.spec.edit} ({type(edited).__name__}) {problem}" if problem else ""
         if self.spec.transposed != (type(edited).__name__ == "Conv1D"):
             return (
                 f"{self.module_name(layer)} is a {type(edited).__name__}, and the spec of {self.spec.name} says "
@@ -214,7 +241,7 @@ class ModelView:
 
     def row_device(self, layer: int) -> torch.device:
         """The device that the inputs of a layer's edited module are on."""
-        return device_of(self.edited_module(layer))
+        return device_of(self.edited_module(layer), "weight" if self.experts(layer) is None else EXPERTS_WEIGHT)
 
     def once(self, compute: Callable[[ModelView], T]) -> T:
         """What `compute` returns for this view, computed on the first call and stored with the view.
@@ -258,19 +285,40 @@ class ModelView:
         return self.block(layer).get_submodule(self.spec.mlp)
 
     def edited_module(self, layer: int) -> Any:
-        """The linear layer of block `layer` whose weight is edited."""
+        """The linear layer of block `layer` whose weight is edited; or the module of experts whose stack is."""
         return self.block(layer).get_submodule(self.spec.edit)
 
+    def experts(self, layer: int) -> ExpertStack | None:
+        """The experts of block `layer`, where their stacked matrix is what is edited; None where a linear layer is.
+
+        Raises:
+            UnsupportedModelError: their matrix cannot be edited; see `expert_stack`.
+        """
+        if not has_experts_name(self.spec.edit):
+            return None
+        return expert_stack(self.model, f"{self.spec.blocks}.{layer}.{self.spec.edit}")
+
+    @property
+    def edited_path(self) -> str:
+        """The part of `module_name` that follows the block: the same for all layers."""
+        edit = self.spec.edit
+        return f"{edit}.{EXPERTS_WEIGHT}" if has_experts_name(edit) else edit
+
     def module_name(self, layer: int) -> str:
-        """The path of the edited module in the model, for example `model.layers.4.mlp.down_proj`."""
-        return f"{self.spec.blocks}.{layer}.{self.spec.edit}"
+        """The path of the edited module in the model, for example `model.layers.4.mlp.down_proj`.
+
+        Of experts that of their stacked matrix, `model.layers.4.mlp.experts.down_proj`.
+        """
+        return f"{self.spec.blocks}.{layer}.{self.edited_path}"
 
     def weight_name(self, layer: int) -> str:
         """The name of the edited weight in the state dict."""
-        return f"{self.module_name(layer)}.weight"
+        return weight_name_of(self.module_name(layer))
 
     def edited_shape(self, layer: int) -> tuple[int, int]:
-        """Rows and columns [out, in] of the edited matrix, also where it is quantized."""
+        """Rows and columns [out, in] of the edited matrix, also where it is quantized; [h, E m] of stacked experts."""
+        if (stack := self.experts(layer)) is not None:
+            return stack.outputs, stack.count * stack.inputs
         module = self.edited_module(layer)
         if scheme_of(module):
             return module.out_features, module.in_features
@@ -280,19 +328,36 @@ class ModelView:
     def weight(self, layer: int) -> torch.Tensor:
         """The edited weight as [out, in], a view on the model's memory whatever the stored orientation.
 
+        Of experts it is [E, h, m]; `edited_shape` is the shape of the matrix in any layer.
+
         Of one that accelerate offloads to the host, it is the view on the memory there.
         Of a tensor-parallel model it is a DTensor, with the shape of the whole matrix (`models.sharded`).
 
         Raises:
             UnsupportedModelError: it is quantized.
         """
-        module = self.edited_module(layer)
-        if scheme_of(module):
-            check_weight(self.weight_name(layer), module)
-        weight = module.weight.detach()
+        weight = self.stored_weight(layer)
         if weight.device.type == "meta" and (held := on_host(self.model, self.weight_name(layer))) is not None:
             weight = held
-        return weight.T if self.spec.transposed else weight
+        return self.oriented(layer, weight)
+
+    def stored_weight(self, layer: int) -> torch.Tensor:
+        """The edited weight as the module has it: perhaps transposed, and without values where it is offloaded.
+
+        Raises:
+            UnsupportedModelError: it is quantized.
+        """
+        module = self.edited_module(layer)
+        if self.experts(layer) is not None:
+            return module.down_proj.detach()
+        if scheme_of(module):
+            check_weight(self.weight_name(layer), module)
+        return module.weight.detach()
+
+    def oriented(self, layer: int, stored: torch.Tensor) -> torch.Tensor:
+        """A weight stored as that of `layer` is, seen as [out, in] or [E, h, m]; and the other way round."""
+        stack = self.experts(layer)
+        return stored.mT if (self.spec.transposed if stack is None else stack.module.is_transposed) else stored
 
     def linear(self, path: str) -> tuple[Any, torch.Tensor]:
         """Any linear module by its path, and its weight as [out, in], a view on the model's memory.

@@ -5,6 +5,8 @@ from kedit_fast.ops.best_overlap import BestOverlap, best_overlap
 from kedit_fast.ops.distribution_kl import distribution_kl
 from kedit_fast.ops.entry_bits import pack_bits, unpack_bits
 from kedit_fast.ops.gated_silu import gated_silu
+from kedit_fast.ops.grouped_rank_k_update import grouped_rank_k_update_
+from kedit_fast.ops.grouped_symmetric_rank_k_update import grouped_symmetric_rank_k_update_
 from kedit_fast.ops.magnitude_bound import magnitude_bound
 from kedit_fast.ops.masked_adam import masked_adam_
 from kedit_fast.ops.masked_descent import masked_descent_
@@ -26,6 +28,8 @@ __all__ = [
     "best_overlap",
     "distribution_kl",
     "gated_silu",
+    "grouped_rank_k_update_",
+    "grouped_symmetric_rank_k_update_",
     "magnitude_bound",
     "masked_adam_",
     "masked_descent_",

@@ -83,6 +83,22 @@ def require_apart(name: str, written: torch.Tensor, **read: torch.Tensor | None)
             )
 
 
+def require_offsets(name: str, offsets: torch.Tensor, groups: int) -> None:
+    """Raise InvalidArgumentError unless the tensor is int64 [groups + 1]: where the rows of each group begin."""
+    fits = tuple(offsets.shape) == (groups + 1,)
+    require(fits, lambda: f"{name} must be [{groups + 1}], one more than groups; got {describe(offsets)}")
+    require_dtype(name, offsets, (torch.int64,))
+
+
+def require_rising(name: str, offsets: torch.Tensor, rows: int, of: str) -> None:
+    """Raise InvalidArgumentError unless offsets on a CPU rise from 0 to `rows`; those on a GPU are not waited for."""
+    if offsets.device.type != "cpu":
+        return
+    begins = offsets.tolist()
+    rises = begins[0] == 0 and begins[-1] == rows and begins == sorted(begins)
+    require(rises, lambda: f"{name} must rise from 0 to {rows}, {of}; got {begins}")
+
+
 def _range(tensor: torch.Tensor) -> tuple[int, int]:
     begin = tensor.data_ptr()
     if tensor.is_contiguous() or tensor.numel() == 0:

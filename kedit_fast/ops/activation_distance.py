@@ -6,7 +6,14 @@ import torch
 
 from kedit_fast.backends import Implementation, register
 from kedit_fast.kernels import native, triton
-from kedit_fast.ops._checks import describe, require, require_dtype, require_no_grad, require_same_device
+from kedit_fast.ops._checks import (
+    describe,
+    require,
+    require_dtype,
+    require_no_grad,
+    require_rising,
+    require_same_device,
+)
 from kedit_fast.ops._library import LIBRARY, dispatch
 from kedit_fast.reference import activation_distance as reference
 from kedit_fast.support.dtypes import FLOATS, accumulation_dtype
@@ -110,12 +117,7 @@ def _run(
     backend: str,
 ) -> torch.Tensor:
     _check(x, reference, weights, starts, activation, long, bias)
-    if starts.device.type == "cpu":
-        begins = starts.tolist()
-        require(
-            begins[0] == 0 and begins[-1] == x.shape[0] and begins == sorted(begins),
-            lambda: f"starts must rise from 0 to {x.shape[0]}, the rows of x; got {begins}",
-        )
+    require_rising("starts", starts, x.shape[0], "the rows of x")
     tensors = (x, reference, weights, starts, bias)
     return dispatch(OP, backend, tensors, x, reference, weights, starts, activation, long, bias)
 

@@ -1,6 +1,7 @@
 """Patches on checkpoints on disk: safetensors files, sharded or not, without loading the model.
 
-One matrix is in memory at a time. A shard that changes is copied under another name, and its new matrices are written
+One matrix is in memory at a time, or the stack of one layer's experts, which the files have as one tensor or as one for
+each expert (`stored_experts`). A shard that changes is copied under another name, and its new matrices are written
 into the copy. A single rename then makes all of them visible: of the index, or of the only file. So a kill at any
 moment leaves the old checkpoint or the new one; the next command removes what else it left.
 
@@ -11,11 +12,12 @@ of the newest. A record is valid only while the matrices are what it says they b
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +26,9 @@ from safetensors import SafetensorError, safe_open
 
 from kedit_fast.errors import PatchError
 from kedit_fast.models.multimodal import bare_name
+from kedit_fast.models.weight_names import is_experts_path, weight_name_of
 from kedit_fast.patches.patch import Patch, patched
+from kedit_fast.patches.stored_experts import ExpertNames
 from kedit_fast.support.files import locked, replacing
 from kedit_fast.support.matrix_bits import sha256
 from kedit_fast.support.torch_state import plain_torch
@@ -52,25 +56,84 @@ class StoredMatrix:
     dtype: str
     """As safetensors names it, a key of `DTYPES`."""
     shape: tuple[int, ...]
-    """As stored: [out, in], or [in, out] where transposed."""
+    """As stored: [out, in], or [in, out] where transposed; with the number of experts before it in a stack of them."""
+    flipped: bool = False
+    """Whether it is stored the other way round than the model has it in memory."""
+
+    @property
+    def pieces(self) -> tuple[StoredMatrix, ...]:
+        """The tensors in files that it is made of: itself."""
+        return (self,)
 
     def read(self, transposed: bool) -> torch.Tensor:
-        """The matrix as [out, in]."""
-        try:
-            with self.file.open("rb") as stream:
-                stream.seek(self.begin)
-                data = bytearray(stream.read(self.length))
-        except OSError as error:
-            raise PatchError(f"cannot read {self.file}: {error.strerror or error}") from error
-        matrix = torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape)
-        return matrix.T if transposed else matrix
+        """The matrix as [out, in], or the stack as [E, out, in].
+
+        Args:
+            transposed: whether the model has it as [in, out] in memory.
+        """
+        data = bytearray(self.length)
+        _read_into(self, memoryview(data))
+        return self._oriented(torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape), transposed)
+
+    def bytes_of(self, matrix: torch.Tensor, transposed: bool) -> bytes:
+        """What is stored of a matrix that `read` could have given."""
+        return _bytes(self._oriented(matrix, transposed))
+
+    def _oriented(self, matrix: torch.Tensor, transposed: bool) -> torch.Tensor:
+        return matrix.mT if transposed != self.flipped else matrix
 
     def chunks(self) -> Iterator[bytes]:
         """Its bytes, at most 16 MiB at a time."""
-        with self.file.open("rb") as source:
-            source.seek(self.begin)
-            for start in range(0, self.length, _CHUNK):
-                yield source.read(min(_CHUNK, self.length - start))
+        for piece in self.pieces:
+            with piece.file.open("rb") as source:
+                source.seek(piece.begin)
+                for start in range(0, piece.length, _CHUNK):
+                    yield source.read(min(_CHUNK, piece.length - start))
+
+
+@dataclass(frozen=True)
+class StoredStack(StoredMatrix):
+    """Where the matrices of a layer's experts are stored, a tensor for each; file and place are the first's."""
+
+    matrices: tuple[StoredMatrix, ...] = ()
+    """In the order of the experts."""
+
+    @classmethod
+    def of(cls, matrices: Sequence[StoredMatrix], flipped: bool) -> StoredStack:
+        """The stack of some matrices.
+
+        Raises:
+            PatchError: they differ in shape or dtype.
+        """
+        first = matrices[0]
+        for other in matrices:
+            if (other.dtype, other.shape) != (first.dtype, first.shape):
+                raise PatchError(f"{other.tensor} has another shape or dtype than {first.tensor}")
+        shape, length = (len(matrices), *first.shape), len(matrices) * first.length
+        return cls(first.file, first.tensor, first.begin, length, first.dtype, shape, flipped, tuple(matrices))
+
+    @property
+    def pieces(self) -> tuple[StoredMatrix, ...]:
+        """The matrices of the experts."""
+        return self.matrices
+
+    def read(self, transposed: bool) -> torch.Tensor:
+        """The stack [E, out, in]."""
+        data = bytearray(self.length)
+        for start, piece in zip(range(0, self.length, self.matrices[0].length), self.matrices, strict=True):
+            _read_into(piece, memoryview(data)[start : start + piece.length])
+        return self._oriented(torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(self.shape), transposed)
+
+
+def _read_into(stored: StoredMatrix, data: memoryview) -> None:
+    """Read the bytes of a tensor."""
+    try:
+        with stored.file.open("rb") as stream:
+            stream.seek(stored.begin)
+            if stream.readinto(data) != stored.length:
+                raise PatchError(f"{stored.file} ends before {stored.tensor} does")
+    except OSError as error:
+        raise PatchError(f"cannot read {stored.file}: {error.strerror or error}") from error
 
 
 @dataclass(frozen=True)
@@ -108,6 +171,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
+        self._expert_names: ExpertNames | None = None
         self._read_index()
 
     def _read_index(self) -> None:
@@ -131,13 +195,25 @@ class Checkpoint:
             )
 
     def stored(self, module: str) -> StoredMatrix:
-        """Where a module's weight is stored.
+        """Where a module's weight is stored; of experts, their stack.
 
         Raises:
             PatchError: there is no such matrix, or several may be it, or it is quantized.
         """
+        if is_experts_path(module):
+            return self._stored_experts(module)
         tensor = self.tensor_of(module)
         return self._stored(self._files[tensor], tensor)
+
+    def _stored_experts(self, module: str) -> StoredMatrix:
+        if self._expert_names is None or self._expert_names.tensors != self._files.keys():
+            self._expert_names = ExpertNames(self.folder, self._files)
+        names = self._expert_names.of(module, lambda tensor: self._header(self._files[tensor])[1][tensor]["shape"])
+        ndim = 3 if names.is_fused else 2
+        stored = [self._stored(self._files[tensor], tensor, ndim) for tensor in names.tensors]
+        if names.is_fused:
+            return replace(stored[0], flipped=names.is_flipped)
+        return StoredStack.of(stored, names.is_flipped)
 
     def tensor_of(self, module: str) -> str:
         """The name of a module's weight. Files of a bare decoder lack the first part of its path, and those of a
@@ -146,7 +222,7 @@ class Checkpoint:
         Raises:
             PatchError: there is no such tensor, or several may be it.
         """
-        name = f"{module}.weight"
+        name = weight_name_of(module)
         alike = (n for n in self._files if n == name.partition(".")[2] or bare_name(n) == bare_name(name))
         candidates = [name] if name in self._files else sorted(alike)
         if len(candidates) > 1:
@@ -158,7 +234,7 @@ class Checkpoint:
         (tensor,) = candidates
         return tensor
 
-    def _stored(self, file: Path, tensor: str) -> StoredMatrix:
+    def _stored(self, file: Path, tensor: str, ndim: int = 2) -> StoredMatrix:
         begin, header = self._header(file)
         if tensor not in header:
             raise PatchError(f"{file} has no {tensor}, which the index says is in it")
@@ -169,8 +245,8 @@ class Checkpoint:
                 "(`patches.dequantized.apply_dequantized`) copies an fp8 or bitsandbytes checkpoint with the patched "
                 "matrices in 16 bits"
             )
-        if len(shape) != 2:
-            raise PatchError(f"{tensor} is no matrix: {shape}")
+        if len(shape) != ndim:
+            raise PatchError(f"{tensor} is no {'matrix' if ndim == 2 else 'stack of matrices'}: {shape}")
         return StoredMatrix(file, tensor, begin + first, last - first, dtype, tuple(shape))
 
     def _header(self, file: Path) -> tuple[int, dict]:
@@ -218,7 +294,7 @@ class Checkpoint:
                 transposed = patch.targets[module].transposed
                 result = patched(patch.updates[module], matrices[module].read(transposed), module)
                 after[module] = sha256(result)
-                return _bytes(result.T if transposed else result)
+                return matrices[module].bytes_of(result, transposed)
 
             def write_record() -> None:
                 path = self.folder / RECORDS / f"{number:04d}.safetensors"
@@ -250,7 +326,9 @@ class Checkpoint:
                     f"what {record.name} replaced was not kept: --subtract with that patch takes it out to rounding"
                 )
             matrices = {module: self.stored(module) for module in record.after}
-            originals = {module: self._stored(record.path, module) for module in record.after}
+            originals = {
+                module: self._stored(record.path, module, len(stored.shape)) for module, stored in matrices.items()
+            }
             for module, stored in matrices.items():
                 if (originals[module].dtype, originals[module].shape) != (stored.dtype, stored.shape):
                     raise PatchError(f"{stored.tensor} has another shape or dtype than when {record.name} was applied")
@@ -294,7 +372,7 @@ class Checkpoint:
                 transposed = patch.targets[module].transposed
                 result = patched(patch.updates[module], matrices[module].read(transposed), module, -1.0)
                 subtracted[module] = sha256(result)
-                return _bytes(result.T if transposed else result)
+                return matrices[module].bytes_of(result, transposed)
 
             def write_hashes() -> None:  # so that the next command can tell a kill before the change from one after it
                 if record is not None:
@@ -397,9 +475,9 @@ class Checkpoint:
                     for chunk in stored.chunks():
                         stream.write(chunk)
             for module, stored in matrices.items():
-                for chunk, written in zip(stored.chunks(), self._stored(part, module).chunks(), strict=True):
-                    if chunk != written:
-                        raise PatchError(f"cannot write {record.path}: {module} is read back as something else")
+                again = self._stored(part, module, len(stored.shape))
+                if not _same_bytes(stored.chunks(), again.chunks()):
+                    raise PatchError(f"cannot write {record.path}: {module} is read back as something else")
 
     def _rewrite(
         self,
@@ -416,10 +494,9 @@ class Checkpoint:
         """
         copies: dict[Path, Path] = {}
         try:
-            for file in sorted({stored.file for stored in matrices.values()}):
+            for file in sorted({piece.file for stored in matrices.values() for piece in stored.pieces}):
                 copies[file] = self.folder / f".{SINGLE}.part" if self._index is None else _twin(file)
-                inside = {module: stored for module, stored in matrices.items() if stored.file == file}
-                _copy_with(file, copies[file], inside, make_bytes)
+            _copy_with(copies, matrices, make_bytes)
             if before_rename is not None:
                 before_rename()
             if self._index is None:
@@ -438,23 +515,48 @@ class Checkpoint:
 
 
 def _copy_with(
-    file: Path, copy: Path, matrices: Mapping[str, StoredMatrix], make_bytes: Callable[[str], bytes]
+    copies: Mapping[Path, Path], matrices: Mapping[str, StoredMatrix], make_bytes: Callable[[str], bytes]
 ) -> None:
-    """Copy a shard, write new matrices into the copy, and read them back."""
-    shutil.copyfile(file, copy)
-    with copy.open("r+b") as stream:
+    """Copy shards, write new matrices into the copies, and read them back.
+
+    Args:
+        copies: a shard -> its copy.
+        matrices: by module, where those to be replaced are stored.
+        make_bytes: a module's new matrix, as it is stored.
+    """
+    for file, copy in copies.items():
+        shutil.copyfile(file, copy)
+    with contextlib.ExitStack() as stack:
+        streams = {file: stack.enter_context(copy.open("r+b")) for file, copy in copies.items()}
         for module, stored in matrices.items():
-            data = make_bytes(module)
+            data = memoryview(make_bytes(module))
             if len(data) != stored.length:
                 raise PatchError(f"{stored.tensor} has {stored.length} bytes, not {len(data)}")
-            stream.seek(stored.begin)
-            stream.write(data)
-            stream.flush()
-            stream.seek(stored.begin)
-            if stream.read(stored.length) != data:
-                raise PatchError(f"cannot write {copy}: {stored.tensor} is read back as something else")
-        os.fsync(stream.fileno())
-    shutil.copymode(file, copy)
+            end = 0
+            for piece in stored.pieces:
+                part, stream = data[end : end + piece.length], streams[piece.file]
+                end += piece.length
+                stream.seek(piece.begin)
+                stream.write(part)
+                stream.flush()
+                stream.seek(piece.begin)
+                if stream.read(piece.length) != part:
+                    raise PatchError(
+                        f"cannot write {copies[piece.file]}: {piece.tensor} is read back as something else"
+                    )
+        for stream in streams.values():
+            os.fsync(stream.fileno())
+    for file, copy in copies.items():
+        shutil.copymode(file, copy)
+
+
+def _same_bytes(one: Iterable[bytes], other: Iterable[bytes]) -> bool:
+    """Whether two sequences of chunks, which may be cut in other places, are the same bytes."""
+    digests = [hashlib.sha256(), hashlib.sha256()]
+    for digest, chunks in zip(digests, (one, other), strict=True):
+        for chunk in chunks:
+            digest.update(chunk)
+    return digests[0].digest() == digests[1].digest()
 
 
 def _twin(file: Path) -> Path:

@@ -23,6 +23,7 @@ from kedit_fast.models.multimodal import bare_name
 from kedit_fast.models.quantized import dequantize_edited
 from kedit_fast.models.saving import save_model
 from kedit_fast.models.schemes import block_scaled
+from kedit_fast.models.weight_names import is_experts_path, module_path_of
 from kedit_fast.patches.checkpoint import INDEX, Checkpoint
 from kedit_fast.patches.patch import Patch
 from kedit_fast.support.files import new_folder, tensor_files
@@ -56,9 +57,14 @@ def apply_dequantized(
         the patch's number in the copy, where `Checkpoint.revert` gives back the plain matrices from before.
 
     Raises:
-        PatchError: the source is not quantized so, or it is not the model that the patch was made for.
+        PatchError: the source is not quantized so, it is not the model that the patch was made for, or the patch is of
+            experts.
         KeditError: `out` exists or cannot be written.
     """
+    if stacked := [module for module in patch.updates if is_experts_path(module)]:
+        raise PatchError(
+            f"{stacked[0]} is of experts: of a quantized checkpoint, matrices of plain layers alone are made plain"
+        )
     source = Path(source)
     quantization = getattr(load_config(source), "quantization_config", None)
     method = (quantization or {}).get("quant_method")
@@ -91,7 +97,7 @@ def _copy_fp8(patch: Patch, source: Path, work: Path) -> None:
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     block = config["quantization_config"].get("weight_block_size", [128, 128])
     checkpoint = Checkpoint(source)
-    paths = {checkpoint.tensor_of(module).removesuffix(".weight"): module for module in patch.updates}
+    paths = {module_path_of(checkpoint.tensor_of(module)): module for module in patch.updates}
     quantized = {path: module for path, module in paths.items() if f"{path}.{_SCALES}" in files}
     dropped = {f"{path}.{part}" for path in quantized for part in (_SCALES, *_OTHERS)} & files.keys()
     changed = {files[f"{path}.weight"] for path in quantized} | {files[tensor] for tensor in dropped}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from kedit_fast.errors import PatchError
-from kedit_fast.patches.patch import Patch
+from kedit_fast.patches.patch import Patch, is_stacked
 from kedit_fast.solver.low_rank import DenseUpdate, LowRankUpdate, Update
 from kedit_fast.support.files import new_folder, write_file, write_text
 from kedit_fast.support.torch_state import plain_torch
@@ -56,13 +56,18 @@ def export_lora(
         module -> the rank of its part of the adapter, and how far that is from the patch.
 
     Raises:
-        PatchError: peft is not installed, weights overflow `dtype`, the patch mixes orientations, or the folder cannot
-            be written.
+        PatchError: peft is not installed, weights overflow `dtype`, the patch mixes orientations or is of experts, or
+            the folder cannot be written.
     """
     try:
         from peft import LoraConfig, TaskType
     except ImportError as error:
         raise PatchError(f"a LoRA adapter needs the peft package (pip install 'kedit-fast[peft]'): {error}") from error
+    if stacked := [name for name, update in patch.updates.items() if is_stacked(update)]:
+        raise PatchError(
+            f"{stacked[0]} is the stack of a layer's experts, for which an adapter has no module: apply the patch "
+            "(`patch apply`), or save the edited model"
+        )
     orientations = {target.transposed for target in patch.targets.values()}
     if len(orientations) > 1:
         raise PatchError(

@@ -2,10 +2,12 @@
 
 It is a safetensors file. Tensors: `{module}.left` [out, k] and `{module}.right` [in, k] with Delta = left right^T, and
 for a masked update (RECT) `{module}.mask` [out, ceil(in / 8)] uint8; or, of a tuned matrix, `{module}.delta` [out, in].
-A file with such a matrix has format 2, others have format 1. Metadata: `format_version`, `kedit_fast`, `kind`,
-`method`, `configuration`, `requests`, and `targets`: for each module the SHA-256 of the matrix W_0 that the update is
-for, the SHA-256 of the matrix that the editor left, their dtype, and whether it is stored transposed (transformers'
-Conv1D).
+Of a layer's experts, whose module is `{experts}.down_proj`: `{module}.left` [out, u] for all experts, `{module}.right`
+[n, in] with rows by expert, `{module}.columns` [n] int64 and `{module}.offsets` [E + 1] int64 (`ExpertUpdate`); or
+`{module}.delta` [E, out, in]. A file with experts has format 3, one with a tuned matrix format 2, others have format 1.
+Metadata: `format_version`, `kedit_fast`, `kind`, `method`, `configuration`, `requests`, and `targets`: for each module
+the SHA-256 of the matrix W_0 that the update is for, the SHA-256 of the matrix that the editor left, their dtype, and
+whether it is stored transposed (transformers' Conv1D, GPT-OSS's experts).
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +25,8 @@ from kedit_fast._version import __version__
 from kedit_fast.errors import PatchError, UnsupportedModelError
 from kedit_fast.models.editable import require_own
 from kedit_fast.models.routes import attached_routes
-from kedit_fast.patches.swap import Applied, Prepared, linear_weight_of
+from kedit_fast.patches.swap import Applied, Prepared, edited_weight_of
+from kedit_fast.solver.expert_update import ExpertUpdate
 from kedit_fast.solver.low_rank import DenseUpdate, MaskedUpdate, Update, total_of, update_of
 from kedit_fast.solver.shaping import compact
 from kedit_fast.support.dtypes import accumulation_dtype, dtype_name
@@ -31,8 +34,9 @@ from kedit_fast.support.files import read_file, write_file
 from kedit_fast.support.matrix_bits import sha256
 from kedit_fast.support.torch_state import plain_torch
 
-FORMAT_VERSION, DENSE_VERSION = "1", "2"
-_ENDS = {"left": "left", "right": "right", "bits": "mask", "delta": "delta"}  # field of an update -> end of its name
+FORMAT_VERSION, DENSE_VERSION, EXPERTS_VERSION = "1", "2", "3"
+_PARTS = ("left", "right", "bits", "delta", "columns", "offsets")
+_ENDS = {part: "mask" if part == "bits" else part for part in _PARTS}  # field of an update -> end of its name
 KIND = "kedit_fast patch"
 
 
@@ -41,7 +45,7 @@ class Target:
     """The matrix that an update is for."""
 
     original: str
-    """SHA-256 of W_0 [out, in], the matrix without the update."""
+    """SHA-256 of W_0 [out, in], the matrix without the update; of experts [E, out, in]."""
     result: str
     """SHA-256 of the matrix that the editor left; "" where that is not known."""
     dtype: str
@@ -70,7 +74,7 @@ class Patch:
     """
 
     updates: Mapping[str, Update]
-    """Module path -> Delta [out, in], as factors."""
+    """Module path -> Delta [out, in], as factors; of experts Delta [E, out, in]."""
     targets: Mapping[str, Target]
     """Module path -> the matrix it is for."""
     method: str
@@ -95,9 +99,8 @@ class Patch:
             for name, update in self.updates.items()
             for part, tensor in vars(update).items()
         }
-        is_dense = any(isinstance(update, DenseUpdate) for update in self.updates.values())
         metadata = {
-            "format_version": DENSE_VERSION if is_dense else FORMAT_VERSION,
+            "format_version": _version_of(self.updates.values()),
             "kind": KIND,
             "kedit_fast": __version__,
             "method": self.method,
@@ -118,10 +121,10 @@ class Patch:
         tensors, metadata = read_file(path, PatchError)
         if metadata.get("kind") != KIND:
             raise PatchError(f"{path} is not a patch of kedit_fast")
-        if metadata.get("format_version") not in (FORMAT_VERSION, DENSE_VERSION):
+        if metadata.get("format_version") not in (FORMAT_VERSION, DENSE_VERSION, EXPERTS_VERSION):
             raise PatchError(
-                f"{path} has patch format {metadata.get('format_version')}, this version reads {FORMAT_VERSION} and "
-                f"{DENSE_VERSION}"
+                f"{path} has patch format {metadata.get('format_version')}, this version reads {FORMAT_VERSION} to "
+                f"{EXPERTS_VERSION}"
             )
         try:
             targets = {name: Target(**fields) for name, fields in json.loads(metadata["targets"]).items()}
@@ -158,6 +161,7 @@ class Patch:
                 "masked": isinstance(update, MaskedUpdate),
                 "dense": isinstance(update, DenseUpdate),
                 "norm": update.norm(),
+                **({"changed_experts": _changed_experts(update)} if is_stacked(update) else {}),
                 **vars(target),
             }
         return {
@@ -180,7 +184,8 @@ class Patch:
 
         Args:
             tolerance: largest |Delta - Delta'| / |Delta| (Frobenius norms) per module; 0 drops only what is rounding.
-            rank: most factors per module, however far the result is from Delta; None for no limit.
+            rank: most factors per module, however far the result is from Delta; None for no limit. Of experts both
+                are of their stacked matrix [out, E in].
 
         Raises:
             PatchError: a tolerance outside [0, 1), or a rank below 1.
@@ -215,7 +220,7 @@ class Patch:
         for name in self.updates:
             if routes is not None and routes.path == name:
                 raise PatchError(f"a memory is attached to {name}, for the matrix that is there now: detach it first")
-            weight, transposed = linear_weight_of(model, name)
+            weight, transposed = edited_weight_of(model, name)
             self.check(name, weight, transposed, force)
             weights[name] = weight
         try:
@@ -235,7 +240,7 @@ class Patch:
         return self.prepare(model, force).swap_()
 
     def check(self, name: str, weight: torch.Tensor, transposed: bool, force: bool = False) -> None:
-        """Raise PatchError when a matrix [out, in] is not the one that a module's update is for.
+        """Raise PatchError when a matrix [out, in], or a stack [E, out, in], is not the one that an update is for.
 
         Args:
             name: the module's path.
@@ -267,13 +272,33 @@ class Patch:
         )
 
 
+def is_stacked(update: Update) -> bool:
+    """Whether an update is of the stack of a layer's experts, [E, out, in]."""
+    return len(update.shape) == 3
+
+
+def _version_of(updates: Iterable[Update]) -> str:
+    """The format of a file with these updates."""
+    updates = list(updates)
+    if any(map(is_stacked, updates)):
+        return EXPERTS_VERSION
+    return DENSE_VERSION if any(isinstance(update, DenseUpdate) for update in updates) else FORMAT_VERSION
+
+
+def _changed_experts(update: Update) -> int:
+    """Number of experts that an update changes."""
+    if isinstance(update, ExpertUpdate):
+        return int((update.offsets.diff() > 0).sum())
+    return sum(bool(delta.any()) for delta in update.dense())
+
+
 @plain_torch()
 def patched(update: Update, weight: torch.Tensor, name: str, alpha: float = 1.0) -> torch.Tensor:
     """A matrix [out, in] plus alpha times an update; raises PatchError when that is not finite.
 
     Args:
         update: Delta, in any dtype and on any device.
-        weight: W [out, in]; not changed.
+        weight: W [out, in], or [E, out, in] of experts; not changed.
         name: of the module, for the message.
         alpha: 1 applies the update, -1 subtracts it.
     """
@@ -360,9 +385,22 @@ def _begins_alike(name: str, patch: Patch, other: Patch) -> bool:
         return same_requests or torch.equal(mine.delta.cpu(), others.delta.cpu())
     if isinstance(mine, DenseUpdate) or isinstance(others, DenseUpdate):
         return False
+    if isinstance(mine, ExpertUpdate) or isinstance(others, ExpertUpdate):
+        return isinstance(mine, ExpertUpdate) and isinstance(others, ExpertUpdate) and _begin_alike(mine, others)
     k = min(mine.rank, others.rank)
     factors = ((mine.left, others.left), (mine.right, others.right))
     return k > 0 and all(torch.equal(one[:, :k].cpu(), two[:, :k].cpu()) for one, two in factors)
+
+
+def _begin_alike(mine: ExpertUpdate, others: ExpertUpdate) -> bool:
+    """Whether two updates of experts have the same first columns."""
+    k = min(mine.rank, others.rank)
+    one, other = (
+        (update.left[:, :k].cpu(), update.right[first].cpu(), update.columns[first].cpu(), update.experts[first].cpu())
+        for update in (mine, others)
+        for first in (update.columns < k,)
+    )
+    return k > 0 and all(map(torch.equal, one, other))
 
 
 def _sum(parts: Sequence[Update]) -> Update:

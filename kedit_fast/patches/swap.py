@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, PatchError, UnsupportedModelError
+from kedit_fast.models.experts import expert_stack
 from kedit_fast.models.sharded import is_split
 from kedit_fast.models.view import linear_weight
+from kedit_fast.models.weight_names import is_experts_path
 from kedit_fast.support.timing import synchronize
 from kedit_fast.support.torch_state import plain_torch
 
 Matrices = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""Module path -> W without and with the edits, both [out, in]."""
+"""Module path -> W without and with the edits, both [out, in], or [E, out, in] of experts."""
 
 
 class Prepared:
@@ -64,7 +66,7 @@ class Applied:
         pairs = {}
         for name, (original, edited) in self._matrices.items():
             if force:
-                weight, _ = linear_weight_of(self._model, name)
+                weight, _ = edited_weight_of(self._model, name)
             else:
                 weight = _unchanged_weight(self._model, name, edited, "applied")
             if weight.dtype != original.dtype:
@@ -74,10 +76,19 @@ class Applied:
         self._matrices = {}
 
 
-def linear_weight_of(model: torch.nn.Module, name: str) -> tuple[torch.Tensor, bool]:
-    """A module's weight as [out, in], and whether it is stored transposed; raises PatchError where it has none."""
+def edited_weight_of(model: torch.nn.Module, name: str) -> tuple[torch.Tensor, bool]:
+    """A module's weight as [out, in], and whether it is stored transposed; raises PatchError where it has none.
+
+    Of experts, the stack [E, out, in] of their weights, and whether each is stored so.
+    """
     try:
-        weight, transposed = linear_weight(model, name)
+        if is_experts_path(name):
+            stack = expert_stack(model, name.rpartition(".")[0])
+            weight, transposed = stack.weight, stack.module.is_transposed
+        else:
+            weight, transposed = linear_weight(model, name)
+    except AttributeError as error:
+        raise PatchError(f"the model has no module {name!r}: {error}") from None
     except (InvalidArgumentError, UnsupportedModelError) as error:
         raise PatchError(str(error)) from None
     if is_split(weight):
@@ -89,7 +100,7 @@ def linear_weight_of(model: torch.nn.Module, name: str) -> tuple[torch.Tensor, b
 
 def _unchanged_weight(model: torch.nn.Module, name: str, expected: torch.Tensor, when: str) -> torch.Tensor:
     """The model's matrix; raises PatchError when it is not `expected`."""
-    weight, _ = linear_weight_of(model, name)
+    weight, _ = edited_weight_of(model, name)
     if weight.dtype != expected.dtype or not torch.equal(weight, expected.to(weight.device)):
         raise PatchError(f"{name} has changed since the patch was {when}: do that again, or take the change back first")
     return weight

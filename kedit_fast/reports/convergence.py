@@ -21,13 +21,15 @@ from kedit_fast.methods.presets import make_hparams
 from kedit_fast.methods.registry import RECIPES, find_recipe
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.view import ModelView
+from kedit_fast.reports.spectra import condition_of, null_dimension_of_expert
 from kedit_fast.requests.problems import OnError, require_no_problems
 from kedit_fast.requests.prompts import PromptFormat
 from kedit_fast.requests.reading import rows_of
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
+from kedit_fast.solver.expert_update import ExpertUpdate
 from kedit_fast.solver.low_rank import LowRankUpdate
-from kedit_fast.solver.preconditioner import NullSpaceRule, condition_number, null_dimension
+from kedit_fast.solver.preconditioner import NullSpaceRule, null_dimension
 from kedit_fast.statistics.collect import growing_statistics
 from kedit_fast.statistics.corpus import Corpus
 from kedit_fast.support import figures
@@ -57,7 +59,7 @@ class Row:
     null_overlap: float | None
     """|N^T N'|^2 / max(dim N, dim N') with the count before: 1 for the same space."""
     condition: float | None
-    """Condition number of C, the same for lambda C; None for a singular one."""
+    """Condition number of C, the same for lambda C; None for a singular one. Of experts, see `reports.spectra`."""
     note: str = ""
     """Why there is no update."""
 
@@ -121,11 +123,16 @@ def convergence(
     """
     recipe = find_recipe(method)
     overrides = {**(hparams or {}), **({} if layers is None else {"layers": tuple(layers)})}
-    config = ModelView(model, spec).config
-    chosen, _ = make_hparams(method, config, overrides)
+    view = ModelView(model, spec)
+    chosen, _ = make_hparams(method, view.config, overrides)
     if not chosen.uses_moments or recipe.masks_updates or not recipe.is_batched:
         raise MethodError(f"{recipe.name} has no update of low rank that depends on statistics")
-    rule = _null_rule(config, overrides, chosen)
+    rule = _null_rule(view.config, overrides, chosen)
+    if rule[1] == "absolute" and any(view.experts(layer) is not None for layer in chosen.layers):
+        raise MethodError(
+            "nullspace_rule = absolute compares eigenvalues that depend on how often an expert is chosen: for mixtures "
+            "of experts set it to relative or energy"
+        )
     if counts is not None and (not counts or sorted(set(counts)) != list(counts) or counts[0] < 1):
         raise StatisticsError(f"counts of tokens must grow; got {list(counts)}")
     store, prefixes = ValueFile(None), None
@@ -133,7 +140,7 @@ def convergence(
     skipped: dict[int, str] = dict(getattr(requests, "skipped", {}))  # those that could not be read
     rows: list[Row] = []
     updates: list[dict[int, LowRankUpdate | None]] = []
-    spaces: dict[int, torch.Tensor] = {}
+    spaces: dict[int, list[torch.Tensor]] = {}
     growing = growing_statistics(model, tokenizer, corpus, chosen.layers, counts or _doubling(), batch_tokens, spec)
     for statistics in tqdm(growing, desc="counts", disable=not progress, leave=False):
         note, layer_updates = "", dict.fromkeys(chosen.layers)
@@ -163,14 +170,11 @@ def convergence(
             editor.restore()
         for layer in chosen.layers:
             moment = statistics.moment(layer)
-            values, vectors = torch.linalg.eigh(moment.moment.double())
-            space = vectors[:, : null_dimension(values, *rule)]
+            values, space = _decomposed(moment.moment, *rule)
             update, before = layer_updates[layer], updates[-1][layer] if updates else None
             norm, change = None if update is None else update.norm(), _change(before, update)
-            overlap = _overlap(spaces.get(layer), space)
-            rows.append(
-                Row(moment.count, layer, norm, None, change, space.shape[1], overlap, condition_number(values), note)
-            )
+            overlap, dimension = _overlap(spaces.get(layer), space), sum(part.shape[1] for part in space)
+            rows.append(Row(moment.count, layer, norm, None, change, dimension, overlap, condition_of(values), note))
             spaces[layer] = space
         updates.append(layer_updates)
     if not rows:
@@ -197,9 +201,10 @@ def _doubling() -> Iterator[int]:
 
 
 def _total(updates: Sequence[Any]) -> LowRankUpdate:
-    """The sum of updates of one weight."""
+    """The sum of updates of one weight, of experts as one matrix."""
+    rights = [u.stacked_right() if isinstance(u, ExpertUpdate) else u.right for u in updates]
     return LowRankUpdate(
-        torch.cat([u.left.double().cpu() for u in updates], 1), torch.cat([u.right.double().cpu() for u in updates], 1)
+        torch.cat([u.left.double().cpu() for u in updates], 1), torch.cat([r.double().cpu() for r in rights], 1)
     )
 
 
@@ -213,10 +218,22 @@ def _change(before: LowRankUpdate | None, after: LowRankUpdate | None) -> float 
     return gap.norm() / after.norm() if after.norm() else math.nan
 
 
-def _overlap(before: torch.Tensor | None, now: torch.Tensor) -> float | None:
-    if before is None or not max(before.shape[1], now.shape[1]):
+def _decomposed(moment: torch.Tensor, threshold: float, rule: NullSpaceRule) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Eigenvalues of a moment, and bases of its null space: [d] and one [d, r], of experts [E, m] and one for each."""
+    if moment.ndim == 2:
+        values, vectors = torch.linalg.eigh(moment.double())
+        return values, [vectors[:, : null_dimension(values, threshold, rule)]]
+    parts = [torch.linalg.eigh(block.double()) for block in moment]
+    spaces = [vectors[:, : null_dimension_of_expert(values, threshold, rule)] for values, vectors in parts]
+    return torch.stack([values for values, _ in parts]), spaces
+
+
+def _overlap(before: Sequence[torch.Tensor] | None, now: Sequence[torch.Tensor]) -> float | None:
+    """|N^T N'|^2 / max(dim N, dim N') of spaces that are sums of those of blocks."""
+    larger = max(sum(part.shape[1] for part in space) for space in (before or (), now))
+    if before is None or not larger:
         return None
-    return float((before.T @ now).square().sum()) / max(before.shape[1], now.shape[1])
+    return sum(float((one.T @ other).square().sum()) for one, other in zip(before, now, strict=True)) / larger
 
 
 def _against_last(

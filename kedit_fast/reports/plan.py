@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from kedit_fast.editing.keys import KeyPass
+from kedit_fast.editing.solver_state import require_stackable
 from kedit_fast.editing.values.batch_size import BatchSize, fitting_batch, request_bytes
 from kedit_fast.editing.values.chunks import Columns, find_chunk_values, spans_of
 from kedit_fast.editing.values.loop import SITES, find_values
@@ -34,6 +35,7 @@ from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.key_memory import FOLD_ABOVE, window_columns
 from kedit_fast.solver.least_squares import PRIMAL_ABOVE
+from kedit_fast.statistics.memory_plan import chosen_experts, sum_bytes
 from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.free_memory import free_bytes
 from kedit_fast.support.timing import synchronized_clock
@@ -118,7 +120,8 @@ def plan(
         spec: an ArchSpec for an architecture that is not known.
 
     Raises:
-        MethodError: no edits, a method that takes no steps (UltraEdit), or a loaded model without requests.
+        MethodError: no edits, a method that takes no steps (UltraEdit), one that does not go with the experts of the
+            model's layers, or a loaded model without requests.
         RequestError: requests that cannot be written, without "skip" or where nothing is left.
 
     Cost: the value loop of at most 16 requests for 5 iterations, one pass for their keys, and one write to a copy of an
@@ -136,6 +139,7 @@ def plan(
     if is_guess(origin) and "layers" not in (hparams or {}):
         chosen = replace(chosen, layers=view.nearest_editable(chosen.layers))
     layers = view.check_layers(chosen.layers)
+    require_stackable(view, recipe, chosen)
     contexts = 1 + sum(count for _, count in chosen.context_template_length_params)
     empty = view.device.type == "meta"
     prepared: list[PreparedRequest] = []
@@ -244,21 +248,25 @@ def _bytes(
 ) -> dict[str, int]:
     """Bytes by value_sites they hold; `tokens` of one request's prompts, cut after the subject; `columns` of the
     system, one a request or one a chunk of its target, and `others` without a residual."""
-    out, d = view.weight(hparams.layers[0]).shape
-    size = view.weight(hparams.layers[0]).element_size()
+    layer = hparams.layers[0]
+    out, d = view.edited_shape(layer)
+    size = view.weight(layer).element_size()
     count = len(hparams.layers)
+    chosen = _factor_inputs(view, hparams)
     rows, at_once = (edits, columns) if recipe.is_batched else (1, 1)
     window = hparams.undo_window
     unfolded = min(columns, window_columns(d) if window else int(FOLD_ABOVE * d))  # keys before they are folded
+    if view.experts(layer):
+        unfolded = columns  # never folded
     memory = 8 * (d * columns + unfolded * unfolded) + (8 * d * (d + 1) if columns > unfolded else 0)
     unmoved = {"keys of other tokens": 3 * 8 * d * others} if others else {}  # as read, whitened, beside the edits'
     return {
         "weights": sum(parameter.nbytes for parameter in view.model.parameters()),
         **({"their copies in float32, during a pass": copies} if (copies := copy_bytes(view.base)) else {}),
         "originals and masters": count * out * d * (size + (4 if size == 2 else 0) + (max(4, size) if window else 0)),
-        "statistics and factors": count * 2 * d * d * 8 if hparams.uses_moments else 0,
+        "statistics and factors": count * 2 * sum_bytes(view, layer) if hparams.uses_moments else 0,
         **({"statistics of outputs, decomposed": count * 2 * out * out * 8} if hparams.weighs_outputs else {}),
-        "factors of the updates": count * columns * (out + d) * 4,
+        "factors of the updates": count * columns * (out + chosen) * 4,
         "key memory": count * memory if recipe.memory else 0,
         "keys": 4 * d * at_once * 8,  # the mixed and the bare prompt's, each also transposed
         **unmoved,
@@ -267,6 +275,15 @@ def _bytes(
         if count > 1
         else 0,
     }
+
+
+def _factor_inputs(view: ModelView, hparams: Hparams) -> int:
+    """Rows of an update's right factor for one column: the inputs; of experts, those chosen in any context at most."""
+    stack = view.experts(layer := hparams.layers[0])
+    if stack is None:
+        return view.edited_shape(layer)[1]
+    contexts = 1 + sum(count for _, count in hparams.context_template_length_params)
+    return stack.inputs * min(stack.count, contexts * chosen_experts(view, stack))
 
 
 def _seconds(
@@ -315,26 +332,33 @@ def _seconds(
         for layer in hparams.layers:
             passes.at(layer)
 
-    out, d = view.weight(hparams.layers[0]).shape
+    out, d = view.edited_shape(hparams.layers[0])
+    stack = view.experts(hparams.layers[0])
+    blocks, size = (1, d) if stack is None else (stack.count, stack.inputs)  # of S
     rate = _fp64_rate(view.device)
     columns, others = _columns(prepared, hparams, edits)
     u = columns if recipe.is_batched else 1
     n = u + others
     count = len(hparams.layers)
     # The factor is computed once per layer, whatever the number of solves.
-    factor = 0.0 if not hparams.uses_moments else 9.0 * d**3 if recipe.uses_null_space else d**3 / 3
-    once = d * n * n + n**3 / 3 + 2 * u * n * d if n <= PRIMAL_ABOVE * d else d * d * n + d**3 / 3 + 2 * d * d * u
+    factor = 0.0 if not hparams.uses_moments else blocks * (9.0 if recipe.uses_null_space else 1 / 3) * size**3
+    if n <= PRIMAL_ABOVE * d or stack is not None:
+        once = d * n * n + n**3 / 3 + 2 * u * n * d
+    else:
+        once = d * d * n + d**3 / 3 + 2 * d * d * u
     short_side, long_side = sorted((out, d))
     attenuation = 2.0 * short_side**2 * long_side + 9.0 * short_side**3 if hparams.sphere_strength else 0.0
     if hparams.weighs_outputs:
         factor += 9.0 * out**3
         once += 9.0 * u**3 + 2 * u * u * d + 4 * out * (out + u) * u
-    flops = factor + (2 * d * d * n + once + attenuation) * columns / u
+    flops = factor + (2 * blocks * size * size * n + once + attenuation) * columns / u
     solve = count * 2 * flops / rate
-    weight = view.weight(hparams.layers[0]).clone()
+    weight = view.weight(hparams.layers[0])
+    weight = (weight if stack is None else weight[0]).clone()
     rank = min(u, 256)
-    left, right = (torch.zeros(rows, rank, dtype=torch.float32, device=weight.device) for rows in (out, d))
-    write = _timed(view, lambda: rank_k_update_(weight, left, right)) * count * columns / rank
+    left, right = (torch.zeros(rows, rank, dtype=torch.float32, device=weight.device) for rows in weight.shape)
+    parts = _factor_inputs(view, hparams) / size  # experts that an edit writes to
+    write = _timed(view, lambda: rank_k_update_(weight, left, right)) * count * parts * columns / rank
     phases = {"values": values, "keys": _timed(view, keys) * edits / trial, "solve": solve, "write": write}
     return {name: round(spent, 3) for name, spent in {**phases, "total": sum(phases.values())}.items()}
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kedit_fast.solver.preconditioner import NullSpaceRule, condition_number, null_dimension
+from kedit_fast.errors import StatisticsError
+from kedit_fast.solver.block_diagonal import EXPERT_RIDGE
+from kedit_fast.solver.preconditioner import NullSpaceRule, condition_number, extreme_eigenvalues, null_dimension
+from kedit_fast.statistics.expert_moments import ExpertTokens
 from kedit_fast.statistics.moments import SecondMoment
 from kedit_fast.statistics.store import layer_of, modules_in, read_layer, read_output_metric
 from kedit_fast.support import figures
@@ -34,7 +37,7 @@ PUBLISHED = 2e-2
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Figures of one layer's second moment C [d, d]."""
+    """Figures of one layer's second moment C [d, d]; of E experts, of the block diagonal matrix of theirs, d = E m."""
 
     module: str
     """The module's name in the model."""
@@ -47,15 +50,18 @@ class Spectrum:
     trace: float
     """The mean of |k|^2."""
     condition: float | None
-    """The largest eigenvalue over the smallest, the same for lambda C; None for a singular C."""
+    """The largest eigenvalue over the smallest, the same for lambda C; None for a singular C. Of experts, of C with the
+    ridge that a solve adds (`solver.block_diagonal.EXPERT_RIDGE`)."""
     effective_rank: float
     """exp of the entropy of the eigenvalues' shares of the trace."""
     null_dimensions: dict[str, int]
-    """ "rule threshold" -> dimensions of that null space."""
+    """ "rule threshold" -> dimensions of that null space; of experts, of all theirs, by relative rules alone."""
     eigenvalues: torch.Tensor
     """[d] in ascending order, fp64."""
     labels: str = ""
     """Of an output metric, of gradients at the layer's d outputs: which labels the loss has."""
+    experts: ExpertTokens | None = None
+    """How many tokens chose the experts of the layer; None without experts."""
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `stats show --json` prints for a layer."""
@@ -71,6 +77,7 @@ class Spectrum:
             "effective_rank": self.effective_rank,
             "eigenvalues": shown,
             **({"labels": self.labels} if self.labels else {"null_dimensions": self.null_dimensions}),
+            **({} if self.experts is None else {"experts": asdict(self.experts)}),
         }
 
 
@@ -81,7 +88,7 @@ def spectra(folder: str | os.PathLike) -> list[Spectrum]:
     Raises:
         StatisticsError: the folder has no statistics, or a file is damaged; the message names it.
 
-    Cost: a symmetric eigendecomposition per layer: about 4/3 d^3 flops in fp64 without vectors.
+    Cost: a symmetric eigendecomposition per layer: about 4/3 d^3 flops in fp64 without vectors (4/3 E m^3 of experts).
     """
     return [_spectrum(read_layer(Path(folder), module).second) for module in modules_in(folder)]
 
@@ -98,24 +105,70 @@ def output_spectra(folder: str | os.PathLike) -> list[Spectrum]:
 
 
 def _spectrum(second: SecondMoment, labels: str = "") -> Spectrum:
-    values = torch.linalg.eigvalsh(second.moment.double())
+    if second.moment.ndim == 2:
+        values = by_block = torch.linalg.eigvalsh(second.moment.double())
+        dimensions = {f"{rule} {share:g}": null_dimension(values, share, rule) for rule, share in THRESHOLDS}
+    else:
+        by_block = torch.stack([torch.linalg.eigvalsh(block.double()) for block in second.moment])  # [E, m]
+        values = by_block.flatten().sort().values
+        dimensions = {
+            f"{rule} {share:g}": sum(null_dimension_of_expert(block, share, rule) for block in by_block)
+            for rule, share in THRESHOLDS
+            if rule != "absolute"
+        }
     positive = values.clamp(min=0)
     shares = positive / positive.sum().clamp(min=torch.finfo(torch.float64).tiny)  # rank 1 when there was no input
     entropy = -torch.special.xlogy(shares, shares).sum()
-    dimensions = {f"{rule} {threshold:g}": null_dimension(values, threshold, rule) for rule, threshold in THRESHOLDS}
-    trace = float(second.moment.double().diagonal().sum())
     return Spectrum(
         second.module,
         layer_of(second.module),
         len(values),
         second.count,
-        trace,
-        condition_number(values),
+        float(second.moment.double().diagonal(dim1=-2, dim2=-1).sum()),
+        condition_of(by_block),
         float(entropy.exp()),
         dimensions,
         values,
         labels,
+        None if second.tokens_by_expert is None else ExpertTokens.of(second.tokens_by_expert),
     )
+
+
+def condition_of(values: torch.Tensor) -> float | None:
+    """The condition number of a moment by its ascending eigenvalues [d]; of experts' [E, m], with the ridge of a solve.
+
+    None where it is singular.
+    """
+    if values.ndim == 1:
+        return condition_number(values)
+    ridge = EXPERT_RIDGE * float(values.mean())
+    return (float(values.max()) + ridge) / (max(float(values.min()), 0.0) + ridge) if ridge > 0 else None
+
+
+def null_dimension_of_expert(values: torch.Tensor, threshold: float, rule: NullSpaceRule) -> int:
+    """`null_dimension` of an expert's ascending eigenvalues [m]; everything for one that no token chose."""
+    return null_dimension(values, threshold, rule) if float(values[-1]) > 0 else len(values)
+
+
+def expert_condition(second: SecondMoment) -> float | None:
+    """The condition number of experts' second moments [E, m, m] with the ridge of a solve; None where all are zero.
+
+    Slightly underestimated. Cost: E m^3 / 3 flops in fp64, a factor of one expert at a time.
+    """
+    moment = second.moment
+    ridge = EXPERT_RIDGE * float(moment.diagonal(dim1=1, dim2=2).double().mean())
+    if not ridge > 0:
+        return None
+    largest, smallest = ridge, float("inf")
+    for block in moment:
+        system = block.double().clone()
+        system.diagonal().add_(ridge)
+        factor, info = torch.linalg.cholesky_ex(system)
+        if int(info):
+            raise StatisticsError(f"{second.module}: the second moment of an expert is not positive semi-definite")
+        high, low = extreme_eigenvalues(factor)
+        largest, smallest = max(largest, high), min(smallest, low)
+    return largest / smallest
 
 
 def figure_of(layer_spectra: list[Spectrum]) -> Any:

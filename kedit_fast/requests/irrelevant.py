@@ -75,6 +75,18 @@ def require_unrelated(texts: Sequence[str], requests: Sequence[EditRequest]) -> 
                     raise RequestError(f"the irrelevant text {text!r} names {part!r}, which is edited: take it out")
 
 
+def unrelated_texts(texts: Iterable[str], requests: Sequence[EditRequest]) -> list[str]:
+    """The texts that name no subject of the requests and contain none of their prompts."""
+    usable = []
+    for text in texts:
+        try:
+            require_unrelated([text], requests)
+        except RequestError:
+            continue
+        usable.append(text)
+    return usable
+
+
 def _stands_in(wanted: str, text: str) -> bool:
     """Whether a text contains another as whole words."""
     at = text.find(wanted)

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from kedit_fast.errors import InvalidArgumentError
+from kedit_fast.solver.expert_update import ExpertUpdate
 from kedit_fast.solver.low_rank import LowRankUpdate, Update
 from kedit_fast.support.torch_state import plain_torch
 
 _ROWS = 1024  # of a moment that are on the update's device at a time
 Moments = tuple[torch.Tensor, torch.Tensor]
-"""A [d, d] and B [out, out] of a module."""
+"""A [d, d], or [E, m, m] of experts, and B [out, out] of a module."""
 
 
 @plain_torch()
@@ -32,8 +33,10 @@ def predicted_kl(update: Update | torch.Tensor, input_moment: torch.Tensor, outp
     """1/2 tr(B Delta A Delta^T): the KL divergence, in nats a token, that a change of one matrix is predicted to cause.
 
     Args:
-        update: Delta [out, d]: factors of rank k, factors with a mask, or the matrix itself; on any device.
-        input_moment: A [d, d], the second moment of the layer's inputs, fp32 or fp64, on any device.
+        update: Delta [out, d]: factors of rank k, factors with a mask, or the matrix itself; on any device. Or
+            [E, out, m] of experts: their harms are summed, products of two experts are left out.
+        input_moment: A [d, d], the second moment of the layer's inputs, fp32 or fp64, on any device; [E, m, m] of
+            experts.
         output_moment: B [out, out], the raw second moment of the gradients at its outputs: neither normalized nor
             mixed with the identity.
 
@@ -50,9 +53,16 @@ def predicted_kl(update: Update | torch.Tensor, input_moment: torch.Tensor, outp
     """
     shape = list(update.shape)
     moments = [list(output_moment.shape), list(input_moment.shape)]
+    if len(shape) == 3 and moments[1] == [shape[0], shape[2], shape[2]]:
+        if isinstance(update, ExpertUpdate):
+            parts = ((expert, LowRankUpdate(left, right)) for expert, left, right in update.parts())
+        else:
+            parts = enumerate(update if isinstance(update, torch.Tensor) else update.dense())
+        return math.fsum(predicted_kl(part, input_moment[expert], output_moment) for expert, part in parts)
     if len(shape) != 2 or moments != [[n, n] for n in shape]:
         raise InvalidArgumentError(
-            f"update is {shape}, so output_moment must be [out, out] and input_moment [d, d] for these; got "
+            f"update is {shape}, so output_moment must be [out, out] and input_moment [d, d], or [E, m, m] of "
+            f"experts, for these; got "
             f"{moments[0]} and {moments[1]}"
         )
     out, d = shape

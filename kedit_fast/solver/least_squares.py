@@ -24,6 +24,7 @@ PRIMAL_ABOVE = 0.67  # u / d above which a d x d system costs fewer flops than o
 ALIKE = 1e-9  # exact constraints are refused for a key whose squared share outside the span of the others is below this
 SAME_KEY = 0.99  # cosine above which two keys count as the same
 CROWDED_ABOVE = 0.5  # edits and unmoved columns, as a share of d, above which an update has little freedom left
+SPARSE_CONDITION = 1e4  # of a system above which a sparse solution would lose digits in float32
 SAME_SPAN = 1e-10  # singular value, as a share of the largest, below which a direction is no part of a span
 
 
@@ -38,6 +39,7 @@ def solve_update(
     unmoved: torch.Tensor | None = None,
     form: SystemForm = "auto",
     output_metric: OutputMetric | None = None,
+    sparse: bool = False,
 ) -> LowRankUpdate:
     """The update that minimizes sum_i w_i |Delta k_i - r_i|^2 + tr(B Delta (K_p K_p^T + rho S) Delta^T).
 
@@ -54,10 +56,14 @@ def solve_update(
             exceed d. A warning is logged when u + p > d / 2.
         form: "dual" (u x u system), "primal" (d x d, of whitened keys) or "auto" (primal when u + p > 0.67 d).
         output_metric: B [out, out], which weighs the damage; None for I.
+        sparse: give the same Delta with factors whose right one is S^-1 K, and so zero in the blocks of a
+            `BlockDiagonal` in which a key is zero, where that is possible: in the dual form, with rho > 0, without
+            `unmoved` and `output_metric`, and if the condition number of the system is at most 1e4.
 
     Returns:
         LowRankUpdate of rank u with left = R and right = S_p^-1 K (rho I + K^T S_p^-1 K)^-1, fp64, where
-        rho S_p = rho S + K_p K_p^T. With an output metric left is what `OutputMetric.left` returns.
+        rho S_p = rho S + K_p K_p^T. With an output metric left is what `OutputMetric.left` returns. A sparse one has
+        left = R (rho I + K^T S^-1 K)^-1 and right = S^-1 K.
 
     Raises:
         SolveError: input or solution not finite, or a system that is not positive definite: keys that are alike, or
@@ -107,6 +113,11 @@ def solve_update(
             gram = (gram + gram.T) / 2
         if rho == 0:
             _require_apart(gram, scale)
+        if sparse and rho > 0 and not p and output_metric is None and _is_well_conditioned(gram, rho):
+            left, right = spd_solve(gram, residuals.T.contiguous(), rho).T, preconditioner.unwhiten(coordinates)
+            require_finite("the solution", right)
+            require_finite("the solution", left)
+            return LowRankUpdate(left.contiguous(), right)
         solved = spd_solve(gram, part.T.contiguous(), rho).T
     right = preconditioner.unwhiten(solved)
     left = residuals if output_metric is None else output_metric.left(residuals, coordinates.T @ solved)
@@ -235,6 +246,14 @@ def check_form(form: str) -> None:
     """Raise InvalidArgumentError unless `form` is a SystemForm."""
     if form not in get_args(SystemForm):
         raise InvalidArgumentError(f"form must be auto, dual or primal; got {form!r}")
+
+
+def _is_well_conditioned(gram: torch.Tensor, rho: float) -> bool:
+    """Whether the condition number of rho I + Gram [u, u] is at most SPARSE_CONDITION."""
+    if not gram.numel():
+        return True
+    values = torch.linalg.eigvalsh(gram)
+    return float(values[-1]) + rho <= SPARSE_CONDITION * (float(values[0].clamp(min=0)) + rho)
 
 
 def _require_apart(gram: torch.Tensor, scale: torch.Tensor) -> None:

@@ -1,8 +1,12 @@
-"""Updates: as factors, Delta = left right^T, or a masked part of that; or as the matrix Delta itself."""
+"""Updates: as factors, Delta = left right^T, or a masked part of that; or as the matrix Delta itself.
+
+Those of a layer's experts are `ExpertUpdate`, or a `DenseUpdate` of [E, out, m].
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import get_args
@@ -11,6 +15,7 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.ops import rank_k_update_
+from kedit_fast.solver.expert_update import ExpertUpdate
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.torch_state import plain_torch
 
@@ -88,7 +93,7 @@ class LowRankUpdate(_Factors):
         """The factors on the host."""
         return LowRankUpdate(self.left.cpu(), self.right.cpu())
 
-    def columns(self, part: slice) -> LowRankUpdate:
+    def columns_of(self, part: slice) -> LowRankUpdate:
         """The same of some columns of Delta alone."""
         return LowRankUpdate(self.left, self.right[part])
 
@@ -153,7 +158,7 @@ class MaskedUpdate(_Factors):
         """The factors and the mask on the host."""
         return MaskedUpdate(self.left.cpu(), self.right.cpu(), self.bits.cpu())
 
-    def columns(self, part: slice) -> MaskedUpdate:
+    def columns_of(self, part: slice) -> MaskedUpdate:
         """The same of some columns of Delta alone."""
         return MaskedUpdate.from_mask(LowRankUpdate(self.left, self.right[part]), self.mask[:, part])
 
@@ -182,37 +187,38 @@ class MaskedUpdate(_Factors):
 
 @dataclass(frozen=True)
 class DenseUpdate:
-    """Delta as a matrix: the end of a tuning run, of no low rank."""
+    """Delta as a matrix, or a matrix for each expert: the end of a tuning run, or a masked update of experts."""
 
     delta: torch.Tensor
-    """[out, in]."""
+    """[out, in], or [E, out, in] of experts."""
 
     def __post_init__(self) -> None:
-        if self.delta.ndim != 2:
-            raise InvalidArgumentError(f"delta must be [out, in]; got {list(self.delta.shape)}")
+        if self.delta.ndim not in (2, 3):
+            raise InvalidArgumentError(f"delta must be [out, in] or [E, out, in]; got {list(self.delta.shape)}")
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.delta.shape[0], self.delta.shape[1]
+    def shape(self) -> tuple[int, ...]:
+        """(out, in), or (E, out, in)."""
+        return tuple(self.delta.shape)
 
     @property
     def rank(self) -> int:
-        """min(out, in), an upper bound of the rank of Delta."""
-        return min(self.delta.shape)
+        """min(out, in), an upper bound of the rank of Delta; min(out, E in), that of experts' stacked matrix."""
+        *experts, out, inner = self.delta.shape
+        return min(out, inner * math.prod(experts))
 
     def is_finite(self) -> bool:
         """Whether all entries are finite."""
         return bool(torch.isfinite(self.delta).all())
 
     def dense(self) -> torch.Tensor:
-        """Delta as a matrix [out, in]."""
+        """Delta as a matrix [out, in], or [E, out, in]."""
         return self.delta
 
     @plain_torch()
     def norm(self) -> float:
         """|Delta| (Frobenius), summed in fp64 row by row."""
-        rows = torch.stack([part.double().square().sum() for part in self.delta.split(_ROWS)])
+        rows = torch.stack([part.double().square().sum() for part in self.delta.flatten(0, -2).split(_ROWS)])
         return float(rows.sum().sqrt())
 
     def to(self, dtype: torch.dtype) -> DenseUpdate:
@@ -223,9 +229,9 @@ class DenseUpdate:
         """The matrix on the host."""
         return DenseUpdate(self.delta.cpu())
 
-    def columns(self, part: slice) -> DenseUpdate:
+    def columns_of(self, part: slice) -> DenseUpdate:
         """Some columns of Delta alone."""
-        return DenseUpdate(self.delta[:, part])
+        return DenseUpdate(self.delta[..., part])
 
     def compacted(self) -> DenseUpdate:
         """Itself: there are no factors."""
@@ -240,7 +246,7 @@ class DenseUpdate:
         copy: torch.Tensor | None = None,
         backend: str | None = None,
     ) -> torch.Tensor:
-        """Add alpha Delta to `weight` [out, in] in place, in fp32 (fp64 for fp64 weights), rounded once.
+        """Add alpha Delta to `weight` [out, in] or [E, out, in] in place, in fp32 (fp64 of fp64 weights), rounded once.
 
         `copy` receives the rounded result. There is one implementation, torch's, whatever `backend` says.
         """
@@ -256,8 +262,8 @@ class DenseUpdate:
         return weight
 
 
-Update = LowRankUpdate | MaskedUpdate | DenseUpdate
-"""What is added to a matrix."""
+Update = LowRankUpdate | MaskedUpdate | DenseUpdate | ExpertUpdate
+"""What is added to a matrix, or to the matrices of a layer's experts."""
 
 
 def update_of(tensors: Mapping[str, torch.Tensor]) -> Update:
@@ -277,11 +283,14 @@ def total_of(updates: Sequence[Update]) -> Update:
     """The sum of updates of one matrix: factors side by side, or the sum as a matrix where one has a mask or is dense.
 
     Args:
-        updates: at least one, on one device.
+        updates: at least one, on one device, of one shape.
     """
     if len(updates) == 1:
         return updates[0]
     factors = [update for update in updates if isinstance(update, LowRankUpdate)]
     if len(factors) == len(updates):
         return LowRankUpdate(torch.cat([u.left for u in factors], 1), torch.cat([u.right for u in factors], 1))
+    by_expert = [update for update in updates if isinstance(update, ExpertUpdate)]
+    if len(by_expert) == len(updates):
+        return ExpertUpdate.joined(by_expert)
     return DenseUpdate(functools.reduce(torch.add, (update.dense() for update in updates)))

@@ -336,14 +336,8 @@ class NullSpace(Preconditioner):
         if not threshold > 0 or not l2 > 0:
             raise InvalidArgumentError(f"threshold and l2 must be positive; got {threshold} and {l2}")
         require_finite_moment(moment)
-        values, vectors = torch.linalg.eigh(moment.double())
-        d, largest = len(values), float(values[-1])
-        if largest <= 0:
-            raise StatisticsError("the second moment is zero: the layer's inputs were, or no text was counted")
-        if float(values[0]) < NEGATIVE * largest:
-            raise StatisticsError(
-                f"the second moment has a negative eigenvalue, {float(values[0]):.2e}: it is no second moment"
-            )
+        values, vectors = eigenvectors(moment)
+        d = len(values)
         m = null_dimension(values, threshold, rule)
         spectrum = _spectrum_text(values)
         if m in (0, d):
@@ -362,8 +356,15 @@ class NullSpace(Preconditioner):
                 f"{advice}"
             )
         _log.info("null space of %d of %d dimensions (%s threshold %g; %s)", m, d, rule, threshold, spectrum)
-        complement = m > d / 2
-        basis = vectors[:, m:] if complement else vectors[:, :m]
+        return cls.of_vectors(vectors, m, l2, threshold, rule)
+
+    @classmethod
+    def of_vectors(
+        cls, vectors: torch.Tensor, dimension: int, l2: float, threshold: float, rule: NullSpaceRule
+    ) -> NullSpace:
+        """The null space of the first `dimension` of the eigenvectors [d, d], by ascending eigenvalues, of C."""
+        complement = dimension > len(vectors) / 2
+        basis = vectors[:, dimension:] if complement else vectors[:, :dimension]
         return cls(basis.contiguous(), complement, float(l2), float(threshold), rule)
 
     @classmethod
@@ -441,7 +442,19 @@ class NullSpace(Preconditioner):
 
 
 def _condition(factor: torch.Tensor) -> float:
-    """The condition number of L L^T by power iteration from both ends, slightly underestimated."""
+    """The condition number of L L^T, slightly underestimated."""
+    largest, smallest = extreme_eigenvalues(factor)
+    return largest / smallest
+
+
+def extreme_eigenvalues(factor: torch.Tensor) -> tuple[float, float]:
+    """The largest and the smallest eigenvalue of L L^T by power iteration from both ends, each a little inside.
+
+    Args:
+        factor: L [d, d], lower triangle.
+
+    Cost: 120 d^2 flops.
+    """
     place = torch.arange(1, factor.shape[0] + 1, dtype=factor.dtype, device=factor.device)
     ends = []
     for inverse in (False, True):
@@ -455,7 +468,24 @@ def _condition(factor: torch.Tensor) -> float:
             size = float(vector.norm())
             vector = vector / size
         ends.append(size)
-    return ends[0] * ends[1]
+    return ends[0], 1 / ends[1]
+
+
+def eigenvectors(moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ascending eigenvalues [d] and eigenvectors [d, d] of a second moment, fp64; about 9 d^3 flops.
+
+    Raises:
+        StatisticsError: it is zero or not positive semi-definite.
+    """
+    values, vectors = torch.linalg.eigh(moment.double())
+    largest = float(values[-1])
+    if largest <= 0:
+        raise StatisticsError("the second moment is zero: the layer's inputs were, or no text was counted")
+    if float(values[0]) < NEGATIVE * largest:
+        raise StatisticsError(
+            f"the second moment has a negative eigenvalue, {float(values[0]):.2e}: it is no second moment"
+        )
+    return values, vectors
 
 
 def null_dimension(values: torch.Tensor, threshold: float, rule: NullSpaceRule) -> int:

@@ -6,6 +6,7 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError
 from kedit_fast.ops import magnitude_bound
+from kedit_fast.solver.expert_update import ExpertUpdate, stacked_matrix
 from kedit_fast.solver.low_rank import DenseUpdate, LowRankUpdate, MaskedUpdate, Update
 from kedit_fast.support.torch_state import plain_torch
 
@@ -49,16 +50,21 @@ def spectrum(update: LowRankUpdate) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 @plain_torch()
-def compact(update: Update, tolerance: float = 0.0, rank: int | None = None) -> LowRankUpdate:
+def compact(update: Update, tolerance: float = 0.0, rank: int | None = None) -> LowRankUpdate | ExpertUpdate:
     """The fewest factors that give Delta within a tolerance; each direction's norm is split evenly between both sides.
 
+    Of experts, those of their stacked matrix [out, E in]; an `ExpertUpdate` stays as it is where these would take more
+    memory, unless a rank is given.
+
     Args:
-        update: Delta [out, in].
+        update: Delta [out, in], or [E, out, in] of experts.
         tolerance: bound of |Delta - Delta'| / |Delta| (Frobenius); 0 drops only what is rounding.
         rank: upper limit of the number of factors, whatever the error; None for no limit.
 
     Cost: that of `spectrum`; of a masked or dense update an SVD of Delta.
     """
+    if len(update.shape) == 3:
+        return _compact_experts(update, tolerance, rank)
     if not isinstance(update, LowRankUpdate):
         u, s, vh = torch.linalg.svd(update.dense().double(), full_matrices=False)
         v = vh.T
@@ -71,6 +77,21 @@ def compact(update: Update, tolerance: float = 0.0, rank: int | None = None) -> 
     k = k if rank is None else min(k, rank)
     root, dtype = s[:k].sqrt(), (update.delta if isinstance(update, DenseUpdate) else update.left).dtype
     return LowRankUpdate((u[:, :k] * root).to(dtype), (v[:, :k] * root).to(dtype))
+
+
+def _compact_experts(update: Update, tolerance: float, rank: int | None) -> ExpertUpdate:
+    """`compact` of an update [E, out, in]."""
+    if isinstance(update, ExpertUpdate):
+        stacked: Update = LowRankUpdate(update.left, update.stacked_right())
+    else:
+        stacked = DenseUpdate(stacked_matrix(update.dense()))
+    smaller = compact(stacked, tolerance, rank)
+    assert isinstance(smaller, LowRankUpdate)
+    compacted = ExpertUpdate.of_stacked(smaller, update.shape[0])
+    if isinstance(update, ExpertUpdate) and rank is None:
+        sizes = [one.left.numel() + one.right.numel() for one in (compacted, update)]
+        return compacted if sizes[0] < sizes[1] else update
+    return compacted
 
 
 @plain_torch()

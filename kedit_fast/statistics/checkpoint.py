@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from kedit_fast.errors import StatisticsError
 from kedit_fast.statistics.corpus import Position
-from kedit_fast.statistics.moments import SecondMomentAccumulator, Side
+from kedit_fast.statistics.moments import MomentSum, Side
 from kedit_fast.support import process_group
 from kedit_fast.support.files import locked, write_file
 from kedit_fast.support.matrix_bits import row_checksum
@@ -77,7 +77,7 @@ def path_of(folder: Path, side: Side = "input") -> Path:
     return folder / f"{_STEMS[side]}{rank + 1}-of-{world}.safetensors"
 
 
-def save(folder: Path, progress: Progress, sums: Mapping[int, SecondMomentAccumulator], side: Side = "input") -> None:
+def save(folder: Path, progress: Progress, sums: Mapping[int, MomentSum], side: Side = "input") -> None:
     """Replace this process's checkpoint.
 
     Raises:
@@ -91,11 +91,13 @@ def save(folder: Path, progress: Progress, sums: Mapping[int, SecondMomentAccumu
                 "model); the checkpoint from before stays"
             )
     counts = {str(layer): (total.count, total.weight) for layer, total in sums.items()}
+    chosen = {str(layer): t.tokens_by_expert.tolist() for layer, t in sums.items() if t.tokens_by_expert is not None}
     metadata = {
         "format_version": FORMAT_VERSION,
         "plan": json.dumps(progress.identity),
         "position": json.dumps(progress.position.as_dict()),
         "counts": json.dumps(counts),
+        "tokens_by_expert": json.dumps(chosen),
         "checksums": json.dumps({name: row_checksum(tensor) for name, tensor in tensors.items()}),
     }
     write_file(path_of(folder, side), tensors, metadata, StatisticsError)
@@ -127,7 +129,7 @@ def read(folder: Path, side: Side = "input") -> Progress | None:
         return Progress(layers, Position(**json.loads(metadata["position"])), identity)
 
 
-def restore(folder: Path, sums: Mapping[int, SecondMomentAccumulator], side: Side = "input") -> None:
+def restore(folder: Path, sums: Mapping[int, MomentSum], side: Side = "input") -> None:
     """Read a checkpoint's sums into empty accumulators.
 
     Raises:
@@ -145,6 +147,9 @@ def restore(folder: Path, sums: Mapping[int, SecondMomentAccumulator], side: Sid
                 raise ValueError(f"the sum of layer {layer} is not what was written")
             total.sum.copy_(stored)
             total.count, total.weight = int(counts[str(layer)][0]), float(counts[str(layer)][1])
+            if total.tokens_by_expert is not None:
+                chosen = json.loads(file.metadata()["tokens_by_expert"])[str(layer)]
+                total.tokens_by_expert.copy_(torch.tensor(chosen, dtype=torch.int64))
 
 
 def remove(folder: Path, side: Side = "input") -> None:

@@ -13,17 +13,19 @@ from tqdm import tqdm
 
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.models.architectures import ArchSpec
+from kedit_fast.models.experts import ExpertInputs, ExpertRows
 from kedit_fast.models.fingerprint import fingerprint
 from kedit_fast.models.forward import Site, TokenBatch, evaluating, pad, visit
 from kedit_fast.models.gradients import output_gradients
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
 from kedit_fast.statistics.corpus import Corpus, Document, Position, Reader, Window, ahead, batches
+from kedit_fast.statistics.expert_moments import ExpertMomentSum, warn_of_unused
 from kedit_fast.statistics.labels import TOKENS_A_DIMENSION, OutputGradients, row_seeds, sampled_labels
-from kedit_fast.statistics.memory_plan import STATES_A_BLOCK, Group, Masters, plan_groups, side_size
-from kedit_fast.statistics.moments import SecondMoment, SecondMomentAccumulator, Side
+from kedit_fast.statistics.memory_plan import STATES_A_BLOCK, Group, Masters, plan_groups, side_size, stack_of
+from kedit_fast.statistics.moments import MomentSum, SecondMoment, SecondMomentAccumulator, Side
 from kedit_fast.statistics.token_weights import CONFIDENCE, NamedWeights, TokenWeights, confidences, weights_of
-from kedit_fast.statistics.updates import CountedRows, Updates, real_positions
+from kedit_fast.statistics.updates import CountedRows, Updates, real_positions, rows_of
 from kedit_fast.support import process_group
 from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.messages import comma_list
@@ -111,6 +113,8 @@ def collect_statistics(
 ) -> Statistics:
     """Second moments of the inputs of the edited linear layers over a corpus, in memory.
 
+    Of layers with experts they are those of stacked keys, [E, m, m]; see `SecondMoment`.
+
     `collect_into` does the same into a folder, with checkpoints. In a process group every process takes its share of
     the batches, and all of them get the result. Processes that hold the model together (`models.sharded`) run every
     batch together; each has the sums of all layers.
@@ -141,8 +145,9 @@ def collect_statistics(
             model that processes hold together.
         UnsupportedModelError: an output metric of a model without gradients at the layers' outputs.
 
-    Cost: a pass through the blocks up to the last layer, and tokens * d (d + 1) flops per layer. Memory: 8 d^2 bytes
-        per layer and one batch (two on a GPU, whose updates and forward passes overlap). Where the sums of all layers
+    Cost: a pass through the blocks up to the last layer, and tokens * d (d + 1) flops per layer; with k of E experts a
+        token, tokens * k m (m + 1), and their activations once more. Memory: 8 d^2 bytes per layer (8 E m^2) and one
+        batch (two on a GPU, whose updates and forward passes overlap). Where the sums of all layers
         do not fit, there are several passes. With several processes and `max_tokens` the text is tokenized twice.
         An output metric: a forward pass to the logits and a backward pass to the lowest layer over its tokens, two to
         three times a forward pass; memory for what that pass needs of a batch in all blocks above, and 8 out^2 bytes.
@@ -198,7 +203,7 @@ def growing_statistics(
         raise StatisticsError("growing counts are for a single process")
     if not corpus.repeatable:
         raise StatisticsError("growing counts read the text again: give a list or a file")
-    sums: dict[int, SecondMomentAccumulator] | None = None
+    sums: dict[int, MomentSum] | None = None
     position = Position()
     for count in counts:
         limited = replace(corpus, max_tokens=min(count, corpus.max_tokens or count))
@@ -285,19 +290,23 @@ class Job:
             )
 
     @plain_torch()
-    def accumulators(self, group: Group) -> dict[int, SecondMomentAccumulator]:
+    def accumulators(self, group: Group) -> dict[int, MomentSum]:
         """Empty sums of a group's layers."""
-        sums = {}
+        sums: dict[int, MomentSum] = {}
         for layer in group.layers:
-            device, size = self.view.row_device(layer), side_size(self.view, layer, self.side)
+            name, device = self.view.module_name(layer), self.view.row_device(layer)
             master = torch.device("cpu") if group.on_cpu else device
-            sums[layer] = SecondMomentAccumulator(self.view.module_name(layer), size, device, master)
+            stack = stack_of(self.view, layer, self.side)
+            if stack is not None:
+                sums[layer] = ExpertMomentSum(name, stack.count, stack.inputs, device, master)
+            else:
+                sums[layer] = SecondMomentAccumulator(name, side_size(self.view, layer, self.side), device, master)
         return sums
 
     @plain_torch()
     def run(
         self,
-        sums: Mapping[int, SecondMomentAccumulator],
+        sums: Mapping[int, MomentSum],
         start: Position | None = None,
         saver: Saver | None = None,
         progress: bool = False,
@@ -339,7 +348,7 @@ class Job:
                 end = window.after
         return end
 
-    def _add(self, documents: list[Document], sums: Mapping[int, SecondMomentAccumulator], updates: Updates) -> None:
+    def _add(self, documents: list[Document], sums: Mapping[int, MomentSum], updates: Updates) -> None:
         """Run one batch, and add its keys to the sums."""
         rows = [document.ids for document in documents]
         width = max(map(len, rows))
@@ -347,15 +356,23 @@ class Job:
         batch = TokenBatch(pad(rows, self.view.device).input_ids, None)
         sites = [Site(layer, "key") for layer in sums]
         if self.corpus.token_weights == CONFIDENCE:
-            keys: dict[Site, torch.Tensor] = {}  # of all layers: the weights are known at the end of the pass
-            states = visit(self.view, batch, sites, keys.__setitem__, to_the_end=True)
+            keys: dict[Site, torch.Tensor | ExpertRows] = {}  # of all layers: the weights are known after the pass
+
+            def hold(site: Site, states: torch.Tensor | ExpertInputs) -> None:
+                keys[site] = rows_of(states, positions)
+
+            states = visit(self.view, batch, sites, hold, to_the_end=True)
             assert states is not None
             counted = self._by_confidence(states.flatten(0, 1), positions)
             for site, of_layer in keys.items():
                 counted.add(updates, sums[site.layer], of_layer)
         else:
             counted = CountedRows(positions, *self._weights(rows, width))
-            visit(self.view, batch, sites, lambda site, states: counted.add(updates, sums[site.layer], states))
+
+            def add(site: Site, states: torch.Tensor | ExpertInputs) -> None:
+                counted.add(updates, sums[site.layer], rows_of(states, positions))
+
+            visit(self.view, batch, sites, add)
         updates.next_batch()
 
     def _weights(self, rows: list[list[int]], width: int) -> tuple[torch.Tensor | None, tuple[int, float]]:
@@ -389,7 +406,7 @@ class Job:
             raise StatisticsError("the processes were given different texts")
         return end if self.view.is_sharded else replace(end, tokens=sum(position.tokens for position in ends))
 
-    def finish(self, sums: Mapping[int, SecondMomentAccumulator]) -> Iterator[tuple[int, SecondMoment]]:
+    def finish(self, sums: Mapping[int, MomentSum]) -> Iterator[tuple[int, SecondMoment]]:
         """Layer by layer, the moment of the sums of all processes, in the memory of the sum.
 
         Raises:
@@ -402,12 +419,14 @@ class Job:
                 raise StatisticsError(
                     "no tokens were counted: the corpus has no text, or none of its tokens has a weight or a label"
                 )
-            size = len(total.sum)
+            size = total.sum.shape[-1]
             if total.count < size:
                 _log.warning(
                     "%d tokens for second moments of dimension %d: they are singular, use more text", total.count, size
                 )
-            yield layer, total.finish()
+            second = total.finish()
+            warn_of_unused(second)
+            yield layer, second
 
     def statistics(self, layers: dict[int, SecondMoment], end: Position) -> Statistics:
         """Moments with the model and the text they were made from."""
@@ -459,7 +478,7 @@ class OutputJob(Job):
         """The settings that choose the text and its labels, as the files record them."""
         return {**super().settings, **self.gradients.about()}
 
-    def _add(self, documents: list[Document], sums: Mapping[int, SecondMomentAccumulator], updates: Updates) -> None:
+    def _add(self, documents: list[Document], sums: Mapping[int, MomentSum], updates: Updates) -> None:
         """Run one batch, and add the gradients at its tokens that have labels to the sums."""
         rows = [document.ids for document in documents]
         sampled = self.gradients.labels == "sampled"

@@ -140,7 +140,16 @@ def path_of(
 
 
 def sum_in(second: SecondMoment, precision: str) -> numpy.ndarray:
-    """The sum of k k^T [d, d] as it is stored; raises StatisticsError where it overflows the precision."""
+    """The sum of k k^T [d, d] as it is stored.
+
+    Raises:
+        StatisticsError: it overflows the precision, or a layer's experts have one sum each.
+    """
+    if second.moment.ndim != 2:
+        raise StatisticsError(
+            f"{second.module} holds the second moments of {len(second.moment)} experts: memit's npz files have room "
+            "for one matrix a layer, and its programs edit no mixtures of experts"
+        )
     with numpy.errstate(over="ignore"):
         total = (second.moment.double() * second.count).cpu().numpy().astype(precision)
     if not numpy.isfinite(total).all():
@@ -155,7 +164,7 @@ def write(
     """Write a file that those programs read like their own, whole or not at all.
 
     Raises:
-        StatisticsError: it cannot be written, or a sum overflows the precision.
+        StatisticsError: it cannot be written, a sum overflows the precision, or a layer's experts have one each.
     """
     entries: dict[str, Any] = {
         "mom2.constructor": CONSTRUCTOR,

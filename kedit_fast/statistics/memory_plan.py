@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
+from kedit_fast.models.experts import ExpertStack
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import computing_dtype
 from kedit_fast.statistics.moments import Side
@@ -72,14 +74,26 @@ def needs(view: ModelView, groups: Sequence[Group], side: Side = "input") -> Nee
 
 
 def side_size(view: ModelView, layer: int, side: Side) -> int:
-    """How many numbers an edited layer takes in or puts out."""
+    """How many numbers an edited layer takes in or puts out; it takes in those of all its experts."""
     out, size = view.edited_shape(layer)
     return size if side == "input" else out
 
 
+def stack_of(view: ModelView, layer: int, side: Side) -> ExpertStack | None:
+    """The experts of a layer, where moments are summed for each of them: on the side of the inputs."""
+    return view.experts(layer) if side == "input" else None
+
+
+def sum_shape(view: ModelView, layer: int, side: Side = "input") -> tuple[int, ...]:
+    """The shape of a layer's moment: [d, d], of a layer with experts [E, m, m], of gradients at outputs [out, out]."""
+    if stack := stack_of(view, layer, side):
+        return stack.count, stack.inputs, stack.inputs
+    return (side_size(view, layer, side),) * 2
+
+
 def sum_bytes(view: ModelView, layer: int, side: Side = "input") -> int:
     """Bytes of the fp64 sum of a layer, and of its file."""
-    return 8 * side_size(view, layer, side) ** 2
+    return 8 * math.prod(sum_shape(view, layer, side))
 
 
 def check_masters(masters: str) -> None:
@@ -141,11 +155,25 @@ def plan_groups(
     return chosen
 
 
+def row_widths(view: ModelView, layer: int) -> tuple[int, int]:
+    """Numbers that a token has at the output and at the input of an edited layer; of experts, those it chooses."""
+    out, size = view.edited_shape(layer)
+    if stack := view.experts(layer):
+        size = stack.inputs * min(stack.count, chosen_experts(view, stack))
+    return out, size
+
+
+def chosen_experts(view: ModelView, stack: ExpertStack) -> int:
+    """How many experts a token chooses, by the model's configuration; all of them where it does not say."""
+    count = getattr(view.config, "num_experts_per_tok", None)
+    return count if isinstance(count, int) and 0 < count < stack.count else stack.count
+
+
 def _room(view: ModelView, device: torch.device, batch_tokens: int, layer: int, budget: int | None, held: int) -> int:
     if budget is not None:
         return budget
-    out, d = view.edited_shape(layer)
-    batch = batch_tokens * (STATES + held) * (d + out) * computing_dtype(view.base).itemsize  # bytes
+    width = sum(row_widths(view, layer))
+    batch = batch_tokens * (STATES + held) * width * computing_dtype(view.base).itemsize  # bytes
     share = SHARE
     if device.type == "cpu":
         share /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of a job on this host

@@ -25,12 +25,67 @@ class SecondMoment:
     module: str
     """Path of the linear layer, for example model.layers.4.mlp.down_proj."""
     moment: torch.Tensor
-    """[d, d] (weighted) mean of k k^T, both triangles, fp64 or fp32."""
+    """[d, d] (weighted) mean of k k^T, both triangles, fp64 or fp32. Of a layer with experts [E, m, m], the blocks on
+    the diagonal of that of stacked keys: the mean over all tokens of g_e^2 a_e a_e^T."""
     count: int
     """Tokens that were counted; with weights, those whose weight is not 0."""
+    tokens_by_expert: torch.Tensor | None = None
+    """[E] int64, how many of the counted tokens chose each expert; None of a layer without experts."""
 
 
-class SecondMomentAccumulator:
+class MomentSum:
+    """A sum of w k k^T over rows: `result()` and `finish()` return the mean. What adds rows is up to its kinds."""
+
+    @plain_torch()
+    def __init__(
+        self,
+        module: str,
+        shape: tuple[int, ...],
+        device: torch.device | str = "cpu",
+        master: torch.device | str | None = None,
+    ):
+        self.module = module
+        self.count = 0
+        self.weight = 0.0  # sum of the tokens' weights
+        self.tokens_by_expert: torch.Tensor | None = None
+        self.device = torch.device(device)
+        self.sum = torch.zeros(shape, dtype=torch.float64, device=master or device)  # lower triangles
+        self._staged = torch.device(master or device) != self.device
+
+    @plain_torch()
+    def result(self) -> SecondMoment:
+        """The mean so far; raises StatisticsError when no row was added, or the mean is not finite."""
+        return self._mean(self.sum.clone())
+
+    @plain_torch()
+    def finish(self) -> SecondMoment:
+        """As `result`, in the memory of the sum: nothing can be added afterwards."""
+        total, self.sum = self.sum, self.sum.new_empty(*(0 for _ in self.sum.shape))
+        return self._mean(total)
+
+    def _mean(self, total: torch.Tensor) -> SecondMoment:
+        if self.count == 0:
+            raise StatisticsError(f"{self.module}: no tokens were counted")
+        for matrix in total.view(-1, *total.shape[-2:]):
+            mirror_(matrix)
+        moment = total.div_(self.weight)
+        if not bool(torch.isfinite(moment.sum())):
+            raise StatisticsError(f"{self.module}: the second moment is not finite (NaN or overflow in the model)")
+        by_expert = None if self.tokens_by_expert is None else self.tokens_by_expert.cpu().clone()
+        return SecondMoment(self.module, moment, self.count, by_expert)
+
+    @plain_torch()
+    def reduce_(self) -> None:
+        """Add up the sums of all processes; afterwards every process has the total."""
+        process_group.sum_(self.sum)
+        totals = torch.tensor([float(self.count), self.weight], dtype=torch.float64)
+        process_group.sum_(totals)
+        self.count, self.weight = int(totals[0]), float(totals[1])
+        if self.tokens_by_expert is not None:
+            process_group.sum_(self.tokens_by_expert)
+
+
+class SecondMomentAccumulator(MomentSum):
     """Sums w k k^T over rows as they come; `result()` and `finish()` return the mean.
 
     Products of 16-bit rows are exact in fp32; sums are fp32 within a chunk of rows and fp64 between chunks.
@@ -43,16 +98,10 @@ class SecondMomentAccumulator:
             [d, d] matrix beside the rows, which is then added to the sum.
     """
 
-    @plain_torch()
     def __init__(
         self, module: str, size: int, device: torch.device | str = "cpu", master: torch.device | str | None = None
     ):
-        self.module = module
-        self.count = 0
-        self.weight = 0.0  # sum of the rows' weights
-        self.device = torch.device(device)
-        self.sum = torch.zeros(size, size, dtype=torch.float64, device=master or device)  # its lower triangle
-        self._staged = torch.device(master or device) != self.device
+        super().__init__(module, (size, size), device, master)
 
     @plain_torch()
     def update(
@@ -81,33 +130,6 @@ class SecondMomentAccumulator:
         count, weight = totals or _totals(rows.shape[0], mask, weights)
         self.count += count
         self.weight += weight
-
-    @plain_torch()
-    def result(self) -> SecondMoment:
-        """The mean so far; raises StatisticsError when no row was added, or the mean is not finite."""
-        return self._mean(self.sum.clone())
-
-    @plain_torch()
-    def finish(self) -> SecondMoment:
-        """As `result`, in the memory of the sum: nothing can be added afterwards."""
-        total, self.sum = self.sum, self.sum.new_empty(0, 0)
-        return self._mean(total)
-
-    def _mean(self, total: torch.Tensor) -> SecondMoment:
-        if self.count == 0:
-            raise StatisticsError(f"{self.module}: no tokens were counted")
-        moment = mirror_(total).div_(self.weight)
-        if not bool(torch.isfinite(moment.sum())):
-            raise StatisticsError(f"{self.module}: the second moment is not finite (NaN or overflow in the model)")
-        return SecondMoment(self.module, moment, self.count)
-
-    @plain_torch()
-    def reduce_(self) -> None:
-        """Add up the sums of all processes; afterwards every process has the total."""
-        process_group.sum_(self.sum)
-        totals = torch.tensor([float(self.count), self.weight], dtype=torch.float64)
-        process_group.sum_(totals)
-        self.count, self.weight = int(totals[0]), float(totals[1])
 
 
 @plain_torch()

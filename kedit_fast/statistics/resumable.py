@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,11 @@ from kedit_fast.statistics import checkpoint
 from kedit_fast.statistics.checkpoint import Progress
 from kedit_fast.statistics.collect import Job
 from kedit_fast.statistics.corpus import Corpus, Position
+from kedit_fast.statistics.expert_moments import ExpertTokens
 from kedit_fast.statistics.labels import OutputGradients
 from kedit_fast.statistics.memory_plan import Group, Masters, Needs, check_masters, needs
-from kedit_fast.statistics.moments import SecondMomentAccumulator, Side
-from kedit_fast.statistics.store import MODEL_FIELDS, metadata_in, path_of, save_statistics
+from kedit_fast.statistics.moments import MomentSum, Side
+from kedit_fast.statistics.store import MODEL_FIELDS, metadata_in, path_of, read_tokens_by_expert, save_statistics
 from kedit_fast.support import process_group
 from kedit_fast.support.messages import comma_list, size_text
 from kedit_fast.support.torch_state import plain_torch
@@ -64,6 +65,8 @@ class Collected:
     """The part of `seconds` that this process spent on checkpoints."""
     output_tokens: int = 0
     """Tokens that the second moments of gradients at the outputs are of; 0 where they were not wanted."""
+    experts: Mapping[int, ExpertTokens] = field(default_factory=dict)
+    """Layer -> how many tokens chose its experts; empty for models without experts."""
 
 
 @plain_torch()
@@ -118,7 +121,7 @@ def collect_into(
             damaged; the text or an argument is not the one that the job began with; there is no text; or moments are
             not finite. Complete files stay.
 
-    Cost: as `collect_statistics`, and 8 d^2 bytes written per layer and checkpoint.
+    Cost: as `collect_statistics`, and 8 d^2 bytes (8 E m^2 of experts) written per layer and checkpoint.
 
     Example:
         >>> corpus = Corpus(texts, max_tokens=2_000)
@@ -267,6 +270,12 @@ def _collected(folder: Path, work: Sequence[_Work], resumed: int, begin: float, 
         time.monotonic() - begin,
         saving,
         tokens.get("output", 0),
+        {
+            layer: ExpertTokens.of(by_expert)
+            for part in work
+            for layer in (job.layers if part.job.side == "input" else ())
+            if (by_expert := read_tokens_by_expert(path_of(folder, job.view.module_name(layer)))) is not None
+        },
     )
 
 
@@ -430,7 +439,7 @@ class _Saver:
         folder: Path,
         group: Group,
         job: Job,
-        sums: Mapping[int, SecondMomentAccumulator],
+        sums: Mapping[int, MomentSum],
         clock: _Clock,
     ):
         self._folder, self._sums, self._clock = folder, sums, clock

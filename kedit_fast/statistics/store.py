@@ -1,9 +1,10 @@
 """Statistics on disk: one safetensors file per layer, `{module path}.safetensors`.
 
-Tensor `second_moment` [d, d] is the mean of k k^T, both triangles. Metadata: format_version, layer, count (tokens),
+Tensor `second_moment` [d, d] is the mean of k k^T, both triangles; of a layer with experts [E, m, m], beside a tensor
+`tokens_by_expert` [E] int64 of how many tokens chose each. Metadata: format_version, layer, count (tokens),
 tokens (that were read), corpus (SHA-256 of the text), documents, the settings that chose the text (max_tokens,
-max_samples, max_length, seed, token_weights), model fingerprint, dtype, checksum, kedit_fast (version). A file is
-written under another name and then renamed.
+max_samples, max_length, seed, token_weights), model fingerprint, dtype, checksum, kedit_fast (version), and of experts
+tokens_checksum. A file is written under another name and then renamed.
 
 `{module path}.output_metric.safetensors` holds the mean of g g^T [out, out], tensor `output_metric`, of gradients g at
 the layer's output, with the same metadata for itself, and labels and label_seed of the loss.
@@ -28,6 +29,7 @@ from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.view import ModelView
 from kedit_fast.statistics import memit_npz
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.statistics.memory_plan import sum_shape
 from kedit_fast.statistics.moments import SecondMoment, Side
 from kedit_fast.support.files import write_file
 from kedit_fast.support.matrix_bits import aligned, row_checksum
@@ -38,6 +40,7 @@ MODEL_FIELDS = ("model_config", "model_samples", "tokenizer")
 SETTINGS_FIELDS = ("max_tokens", "max_samples", "max_length", "seed", "token_weights")
 OUTPUT_FIELDS = ("corpus", "documents", "tokens", "dtype", *SETTINGS_FIELDS, "labels", "label_seed")
 TENSORS: dict[Side, str] = {"input": "second_moment", "output": "output_metric"}
+TOKENS_BY_EXPERT = "tokens_by_expert"
 _SUFFIXES: dict[Side, str] = {"input": "", "output": ".output_metric"}
 
 
@@ -91,7 +94,11 @@ def save_statistics(
             path = path_of(folder, second.module, side)
             moment = second.moment.to("cpu", dtype).contiguous()
             metadata = {**metadata_of(statistics, layer, side), "checksum": row_checksum(moment)}
-            write_file(path, {TENSORS[side]: moment}, metadata, StatisticsError)
+            tensors = {TENSORS[side]: moment}
+            if second.tokens_by_expert is not None:
+                tensors[TOKENS_BY_EXPERT] = by_expert = second.tokens_by_expert.cpu()
+                metadata["tokens_checksum"] = row_checksum(by_expert[:, None])
+            write_file(path, tensors, metadata, StatisticsError)
             paths.append(path)
     return paths
 
@@ -175,10 +182,10 @@ def load_statistics(
             )
         if file.model and (changed := difference(file.model, current)):
             raise StatisticsError(f"{file.path} holds statistics of another model: different {changed}")
-        size, moment = view.edited_shape(layer)[1], file.second.moment
-        if tuple(moment.shape) != (size, size):
+        expected, moment = sum_shape(view, layer), file.second.moment
+        if tuple(moment.shape) != expected:
             raise StatisticsError(
-                f"{file.path}: second_moment is {list(moment.shape)}, the layer takes [{size}, {size}]"
+                f"{file.path}: second_moment is {list(moment.shape)}, the layer takes {list(expected)}"
             )
         moments[layer] = file.second
         first = first or file
@@ -246,6 +253,17 @@ def read_layer(folder: Path, module: str, samples: int | None = None, precision:
     return file
 
 
+def read_tokens_by_expert(path: Path) -> torch.Tensor | None:
+    """How many tokens chose each expert [E], from a file of `collect_into` or `save_statistics`; None without experts.
+
+    Raises:
+        StatisticsError: it is damaged or no statistics file.
+    """
+    metadata_in(path)
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(TOKENS_BY_EXPERT) if TOKENS_BY_EXPERT in file.keys() else None  # noqa: SIM118
+
+
 def read_output_metric(folder: Path, module: str) -> LayerFile | None:
     """Read one layer's output metric, without checking the model that it is of; None where there is none.
 
@@ -290,7 +308,9 @@ def layer_of(module: str) -> int:
 
 
 def _layers_in(folder: Path, view: ModelView) -> list[int]:
-    pattern = re.compile(re.escape(view.spec.blocks) + r"\.(\d+)\." + re.escape(view.spec.edit))
+    first = view.editable[0]
+    path = view.module_name(first).removeprefix(f"{view.spec.blocks}.{first}.")
+    pattern = re.compile(re.escape(view.spec.blocks) + r"\.(\d+)\." + re.escape(path))
     names = {path.stem for path in folder.glob("*.safetensors")} | set(memit_npz.modules_in(folder))
     layers = sorted(int(m[1]) for name in names if (m := pattern.fullmatch(name)))
     if not layers:
@@ -311,8 +331,11 @@ def metadata_in(path: Path, side: Side = "input") -> dict[str, str]:
             if metadata.get("format_version") != FORMAT_VERSION or name not in file.keys():  # noqa: SIM118
                 raise StatisticsError(f"{path} is not a statistics file of kedit_fast (format {FORMAT_VERSION})")
             shape = file.get_slice(name).get_shape()
-            if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
+            of_experts = side == "input" and TOKENS_BY_EXPERT in file.keys()  # noqa: SIM118
+            if len(shape) != 2 + of_experts or shape[-2] != shape[-1] or 0 in shape:
                 raise StatisticsError(f"{path} is damaged: {name} is {shape}; remove it and collect it again")
+            if of_experts and file.get_slice(TOKENS_BY_EXPERT).get_shape() != shape[:1]:
+                raise StatisticsError(f"{path} is damaged: {TOKENS_BY_EXPERT} is not [{shape[0]}]; collect it again")
     except SafetensorError as error:
         raise StatisticsError(f"{path} is damaged: {error}; remove it and collect it again") from error
     except OSError as error:
@@ -331,6 +354,10 @@ def _read(path: Path, module: str, side: Side = "input") -> LayerFile:
     metadata = metadata_in(path, side)
     with safe_open(path, framework="pt") as file:
         moment = aligned(file.get_tensor(TENSORS[side]))
-    if "checksum" in metadata and metadata["checksum"] != row_checksum(moment):  # older files have none
+        by_expert = file.get_tensor(TOKENS_BY_EXPERT) if moment.ndim == 3 else None
+    changed = "checksum" in metadata and metadata["checksum"] != row_checksum(moment)  # older files have none
+    if by_expert is not None:
+        changed = changed or metadata.get("tokens_checksum") != row_checksum(by_expert[:, None])
+    if changed:
         raise StatisticsError(f"{path} is damaged: it is not what was written; remove it and collect it again")
-    return LayerFile(path, SecondMoment(module, moment, int(metadata["count"])), metadata)
+    return LayerFile(path, SecondMoment(module, moment, int(metadata["count"]), by_expert), metadata)

@@ -1,14 +1,16 @@
-"""Rows of a batch's states, without its padding, added to sums beside the passes of the model."""
+"""Rows of a batch's states, or of its chosen experts, without padding, added to sums beside the passes of the model."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from kedit_fast.statistics.moments import SecondMomentAccumulator
+from kedit_fast.models.experts import ExpertInputs, ExpertRows
+from kedit_fast.statistics.expert_moments import ExpertMomentSum
+from kedit_fast.statistics.moments import MomentSum, SecondMomentAccumulator
 
 
 def real_positions(lengths: Sequence[int], width: int) -> torch.Tensor | None:
@@ -29,17 +31,38 @@ class CountedRows:
 
     def __init__(self, positions: torch.Tensor | None, weights: torch.Tensor | None, totals: tuple[int, float]):
         self._positions, self._weights, self._totals = positions, weights, totals
-        self._chosen: dict[torch.device, _Chosen] = {}
+        self._chosen: dict[tuple[torch.device, bool], _Chosen] = {}
 
-    def add(self, updates: Updates, accumulator: SecondMomentAccumulator, states: torch.Tensor) -> None:
-        """Add the rows of states [R, T, size] that count to a sum."""
+    def add(self, updates: Updates, total: MomentSum, states: torch.Tensor | ExpertRows) -> None:
+        """Add rows that count to a sum: those of states [R, T, size], or `rows_of` inputs of experts."""
+        if isinstance(states, ExpertRows):
+            assert isinstance(total, ExpertMomentSum)
+            self._add_experts(updates, total, states)
+            return
+        assert isinstance(total, SecondMomentAccumulator)
         rows = states.flatten(0, 1)  # [R T, size]
-        if rows.device not in self._chosen:
-            self._chosen[rows.device] = _Chosen.on(rows.device, self._positions, len(rows), self._weights)
-        chosen = self._chosen[rows.device]
+        chosen = self._on(rows.device, len(rows), _gathers(rows.device))
         if chosen.index is not None:
             rows = rows.index_select(0, chosen.index)  # [n, size]
-        updates.add(accumulator, rows, chosen.mask, chosen.weights, self._totals)
+        update = total.update
+        mask, weights, totals = chosen.mask, chosen.weights, self._totals
+        updates.run(rows.device, lambda: update(rows, mask, weights, totals), (rows, mask, weights))
+
+    def _add_experts(self, updates: Updates, total: ExpertMomentSum, rows: ExpertRows) -> None:
+        device = rows.rows.device
+        weights = self._on(device, 0, True).weights
+        reads = (rows.rows, rows.gates, rows.tokens, rows.offsets, weights)
+        updates.run(device, lambda: total.update(rows, self._totals, weights), reads)
+
+    def _on(self, device: torch.device, count: int, gathers: bool) -> _Chosen:
+        if (device, gathers) not in self._chosen:
+            self._chosen[device, gathers] = _Chosen.on(device, self._positions, count, self._weights, gathers)
+        return self._chosen[device, gathers]
+
+
+def rows_of(states: torch.Tensor | ExpertInputs, positions: torch.Tensor | None) -> torch.Tensor | ExpertRows:
+    """What `CountedRows.add` takes of states: they themselves, of experts the rows at positions that count."""
+    return states.rows(positions) if isinstance(states, ExpertInputs) else states
 
 
 @dataclass(frozen=True)
@@ -54,10 +77,12 @@ class _Chosen:
     """Of the gathered rows, or of all; None for ones."""
 
     @classmethod
-    def on(cls, device: torch.device, real: torch.Tensor | None, count: int, weights: torch.Tensor | None) -> _Chosen:
-        """Of `count` rows those at `real`, by the faster way of the device, and the weights that go with them."""
+    def on(
+        cls, device: torch.device, real: torch.Tensor | None, count: int, weights: torch.Tensor | None, gathers: bool
+    ) -> _Chosen:
+        """Of `count` rows those at `real`, by index or by mask, and the weights that go with them."""
         index, mask = real, None
-        if real is not None and not _gathers(device):
+        if real is not None and not gathers:
             index, mask = None, torch.zeros(count, dtype=torch.bool).index_fill_(0, real, True)
         elif real is not None and weights is not None:
             weights = weights[real.to(weights.device)]
@@ -82,28 +107,26 @@ class Updates:
     def __exit__(self, *_: object) -> None:
         self.wait()
 
-    def add(
-        self,
-        accumulator: SecondMomentAccumulator,
-        rows: torch.Tensor,
-        mask: torch.Tensor | None,
-        weights: torch.Tensor | None,
-        totals: tuple[int, float],
-    ) -> None:
-        """`SecondMomentAccumulator.update`, perhaps later."""
-        device = rows.device
+    def run(self, device: torch.device, update: Callable[[], None], reads: Iterable[torch.Tensor | None]) -> None:
+        """Call `update`, which adds rows on a device to a sum, perhaps beside what comes next.
+
+        Args:
+            device: of the rows.
+            update: adds them.
+            reads: the tensors that it reads; their memory is not used for others before it has.
+        """
         if device.type != "cuda":
-            accumulator.update(rows, mask, weights, totals)
+            update()
             return
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         stream = self._streams[device]
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            accumulator.update(rows, mask, weights, totals)
-            for tensor in (rows, mask, weights):
+            update()
+            for tensor in reads:
                 if tensor is not None:
-                    tensor.record_stream(stream)  # its memory is not reused before the update has read it
+                    tensor.record_stream(stream)
 
     def next_batch(self) -> None:
         """Wait for the updates of the previous batch; those of this one may still run."""

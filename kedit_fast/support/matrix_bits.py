@@ -53,23 +53,24 @@ def row_checksum(tensor: torch.Tensor) -> str:
 
 
 def edit_fingerprint(matrices: Iterable[torch.Tensor]) -> str:
-    """A hash of matrices, from sums of each row's bits weighted by their places.
+    """A hash of matrices [out, in], or of stacks of them [E, out, in], from sums of each row's bits by their places.
 
     Cost: one pass over the matrices, 1,024 rows at a time.
     """
     digest = hashlib.sha256()
     for weight in matrices:
-        place = torch.arange(1, weight.shape[1] + 1, device=weight.device)
-        for rows in weight.split(1024):
-            by_row = (integer_view(rows).to(torch.int64) * place).sum(1)  # wraps around; moved bits change it
-            digest.update(by_row.cpu().numpy().tobytes())
+        place = torch.arange(1, weight.shape[-1] + 1, device=weight.device)
+        for matrix in weight if weight.ndim == 3 else (weight,):
+            for rows in matrix.split(1024):
+                by_row = (integer_view(rows).to(torch.int64) * place).sum(1)  # wraps around; moved bits change it
+                digest.update(by_row.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def sha256(weight: torch.Tensor) -> str:
-    """SHA-256 of a matrix [out, in], row by row, whatever its strides."""
+    """SHA-256 of a matrix [out, in], or of another tensor, row by row, whatever its strides."""
     digest = hashlib.sha256(f"{weight.dtype} {list(weight.shape)}".encode())
-    rows = max(1, _HASHED_AT_ONCE // max(1, weight.shape[1] * weight.element_size()))
+    rows = max(1, _HASHED_AT_ONCE // max(1, weight[:1].nbytes))
     for start in range(0, weight.shape[0], rows):
         part = weight.detach()[start : start + rows].cpu().contiguous()
         digest.update(part.view(torch.uint8).numpy().data)

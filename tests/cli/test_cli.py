@@ -198,7 +198,7 @@ def failing_cases(place, tmp):
     (t5 / "config.json").write_text('{"model_type": "t5"}')
     moe = tmp / "moe"
     moe.mkdir()
-    (moe / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
+    (moe / "config.json").write_text('{"model_type": "jetmoe", "num_local_experts": 8}')
     base, out = edit_args(place, tmp / "out"), tmp / "out"
 
     def replaced(option, value):

@@ -59,7 +59,7 @@ def test_columns_are_those_of_the_matrix_and_kinds_add_up():
     masked, matrix = MaskedUpdate.from_mask(factors, torch.rand(20, 30) > 0.5), DenseUpdate(torch.randn(20, 30))
     for update in (factors, masked, matrix):
         assert update.shape == (20, 30) and update_of(vars(update)) == update
-        assert torch.equal(update.columns(slice(3, 17)).dense(), update.dense()[:, 3:17])
+        assert torch.equal(update.columns_of(slice(3, 17)).dense(), update.dense()[:, 3:17])
         assert update.norm() == pytest.approx(float(update.dense().double().norm()), rel=1e-6)
     total = total_of([factors, masked, matrix])
     assert torch.equal(total.dense(), factors.dense() + masked.dense() + matrix.dense())

@@ -40,7 +40,7 @@ FAST = {name: NUMBERS[name] for name in ("v_lr", "clamp_norm_factor", "v_weight_
 FAST["context_template_length_params"] = ((2, 1),)
 METHODS = {
     "memit": {"mom2_update_weight": "auto", "residual_share": 0.3},  # scales that the first batch decides
-    "alphaedit": {"nullspace_threshold": 1.0, "L2": 1e-2},  # a memory of keys
+    "alphaedit": {"nullspace_threshold": 0.9, "L2": 1e-2},  # a memory of keys
     "rect": {"mom2_update_weight": 10.0},  # masks
     "ultraedit": {},  # a normalizer
 }

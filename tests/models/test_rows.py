@@ -95,4 +95,4 @@ def test_rows_of_a_bfloat16_model_run_in_its_dtype_of_passes():
         batch = pad(ROWS, view.device)
         assert batch.attention_mask is not None
         expected = last_states(view, batch)[batch.attention_mask.bool()][WANTED]
-    assert recorded.outputs.dtype == torch.float32 and error(hidden.float(), expected.float()) < 1e-2
+    assert recorded.outputs.dtype == torch.float32 and error(hidden.float(), expected.float()) < 2e-2

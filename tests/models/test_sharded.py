@@ -21,7 +21,7 @@ from kedit_fast.models.loading import load_model
 from kedit_fast.models.saving import save_model
 from kedit_fast.models.sharded import columns, local, whole
 from kedit_fast.models.view import ModelView
-from kedit_fast.patches.swap import linear_weight_of
+from kedit_fast.patches.swap import edited_weight_of
 from kedit_fast.support import process_group
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
@@ -101,7 +101,7 @@ def of_two_processes(folder: Path, out: Path) -> None:
         load_model(folder.parent / "without_plan", tp_plan="auto")
     results["refusal"] = str(refusal.value)
     with pytest.raises(PatchError, match="split over processes"):
-        linear_weight_of(load_model(folder, tp_plan="auto")[0], "model.layers.1.mlp.down_proj")
+        edited_weight_of(load_model(folder, tp_plan="auto")[0], "model.layers.1.mlp.down_proj")
     torch.save(results, out / f"rank{process_group.world()[0]}.pt")
     process_group.stop()
 

@@ -12,6 +12,8 @@ from kedit_fast import (
     best_overlap,
     distribution_kl,
     gated_silu,
+    grouped_rank_k_update_,
+    grouped_symmetric_rank_k_update_,
     magnitude_bound,
     masked_adam_,
     masked_descent_,
@@ -47,6 +49,20 @@ def symmetric(acc=None, x=None, weights=None, mask=None, **more):
 def rank_k(weight=None, left=None, right=None, **more):
     tensors = (of(3, 4) if weight is None else weight, of(3, 2) if left is None else left)
     return rank_k_update_(*tensors, of(4, 2) if right is None else right, **more)
+
+
+OFFSETS = torch.tensor([0, 1, 3])
+
+
+def grouped_moment(acc=None, x=None, offsets=OFFSETS, weights=None, **more):
+    tensors = (of(2, 4, 4) if acc is None else acc, of(3, 4) if x is None else x)
+    return grouped_symmetric_rank_k_update_(*tensors, offsets, weights, **more)
+
+
+def grouped_write(weight=None, left=None, right=None, columns=None, offsets=OFFSETS, **more):
+    tensors = (of(2, 3, 4) if weight is None else weight, of(3, 2) if left is None else left)
+    columns = torch.tensor([0, 1, 1]) if columns is None else columns
+    return grouped_rank_k_update_(*tensors, of(3, 4) if right is None else right, columns, offsets, **more)
 
 
 def log_probs(hidden=None, head=None, targets=None, *rest, **more):
@@ -133,6 +149,41 @@ BAD = [
     ("copy expanded", lambda: rank_k(copy=of(1, 4).half().expand(3, 4)), Invalid, "copy overlaps itself"),
     ("alpha infinite", lambda: rank_k(alpha=math.inf), Invalid, "alpha must be finite; got inf"),
     ("weight wants a gradient", lambda: rank_k(weight=of(3, 4).requires_grad_()), GradientError, "weight, which"),
+    ("one moment for groups", lambda: grouped_moment(acc=of(4, 4)), Invalid, r"acc must be \[E, d, d\]; got \[4, 4\]"),
+    ("moments not square", lambda: grouped_moment(acc=of(2, 4, 5)), Invalid, r"acc must be \[E, d, d\]"),
+    ("moments in bf16", lambda: grouped_moment(acc=of(2, 4, 4).bfloat16()), Invalid, "acc must be float32"),
+    ("moments by columns", lambda: grouped_moment(acc=of(2, 8, 4)[:, ::2].mT), Invalid, "contiguous rows"),
+    ("moments that are one", lambda: grouped_moment(acc=of(1, 4, 4).expand(2, 4, 4)), Invalid, "acc overlaps itself"),
+    ("rows of another width", lambda: grouped_moment(x=of(3, 5)), Invalid, r"x must be \[n, 4\]"),
+    ("fp64 rows of groups", lambda: grouped_moment(x=of(3, 4).double()), Invalid, "must be float64"),
+    ("an offset too few", lambda: grouped_moment(offsets=OFFSETS[:2]), Invalid, r"offsets must be \[3\], one m"),
+    ("offsets of int32", lambda: grouped_moment(offsets=OFFSETS.int()), Invalid, "offsets must be int64"),
+    ("offsets that fall", lambda: grouped_moment(offsets=torch.tensor([0, 4, 3])), Invalid, r"rise from 0 to 3, the r"),
+    ("rows of no group", lambda: grouped_moment(offsets=torch.tensor([0, 1, 2])), Invalid, r"got \[0, 1, 2\]"),
+    ("offsets from 1", lambda: grouped_moment(offsets=torch.tensor([1, 1, 3])), Invalid, r"got \[1, 1, 3\]"),
+    ("offsets elsewhere", lambda: grouped_moment(offsets=of(3, dtype=torch.int64, device=META)), Invalid, "offsets on"),
+    ("weights of other rows", lambda: grouped_moment(weights=of(2)), Invalid, r"row_weights must be \[3\]"),
+    ("alpha of moments NaN", lambda: grouped_moment(alpha=math.nan), Invalid, "alpha must be finite"),
+    ("rows that share memory", lambda: grouped_moment(a := of(2, 4, 4), a[0, :3]), Invalid, "acc and x share memory"),
+    ("grouped rows want a gradient", lambda: grouped_moment(x=of(3, 4).requires_grad_()), GradientError, "x, which"),
+    ("one matrix for groups", lambda: grouped_write(of(3, 4)), Invalid, r"weight must be \[E, out, in\]"),
+    ("a stack of integers", lambda: grouped_write(of(2, 3, 4).to(torch.uint8)), Invalid, "weight must be float32"),
+    ("a stack that is one", lambda: grouped_write(of(1, 3, 4).expand(2, 3, 4)), Invalid, "weight overlaps itself"),
+    ("left of other outputs", lambda: grouped_write(left=of(4, 2)), Invalid, r"left must be \[3, u\]"),
+    ("right of other inputs", lambda: grouped_write(right=of(3, 5)), Invalid, r"right must be \[n, 4\]"),
+    ("a column too few", lambda: grouped_write(columns=torch.tensor([0, 1])), Invalid, r"columns must be \[3\]"),
+    ("columns as numbers", lambda: grouped_write(columns=of(3)), Invalid, "columns must be int64"),
+    ("column 2 of 2", lambda: grouped_write(columns=torch.tensor([0, 1, 2])), Invalid, "0 to 1; got 0 to 2"),
+    ("column -1", lambda: grouped_write(columns=torch.tensor([0, -1, 1])), Invalid, "0 to 1; got -1 to 1"),
+    ("no column", lambda: grouped_write(left=of(3, 0)), Invalid, "columns must be 0 to -1"),
+    ("offsets of fewer", lambda: grouped_write(offsets=OFFSETS[:2]), Invalid, r"offsets must be \[3\]"),
+    ("rows of right left over", lambda: grouped_write(offsets=torch.tensor([0, 1, 2])), Invalid, "the rows of right"),
+    ("a stack's copy in fp32", lambda: grouped_write(copy=of(2, 3, 4)), Invalid, "copy must be bfloat16"),
+    ("a copy of one matrix", lambda: grouped_write(copy=of(3, 4).half()), Invalid, r"copy must be \[2, 3, 4\]"),
+    ("a copy of half", lambda: grouped_write(of(2, 3, 4).half(), copy=of(2, 3, 4).half()), Invalid, "copy needs a"),
+    ("columns elsewhere", lambda: grouped_write(columns=of(3, dtype=torch.int64, device=META)), Invalid, "columns on"),
+    ("alpha of a stack infinite", lambda: grouped_write(alpha=math.inf), Invalid, "alpha must be finite"),
+    ("a stack wants a gradient", lambda: grouped_write(of(2, 3, 4).requires_grad_()), GradientError, "weight, which"),
     ("matrices for vectors", lambda: rank_one_update_(of(3, 4), of(3, 1), of(4, 1)), Invalid, "be vectors"),
     ("states with three dimensions", lambda: log_probs(of(1, 2, 4)), Invalid, r"hidden must be \[rows, h\]"),
     ("states of integers", lambda: log_probs(of(2, 4, dtype=torch.int64)), Invalid, "hidden must be"),
@@ -284,6 +335,12 @@ def test_nothing_is_written_when_an_argument_is_bad(backend):
         rank_k_update_(weight, of(3, 2), of(4, 2), copy=copy[:, :3], backend=backend)
     with pytest.raises(InvalidArgumentError):
         masked_descent_(weight, 0.1, grad=of(3, 4), copy=copy[:, :3], backend=backend)
+    with pytest.raises(InvalidArgumentError):
+        grouped_symmetric_rank_k_update_(acc[None], of(3, 4), torch.tensor([0, 2]), backend=backend)
+    with pytest.raises(InvalidArgumentError):
+        grouped_rank_k_update_(
+            weight[None], of(3, 2), of(1, 4), torch.tensor([2]), torch.tensor([0, 1]), backend=backend
+        )
     with pytest.raises(InvalidArgumentError):
         masked_adam_(weight, of(3, 4), of(3, 4), of(1), 0.1, grad=of(3, 4), copy=copy, backend=backend)
     assert all(torch.equal(a, b) for a, b in zip(before, (acc, weight, copy), strict=True))

@@ -18,11 +18,15 @@ def cases():
     mask, weights = torch.rand(6) > 0.5, torch.rand(6)
     bits, state, count = torch.full((75,), 0xA5, dtype=torch.uint8), torch.zeros(2, 20, 30), torch.zeros(())
     factors, box = (None, left.T, right.T, bits), (master.half(), 0.5)
+    stack, rows = torch.randn(2, 20, 9), torch.tensor([0, 2, 2, 1, 0, 2])
     memories, starts, route = torch.randn(2, 5, 8), torch.tensor([0, 2, 6]), torch.tensor([0, -1, 1, 1, -1, 0])
     return [
         (OPS.symmetric_rank_k_update_, (torch.zeros(8, 8), hidden, weights, mask, 1.0, "")),
         (OPS.rank_k_update_, (master.clone(), left, right, 1.0, None, "")),
         (OPS.rank_k_update_, (master.clone(), left, right, 1.0, copy, "")),
+        (OPS.grouped_symmetric_rank_k_update_, (torch.zeros(2, 8, 8), hidden, starts, weights, 0.5, "")),
+        (OPS.grouped_rank_k_update_, (stack.clone(), left, torch.randn(6, 9), rows, starts, 1.0, None, "")),
+        (OPS.grouped_rank_k_update_, (stack.clone(), left, torch.randn(6, 9), rows, starts, 1.0, stack.bfloat16(), "")),
         (OPS.rms_norm, (hidden, torch.rand(8), 1e-6, True, "")),
         (OPS.gated_silu, (hidden, torch.randn(6, 8), "")),
         (OPS.spd_solve, (torch.eye(4), torch.randn(4, 2), 0.1, "")),
@@ -66,6 +70,19 @@ def test_update_ops_compile_without_a_graph_break():
         return acc.sum() + weight.sum()
 
     args = torch.zeros(8, 8), torch.randn(4, 5), torch.randn(4, 2), torch.randn(5, 2)
+    expected = step(*(a.clone() for a in args))
+    torch.testing.assert_close(_compiled(step, *(a.clone() for a in args)), expected)
+
+
+def test_grouped_updates_compile_without_a_graph_break():
+    x, offsets, columns = torch.randn(6, 8), torch.tensor([0, 2, 6]), torch.tensor([0, 1, 1, 0, 1, 0])
+
+    def step(acc, weight, left):
+        kedit_fast.grouped_symmetric_rank_k_update_(acc, x, offsets)
+        kedit_fast.grouped_rank_k_update_(weight, left, x, columns, offsets, 2.0)
+        return acc.sum() + weight.sum()
+
+    args = torch.zeros(2, 8, 8), torch.randn(2, 4, 8), torch.randn(4, 2)
     expected = step(*(a.clone() for a in args))
     torch.testing.assert_close(_compiled(step, *(a.clone() for a in args)), expected)
 

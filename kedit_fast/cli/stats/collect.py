@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -23,14 +24,18 @@ from kedit_fast.cli.options import (
     parsed_layers,
     read_spec,
 )
+from kedit_fast.cli.stats.experts import expert_table
 from kedit_fast.methods.windows import statistics_layers
 from kedit_fast.models.loading import DTYPES, load_config, load_model
 from kedit_fast.models.view import ModelView
+from kedit_fast.reports.spectra import expert_condition
 from kedit_fast.statistics.corpus import Corpus
+from kedit_fast.statistics.expert_moments import ExpertTokens
 from kedit_fast.statistics.labels import LABELS, Labels, OutputGradients
 from kedit_fast.statistics.memory_plan import MASTERS, Masters, Needs
-from kedit_fast.statistics.resumable import check_folder, collect_into
+from kedit_fast.statistics.resumable import Collected, check_folder, collect_into
 from kedit_fast.statistics.sources import open_texts
+from kedit_fast.statistics.store import read_layer
 from kedit_fast.statistics.token_weights import NAMED_WEIGHTS, UNIFORM, NamedWeights
 from kedit_fast.support import process_group
 from kedit_fast.support.messages import comma_list, size_text
@@ -125,6 +130,7 @@ def collect(
         raise typer.Exit(130) from None
     if rank:
         return  # the first process speaks
+    experts = _experts(collected)
     if as_json:
         print_json(
             {
@@ -138,6 +144,11 @@ def collect(
                 "passes": collected.passes,
                 "seconds": round(collected.seconds, 3),
                 "checkpoint_seconds": round(collected.checkpoint_seconds, 3),
+                **(
+                    {"experts": {n: {**asdict(use), "condition": c} for n, (use, c) in experts.items()}}
+                    if experts
+                    else {}
+                ),
             }
         )
         return
@@ -148,6 +159,20 @@ def collect(
     counts = [f"{collected.tokens:,} tokens"] if collected.tokens else []
     counts += [f"output metric of {collected.output_tokens:,} tokens"] if collected.output_tokens else []
     output.print(f"{', '.join(counts)}, layers {layer_list}, {how}: {out}", markup=False)
+    if experts:
+        output.print(expert_table(experts))
+
+
+def _experts(collected: Collected) -> dict[int, tuple[ExpertTokens, float | None]]:
+    """Layer -> how many tokens chose its experts, and the condition number of layers that this call collected."""
+    files = dict(zip(collected.layers, collected.files, strict=False))  # those of inputs come first
+    return {
+        layer: (
+            use,
+            expert_condition(read_layer(files[layer].parent, files[layer].stem).second) if collected.passes else None,
+        )
+        for layer, use in collected.experts.items()
+    }
 
 
 def _say_needs(needs: Needs) -> None:

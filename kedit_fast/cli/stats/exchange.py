@@ -102,6 +102,11 @@ def project(
         if layer_numbers is not None and layer not in layer_numbers:
             continue
         file = read_layer(folder, module)
+        if file.second.moment.ndim != 2:
+            raise StatisticsError(
+                f"{file.path} is of {len(file.second.moment)} experts: AlphaEdit's projector file has room for one "
+                "matrix a layer, and AlphaEdit's program edits no mixtures of experts"
+            )
         try:
             spaces[layer] = NullSpace.from_covariance(file.second.moment, threshold, rule)
         except StatisticsError as error:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from kedit_fast.cli.console import command, notices, output, print_json
 from kedit_fast.cli.options import JsonOption
+from kedit_fast.cli.stats.experts import expert_table
 from kedit_fast.errors import KeditError
 from kedit_fast.reports import spectra
 from kedit_fast.support.messages import comma_list
@@ -48,6 +49,8 @@ def show(
         labels = comma_list(dict.fromkeys(spectrum.labels for spectrum in output_spectra))
         output.print(_table(f"Output metrics: gradients at the outputs, {labels} labels", output_spectra))
     output.print("* effective: exp of the entropy of the eigenvalues", markup=False)
+    if experts := {s.layer: (s.experts, s.condition) for s in layer_spectra if s.experts is not None}:
+        output.print(expert_table(experts))
     output.print(spaces)
     if draw:
         output.print(f"Spectra: {target}", markup=False)

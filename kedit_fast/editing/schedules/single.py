@@ -12,6 +12,7 @@ from kedit_fast.editing.values.chunks import Columns
 from kedit_fast.methods.recipe import ValueKey
 from kedit_fast.models.forward import Site
 from kedit_fast.models.sharded import whole
+from kedit_fast.solver.expert_update import ExpertUpdate, stacked_matrix
 from kedit_fast.support.dtypes import accumulation_dtype
 
 
@@ -27,15 +28,16 @@ def _at_mean_key(
     """No prompt shows what the layer puts out at the mean key, so it is computed from the output at the bare key."""
     key = measured.keys[:, 0]
     dtype = accumulation_dtype(weight)
-    difference = whole(weight).to(dtype) @ (key - measured.bare_keys[:, 0]).to(weight.device, dtype)
+    matrix = whole(weight) if weight.ndim == 2 else stacked_matrix(weight)
+    difference = matrix.to(dtype) @ (key - measured.bare_keys[:, 0]).to(weight.device, dtype)
     return key, residual - difference.to(residual)
 
 
 VALUE_KEYS: dict[
     ValueKey, Callable[[torch.Tensor, KeysAndOutputs, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 ] = {"bare": _at_bare_key, "mean": _at_mean_key}
-"""(weight [out, d], keys and outputs, residual [out] at the bare key) -> the key [d] at which the output is set, and
-the residual [out] there."""
+"""(weight [out, d], or [E, out, m] of experts, keys and outputs, residual [out] at the bare key) -> the key [d] at
+which the output is set, and the residual [out] there."""
 
 
 def write_one_by_one(batch: BatchRun) -> None:
@@ -65,5 +67,6 @@ def _write_one(batch: BatchRun, index: int) -> None:
     batch.record(values, Columns.of(prepared, None))
     written = batch.write(context.view.module_name(layer), update)
     # With one layer the output changes by Delta k_v, so no second pass is needed.
-    undone = residual.to(written.left) - written.left @ (written.right.T @ key.to(written.right))
+    right = written.stacked_right() if isinstance(written, ExpertUpdate) else written.right
+    undone = residual.to(written.left) - written.left @ (right.T @ key.to(right))
     batch.residual_after += float(undone.square().sum())

@@ -23,7 +23,7 @@ from kedit_fast.memories.selection import activation_function
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.models.forward import evaluating
 from kedit_fast.models.widened import computing_dtype
-from kedit_fast.requests.irrelevant import SENTENCES, irrelevant_texts, require_unrelated
+from kedit_fast.requests.irrelevant import SENTENCES, irrelevant_texts, require_unrelated, unrelated_texts
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.solver.entry_bits import random_bits
 from kedit_fast.solver.merging import merged
@@ -308,13 +308,7 @@ class ActivationTuning:
         if self.texts is not SENTENCES:
             require_unrelated(self.texts, requests)
             return self.texts
-        usable = []
-        for text in self.texts:
-            try:
-                require_unrelated([text], requests)
-            except RequestError:
-                continue
-            usable.append(text)
+        usable = unrelated_texts(self.texts, requests)
         if not usable:
             raise RequestError("every built-in irrelevant text names an edited subject: give others (irrelevant)")
         return usable

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -259,8 +259,10 @@ def model_identity(view: ModelView, tokenizer: Any, layers: Sequence[int] | None
 def edited_hash(view: ModelView, layers: Sequence[int] | None = None) -> str:
     """`edit_fingerprint` of the matrices that editing writes in `layers`; None for all layers."""
 
-    def matrix(layer: int) -> torch.Tensor:
-        weight = whole(with_values(view, view.weight_name(layer), view.edited_module(layer).weight.detach()))
-        return weight.T if view.spec.transposed else weight
+    def matrices() -> Iterator[torch.Tensor]:
+        for layer in view.editable if layers is None else layers:
+            stored = whole(with_values(view, view.weight_name(layer), view.stored_weight(layer)))
+            weight = view.oriented(layer, stored)
+            yield from weight if weight.ndim == 3 else [weight]  # of each expert
 
-    return edit_fingerprint(map(matrix, view.editable if layers is None else layers))
+    return edit_fingerprint(matrices())

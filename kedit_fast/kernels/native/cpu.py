@@ -80,6 +80,32 @@ def rank_k_update_(
     call(module().rank_k_update_, capsule(weight), capsule(left), capsule(right), alpha, capsule(copy), threads)
 
 
+def grouped_symmetric_rank_k_update_(
+    acc: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, row_weights: torch.Tensor | None, alpha: float
+) -> None:
+    """Call the C++ kernel of the op of the same name."""
+    tensors = (capsule(acc), capsule(x), capsule(offsets.contiguous()), capsule(row_weights))
+    call(module().grouped_symmetric_rank_k_update_, *tensors, alpha, torch.get_num_threads())
+
+
+def grouped_rank_k_update_(
+    weight: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    columns: torch.Tensor,
+    offsets: torch.Tensor,
+    alpha: float,
+    copy: torch.Tensor | None,
+) -> None:
+    """Call the C++ kernel of the op of the same name, which writes nothing of a matrix without rows."""
+    order = capsule(columns.contiguous()), capsule(offsets.contiguous())
+    tensors = (capsule(weight), capsule(left), capsule(right), *order)
+    call(module().grouped_rank_k_update_, *tensors, alpha, capsule(copy), torch.get_num_threads())
+    if copy is not None:
+        for group in (offsets.diff() == 0).nonzero().flatten().tolist():
+            copy[group].copy_(weight[group])
+
+
 def masked_descent_(
     weight: torch.Tensor,
     lr: float,

@@ -37,8 +37,9 @@ NEAREST, OVERLAP, DIGITS, MERGE = "nearest_key", "best_overlap", "magnitude_boun
 # Shape classes. symmetric: "native" (16-bit rows as they are), "native64" (the same with an fp64 acc, whose tile takes
 # twice the registers), "split" (fp32 rows or weights, written as bf16 terms); "narrow" and "split_narrow" are the same
 # where strides or a size forbid loads of 16 bytes.
-# rank_k: "fma" (small k), "dot". logits (forward and backward of the head ops) and gradient (d logits times head):
-# "native" (16-bit states), "split" (fp32), each "narrow" where loads are; "pair" computes two distributions at once.
+# rank_k: "fma" (small k), "dot". "grouped_" before a class: the same for a stack of matrices, where most are small.
+# logits (forward and backward of the head ops) and gradient (d logits times head): "native" (16-bit states), "split"
+# (fp32), each "narrow" where loads are; "pair" computes two distributions at once.
 # masked_step (masked_descent_ and masked_adam_): "rows" (a gradient), "dot" (its factors). row_products
 # (activation_distance): "native" (16-bit operands of one dtype), "split"; "routed_" before them for routed_linear.
 # nearest_key: m queries and n keys, k columns at a time. best_overlap: m rows of the book, n words. magnitude_bound and
@@ -61,8 +62,11 @@ TABLE: dict[tuple[str, str], dict[str, Config]] = {
         "sm_80": Config(64, 64, 16, 4, 3),
         "sm_90": Config(64, 64, 32, 4, 3),
     },
+    (SYMMETRIC, "grouped_native"): {"sm_80": Config(64, 64, 32, 4, 4)},
+    (SYMMETRIC, "grouped_split"): {"sm_80": Config(64, 64, 16, 4, 3)},
     (RANK_K, "fma"): {"sm_80": Config(32, 256, 1, 4, 2)},
     (RANK_K, "dot"): {"sm_80": Config(32, 64, 32, 4, 2)},
+    (RANK_K, "grouped_fma"): {"sm_80": Config(16, 128, 1, 4, 2)},
     (STEP, "rows"): {"sm_80": Config(16, 128, 1, 4, 2)},
     (STEP, "dot"): {"sm_80": Config(32, 64, 32, 8, 2)},
     (ROW_PRODUCTS, "native"): {"sm_80": Config(32, 64, 32, 4, 3)},
@@ -174,5 +178,6 @@ def lookup(op: str, shape_class: str, architecture: str) -> Config:
 def candidates(op: str, shape_class: str) -> tuple[Config, ...]:
     """What autotuning tries for a shape class."""
     if op in (RANK_K, STEP):
-        return tuple(config for config in CANDIDATES[op] if (config.k == 1) == (shape_class in ("fma", "rows")))
+        by_terms = shape_class in ("fma", "grouped_fma", "rows")
+        return tuple(config for config in CANDIDATES[op] if (config.k == 1) == by_terms)
     return CANDIDATES[op]

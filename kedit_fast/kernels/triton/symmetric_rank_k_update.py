@@ -52,19 +52,12 @@ def _lower_tile(index, tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _symmetric_rank_k_update_kernel(
-    acc, x, row_weights, mask, parts, alpha_high, alpha_low, rows, d, tiles, rows_per_split,
-    acc_stride, x_row_stride, x_column_stride, weight_stride, mask_stride,
-    WEIGHTED: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRODUCTS: tl.constexpr,
-    SIDE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.constexpr,
+def sum_rows(
+    x, row_weights, mask, i, j, begin, end, d, x_row_stride, x_column_stride, weight_stride, mask_stride,
+    WEIGHTED: tl.constexpr, MASKED: tl.constexpr, PRODUCTS: tl.constexpr, SIDE: tl.constexpr, DEPTH: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    # The type of a jit function is that of a call from Python, which never returns.
-    tile_row, tile_column = _lower_tile(tl.program_id(0), tiles, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
-    split = tl.program_id(1)
-    begin = split * rows_per_split
-    end = tl.minimum(begin + rows_per_split, rows)
-    i = tile_row * SIDE + tl.arange(0, SIDE)
-    j = tile_column * SIDE + tl.arange(0, SIDE)
+    """[SIDE, SIDE] in fp32: the sum over rows [begin, end) of columns i of x, weighted, times columns j."""
     depth = tl.arange(0, DEPTH)
     left_columns = x + i.to(tl.int64)[:, None] * x_column_stride
     right_columns = x + j.to(tl.int64)[None, :] * x_column_stride
@@ -85,7 +78,27 @@ def _symmetric_rank_k_update_kernel(
             left = left.to(tl.float32) * weight[None, :]  # 0 where a row does not count, even beside NaN
         step = (first - begin) // DEPTH
         part, total = accumulate(left, right, part, total, step, PRODUCTS, DEPTH, INTERPRET)
-    total += part
+    return total + part
+
+
+@triton.jit
+def _symmetric_rank_k_update_kernel(
+    acc, x, row_weights, mask, parts, alpha_high, alpha_low, rows, d, tiles, rows_per_split,
+    acc_stride, x_row_stride, x_column_stride, weight_stride, mask_stride,
+    WEIGHTED: tl.constexpr, MASKED: tl.constexpr, SPLIT: tl.constexpr, PRODUCTS: tl.constexpr,
+    SIDE: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    # The type of a jit function is that of a call from Python, which never returns.
+    tile_row, tile_column = _lower_tile(tl.program_id(0), tiles, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    split = tl.program_id(1)
+    begin = split * rows_per_split
+    end = tl.minimum(begin + rows_per_split, rows)
+    i = tile_row * SIDE + tl.arange(0, SIDE)
+    j = tile_column * SIDE + tl.arange(0, SIDE)
+    total = sum_rows(
+        x, row_weights, mask, i, j, begin, end, d, x_row_stride, x_column_stride, weight_stride, mask_stride,
+        WEIGHTED, MASKED, PRODUCTS, SIDE, DEPTH, INTERPRET,
+    )  # fmt: skip
     if SPLIT:
         within = tl.arange(0, SIDE)[:, None] * SIDE + tl.arange(0, SIDE)[None, :]
         at = (split.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * (SIDE * SIDE)

@@ -1,0 +1,161 @@
+"""Streaming second moments of the stacked keys of experts: one block [m, m] for each expert, summed in fp64.
+
+The stacked key of a token is [g_1 a_1; ...; g_E a_E], zero where an expert was not chosen. Of its second moment an edit
+uses the blocks on the diagonal, so these alone are collected: C_e = E[g_e^2 a_e a_e^T], a mean over all tokens, also
+those that chose other experts.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from kedit_fast.models.experts import ExpertRows
+from kedit_fast.ops import grouped_symmetric_rank_k_update_
+from kedit_fast.statistics.moments import MomentSum, SecondMoment
+from kedit_fast.support.dtypes import accumulation_dtype
+from kedit_fast.support.messages import comma_list
+from kedit_fast.support.torch_state import plain_torch
+
+_log = logging.getLogger("kedit_fast")
+STAGED_BYTES = 1 << 30
+"""At most so many bytes of products lie beside the rows where the sum is elsewhere; at least those of one expert."""
+NAMED_EXPERTS = 10
+"""Experts that a warning names; of more it says the number alone."""
+
+
+class ExpertMomentSum(MomentSum):
+    """Sums w g^2 a a^T over the chosen experts of tokens as they come, and counts tokens by expert.
+
+    Args:
+        module: path of the stacked weight, `model.layers.4.mlp.experts.down_proj`.
+        experts: E.
+        size: m, of an expert's activation.
+        device: of the rows.
+        master: device of the sum, the rows' for None. Where it is another one, products are summed beside the rows for
+            as many experts at a time as fit into STAGED_BYTES.
+
+    Example:
+        >>> chosen = ExpertRows(torch.ones(3, 2), torch.tensor([0.5, 0.5, 2.0]), torch.tensor([0, 1, 0]),
+        ...                     torch.tensor([0, 2, 3]))
+        >>> total = ExpertMomentSum("model.layers.0.mlp.experts.down_proj", experts=2, size=2)
+        >>> total.update(chosen, totals=(4, 4.0))  # of 4 tokens, two chose these experts
+        >>> total.result().moment[:, 0, 0], total.result().tokens_by_expert
+        (tensor([0.1250, 1.0000], dtype=torch.float64), tensor([2, 1]))
+    """
+
+    @plain_torch()
+    def __init__(
+        self,
+        module: str,
+        experts: int,
+        size: int,
+        device: torch.device | str = "cpu",
+        master: torch.device | str | None = None,
+    ):
+        super().__init__(module, (experts, size, size), device, master)
+        self.tokens_by_expert = torch.zeros(experts, dtype=torch.int64, device=device)
+
+    @plain_torch()
+    def update(
+        self,
+        chosen: ExpertRows,
+        totals: tuple[int, float],
+        weights: torch.Tensor | None = None,
+    ) -> None:
+        """Add the chosen experts of some tokens.
+
+        Args:
+            chosen: pairs of tokens and experts, with activations and gates.
+            totals: how many tokens count and the sum of their weights, with those that chose no expert.
+            weights: [T] of the tokens that `chosen` numbers, not negative; None for ones.
+
+        Cost: n m (m + 1) flops for n pairs.
+        """
+        assert self.tokens_by_expert is not None
+        row_weights, offsets = chosen.gates.double().square(), chosen.offsets
+        if weights is None:
+            by_expert = offsets.diff()
+        else:
+            of_rows = weights[chosen.tokens]
+            row_weights = row_weights * of_rows
+            by_expert = torch.cat([offsets.new_zeros(1), (of_rows != 0).cumsum(0)])[offsets].diff()
+        if self._staged:
+            self._add_in_parts(chosen, row_weights)
+        else:
+            grouped_symmetric_rank_k_update_(self.sum, chosen.rows, offsets, row_weights)
+        self.tokens_by_expert += by_expert.to(self.tokens_by_expert.device)
+        self.count += totals[0]
+        self.weight += totals[1]
+
+    def _add_in_parts(self, chosen: ExpertRows, row_weights: torch.Tensor) -> None:
+        """Products of some experts at a time beside the rows, added to the sum elsewhere."""
+        dtype = accumulation_dtype(chosen.rows)
+        experts, size, _ = self.sum.shape
+        at_once = max(1, STAGED_BYTES // (size * size * dtype.itemsize))
+        bounds = chosen.offsets.tolist()
+        for first in range(0, experts, at_once):
+            last = min(first + at_once, experts)
+            begin, end = bounds[first], bounds[last]
+            if begin == end:
+                continue
+            part = torch.zeros(last - first, size, size, dtype=dtype, device=chosen.rows.device)
+            offsets = chosen.offsets[first : last + 1] - begin
+            grouped_symmetric_rank_k_update_(part, chosen.rows[begin:end], offsets, row_weights[begin:end])
+            self.sum[first:last].add_(part.to(self.sum.device))
+
+
+@dataclass(frozen=True)
+class ExpertTokens:
+    """How many tokens chose each expert of a layer.
+
+    Example:
+        >>> ExpertTokens.of(torch.tensor([7, 0, 3]))
+        ExpertTokens(experts=3, least=0, median=3, never=(1,))
+    """
+
+    experts: int
+    """E."""
+    least: int
+    """Tokens of the expert with the fewest."""
+    median: float
+    """Tokens of the expert in the middle."""
+    never: tuple[int, ...]
+    """Experts that no token chose."""
+
+    @classmethod
+    def of(cls, tokens_by_expert: torch.Tensor) -> ExpertTokens:
+        """From counts [E]."""
+        counts = tokens_by_expert.tolist()
+        never = tuple(expert for expert, count in enumerate(counts) if not count)
+        return cls(len(counts), min(counts), median(counts), never)
+
+
+def warn_of_unused(second: SecondMoment) -> None:
+    """Warn of the experts that no token chose, or fewer than an activation has numbers."""
+    if second.tokens_by_expert is None:
+        return
+    size, use = second.moment.shape[-1], ExpertTokens.of(second.tokens_by_expert)
+    few = int((second.tokens_by_expert < size).sum()) - len(use.never)
+    if use.never:
+        names = f" ({comma_list(use.never)})" if len(use.never) <= NAMED_EXPERTS else ""
+        _log.warning(
+            "%s: none of %d tokens chose %d of %d experts%s: use more text, or other text",
+            second.module,
+            second.count,
+            len(use.never),
+            use.experts,
+            names,
+        )
+    if few:
+        _log.warning(
+            "%s: %d of %d experts were chosen by fewer tokens than the %d of their activations: their second moments "
+            "are singular but for the ridge, use more text",
+            second.module,
+            few,
+            use.experts,
+            size,
+        )
