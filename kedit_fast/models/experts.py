@@ -42,16 +42,8 @@ class ExpertStack:
     @property
     def weight(self) -> torch.Tensor:
         """[E, h, m], a view on the model's memory whatever the stored orientation."""
-        return self.oriented(self.module.down_proj.detach())
-
-    def oriented(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor that is stored as `down_proj` is, seen as [E, h, m]; and one of [E, h, m], seen as it is stored."""
-        return tensor.transpose(1, 2) if self.module.is_transposed else tensor
-
-
-def has_experts_name(path: str) -> bool:
-    """Whether a path is that of experts by its last part, as `mlp.experts` in a block."""
-    return path.endswith("experts")
+        stored = self.module.down_proj.detach()
+        return stored.mT if self.module.is_transposed else stored
 
 
 def is_expert_module(module: Any) -> bool:

@@ -315,7 +315,7 @@ def _require_linear(view: ModelView, layer: int, expected: torch.Tensor | None, 
                 return
             problem = f"they differ by {error:.1g}"
     raise UnsupportedModelError(
-        f"{view.spec.blocks}.{layer}.{view.spec.edit} is not the sum of its chosen experts' matrices times their "
+        f"{name_of(view, Site(layer, 'key'))} is not the sum of its chosen experts' matrices times their "
         f"activations and gates: {problem}. Its stacked matrix cannot be edited"
     )
 

@@ -21,6 +21,7 @@ from kedit_fast.models.experts import refusal, stack_shape
 from kedit_fast.models.head import error_limit, model_logits, refused_by_name, sample_rows
 from kedit_fast.models.offloaded import device_of
 from kedit_fast.models.patching import evaluation_mode, output_hooks
+from kedit_fast.models.weight_names import has_experts_name
 from kedit_fast.models.widened import computing
 from kedit_fast.support.torch_state import plain_torch
 
@@ -190,7 +191,7 @@ def _experts(block: torch.nn.Module) -> str:
 def _stacked(block: torch.nn.Module, size: int) -> _Mlp | None:
     """Where the experts of a block are, if their stacked matrix can be edited; None if not, or if it has none."""
     experts = _experts(block)
-    if not experts or _problem(block.get_submodule(experts), size):
+    if not has_experts_name(experts) or _problem(block.get_submodule(experts), size):
         return None
     return _Mlp(experts.rpartition(".")[0] or experts, experts, False)
 

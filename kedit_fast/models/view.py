@@ -12,14 +12,14 @@ import torch
 from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
 from kedit_fast.models.architectures import ARCHITECTURES, ArchSpec, text_config
 from kedit_fast.models.editable import is_adapter, plain_model
-from kedit_fast.models.experts import ExpertStack, expert_stack, has_experts_name, refusal
+from kedit_fast.models.experts import ExpertStack, expert_stack, refusal
 from kedit_fast.models.head import Head, checked_head, head_as_configured
 from kedit_fast.models.introspection import find_spec
 from kedit_fast.models.offloaded import device_of, on_host
 from kedit_fast.models.routes import suspended
 from kedit_fast.models.schemes import scheme_of
 from kedit_fast.models.sharded import is_sharded, require_whole_world, splits_inputs, work_share
-from kedit_fast.models.weight_names import EXPERTS_WEIGHT, is_experts_path, weight_name_of
+from kedit_fast.models.weight_names import EXPERTS_WEIGHT, has_experts_name, is_experts_path, weight_name_of
 from kedit_fast.support.dtypes import FLOATS
 from kedit_fast.support.messages import comma_list
 
@@ -165,9 +165,8 @@ class ModelView:
             )
         self.editable = tuple(layer for layer in range(len(self.blocks)) if layer not in problems)
         for layer in self.editable:
-            if (
-                self.experts(layer) is None and scheme_of(self.edited_module(layer)) is None
-            ):  # else its inputs can be read, and `weight` refuses it
+            is_plain = self.experts(layer) is None and scheme_of(self.edited_module(layer)) is None
+            if is_plain:  # of a quantized one the inputs can be read, and `weight` refuses it
                 check_weight(self.weight_name(layer), self.edited_module(layer))
         self._computed: dict[Callable[[ModelView], Any], Any] = {}
         self._head: tuple[torch.Tensor, Head] | None = None  # of which weight

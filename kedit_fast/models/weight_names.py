@@ -10,10 +10,24 @@ EXPERTS_WEIGHT = "down_proj"
 _SUFFIX = ".weight"
 
 
+def has_experts_name(path: str) -> bool:
+    """Whether a path is that of experts which a router chooses, by its last part, as `mlp.experts` in a block.
+
+    Shared experts (`mlp.shared_experts`) are an MLP of linear layers.
+    """
+    name = path.rpartition(".")[2]
+    return name.endswith("experts") and not name.startswith("shared")
+
+
 def is_experts_path(path: str) -> bool:
-    """Whether a path is that of the stacked weight of experts: it ends with "experts.down_proj"."""
+    """Whether a path is that of the stacked weight of experts, `mlp.experts.down_proj` in a block.
+
+    Example:
+        >>> is_experts_path("mlp.experts.down_proj"), is_experts_path("mlp.shared_experts.down_proj")
+        (True, False)
+    """
     parent, _, name = path.rpartition(".")
-    return name == EXPERTS_WEIGHT and parent.endswith("experts")
+    return name == EXPERTS_WEIGHT and has_experts_name(parent)
 
 
 def weight_name_of(path: str) -> str:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 
 from kedit_fast.errors import InvalidArgumentError, PatchError, UnsupportedModelError
-from kedit_fast.models.experts import expert_stack
 from kedit_fast.models.sharded import is_split
 from kedit_fast.models.view import linear_weight
-from kedit_fast.models.weight_names import is_experts_path
 from kedit_fast.support.timing import synchronize
 from kedit_fast.support.torch_state import plain_torch
 
@@ -82,13 +80,7 @@ def edited_weight_of(model: torch.nn.Module, name: str) -> tuple[torch.Tensor, b
     Of experts, the stack [E, out, in] of their weights, and whether each is stored so.
     """
     try:
-        if is_experts_path(name):
-            stack = expert_stack(model, name.rpartition(".")[0])
-            weight, transposed = stack.weight, stack.module.is_transposed
-        else:
-            weight, transposed = linear_weight(model, name)
-    except AttributeError as error:
-        raise PatchError(f"the model has no module {name!r}: {error}") from None
+        weight, transposed = linear_weight(model, name)
     except (InvalidArgumentError, UnsupportedModelError) as error:
         raise PatchError(str(error)) from None
     if is_split(weight):

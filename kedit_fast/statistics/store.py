@@ -308,9 +308,7 @@ def layer_of(module: str) -> int:
 
 
 def _layers_in(folder: Path, view: ModelView) -> list[int]:
-    first = view.editable[0]
-    path = view.module_name(first).removeprefix(f"{view.spec.blocks}.{first}.")
-    pattern = re.compile(re.escape(view.spec.blocks) + r"\.(\d+)\." + re.escape(path))
+    pattern = re.compile(re.escape(view.spec.blocks) + r"\.(\d+)\." + re.escape(view.edited_path))
     names = {path.stem for path in folder.glob("*.safetensors")} | set(memit_npz.modules_in(folder))
     layers = sorted(int(m[1]) for name in names if (m := pattern.fullmatch(name)))
     if not layers:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kedit_fast.models.experts import ExpertInputs, ExpertRows
 from kedit_fast.statistics.expert_moments import ExpertMomentSum
-from kedit_fast.statistics.moments import MomentSum, SecondMomentAccumulator
 
 
 def real_positions(lengths: Sequence[int], width: int) -> torch.Tensor | None:
@@ -33,13 +33,14 @@ class CountedRows:
         self._positions, self._weights, self._totals = positions, weights, totals
         self._chosen: dict[tuple[torch.device, bool], _Chosen] = {}
 
-    def add(self, updates: Updates, total: MomentSum, states: torch.Tensor | ExpertRows) -> None:
-        """Add rows that count to a sum: those of states [R, T, size], or `rows_of` inputs of experts."""
+    def add(self, updates: Updates, total: Any, states: torch.Tensor | ExpertRows) -> None:
+        """Add rows that count to a sum: those of states [R, T, size], or `rows_of` inputs of experts.
+
+        The sum is a `SecondMomentAccumulator` or what has its `update`; for experts an `ExpertMomentSum`.
+        """
         if isinstance(states, ExpertRows):
-            assert isinstance(total, ExpertMomentSum)
             self._add_experts(updates, total, states)
             return
-        assert isinstance(total, SecondMomentAccumulator)
         rows = states.flatten(0, 1)  # [R T, size]
         chosen = self._on(rows.device, len(rows), _gathers(rows.device))
         if chosen.index is not None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from floors import relative_error
-from tiny_models import HAS_EXPERTS, make_model
+from tiny_models import make_model, needs_experts
 
 from kedit_fast.editing.shaping import SHAPINGS
 from kedit_fast.editing.solver_state import SolverState
@@ -19,14 +19,13 @@ from kedit_fast.models.view import ModelView
 from kedit_fast.solver.expert_update import ExpertUpdate, stacked_matrix
 from kedit_fast.solver.low_rank import DenseUpdate
 
+pytestmark = needs_experts
 LAYER = 1
 RELATIVE = {"nullspace_rule": "relative", "nullspace_threshold": 0.3}
 
 
 @pytest.fixture(scope="module")
 def view():
-    if not HAS_EXPERTS:
-        pytest.skip("experts modules are of transformers 5")
     return ModelView(make_model("qwen3_moe", torch.float64))
 
 

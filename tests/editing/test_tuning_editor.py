@@ -14,7 +14,6 @@ from kedit_fast import Editor
 from kedit_fast.editing.tuning import schedules
 from kedit_fast.editing.tuning.matrix import TunedMatrix
 from kedit_fast.errors import EditError, MethodError, RequestError
-from kedit_fast.models.widened import computing_dtype
 
 REQUESTS = [
     {"prompt": "{} plays the", "subject": "Miles Davis", "target_new": "violin"},
@@ -113,8 +112,10 @@ def test_a_failure_in_any_iteration_changes_nothing(method, failure, tokenizer, 
 
 @pytest.mark.parametrize("method", ("locft-bf", "ft-m"))
 def test_a_request_without_a_finite_loss_is_named_or_skipped(method, tokenizer, monkeypatch):
-    editor = Editor(make_model("llama"), tokenizer, method, layers=[LAYER], hparams=NUMBERS)
-    good = Editor(make_model("llama"), tokenizer, method, layers=[LAYER], hparams=NUMBERS)
+    # GPT-2 has no parts in float32: where a gradient is nearly 0, Adam makes a step of 1e-4 out of such rounding.
+    editor, good = (
+        Editor(make_model("gpt2", torch.float64), tokenizer, method, layers=[LAYER], hparams=NUMBERS) for _ in range(2)
+    )
     expected = good.edit(REQUESTS[:1] + REQUESTS[2:])
     capture = schedules.CapturedRows.capture.__func__
 
@@ -131,8 +132,7 @@ def test_a_request_without_a_finite_loss_is_named_or_skipped(method, tokenizer, 
     assert list(result.skipped) == [1] and len(result.losses) == 3
     if method == "ft-m":
         (mine,), (other,) = result.updates.values(), expected.updates.values()
-        # Adam divides by the size of a gradient, so that of an entry that is nearly 0 may differ.
-        assert float((mine[0].dense() - other[0].dense()).norm()) < 1e-3 * float(other[0].dense().norm())
+        torch.testing.assert_close(mine[0].dense(), other[0].dense(), rtol=0, atol=1e-9)
 
 
 def test_steps_that_diverge_are_an_error(tokenizer):
@@ -149,12 +149,12 @@ def test_a_box_holds_in_the_weight_that_is_written(tokenizer):
     assert float(delta.abs().max()) <= 5e-3 * (1 + 1e-4) and float(delta.abs().max()) > 4e-3
 
 
-def test_a_model_in_bfloat16_gets_the_rounded_end_of_a_run_in_fp32(tokenizer):
+def test_a_model_in_bfloat16_gets_the_rounded_end_of_a_run_in_fp32(tokenizer, monkeypatch):
+    monkeypatch.setenv("KEDIT_FAST_16BIT", "float32")  # also on processors that could compute in bfloat16
     narrow, wide = make_model("llama", torch.bfloat16), make_model("llama", torch.bfloat16).float()
     changes = [change(Editor(model, tokenizer, "ft-m", layers=[LAYER], hparams=NUMBERS)) for model in (narrow, wide)]
     assert changes[0].dtype == torch.float32
-    limit = 1e-3 if computing_dtype(narrow) == torch.float32 else 0.2  # passes in bfloat16, on a processor that has it
-    assert float((changes[0] - changes[1]).norm() / changes[1].norm()) < limit
+    assert float((changes[0] - changes[1]).norm() / changes[1].norm()) < 1e-3
 
 
 def test_an_answer_ends_with_the_end_of_text_or_the_tokenizer_is_refused(tokenizer):

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import transformers
-from tiny_models import HAS_EXPERTS, MIXTURES, make_model, make_tokenizer
+from tiny_models import MIXTURES, make_model, make_tokenizer, needs_experts
 from torch.nn.functional import silu
 
 from kedit_fast.editing.keys import KeyPass
@@ -25,7 +25,6 @@ from kedit_fast.models.weight_names import module_path_of, weight_name_of
 from kedit_fast.requests.prompts import prepare
 from kedit_fast.requests.request import EditRequest
 
-needs_experts = pytest.mark.skipif(not HAS_EXPERTS, reason="experts modules are of transformers 5")
 ROWS = [[5, 17, 301, 44, 90, 12, 7], [9, 201, 33, 150, 60]]
 EXACT = dict(rtol=0.0, atol=1e-12)
 EXPERTS = {"granitemoe": "block_sparse_moe.experts"}  # others: mlp.experts

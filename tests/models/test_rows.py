@@ -84,7 +84,9 @@ def test_a_model_of_another_layout_falls_back(monkeypatch):
     assert row_pass(view, 1).kind == "whole rows"
 
 
-def test_rows_of_a_bfloat16_model_run_in_its_dtype_of_passes():
+@pytest.mark.parametrize("passes", ("float32", "native"))
+def test_rows_of_a_bfloat16_model_run_in_its_dtype_of_passes(passes, monkeypatch):
+    monkeypatch.setenv("KEDIT_FAST_16BIT", passes)
     view = ModelView(make_model("llama", torch.bfloat16))
     how = row_pass(view, 1)
     with evaluating(view):
@@ -95,4 +97,10 @@ def test_rows_of_a_bfloat16_model_run_in_its_dtype_of_passes():
         batch = pad(ROWS, view.device)
         assert batch.attention_mask is not None
         expected = last_states(view, batch)[batch.attention_mask.bool()][WANTED]
-    assert recorded.outputs.dtype == torch.float32 and error(hidden.float(), expected.float()) < 2e-2
+    assert recorded.outputs.dtype == torch.float32
+    if passes == "float32":
+        assert error(hidden.float(), expected.float()) < 1e-2
+        return
+    view.model.double()  # of the same weights: bfloat16 rows may be as far from it as the model's own
+    exact = last_states(view, batch)[batch.attention_mask.bool()][WANTED].float()
+    assert error(hidden.float(), exact) < 1.5 * error(expected.float(), exact)

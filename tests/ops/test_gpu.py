@@ -6,7 +6,14 @@ import pytest
 import torch
 from floors import HEAD, HEAD_GRADIENT, RANK_K, relative_error
 
-from kedit_fast import distribution_kl, rank_k_update_, symmetric_rank_k_update_, target_log_probs
+from kedit_fast import (
+    distribution_kl,
+    grouped_rank_k_update_,
+    grouped_symmetric_rank_k_update_,
+    rank_k_update_,
+    symmetric_rank_k_update_,
+    target_log_probs,
+)
 from kedit_fast.backends import explain, probe
 from kedit_fast.errors import InvalidArgumentError
 
@@ -167,3 +174,18 @@ def test_the_head_ops_are_right_on_torchs_own_products(dtype):
         (gradient,) = torch.autograd.grad(found.sum(), hidden)
         assert relative_error(found, expected) < limit
         assert relative_error(gradient, slope) < gradient_limit
+
+
+def test_the_offsets_of_groups_are_not_waited_for():
+    offsets, columns = torch.tensor([0, 3, 8], device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda")
+    acc, weight = torch.zeros(2, 4, 4, device="cuda"), torch.zeros(2, 5, 4, device="cuda")
+    x, left = torch.ones(8, 4, device="cuda"), torch.ones(5, 1, device="cuda")
+    grouped_symmetric_rank_k_update_(acc, x, offsets)  # compiles
+    grouped_rank_k_update_(weight, left, x, columns, offsets)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        grouped_symmetric_rank_k_update_(acc, x, offsets)
+        grouped_rank_k_update_(weight, left, x, columns, offsets)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert float(acc[1, 1, 0]) == 10.0 and bool((weight[1] == 10.0).all())

@@ -96,23 +96,6 @@ def test_what_triton_does_not_take_is_said():
         grouped_rank_k_update_(wide, rows.T.clone(), rows, columns, offsets, backend="triton")
 
 
-def test_the_offsets_of_a_gpu_are_not_waited_for():
-    if DEVICE == "cpu":
-        pytest.skip("no GPU: nothing is waited for")
-    offsets, columns = torch.tensor([0, 3, 8], device=DEVICE), torch.zeros(8, dtype=torch.int64, device=DEVICE)
-    acc, weight = torch.zeros(2, 4, 4, device=DEVICE), torch.zeros(2, 5, 4, device=DEVICE)
-    x, left = torch.ones(8, 4, device=DEVICE), torch.ones(5, 1, device=DEVICE)
-    grouped_symmetric_rank_k_update_(acc, x, offsets)  # compiles
-    grouped_rank_k_update_(weight, left, x, columns, offsets)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        grouped_symmetric_rank_k_update_(acc, x, offsets)
-        grouped_rank_k_update_(weight, left, x, columns, offsets)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert float(acc[1, 1, 0]) == 10.0 and bool((weight[1] == 10.0).all())
-
-
 def test_the_moment_of_a_stack_is_as_exact_as_that_of_one_matrix():
     x, offsets = torch.randn(700, 40), offsets_of((500, 200))
     acc = grouped_symmetric_rank_k_update_(
