@@ -44,7 +44,7 @@ NOT_OF_THE_SOFTWARE = re.compile(
     r"(?<![\w./}>])/(?!usr/)[a-z]\w*/|file:/|\b\w+_review\b|\bissue \d|\b(this|my|\w+'s) session\b", re.I
 )
 """Absolute paths of somebody's machine, and words about how the software came to be."""
-SKIPPED_FOLDERS = {"build", "dist", "node_modules"}
+SKIPPED_FOLDERS = {"build", "dist", "node_modules", "site-packages"}
 
 
 def pages() -> list[Path]:
