@@ -34,7 +34,7 @@ import transformers
 import typer
 
 from benchmarks.harness import Row, console, document_of, provenance, read, require_clean, save
-from benchmarks.published import keys_at, memit, serial_value
+from benchmarks.published import as_stored, keys_at, memit, see_inputs, serial_value
 from benchmarks.tiny_decoders import decoder_types, tiny_decoder, tiny_tokenizer
 from kedit_fast import Editor, EditRequest, collect_statistics
 from kedit_fast.editing.keys import KeyPass
@@ -111,15 +111,20 @@ def key_error(view: ModelView, prepared: Sequence[PreparedRequest], layers: Sequ
 
 @torch.no_grad()
 def moment_alone(view: ModelView, layer: int, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """The second moment [d, d] of a layer's inputs, each row alone."""
+    """The second moment [d, d] of a layer's inputs, each row alone; of experts [E, m, m], one block an expert."""
     total, count = torch.zeros(()), 0
     for row in rows:
         inputs: list[torch.Tensor] = []
-        hook = view.edited_module(layer).register_forward_pre_hook(lambda _, args, i=inputs: i.append(args[0]))
+        hook = see_inputs(view.edited_module(layer), inputs)
         view.model(input_ids=torch.tensor([row]), use_cache=False)
         hook.remove()
         keys = inputs[0].flatten(0, -2).double()  # [T, d]
-        total, count = total + keys.T @ keys, count + len(keys)
+        if (stack := view.experts(layer)) is not None:
+            blocks = keys.unflatten(1, (stack.count, stack.inputs)).transpose(0, 1)  # [E, T, m]
+            total = total + blocks.mT @ blocks
+        else:
+            total = total + keys.T @ keys
+        count += len(keys)
     return total / count
 
 
@@ -140,12 +145,13 @@ def update_error(
     blocks = [site] * view.num_layers  # it looks at the last one alone
     edited = {layer: view.edited_module(layer) for layer in layers}
     ridge = editor.hparams.mom2_ridge
-    ridged = {layer: m + ridge * m.diagonal().mean() * torch.eye(len(m), dtype=m.dtype) for layer, m in moments.items()}
+    whole = {layer: torch.block_diag(*m) if m.ndim == 3 else m for layer, m in moments.items()}
+    ridged = {layer: m + ridge * m.diagonal().mean() * torch.eye(len(m), dtype=m.dtype) for layer, m in whole.items()}
     expected = memit(view.model, blocks, edited, weights, ridged, prepared, editor.hparams, targets=values, side=None)
     with torch.no_grad():
         for layer in layers:
             weights[layer].copy_(before[layer])
-    return max(relative(written[layer], expected[layer]) for layer in layers)
+    return max(relative(written[layer], as_stored(expected[layer], written[layer])) for layer in layers)
 
 
 def same_after_saving(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]]) -> str:

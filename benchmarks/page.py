@@ -46,7 +46,7 @@ METRICS = {
 }
 
 CAUSES = {
-    "is a mixture-of-experts model": "a mixture of experts without a dense block",
+    "is a mixture-of-experts model": "a mixture whose experts are no plain stack",
     "decoder blocks stands beside the input embedding": "no list of decoder blocks stands beside the input embedding",
     "share memory": "blocks share their MLP: an edit of one changes the others",
     "no linear layer that ends an MLP": "no MLP was found in its blocks",

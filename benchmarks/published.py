@@ -284,12 +284,41 @@ def serial_chunks(
     return [value for _, value in done]
 
 
+def see_inputs(module: torch.nn.Module, captured: list[torch.Tensor]) -> Any:
+    """A hook that adds the input of a module in each pass; of experts the stacked keys [1, T, E m]."""
+    if getattr(module, "down_proj", torch.empty(())).ndim == 3:
+        return module.register_forward_pre_hook(
+            lambda each, args, kwargs: captured.append(stacked_keys(each, (*args, *kwargs.values()))[None]),
+            with_kwargs=True,
+        )
+    return module.register_forward_pre_hook(lambda _, args: captured.append(first(args).clone()))
+
+
+def stacked_keys(module: Any, arguments: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The keys [T, E m] of the stacked matrix of experts, from autograd alone.
+
+    A token's output is W k + b, so the gradient of its first number by the first row of W is k.
+    """
+    weight = module.down_proj
+    wanted = weight.requires_grad
+    weight.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            out = type(module).forward(module, *(each.detach() for each in arguments))
+            rows = out.flatten(0, -2)[:, 0]
+            slopes = [torch.autograd.grad(row, weight, retain_graph=True)[0] for row in rows]
+    finally:
+        weight.requires_grad_(wanted)
+    return torch.stack([(slope[:, :, 0] if module.is_transposed else slope[:, 0]).flatten() for slope in slopes])
+
+
 @torch.no_grad()
 def keys_at(
     model: torch.nn.Module, module: torch.nn.Module, prompts: Sequence[Any], output: bool, side: str | None = "right"
 ) -> torch.Tensor:
     """Input (or output) of `module` at the lookup token of every prompt [n, size]: full passes of 128 prompts, head
-    and all, as repr_tools does; for side None every prompt alone, without padding."""
+    and all, as repr_tools does; for side None every prompt alone, without padding. Inputs of experts are
+    `stacked_keys`, for side None alone."""
     device = model.get_input_embeddings().weight.device
     states = []
     together = 1 if side is None else 128
@@ -299,7 +328,7 @@ def keys_at(
         if output:
             handle = module.register_forward_hook(lambda _, __, out, at=captured: at.append(first(out).clone()))
         else:
-            handle = module.register_forward_pre_hook(lambda _, args, at=captured: at.append(first(args).clone()))
+            handle = see_inputs(module, captured)
         rows = [list(prompt.ids) for prompt in chunk]
         inputs = {"input_ids": torch.tensor(rows, device=device)} if side is None else padded(rows, side, device)
         model(**inputs, use_cache=False)
@@ -325,8 +354,8 @@ def memit(
 
     Args:
         model, blocks: the model and its decoder blocks.
-        edited: layer -> the linear module whose inputs are keys.
-        weights: layer -> its weight [out, d]; written.
+        edited: layer -> the linear module whose inputs are keys, or an experts module.
+        weights: layer -> its weight [out, d], or [E, h, m]; written.
         moments: layer -> C [d, d] fp64.
         prepared: u requests.
         hparams: as in kedit_fast.
@@ -357,8 +386,15 @@ def memit(
         adjusted = torch.linalg.solve(hparams.mom2_update_weight * moments[layer] + keys @ keys.T, keys)
         written[layer] = residual @ adjusted.T
         with torch.no_grad():
-            weights[layer].add_(written[layer].to(weights[layer].dtype))
+            weights[layer].add_(as_stored(written[layer], weights[layer]))
     return written
+
+
+def as_stored(update: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """An update [out, d] in a weight's dtype, and by expert [E, h, m] where the weight is."""
+    if weight.ndim == 3:
+        update = update.unflatten(1, (weight.shape[0], weight.shape[2])).transpose(0, 1)
+    return update.to(weight.dtype)
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ TEXT = dict(
     linear_num_value_heads=4,
     moe_intermediate_size=16, shared_expert_intermediate_size=16, moe_shared_expert_intermediate_size=16,
     num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4, num_experts_per_tok=2,
-    moe_k=2, moe_topk=2, n_group=1, topk_group=1, n_shared_experts=1,
+    moe_k=2, moe_topk=2, n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1,
     dropout=0.0, attention_dropout=0.0, hidden_dropout=0.0, hidden_dropout_prob=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
     attn_pdrop=0.0, attention_probs_dropout_prob=0.0, activation_dropout=0.0, residual_dropout=0.0, emb_pdrop=0.0,
     embedding_dropout=0.0, resid_dropout=0.0, embed_dropout=0.0, mlp_dropout=0.0, layerdrop=0.0,
