@@ -28,9 +28,12 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 X86 = platform.machine() in ("x86_64", "AMD64")
+ARM = platform.machine() in ("aarch64", "arm64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
-ISA_FLAGS = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
+X86_FLAGS = {"isa_avx2": AVX2, "isa_avx512": AVX512, "isa_amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
+ARM_FLAGS: dict[str, list[str]] = {"isa_neon": []}  # NEON is a part of the architecture
+ISA_FLAGS = {**X86_FLAGS, **ARM_FLAGS}
 STANDARD = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 built: dict[str, str] = {}  # module -> "" when built, else why not
@@ -83,13 +86,15 @@ def compiler_refusal() -> str:
 
 def supported_isas(command: list[str]) -> list[str]:
     """Stems of the isa_*.cpp files whose flags this compiler knows."""
+    if ARM:
+        return list(ARM_FLAGS)
     if not X86:
         return []
     stems = []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("#include <immintrin.h>\nint main() { return 0; }\n", encoding="utf-8")
-        for stem, flags in ISA_FLAGS.items():
+        for stem, flags in X86_FLAGS.items():
             probe = [*command, *flags, "-std=c++17", "-c", str(source), "-o", str(Path(folder) / "probe.o")]
             if subprocess.run(probe, capture_output=True).returncode == 0:
                 stems.append(stem)

@@ -78,9 +78,10 @@ def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def edited_layers(view: ModelView) -> tuple[int, ...]:
-    """The first two layers with an edited matrix, but for the last one: blocks follow whose states depend on it."""
+    """The first two layers with an edited matrix, but for the last one, where it is not the only one: blocks follow
+    whose states depend on it."""
     editable = [layer for layer in view.editable if layer < view.num_layers - 1]
-    return tuple(editable[:2])
+    return tuple(editable[:2] or view.editable)
 
 
 def value_errors(

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.p
     from kedit_fast.ops import activation_distance as activation_distance
     from kedit_fast.ops import best_overlap as best_overlap
     from kedit_fast.ops import distribution_kl as distribution_kl
+    from kedit_fast.ops import edge_contraction as edge_contraction
     from kedit_fast.ops import gated_silu as gated_silu
     from kedit_fast.ops import grouped_rank_k_update_ as grouped_rank_k_update_
     from kedit_fast.ops import grouped_symmetric_rank_k_update_ as grouped_symmetric_rank_k_update_
@@ -59,6 +60,7 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.p
     from kedit_fast.solver.value_descent import optimize_values as optimize_values
     from kedit_fast.statistics.collect import collect_statistics as collect_statistics
     from kedit_fast.statistics.corpus import Corpus as Corpus
+    from kedit_fast.statistics.moments import cross_moment as cross_moment
     from kedit_fast.statistics.moments import second_moment as second_moment
     from kedit_fast.statistics.resumable import collect_into as collect_into
     from kedit_fast.statistics.store import load_statistics as load_statistics
@@ -87,8 +89,10 @@ PUBLIC_NAMES = {
     "best_overlap": "kedit_fast.ops",
     "collect_into": "kedit_fast.statistics.resumable",
     "collect_statistics": "kedit_fast.statistics.collect",
+    "cross_moment": "kedit_fast.statistics.moments",
     "detach": "kedit_fast.memories.attach",
     "distribution_kl": "kedit_fast.ops",
+    "edge_contraction": "kedit_fast.ops",
     "evaluate": "kedit_fast.evaluation.evaluator",
     "explain": "kedit_fast.backends",
     "gated_silu": "kedit_fast.ops",

@@ -36,9 +36,11 @@ from kedit_fast.memories.memory import SideMemory
 from kedit_fast.methods.declaration import AUTO as AUTO_NUMBER
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
+from kedit_fast.models.introspection import find_spec
 from kedit_fast.models.routes import prompt_tokens
 from kedit_fast.models.saving import save_model
 from kedit_fast.models.sharded import whole
+from kedit_fast.models.shared_experts import is_shared_path
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.weight_names import module_path_of
 from kedit_fast.requests.irrelevant import irrelevant_texts, unrelated_texts
@@ -423,10 +425,13 @@ def run_edits(
 def _probe_of(editor: Editor, requests: Sequence[EditRequest], irrelevant: Sequence[str] | None) -> RoutingProbe | None:
     """What the routing of a mixture of experts is measured by; None of other models."""
     lowest = min(editor.hparams.layers, default=None) if not editor.hparams.inner_params else None
-    if all(editor.view.experts(layer) is None for layer in range(editor.view.num_layers)):
+    view = editor.view
+    if is_shared_path(view.spec.edit):  # edited alone: a view of the experts beside them sees what is chosen
+        view = ModelView(view.model, find_spec(view.model))
+    if all(view.experts(layer) is None for layer in view.editable):
         return None
     texts = unrelated_texts(irrelevant_texts(irrelevant), requests)
-    return routing_probe(editor.view, editor.tokenizer, texts, lowest)
+    return routing_probe(view, editor.tokenizer, texts, lowest)
 
 
 def _measure_anchor(editor: Editor, prepared: Sequence[PreparedRequest], size: int, seconds: dict[str, float]) -> None:
@@ -628,12 +633,18 @@ def predicted_harm(editor: Editor, statistics: Statistics | None) -> Harm:
     Cost: see `solver.harm.predicted_kl`.
     """
     layers = {} if statistics is None else {second.module: layer for layer, second in statistics.layers.items()}
+    shared = {one.path: layer for layer in layers.values() if (one := editor.view.shared_experts(layer)) is not None}
 
     def moments(module: str) -> Moments | str:
-        if statistics is None or module not in layers:
+        layer = layers.get(module, shared.get(module))
+        if statistics is None or layer is None:
             return f"no statistics of {module}"
         try:
-            return statistics.moment(layers[module]).moment, statistics.output_metric(layers[module])
+            second = statistics.moment(layer)
+            moment = second.shared if module in shared else second.moment
+            if moment is None:
+                return f"no statistics of {module}"
+            return moment, statistics.output_metric(layer)
         except StatisticsError as error:
             return str(error)
 

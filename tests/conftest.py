@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -22,7 +23,7 @@ sys.path.append(str(Path(__file__).parent.parent))  # benchmarks; the installed 
 from kedit_fast.backends import probe
 from kedit_fast.kernels.native import cpu as native_cpu
 
-ISAS = ("generic", "avx2", "avx512", "amx")
+ISAS = ("generic", "neon") if platform.machine() in ("aarch64", "arm64") else ("generic", "avx2", "avx512", "amx")
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no source tree")
@@ -59,6 +60,53 @@ def test_without_a_compiler_the_install_is_pure_python_and_says_so(source, tmp_p
     ran = install_and_run(wheel, tmp_path / "site", code)
     assert ran.returncode == 0, ran.stderr
     assert "no C++ compiler" in ran.stdout and "cpu     no" in ran.stdout
+
+
+EDIT_WITHOUT_LOCKS = """
+import os, sys
+sys.modules["fcntl"] = None  # importing it raises ImportError, as where there is none
+for name in ("posix_fallocate", "sched_getaffinity", "posix_fadvise"):  # macOS has none of them
+    delattr(os, name)
+from pathlib import Path
+import torch
+from kedit_fast import Editor, demo
+from kedit_fast.statistics.corpus import Corpus
+from kedit_fast.statistics.resumable import collect_into
+from kedit_fast.statistics.store import load_statistics
+model, tokenizer = demo.load()
+collect_into("statistics", model, tokenizer, Corpus(demo.corpus(40)), [0, 1])
+statistics = load_statistics("statistics", model, tokenizer)
+editor = Editor(model, tokenizer, "memit", statistics=statistics, layers=[0, 1], hparams={"v_num_grad_steps": 2})
+before = [p.clone() for p in model.parameters()]
+editor.edit(demo.requests(2), on_error="skip")
+assert not all(map(torch.equal, before, model.parameters()))
+editor.restore()
+assert all(map(torch.equal, before, model.parameters()))
+assert not Path("statistics/.lock").exists() and any(Path("statistics").glob("*.safetensors"))
+from kedit_fast.backends import probe
+print(probe("cpu").reason)
+"""
+
+
+def test_the_pure_wheel_edits_where_there_are_no_file_locks(source, tmp_path):
+    done = build(source, tmp_path, KEDIT_FAST_NATIVE="off")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("py3-none-any.whl")
+    ran = install_and_run(wheel, tmp_path / "site", EDIT_WITHOUT_LOCKS)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert "KEDIT_FAST_NATIVE=off" in ran.stdout
+
+
+def test_triton_is_asked_for_only_where_it_has_wheels():
+    requirements = re.findall(r'"(triton\b[^"]*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (marker,) = (Requirement(text).marker for text in requirements)
+    assert marker is not None
+    for system, machine, wanted in (
+        ("Linux", "x86_64", True), ("Linux", "aarch64", True), ("Linux", "ppc64le", False),
+        ("Darwin", "arm64", False), ("Darwin", "x86_64", False), ("Windows", "AMD64", False),
+    ):  # fmt: skip
+        assert marker.evaluate({"platform_system": system, "platform_machine": machine}) == wanted, (system, machine)
 
 
 def test_a_compiler_that_was_asked_for_must_be_there(source, tmp_path):

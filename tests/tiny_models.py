@@ -39,6 +39,9 @@ MIXTURE_CONFIGS = {
         _EXPERTS, num_key_value_heads=4, n_routed_experts=8, n_group=2, topk_group=1, n_shared_experts=1,
         first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
     ),
+    "qwen2_moe": dict(
+        _EXPERTS, num_experts=6, shared_expert_intermediate_size=40, norm_topk_prob=True, use_sliding_window=False
+    ),
     "olmoe": dict(_LLAMA, intermediate_size=24, num_experts=6, num_experts_per_tok=3),
     "granitemoe": dict(
         _LLAMA, intermediate_size=24, num_local_experts=6, num_experts_per_tok=3, residual_multiplier=0.7

@@ -23,13 +23,13 @@ using kf::bind::borrow;
 
 namespace {
 
-constexpr Isa ALL_ISAS[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::amx};
+constexpr Isa ALL_ISAS[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::amx, Isa::neon};
 
 Isa isa_from_name(const std::string& name) {
   for (Isa isa : ALL_ISAS) {
     if (name == kf::isa_name(isa)) return isa;
   }
-  throw kf::InvalidArgument("isa must be generic, avx2, avx512 or amx, got '" + name + "'");
+  throw kf::InvalidArgument("isa must be generic, avx2, avx512, amx or neon, got '" + name + "'");
 }
 
 }  // namespace

@@ -69,15 +69,19 @@ const char* isa_name(Isa isa) {
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
     case Isa::amx: return "amx";
+    case Isa::neon: return "neon";
   }
   return "?";
 }
 
 std::string isa_refusal(Isa isa) {
   if (isa == Isa::generic) return "";
-#if !defined(__x86_64__)
-  return "this build is not for x86-64";
+#if defined(__aarch64__)
+  return isa == Isa::neon ? "" : "this build is not for x86-64";
+#elif !defined(__x86_64__)
+  return isa == Isa::neon ? "this build is not for 64-bit ARM" : "this build is not for x86-64";
 #else
+  if (isa == Isa::neon) return "this build is not for 64-bit ARM";
   const Features& f = features();
   if (!(f.avx2 && f.fma && f.f16c)) return "the processor has no AVX2 with FMA and F16C";
   if (!f.ymm_state) return "the operating system does not save the AVX registers";
@@ -107,6 +111,9 @@ std::vector<std::string> cpu_features() {
   add(f.avx512dq, "avx512dq");
   add(f.amx_tile, "amx_tile");
   add(f.amx_bf16, "amx_bf16");
+#if defined(__aarch64__)
+  add(true, "neon");  // a part of the architecture
+#endif
   return names;
 }
 

@@ -5,7 +5,7 @@
 
 namespace kf {
 
-enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2, amx = 3 };
+enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2, amx = 3, neon = 4 };
 
 const char* isa_name(Isa isa);
 

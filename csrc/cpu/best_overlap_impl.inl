@@ -19,6 +19,8 @@ struct OverlapBody {
     const __m256i low = _mm256_and_si256((__m256i)v, half);
     const __m256i high = _mm256_and_si256(_mm256_srli_epi16((__m256i)v, 4), half);
     return (Bytes)_mm256_add_epi8(_mm256_shuffle_epi8(counts, low), _mm256_shuffle_epi8(counts, high));
+#elif defined(KF_NEON)
+    return (Bytes)vcntq_u8((uint8x16_t)v);
 #else
     Words w = (Words)v;
     w = w - ((w >> 1) & 0x5555555555555555);

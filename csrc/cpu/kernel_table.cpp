@@ -18,13 +18,16 @@ bool in_build(Isa isa) {
 #if defined(KF_ISA_AMX) && defined(KF_ISA_AVX512)
     case Isa::amx: return true;
 #endif
+#if defined(KF_ISA_NEON)
+    case Isa::neon: return true;
+#endif
     case Isa::generic: return true;
     default: return false;
   }
 }
 
 Isa widest() {
-  for (Isa isa : {Isa::amx, Isa::avx512, Isa::avx2}) {
+  for (Isa isa : {Isa::amx, Isa::avx512, Isa::avx2, Isa::neon}) {
     if (refusal(isa).empty()) return isa;
   }
   return Isa::generic;
@@ -54,6 +57,9 @@ const KernelTable& active_table() {
 #endif
 #if defined(KF_ISA_AMX) && defined(KF_ISA_AVX512)
     case Isa::amx: return amx_table();
+#endif
+#if defined(KF_ISA_NEON)
+    case Isa::neon: return neon_table();
 #endif
     default: return generic_table();
   }

@@ -267,6 +267,7 @@ const KernelTable& generic_table();
 const KernelTable& avx2_table();
 const KernelTable& avx512_table();
 const KernelTable& amx_table();
+const KernelTable& neon_table();
 
 // The table in use: the widest allowed one unless select_isa() chose another.
 const KernelTable& active_table();

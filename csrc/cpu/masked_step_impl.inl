@@ -6,6 +6,8 @@ inline Vec<float> sqrt_vector(Vec<float> v) {
   return (Vec<float>)_mm512_sqrt_ps((__m512)v);
 #elif KF_VECTOR_BYTES == 32
   return (Vec<float>)_mm256_sqrt_ps((__m256)v);
+#elif defined(KF_NEON)
+  return (Vec<float>)vsqrtq_f32((float32x4_t)v);
 #else
   for (int i = 0; i < LANES<float>; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
@@ -16,6 +18,8 @@ inline Vec<double> sqrt_vector(Vec<double> v) {
   return (Vec<double>)_mm512_sqrt_pd((__m512d)v);
 #elif KF_VECTOR_BYTES == 32
   return (Vec<double>)_mm256_sqrt_pd((__m256d)v);
+#elif defined(KF_NEON)
+  return (Vec<double>)vsqrtq_f64((float64x2_t)v);
 #else
   for (int i = 0; i < LANES<double>; ++i) v[i] = __builtin_sqrt(v[i]);
   return v;
@@ -40,7 +44,8 @@ struct MaskedStepBody {
   using Mask = decltype(Vec<T>{} < Vec<T>{});
   static constexpr int W = LANES<T>, MR = TILE_ROWS, NR = TILE_COLUMNS<T>;
   static constexpr int64_t CHUNK = 128;  // columns of a row that are stepped together
-  static constexpr int64_t RUN = 2048;   // of a row whose numbers are all where they can be used
+  static_assert(CHUNK % NR == 0, "tiles fill a chunk");
+  static constexpr int64_t RUN = 2048;  // of a row whose numbers are all where they can be used
   static constexpr int64_t FURTHER = 1024 / sizeof(T);
   static constexpr int64_t AHEAD = 2;                     // rows that are asked for before they are stepped
   static constexpr int DOT_ROWS = 16;                     // rows of left whose products with a column share its loads

@@ -4,40 +4,56 @@ template <class T>
 struct RankKBody {
   static constexpr int MR = TILE_ROWS, NR = TILE_COLUMNS<T>;
   static constexpr int64_t DEPTH = 256;
+  static constexpr int64_t PACKED_COLUMNS = 16;
+  static constexpr int64_t FEW = 24;  // terms of a sum that take less time than memory to answer
+  static_assert(NR == 2 * LANES<T>);
 
   static int64_t column(const RankKFactor& f, int64_t p) { return f.order ? f.order[p] : p; }
 
+  // The factor's numbers in the arithmetic's dtype. Factors wider than it are rounded to it, as torch's own conversion
+  // does.
+  template <class S>
+  static T number(S v) {
+    if constexpr (sizeof(S) == 8) return T(v);
+    else return widen<T>(v);
+  }
+
+  // Columns whose WIDTH numbers lie side by side.
+  template <int WIDTH, class S>
+  static void pack_columns(const RankKFactor& f, const S* data, T* __restrict out) {
+    const T scale = T(f.scale);
+    for (int64_t p = 0; p < f.k; ++p, out += WIDTH) {
+      const S* from = data + column(f, p) * f.k_stride;
+      for (int r = 0; r < WIDTH; ++r) out[r] = scale * number(from[r]);
+    }
+  }
+
   template <class S>
   static void pack_as(const RankKFactor& f, int64_t first, int width, T* out) {
-    const S* data = static_cast<const S*>(f.data);
+    const S* data = static_cast<const S*>(f.data) + first * f.row_stride;
     const int64_t rows = f.rows - first < width ? f.rows - first : width;
     const T scale = T(f.scale);
-    for (int64_t p = 0; p < f.k; ++p, out += width) {
-      const S* from = data + first * f.row_stride + column(f, p) * f.k_stride;
-      for (int64_t r = 0; r < rows; ++r) out[r] = scale * T(widen<T>(from[r * f.row_stride]));
-      for (int64_t r = rows; r < width; ++r) out[r] = 0;
+    if (f.row_stride == 1 && rows == MR && width == MR) return pack_columns<MR>(f, data, out);
+    if (f.row_stride == 1 && rows == NR && width == NR) return pack_columns<NR>(f, data, out);
+    // A few columns at a time: whole cache lines are read where rows are contiguous, and what is written is near.
+    for (int64_t p0 = 0; p0 < f.k; p0 += PACKED_COLUMNS) {
+      const int64_t p1 = f.k - p0 < PACKED_COLUMNS ? f.k : p0 + PACKED_COLUMNS;
+      for (int64_t r = 0; r < rows; ++r) {
+        const S* from = data + r * f.row_stride;
+        for (int64_t p = p0; p < p1; ++p) out[p * width + r] = scale * number(from[column(f, p) * f.k_stride]);
+      }
+      for (int64_t p = p0; p < p1; ++p) {
+        for (int64_t r = rows; r < width; ++r) out[p * width + r] = 0;
+      }
     }
   }
   static void pack(const RankKFactor& f, int64_t first, int width, void* out) {
     T* to = static_cast<T*>(out);
     switch (f.dtype) {
-      case DType::f64:
-        // Factors wider than the arithmetic are rounded to it, as torch's own conversion does.
-        if constexpr (sizeof(T) == 8) return pack_as<double>(f, first, width, to);
-        else return pack_rounded(f, first, width, to);
+      case DType::f64: return pack_as<double>(f, first, width, to);
       case DType::f32: return pack_as<float>(f, first, width, to);
       case DType::bf16: return pack_as<Bf16>(f, first, width, to);
       default: return pack_as<F16>(f, first, width, to);
-    }
-  }
-  static void pack_rounded(const RankKFactor& f, int64_t first, int width, T* out) {
-    const double* data = static_cast<const double*>(f.data);
-    const int64_t rows = f.rows - first < width ? f.rows - first : width;
-    for (int64_t p = 0; p < f.k; ++p, out += width) {
-      for (int64_t r = 0; r < rows; ++r) {
-        out[r] = T(f.scale) * T(data[(first + r) * f.row_stride + column(f, p) * f.k_stride]);
-      }
-      for (int64_t r = rows; r < width; ++r) out[r] = 0;
     }
   }
 
@@ -72,20 +88,63 @@ struct RankKBody {
     }
   }
 
+  // A whole tile of contiguous rows: its sums go from registers to the weight.
+  template <bool COPIED, class W, class C>
+  static void add_products(const T* left, const T* right, int64_t k, W* weight, int64_t stride, C* copy,
+                           int64_t copy_stride) {
+    constexpr int columns = NR / LANES<T>;
+    multiply_panels_to<T, MR, NR>(left, right, k, [=](int i, const Vec<T>(&sums)[columns]) {
+      Vec<T> total[columns];
+#pragma GCC unroll 4
+      for (int v = 0; v < columns; ++v) total[v] = load_vector(weight + i * stride + v * LANES<T>) + sums[v];
+      store_pair(weight + i * stride, total[0], total[1]);
+      if constexpr (COPIED) store_pair(copy + i * copy_stride, total[0], total[1]);
+    });
+  }
+
+  template <class W>
+  static void ask_for(const W* tile, int64_t stride) {
+    for (int r = 0; r < MR; ++r) {
+      for (int e = 0; e < NR; e += 64 / sizeof(W)) __builtin_prefetch(tile + r * stride + e);
+    }
+  }
+
   template <class W, class C>
   static void block_as(const T* left, const T* right, int64_t k, const BlockRange& range, const RankKTarget& t) {
     const auto [i0, i1, j0, j1] = range;
     alignas(64) T tile[MR * NR];
     W* weight = static_cast<W*>(t.weight);
     C* copy = static_cast<C*>(t.copy);
+    const bool contiguous = t.column_stride == 1 && (!copy || t.copy_column_stride == 1);
+    const int64_t ahead = NR * (k < FEW ? 4 : 1);
     for (int64_t i = i0; i < i1; i += MR) {
       const int64_t rows = i1 - i < MR ? i1 - i : MR;
+      const T* a = left + (i - i0) * k;
       for (int64_t j = j0; j < j1; j += NR) {
-        sum_products(left + (i - i0) * k, right + (j - j0) * k, k, tile);
         const int64_t columns = j1 - j < NR ? j1 - j : NR;
+        const T* b = right + (j - j0) * k;
+        W* to = weight + i * t.row_stride + j * t.column_stride;
+        C* beside = copy ? copy + i * t.copy_row_stride + j * t.copy_column_stride : nullptr;
+        if (contiguous && rows == MR) {
+          if (j + ahead + NR <= j1) {
+            ask_for(to + ahead, t.row_stride);
+            if (beside) ask_for(beside + ahead, t.copy_row_stride);
+          }
+          if (columns == NR && k <= DEPTH) {
+            if constexpr (sizeof(W) == 4) {
+              if (beside) {
+                add_products<true>(a, b, k, to, t.row_stride, beside, t.copy_row_stride);
+                continue;
+              }
+            }
+            add_products<false>(a, b, k, to, t.row_stride, beside, 0);
+            continue;
+          }
+        }
+        sum_products(a, b, k, tile);
         for (int64_t r = 0; r < rows; ++r) {
-          add_row(tile + r * NR, columns, weight + (i + r) * t.row_stride + j * t.column_stride, t.column_stride,
-                  copy ? copy + (i + r) * t.copy_row_stride + j * t.copy_column_stride : nullptr, t.copy_column_stride);
+          add_row(tile + r * NR, columns, to + r * t.row_stride, t.column_stride,
+                  beside ? beside + r * t.copy_row_stride : nullptr, t.copy_column_stride);
         }
       }
     }

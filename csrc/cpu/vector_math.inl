@@ -36,6 +36,10 @@ inline float to_float(Bf16 v) { return bits_to_float(uint32_t(v.bits) << 16); }
 inline float to_float(F16 v) {
 #if defined(__F16C__)
   return _cvtsh_ss(v.bits);
+#elif defined(KF_NEON)
+  __fp16 half;
+  __builtin_memcpy(&half, &v.bits, 2);
+  return float(half);
 #else
   const uint32_t sign = uint32_t(v.bits & 0x8000) << 16;
   const uint32_t exponent = (v.bits >> 10) & 0x1f, fraction = v.bits & 0x3ff;
@@ -62,6 +66,9 @@ inline void from_float(float v, Bf16* out) {
 inline void from_float(float v, F16* out) {
 #if defined(__F16C__)
   out->bits = _cvtss_sh(v, 0);
+#elif defined(KF_NEON)
+  const __fp16 half = __fp16(v);
+  __builtin_memcpy(&out->bits, &half, 2);
 #else
   const uint32_t u = float_to_bits(v), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
   if (magnitude > 0x7f800000) {
@@ -113,6 +120,8 @@ inline Vec<float> load_vector(const F16* p) {
   return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif KF_VECTOR_BYTES == 32
   return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(KF_NEON)
+  return (Vec<float>)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
 #else
   Vec<float> v;
   for (int i = 0; i < LANES<float>; ++i) v[i] = to_float(p[i]);
@@ -136,10 +145,27 @@ inline void store_vector(F16* p, Vec<float> v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif KF_VECTOR_BYTES == 32
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(KF_NEON)
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
   for (int i = 0; i < LANES<float>; ++i) from_float(v[i], p + i);
 #endif
 }
+
+// Two vectors side by side.
+template <class S, class V>
+inline void store_pair(S* p, V a, V b) {
+  store_vector(p, a);
+  store_vector(p + sizeof(V) / sizeof(a[0]), b);
+}
+#if KF_VECTOR_BYTES == 64
+inline void store_pair(Bf16* p, Vec<float> a, Vec<float> b) {
+  alignas(64) static constexpr uint16_t UPPER[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                     33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  store_unaligned(
+      p, _mm512_permutex2var_epi16((__m512i)nearest_bf16(a), _mm512_load_si512(UPPER), (__m512i)nearest_bf16(b)));
+}
+#endif
 
 // fp32 numbers rounded to the dtype of the pointer.
 inline Vec<float> rounded(const float*, Vec<float> v) { return v; }
@@ -164,9 +190,11 @@ inline void store_part(S* p, Vec<float> v, int64_t count) {
   __builtin_memcpy(p, part, count * sizeof(S));
 }
 
-// tile [MR, NR] (row-major) = left panel [k, MR] times right panel [k, NR].
-template <class T, int MR, int NR>
-inline void multiply_panels(const T* __restrict left, const T* __restrict right, int64_t k, T* __restrict tile) {
+// Left panel [k, MR] times right panel [k, NR]: write(i, sums) is called for each row of the product, whose NR numbers
+// are still in registers.
+template <class T, int MR, int NR, class Write>
+inline __attribute__((always_inline)) void multiply_panels_to(const T* __restrict left, const T* __restrict right,
+                                                              int64_t k, const Write& write) {
   constexpr int columns = NR / LANES<T>;
   Vec<T> sum[MR][columns] = {};
   for (int64_t p = 0; p < k; ++p) {
@@ -181,16 +209,25 @@ inline void multiply_panels(const T* __restrict left, const T* __restrict right,
     }
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i) {
+  for (int i = 0; i < MR; ++i) write(i, sum[i]);
+}
+
+// tile [MR, NR] (row-major) = left panel [k, MR] times right panel [k, NR].
+template <class T, int MR, int NR>
+inline void multiply_panels(const T* __restrict left, const T* __restrict right, int64_t k, T* __restrict tile) {
+  constexpr int columns = NR / LANES<T>;
+  multiply_panels_to<T, MR, NR>(left, right, k, [tile](int i, const Vec<T>(&sums)[columns]) {
 #pragma GCC unroll 4
-    for (int v = 0; v < columns; ++v) store_vector(tile + i * NR + v * LANES<T>, sum[i][v]);
-  }
+    for (int v = 0; v < columns; ++v) store_vector(tile + i * NR + v * LANES<T>, sums[v]);
+  });
 }
 
 #if KF_VECTOR_BYTES == 64
 constexpr int TILE_ROWS = 14;
 #elif KF_VECTOR_BYTES == 32
 constexpr int TILE_ROWS = 6;
+#elif defined(KF_NEON)
+constexpr int TILE_ROWS = 12;  // 24 sums in 32 registers
 #else
 constexpr int TILE_ROWS = 4;
 #endif

@@ -26,6 +26,10 @@ COMMANDS = {
         "kedit_fast.cli.suggest:suggest",
         "Try layers and other hyper-parameters on a few requests, and print the best configuration for --hparams.",
     ),
+    "locate": (
+        "kedit_fast.cli.locate:locate",
+        "Say in which layers a model holds facts, and through which edges it answers.",
+    ),
     "methods": (
         "kedit_fast.cli.methods:methods",
         "List the methods, where each is from, and what it keeps between batches; as JSON also their hyper-parameters.",

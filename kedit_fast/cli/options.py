@@ -14,7 +14,7 @@ from kedit_fast.evaluation.judge import Judge, Reads
 from kedit_fast.evaluation.metric import Metric
 from kedit_fast.evaluation.registry import select
 from kedit_fast.methods.hparams_files import parse_layers, parse_values
-from kedit_fast.models.architectures import ArchSpec, spec_from_json
+from kedit_fast.models.architectures import ArchSpec, SharedExperts, spec_from_json
 from kedit_fast.models.loading import DTYPES
 from kedit_fast.requests.datasets.registry import DATA_SETS
 from kedit_fast.requests.problems import OnError
@@ -110,6 +110,14 @@ DeviceMapOption = Annotated[
 SpecOption = Annotated[
     Path | None,
     typer.Option(help="JSON file of the names of the model's modules, as `kedit-fast spec` prints it"),
+]
+SharedExpertsOption = Annotated[
+    SharedExperts,
+    choice(
+        get_args(SharedExperts),
+        "of a mixture, the experts that every token passes: leave them as they are, stack them with the others, or "
+        "edit them alone",
+    ),
 ]
 MetricsOption = Annotated[
     str,

@@ -73,6 +73,12 @@ def suggest(
         str | None,
         typer.Option(help="last edited layers to try; by default over the depth of the method's presets"),
     ] = None,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace", help="trace some requests, and begin with windows at the layers that the trace speaks for"
+        ),
+    ] = False,
     hparams: HparamsOption = None,
     set_: SetOption = None,
     form: FormOption = None,
@@ -120,6 +126,7 @@ def suggest(
         texts=documents,
         max_tokens=tokens,
         last_layers=last_layers,
+        trace=trace,
         hparams=overrides,
         target_separator=target_separator,
         prompt_format=None if chatting is None else chat_format(tokenizer, **chatting),

@@ -34,8 +34,8 @@ from kedit_fast.models.view import ModelView
 from kedit_fast.models.weight_names import module_path_of, weight_name_of
 from kedit_fast.requests.problems import OnError, require_no_problems
 from kedit_fast.requests.prompts import PreparedRequest
-from kedit_fast.solver.expert_update import ExpertUpdate
-from kedit_fast.solver.low_rank import DenseUpdate, LowRankUpdate, Update, total_of
+from kedit_fast.solver.expert_update import ExpertUpdate, split_update
+from kedit_fast.solver.low_rank import DenseUpdate, LowRankUpdate, MaskedUpdate, Update, total_of, update_of
 from kedit_fast.solver.norm_anchor import DROPPED_ABOVE, anchored, norm_anchor
 from kedit_fast.solver.value_descent import Status
 from kedit_fast.support.dtypes import accumulation_dtype
@@ -122,6 +122,8 @@ class BatchRun:
         self._norms: dict[str, list[float]] = {}  # of each of these
         self._weight_norms: dict[str, float] = {}
         self._shape = SHAPINGS[context.recipe.shaping].of_batch
+        view, layers = context.view, () if context.hparams.inner_params else context.hparams.layers
+        self._with_shared = {view.module_name(n): n for n in layers if view.shared_experts(n) is not None}
 
     @property
     def writes_again(self) -> bool:
@@ -299,25 +301,28 @@ class BatchRun:
     def write(self, module: str, update: Written) -> Written:
         """Add an update to a module's weight, factors within the limits of its norm; returns what was written.
 
-        A dense update is the end of a tuning run, which has its own constraints: it is written as it is.
+        A dense update is the end of a tuning run, which has its own constraints: it is written as it is. With
+        shared experts in the stack the update is of the stacked matrix, and each part is written to its own weight.
         """
         name, weight = weight_name_of(module), self.context.modules[module]
         # A weight that is offloaded to the host is written there.
         moved = replace(update, **{part: tensor.to(weight.device) for part, tensor in vars(update).items()})
-        self._weight_norms.setdefault(name, _norm(weight))
+        self._note_norms(module)
         if isinstance(moved, DenseUpdate):
             with self.timed("write"):
                 self.context.ledger.write(name, weight, moved)
             self._record_update(name, moved)
             return moved
         with self.timed("solve"):
-            limited = self.context.solver_state.limited(moved, weight)
+            state = self.context.solver_state
+            limited = state.limited(moved, self._matrix(module)) if state.limits else moved
         with self.timed("write"):
-            self.context.ledger.write(name, weight, limited)
+            parts = self._written(module, limited)
         if self.writes_again:
             self._unshaped.setdefault(name, []).append(limited)
         else:
-            self._record_update(name, limited)
+            for one, part in parts.items():
+                self._record_update(one, part)
         return limited  # pyright: ignore[reportReturnType]  # limits change no dense update, which has returned above
 
     def write_shaped(self) -> None:
@@ -327,14 +332,41 @@ class BatchRun:
         with self.timed("write"):
             context.ledger.withdraw()
         for name, updates in list(self._unshaped.items()):
-            weight = context.modules[module_path_of(name)]
+            module = module_path_of(name)
+            weight = self._matrix(module)
             with self.timed("solve"):
                 shaped = [self._shape(update, whole(weight), context.hparams) for update in updates]
             del self._unshaped[name]
             with self.timed("write"):
                 for update in shaped:
-                    context.ledger.write(name, weight, update)
-                    self._record_update(name, update)
+                    for one, part in self._written(module, update).items():
+                        self._record_update(one, part)
+
+    def _matrix(self, module: str) -> torch.Tensor:
+        """What an update of a module is of: [out, in] or [E, out, m]; with shared experts the stacked matrix."""
+        layer = self._with_shared.get(module)
+        return self.context.modules[module] if layer is None else self.context.view.edited_matrix(layer)
+
+    def _note_norms(self, module: str) -> None:
+        """Note the norms of the weights that an update of a module is written to, before the first one."""
+        modules, layer = self.context.modules, self._with_shared.get(module)
+        for path in [module] if layer is None else self.context.view.edited_weights(layer):
+            self._weight_norms.setdefault(weight_name_of(path), _norm(modules[path]))
+
+    def _written(self, module: str, update: Update) -> dict[str, Update]:
+        """Write an update of a module into the ledger: name of each weight -> its part."""
+        context, parts, layer = self.context, {module: update}, self._with_shared.get(module)
+        if layer is not None:
+            stack = context.view.experts(layer)
+            assert stack is not None and isinstance(update, (LowRankUpdate, MaskedUpdate))
+            parts = dict(
+                zip(context.view.edited_weights(layer), split_update(update, stack.count, stack.inputs), strict=True)
+            )
+        for path, part in parts.items():
+            weight = context.modules[path]
+            there = update_of({one: tensor.to(weight.device) for one, tensor in vars(part).items()})
+            context.ledger.write(weight_name_of(path), weight, there)
+        return {weight_name_of(path): part for path, part in parts.items()}
 
     def _record_update(self, name: str, update: Update) -> None:
         """Note a final update. It goes to the host: in fp64, beside the ledger's factors, it would fill a GPU."""

@@ -55,11 +55,12 @@ from kedit_fast.requests.record_fields import Notes
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO as AUTO_SEPARATOR
 from kedit_fast.requests.spacing import check_separator
-from kedit_fast.solver.expert_update import ExpertUpdate
+from kedit_fast.solver.expert_update import ExpertUpdate, joined_update, split_update, stacked_matrix
 from kedit_fast.solver.key_memory import KeyMemory
 from kedit_fast.solver.low_rank import LowRankUpdate, total_of
 from kedit_fast.solver.preconditioner import NullSpace, Preconditioner
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.statistics.expert_moments import require_shared
 from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.matrix_bits import edit_fingerprint, sha256
 from kedit_fast.support.messages import comma_list
@@ -250,7 +251,7 @@ class Editor:
             )
         for layer in self.hparams.layers:
             if self.hparams.uses_moments:
-                self.statistics.moment(layer)
+                require_shared(self.view, layer, self.statistics.moment(layer))
             if self.hparams.constrains_curvature:
                 self.statistics.moment(layer)
             if self.hparams.weighs_outputs or self.hparams.constrains_curvature:
@@ -264,12 +265,13 @@ class Editor:
     def _edited_modules(self) -> dict[str, torch.Tensor]:
         """Path of each edited module -> its weight [out, in], a view on the model's memory; a DTensor where split.
 
-        Of a layer with experts, their weights [E, out, in].
+        Of a layer with experts, their weights [E, out, in]; and that of shared experts in the stack.
         """
         if self.hparams.inner_params:
             paths = list(map(module_path_of, self.hparams.inner_params))
             return {path: self.view.linear(path)[1] for path in paths}
-        return {self.view.module_name(layer): self.view.weight(layer) for layer in self.hparams.layers}
+        layers = self.hparams.layers
+        return {path: weight for layer in layers for path, weight in self.view.edited_weights(layer).items()}
 
     def _sites(self) -> list[Site]:
         """Where an edit reads the model. The pass that takes gradients checks the modules of `inner_params` itself."""
@@ -530,22 +532,38 @@ class Editor:
         restrained: dict[str, int] = {}
         wrote = False
         with torch.no_grad(), self._together():
-            for name in self.ledger.names():
-                original, weight = self.ledger.original(name)
-                edits = self.ledger.total(name, without=earlier_steps)
-                earlier = self.ledger.total(name, only=earlier_steps)
-                assert isinstance(earlier, (LowRankUpdate, ExpertUpdate))  # the sum of such steps
-                change = restrain(edits, whole(original))
-                restrained[name] = change.rank
-                if change.rank or earlier.rank:
-                    wrote = True
-                    undo = replace(earlier, left=-earlier.left)
-                    self.ledger.write(name, weight, total_of([change.to(earlier.left.dtype), undo]))
+            for names in self._written_matrices():
+                original, *shared = (whole(self.ledger.original(name)[0]) for name in names)
+                edits, *of_shared = (self.ledger.total(name, without=earlier_steps) for name in names)
+                if shared:
+                    edits, stacked = joined_update(edits, *of_shared), torch.cat([stacked_matrix(original), *shared], 1)
+                    change = restrain(edits, stacked)
+                    assert isinstance(change, LowRankUpdate)
+                    parts = split_update(change, len(original), original.shape[-1])
+                else:
+                    parts = [change := restrain(edits, original)]
+                for name, part in zip(names, parts, strict=True):
+                    earlier = self.ledger.total(name, only=earlier_steps)
+                    assert isinstance(earlier, (LowRankUpdate, ExpertUpdate))  # the sum of such steps
+                    restrained[name] = change.rank
+                    if change.rank or earlier.rank:
+                        wrote = True
+                        undo = replace(earlier, left=-earlier.left)
+                        weight = self.ledger.original(name)[1]
+                        self.ledger.write(name, weight, total_of([part.to(earlier.left.dtype), undo]))
             if wrote:
                 self.solver_state.commit()  # an empty batch: the ledger and the solver state count the same batches
                 self._final_steps = {*earlier_steps, self.ledger.count + 1}
                 self._written[self.ledger.count + 1] = ()
         return restrained
+
+    def _written_matrices(self) -> list[list[str]]:
+        """The names of written weights, those of one stacked matrix together: of the experts, then of shared ones."""
+        names = self.ledger.names()
+        if not self.view.spec.shared or self.hparams.inner_params:
+            return [[name] for name in names]
+        of_layers = [list(map(weight_name_of, self.view.edited_weights(layer))) for layer in self.hparams.layers]
+        return [together for together in of_layers if together[0] in names]
 
     @plain_torch(leave_inference_mode=False)
     def erase(

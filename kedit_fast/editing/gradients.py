@@ -11,7 +11,7 @@ import torch
 
 from kedit_fast.editing.values.result import OnProblem
 from kedit_fast.errors import EditError, InvalidArgumentError
-from kedit_fast.models.forward import evaluating, last_states, pad
+from kedit_fast.models.forward import as_rows, evaluating, last_states, pad
 from kedit_fast.models.patching import output_hooks
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
@@ -152,7 +152,7 @@ def _one_pass(
         def hook_for(name: str):
             def hook(module, args, output):
                 row, token = at_wanted.to(output.device)
-                inputs[name] = args[0].detach()[row, token].float()
+                inputs[name] = as_rows(args[0].detach(), batch.input_ids.shape)[row, token].float()
                 outputs[name] = output if output.requires_grad else output.detach().requires_grad_(True)
                 return outputs[name]
 
@@ -179,5 +179,5 @@ def _one_pass(
     by_module = {}
     for name, gradient in zip(flowing, flowing_gradients, strict=True):
         row, token = at_wanted.to(gradient.device)
-        by_module[name] = (inputs[name], gradient[row, token].float())
+        by_module[name] = (inputs[name], as_rows(gradient, batch.input_ids.shape)[row, token].float())
     return by_module, loss.detach().cpu(), at_wanted[0].cpu()

@@ -7,6 +7,7 @@ last m. The state can be saved.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -235,13 +236,33 @@ class SolverState:
             StatisticsError: it is missing or of another size.
         """
         assert self.statistics is not None  # the editor has checked that it has what the method needs
-        moment, stack = self.statistics.moment(layer).moment, self.view.experts(layer)
+        second, stack = self.statistics.moment(layer), self.view.experts(layer)
+        moment = second.moment
         size = self.view.edited_shape(layer)[1] if stack is None else stack.inputs
         expected = (size, size) if stack is None else (stack.count, size, size)
         if tuple(moment.shape) != expected:
             of_experts = "" if stack is None else f" in each of {stack.count} experts"
             raise StatisticsError(
                 f"statistics are {list(moment.shape)}, {self.view.weight_name(layer)} takes {size} inputs{of_experts}"
+            )
+        return moment.to(self._device(layer))
+
+    def shared_moment(self, layer: int) -> torch.Tensor | None:
+        """The second moment [m_s, m_s] of a layer's shared experts in the stack; None where none are in it.
+
+        Raises:
+            StatisticsError: it is missing or of another size.
+        """
+        shared = self.view.shared_experts(layer)
+        if shared is None:
+            return None
+        assert self.statistics is not None
+        moment = self.statistics.moment(layer).shared
+        if moment is None or tuple(moment.shape) != (shared.inputs, shared.inputs):
+            collected = "none" if moment is None else list(moment.shape)
+            raise StatisticsError(
+                f"statistics of shared experts are {collected}, {shared.path} takes {shared.inputs} inputs: collect "
+                "them with the same spec as here"
             )
         return moment.to(self._device(layer))
 
@@ -261,12 +282,14 @@ class SolverState:
     ) -> LowRankUpdate | ExpertUpdate:
         """The update of one layer for all requests of a batch, or for some of them; by expert where it has experts.
 
+        With shared experts in the stack it is that of the stacked matrix [out, E m + m_s].
+
         A method with a memory remembers the keys of a layer once a batch: all of those of the first call. Later calls,
         of further rounds, are for the same requests.
 
         Args:
             layer: the layer.
-            keys: K [d, u]; stacked keys, d = E m, where the layer has experts.
+            keys: K [d, u]; stacked keys, d = E m (E m + m_s with shared experts), where the layer has experts.
             residuals: R [out, u], the share that this layer takes.
             weights: [u] of the requests in the least squares; None for 1 each.
             groups: u names; requests with the same name share one column. None: each has its own.
@@ -310,9 +333,11 @@ class SolverState:
         return self._by_expert(layer, update)
 
     def _by_expert(self, layer: int, update: LowRankUpdate) -> LowRankUpdate | ExpertUpdate:
-        """A layer's update [out, d] as it is written: by expert where the layer has experts."""
+        """A layer's update [out, d] by expert where all of its columns are of experts; else as it is."""
         stack = self.view.experts(layer)
-        return update if stack is None else ExpertUpdate.of_stacked(update, stack.count)
+        if stack is None or stack.shared is not None:
+            return update
+        return ExpertUpdate.of_stacked(update, stack.count)
 
     def _memory(self, layer: int) -> KeyMemory:
         """The keys of earlier batches of a layer."""
@@ -406,7 +431,7 @@ class SolverState:
         """
         hparams = self.hparams
         if isinstance(update, ExpertUpdate):
-            if not self._limits:
+            if not self.limits:
                 return update
             stacked = LowRankUpdate(update.left, update.stacked_right())
             limited = self.limited(stacked, stacked_matrix(weight))
@@ -423,7 +448,7 @@ class SolverState:
         return update
 
     @property
-    def _limits(self) -> bool:
+    def limits(self) -> bool:
         """Whether `limited` changes anything."""
         hparams = self.hparams
         attenuates = hparams.sphere_strength and self.recipe.is_batched
@@ -757,6 +782,11 @@ def require_stackable(
             recipe.value_key == "mean" and any(stack.module.has_bias for stack in stacks.values())
         ),
     }
+    if view.is_gated and recipe.tuning is not None:
+        raise MethodError(
+            f"{view.spec.edit} is of shared experts behind a gate, and {recipe.name} tunes one matrix by gradient "
+            "steps: use a closed-form method"
+        )
     if stacks and (problem := next((text for text, is_so in problems.items() if is_so), "")):
         raise MethodError(f"layers {comma_list(stacks)} have experts, whose keys are stacked: {problem}")
 
@@ -775,10 +805,10 @@ def _covariance(state: SolverState, layer: int) -> Preconditioner:
         norm_lambda = NORM_SHARE * scale if automatic else float(hparams.update_norm_lambda)
         return Identity(size, state.view.weight(layer).device, scale + norm_lambda)
     moment, ridge = state.moment(layer), hparams.mom2_ridge
-    has_experts = state.view.experts(layer) is not None
-    if has_experts:
+    factored: Callable[..., Any] = Covariance.from_moment
+    if state.view.experts(layer) is not None:
         ridge = ridge or EXPERT_RIDGE
-    factored = expert_covariances if has_experts else Covariance.from_moment
+        factored = functools.partial(expert_covariances, shared=state.shared_moment(layer))
     norm_lambda = (
         NORM_SHARE * scale * factored(moment, ridge).geometric_mean if automatic else float(hparams.update_norm_lambda)
     )
@@ -790,7 +820,8 @@ def _null_space(state: SolverState, layer: int) -> Preconditioner:
     hparams = state.hparams
     ridge = 1.0 if hparams.L2 == AUTO else float(hparams.L2)
     if state.view.experts(layer) is not None:
-        return expert_null_spaces(state.moment(layer), hparams.nullspace_threshold, hparams.nullspace_rule, ridge)
+        rule, shared = hparams.nullspace_rule, state.shared_moment(layer)
+        return expert_null_spaces(state.moment(layer), hparams.nullspace_threshold, rule, ridge, shared=shared)
     override = state.null_space_overrides.get(layer)
     if override is None:
         return NullSpace.from_covariance(

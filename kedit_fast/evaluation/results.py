@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kedit_fast.evaluation.asks import Answer
-from kedit_fast.evaluation.intervals import bootstrap, wilson
 from kedit_fast.evaluation.metric import Case, Derived, Measured, Metric, State, Unit, Within
+from kedit_fast.support.intervals import bootstrap, wilson
 
 STATES: tuple[State, ...] = ("pre", "context", "first", "post", "final")
 """In the order of tables."""

@@ -119,7 +119,7 @@ def routing_probe(view: ModelView, tokenizer: Any, texts: Sequence[str], above: 
         True
     """
     first = 0 if above is None else above + 1
-    layers = [layer for layer in range(first, view.num_layers) if view.experts(layer) is not None]
+    layers = [layer for layer in view.editable if layer >= first and view.experts(layer) is not None]
     if not layers:
         return None
     asks = [Likelihood(text, min(_TEXT_TOKENS, view.max_length)) for text in texts]

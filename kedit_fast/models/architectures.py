@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
 from kedit_fast.support.textfiles import Repeated, parse_json, read_text
@@ -31,7 +31,7 @@ class ArchSpec:
     """Path of the MLP inside a block: a function of each position, whose output is added to the residual stream. It may
     be the edited layer itself, where no module of its own computes the MLP (OPT)."""
     edit: str
-    """Path, inside a block, of the linear layer whose weight is edited."""
+    """Path, inside a block, of the linear layer whose weight is edited; or of the experts whose stack is."""
     transposed: bool
     """Whether that weight is stored [in, out] (transformers' Conv1D)."""
     norm: str = ""
@@ -39,6 +39,17 @@ class ArchSpec:
     post_norm: bool = False
     """Whether a norm or a multiplier stands between the MLP and the residual sum: values are then optimized before it,
     at the MLP."""
+    shared: str = ""
+    """Path, inside a block with experts, of the last linear layer of those that every token passes, where it is one
+    more block of the edited stack; "" where they are not edited with the others."""
+    shared_gate: str = ""
+    """Path, inside a block, of the linear layer whose sigmoid multiplies what the shared experts put out: of those in
+    `shared`, or of the one in `edit`; "" where there is none."""
+
+
+SharedExperts = Literal["leave", "stack", "alone"]
+"""What an edit of a mixture does to the experts that every token passes: nothing; they are one more block of the stack;
+or they alone are edited."""
 
 
 def _llama_like(name: str, *model_types: str, post_norm: bool = False) -> ArchSpec:
@@ -96,7 +107,7 @@ def require_decoder(config: Any) -> None:
 
 
 _JSON_KINDS = {"str": "a text", "bool": "true or false", "tuple[str, ...]": "a list of texts"}
-_MAY_BE_EMPTY = ("attention", "norm")
+_MAY_BE_EMPTY = ("attention", "norm", "shared", "shared_gate")
 
 
 def spec_as_json(spec: ArchSpec) -> str:

@@ -2,20 +2,21 @@
 
 Such a module puts out sum_e g_e (W_e a_e + b_e) over the experts e that a router chose for a token, with gates g_e and
 activations a_e. That is one linear layer with the weight [W_1 ... W_E] [h, E m] and the key [g_1 a_1; ...; g_E a_E],
-which is zero where an expert was not chosen.
+which is zero where an expert was not chosen. Shared experts can be one more block of both (`models.shared_experts`).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
 
 from kedit_fast.errors import UnsupportedModelError
+from kedit_fast.models.shared_experts import SharedExpert
 from kedit_fast.models.weight_names import EXPERTS_WEIGHT
 from kedit_fast.support.dtypes import FLOATS
 from kedit_fast.support.messages import comma_list
@@ -38,6 +39,13 @@ class ExpertStack:
     """Size m of an expert's activation, the input of its last matrix."""
     outputs: int
     """Size h of what an expert puts out."""
+    shared: SharedExpert | None = None
+    """The shared experts that are one more block of the matrix; None without."""
+
+    @property
+    def size(self) -> int:
+        """Columns of the matrix: E m, and those of shared experts."""
+        return self.count * self.inputs + (0 if self.shared is None else self.shared.inputs)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -124,6 +132,10 @@ class ExpertRows:
     """[n] int64, which of the given tokens."""
     offsets: torch.Tensor
     """[E + 1] int64: the pairs of expert e are offsets[e] to offsets[e + 1]."""
+    shared: torch.Tensor | None = None
+    """[T, m_s] the shared experts' activations of the given tokens; None where they are no block of the stack."""
+    shared_gates: torch.Tensor | None = None
+    """[T] their gates; None for 1 each."""
 
     @property
     def experts(self) -> torch.Tensor:
@@ -134,14 +146,19 @@ class ExpertRows:
     def stacked(self, count_of_tokens: int) -> torch.Tensor:
         """The stacked keys [T, E m], k = g a in the expert's place and zero elsewhere, in float32 (float64 of float64).
 
-        Cost: T E m numbers of memory.
+        With shared experts they are [T, E m + m_s].
+
+        Cost: T E m numbers of memory, twice with shared experts.
         """
         dtype = torch.float64 if self.rows.dtype == torch.float64 else torch.float32
         experts = len(self.offsets) - 1
         size = self.rows.shape[1]
         keys = torch.zeros(count_of_tokens * experts, size, dtype=dtype, device=self.rows.device)
         keys.index_add_(0, self.tokens * experts + self.experts, self.rows.to(dtype) * self.gates.to(dtype)[:, None])
-        return keys.view(count_of_tokens, experts * size)
+        keys = keys.view(count_of_tokens, experts * size)
+        if self.shared is None:
+            return keys
+        return torch.cat([keys, _scaled(self.shared.to(dtype), self.shared_gates)], 1)
 
 
 @dataclass(frozen=True)
@@ -166,11 +183,13 @@ class ExpertInputs:
             pairs of those tokens, numbered as `places` lists them.
 
         Cost: 2 n h' m flops (twice that with gates), a product for each expert that was chosen; one read by the host.
+            Of shared experts all but the last matrix runs again.
         """
         states, index, gates = self.states, self.index, self.weights
         if places is not None:
             places = places.to(states.device)
             states, index, gates = states[places], index[places], gates[places]
+        index, gates = _once(index, gates, self.stack.count)
         pairs = index.reshape(-1)
         order = torch.argsort(pairs, stable=True)
         order = order[pairs[order] < self.stack.count]
@@ -183,15 +202,29 @@ class ExpertInputs:
         for expert, (first, last) in enumerate(itertools.pairwise(bounds)):
             if last > first:
                 rows[first:last] = _activations(self.stack.module, expert, entering[first:last])
-        return ExpertRows(rows, gates.reshape(-1)[order], tokens, offsets)
+        pairs_of = ExpertRows(rows, gates.reshape(-1)[order], tokens, offsets)
+        if (shared := self.stack.shared) is None:
+            return pairs_of
+        return replace(pairs_of, shared=shared.activations(states), shared_gates=shared.gates(states))
 
     def stacked(self, places: torch.Tensor | None = None) -> torch.Tensor:
         """The stacked keys [T', E m] of some tokens; see `ExpertRows.stacked`."""
         return self.rows(places).stacked(len(self.states if places is None else places))
 
+    def shared_outputs(self) -> torch.Tensor:
+        """What shared experts in the stack must add to the module's output, [R T, h]."""
+        shared = self.stack.shared
+        assert shared is not None
+        rows = shared.activations(self.states)
+        dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        out = rows.to(dtype) @ shared.weight.to(dtype).T
+        if shared.last.bias is not None:
+            out = out + shared.last.bias.to(dtype)
+        return _scaled(out, shared.gates(self.states))
+
     def outputs(self) -> torch.Tensor:
         """What the module must put out, [R T, h]: the stacked keys times the stacked matrix, and the gated biases."""
-        pairs, module = self.rows(), self.stack.module
+        pairs, module = replace(self, stack=replace(self.stack, shared=None)).rows(), self.stack.module
         dtype = torch.float64 if pairs.rows.dtype == torch.float64 else torch.float32
         out = torch.zeros(len(self.states), self.stack.outputs, dtype=dtype, device=pairs.rows.device)
         for expert, (first, last) in enumerate(itertools.pairwise(pairs.offsets.tolist())):
@@ -201,6 +234,17 @@ class ExpertInputs:
                     part = part + module.down_proj_bias[expert].to(dtype)
                 out.index_add_(0, pairs.tokens[first:last], part * pairs.gates[first:last, None].to(dtype))
         return out
+
+
+def _once(index: torch.Tensor, gates: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chosen experts and gates [T, k], an expert that a token chose twice (hashed routers may) once, with both gates.
+
+    Places of its later choices get the number `count`, which stands for no expert.
+    """
+    same = index[:, :, None] == index[:, None, :]  # [T, k, k]
+    gates = torch.where(same, gates[:, None, :], 0).sum(-1)
+    repeated = same.tril(-1).any(-1)
+    return index.masked_fill(repeated, count), gates
 
 
 def expert_inputs(stack: ExpertStack, values: Sequence[Any], tokens: int) -> ExpertInputs:
@@ -224,6 +268,10 @@ def expert_inputs(stack: ExpertStack, values: Sequence[Any], tokens: int) -> Exp
         f"{stack.path} was called with {comma_list(shapes)}, not with states, chosen experts and their weights of all "
         f"{tokens} tokens of a batch: a model that cuts batches into parts or packs their tokens cannot be edited"
     )
+
+
+def _scaled(rows: torch.Tensor, gates: torch.Tensor | None) -> torch.Tensor:
+    return rows if gates is None else rows * gates.to(rows.dtype)[:, None]
 
 
 def _activations(module: Any, expert: int, states: torch.Tensor) -> torch.Tensor:

@@ -59,8 +59,8 @@ def difference(stored: dict[str, str], current: dict[str, str]) -> str:
                 return f"{field} ({stored[field]} there, {current[field]} here)"
             return field
     there, here = json.loads(stored.get("model_samples", "{}")), json.loads(current["model_samples"])
-    if there.keys() != here.keys():
-        return "names of the weights"
+    if other := sorted(there.keys() ^ here.keys()):
+        return f"names of the weights that are not edited (first {other[0]})"
     for name, values in there.items():
         for a, b in zip(values, here[name], strict=True):
             if abs(a - b) > _TOLERANCE * max(abs(a), abs(b)) + 1e-6:
@@ -70,6 +70,7 @@ def difference(stored: dict[str, str], current: dict[str, str]) -> str:
 
 def _samples(view: ModelView) -> dict[str, list[float]]:
     edited = {view.module_name(layer) for layer in view.editable}
+    edited |= {shared.path for layer in view.editable if (shared := view.shared_experts(layer)) is not None}
     samples = {}
     for name, tensor in view.model.state_dict().items():
         if not isinstance(tensor, torch.Tensor):  # a module's "extra state" may be anything

@@ -27,6 +27,7 @@ from kedit_fast.models.patching import (
     replaced_forwards,
 )
 from kedit_fast.models.sharded import is_split, whole_inputs
+from kedit_fast.models.shared_experts import gate_values
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import Widening, computing
 from kedit_fast.support.messages import first_line
@@ -63,7 +64,8 @@ class Site:
     kind: SiteKind
     """"key" is the input of the edited linear layer; "attention", "mlp" and "block" are the output of that module.
 
-    Where the stacked matrix of experts is edited, the input is what enters their module (`models.experts`).
+    Where the stacked matrix of experts is edited, the input is what enters their module (`models.experts`). Where a
+    gate multiplies the edited layer's output, as that of shared experts, the input is multiplied by it.
     """
 
 
@@ -227,6 +229,7 @@ def visit(
     """
     _ = view.head  # checked before anything is put into the model
     missing = set(sites)
+    ungated = {site for site in missing if not view.is_gated or site.kind != "key"}
 
     def pass_on(site: Site, states: Any) -> None:
         if isinstance(states, torch.Tensor):
@@ -257,8 +260,26 @@ def visit(
     def see_output(site: Site) -> Callable[..., None]:
         return lambda module, args, output: pass_on(site, hidden_of(output))
 
-    on_inputs = [(module_at(view, site), see_input(site)) for site in missing if site.kind == "key"]
-    on_outputs = [(module_at(view, site), see_output(site)) for site in missing if site.kind != "key"]
+    def see_gated(site: Site) -> tuple[Callable[..., None], Callable[..., None]]:
+        parts: dict[str, torch.Tensor] = {}  # of one call; the gate may run before the layer or after it
+
+        def see(name: str, states: Any) -> None:
+            parts[name] = states
+            if len(parts) == 2:
+                gates = gate_values(parts.pop("gate"))
+                pass_on(site, parts.pop("inputs").to(gates.dtype) * gates)
+
+        return (
+            lambda module, args, kwargs: see("inputs", next(iter((*args, *kwargs.values())))),
+            lambda module, args, output: see("gate", output),
+        )
+
+    on_inputs = [(module_at(view, site), see_input(site)) for site in ungated if site.kind == "key"]
+    on_outputs = [(module_at(view, site), see_output(site)) for site in ungated if site.kind != "key"]
+    for site in missing - ungated:
+        see_inputs, see_gate = see_gated(site)
+        on_inputs.append((module_at(view, site), see_inputs))
+        on_outputs.append((view.shared_gate(site.layer), see_gate))
     end = None
     with input_hooks(on_inputs), output_hooks(on_outputs), contextlib.suppress(_AllSeen):
         end = last_states(view, batch)
@@ -279,21 +300,29 @@ def require_passes(view: ModelView, sites: Sequence[Site]) -> None:
             that compute something else.
     """
     expected: dict[int, torch.Tensor] = {}
+    expected_sum: dict[int, torch.Tensor] = {}  # with shared experts
 
     def see(site: Site, states: Any) -> None:
         if isinstance(states, ExpertInputs):
             expected[site.layer] = states.outputs()
+            if states.stack.shared is not None:
+                expected_sum[site.layer] = expected[site.layer] + states.shared_outputs()
         elif site.kind == "key" and states.shape[-1] != (size := view.edited_shape(site.layer)[1]):
             raise UnsupportedModelError(f"{name_of(view, site)} takes {states.shape[-1]} inputs, its weight {size}")
 
     def check_output(layer: int) -> Callable[..., None]:
         return lambda module, args, output: _require_linear(view, layer, expected.pop(layer, None), output)
 
+    def check_sum(layer: int) -> Callable[..., None]:
+        return lambda module, args, output: _require_linear(view, layer, expected_sum.pop(layer, None), output, True)
+
     stacks = [site.layer for site in sites if site.kind == "key" and view.experts(site.layer) is not None]
     with evaluating(view):
         blocks = [Site(layer, "block") for layer in range(view.num_layers)]
         batch = pad([sample_rows(view.model.config, view.vocabulary)[0][:2]], view.device)
-        with output_hooks([(view.edited_module(layer), check_output(layer)) for layer in stacks]):
+        checks = [(view.edited_module(layer), check_output(layer)) for layer in stacks]
+        checks += [(view.mlp(layer), check_sum(layer)) for layer in stacks if view.spec.shared]
+        with output_hooks(checks):
             visit(view, batch, [*blocks, *sites], see)
         for site in sites:
             summed = site.kind == "mlp" or (site.kind == "block" and not view.spec.post_norm)
@@ -301,8 +330,13 @@ def require_passes(view: ModelView, sites: Sequence[Site]) -> None:
                 _require_sum(view, batch, site)
 
 
-def _require_linear(view: ModelView, layer: int, expected: torch.Tensor | None, output: Any) -> None:
-    """Raise UnsupportedModelError unless experts put out what their stacked keys and matrix give."""
+def _require_linear(
+    view: ModelView, layer: int, expected: torch.Tensor | None, output: Any, with_shared: bool = False
+) -> None:
+    """Raise UnsupportedModelError unless experts put out what their stacked keys and matrix give.
+
+    With `with_shared` the output is that of the MLP around them, to which shared experts add.
+    """
     if expected is None:  # the call that put out this was not seen
         return
     states = hidden_of(output)
@@ -314,6 +348,11 @@ def _require_linear(view: ModelView, layer: int, expected: torch.Tensor | None, 
             if error <= error_limit(states.dtype) or not bool(torch.isfinite(expected).all()):
                 return
             problem = f"they differ by {error:.1g}"
+    if with_shared:
+        raise UnsupportedModelError(
+            f"{name_of(view, Site(layer, 'mlp'))} is not the sum of its experts and of {view.spec.shared} times its "
+            f"activations and gate: {problem}. Shared experts cannot be a block of the stack here"
+        )
     raise UnsupportedModelError(
         f"{name_of(view, Site(layer, 'key'))} is not the sum of its chosen experts' matrices times their "
         f"activations and gates: {problem}. Its stacked matrix cannot be edited"
@@ -333,13 +372,24 @@ def _require_sum(view: ModelView, batch: TokenBatch, site: Site) -> None:
             "layer of the MLP. Pass an ArchSpec whose `edit` is"
         )
 
+    gates: list[torch.Tensor] = []
+
     def add(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         return output + change.to(output)
 
-    with output_hooks([(view.edited_module(site.layer), add)]):
+    def see_gate(module: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        gates.append(gate_values(output))
+
+    hooks: list[Any] = [(view.edited_module(site.layer), add)]
+    if view.is_gated:
+        hooks.append((view.shared_gate(site.layer), see_gate))
+    with output_hooks(hooks):
         after = capture(view, batch, [site])[0][site]
     seen = (after - before).float()
-    if not float((seen - change).norm()) <= error_limit(before.dtype) * float(change.expand_as(seen).norm()):
+    change = change.float().expand_as(seen)
+    if gates:
+        change = change * as_rows(gates[-1], before.shape[:2]).to(change)
+    if not float((seen - change).norm()) <= error_limit(before.dtype) * float(change.norm()):
         if not bool(torch.isfinite(seen).all()):
             return  # whoever needs the values says so, with the request's name
         raise UnsupportedModelError(

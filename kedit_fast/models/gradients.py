@@ -52,7 +52,7 @@ def output_gradients(
 
         return hook
 
-    with torch.enable_grad(), output_hooks([(view.edited_module(layer), watched(layer)) for layer in layers]):
+    with torch.enable_grad(), output_hooks([(view.adding_module(layer), watched(layer)) for layer in layers]):
         value = loss(last_states(view, batch))
         try:
             if value.requires_grad:

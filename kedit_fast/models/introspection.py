@@ -11,18 +11,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
-from kedit_fast.errors import UnsupportedModelError
-from kedit_fast.models.architectures import ArchSpec, known_architecture, require_decoder, text_config
+from kedit_fast.errors import InvalidArgumentError, UnsupportedModelError
+from kedit_fast.models.architectures import (
+    ArchSpec,
+    SharedExperts,
+    known_architecture,
+    require_decoder,
+    text_config,
+)
 from kedit_fast.models.experts import refusal, stack_shape
 from kedit_fast.models.head import error_limit, model_logits, refused_by_name, sample_rows
 from kedit_fast.models.offloaded import device_of
 from kedit_fast.models.patching import evaluation_mode, output_hooks
+from kedit_fast.models.shared_experts import with_shared_experts
 from kedit_fast.models.weight_names import has_experts_name
 from kedit_fast.models.widened import computing
+from kedit_fast.support.messages import comma_list
 from kedit_fast.support.torch_state import plain_torch
 
 _MLP = re.compile(r"mlp|ffn|feed_?forward|(^|_)ff($|_)", re.IGNORECASE)
@@ -56,19 +64,49 @@ class _Mlp(NamedTuple):
 
 
 @plain_torch()
-def find_spec(model: Any) -> ArchSpec:
+def find_spec(model: Any, shared_experts: SharedExperts = "leave") -> ArchSpec:
     """The ArchSpec of a model: the listed one of its configuration, or what its own modules show.
 
     Args:
         model: a causal language model of transformers. Without values, whether a norm or a multiplier follows the MLP
             is read from names alone.
+        shared_experts: what an edit of a mixture does to the experts that every token passes: "leave" does not change
+            them, "stack" makes them one more block of the stack of the others, "alone" edits them and no others.
 
     Raises:
+        InvalidArgumentError: another value of `shared_experts`.
         UnsupportedModelError: a mixture of experts whose stacked matrix cannot be edited, an encoder-decoder, or a
-            model in which a part cannot be told; the message names the part.
+            model in which a part cannot be told; or, with "stack" or "alone", one without shared experts. The message
+            names the part.
 
     Cost: nothing for a listed architecture; else a pass of a few tokens, twice for each class of blocks.
+
+    Example:
+        >>> find_spec(model).edit  # of a dense model
+        'mlp.down_proj'
+        >>> find_spec(model, "stack")
+        Traceback (most recent call last):
+        ...
+        kedit_fast.errors.UnsupportedModelError: shared_experts = 'stack': ...
     """
+    if shared_experts not in get_args(SharedExperts):
+        raise InvalidArgumentError(
+            f"shared_experts must be one of {comma_list(get_args(SharedExperts))}; got {shared_experts!r}"
+        )
+    spec = _find_spec(model)
+    if shared_experts == "leave":
+        return spec
+    blocks: Any = model.get_submodule(spec.blocks)
+    for block in blocks if has_experts_name(spec.edit) else ():
+        if _has(block, spec.edit) and (changed := with_shared_experts(spec, block, shared_experts == "alone")):
+            return changed
+    raise UnsupportedModelError(
+        f"shared_experts = {shared_experts!r}: no MLP that every token passes was seen beside experts in the blocks of "
+        f"{spec.name} ({spec.blocks}); 'leave' edits {spec.edit}"
+    )
+
+
+def _find_spec(model: Any) -> ArchSpec:
     require_decoder(model.config)
     listed = known_architecture(text_config(model.config))
     if listed is not None and _has(model, listed.blocks):

@@ -229,11 +229,16 @@ def row_pass(view: ModelView, layer: int) -> RowPass:
 
     Raises:
         UnsupportedModelError: a module does not run, or no way gives what the model does with a changed weight; or the
-            layer has experts.
+            layer has experts, or a gate.
     """
     if view.experts(layer) is not None:
         raise UnsupportedModelError(
             f"{view.module_name(layer)} is the stacked matrix of experts: it is not tuned, only solved for. Use a "
+            "closed-form editor, MEMIT or AlphaEdit"
+        )
+    if view.is_gated:
+        raise UnsupportedModelError(
+            f"{view.module_name(layer)} is of shared experts behind a gate: it is not tuned, only solved for. Use a "
             "closed-form editor, MEMIT or AlphaEdit"
         )
     tried = view.once(_tried)

@@ -71,6 +71,8 @@ class Layout:
     def __init__(self, inside: torch.Tensor, positions: torch.Tensor, prefix: int, lookup: torch.Tensor):
         self.row, self.place = torch.nonzero(inside, as_tuple=True)  # of every packed token [N]
         self.shape, self.prefix = inside.shape, prefix
+        self.slot = prefix + self.place
+        """[N] where a packed token's key stands among those of its row."""
         slots = torch.arange(prefix, device=inside.device) - (prefix - lookup)[:, None]  # [R, P] positions
         self.keys_at = torch.cat([slots, positions], 1)  # [R, P + S]
         self.is_key = torch.cat([slots >= 0, inside], 1)
@@ -127,6 +129,11 @@ class TailCache(DynamicCache):
         return 0, 0
 
 
+def packed_keys(keys: torch.Tensor, storage: KeysValues | None, layout: Layout) -> Any:
+    """What a cache returns as keys under `installed`: those of packed tokens [1, groups, N, size], and their places."""
+    return _Tail(keys, storage, layout)
+
+
 @contextlib.contextmanager
 def installed(view: ModelView) -> Iterator[None]:
     """Inside the block the model's attention is `_attention`."""
@@ -163,14 +170,15 @@ class _TailAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, storage: KeysValues | None, layout: Layout, bias, scale: float, softcap: float):
-        (rows, tail), prefix = layout.shape, layout.prefix
+        rows, tail = layout.shape
         heads, groups = query.shape[1], key.shape[1]
         row, place = layout.row.to(query.device), layout.place.to(query.device)
         if storage is None:
             storage = KeysValues(*(_laid_out(part, rows, tail, row, place) for part in (key, value)))
         else:
-            storage.keys[row, :, prefix + place] = key
-            storage.values[row, :, prefix + place] = value
+            slot = layout.slot.to(query.device)
+            storage.keys[row, :, slot] = key
+            storage.values[row, :, slot] = value
         keys, values = (part.flatten(0, 1) for part in (storage.keys, storage.values))  # [R groups, P + S, size]
         queries = _laid_out(query, rows, tail, row, place).view(rows * groups, -1, query.shape[2])
         scores = torch.bmm(queries, keys.mT)  # [R groups, heads / groups * S, P + S]

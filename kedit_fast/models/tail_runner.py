@@ -174,7 +174,7 @@ class TailRunner:
             ids, positions, mask, cache = self.ids, self.positions, self.mask, self._fresh_cache()
             attention = contextlib.nullcontext()
             picks = {layer: wanted if layer == last else self.tokens for layer in self.caches}
-        forwards = {**self._stubs(delta, first), **_packed_mlps(self.view, picks)}
+        forwards = {**self._stubs(delta, first), **picked_mlps(self.view, picks)}
         with replaced_forwards(forwards), self._hooks(delta, first), attention:
             hidden = self.view.base(
                 input_ids=ids,
@@ -220,7 +220,7 @@ class TailRunner:
             ids, positions, mask = self.ids, self.positions, self.mask
             picks = {layer: wanted if layer == last else here for layer in range(first, last + 1)}
         below = stubs(self.view, Entering(first, entering, self.returns_tuple))
-        with replaced_forwards({**below, **_packed_mlps(self.view, picks)}), attention:
+        with replaced_forwards({**below, **picked_mlps(self.view, picks)}), attention:
             hidden = self.view.base(
                 input_ids=ids,
                 attention_mask=mask,
@@ -414,7 +414,7 @@ def _full_pass(
     hooks = [(module_at(view, site), record_site(site)) for site in sites]
     if first_live > 0:
         hooks.append((view.block(first_live - 1), record_entering))
-    with output_hooks(hooks), replaced_forwards(_packed_mlps(view, picks)):
+    with output_hooks(hooks), replaced_forwards(picked_mlps(view, picks)):
         output = view.base(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
@@ -477,7 +477,7 @@ class _Scatter(torch.autograd.Function):
         return gradient.index_select(0, index), None, None
 
 
-def _packed_mlps(view: ModelView, picks: dict[int, torch.Tensor]) -> dict[torch.nn.Module, Callable[..., Any]]:
+def picked_mlps(view: ModelView, picks: dict[int, torch.Tensor]) -> dict[torch.nn.Module, Callable[..., Any]]:
     """Forward functions of MLPs that compute only the tokens picks[layer] of the flattened [R * T], zero elsewhere."""
 
     def packed(forward: Callable[..., Any], index: torch.Tensor) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar, cast
 
@@ -18,7 +19,8 @@ from kedit_fast.models.introspection import find_spec
 from kedit_fast.models.offloaded import device_of, on_host
 from kedit_fast.models.routes import suspended
 from kedit_fast.models.schemes import scheme_of
-from kedit_fast.models.sharded import is_sharded, require_whole_world, splits_inputs, work_share
+from kedit_fast.models.sharded import is_sharded, require_whole_world, splits_inputs, whole, work_share
+from kedit_fast.models.shared_experts import SharedExpert
 from kedit_fast.models.weight_names import EXPERTS_WEIGHT, has_experts_name, is_experts_path, weight_name_of
 from kedit_fast.support.dtypes import FLOATS
 from kedit_fast.support.messages import comma_list
@@ -57,7 +59,9 @@ def linear_module(model: torch.nn.Module, path: str) -> Any:
     """
     if is_experts_path(path):
         raise InvalidArgumentError(
-            f"{path!r} is the stacked matrix of experts, not a linear module: only closed-form editors change it"
+            f"{path!r} is the stacked matrix of experts, not a linear module: methods that solve for values (memit, "
+            "alphaedit, rome) change it. Others take linear modules, as attention and shared experts have: name these "
+            "by path (inner_params)"
         )
     try:
         module = model.get_submodule(path)
@@ -168,6 +172,8 @@ class ModelView:
             is_plain = self.experts(layer) is None and scheme_of(self.edited_module(layer)) is None
             if is_plain:  # of a quantized one the inputs can be read, and `weight` refuses it
                 check_weight(self.weight_name(layer), self.edited_module(layer))
+            if (shared := self.shared_experts(layer)) is not None:
+                check_weight(weight_name_of(shared.path), shared.last)
         self._computed: dict[Callable[[ModelView], Any], Any] = {}
         self._head: tuple[torch.Tensor, Head] | None = None  # of which weight
 
@@ -180,6 +186,8 @@ class ModelView:
                 f"block {layer} is a {type(self.block(layer)).__name__} that does not have the modules of "
                 f"{self.spec.name} ({error}): is it wrapped? Pass the model without wrappers inside"
             )
+        if problem := self._problem_of_shared(layer, edited):
+            return problem
         if has_experts_name(self.spec.edit):
             problem = refusal(edited)
             return f"{self.spec.blocks}.{layer}.{self.spec.edit} ({type(edited).__name__}) {problem}" if problem else ""
@@ -188,6 +196,25 @@ class ModelView:
                 f"{self.module_name(layer)} is a {type(edited).__name__}, and the spec of {self.spec.name} says "
                 f"transposed = {self.spec.transposed}: true is for transformers' Conv1D alone"
             )
+        return ""
+
+    def _problem_of_shared(self, layer: int, edited: Any) -> str:
+        """Why what the spec says of shared experts does not hold in a layer; "" if it does, or says nothing."""
+        spec, block = self.spec, self.block(layer)
+        if not spec.shared and not spec.shared_gate:
+            return ""
+        if spec.shared and (not has_experts_name(spec.edit) or spec.mlp == spec.edit):
+            return f"{spec.name}: shared experts are a block of the stack of experts in {spec.mlp}, not of {spec.edit}"
+        try:
+            last = block.get_submodule(spec.shared) if spec.shared else edited
+            gate = block.get_submodule(spec.shared_gate) if spec.shared_gate else None
+        except AttributeError as error:
+            return f"block {layer} does not have the shared experts of {spec.name} ({error})"
+        path = f"{spec.blocks}.{layer}.{spec.shared or spec.edit}"
+        if not isinstance(last, torch.nn.Linear):
+            return f"{path} is a {type(last).__name__}, not the last linear layer of shared experts"
+        if gate is not None and (getattr(gate, "out_features", 0) != 1 or last.bias is not None):
+            return f"{path} has a bias behind its gate, or a gate of several numbers: what it puts out is not linear"
         return ""
 
     @property
@@ -288,14 +315,46 @@ class ModelView:
         return self.block(layer).get_submodule(self.spec.edit)
 
     def experts(self, layer: int) -> ExpertStack | None:
-        """The experts of block `layer`, where their stacked matrix is what is edited; None where a linear layer is.
+        """The experts of block `layer`, where their stacked matrix is edited; None where a linear layer is, or nothing.
 
         Raises:
             UnsupportedModelError: their matrix cannot be edited; see `expert_stack`.
         """
-        if not has_experts_name(self.spec.edit):
+        if not has_experts_name(self.spec.edit) or self._has_no(layer, self.spec.edit):
             return None
-        return expert_stack(self.model, f"{self.spec.blocks}.{layer}.{self.spec.edit}")
+        stack = expert_stack(self.model, f"{self.spec.blocks}.{layer}.{self.spec.edit}")
+        shared = self.shared_experts(layer)
+        return stack if shared is None else replace(stack, shared=shared)
+
+    def _has_no(self, layer: int, path: str) -> bool:
+        """Whether a block has no module of this path, as the first blocks of DeepSeek-V3 have no experts."""
+        try:
+            self.block(layer).get_submodule(path)
+        except AttributeError:
+            return True
+        return False
+
+    def shared_experts(self, layer: int) -> SharedExpert | None:
+        """The shared experts of block `layer`, where they are one more block of the stack that is edited."""
+        spec = self.spec
+        if not spec.shared or self._has_no(layer, spec.shared):
+            return None
+        block, path = self.block(layer), f"{spec.blocks}.{layer}.{spec.shared}"
+        mlp = block.get_submodule(spec.shared.rpartition(".")[0])
+        return SharedExpert(path, mlp, block.get_submodule(spec.shared), self.shared_gate(layer))
+
+    def adding_module(self, layer: int) -> Any:
+        """The module that puts out the key times the edited matrix, or a sum with it: the edited one, unless gated."""
+        return self.mlp(layer) if self.is_gated else self.edited_module(layer)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether a gate multiplies what the edited linear layer puts out: that of shared experts, edited alone."""
+        return bool(self.spec.shared_gate and not self.spec.shared)
+
+    def shared_gate(self, layer: int) -> Any:
+        """The linear layer whose sigmoid multiplies what shared experts put out; None where the spec names none."""
+        return self.block(layer).get_submodule(self.spec.shared_gate) if self.spec.shared_gate else None
 
     @property
     def edited_path(self) -> str:
@@ -314,10 +373,28 @@ class ModelView:
         """The name of the edited weight in the state dict."""
         return weight_name_of(self.module_name(layer))
 
+    def edited_weights(self, layer: int) -> dict[str, torch.Tensor]:
+        """Path of each edited module of a layer -> its `weight`: one, and that of shared experts in the stack."""
+        weights = {self.module_name(layer): self.weight(layer)}
+        if (shared := self.shared_experts(layer)) is not None:
+            weights[shared.path] = shared.weight
+        return weights
+
+    def edited_matrix(self, layer: int) -> torch.Tensor:
+        """The edited matrix [out, in], whole; of stacked experts [W_1 ... W_E] [h, E m], and shared ones, a copy."""
+        weight = self.weight(layer)
+        if weight.ndim == 2:
+            return whole(weight)
+        matrix, shared = weight.transpose(0, 1).flatten(1), self.shared_experts(layer)
+        return matrix if shared is None else torch.cat([matrix, shared.weight.to(matrix)], 1)
+
     def edited_shape(self, layer: int) -> tuple[int, int]:
-        """Rows and columns [out, in] of the edited matrix, also where it is quantized; [h, E m] of stacked experts."""
+        """Rows and columns [out, in] of the edited matrix, also where it is quantized; [h, E m] of stacked experts.
+
+        Shared experts in the stack add their m_s columns.
+        """
         if (stack := self.experts(layer)) is not None:
-            return stack.outputs, stack.count * stack.inputs
+            return stack.outputs, stack.size
         module = self.edited_module(layer)
         if scheme_of(module):
             return module.out_features, module.in_features

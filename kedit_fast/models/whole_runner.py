@@ -99,7 +99,8 @@ class WholeRunner:
         entering = self.entering
         if entering is not None and other.entering is not None:
             parts = [entering.states, other.entering.states]
-            states = torch.cat([pad_with_zeros(part, (0, 0, 0, length - part.shape[1])) for part in parts])
+            beyond = (0, 0) * (parts[0].ndim - 2)  # what comes behind the places: streams, and sizes
+            states = torch.cat([pad_with_zeros(part, (*beyond, 0, length - part.shape[1])) for part in parts])
             entering = Entering(entering.layer, states, entering.as_tuple)
         return WholeRunner(
             self.view,

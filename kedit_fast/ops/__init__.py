@@ -3,6 +3,7 @@
 from kedit_fast.ops.activation_distance import activation_distance
 from kedit_fast.ops.best_overlap import BestOverlap, best_overlap
 from kedit_fast.ops.distribution_kl import distribution_kl
+from kedit_fast.ops.edge_contraction import edge_contraction
 from kedit_fast.ops.entry_bits import pack_bits, unpack_bits
 from kedit_fast.ops.gated_silu import gated_silu
 from kedit_fast.ops.grouped_rank_k_update import grouped_rank_k_update_
@@ -27,6 +28,7 @@ __all__ = [
     "activation_distance",
     "best_overlap",
     "distribution_kl",
+    "edge_contraction",
     "gated_silu",
     "grouped_rank_k_update_",
     "grouped_symmetric_rank_k_update_",

@@ -127,6 +127,10 @@ def convergence(
     chosen, _ = make_hparams(method, view.config, overrides)
     if not chosen.uses_moments or recipe.masks_updates or not recipe.is_batched:
         raise MethodError(f"{recipe.name} has no update of low rank that depends on statistics")
+    if view.spec.shared:
+        raise MethodError(
+            "convergence is of statistics that are one matrix, or one for each expert: leave out `shared` of the spec"
+        )
     rule = _null_rule(view.config, overrides, chosen)
     if rule[1] == "absolute" and any(view.experts(layer) is not None for layer in chosen.layers):
         raise MethodError(

@@ -20,6 +20,7 @@ from kedit_fast.methods.registry import find_recipe
 from kedit_fast.methods.windows import windows
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.view import ModelView
+from kedit_fast.reports.locating import TracedLayers, traced_layers
 from kedit_fast.reports.search import SEARCHES, Effort, Search, kind_of, span
 from kedit_fast.reports.trials import StoredStatistics, Trial, Trials, in_memory
 from kedit_fast.requests.problems import OnError, require_no_problems, skipped_records
@@ -93,6 +94,7 @@ def suggest(
     texts: Sequence[str] = (),
     max_tokens: int = 100_000,
     last_layers: Sequence[int] | None = None,
+    trace: bool = False,
     hparams: Mapping[str, Any] | None = None,
     seed: int = 0,
     prompt_format: PromptFormat | None = None,
@@ -121,6 +123,10 @@ def suggest(
         max_tokens: tokens to collect statistics from.
         last_layers: try windows that end at these layers alone; by default those of `methods.windows`, and their
             neighbors.
+        trace: trace some of the requests first (see `locating.tracing`), and begin with windows that end at the layers
+            that the trace speaks for, in place of windows over the whole depth. Their neighbors are tried as without.
+            It takes fewer trials; that facts are best edited where they are traced to is no law, so it is not the
+            default.
         hparams: values that override the preset's or the guess's. What is given is not varied.
         seed: seed of the context prefixes.
         prompt_format, target_separator: as in `Editor`.
@@ -140,7 +146,7 @@ def suggest(
 
     Raises:
         MethodError: no statistics and no text for a method that needs them, no statistics of any window, every trial
-            failed, or (with effort "full") no target came through in any.
+            failed, or (with effort "full") no target came through in any; `trace` together with layers that are given.
         RequestError: requests that cannot be written.
 
     Cost: the values of all requests once per last layer, clamp and rate; a solve, a write and an evaluation per trial.
@@ -155,6 +161,12 @@ def suggest(
     base = given if effort == "short" else _freed(recipe, view.config, given)
     chosen, _ = make_hparams(method, view.config, base)
     candidates, can_move = _windows(recipe, view, chosen, given, last_layers)
+    if trace and not can_move:
+        raise MethodError(
+            "trace chooses the windows of layers that are tried first, and layers are given: leave one of them out"
+            if recipe.tuning is None or not recipe.tuning.locates_layers
+            else f"trace chooses windows of layers, and {recipe.name} chooses its layers itself: leave it out"
+        )
     drift_texts = list(texts[-DRIFT_TEXTS:]) if texts else []
     stored, available = None, frozenset(view.editable)
     if chosen.uses_statistics:
@@ -184,6 +196,11 @@ def suggest(
         usable, skipped = _usable(trials, candidates, requests, on_error)
         usable = usable[:most]
         tried, held = _split(usable) if effort == "full" else (usable, [])
+        origins: tuple[str, ...] = ()
+        if trace:
+            speaks = traced_layers(view, tokenizer, [p.request for p in tried], prompt_format=prompt_format)
+            candidates, note = _traced_windows(candidates, speaks, available)
+            origins = (note,)
         start = chosen.layers if chosen.layers in candidates else candidates[0]
         search = Search(trials, tried, recipe, chosen, frozenset(given), candidates, start, available, can_move)
         if effort == "full" and origin.startswith("preset") and preset.layers and available >= set(preset.layers):
@@ -216,7 +233,7 @@ def suggest(
         finals,
         len(held),
         max((t for t in finals), key=lambda trial: trial.rank).score if finals else best.score,
-        (*search.edges.values(), *_notes(best, len(usable), effort, held)),
+        (*origins, *search.edges.values(), *_notes(best, len(usable), effort, held)),
     )
 
 
@@ -257,6 +274,25 @@ def _windows(
     if start and start not in coarse:
         coarse = sorted([*coarse, start], key=lambda window: (window[-1], -len(window)))
     return coarse, True
+
+
+def _traced_windows(
+    candidates: Sequence[tuple[int, ...]], speaks: TracedLayers, available: frozenset[int]
+) -> tuple[list[tuple[int, ...]], str]:
+    """The windows that a search begins with where a trace was made, and a sentence about them.
+
+    They end at the last layer that the trace speaks for and at the one of the largest effect, with as many layers as
+    the other windows. All candidates remain where the trace speaks for no layer, or none of these can be edited.
+    """
+    if not speaks.layers:
+        return list(candidates), f"{speaks.sentence}: windows over the whole depth are tried"
+    size = max(map(len, candidates))
+    ends = sorted({speaks.peak, speaks.layers[-1]})
+    traced = [tuple(range(max(0, end - size + 1), end + 1)) for end in ends]
+    traced = [window for window in traced if available >= set(window)]
+    if not traced:
+        return list(candidates), f"{speaks.sentence}; these have no statistics or no such weight: others are tried"
+    return traced, f"{speaks.sentence}: the first windows are {' and '.join(span(window) for window in traced)}"
 
 
 def _inside(candidates: Sequence[tuple[int, ...]], available: frozenset[int], recipe: Recipe) -> list[tuple[int, ...]]:

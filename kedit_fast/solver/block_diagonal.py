@@ -119,18 +119,20 @@ def expert_covariances(
     weight: float = 1.0,
     norm_lambda: float = 0.0,
     dtype: torch.dtype = torch.float64,
+    shared: torch.Tensor | None = None,
 ) -> BlockDiagonal:
     """S of stacked keys with the blocks S_e = weight (C_e + ridge c I) + norm_lambda I.
 
-    c is the mean diagonal over all experts, so that the block of an expert that no text has chosen, C_e = 0, is the
+    c is the mean diagonal over all blocks, so that the block of an expert that no text has chosen, C_e = 0, is the
     cheapest to change, and still finite.
 
     Args:
         moment: C [E, m, m], C_e the mean of g_e^2 a_e a_e^T over all tokens; lower triangles are read.
-        ridge: relative to the mean diagonal over all experts; positive where an expert was never chosen.
+        ridge: relative to the mean diagonal over all blocks; positive where an expert was never chosen.
         weight: lambda, `mom2_update_weight`.
         norm_lambda: ENCORE's lambda_n; absolute.
         dtype: of the factors, see `Covariance.from_moment`.
+        shared: C_s [m_s, m_s] of shared experts, which are the last block; it counts in c. None without.
 
     Raises:
         InvalidArgumentError: a moment of another shape, or arguments that `Covariance.from_moment` refuses.
@@ -138,13 +140,13 @@ def expert_covariances(
 
     Cost: E m^3 / 3 flops in fp64; 8 E m^2 bytes (float32: 4 E m^2).
     """
-    _check_moments(moment)
-    require_finite_moment(moment)
+    _check_moments(moment, shared)
     if ridge < 0:
         raise InvalidArgumentError(f"ridge must not be negative; got {ridge}")
-    add = ridge * float(moment.diagonal(dim1=1, dim2=2).double().mean())
+    parts = _named_blocks(moment, shared)
+    add = ridge * float(torch.cat([block.diagonal().double() for _, block in parts]).mean())
     blocks = []
-    for expert, block in enumerate(moment):
+    for name, block in parts:
         system = block.double()
         if add:
             system = system.clone() if system is block else system
@@ -152,14 +154,19 @@ def expert_covariances(
         try:
             factored = Covariance.from_moment(system, weight=weight, norm_lambda=norm_lambda, dtype=dtype)
         except StatisticsError as error:
-            raise type(error)(f"expert {expert}: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
         blocks.append(replace(factored, ridge=ridge))
     return BlockDiagonal(tuple(blocks))
 
 
 @plain_torch()
 def expert_null_spaces(
-    moment: torch.Tensor, threshold: float, rule: NullSpaceRule = "relative", l2: float = 10.0
+    moment: torch.Tensor,
+    threshold: float,
+    rule: NullSpaceRule = "relative",
+    l2: float = 10.0,
+    *,
+    shared: torch.Tensor | None = None,
 ) -> BlockDiagonal:
     """S^-1 of stacked keys with the blocks P_e / L2, P_e the projection on the null space of C_e.
 
@@ -169,6 +176,7 @@ def expert_null_spaces(
     Args:
         moment: C [E, m, m], as for `expert_covariances`.
         threshold, rule, l2: as for `NullSpace.from_covariance`; the rule is "relative" or "energy".
+        shared: C_s [m_s, m_s] of shared experts, which are the last block; None without.
 
     Raises:
         InvalidArgumentError: a moment of another shape, the rule "absolute", or numbers that are not positive.
@@ -178,7 +186,7 @@ def expert_null_spaces(
     Cost: about 9 E m^3 flops in fp64.
     Source: AlphaEdit (arXiv 2410.02355); for each expert as in MoEEdit (ICLR 2026).
     """
-    _check_moments(moment)
+    _check_moments(moment, shared)
     if rule not in EXPERT_RULES:
         raise InvalidArgumentError(
             f"the rule of the null spaces of experts must be relative or energy, as an absolute bound depends on how "
@@ -186,17 +194,16 @@ def expert_null_spaces(
         )
     if not threshold > 0 or not l2 > 0:
         raise InvalidArgumentError(f"threshold and l2 must be positive; got {threshold} and {l2}")
-    require_finite_moment(moment)
     experts, size, _ = moment.shape
     blocks = []
-    for expert, block in enumerate(moment):
+    for name, block in _named_blocks(moment, shared):
         if not bool(block.any()):
-            blocks.append(NullSpace(block.new_empty(size, 0).double(), True, float(l2), float(threshold), rule))
+            blocks.append(NullSpace(block.new_empty(len(block), 0).double(), True, float(l2), float(threshold), rule))
             continue
         try:
             values, vectors = eigenvectors(block)
         except StatisticsError as error:
-            raise type(error)(f"expert {expert}: {error}") from None
+            raise type(error)(f"{name}: {error}") from None
         blocks.append(NullSpace.of_vectors(vectors, null_dimension(values, threshold, rule), l2, threshold, rule))
     dimensions = [block.dimension for block in blocks]
     total, chosen = sum(dimensions), int(moment.flatten(1).any(1).sum())
@@ -205,7 +212,7 @@ def expert_null_spaces(
     at_bound = f"threshold {threshold:g} ({rule})"
     if not any(dimensions):
         raise NullSpaceError(f"no null space: nothing of {experts} experts is below {at_bound}. Raise it")
-    if total == experts * size:
+    if total == sum(block.size for block in blocks):
         raise NullSpaceError(
             f"everything is null space: all {size} dimensions of {experts} experts are below {at_bound}, so nothing "
             "would be protected. Lower it"
@@ -217,6 +224,17 @@ def expert_null_spaces(
     return BlockDiagonal(tuple(blocks))
 
 
-def _check_moments(moment: torch.Tensor) -> None:
+def _check_moments(moment: torch.Tensor, shared: torch.Tensor | None) -> None:
     if moment.ndim != 3 or moment.shape[1] != moment.shape[2] or not len(moment):
         raise InvalidArgumentError(f"moments of experts must be [E, m, m]; got {list(moment.shape)}")
+    require_finite_moment(moment)
+    if shared is not None:
+        if shared.ndim != 2 or shared.shape[0] != shared.shape[1] or not len(shared):
+            raise InvalidArgumentError(f"the moment of shared experts must be [m_s, m_s]; got {list(shared.shape)}")
+        require_finite_moment(shared)
+
+
+def _named_blocks(moment: torch.Tensor, shared: torch.Tensor | None) -> list[tuple[str, torch.Tensor]]:
+    """What messages call each block, and its moment."""
+    blocks = [(f"expert {number}", block) for number, block in enumerate(moment)]
+    return blocks if shared is None else [*blocks, ("the shared experts", shared)]

@@ -19,7 +19,7 @@ from kedit_fast.ops import grouped_rank_k_update_
 from kedit_fast.support.torch_state import plain_torch
 
 if TYPE_CHECKING:
-    from kedit_fast.solver.low_rank import LowRankUpdate
+    from kedit_fast.solver.low_rank import DenseUpdate, LowRankUpdate, MaskedUpdate, Update
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,36 @@ class ExpertUpdate:
         """
         factors = (self.left, self.right, self.columns, self.offsets)
         return grouped_rank_k_update_(weight, *factors, alpha, copy, backend=backend)
+
+
+@plain_torch()
+def split_update(
+    update: LowRankUpdate | MaskedUpdate, experts: int, inputs: int
+) -> tuple[ExpertUpdate | DenseUpdate, LowRankUpdate | MaskedUpdate]:
+    """The parts of an update of [W_1 ... W_E, W_s] [out, E m + m_s]: of the experts, and of shared ones.
+
+    Args:
+        update: of the whole stacked matrix.
+        experts: E.
+        inputs: m.
+    """
+    from kedit_fast.solver.low_rank import DenseUpdate, LowRankUpdate  # which imports this file
+
+    ends = experts * inputs
+    chosen, shared = update.columns_of(slice(0, ends)), update.columns_of(slice(ends, None))
+    if isinstance(chosen, LowRankUpdate):
+        return ExpertUpdate.of_stacked(chosen, experts), shared
+    return DenseUpdate(by_expert(chosen.dense(), experts)), shared
+
+
+@plain_torch()
+def joined_update(chosen: Update, shared: Update) -> LowRankUpdate:
+    """The update of [W_1 ... W_E, W_s] whose parts are of experts and of shared ones: the inverse of `split_update`."""
+    from kedit_fast.solver.low_rank import LowRankUpdate  # which imports this file
+
+    assert isinstance(chosen, ExpertUpdate) and isinstance(shared, LowRankUpdate)
+    right = torch.block_diag(chosen.stacked_right(), shared.right)
+    return LowRankUpdate(torch.cat([chosen.left, shared.left], 1), right)
 
 
 def stacked_matrix(weight: torch.Tensor) -> torch.Tensor:

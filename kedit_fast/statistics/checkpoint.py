@@ -84,8 +84,10 @@ def save(folder: Path, progress: Progress, sums: Mapping[int, MomentSum], side: 
         StatisticsError: a sum is not finite, or the file cannot be written; the previous checkpoint stays.
     """
     tensors = {str(layer): total.sum.cpu() for layer, total in sums.items()}
+    tensors |= {_shared(layer): total.shared.cpu() for layer, total in sums.items() if total.shared is not None}
     for layer, total in sums.items():
-        if not bool(torch.isfinite(tensors[str(layer)].sum())):
+        of_layer = [tensors[name] for name in (str(layer), _shared(layer)) if name in tensors]
+        if not all(bool(torch.isfinite(tensor.sum())) for tensor in of_layer):
             raise StatisticsError(
                 f"{total.module}: the second moment is not finite after {total.count} tokens (NaN or overflow in the "
                 "model); the checkpoint from before stays"
@@ -140,16 +142,25 @@ def restore(folder: Path, sums: Mapping[int, MomentSum], side: Side = "input") -
         counts = json.loads(file.metadata()["counts"])
         checksums = json.loads(file.metadata()["checksums"])
         for layer, total in sums.items():
-            stored = file.get_tensor(str(layer))
-            if stored.shape != total.sum.shape or stored.dtype != torch.float64:
-                raise StatisticsError(f"{path}: the sum of layer {layer} is {list(stored.shape)} {stored.dtype}")
-            if row_checksum(stored) != checksums[str(layer)]:
-                raise ValueError(f"the sum of layer {layer} is not what was written")
-            total.sum.copy_(stored)
+            parts = {str(layer): total.sum}
+            if total.shared is not None:
+                parts[_shared(layer)] = total.shared
+            for name, part in parts.items():
+                stored = file.get_tensor(name)
+                if stored.shape != part.shape or stored.dtype != torch.float64:
+                    raise StatisticsError(f"{path}: the sum of layer {name} is {list(stored.shape)} {stored.dtype}")
+                if row_checksum(stored) != checksums[name]:
+                    raise ValueError(f"the sum of layer {name} is not what was written")
+                part.copy_(stored)
             total.count, total.weight = int(counts[str(layer)][0]), float(counts[str(layer)][1])
             if total.tokens_by_expert is not None:
                 chosen = json.loads(file.metadata()["tokens_by_expert"])[str(layer)]
                 total.tokens_by_expert.copy_(torch.tensor(chosen, dtype=torch.int64))
+
+
+def _shared(layer: int) -> str:
+    """The name of the sum over a layer's shared experts."""
+    return f"{layer}.shared"
 
 
 def remove(folder: Path, side: Side = "input") -> None:

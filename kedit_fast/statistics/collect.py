@@ -177,7 +177,8 @@ def _collected(job: Job, masters: Masters, progress: bool) -> Statistics:
         for layer, second in job.finish(sums):
             moments[layer] = second
             if len(groups) > 1:  # the next group needs the memory
-                moments[layer] = replace(second, moment=second.moment.cpu())
+                shared = None if second.shared is None else second.shared.cpu()
+                moments[layer] = replace(second, moment=second.moment.cpu(), shared=shared)
     return job.statistics(moments, end)
 
 
@@ -298,7 +299,8 @@ class Job:
             master = torch.device("cpu") if group.on_cpu else device
             stack = stack_of(self.view, layer, self.side)
             if stack is not None:
-                sums[layer] = ExpertMomentSum(name, stack.count, stack.inputs, device, master)
+                shared = 0 if stack.shared is None else stack.shared.inputs
+                sums[layer] = ExpertMomentSum(name, stack.count, stack.inputs, device, master, shared)
             else:
                 sums[layer] = SecondMomentAccumulator(name, side_size(self.view, layer, self.side), device, master)
         return sums

@@ -13,8 +13,10 @@ from statistics import median
 
 import torch
 
+from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.models.experts import ExpertRows
-from kedit_fast.ops import grouped_symmetric_rank_k_update_
+from kedit_fast.models.view import ModelView
+from kedit_fast.ops import grouped_symmetric_rank_k_update_, symmetric_rank_k_update_
 from kedit_fast.statistics.moments import MomentSum, SecondMoment
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.messages import comma_list
@@ -34,6 +36,7 @@ class ExpertMomentSum(MomentSum):
         module: path of the stacked weight, `model.layers.4.mlp.experts.down_proj`.
         experts: E.
         size: m, of an expert's activation.
+        shared: m_s, of the activation of shared experts in the stack, whose moment [m_s, m_s] is summed too; 0 without.
         device: of the rows.
         master: device of the sum, the rows' for None. Where it is another one, products are summed beside the rows for
             as many experts at a time as fit into STAGED_BYTES.
@@ -55,8 +58,11 @@ class ExpertMomentSum(MomentSum):
         size: int,
         device: torch.device | str = "cpu",
         master: torch.device | str | None = None,
+        shared: int = 0,
     ):
         super().__init__(module, (experts, size, size), device, master)
+        if shared:
+            self.shared = torch.zeros(shared, shared, dtype=torch.float64, device=master or device)
         self.tokens_by_expert = torch.zeros(experts, dtype=torch.int64, device=device)
 
     @plain_torch()
@@ -87,9 +93,25 @@ class ExpertMomentSum(MomentSum):
             self._add_in_parts(chosen, row_weights)
         else:
             grouped_symmetric_rank_k_update_(self.sum, chosen.rows, offsets, row_weights)
+        if self.shared is not None:
+            self._add_shared(self.shared, chosen, weights)
         self.tokens_by_expert += by_expert.to(self.tokens_by_expert.device)
         self.count += totals[0]
         self.weight += totals[1]
+
+    def _add_shared(self, total: torch.Tensor, chosen: ExpertRows, weights: torch.Tensor | None) -> None:
+        """Add s^2 a a^T of shared experts to their sum."""
+        rows, gates = chosen.shared, chosen.shared_gates
+        if rows is None:
+            raise InvalidArgumentError(f"{self.module}: rows without those of the shared experts")
+        if gates is not None:
+            weights = gates.double().square() * (1.0 if weights is None else weights)
+        if self._staged:
+            part = torch.zeros(total.shape, dtype=accumulation_dtype(rows), device=rows.device)
+            symmetric_rank_k_update_(part, rows, weights)
+            total.add_(part.to(total.device))
+        else:
+            symmetric_rank_k_update_(total, rows, weights)
 
     def _add_in_parts(self, chosen: ExpertRows, row_weights: torch.Tensor) -> None:
         """Products of some experts at a time beside the rows, added to the sum elsewhere."""
@@ -132,6 +154,24 @@ class ExpertTokens:
         counts = tokens_by_expert.tolist()
         never = tuple(expert for expert, count in enumerate(counts) if not count)
         return cls(len(counts), min(counts), median(counts), never)
+
+
+def require_shared(view: ModelView, layer: int, second: SecondMoment) -> None:
+    """Raise StatisticsError unless a second moment has shared experts where the stack of the layer has them, alone.
+
+    Raises:
+        StatisticsError: it has none, or those of another size; or it has some, and the spec leaves them as they are.
+    """
+    shared = view.shared_experts(layer)
+    size = None if shared is None else [shared.inputs, shared.inputs]
+    collected = None if second.shared is None else list(second.shared.shape)
+    if collected == size:
+        return
+    spec = "leaves shared experts as they are" if size is None else f"stacks shared experts, {size} (shared_experts)"
+    raise StatisticsError(
+        f"the statistics of {second.module} hold {collected or 'no second moment'} of shared experts, and the spec "
+        f"{spec}: collect them with the spec that edits (find_spec's shared_experts, kedit-fast spec --shared-experts)"
+    )
 
 
 def warn_of_unused(second: SecondMoment) -> None:

@@ -344,7 +344,10 @@ def _finished_layers(folder: Path, job: Job, tolerate: bool) -> dict[int, _Finis
         count = int(metadata["count"])
         read = int(metadata.get("tokens") or count)  # older files have no `tokens`
         file = _FinishedLayer(count, read, int(metadata.get("documents", 0)), metadata["corpus"])
-        changed = difference({name: metadata.get(name, "") for name in MODEL_FIELDS}, job.model)
+        changed = ""
+        if job.side == "input" and ("shared_checksum" in metadata) != (job.view.shared_experts(layer) is not None):
+            changed = "spec (shared experts are in the stack there or here, not in both)"
+        changed = changed or difference({name: metadata.get(name, "") for name in MODEL_FIELDS}, job.model)
         for name, value in {**job.settings, "dtype": job.dtype}.items():
             before = metadata.get(name, "")
             if not changed and before != value:

@@ -1,10 +1,11 @@
 """Statistics on disk: one safetensors file per layer, `{module path}.safetensors`.
 
 Tensor `second_moment` [d, d] is the mean of k k^T, both triangles; of a layer with experts [E, m, m], beside a tensor
-`tokens_by_expert` [E] int64 of how many tokens chose each. Metadata: format_version, layer, count (tokens),
+`tokens_by_expert` [E] int64 of how many tokens chose each; and, where shared experts are a block of the stack, a tensor
+`shared_second_moment` [m_s, m_s]. Metadata: format_version, layer, count (tokens),
 tokens (that were read), corpus (SHA-256 of the text), documents, the settings that chose the text (max_tokens,
 max_samples, max_length, seed, token_weights), model fingerprint, dtype, checksum, kedit_fast (version), and of experts
-tokens_checksum. A file is written under another name and then renamed.
+tokens_checksum and shared_checksum. A file is written under another name and then renamed.
 
 `{module path}.output_metric.safetensors` holds the mean of g g^T [out, out], tensor `output_metric`, of gradients g at
 the layer's output, with the same metadata for itself, and labels and label_seed of the loss.
@@ -29,6 +30,7 @@ from kedit_fast.models.fingerprint import difference, fingerprint
 from kedit_fast.models.view import ModelView
 from kedit_fast.statistics import memit_npz
 from kedit_fast.statistics.collect import Statistics
+from kedit_fast.statistics.expert_moments import require_shared
 from kedit_fast.statistics.memory_plan import sum_shape
 from kedit_fast.statistics.moments import SecondMoment, Side
 from kedit_fast.support.files import write_file
@@ -41,6 +43,7 @@ SETTINGS_FIELDS = ("max_tokens", "max_samples", "max_length", "seed", "token_wei
 OUTPUT_FIELDS = ("corpus", "documents", "tokens", "dtype", *SETTINGS_FIELDS, "labels", "label_seed")
 TENSORS: dict[Side, str] = {"input": "second_moment", "output": "output_metric"}
 TOKENS_BY_EXPERT = "tokens_by_expert"
+SHARED = "shared_second_moment"
 _SUFFIXES: dict[Side, str] = {"input": "", "output": ".output_metric"}
 
 
@@ -98,6 +101,9 @@ def save_statistics(
             if second.tokens_by_expert is not None:
                 tensors[TOKENS_BY_EXPERT] = by_expert = second.tokens_by_expert.cpu()
                 metadata["tokens_checksum"] = row_checksum(by_expert[:, None])
+            if second.shared is not None:
+                tensors[SHARED] = shared = second.shared.to("cpu", dtype).contiguous()
+                metadata["shared_checksum"] = row_checksum(shared)
             write_file(path, tensors, metadata, StatisticsError)
             paths.append(path)
     return paths
@@ -180,6 +186,7 @@ def load_statistics(
             raise StatisticsError(
                 f"{file.path} does not say which model it was made from: pass --trust (trust=True) if it is this one"
             )
+        require_shared(view, layer, file.second)
         if file.model and (changed := difference(file.model, current)):
             raise StatisticsError(f"{file.path} holds statistics of another model: different {changed}")
         expected, moment = sum_shape(view, layer), file.second.moment
@@ -279,7 +286,8 @@ def read_output_metric(folder: Path, module: str) -> LayerFile | None:
 
 
 def _check_finite(file: LayerFile, side: Side = "input") -> None:
-    if not bool(torch.isfinite(file.second.moment.sum(dtype=torch.float64))):
+    parts = [part for part in (file.second.moment, file.second.shared) if part is not None]
+    if not all(bool(torch.isfinite(part.sum(dtype=torch.float64))) for part in parts):
         raise StatisticsError(f"{file.path}: {TENSORS[side]} has values that are not finite")
 
 
@@ -353,9 +361,15 @@ def _read(path: Path, module: str, side: Side = "input") -> LayerFile:
     with safe_open(path, framework="pt") as file:
         moment = aligned(file.get_tensor(TENSORS[side]))
         by_expert = file.get_tensor(TOKENS_BY_EXPERT) if moment.ndim == 3 else None
+        has_shared = by_expert is not None and SHARED in file.keys()  # noqa: SIM118
+        shared = aligned(file.get_tensor(SHARED)) if has_shared else None
     changed = "checksum" in metadata and metadata["checksum"] != row_checksum(moment)  # older files have none
     if by_expert is not None:
         changed = changed or metadata.get("tokens_checksum") != row_checksum(by_expert[:, None])
+    if shared is not None:
+        changed = changed or metadata.get("shared_checksum") != row_checksum(shared)
+    elif "shared_checksum" in metadata:
+        changed = True
     if changed:
         raise StatisticsError(f"{path} is damaged: it is not what was written; remove it and collect it again")
-    return LayerFile(path, SecondMoment(module, moment, int(metadata["count"]), by_expert), metadata)
+    return LayerFile(path, SecondMoment(module, moment, int(metadata["count"]), by_expert, shared), metadata)

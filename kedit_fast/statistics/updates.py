@@ -52,7 +52,7 @@ class CountedRows:
     def _add_experts(self, updates: Updates, total: ExpertMomentSum, rows: ExpertRows) -> None:
         device = rows.rows.device
         weights = self._on(device, 0, True).weights
-        reads = (rows.rows, rows.gates, rows.tokens, rows.offsets, weights)
+        reads = (*vars(rows).values(), weights)
         updates.run(device, lambda: total.update(rows, self._totals, weights), reads)
 
     def _on(self, device: torch.device, count: int, gathers: bool) -> _Chosen:

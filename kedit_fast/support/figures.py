@@ -76,6 +76,31 @@ def ticks_at(axis: Any, positions: Sequence[float]) -> None:
     axis.set_minor_locator(NullLocator())
 
 
+def whole_ticks(axis: Any) -> None:
+    """Ticks of an axis at whole numbers alone, as layers have them."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+
+
+def plain(text: str, longest: int = 20) -> str:
+    """A text of a user as a label that matplotlib draws as it stands.
+
+    White space that shows nothing, control characters, and characters that the font lacks are written as Python writes
+    them; dollars start no formula; what is too long is cut.
+    """
+    from matplotlib import font_manager
+
+    drawable = font_manager.get_font(font_manager.findfont(font_manager.FontProperties())).get_charmap()
+    shown = "".join(
+        character if character.isprintable() and ord(character) in drawable else ascii(character)[1:-1]
+        for character in text
+    )
+    shown = shown if shown.strip() else repr(shown)
+    shown = shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
+    return shown.replace("$", r"\$")
+
+
 def save(whole_figure: Any, path: str | os.PathLike) -> None:
     """Write a figure in the format of the file's suffix; see `files.replacing`."""
     with replacing(path, KeditError) as part:

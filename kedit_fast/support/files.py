@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -42,7 +41,7 @@ def replacing(path: str | os.PathLike, error: type[Exception]) -> Iterator[Path]
         os.close(handle)
         part = Path(name)
         yield part
-        with part.open("rb") as file:
+        with part.open("r+b") as file:  # Windows syncs only what is open for writing
             os.fsync(file.fileno())
         part.chmod(0o644)
         part.replace(path)
@@ -197,11 +196,21 @@ def tensor_files(folder: Path, error: type[Exception]) -> dict[str, Path]:
 def locked(path: str | os.PathLike, error: type[Exception], busy: str) -> Iterator[None]:
     """Hold a lock file, created if absent, for as long as the block lasts.
 
+    On Linux and macOS the lock is that of `fcntl.flock`: the file stays, and the lock ends with the process. Where
+    Python has no `fcntl` (Windows), the file itself is the lock: it is there only while the block lasts, and one that a
+    killed process left has to be deleted by hand, which the message says.
+
     Raises:
         error: it cannot be written; or, with the text of `busy`, another process holds it.
     """
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        import fcntl
+    except ImportError:
+        with _exclusive_file(Path(path), error, busy):
+            yield
+        return
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # no child inherits it (PEP 446)
     except OSError as cause:
         raise error(f"cannot write {path}: {cause.strerror or cause}") from cause
     try:
@@ -212,6 +221,30 @@ def locked(path: str | os.PathLike, error: type[Exception], busy: str) -> Iterat
         yield
     finally:
         os.close(handle)  # this releases the lock; so does the death of the process
+
+
+@contextlib.contextmanager
+def _exclusive_file(path: Path, error: type[Exception], busy: str) -> Iterator[None]:
+    """Create a file that must not be there yet, with the number of this process in it, and delete it at the end."""
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError as cause:
+        raise error(
+            f"{busy}, or was killed: without file locks (Python has no fcntl here) {path} stays behind then. It holds "
+            "the number of its process; delete it when that process has ended"
+        ) from cause
+    except OSError as cause:
+        raise error(f"cannot write {path}: {cause.strerror or cause}") from cause
+    try:
+        try:
+            os.write(handle, f"{os.getpid()}\n".encode())
+        except OSError as cause:
+            raise error(f"cannot write {path}: {cause.strerror or cause}") from cause
+        finally:
+            os.close(handle)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

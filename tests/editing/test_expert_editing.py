@@ -14,6 +14,7 @@ from kedit_fast import Editor, EditRequest, collect_statistics
 from kedit_fast.editing.keys import KeyPass
 from kedit_fast.editing.values.loop import find_values
 from kedit_fast.editing.values.store import ValueFile
+from kedit_fast.errors import KeditError
 from kedit_fast.models.forward import Site
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import prepare
@@ -33,7 +34,7 @@ def original():
 
 def editor_of(original, method="memit", layers=LAYERS, prefixes=PREFIXES, **hparams):
     model, statistics = original
-    numbers = {**NUMBERS, **METHODS[method], **hparams}
+    numbers = {**NUMBERS, **METHODS.get(method, {}), **hparams}
     return Editor(
         copy.deepcopy(model), make_tokenizer(), method, statistics=statistics, layers=layers, hparams=numbers,
         prefixes=prefixes,
@@ -147,6 +148,30 @@ def test_an_edit_of_one_layer_makes_the_block_put_out_the_value(original):
     _, after = keys_and_outputs(editor.view.model, 1, prepared, 1)
     assert relative_error(before, targets) > 1e-2
     assert relative_error(after, targets) < 1e-6 and result.residual < 1e-6
+
+
+def test_r_rome_sets_the_output_of_the_stack_at_the_mean_key(original):
+    editor = editor_of(original, "r-rome", layers=(1,), mom2_adjustment=True)
+    prepared, view = prepare(editor.tokenizer, REQUESTS[:1], PREFIXES, 128), editor.view
+    rule = editor.recipe.stop_rule
+    target = find_values(view, prepared, 1, editor.value_sites, editor.hparams, stop_rule=rule).targets[:, 0]
+    keys = torch.stack([seen(view.model, 1, prompt.ids)[0][prompt.lookup] for prompt in prepared[0].rewriting])
+    before, mean = stacked(view.model, 1).clone(), keys.mean(0)
+    assert editor.edit(REQUESTS[:1]).residual < 1e-9
+    after = stacked(view.model, 1)
+    assert editor.value_sites == "mlp" and relative_error(before @ keys[0], target) > 1e-2
+    assert relative_error(after @ mean, target) < 1e-6  # the experts are the whole MLP, and have no biases
+    moment = original[1].moment(1).moment.double()
+    ridge = 1e-4 * moment.diagonal(dim1=1, dim2=2).mean()
+    direction = torch.linalg.solve(torch.block_diag(*moment) + ridge * torch.eye(len(mean), dtype=mean.dtype), mean)
+    expected = torch.outer(target - before @ mean, direction) / (direction @ mean)
+    assert relative_error(after - before, expected) < 1e-6
+
+
+@pytest.mark.parametrize("method", ("ultraedit", "stableedit"))
+def test_gradient_methods_name_the_stack_that_they_cannot_change(original, method):
+    with pytest.raises(KeditError, match=r"mlp\.experts\.down_proj.*stacked matrix of experts.*inner_params"):
+        editor_of(original, method, layers=(1,)).edit(REQUESTS)
 
 
 def test_a_sequence_with_a_memory_is_the_batch_of_all(original):

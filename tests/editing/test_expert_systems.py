@@ -36,7 +36,10 @@ def state_of(view, method, moment=None, **changes):
     if moment is None:
         rows = torch.randn(stack.count, 3 * stack.inputs, stack.inputs, dtype=torch.float64)
         moment = rows.mT @ rows / rows.shape[1]
-    statistics: Any = SimpleNamespace(moment=lambda layer: SimpleNamespace(moment=moment))
+    rows = torch.randn(50, stack.outputs, dtype=torch.float64) * torch.linspace(0.2, 3.0, stack.outputs)
+    statistics: Any = SimpleNamespace(
+        moment=lambda layer: SimpleNamespace(moment=moment), output_metric=lambda layer: rows.T @ rows / len(rows)
+    )
     return SolverState(view, recipe, hparams, statistics), moment
 
 
@@ -91,6 +94,37 @@ def test_a_sequence_is_the_dense_recursion_and_settling_undoes_it(view):
     assert state.memories[LAYER].form == "dual"
 
 
+def with_metric(state, keys, residuals, system, rho=1.0):
+    """Delta of |Delta K - R|^2 + rho tr(B Delta S Delta^T): an equation for each eigenvector of B; `system` is S."""
+    moment = state.statistics.output_metric(LAYER)
+    values, basis = torch.linalg.eigh(moment / moment.diagonal().mean())
+    values = (1 - state.hparams.metric_mix) * values + state.hparams.metric_mix
+    targets = basis.T @ residuals @ keys.T
+    rows = [torch.linalg.solve(keys @ keys.T + rho * b * system, row) for b, row in zip(values, targets, strict=True)]
+    return basis @ torch.stack(rows)
+
+
+@pytest.mark.parametrize(("method", "rho"), (("memit", 1.0), ("emmet", 0.1)))
+def test_an_output_metric_is_of_the_dense_stacked_system(view, method, rho):
+    state, moment = state_of(view, method, mom2_update_weight=2.0, output_metric=True)
+    keys, residuals = stacked_keys(view, 5)
+    update, s = state.solve_batch(LAYER, keys, residuals), dense_s(moment, 2.0)
+    plain = state_of(view, method, moment, mom2_update_weight=2.0)[0].solve_batch(LAYER, keys, residuals)
+    assert relative_error(matrix(update), matrix(plain)) > 1e-3
+    assert relative_error(matrix(update), with_metric(state, keys, residuals, s, rho)) < 1e-9
+
+
+def test_an_output_metric_with_earlier_keys_is_of_the_dense_stacked_system(view):
+    state, moment = state_of(view, "memit-sequential", mom2_update_weight=2.0, output_metric=True)
+    system = dense_s(moment, 2.0)
+    for u in (4, 3):
+        keys, residuals = stacked_keys(view, u)
+        update = state.solve_batch(LAYER, keys, residuals)
+        assert relative_error(matrix(update), with_metric(state, keys, residuals, system)) < 1e-9
+        state.commit()
+        system = system + keys @ keys.T
+
+
 def test_null_spaces_and_automatic_scales_are_those_of_the_stack(view):
     state, moment = state_of(view, "alphaedit", L2="auto", **RELATIVE)
     keys, residuals = stacked_keys(view, 6)
@@ -134,12 +168,30 @@ def test_shaping_and_limits_act_on_the_stacked_matrix(view):
     limited = limited_state.limited(update, weight)
     largest = float(torch.linalg.matrix_norm(stacked_matrix(weight), 2))
     assert float(torch.linalg.matrix_norm(matrix(limited), 2)) == pytest.approx(1e-3 * largest, rel=1e-6)
+    bounded_state, _ = state_of(view, "memit", mom2_update_weight=20.0, frobenius_limit=1e-3)
+    bounded = bounded_state.limited(update, weight)
+    share = 1e-3 * float(weight.norm()) / float(change.norm())
+    assert share < 1 and relative_error(matrix(bounded), share * stacked_matrix(change)) < 1e-9
     restrain = SHAPINGS["prune"].of_total
     assert restrain is not None
     large = ExpertUpdate(update.left * 1e4, update.right, update.columns, update.offsets)
     singular = torch.linalg.svdvals(matrix(large) + matrix(restrain(large, weight)))[0]
     before = float(torch.linalg.matrix_norm(matrix(large), 2))
     assert float(singular) == pytest.approx(torch.tensor(before / largest).log().item() + largest, rel=1e-4)
+
+
+def test_sphere_attenuates_the_main_directions_of_the_stacked_matrix(view):
+    state, _ = state_of(view, "memit", mom2_update_weight=20.0, sphere_strength=0.8, sphere_energy=0.4)
+    update = state_of(view, "memit", mom2_update_weight=20.0)[0].solve_batch(LAYER, *stacked_keys(view, 4))
+    rows = stacked_matrix(view.weight(LAYER))
+    rows = rows / (rows.norm(dim=1, keepdim=True) + 1e-8)
+    values, vectors = torch.linalg.eigh(rows.T @ rows)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    main = vectors[:, : 1 + int((values.cumsum(0) <= 0.4 * values.sum()).sum())]
+    attenuated = state.limited(update, view.weight(LAYER))
+    change = matrix(update)
+    assert 0 < main.shape[1] < len(rows) and float((change @ main).norm()) > 1e-2 * float(change.norm())
+    assert relative_error(matrix(attenuated), change - 0.8 * change @ main @ main.T) < 1e-9
 
 
 @pytest.mark.parametrize(

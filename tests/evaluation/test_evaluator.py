@@ -9,10 +9,10 @@ from tiny_models import make_model, make_tokenizer
 from kedit_fast import EditRequest
 from kedit_fast.errors import InvalidArgumentError, RequestError
 from kedit_fast.evaluation.evaluator import Evaluator, evaluate
-from kedit_fast.evaluation.intervals import bootstrap, wilson
 from kedit_fast.evaluation.registry import METRICS, select
 from kedit_fast.evaluation.results import measured, record_score
 from kedit_fast.evaluation.sequences import METRIC, RetentionTracker
+from kedit_fast.support.intervals import bootstrap, wilson
 
 FIRST = EditRequest("{} plays the", "Miles Davis", "piano", "trumpet", ("Miles Davis plays", "Ebro"), ("Ebro is",))
 SECOND = EditRequest("{} is located in", "Ebro", "Spain", None, ("Ebro, in",))

@@ -241,6 +241,22 @@ def test_rows_of_chosen_pairs_are_sorted_by_expert_and_then_by_token():
 
 
 @needs_experts
+@needs_experts
+def test_an_expert_that_a_token_chose_twice_has_one_row_with_both_gates():
+    model = exact("mixtral")
+    stack = expert_stack(model, "model.layers.1.mlp.experts")
+    index = torch.tensor([[2, 2], [1, 0], [0, 0]])
+    gates = torch.tensor([[0.25, 0.5], [0.3, 0.7], [0.1, 0.2]], dtype=torch.float64)
+    states = torch.randn(3, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).double()
+    inputs = ExpertInputs(stack, states, index, gates)
+    pairs = inputs.rows()
+    assert pairs.experts.tolist() == [0, 0, 1, 2] and pairs.tokens.tolist() == [1, 2, 1, 0]
+    torch.testing.assert_close(pairs.gates, torch.tensor([0.7, 0.3, 0.3, 0.75], dtype=torch.float64), **EXACT)
+    with torch.no_grad():
+        expected = stack.module(states, index, gates)
+    torch.testing.assert_close(inputs.outputs(), expected, **EXACT)
+
+
 def test_the_fingerprint_and_the_hash_see_what_they_should_of_experts():
     model, tokenizer = make_model("gpt_oss"), make_tokenizer()
     view = ModelView(model)

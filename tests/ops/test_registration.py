@@ -33,6 +33,8 @@ def cases():
         (OPS.target_log_probs, (hidden.clone().requires_grad_(), head, targets, None, 0.0, True, "")),
         (OPS.distribution_kl, (hidden.clone().requires_grad_(), torch.randn(6, 8), head, None, 2.0, True, False, "")),
         (OPS.distribution_kl, (hidden.clone().requires_grad_(), torch.randn(6, 8), head, None, 2.0, True, True, "")),
+        (OPS.edge_contraction, (hidden, torch.randn(1, 6, 2, 4), [torch.randn(8, 2, 4)], hidden[None], None, [], [],
+                                True, hidden[None], hidden, [hidden[None]], torch.randn(1, 3, 1, 6, 2), False, "")),
         (OPS.nearest_key, (hidden, head, torch.rand(50), "")),
         (OPS.nearest_key, (hidden, head[:0], torch.rand(0), "")),
         (OPS.best_overlap, (*(torch.randint(0, 256, (n, 4), dtype=torch.uint8) for n in (3, 5)), "")),

@@ -11,33 +11,31 @@ from kedit_fast.editing.keys import KeyPass, KeysAndOutputs
 from kedit_fast.editing.values.chunks import Columns
 from kedit_fast.methods.recipe import ValueKey
 from kedit_fast.models.forward import Site
-from kedit_fast.models.sharded import whole
-from kedit_fast.solver.expert_update import ExpertUpdate, stacked_matrix
+from kedit_fast.solver.expert_update import ExpertUpdate
 from kedit_fast.support.dtypes import accumulation_dtype
 
 
 def _at_bare_key(
-    weight: torch.Tensor, measured: KeysAndOutputs, residual: torch.Tensor
+    matrix: torch.Tensor, measured: KeysAndOutputs, residual: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return measured.bare_keys[:, 0], residual
 
 
 def _at_mean_key(
-    weight: torch.Tensor, measured: KeysAndOutputs, residual: torch.Tensor
+    matrix: torch.Tensor, measured: KeysAndOutputs, residual: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """No prompt shows what the layer puts out at the mean key, so it is computed from the output at the bare key."""
     key = measured.keys[:, 0]
-    dtype = accumulation_dtype(weight)
-    matrix = whole(weight) if weight.ndim == 2 else stacked_matrix(weight)
-    difference = matrix.to(dtype) @ (key - measured.bare_keys[:, 0]).to(weight.device, dtype)
+    dtype = accumulation_dtype(matrix)
+    difference = matrix.to(dtype) @ (key - measured.bare_keys[:, 0]).to(matrix.device, dtype)
     return key, residual - difference.to(residual)
 
 
 VALUE_KEYS: dict[
     ValueKey, Callable[[torch.Tensor, KeysAndOutputs, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 ] = {"bare": _at_bare_key, "mean": _at_mean_key}
-"""(weight [out, d], or [E, out, m] of experts, keys and outputs, residual [out] at the bare key) -> the key [d] at
-which the output is set, and the residual [out] there."""
+"""(edited matrix [out, d], keys and outputs, residual [out] at the bare key) -> the key [d] at which the output is set,
+and the residual [out] there."""
 
 
 def write_one_by_one(batch: BatchRun) -> None:
@@ -56,7 +54,7 @@ def _write_one(batch: BatchRun, index: int) -> None:
     with batch.timed("keys"):
         measured = KeyPass(context.view, prepared, site, recipe.key_weights, context.state_budget).at(layer)
     residual = (values.targets.to(measured.outputs) - measured.outputs)[:, 0]
-    key, residual = VALUE_KEYS[recipe.value_key](context.view.weight(layer), measured, residual)
+    key, residual = VALUE_KEYS[recipe.value_key](context.view.edited_matrix(layer), measured, residual)
     with batch.timed("solve"):
         update, pivot = context.solver_state.solve_rank_one(layer, measured.keys[:, 0], key, residual)
     batch.residual_before += float(residual.square().sum())

@@ -31,6 +31,7 @@ from kedit_fast.methods.recipe import StopRule
 from kedit_fast.models.fingerprint import difference, fingerprint, with_values
 from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
+from kedit_fast.models.weight_names import weight_name_of
 from kedit_fast.models.widened import computing_dtype
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.files import write_file
@@ -264,5 +265,7 @@ def edited_hash(view: ModelView, layers: Sequence[int] | None = None) -> str:
             stored = whole(with_values(view, view.weight_name(layer), view.stored_weight(layer)))
             weight = view.oriented(layer, stored)
             yield from weight if weight.ndim == 3 else [weight]  # of each expert
+            if (shared := view.shared_experts(layer)) is not None:
+                yield with_values(view, weight_name_of(shared.path), shared.weight)
 
     return edit_fingerprint(matrices())

@@ -1,0 +1,164 @@
+"""`kedit-fast locate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from kedit_fast.cli.checks import check_device_map, checked_device
+from kedit_fast.cli.console import command, interactive, notices, output, print_json, say_skipped
+from kedit_fast.cli.locate_tables import print_located
+from kedit_fast.cli.options import (
+    DTYPE_NAMES,
+    REQUESTS_HELP,
+    ArgumentsOption,
+    ChatOption,
+    DeviceMapOption,
+    DeviceOption,
+    FormOption,
+    JsonOption,
+    MergeAdapter,
+    ModelArgument,
+    OnErrorOption,
+    ReadingOption,
+    SpecOption,
+    SystemOption,
+    TemplateOption,
+    chat_options,
+    choice,
+    read_spec,
+)
+from kedit_fast.errors import KeditError
+from kedit_fast.locating.circuits import Scoring
+from kedit_fast.locating.metrics import Metric
+from kedit_fast.locating.prompt_pairs import Answers
+from kedit_fast.models.loading import DTYPES, load_config, load_model
+from kedit_fast.reports import locating as report
+from kedit_fast.reports.evaluation import provenance
+from kedit_fast.requests.chat import chat_format
+from kedit_fast.requests.reading import load_requests
+from kedit_fast.support.files import check_new
+
+
+def _parts(text: str) -> tuple[report.Part, ...]:
+    """The parts of --parts."""
+    names = list(report.PARTS) if text == "all" else [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in report.PARTS]:
+        raise typer.BadParameter(f"--parts takes {', '.join(report.PARTS)} with commas, or all; got {unknown[0]!r}")
+    return tuple(part for part in report.PARTS if part in names)
+
+
+@command
+def locate(
+    model: ModelArgument,
+    requests: Annotated[Path, typer.Option(help=f"facts to locate: {REQUESTS_HELP}")],
+    parts: Annotated[
+        str, typer.Option(help=f"what to ask: {', '.join(report.PARTS)} with commas between them, or all")
+    ] = "trace",
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="requests to trace and to find circuits of, the first ones; by default 16 and 64; probes take all",
+        ),
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="layers whose MLPs or attention are restored together; by default a fifth, at most 10"
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="draws of the noise at each prompt's subject")] = 10,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="standard deviation of the noise; by default 3 times that of the subjects' embeddings"
+        ),
+    ] = None,
+    answers: Annotated[
+        Answers, choice(get_args(Answers), "of lens and circuit: what the model says, or a target, which it must say")
+    ] = "model",
+    edges: Annotated[
+        int | None, typer.Option(min=1, help="edges of the circuit; by default 15 % of the model's, at most 5,000")
+    ] = None,
+    pruning: Annotated[
+        report.Pruning,
+        choice(get_args(report.Pruning), "edges from the logits down, or the largest scores"),
+    ] = "greedy",
+    scoring: Annotated[Scoring, choice(get_args(Scoring), "how edges are scored")] = "eap-ig",
+    steps: Annotated[int, typer.Option(min=1, help="steps of the integrated gradients")] = 5,
+    metric: Annotated[Metric, choice(get_args(Metric), "what a circuit explains")] = "logit-difference",
+    seed: Annotated[int, typer.Option(help="of the noise, of other subjects and of samples")] = 1,
+    form: FormOption = None,
+    reading: ReadingOption = None,
+    chat: ChatOption = False,
+    system: SystemOption = None,
+    template: TemplateOption = None,
+    template_arg: ArgumentsOption = None,
+    dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
+    device: DeviceOption = "cpu",
+    device_map: DeviceMapOption = None,
+    merge_adapter: MergeAdapter = False,
+    spec: SpecOption = None,
+    on_error: OnErrorOption = "raise",
+    out: Annotated[Path | None, typer.Option(help="folder for the results: JSON, pictures, circuits as .dot")] = None,
+    heat_maps: Annotated[
+        int, typer.Option(min=0, help="with --out: of how many requests, the first ones, a heat map is drawn")
+    ] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say in which layers a model holds facts, and through which edges it answers.
+
+    Nothing is changed. Tracing restores states of prompts whose subject got noise; the lens reads the answer after
+    each layer; a circuit is the edges that carry the answer; probes read it linearly.
+    """
+    names = _parts(parts)
+    chatting = chat_options(chat, system, template, template_arg)
+    check_device_map(device_map, device)
+    architecture = read_spec(spec)
+    if out is not None:
+        check_new(out, overwrite, KeditError)
+    records = load_requests(requests, on_error, need_subject=True, form=form, reading=reading)
+    load_config(model, merge_adapter)
+    place = checked_device(device)
+    loaded, tokenizer = load_model(model, DTYPES[dtype], place, device_map, merge_adapter)
+    located = report.locate(
+        loaded,
+        tokenizer,
+        records,
+        names,
+        limit=limit,
+        window=window,
+        samples=samples,
+        noise=noise,
+        seed=seed,
+        answers=answers,
+        edges=edges,
+        pruning=pruning,
+        scoring=scoring,
+        steps=steps,
+        metric=metric,
+        prompt_format=None if chatting is None else chat_format(tokenizer, **chatting),
+        on_error=on_error,
+        spec=architecture,
+        progress=interactive(),
+    )
+    about: dict[str, Any] = {"model": model, "requests": str(requests), "parts": names, **provenance()}
+    files = []
+    if out is not None:
+        files = report.save(located, out, about, overwrite, heat_maps)
+        if not any(name.endswith(".png") for name in files):
+            notices.print(
+                "kedit-fast: no pictures: they need matplotlib (pip install 'kedit-fast[plot]')", markup=False
+            )
+    if as_json:
+        places = {} if out is None else {"out": str(out), "files": files}
+        print_json({"about": about, **located.as_dict(), **places})
+        return
+    say_skipped(records.skipped, records.total)
+    print_located(located)
+    if out is not None:
+        output.print(f"Saved to {out}: {', '.join(files)}", markup=False)
