@@ -99,3 +99,143 @@ def published_trace(
             restored = list(range(max(0, layer - window // 2), min(layers, layer - (-window // 2))))
         scores[token, layer] = float(run(token, restored)[1:, answer].mean())
     return Traced(scores, float(shares[1:, answer].mean()), float(shares[0, answer]), answer)
+
+
+# --- edge attribution patching ---
+
+
+class _Graph(NamedTuple):
+    """How many sources and targets come before each part of a layer."""
+
+    layers: int
+    heads: int
+
+    @property
+    def sources(self) -> int:
+        return 1 + self.layers * (self.heads + 1)
+
+    @property
+    def targets(self) -> int:
+        return self.layers * (3 * self.heads + 1) + 1
+
+
+class _HookedGPT2:
+    """GPT-2 as TransformerLens runs it for EAP: each head's output and inputs in the size of the residual stream.
+
+    With `use_split_qkv_input` the stream is repeated for the queries, keys and values of each head, [B, T, H, d] three
+    times, and normalized in each copy; with `use_attn_result` each head's output is [B, T, H, d].
+    """
+
+    def __init__(self, model: Any):
+        self.decoder, self.head = model.transformer, model.lm_head
+        self.heads = model.config.num_attention_heads
+        self.size = model.config.hidden_size // self.heads
+        self.layers = len(self.decoder.h)
+
+    def __call__(
+        self,
+        ids: torch.Tensor,
+        output: Callable[[int, torch.Tensor], None] | None = None,
+        reads: Callable[[int, torch.Tensor], None] | None = None,
+        embedded: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [B, T, V]; `output` sees what sources put out, `reads` what targets read, with their first number."""
+        heads, size, d = self.heads, self.size, self.heads * self.size
+        embedded = self.decoder.wte(ids) if embedded is None else embedded
+        assert embedded is not None
+        if output:
+            output(0, embedded[:, :, None])
+        x = embedded + self.decoder.wpe(torch.arange(ids.shape[1]))
+        source, target = 1, 0
+        for block in self.decoder.h:
+            attention, inputs = block.attn, []
+            weight = attention.c_attn.weight.view(d, 3, heads, size)
+            bias = attention.c_attn.bias.view(3, heads, size)
+            for kind in range(3):
+                copy = x[:, :, None].expand(-1, -1, heads, -1).clone()
+                if reads:
+                    reads(target + kind * heads, copy)
+                normed = torch.nn.functional.layer_norm(copy, (d,), block.ln_1.weight, block.ln_1.bias, block.ln_1.eps)
+                inputs.append(torch.einsum("bthd,dhe->bhte", normed, weight[:, kind]) + bias[kind][:, None])
+            z = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+            result = torch.einsum("bhte,hed->bthd", z, attention.c_proj.weight.view(heads, size, d))
+            if output:
+                output(source, result)
+            x = x + result.sum(2) + attention.c_proj.bias
+            read = x.clone()
+            if reads:
+                reads(target + 3 * heads, read)
+            out = block.mlp(block.ln_2(read))
+            if output:
+                output(source + heads, out[:, :, None])
+            x = x + out
+            source, target = source + heads + 1, target + 3 * heads + 1
+        read = x.clone()
+        if reads:
+            reads(target, read)
+        return self.head(self.decoder.ln_f(read))
+
+
+def published_edge_scores(
+    model: Any,
+    clean: torch.Tensor,
+    corrupted: torch.Tensor,
+    answers: torch.Tensor,
+    wrongs: torch.Tensor,
+    steps: int,
+    parameters: bool = True,
+) -> torch.Tensor:
+    """EAP-IG (inputs) as hannamw/EAP-IG computes it (commit 795f560): [F, V], edges that do not exist included as zero.
+
+    One pass a step; the difference of all sources is [B, T, F, d], and every target's gradient, [B, T, H, d], is
+    multiplied with it in every step. Left out, in the baseline's favor: hooks, and norms in several operations.
+
+    Args:
+        model: a GPT-2, in evaluation mode.
+        clean: [B, T].
+        corrupted: [B, T].
+        answers: [B].
+        wrongs: [B].
+        steps: at 0, 1/m, .., (m - 1)/m.
+        parameters: whether gradients of parameters are computed too, as the published code does, which does not switch
+            them off.
+    """
+    hooked = _HookedGPT2(model)
+    heads, graph = hooked.heads, _Graph(hooked.layers, hooked.heads)
+    rows = torch.arange(len(clean))
+    model.requires_grad_(parameters)
+    difference = torch.zeros(*clean.shape, graph.sources, model.config.hidden_size)
+    scores = torch.zeros(graph.sources, graph.targets)
+
+    def add(sign: int) -> Callable[[int, torch.Tensor], None]:
+        def output(first: int, states: torch.Tensor) -> None:
+            difference[:, :, first : first + states.shape[2]] += sign * states
+
+        return output
+
+    def reads(first: int, states: torch.Tensor) -> None:
+        layer, place = divmod(first, 3 * heads + 1)
+        before = 1 + layer * (heads + 1) + (heads if place == 3 * heads else 0)
+        count = states.shape[2] if states.ndim == 4 else 1
+
+        def score(gradient: torch.Tensor) -> None:
+            product = torch.einsum(
+                "btfd,btvd->fv", difference[:, :, :before], gradient.view(*gradient.shape[:2], count, -1)
+            )
+            scores[:before, first : first + count] += product
+
+        states.register_hook(score)
+
+    with torch.no_grad():
+        hooked(corrupted, add(1))
+        hooked(clean, add(-1))
+        ends = hooked.decoder.wte(corrupted), hooked.decoder.wte(clean)
+    for step in range(steps):
+        embedded = (ends[0] + step / steps * (ends[1] - ends[0])).requires_grad_()
+        with torch.enable_grad():
+            logits = hooked(clean, reads=reads, embedded=embedded)[:, -1]  # all are computed, as published
+            loss = (logits[rows, wrongs] - logits[rows, answers]).mean()
+            loss.backward()
+        model.zero_grad()
+    model.requires_grad_(False)
+    return scores / steps

@@ -10,6 +10,7 @@ struct SymmetricBody {
   static constexpr int MR = TILE_ROWS, NR = TILE_COLUMNS<T>;
   static constexpr int64_t DEPTH = 256;
 #endif
+  static constexpr int64_t FEW = 24;  // terms of a sum that take less time than memory to answer
   static constexpr int SIDE = 256 / (MR * NR / gcd(MR, NR)) * (MR * NR / gcd(MR, NR));
   static_assert(SIDE > 0 && SIDE % MR == 0 && SIDE % NR == 0);
 
@@ -66,11 +67,24 @@ struct SymmetricBody {
     }
   }
 
+  // A whole tile below the diagonal: its sums go from registers to acc.
+  static void add_products(const T* left, const T* right, int64_t k, T alpha, T* acc, int64_t stride) {
+    constexpr int columns = NR / LANES<T>;
+    multiply_panels_to<T, MR, NR>(left, right, k, [=](int i, const Vec<T>(&sums)[columns]) {
+#pragma GCC unroll 4
+      for (int v = 0; v < columns; ++v) {
+        T* at = acc + i * stride + v * LANES<T>;
+        store_vector(at, load_vector(at) + alpha * sums[v]);
+      }
+    });
+  }
+
   // Depth is outside: the block of acc and the panels of one step stay in the second-level cache.
   static void block(const PackedChunk& chunk, const BlockRange& range, double alpha, const Accumulator& acc, void*) {
     alignas(64) T tile[MR * NR];
     const T *left = static_cast<const T*>(chunk.left), *right = static_cast<const T*>(chunk.right);
     const int64_t depth = chunk.depth;
+    const bool whole = acc.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32);
     for (int64_t k0 = 0; k0 < depth; k0 += DEPTH) {
       const int64_t k = depth - k0 < DEPTH ? depth - k0 : DEPTH;
       for (int64_t j = range.j0; j < range.j1; j += NR) {
@@ -79,8 +93,14 @@ struct SymmetricBody {
         for (int64_t i = reaching > range.i0 ? reaching : range.i0; i < range.i1; i += MR) {
           const int64_t rows = range.i1 - i < MR ? range.i1 - i : MR;
           const int64_t columns = range.j1 - j < NR ? range.j1 - j : NR;
-          prefetch_tile(rows, columns, i, j, acc);
-          multiply_panels<T, MR, NR>(left + i / MR * (depth * MR) + k0 * MR, b, k, tile);
+          const T* a = left + i / MR * (depth * MR) + k0 * MR;
+          const int64_t ahead = k < FEW ? 4 * MR : 0;
+          if (i + ahead + MR <= range.i1) prefetch_tile(MR, columns, i + ahead, j, acc);
+          if (whole && rows == MR && columns == NR && i - j >= NR - 1) {
+            add_products(a, b, k, T(alpha), static_cast<T*>(acc.data) + i * acc.stride + j, acc.stride);
+            continue;
+          }
+          multiply_panels<T, MR, NR>(a, b, k, tile);
           add_lower_tile(tile, NR, rows, columns, i, j, alpha, acc);
         }
       }

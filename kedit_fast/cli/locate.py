@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -9,7 +10,7 @@ import typer
 
 from kedit_fast.cli.checks import check_device_map, checked_device
 from kedit_fast.cli.console import command, interactive, notices, output, print_json, say_skipped
-from kedit_fast.cli.locate_tables import print_located
+from kedit_fast.cli.locate_tables import print_comparison, print_located
 from kedit_fast.cli.options import (
     DTYPE_NAMES,
     REQUESTS_HELP,
@@ -30,11 +31,12 @@ from kedit_fast.cli.options import (
     choice,
     read_spec,
 )
-from kedit_fast.errors import KeditError
+from kedit_fast.errors import KeditError, UnsupportedModelError
 from kedit_fast.locating.circuits import Scoring
 from kedit_fast.locating.metrics import Metric
 from kedit_fast.locating.prompt_pairs import Answers
-from kedit_fast.models.loading import DTYPES, load_config, load_model
+from kedit_fast.models.fingerprint import tokenizer_hash
+from kedit_fast.models.loading import DTYPES, load_config, load_model, load_tokenizer
 from kedit_fast.reports import locating as report
 from kedit_fast.reports.evaluation import provenance
 from kedit_fast.requests.chat import chat_format
@@ -55,8 +57,18 @@ def locate(
     model: ModelArgument,
     requests: Annotated[Path, typer.Option(help=f"facts to locate: {REQUESTS_HELP}")],
     parts: Annotated[
-        str, typer.Option(help=f"what to ask: {', '.join(report.PARTS)} with commas between them, or all")
-    ] = "trace",
+        str | None,
+        typer.Option(
+            help=f"what to ask: {', '.join(report.PARTS)} with commas, or all; by default trace, with --base none"
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="the model before its edits: compare its circuits of the edited facts with those of MODEL"),
+    ] = None,
+    control: Annotated[
+        Path | None, typer.Option(help="with --base: requests that were not edited, better as many as --requests")
+    ] = None,
     limit: Annotated[
         int | None,
         typer.Option(
@@ -81,7 +93,10 @@ def locate(
         Answers, choice(get_args(Answers), "of lens and circuit: what the model says, or a target, which it must say")
     ] = "model",
     edges: Annotated[
-        int | None, typer.Option(min=1, help="edges of the circuit; by default 15 % of the model's, at most 5,000")
+        int | None,
+        typer.Option(
+            min=1, help="edges of the circuit; by default 15 % of the model's, at most 5,000, and 200 with --base"
+        ),
     ] = None,
     pruning: Annotated[
         report.Pruning,
@@ -115,38 +130,69 @@ def locate(
     Nothing is changed. Tracing restores states of prompts whose subject got noise; the lens reads the answer after
     each layer; a circuit is the edges that carry the answer; probes read it linearly.
     """
-    names = _parts(parts)
+    names = () if parts is None and base is not None else _parts("trace" if parts is None else parts)
+    if control is not None and base is None:
+        raise typer.BadParameter("--control is for the circuits before and after an edit: give --base, too")
     chatting = chat_options(chat, system, template, template_arg)
     check_device_map(device_map, device)
     architecture = read_spec(spec)
     if out is not None:
         check_new(out, overwrite, KeditError)
     records = load_requests(requests, on_error, need_subject=True, form=form, reading=reading)
-    load_config(model, merge_adapter)
+    unedited = [] if control is None else load_requests(control, on_error, need_subject=True)
+    for path in (model, *filter(None, [base])):
+        load_config(path, merge_adapter)
+    if base is not None and tokenizer_hash(load_tokenizer(base)) != tokenizer_hash(load_tokenizer(model)):
+        raise UnsupportedModelError(f"{base} and {model} have different tokenizers: the one is not the other, edited")
     place = checked_device(device)
     loaded, tokenizer = load_model(model, DTYPES[dtype], place, device_map, merge_adapter)
-    located = report.locate(
-        loaded,
-        tokenizer,
-        records,
-        names,
-        limit=limit,
-        window=window,
-        samples=samples,
-        noise=noise,
-        seed=seed,
-        answers=answers,
-        edges=edges,
-        pruning=pruning,
-        scoring=scoring,
-        steps=steps,
-        metric=metric,
-        prompt_format=None if chatting is None else chat_format(tokenizer, **chatting),
-        on_error=on_error,
-        spec=architecture,
-        progress=interactive(),
-    )
-    about: dict[str, Any] = {"model": model, "requests": str(requests), "parts": names, **provenance()}
+    formatted = None if chatting is None else chat_format(tokenizer, **chatting)
+    located = report.Located(len(records))
+    left_out: dict[str, str] = {}
+    if base is not None:
+        before, _ = load_model(base, DTYPES[dtype], place, device_map, merge_adapter)
+        comparison, left_out = report.compare(
+            before,
+            loaded,
+            tokenizer,
+            records,
+            unedited,
+            limit=limit,
+            edges=edges,
+            scoring=scoring,
+            steps=steps,
+            metric=metric,
+            seed=seed,
+            prompt_format=formatted,
+            spec=architecture,
+            progress=interactive(),
+        )
+        located = dataclasses.replace(located, comparison=comparison)
+        del before  # from here on one model is needed
+    if names:
+        parts_of_it = report.locate(
+            loaded,
+            tokenizer,
+            records,
+            names,
+            limit=limit,
+            window=window,
+            samples=samples,
+            noise=noise,
+            seed=seed,
+            answers=answers,
+            edges=edges,
+            pruning=pruning,
+            scoring=scoring,
+            steps=steps,
+            metric=metric,
+            prompt_format=formatted,
+            on_error=on_error,
+            spec=architecture,
+            progress=interactive(),
+        )
+        located = dataclasses.replace(parts_of_it, comparison=located.comparison)
+    about: dict[str, Any] = {"model": model, "base": base, "requests": str(requests), "parts": names, **provenance()}
     files = []
     if out is not None:
         files = report.save(located, out, about, overwrite, heat_maps)
@@ -156,9 +202,11 @@ def locate(
             )
     if as_json:
         places = {} if out is None else {"out": str(out), "files": files}
-        print_json({"about": about, **located.as_dict(), **places})
+        print_json({"about": about, **located.as_dict(), **({"left_out": left_out} if base else {}), **places})
         return
     say_skipped(records.skipped, records.total)
+    if located.comparison is not None:
+        print_comparison(located.comparison, left_out)
     print_located(located)
     if out is not None:
         output.print(f"Saved to {out}: {', '.join(files)}", markup=False)

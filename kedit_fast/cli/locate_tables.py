@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from kedit_fast.cli.console import output
+from kedit_fast.cli.console import notices, output
 from kedit_fast.locating.linear_probes import LinearProbes
 from kedit_fast.locating.logit_lens import LogitLens
 from kedit_fast.locating.tracing import AverageEffects, LikelyLayers
+from kedit_fast.reports.circuit_comparison import CircuitComparison, Estimate
 from kedit_fast.reports.locating import CircuitReport, Located
 from kedit_fast.reports.locating_pictures import LAST, LAST_SUBJECT, place_of, title_of
 from kedit_fast.reports.search import span
@@ -127,6 +128,67 @@ def print_circuit(report: CircuitReport) -> None:
     for source, target, score in report.circuit.listed()[:MOST_SHOWN]:
         table.add_row(source, escape(target), f"{score:+.4f}")
     output.print(table)
+
+
+def print_comparison(comparison: CircuitComparison, left_out: Mapping[str, str]) -> None:
+    """What can be claimed of an edit's effect on circuits first; then the numbers with their floors and controls."""
+    for name, reason in list(left_out.items())[:MOST_SHOWN]:
+        notices.print(f"kedit-fast: left out {name}: {reason}", markup=False)
+    if len(left_out) > MOST_SHOWN:
+        notices.print(f"kedit-fast: {len(left_out)} requests left out", markup=False)
+    for claim in comparison.claims:
+        output.print(f"- {claim}", markup=False)
+    output.print(
+        f"{comparison.pairs} edited prompts, {comparison.control_pairs} unedited ones; {comparison.scoring}, "
+        f"{comparison.steps} steps; {comparison.splits} halvings; edited: {', '.join(comparison.edited) or 'nothing'}",
+        markup=False,
+    )
+    for side in (comparison.before, comparison.after):
+        output.print(
+            f"{side.model}: {comparison.metric} of {side.sign}: clean {side.clean:.3f}, "
+            f"corrupted {side.corrupted:.3f}; "
+            f"{side.right} of {side.pairs} answers are the model's",
+            markup=False,
+        )
+    table = _table("How alike scores are before and after, and in halves of the prompts", "edges by |score|")
+    for heading in ("edited", "halves, before", "halves, after", "unedited", "chance", "beyond"):
+        table.add_column(heading, justify="right")
+    for one in comparison.overlaps:
+        cells = [_value(part) for part in (one.edited, one.floor_before, one.floor_after, one.control)]
+        table.add_row(one.name, *cells, f"{one.chance:.2f}", "yes" if one.is_beyond else "no")
+    output.print(table)
+    table = _table("What circuits do of what the model does", "circuit")
+    for heading in ("in the model", "edges", "faithfulness"):
+        table.add_column(heading, justify="right")
+    for run in comparison.runs:
+        limits = None if run.low is None or run.high is None else (run.low, run.high)
+        does = run.reason if run.value is None else _with_interval(run.value, limits)
+        table.add_row(run.circuit, run.model, f"{run.edges:,}", escape(does))
+    output.print(table)
+    table = _table("Share of all |score| that leaves a part; * edited", "part")
+    for heading in ("before", "after", "halves differ by", "unedited changed by", "beyond"):
+        table.add_column(heading, justify="right")
+    for share in comparison.shares:
+        control = "" if share.control is None else f"{share.control:+.3f}"
+        cells = (f"{share.before:.3f}", f"{share.after:.3f}", f"{share.floor:.3f}", control)
+        table.add_row(f"{share.name}{'*' if share.is_edited else ' '}", *cells, "yes" if share.is_beyond else "no")
+    output.print(table)
+    if comparison.no_edges:
+        output.print(f"No table of edges: {comparison.no_edges}", markup=False)
+        return
+    table = _table("Edges that changed most, scores as parts of m(clean) - m(corrupted)", "from")
+    table.add_column("to")
+    for heading in ("before", "after", "any edge of halves", "unedited changed by", "beyond"):
+        table.add_column(heading, justify="right")
+    for edge in comparison.edges[:MOST_SHOWN]:
+        control = "" if edge.control is None else f"{edge.control:+.3f}"
+        cells = (f"{edge.before:+.3f}", f"{edge.after:+.3f}", f"{edge.floor_of_all:.3f}", control)
+        table.add_row(edge.source, escape(edge.target), *cells, "yes" if edge.is_beyond else "no")
+    output.print(table)
+
+
+def _value(estimate: Estimate | None) -> str:
+    return "" if estimate is None else f"{estimate.value:.2f}"
 
 
 def _table(title: str, heading: str) -> Table:

@@ -74,7 +74,8 @@ def edge_contraction(
         GradientError: an argument requires grad.
 
     Cost: 2 N d flops for each of the edges, F V / 2 of them, for any number of steps; 8 L N d H e to make D and G;
-        K N d F L for `shares`. Memory: a tile of 32 MiB, one token at least.
+        K N d F L for `shares`. Memory: D and G of 64 tokens, or of fewer, 16 at
+        least, where they pass 1 GiB.
 
     Example:
         >>> entered, mixed, mlps = torch.randn(5, 8), torch.randn(1, 5, 2, 4), torch.randn(1, 5, 8)

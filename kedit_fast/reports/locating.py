@@ -38,6 +38,7 @@ from kedit_fast.models.components import open_components
 from kedit_fast.models.restoring import RestoredKind
 from kedit_fast.models.view import ModelView
 from kedit_fast.reports import locating_pictures as pictures
+from kedit_fast.reports.circuit_comparison import CIRCUIT_EDGES, CircuitComparison, compare_circuits, pairs_to_compare
 from kedit_fast.reports.search import span
 from kedit_fast.requests.problems import OnError, check_on_error, require_no_problems
 from kedit_fast.requests.prompts import PromptFormat
@@ -117,6 +118,8 @@ class Located:
     """The edges that carry the answers."""
     probes: LinearProbes | None = None
     """Linear probes by layer."""
+    comparison: CircuitComparison | None = None
+    """Of the circuits before and after an edit, see `compare`."""
     skipped: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     """Part -> index of a request -> why it is not in that part."""
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -142,6 +145,8 @@ class Located:
             document["circuit"] = self.circuit.as_dict()
         if self.probes is not None:
             document["probes"] = {**plain_values(asdict(self.probes)), "from_layer": self.probes.from_layer}
+        if self.comparison is not None:
+            document["comparison"] = plain_values(self.comparison.as_record())
         document["skipped"] = {
             part: [{"index": index, "record": index + 1, "reason": reasons[index]} for index in sorted(reasons)]
             for part, reasons in self.skipped.items()
@@ -164,12 +169,13 @@ def plain_values(value: Any) -> Any:
 
 
 def shares_by_node(scores: EdgeScores) -> dict[str, float]:
-    """The share of all |score| that leaves each layer's heads ("a0") and MLP ("m0"), and the input."""
+    """The share of all |score| that leaves the input, each layer's attention ("attn0") and MLP ("mlp0")."""
     sizes = scores.scores.double().abs().sum(1)
     total = float(sizes.sum())
     shares: dict[str, float] = {}
     for name, size in zip(scores.graph.sources, sizes.tolist(), strict=True):
-        node = name.partition(".")[0]
+        kind, layer = name[0], name.partition(".")[0][1:]
+        node = name if name == "input" else f"{'attn' if kind == 'a' else 'mlp'}{layer}"
         shares[node] = shares.get(node, 0.0) + (size / total if total else 0.0)
     return shares
 
@@ -343,6 +349,76 @@ def _traceable(
     return usable, problems
 
 
+@plain_torch()
+def compare(
+    base: torch.nn.Module,
+    edited: torch.nn.Module,
+    tokenizer: Any,
+    requests: Sequence[EditRequest],
+    control: Sequence[EditRequest] = (),
+    *,
+    limit: int | None = None,
+    edges: int | None = None,
+    scoring: Scoring = "eap-ig",
+    steps: int = 5,
+    metric: Metric = "logit-difference",
+    seed: int = 0,
+    prompt_format: PromptFormat | None = None,
+    spec: ArchSpec | None = None,
+    progress: bool = False,
+) -> tuple[CircuitComparison, dict[str, str]]:
+    """What an edit changed in the circuit of the edited facts; see `reports.circuit_comparison`.
+
+    Args:
+        base: the model before its edits.
+        edited: the edited model; both are in memory.
+        tokenizer: of both.
+        requests: what was edited.
+        control: requests that were not edited: the control, and the subjects of corrupted prompts.
+        limit: use so many of either, the first ones; None for 64.
+        edges: of the circuits before pruning; None for 200.
+        scoring, steps, metric, seed: of `compare_circuits`.
+        prompt_format: from a prompt to the text that the model reads.
+        spec: an ArchSpec for an architecture that is not known.
+        progress: show each step on stderr.
+
+    Returns:
+        the comparison, and request -> why it has no pair.
+
+    Raises:
+        RequestError: no request whose edit came through, or fewer than 4.
+        UnsupportedModelError: a model whose attention cannot be opened.
+    """
+    most = limit or FIRST["circuit"]
+    pairs = pairs_to_compare(
+        base,
+        edited,
+        tokenizer,
+        requests[:most],
+        control=control[:most],
+        others=_subjects_by_relation(control),
+        seed=seed,
+        prompt_format=prompt_format,
+        spec=spec,
+    )
+    with tqdm(bar_format="{desc}", disable=not progress, leave=False) as bar:
+        comparison = compare_circuits(
+            base,
+            edited,
+            pairs.before,
+            pairs.after,
+            pairs.control,
+            circuit_edges=edges or CIRCUIT_EDGES,
+            scoring=scoring,
+            steps=steps,
+            metric=metric,
+            seed=seed,
+            spec=spec,
+            progress=bar.set_description_str,
+        )
+    return comparison, dict(pairs.skipped)
+
+
 def check_parts(parts: Sequence[str]) -> None:
     """Raise InvalidArgumentError unless these are names of parts, and at least one."""
     wrong = [part for part in parts if part not in PARTS]
@@ -390,16 +466,24 @@ def save(
     document = {"about": plain_values(dict(about)), **located.as_dict()}
     with new_folder(folder, overwrite, KeditError) as work:
         write_text(work / JSON_FILE, json.dumps(document, ensure_ascii=False, indent=1) + "\n", KeditError)
-        if located.circuit is not None:
-            located.circuit.circuit.save(work / "circuit.json")
-            write_text(work / "circuit.dot", located.circuit.circuit.to_dot(), KeditError)
+        for name, circuit in _circuits(located).items():
+            circuit.save(work / f"{name}.json")
+            write_text(work / f"{name}.dot", circuit.to_dot(), KeditError)
             if shutil.which("dot"):
-                located.circuit.circuit.draw(work / "circuit.png")
+                circuit.draw(work / f"{name}.png")
         if figures.available():
             for name, figure in _figures(located, heat_maps):
                 figures.save(figure, work / name)
         names = sorted(path.name for path in work.iterdir())
     return names
+
+
+def _circuits(located: Located) -> dict[str, Circuit]:
+    """File without suffix -> circuit."""
+    circuits = {} if located.circuit is None else {"circuit": located.circuit.circuit}
+    if located.comparison is not None:
+        circuits |= {f"circuit_{name}": circuit for name, circuit in located.comparison.circuits.items()}
+    return circuits
 
 
 def _figures(located: Located, heat_maps: int) -> Iterator[tuple[str, Any]]:
@@ -414,6 +498,11 @@ def _figures(located: Located, heat_maps: int) -> Iterator[tuple[str, Any]]:
         yield f"lens_{lens.position}.png", pictures.lens_figure(lens)
     if located.circuit is not None:
         yield "circuit_shares.png", pictures.shares_figure({"all edges": shares_by_node(located.circuit.scores)})
+    if located.comparison is not None:
+        rows = located.comparison.shares
+        shares = {"before": {row.name: row.before for row in rows}, "after": {row.name: row.after for row in rows}}
+        edited = [row.name for row in rows if row.is_edited]
+        yield "shares_before_after.png", pictures.shares_figure(shares, edited)
     if located.probes is not None:
         yield "probes.png", pictures.probes_figure(located.probes)
 

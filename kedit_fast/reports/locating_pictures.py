@@ -168,38 +168,40 @@ def probes_figure(probes: LinearProbes) -> Any:
     return figure
 
 
-def shares_figure(shares: Mapping[str, Mapping[str, float]], edited: Sequence[int] = ()) -> Any:
+def shares_figure(shares: Mapping[str, Mapping[str, float]], edited: Sequence[str] = ()) -> Any:
     """Shares of the scores that leave each layer's attention and MLP, bars for each model. Needs matplotlib.
 
     Args:
-        shares: name of a model -> node ("input", "a0", "m0", ...) -> share of all |score|.
-        edited: layers whose MLP was edited, shaded.
+        shares: name of a model -> node ("input", "attn0", "mlp0", ...) -> share of all |score|.
+        edited: nodes whose weights were edited, shaded.
     """
-    layers = 1 + max(int(node[1:]) for one in shares.values() for node in one if node != "input")
+    layers = sum(node.startswith("mlp") for node in next(iter(shares.values())))
     figure, axes = figures.figure(2, min(6.5, 3.0 + 0.08 * layers * len(shares)), 3.4)
     thick = 0.8 / len(shares)
     top = max(share for one in shares.values() for share in one.values())
-    for panel, letter, title in zip(axes, "am", ("attention", "MLP"), strict=True):
-        for start, end in _runs(edited) if letter == "m" else ():
-            label = "edited layers" if start == min(edited) else None
-            panel.axvspan(start - 0.5, end + 0.5, color="0.9", zorder=0, label=label)
+    marked = {kind: [layer for layer in range(layers) if f"{kind}{layer}" in edited] for kind in ("attn", "mlp")}
+    for panel, kind in zip(axes, ("attn", "mlp"), strict=True):
+        for start, end in _runs(marked[kind]):
+            panel.axvspan(start - 0.5, end + 0.5, color="0.9", zorder=0)
+        first = -1 if kind == "attn" else 0  # the embeddings stand before the first attention
+        nodes = (["input"] if kind == "attn" else []) + [f"{kind}{layer}" for layer in range(layers)]
         for index, ((name, one), color) in enumerate(zip(shares.items(), figures.colors(len(shares)), strict=True)):
             offset = thick * (index - (len(shares) - 1) / 2)
-            places, heights = list(range(layers)), [one.get(f"{letter}{layer}", 0.0) for layer in range(layers)]
-            if letter == "a" and "input" in one:
-                places, heights = [-1, *places], [one["input"], *heights]
-            panel.bar([place + offset for place in places], heights, thick, color=color, label=name)
-        panel.set_title(title if letter == "m" else "attention, and the embeddings", fontsize=9)
+            places = [place + offset for place in range(first, layers)]
+            panel.bar(places, [one.get(node, 0.0) for node in nodes], thick, color=color, label=name)
+        panel.set_title("MLP" if kind == "mlp" else "attention, and the embeddings", fontsize=9)
         step = max(1, math.ceil(layers / 12))
-        ticks = list(range(0 if letter == "m" or step == 1 else step, layers, step))
+        ticks = list(range(0 if kind == "mlp" or step == 1 else step, layers, step))
         names = [str(layer) for layer in ticks]
-        panel.set_xticks(*(([-1, *ticks], ["emb", *names]) if letter == "a" else (ticks, names)))
+        panel.set_xticks(*(([-1, *ticks], ["emb", *names]) if kind == "attn" else (ticks, names)))
         panel.set_xlabel("layer")
-        panel.set_xlim((-1 if letter == "a" else 0) - 0.6, layers - 0.4)
+        panel.set_xlim(first - 0.6, layers - 0.4)
         panel.set_ylim(0, top * 1.05 or 1.0)
         panel.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("share of all |score| that leaves it")
-    if len(shares) > 1 or edited:
+    if any(marked.values()):
+        axes[1].fill_between([], [], [], color="0.9", label="edited")
+    if len(shares) > 1 or any(marked.values()):
         figures.legend_beside(figure, axes[1])
     return figure
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from support import run, saved
 
-from kedit_fast import demo
+from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.locating.circuit import Circuit
 from kedit_fast.locating.tracing import trace
 
@@ -106,6 +106,45 @@ def test_models_that_cannot_be_opened_are_refused(tmp_path):
     path.write_text("\n".join(map(json.dumps, prompts)))
     done = run("locate", folder, "--requests", path, "--parts", "circuit", "--on-error", "skip")
     assert done.returncode == 1 and "heads" in done.stderr and not done.stdout
+
+
+@pytest.fixture(scope="module")
+def edited(tmp_path_factory):
+    """A folder of the demo model with ten edits, and files of these requests and of others."""
+    root = tmp_path_factory.mktemp("edited")
+    model, tokenizer = demo.load()
+    statistics = collect_statistics(model, tokenizer, demo.corpus(200), (0, 1))
+    Editor(model, tokenizer, "memit", statistics=statistics).edit(demo.requests(10), on_error="skip")
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    lines = REQUESTS.read_text(encoding="utf-8").splitlines()
+    (root / "requests.jsonl").write_text("\n".join(lines[:10]))
+    (root / "control.jsonl").write_text("\n".join(lines[300:]))
+    return root
+
+
+def test_circuits_before_and_after_an_edit(edited):
+    more = ("--base", demo.DATA, "--control", edited / "control.jsonl", "--limit", 6, "--edges", 60, "--steps", 1)
+    requests = ("--requests", edited / "requests.jsonl", "--dtype", "float32")
+    done = run("locate", edited / "model", *requests, *more, "--out", edited / "out")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((edited / "out" / "locating.json").read_text())
+    comparison = written["comparison"]
+    assert "trace" not in written and comparison["edited"] == ["mlp0", "mlp1"] and comparison["control_pairs"] > 3
+    assert 4 <= comparison["pairs"] <= 6 and comparison["pairs"] == comparison["before"]["right"]
+    assert [share["name"] for share in comparison["shares"] if share["is_edited"]] == ["mlp0", "mlp1"]
+    files = {path.name for path in (edited / "out").iterdir()}
+    assert {"circuit_before.json", "circuit_after.dot", "shares_before_after.png"} <= files
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("- ") and comparison["claims"][0][:30] in lines[0]
+    assert any("halves, before" in line for line in lines) and any("mlp1*" in line for line in lines)
+
+
+def test_a_model_without_edits_has_nothing_to_compare(edited):
+    done = run("locate", demo.DATA, "--requests", edited / "requests.jsonl", "--base", demo.DATA)
+    assert done.returncode == 1 and "no prompt whose answer was edited is left" in done.stderr and not done.stdout
+    done = run("locate", demo.DATA, "--requests", edited / "requests.jsonl", "--control", edited / "control.jsonl")
+    assert done.returncode == 2 and "--base" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -56,11 +56,11 @@ def dense(entered, mixed, out_weights, mlps, slopes, in_weights, gains, mlp_slop
 
 @pytest.mark.parametrize("parallel", (False, True))
 @pytest.mark.parametrize("centered", (False, True))
-@pytest.mark.parametrize("tile_bytes", (1, 20_000, 2**25))
-def test_it_is_the_product_of_all_sources_and_later_targets(centered, parallel, tile_bytes):
-    args = case()
+@pytest.mark.parametrize(("layers", "tile_tokens", "group"), [(3, 1, 1), (3, 3, 30), (5, 64, 30), (1, 1, 1)])
+def test_it_is_the_product_of_all_sources_and_later_targets(centered, parallel, layers, tile_tokens, group):
+    args = case(layers)
     expected = dense(**args, centered=centered, parallel=parallel)
-    result = reference(**args, centered=centered, parallel=parallel, tile_bytes=tile_bytes)
+    result = reference(**args, centered=centered, parallel=parallel, tile_tokens=tile_tokens, group=group)
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-11)
 
 
@@ -91,3 +91,11 @@ def test_sums_are_in_fp32(dtype, bound):
 def test_no_tokens_give_zeros():
     result = edge_contraction(**case(tokens=0))
     assert result.shape == (16, 40) and not bool(result.any())
+
+
+def test_a_tile_has_fewer_tokens_where_memory_is_short():
+    args = case(tokens=40)
+    expected = reference(**args, centered=False, parallel=False)
+    torch.testing.assert_close(
+        reference(**args, centered=False, parallel=False, tile_bytes=1), expected, rtol=1e-12, atol=1e-10
+    )

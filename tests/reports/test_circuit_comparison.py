@@ -6,12 +6,15 @@ import copy
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny_models import make_model
 
+from kedit_fast import Patch, demo
+from kedit_fast.demo import world
 from kedit_fast.errors import EvaluationError, InvalidArgumentError, RequestError
 from kedit_fast.locating.circuits import edge_scores
 from kedit_fast.locating.faithfulness import faithfulness
@@ -19,7 +22,15 @@ from kedit_fast.locating.graph import Graph
 from kedit_fast.locating.prompt_pairs import PromptPair
 from kedit_fast.models.view import ModelView
 from kedit_fast.reports import circuit_comparison as comparing
-from kedit_fast.reports.circuit_comparison import NOTHING, PartScores, compare_circuits, halves, jaccard, spearman
+from kedit_fast.reports.circuit_comparison import (
+    NOTHING,
+    PartScores,
+    compare_circuits,
+    halves,
+    jaccard,
+    pairs_to_compare,
+    spearman,
+)
 
 GRAPH = Graph(layers=3, heads=4)
 TOP = (10, 40)
@@ -232,3 +243,38 @@ def test_what_cannot_be_compared_is_named(tiny, change, options, error, message)
 def test_scores_that_are_not_finite_are_refused():
     with pytest.raises(EvaluationError, match="not finite"):
         parts(signal(0) / 0, 0.1, 0)
+
+
+def test_the_demo_edited_by_memit_changes_as_was_recorded_with_the_published_code(demo_model):
+    """Against `circuits_before_after.json`: of other corrupted prompts, so within what halves of the prompts differ."""
+    recorded = json.loads((Path(__file__).parents[1] / "data" / "circuits_before_after.json").read_text())
+    base, tokenizer = demo_model
+    edited = copy.deepcopy(base)
+    Patch.load(Path(__file__).parents[1] / "data" / "golden_memit_40.patch.safetensors").apply_(edited)
+    named = {request.subject for request in demo.requests(40)}
+    others: dict[str, list[str]] = {}
+    for fact in world.world().facts:
+        if fact.subject not in named:
+            others.setdefault(fact.relation.name, []).append(fact.subject)
+    pairs = pairs_to_compare(base, edited, tokenizer, demo.requests(40), others=others)
+    assert len(pairs.before) == 38 and set(pairs.skipped) == {"request 22", "request 30"}  # 39 of 40 edits took
+    result = compare_circuits(base, edited, pairs.before, pairs.after, random_circuits=1, splits=40)
+    overlaps = {overlap.name: overlap for overlap in result.overlaps}
+    for name, is_beyond in (("50", True), ("200", False)):
+        overlap, expected = overlaps[f"top {name}"], recorded[name]
+        assert overlap.is_beyond is is_beyond
+        assert overlap.edited.value == pytest.approx(expected["edited: before vs after"], abs=0.1)
+        assert overlap.floor_before.value == pytest.approx(
+            expected["noise floor: halves of the prompts, before"], abs=0.1
+        )
+        assert overlap.chance == pytest.approx(expected["chance"], abs=1e-6)
+    assert overlaps["spearman"].edited.value == pytest.approx(recorded["spearman"]["edited"], abs=0.05)
+    shares = {share.name: share for share in result.shares}
+    before, after = recorded["share of |score| leaving a layer, before"], recorded["after"]
+    for name, share in shares.items():
+        assert share.before == pytest.approx(before[name], abs=0.03)
+        assert share.after == pytest.approx(after[name], abs=0.04)
+    assert result.edited == ("mlp0", "mlp1") and shares["mlp1"].is_beyond
+    runs = {(run.circuit, run.model): run.value for run in result.runs}
+    assert runs["before", "before"] == pytest.approx(0.938, abs=0.05)
+    assert runs["after", "after"] > 0.8 and abs(runs["random", "after"]) < 0.01

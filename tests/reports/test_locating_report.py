@@ -9,14 +9,15 @@ import pytest
 import torch
 from test_pictures import check_inside, check_readable
 
-from kedit_fast import EditRequest, demo
-from kedit_fast.errors import InvalidArgumentError, KeditError, RequestError
+from kedit_fast import EditRequest, collect_statistics, demo
+from kedit_fast.errors import InvalidArgumentError, KeditError, MethodError, RequestError
 from kedit_fast.locating.circuits import EdgeScores
 from kedit_fast.locating.graph import Graph
 from kedit_fast.locating.logit_lens import LogitLens
 from kedit_fast.locating.tracing import Trace, average_effects, likely_layers
 from kedit_fast.reports import locating, locating_pictures
 from kedit_fast.reports.locating import Located
+from kedit_fast.reports.suggest import suggest
 
 SHORT = ("<s>", "F", "og", "odor", " is", " famous", " for", " its")
 LONG = ("<s>", *(f" word{i}" for i in range(150)), " F$", "中国", "or$", " ", "\n", " internationalization_of", " its")
@@ -96,10 +97,10 @@ def test_the_lens_begins_with_the_embedding(layers):
 @pytest.mark.parametrize("layers", (6, 32))
 def test_shares_mark_the_edited_layers(layers):
     shares = {
-        name: {"input": 0.2, **{f"{k}{n}": 0.4 / layers for k in "am" for n in range(layers)}}
+        name: {"input": 0.2, **{f"{k}{n}": 0.4 / layers for k in ("attn", "mlp") for n in range(layers)}}
         for name in ("before", "after")
     }
-    figure = check_readable(locating_pictures.shares_figure(shares, (2, 3)))
+    figure = check_readable(locating_pictures.shares_figure(shares, ("mlp2", "mlp3")))
     attention, mlp = figure.axes
     assert len(attention.patches) == 2 * (layers + 1) and len(mlp.patches) == 2 * layers + 1
     assert attention.patches[0].get_height() == pytest.approx(0.2)
@@ -109,8 +110,8 @@ def test_shares_of_nodes_add_up():
     graph = Graph(2, 2)
     scores = torch.randn(graph.mask.shape) * graph.mask
     shares = locating.shares_by_node(EdgeScores(graph, scores, "eap", 1, "kl", 1, 0.0, 1.0))
-    assert list(shares) == ["input", "a0", "m0", "a1", "m1"] and sum(shares.values()) == pytest.approx(1)
-    assert shares["a1"] == pytest.approx(float(scores[4:6].abs().sum() / scores.abs().sum()))
+    assert list(shares) == ["input", "attn0", "mlp0", "attn1", "mlp1"] and sum(shares.values()) == pytest.approx(1)
+    assert shares["attn1"] == pytest.approx(float(scores[4:6].abs().sum() / scores.abs().sum()))
 
 
 def test_windows_are_a_fifth_of_the_depth_and_at_most_the_published_ten():
@@ -180,3 +181,21 @@ def test_a_search_may_ask_a_trace_for_its_layers(loaded):
     speaks = locating.traced_layers(*loaded, demo.requests(3), most=2)
     assert speaks.peak == 0 and speaks.layers[0] == 0 and speaks.requests == 2 and math.isfinite(speaks.effect)
     assert "2 requests speaks for layer" in speaks.sentence
+
+
+def test_a_traced_search_begins_at_the_traced_layers_and_takes_fewer_trials(loaded):
+    statistics = collect_statistics(*loaded, demo.corpus(60), (0, 1, 2, 3))
+    options = {"statistics": statistics, "effort": "short", "hparams": {"v_num_grad_steps": 8, "residual_share": 0.2}}
+    plain, traced = (suggest(*loaded, demo.requests(3), "memit", trace=trace, **options) for trace in (False, True))
+    assert traced.trials[0].layers[-1] == 0 and len(traced.trials) < len(plain.trials)
+    assert (
+        traced.notes[0].startswith("the trace of 3 requests speaks for layer 0") and plain.notes[0] != traced.notes[0]
+    )
+    assert traced.best.score >= 0.9 * plain.best.score > 0
+
+
+def test_a_trace_and_layers_that_are_given_exclude_each_other(loaded):
+    with pytest.raises(MethodError, match="layers are given"):
+        suggest(*loaded, demo.requests(1), "memit", trace=True, last_layers=[1])
+    with pytest.raises(MethodError, match="layers are given"):
+        suggest(*loaded, demo.requests(1), "memit", trace=True, hparams={"layers": (0, 1)})
