@@ -78,10 +78,13 @@ def relative(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def edited_layers(view: ModelView) -> tuple[int, ...]:
-    """The first two layers with an edited matrix, but for the last one, where it is not the only one: blocks follow
-    whose states depend on it."""
+    """The first two layers with an edited matrix, but for the last one: blocks follow whose states depend on it.
+
+    In the last block a value at another token than a prompt's last has no gradient but the rounding of the KL term, of
+    which Adam makes steps of full size: no two loops agree there, and none is wrong.
+    """
     editable = [layer for layer in view.editable if layer < view.num_layers - 1]
-    return tuple(editable[:2] or view.editable)
+    return tuple(editable[:2])
 
 
 def value_errors(
