@@ -105,7 +105,7 @@ def published_trace(
 
 
 class _Graph(NamedTuple):
-    """How many sources and targets come before each part of a layer."""
+    """The size of a circuit's graph: sources and targets of all layers."""
 
     layers: int
     heads: int

@@ -13,7 +13,8 @@ from kedit_fast.cli.console import notices, output
 from kedit_fast.locating.linear_probes import LinearProbes
 from kedit_fast.locating.logit_lens import LogitLens
 from kedit_fast.locating.tracing import AverageEffects, LikelyLayers
-from kedit_fast.reports.circuit_comparison import CircuitComparison, Estimate
+from kedit_fast.reports.circuit_comparison import CircuitComparison
+from kedit_fast.reports.circuit_statistics import Estimate
 from kedit_fast.reports.locating import CircuitReport, Located
 from kedit_fast.reports.locating_pictures import LAST, LAST_SUBJECT, place_of, title_of
 from kedit_fast.reports.search import span

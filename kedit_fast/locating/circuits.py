@@ -30,7 +30,8 @@ from kedit_fast.locating.metrics import Metric, check_metric, losses, metric_val
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.components import HEAD_INPUTS, Components, HeadInput, Visitor, open_components
 from kedit_fast.models.forward import TokenBatch, evaluating, last_states, pad
-from kedit_fast.models.view import ModelView
+from kedit_fast.models.routes import require_no_memory
+from kedit_fast.models.view import ModelView, view_without_memory
 from kedit_fast.ops import edge_contraction
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.messages import first_line
@@ -121,7 +122,8 @@ def edge_scores(
     Raises:
         RequestError: a pair whose prompts have different lengths, or are the same, empty, too long for the model, or
             have unknown tokens; by its label.
-        UnsupportedModelError: attention that cannot be opened, by the module's name; or no gradients.
+        UnsupportedModelError: attention that cannot be opened, by the module's name; no gradients; or a memory that is
+            attached.
         EvaluationError: a pair for which the model gives no finite logits.
         InvalidArgumentError: an unknown word or number.
 
@@ -152,7 +154,7 @@ def edge_scores(
         if number < 1:
             raise InvalidArgumentError(f"{name} must be 1 or more; got {number}")
     components = _opened(model, spec)
-    _check_pairs(components.view, pairs)
+    check_pairs(components.view, pairs)
     size = (batch_size or 1) if scale == "published" else 1
     shares = [1.0] * len(pairs)
     if scale == "published":  # each batch's loss is a mean
@@ -194,11 +196,12 @@ def _points(scoring: str, steps: int) -> list[float]:
 
 def _opened(model: Any, spec: ArchSpec | None) -> Components:
     if isinstance(model, Components):
+        require_no_memory(model.view.model)
         return model
-    return open_components(model if isinstance(model, ModelView) else ModelView(model, spec))
+    return open_components(view_without_memory(model, spec))
 
 
-def _check_pairs(view: ModelView, pairs: Sequence[Pair]) -> None:
+def check_pairs(view: ModelView, pairs: Sequence[Pair]) -> None:
     """Raise RequestError, by its label, for a pair that cannot be scored."""
     if not pairs:
         raise RequestError("no prompt pairs given")

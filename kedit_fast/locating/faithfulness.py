@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 
-from kedit_fast.errors import EvaluationError, InvalidArgumentError, RequestError
+from kedit_fast.errors import EvaluationError, InvalidArgumentError
 from kedit_fast.locating.circuit import Circuit, require_graph
-from kedit_fast.locating.circuits import EdgeScores
+from kedit_fast.locating.circuits import EdgeScores, check_pairs
 from kedit_fast.locating.graph import Graph, graph_of
 from kedit_fast.locating.metrics import Metric, check_metric, metric_values
 from kedit_fast.locating.prompt_pairs import PromptPair
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.components import HEAD_INPUTS, Components, HeadInput, Visitor, open_components
 from kedit_fast.models.forward import TokenBatch, evaluating, last_states, pad
-from kedit_fast.models.view import ModelView
+from kedit_fast.models.view import ModelView, view_without_memory
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.torch_state import plain_torch
 
@@ -88,7 +88,7 @@ def run_circuit(
         InvalidArgumentError: a circuit of another model's graph, or without edges; an unknown metric.
         RequestError: no pairs, or a pair with tokens that the model does not take, by label.
         EvaluationError: the model's output is not finite for a pair, which is named.
-        UnsupportedModelError: a model whose attention cannot be opened, by the module's name.
+        UnsupportedModelError: a model whose attention cannot be opened, by the module's name; or a memory is attached.
 
     Cost: two passes over the prompts (three for "kl"). In addition, for a layer whose heads have G different sets of
         edges: G d numbers a token for their inputs, at most 64 MiB at a time, and for each pair of a source head and a
@@ -106,8 +106,8 @@ def run_circuit(
         >>> run_circuit(model, circuit, pairs).shape == (len(pairs),)
         True
     """
-    view = model if isinstance(model, ModelView) else ModelView(model, spec)
-    return _run(view, circuit, pairs, metric, batch_size, progress)[2]
+    view = view_without_memory(model, spec)
+    return _run(view, circuit, pairs, metric, batch_size, progress, with_clean=metric == "kl")[2]
 
 
 def faithfulness(
@@ -122,7 +122,7 @@ def faithfulness(
 ) -> Faithfulness:
     """The share of what the model does that a circuit does: (m(circuit) - m(corrupted)) / (m(clean) - m(corrupted)).
 
-    m is the mean of the metric over pairs. Arguments, errors and cost are those of `run_circuit`, and one more pass.
+    m is the mean of the metric over pairs. Arguments, errors and cost are those of `run_circuit`, and one more pass (for "kl" none).
 
     Example:
         >>> from kedit_fast.locating.circuits import edge_scores
@@ -134,19 +134,25 @@ def faithfulness(
         >>> round(faithfulness(model, whole, pairs).value, 4)
         1.0
     """
-    view = model if isinstance(model, ModelView) else ModelView(model, spec)
-    clean, corrupted, circuit_values = _run(view, circuit, pairs, metric, batch_size, progress)
+    view = view_without_memory(model, spec)
+    clean, corrupted, circuit_values = _run(view, circuit, pairs, metric, batch_size, progress, with_clean=True)
+    assert clean is not None
     means = [float(values.double().mean()) for values in (clean, corrupted, circuit_values)]
-    gap = means[0] - means[1]
-    size = float(torch.cat([clean, corrupted]).double().abs().mean())
-    reason = ""
-    if abs(gap) <= NEAR_ZERO * size or not gap:
-        reason = (
-            f"the mean {metric} is {means[0]:.3g} on the clean and {means[1]:.3g} on the corrupted prompts: with so "
-            "small a difference there is nothing that a circuit could explain"
-        )
-    value = None if reason else (means[2] - means[1]) / gap
+    reason = no_gap(clean, corrupted, metric)
+    value = None if reason else (means[2] - means[1]) / (means[0] - means[1])
     return Faithfulness(means[0], means[1], means[2], value, reason, len(pairs))
+
+
+def no_gap(clean: torch.Tensor, corrupted: torch.Tensor, metric: str) -> str:
+    """Why no share of m(clean) - m(corrupted) can be given, of the metrics [n] of pairs; "" where one can."""
+    means = [float(values.double().mean()) for values in (clean, corrupted)]
+    gap, size = means[0] - means[1], float(torch.cat([clean, corrupted]).double().abs().mean())
+    if gap and abs(gap) > NEAR_ZERO * size:
+        return ""
+    return (
+        f"the mean {metric} is {means[0]:.3g} on the clean and {means[1]:.3g} on the corrupted prompts: with so small "
+        "a difference there is nothing that a circuit could explain"
+    )
 
 
 @plain_torch()
@@ -158,8 +164,9 @@ def _run(
     metric: Metric,
     batch_size: int | None,
     progress: Callable[[int], Any] | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The metric [n] of the clean prompts, of the corrupted ones, and of the circuit."""
+    with_clean: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """The metric [n] of clean prompts, where asked for (the KL needs it), of corrupted ones, and of the circuit."""
     check_metric(metric)
     components = open_components(view)
     graph = graph_of(components)
@@ -170,21 +177,23 @@ def _run(
     plan = _Plan.of(graph, circuit.edges)
     result: list[list[torch.Tensor | None]] = [[None] * len(pairs) for _ in range(3)]
     with evaluating(view):
-        for chunk in _batches(pairs, batch_size):
+        for chunk in batches_of(pairs, batch_size):
             part = [pairs[i] for i in chunk]
-            clean = _end_logits(view, pad([pair.clean for pair in part], view.device), part)
+            batch = pad([pair.clean for pair in part], view.device)
+            clean = end_logits(view, batch, part) if with_clean else None
             recorded = _Recorded(components)
             with components.running(recorded):
-                corrupted = _end_logits(view, pad([pair.corrupted for pair in part], view.device), part)
+                corrupted = end_logits(view, pad([pair.corrupted for pair in part], view.device), part)
             with components.running(_CircuitPass(components, graph, plan, recorded)):
-                changed = _end_logits(view, pad([pair.clean for pair in part], view.device), part)
+                changed = end_logits(view, batch, part)
             for values, logits in zip(result, (clean, corrupted, changed), strict=True):
-                for i, value in zip(chunk, _metric(logits, clean, part, metric).cpu(), strict=True):
-                    values[i] = value
+                if logits is not None:
+                    for i, value in zip(chunk, metric_of_pairs(logits, clean, part, metric).cpu(), strict=True):
+                        values[i] = value
             if progress is not None:
                 progress(len(chunk))
-    clean, corrupted, changed = (torch.stack([v for v in values if v is not None]) for values in result)
-    return clean, corrupted, changed
+    clean, corrupted, changed = ([value for value in values if value is not None] for values in result)
+    return torch.stack(clean) if with_clean else None, torch.stack(corrupted), torch.stack(changed)
 
 
 @plain_torch()
@@ -226,7 +235,7 @@ def exact_scores(
         'exact'
     """
     check_metric(metric)
-    view = model if isinstance(model, ModelView) else ModelView(model, spec)
+    view = view_without_memory(model, spec)
     components = open_components(view)
     graph = graph_of(components)
     check_pairs(view, pairs)
@@ -239,24 +248,24 @@ def exact_scores(
     sums = torch.zeros(graph.mask.shape, dtype=torch.float64, device="cpu")
     totals, is_double = [0.0, 0.0], False
     with evaluating(view):
-        for chunk in _batches(pairs, 1):  # the rows of a pass are edges
+        for chunk in batches_of(pairs, 1):  # the rows of a pass are edges
             part = [pairs[i] for i in chunk]
             clean, corrupted = _Recorded(components), _Recorded(components)
             logits = []
             for recorded, rows in ((clean, [p.clean for p in part]), (corrupted, [p.corrupted for p in part])):
                 with components.running(recorded):
-                    logits.append(_end_logits(view, pad(rows, view.device), part))
-            base = _metric(logits[0], logits[0], part, metric)
+                    logits.append(end_logits(view, pad(rows, view.device), part))
+            base = metric_of_pairs(logits[0], logits[0], part, metric)
             totals[0] += float(base.sum())
-            totals[1] += float(_metric(logits[1], logits[0], part, metric).sum())
+            totals[1] += float(metric_of_pairs(logits[1], logits[0], part, metric).sum())
             is_double = base.dtype == torch.float64
             sign = 1 if metric == "kl" else -1
             for target, sources in _edges_by_target(graph, len(part[0].clean)):
                 deltas = torch.cat([_difference(components, graph, clean, corrupted, u) for u in sources])
                 rows = part * len(sources)
                 with components.running(_EdgePass(components, graph, target, deltas)):
-                    changed = _end_logits(view, pad([p.clean for p in rows], view.device), rows)
-                rises = sign * (_metric(changed, logits[0].expand_as(changed), rows, metric) - base)
+                    changed = end_logits(view, pad([p.clean for p in rows], view.device), rows)
+                rises = sign * (metric_of_pairs(changed, logits[0].expand_as(changed), rows, metric) - base)
                 sums[sources, target] += rises.double().cpu()
                 if progress is not None:
                     progress(len(sources))
@@ -266,22 +275,8 @@ def exact_scores(
     return EdgeScores(graph, scores, "exact", 0, metric, len(pairs), clean_mean, corrupted_mean)
 
 
-def check_pairs(view: ModelView, pairs: Sequence[PromptPair]) -> None:
-    """Raise RequestError where there are no pairs, or a model does not take one; by label."""
-    if not pairs:
-        raise RequestError("no prompt pairs given: there is nothing to run")
-    for pair in pairs:
-        if len(pair.clean) > view.max_length:
-            raise RequestError(
-                f"{pair.label}: its prompts have {len(pair.clean)} tokens, the model takes {view.max_length}"
-            )
-        largest = max(*pair.clean, *pair.corrupted, pair.answer, pair.wrong)
-        if largest >= view.vocabulary:
-            raise RequestError(f"{pair.label}: token {largest} is past the model's {view.vocabulary:,} tokens")
-
-
-def _batches(pairs: Sequence[PromptPair], batch_size: int | None) -> Iterator[list[int]]:
-    """Indices of pairs, the longest first."""
+def batches_of(pairs: Sequence[PromptPair], batch_size: int | None = None) -> Iterator[list[int]]:
+    """Indices of pairs that run together, the longest first; without a size, of `BATCH_TOKENS` tokens."""
     if batch_size is not None and batch_size < 1:
         raise InvalidArgumentError(f"batch_size = {batch_size!r}: run at least one pair at a time")
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].clean), reverse=True)
@@ -291,7 +286,7 @@ def _batches(pairs: Sequence[PromptPair], batch_size: int | None) -> Iterator[li
         order = order[count:]
 
 
-def _end_logits(view: ModelView, batch: TokenBatch, part: Sequence[PromptPair]) -> torch.Tensor:
+def end_logits(view: ModelView, batch: TokenBatch, part: Sequence[PromptPair]) -> torch.Tensor:
     """Logits [R, V] at the last token of each row, fp32 at least."""
     hidden = last_states(view, batch)
     ends = torch.tensor([len(pair.clean) - 1 for pair in part], device=hidden.device)
@@ -299,8 +294,10 @@ def _end_logits(view: ModelView, batch: TokenBatch, part: Sequence[PromptPair]) 
     return logits.to(accumulation_dtype(logits))
 
 
-def _metric(logits: torch.Tensor, clean: torch.Tensor, part: Sequence[PromptPair], metric: Metric) -> torch.Tensor:
-    """The metric [R] of logits [R, V], where those of the clean prompts are `clean`."""
+def metric_of_pairs(
+    logits: torch.Tensor, clean: torch.Tensor | None, part: Sequence[PromptPair], metric: Metric
+) -> torch.Tensor:
+    """The metric [R] of logits [R, V], where those of the clean prompts are `clean`; the KL alone needs them."""
     answers, wrongs = (
         torch.tensor(tokens, device=logits.device) for tokens in zip(*((p.answer, p.wrong) for p in part), strict=True)
     )

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from kedit_fast.errors import InvalidArgumentError, RequestError, StatisticsError
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import Site, capture, evaluating, pad, unknown_token
-from kedit_fast.models.view import ModelView
+from kedit_fast.models.view import ModelView, view_without_memory
 from kedit_fast.ops import spd_solve
 from kedit_fast.requests.prompts import Prompt, PromptFormat, continuation, fill, is_plain
 from kedit_fast.requests.request import EditRequest
@@ -194,7 +194,7 @@ def linear_probes(
         RequestError: a request without an object, or without a relation where others have one, or whose subject has no
             tokens; or no relation can be probed.
         InvalidArgumentError: a wrong number of labels, folds, controls, a ridge that is not positive, no such layer.
-        UnsupportedModelError: a layer whose states cannot be read.
+        UnsupportedModelError: a layer whose states cannot be read; or a memory is attached to the model.
         StatisticsError: states that are not finite.
 
     Cost: a pass of every distinct prompt up to the last layer. A probe takes min(n d^2 + d^3 / 3, n^2 d + n^3 / 3)
@@ -208,7 +208,7 @@ def linear_probes(
         ((0, 5), 2)
     """
     _check(requests, labels, folds, controls, ridge, site, position)
-    view = ModelView(model, spec)
+    view = view_without_memory(model, spec)
     chosen = tuple(range(view.num_layers) if layers is None else dict.fromkeys(layers))
     if not chosen or not all(isinstance(layer, int) and 0 <= layer < view.num_layers for layer in chosen):
         raise InvalidArgumentError(f"layers must be some of 0 to {view.num_layers - 1}; got {list(layers or ())}")

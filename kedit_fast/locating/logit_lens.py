@@ -29,7 +29,7 @@ from kedit_fast.models.forward import (
 )
 from kedit_fast.models.head import error_limit
 from kedit_fast.models.patching import input_hooks, output_hooks, replaced_forwards
-from kedit_fast.models.view import ModelView
+from kedit_fast.models.view import ModelView, view_without_memory
 from kedit_fast.models.widened import computing_dtype
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.torch_state import plain_torch
@@ -110,8 +110,8 @@ def logit_lens(
         InvalidArgumentError: another position.
         RequestError: no prompts; a token that the model has no embedding for; or more tokens than it takes; by label.
         EvaluationError: the model's output is not finite on a prompt, which is named.
-        UnsupportedModelError: the states after the last block do not give the model's own logits, or a block did not
-            run.
+        UnsupportedModelError: the states after the last block do not give the model's own logits, a block did not
+            run, or a memory is attached to the model.
 
     Cost: one pass over the prompts, and the head on L + 1 states of each.
 
@@ -123,7 +123,7 @@ def logit_lens(
     """
     if position not in get_args(Position):
         raise InvalidArgumentError(f"position = {position!r}: choose {' or '.join(get_args(Position))}")
-    view = model if isinstance(model, ModelView) else ModelView(model, spec)
+    view = view_without_memory(model, spec)
     read = [_read(view, prompt, position) for prompt in prompts]
     if not read:
         raise RequestError("no prompts given: there is nothing to read")

@@ -17,7 +17,7 @@ import torch
 from kedit_fast.errors import InvalidArgumentError, RequestError
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
-from kedit_fast.models.view import ModelView
+from kedit_fast.models.view import ModelView, view_without_memory
 from kedit_fast.requests.chat import is_plain
 from kedit_fast.requests.problems import OnError, check_on_error, require_no_problems
 from kedit_fast.requests.prompts import (
@@ -151,6 +151,7 @@ def prompt_pairs(
             as many tokens, or none with another answer; a target that is missing, or that the model does not say; two
             targets with the same first token; prompts that the model does not take, or on which its output is not
             finite. The message names every request. Also: no pair is left.
+        UnsupportedModelError: a memory is attached to the model.
 
     Cost: one pass over the prompts and over at most 16 corrupted ones of each.
 
@@ -165,13 +166,13 @@ def prompt_pairs(
     requests = list(requests)
     if not requests:
         raise RequestError("no requests given: there are no prompts to pair")
-    view = model if isinstance(model, ModelView) else ModelView(model, spec)
+    view = view_without_memory(model, spec)
     subjects = _subjects(requests, others or {})
     problems: dict[int, str] = {}
     drafts: dict[int, _Draft] = {}
     for index, request in enumerate(requests):
         try:
-            pool = subjects[_relation(request)]
+            pool = subjects[relation_of(request)]
             drafts[index] = _draft(view, tokenizer, request, answers, pool, f"{seed} {index}", prompt_format)
         except RequestError as error:
             problems[index] = f"{_name(request, index)}: {error}"
@@ -253,7 +254,8 @@ class _Draft:
     """The answer and the wrong one; None for what the model says."""
 
 
-def _relation(request: EditRequest) -> str:
+def relation_of(request: EditRequest) -> str:
+    """What requests have in common whose subjects can stand for each other: the relation, or else the prompt."""
     return request.prompt if request.relation is None else request.relation
 
 
@@ -265,7 +267,7 @@ def _subjects(requests: Sequence[EditRequest], others: Mapping[str, Sequence[str
     """All subjects of each relation, each once, in order."""
     pools: dict[str, dict[str, None]] = {}
     for request in requests:
-        pool = pools.setdefault(_relation(request), {})
+        pool = pools.setdefault(relation_of(request), {})
         if request.subject is not None:
             pool[request.subject] = None
     for relation, subjects in others.items():

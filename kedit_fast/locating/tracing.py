@@ -49,8 +49,7 @@ from kedit_fast.models.restoring import (
     require_sites,
     way_of,
 )
-from kedit_fast.models.routes import require_no_memory
-from kedit_fast.models.view import ModelView
+from kedit_fast.models.view import ModelView, view_without_memory
 from kedit_fast.requests.problems import OnError, check_on_error
 from kedit_fast.requests.prompts import PromptFormat
 from kedit_fast.requests.request import EditRequest
@@ -264,8 +263,7 @@ def trace(
     """
     _check_arguments(kinds, window, samples, noise, seed, expect, batch_tokens)
     check_on_error(on_error)
-    view = model if isinstance(model, ModelView) else ModelView(model, spec)
-    require_no_memory(view.model)
+    view = view_without_memory(model, spec)
     require_sites(view, kinds)
     prompts: list[TracedPrompt | str] = prompts_of(tokenizer, requests, prompt_format, view.max_length, view.vocabulary)
     if expect != "any":

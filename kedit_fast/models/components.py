@@ -169,9 +169,9 @@ class Components:
         bias = projection.module.bias
         return None if bias is None else self._of_kind(projection, kind, bias.detach())
 
-    def by_head(self, values: torch.Tensor) -> torch.Tensor:
-        """Values [groups, ..] of shared keys and values for every query head [H, ..]."""
-        return values if values.shape[0] == self.heads else values.repeat_interleave(self.heads // self.groups, 0)
+    def by_head(self, values: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """Values [.., groups, ..] of shared keys and values for every query head [.., H, ..]."""
+        return values if values.shape[dim] == self.heads else values.repeat_interleave(self.heads // self.groups, dim)
 
     def out_weight(self, layer: int) -> torch.Tensor:
         """W_O [d, H, e], a view on the model's memory: head h adds W_O[:, h] z_h to the residual stream."""
@@ -214,16 +214,15 @@ class Components:
     def _projection(self, layer: int, kind: HeadInput) -> _Projection:
         return next(p for p in self._blocks[layer].projections if kind in p.kinds)
 
-    def _of_kind(self, projection: _Projection, kind: HeadInput, values: torch.Tensor) -> torch.Tensor:
-        """The part of outputs [out, ..] that is q, k or v: [heads or groups, e, ..]."""
-        e, place = self.head_size, projection.kinds.index(kind)
+    def _of_kind(self, projection: _Projection, kind: HeadInput, values: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """The part of outputs [.., out, ..] that is q, k or v: [.., heads or groups, e, ..]."""
+        e, place, dim = self.head_size, projection.kinds.index(kind), dim % values.ndim
         if len(projection.kinds) == 1:
-            return values.unflatten(0, (-1, e))
+            return values.unflatten(dim, (-1, e))
         if projection.order == "by head":
-            return values.unflatten(0, (self.heads, 3, e))[:, place]
+            return values.unflatten(dim, (self.heads, 3, e)).select(dim + 1, place)
         counts = [self.heads, self.groups, self.groups]
-        begin = sum(counts[:place]) * e
-        return values[begin : begin + counts[place] * e].unflatten(0, (counts[place], e))
+        return values.unflatten(dim, (-1, e)).narrow(dim, sum(counts[:place]), counts[place])
 
     # --- passes ---
 
@@ -297,15 +296,7 @@ class Components:
 
     def _heads_of(self, projection: _Projection, kind: HeadInput, output: torch.Tensor) -> torch.Tensor:
         """q, k or v [.., H, e] of every query head, in a projection's output [.., out]."""
-        e, place = self.head_size, projection.kinds.index(kind)
-        if len(projection.kinds) == 1:
-            y = output.unflatten(-1, (-1, e))
-        elif projection.order == "by head":
-            return output.unflatten(-1, (self.heads, 3, e))[..., place, :]
-        else:
-            counts = [self.heads, self.groups, self.groups]
-            y = output.unflatten(-1, (-1, e)).split(counts, -2)[place]
-        return y if y.shape[-2] == self.heads else y.repeat_interleave(self.heads // self.groups, -2)
+        return self.by_head(self._of_kind(projection, kind, output, -1), -2)
 
     def _on_mixed(self, layer: int, visitor: Visitor) -> Callable[..., Any]:
         def see(z: torch.Tensor) -> torch.Tensor | None:

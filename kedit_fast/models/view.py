@@ -17,7 +17,7 @@ from kedit_fast.models.experts import ExpertStack, expert_stack, refusal
 from kedit_fast.models.head import Head, checked_head, head_as_configured
 from kedit_fast.models.introspection import find_spec
 from kedit_fast.models.offloaded import device_of, on_host
-from kedit_fast.models.routes import suspended
+from kedit_fast.models.routes import require_no_memory, suspended
 from kedit_fast.models.schemes import scheme_of
 from kedit_fast.models.sharded import is_sharded, require_whole_world, splits_inputs, whole, work_share
 from kedit_fast.models.shared_experts import SharedExpert
@@ -470,3 +470,18 @@ class ModelView:
 
 def _is_sharded(view: ModelView) -> bool:
     return is_sharded(view.model)
+
+
+def view_without_memory(model: Any, spec: ArchSpec | None = None) -> ModelView:
+    """A view of a model whose passes compute what its weights say.
+
+    Args:
+        model: a causal language model, or a ModelView of it, which is returned.
+        spec: its module names, see `ModelView`.
+
+    Raises:
+        UnsupportedModelError: a memory is attached to it, and not suspended; or see `ModelView`.
+    """
+    view = model if isinstance(model, ModelView) else ModelView(model, spec)
+    require_no_memory(view.model)
+    return view

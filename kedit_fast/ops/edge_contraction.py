@@ -74,8 +74,7 @@ def edge_contraction(
         GradientError: an argument requires grad.
 
     Cost: 2 N d flops for each of the edges, F V / 2 of them, for any number of steps; 8 L N d H e to make D and G;
-        K N d F L for `shares`. Memory: D and G of 64 tokens, or of fewer, 16 at
-        least, where they pass 1 GiB.
+        K N d F L for `shares`. Memory: D and G of 64 tokens, or of fewer, 16 at least, where they pass 1 GiB.
 
     Example:
         >>> entered, mixed, mlps = torch.randn(5, 8), torch.randn(1, 5, 2, 4), torch.randn(1, 5, 8)
@@ -89,7 +88,8 @@ def edge_contraction(
     """
     require_no_grad(OP, entered=entered, mixed=mixed, mlps=mlps, slopes=slopes, shares=shares)
     require_no_grad(OP, mlp_slopes=mlp_slopes, last_slopes=last_slopes)
-    for name, group in (("out_weights", out_weights), ("in_weights", in_weights), ("gains", gains)):
+    lists = {"out_weights": out_weights, "in_weights": in_weights, "gains": gains, "standardized": standardized}
+    for name, group in lists.items():
         require_no_grad(OP, **{f"{name}[{i}]": tensor for i, tensor in enumerate(group)})
     return _op(
         entered, mixed, list(out_weights), mlps, slopes, list(in_weights), list(gains), centered, mlp_slopes,

@@ -5,38 +5,48 @@ the circuits before and after says nothing unless it is below the overlaps of ha
 circuits of facts that nobody edited: those are the control. `CircuitComparison.claims` has sentences for what is beyond
 both alone.
 
-Scores of the two models are compared as shares, as ranks, or divided by m(clean) - m(corrupted) of their model, because
-the edit changes that difference itself.
+Here is what is compared and claimed, and how prompts are made; the numbers are those of `circuit_statistics`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from kedit_fast.errors import EvaluationError, InvalidArgumentError, RequestError
+from kedit_fast.errors import InvalidArgumentError, RequestError
 from kedit_fast.locating.circuit import Circuit
-from kedit_fast.locating.circuits import EdgeScores, Scoring, edge_scores
-from kedit_fast.locating.faithfulness import NEAR_ZERO, check_pairs, run_circuit
+from kedit_fast.locating.circuits import EdgeScores, Scoring, check_pairs, edge_scores
+from kedit_fast.locating.faithfulness import batches_of, end_logits, metric_of_pairs, no_gap, run_circuit
 from kedit_fast.locating.graph import Graph
-from kedit_fast.locating.metrics import Metric, check_metric, metric_values
-from kedit_fast.locating.prompt_pairs import PromptPair, prompt_pairs
+from kedit_fast.locating.metrics import Metric, check_metric
+from kedit_fast.locating.prompt_pairs import PromptPair, prompt_pairs, relation_of
 from kedit_fast.locating.pruning import top_edges
 from kedit_fast.models.architectures import ArchSpec
-from kedit_fast.models.forward import evaluating, last_states, pad
-from kedit_fast.models.view import ModelView
+from kedit_fast.models.forward import evaluating, pad
+from kedit_fast.models.view import ModelView, view_without_memory
 from kedit_fast.patches.patch import Patch
+from kedit_fast.reports.circuit_statistics import (
+    EdgeChange,
+    Overlap,
+    PartScores,
+    Share,
+    changes_of,
+    faithfulness_of,
+    halves,
+    overlaps_of,
+    range_of,
+    sampled_faithfulness,
+    shares_of,
+)
 from kedit_fast.requests.prompts import PromptFormat
 from kedit_fast.requests.request import EditRequest
-from kedit_fast.support.dtypes import accumulation_dtype, describe_tensor
-from kedit_fast.support.intervals import DRAWS
+from kedit_fast.support.dtypes import describe_tensor
 from kedit_fast.support.torch_state import plain_torch
 
 TOP = (50, 100, 200)
@@ -50,91 +60,6 @@ FEWEST_PAIRS = 4
 FEWEST_SPLITS = 20
 """Different halvings below which a floor is too coarse to claim anything."""
 NOTHING = "nothing is claimed"
-_TOKENS = 2048  # of one pass for answers
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A value with the range of 95 % of random halves."""
-
-    value: float
-    """Of all pairs; of a floor, the mean over halvings."""
-    low: float
-    """2.5 % of halvings are below it."""
-    high: float
-    """2.5 % of halvings are above it."""
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """How alike the edges' scores are, before and after, and where nothing was edited. 1 is the same."""
-
-    name: str
-    """"top 50": Jaccard index of the 50 edges with the largest |score|; "spearman": rank correlation of |score|."""
-    edited: Estimate
-    """Edited prompts, before against after. Its range is of halves: each half before against the same half after."""
-    floor_before: Estimate
-    """Two halves of the prompts, both in the unedited model."""
-    floor_after: Estimate
-    """Two halves of the prompts, both in the edited model."""
-    control: Estimate | None
-    """Unedited prompts, before against after; None without them."""
-    chance: float
-    """What random scores give on average."""
-
-    @property
-    def is_beyond(self) -> bool:
-        """Whether the edited prompts agree less than halves in either model do, and less than the control."""
-        control = math.inf if self.control is None else self.control.low
-        return self.edited.value < min(self.floor_before.low, self.floor_after.low, control)
-
-
-@dataclass(frozen=True)
-class Share:
-    """The part of all |score| on edges that leave the nodes of one kind in one layer."""
-
-    name: str
-    """"input", "attn0", "mlp0", .."""
-    before: float
-    """In the unedited model."""
-    after: float
-    """In the edited model."""
-    floor: float
-    """By how much two halves of the prompts differ in one model: 97.5 % of halvings differ less, in either model."""
-    control: float | None
-    """By how much unedited prompts differ, before against after; None without them."""
-    is_edited: bool
-    """Whether weights of these nodes differ between the models."""
-
-    @property
-    def is_beyond(self) -> bool:
-        """Whether the share changed by more than halves differ, and by more than that of the control."""
-        return abs(self.after - self.before) > max(self.floor, abs(self.control or 0.0))
-
-
-@dataclass(frozen=True)
-class EdgeChange:
-    """An edge whose score changed; scores are divided by m(clean) - m(corrupted) of their model."""
-
-    source: str
-    """The node that writes."""
-    target: str
-    """The input that reads."""
-    before: float
-    """Normalized score in the unedited model."""
-    after: float
-    """Normalized score in the edited model."""
-    floor: float
-    """By how much halves differ on this edge: 97.5 % of halvings differ less, in either model."""
-    floor_of_all: float
-    """By how much halves differ on any edge: 97.5 % of halvings have no edge that differs more, in either model."""
-    control: float | None
-    """The change on unedited prompts; None without them."""
-
-    @property
-    def is_beyond(self) -> bool:
-        """Whether the change is larger than that of any edge between halves, and than that of the control."""
-        return abs(self.after - self.before) > max(self.floor_of_all, abs(self.control or 0.0))
 
 
 @dataclass(frozen=True)
@@ -286,6 +211,7 @@ def pairs_to_compare(
 
     Raises:
         RequestError: no pair is left, with the reasons; or a control request is one of the edited ones.
+        UnsupportedModelError: a memory is attached to a model.
 
     Cost: see `prompt_pairs`.
 
@@ -302,7 +228,7 @@ def pairs_to_compare(
         if (request.prompt, request.subject) in facts:
             raise RequestError(f"the control request on {request.label!r} is one of the edited ones")
     skipped: dict[str, str] = {}
-    old, new = (ModelView(model, spec) for model in (base, edited))
+    old, new = (view_without_memory(model, spec) for model in (base, edited))
     made = list(_pairs(old, tokenizer, requests, "true", others, seed, prompt_format, skipped))
     said = _Answers.of(new, [_swapped(pair) for pair, _ in made], "logit-difference").right if made else []
     before = []
@@ -329,13 +255,13 @@ def _pairs(
     skipped: dict[str, str],
 ) -> Iterator[tuple[PromptPair, str]]:
     """Each request's pair with the request's name; what has none goes to `skipped`."""
-    alone = [i for i, request in enumerate(requests) if _relation(request) in (others or {})]
+    alone = [i for i, request in enumerate(requests) if relation_of(request) in (others or {})]
     together = [i for i in range(len(requests)) if i not in set(alone)]
     pairs: dict[int, PromptPair] = {}
     reasons: dict[int, str] = {}
     for part in [[i] for i in alone] + ([together] if together else []):
         chosen = [requests[i] for i in part]
-        pool = {name: subjects for name, subjects in (others or {}).items() if name == _relation(chosen[0])}
+        pool = {name: subjects for name, subjects in (others or {}).items() if name == relation_of(chosen[0])}
         try:
             result = prompt_pairs(
                 view, tokenizer, chosen, answers=answers, others=pool, seed=seed, prompt_format=prompt_format,
@@ -352,10 +278,6 @@ def _pairs(
             yield pairs[i], name
         else:
             skipped[name] = reasons[i]
-
-
-def _relation(request: EditRequest) -> str:
-    return request.prompt if request.relation is None else request.relation
 
 
 def _swapped(pair: PromptPair) -> PromptPair:
@@ -414,11 +336,12 @@ def compare_circuits(
     Raises:
         RequestError: fewer than 4 pairs, pairs that are not the same prompts on both sides, or that a model refuses.
         InvalidArgumentError: models of different graphs, a wrong number or metric.
-        UnsupportedModelError: attention that cannot be opened, by the module's name.
+        UnsupportedModelError: attention that cannot be opened, by the module's name; or a memory is attached.
         EvaluationError: logits or gradients that are not finite.
 
     Cost: `edge_scores` of all pairs in both models, four runs of the circuits, 2 `random_circuits` random ones; one
-        comparison of all weights, unless there is a patch. Statistics: `splits` sorts of all edges.
+        comparison of all weights, unless there is a patch. Statistics: 8 sorts of all edges for each of `splits`,
+        16 with a control.
 
     Example:
         >>> import copy
@@ -431,7 +354,7 @@ def compare_circuits(
     """
     _check(pairs_before, pairs_after, top, circuit_edges, groups, splits, random_circuits, largest, metric)
     say = progress or (lambda line: None)
-    old, new = (ModelView(model, spec) for model in (base, edited))
+    old, new = (view_without_memory(model, spec) for model in (base, edited))
     changed = edited_parts(old, new, patch)
     n = len(pairs_before)
     parts = _parts(n, groups, random.Random(f"{seed} parts"))
@@ -450,7 +373,10 @@ def compare_circuits(
         )
     controls = None
     if control_pairs:
-        controls = tuple(scored(view, control_pairs, control_parts, "control") for view in (old, new))
+        controls = (
+            scored(old, control_pairs, control_parts, "control"),
+            scored(new, control_pairs, control_parts, "control"),
+        )
     halvings = halves(before.sizes, splits, random.Random(f"{seed} halves"))
     control_halvings = halves(controls[0].sizes, splits, random.Random(f"{seed} halves")) if controls else []
     graph = before.graph
@@ -470,10 +396,8 @@ def compare_circuits(
         else:
             normalized = controls
         changes = changes_of(before, after, normalized, halvings, largest)
-    circuits = {
-        name: top_edges(part.total(scoring, metric), min(circuit_edges, graph.edge_count))
-        for name, part in (("before", before), ("after", after))
-    }
+    totals = {"before": before.total(scoring, metric), "after": after.total(scoring, metric)}
+    circuits = {name: top_edges(total, min(circuit_edges, graph.edge_count)) for name, total in totals.items()}
     runs, lost = _runs(
         old, new, circuits, (pairs_before, pairs_after), sides, metric, random_circuits, seed, batch_size, say
     )
@@ -490,7 +414,7 @@ def compare_circuits(
         described[0], described[1], metric, scoring, before.steps, n, len(control_pairs), len(parts), len(halvings),
         seed, overlaps, runs, lost, shares, changes, reason, changed,
         claims_of(overlaps, shares, changes, runs, lost) if enough else (NOTHING,), circuits,
-        {"before": before.total(scoring, metric), "after": after.total(scoring, metric)},
+        totals,
     )  # fmt: skip
 
 
@@ -524,251 +448,11 @@ def _check(
             raise RequestError(f"{one.label}: the pair after has other prompts than the one before")
 
 
-class _Partial(Protocol):
-    """What `edge_scores` gives of a part of the pairs."""
-
-    @property
-    def graph(self) -> Graph: ...
-    @property
-    def scores(self) -> torch.Tensor: ...
-    @property
-    def pairs(self) -> int: ...
-    @property
-    def clean(self) -> float: ...
-    @property
-    def corrupted(self) -> float: ...
-    @property
-    def steps(self) -> int: ...
-
-
-@dataclass(frozen=True, eq=False)
-class PartScores:
-    """Scores of the edges that exist, of each part of some pairs in one model."""
-
-    graph: Graph
-    """Of the model."""
-    values: torch.Tensor
-    """[G, E] mean scores of G parts, in the order of `graph.mask`."""
-    sizes: tuple[int, ...]
-    """Pairs of each part."""
-    clean: float
-    """Mean metric of all clean prompts."""
-    corrupted: float
-    """Mean metric of all corrupted prompts."""
-    steps: int
-    """Of the scoring."""
-
-    @classmethod
-    def of(cls, parts: Sequence[_Partial]) -> PartScores:
-        """The parts together."""
-        graph, sizes = parts[0].graph, tuple(part.pairs for part in parts)
-        values = torch.stack([part.scores.cpu()[graph.mask] for part in parts])
-        if not bool(torch.isfinite(values).all()):
-            raise EvaluationError("scores of edges are not finite: nothing can be compared")
-        means = [sum(part.pairs * value(part) for part in parts) / sum(sizes) for value in (_clean, _corrupted)]
-        return cls(graph, values, sizes, means[0], means[1], parts[0].steps)
-
-    def mean(self, members: Sequence[int] | None = None) -> torch.Tensor:
-        """[E] fp64, the mean over pairs of some parts; of all for None."""
-        chosen = list(range(len(self.sizes)) if members is None else members)
-        weights = torch.tensor([self.sizes[i] for i in chosen], dtype=torch.float64)
-        return weights.div_(weights.sum()) @ self.values[chosen].double()
-
-    @property
-    def gap(self) -> float:
-        """m(clean) - m(corrupted), without its sign."""
-        return abs(self.clean - self.corrupted)
-
-    def total(self, scoring: str, metric: str) -> EdgeScores:
-        """The scores of all pairs as `edge_scores` would give them."""
-        scores = torch.zeros(self.graph.mask.shape, dtype=self.values.dtype)
-        scores[self.graph.mask] = self.mean().to(scores.dtype)
-        return EdgeScores(self.graph, scores, scoring, self.steps, metric, sum(self.sizes), self.clean, self.corrupted)
-
-
-def _clean(part: _Partial) -> float:
-    return part.clean
-
-
-def _corrupted(part: _Partial) -> float:
-    return part.corrupted
-
-
 def _parts(n: int, groups: int, generator: random.Random) -> list[list[int]]:
     """Indices of pairs in parts of about the same size, at random."""
     order = list(range(n))
     generator.shuffle(order)
     return [part for g in range(groups) if (part := sorted(order[g::groups]))]
-
-
-Halving = tuple[tuple[int, ...], tuple[int, ...]]
-"""The parts of one half and those of the other."""
-
-
-def halves(sizes: Sequence[int], splits: int, generator: random.Random) -> list[Halving]:
-    """Different ways to divide parts into two halves with about as many pairs, at most `splits` of them.
-
-    Example:
-        >>> len(halves([1, 1, 1, 1], 100, random.Random(0)))
-        3
-    """
-    count = len(sizes)
-    if count < 2:
-        return []
-    every = math.comb(count, count // 2) // (1 if count % 2 else 2)
-    if every <= 2 * splits:
-        first = [one for one in itertools.combinations(range(count), count // 2) if count % 2 or 0 in one]
-        generator.shuffle(first)
-        return [(one, tuple(i for i in range(count) if i not in one)) for one in first[:splits]]
-    chosen: dict[tuple[int, ...], Halving] = {}
-    while len(chosen) < splits:
-        order = list(range(count))
-        generator.shuffle(order)
-        one, other = tuple(sorted(order[: count // 2])), tuple(sorted(order[count // 2 :]))
-        if not count % 2 and 0 not in one:
-            one, other = other, one
-        chosen.setdefault(one, (one, other))
-    return list(chosen.values())
-
-
-def jaccard(scores: torch.Tensor, others: torch.Tensor, k: int) -> float:
-    """Of the k edges with the largest |score| in two lists [E]: those in both over those in either.
-
-    Example:
-        >>> jaccard(torch.tensor([3.0, -2.0, 1.0]), torch.tensor([3.0, 1.0, -2.0]), 2)
-        0.3333333333333333
-    """
-    sets = [set(torch.argsort(v.abs(), descending=True, stable=True)[:k].tolist()) for v in (scores, others)]
-    return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
-
-
-def chance_jaccard(k: int, edges: int) -> float:
-    """What two random sets of k of so many edges have in common, k^2 / edges, over the rest of their union."""
-    return k / (2 * edges - k)
-
-
-def spearman(scores: torch.Tensor, others: torch.Tensor) -> float:
-    """Rank correlation of |score| in two lists [E]; edges with equal scores share their mean rank. 0 for constants.
-
-    Example:
-        >>> round(spearman(torch.tensor([1.0, -2.0, 3.0]), torch.tensor([10.0, 30.0, -20.0])), 6)
-        0.5
-    """
-    ranks = [_ranks(values.abs()) for values in (scores, others)]
-    one, other = (rank - rank.mean() for rank in ranks)
-    size = float(one.norm() * other.norm())
-    return float(one @ other) / size if size > 0 else 0.0
-
-
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ranks [E] fp64 from 0, the mean rank for equal values."""
-    _, which, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    return (ends - (counts + 1) / 2)[which]
-
-
-def _estimate(value: float | None, samples: Sequence[float]) -> Estimate:
-    """With the range of 95 % of the samples; their mean, for a value of None."""
-    sample = torch.tensor(samples, dtype=torch.float64)
-    low, high = sample.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Estimate(float(sample.mean()) if value is None else value, low, high)
-
-
-def overlaps_of(
-    before: PartScores,
-    after: PartScores,
-    controls: tuple[PartScores, ...] | None,
-    top: Sequence[int],
-    halvings: Sequence[Halving],
-    control_halvings: Sequence[Halving] = (),
-) -> tuple[Overlap, ...]:
-    """Jaccard indices of the largest edges and the rank correlation, each with its floors, control and chance."""
-    measures: list[tuple[str, Callable[..., float], float]] = [
-        (f"top {k}", lambda a, b, k=k: jaccard(a, b, k), chance_jaccard(k, before.graph.edge_count)) for k in top
-    ]
-    measures.append(("spearman", spearman, 0.0))
-
-    def across(one: PartScores, other: PartScores, ways: Sequence[Halving], measure: Callable[..., float]) -> Estimate:
-        samples = [measure(one.mean(half), other.mean(half)) for way in ways for half in way]
-        whole = measure(one.mean(), other.mean())
-        return _estimate(whole, samples or [whole])
-
-    result = []
-    for name, measure, chance in measures:
-        floors = [_estimate(None, [measure(m.mean(a), m.mean(b)) for a, b in halvings]) for m in (before, after)]
-        control = None if controls is None else across(controls[0], controls[1], control_halvings, measure)
-        result.append(Overlap(name, across(before, after, halvings, measure), floors[0], floors[1], control, chance))
-    return tuple(result)
-
-
-def shares_of(
-    before: PartScores,
-    after: PartScores,
-    controls: tuple[PartScores, ...] | None,
-    halvings: Sequence[Halving],
-    edited: Sequence[str] = (),
-) -> tuple[Share, ...]:
-    """The part of |score| that leaves the nodes of a kind in a layer, before and after, with floor and control."""
-    graph = before.graph
-    names = ["input"]
-    for layer in range(graph.layers):
-        names += [f"attn{layer}", f"mlp{layer}"]
-    kinds = []
-    for source, layer in zip(graph.sources, graph.source_layers, strict=True):
-        kinds.append(0 if layer < 0 else 1 + 2 * layer + source.startswith("m"))
-    owner = torch.tensor(kinds)[torch.nonzero(graph.mask)[:, 0]]  # [E]
-
-    def of(values: torch.Tensor) -> torch.Tensor:
-        sums = torch.zeros(len(names), dtype=torch.float64).index_add_(0, owner, values.abs())
-        total = float(sums.sum())
-        if not total > 0:
-            raise EvaluationError("all scores of edges are 0: there are no shares")
-        return sums / total
-
-    floor = torch.zeros(len(names), dtype=torch.float64)
-    for model in (before, after):
-        apart = torch.stack([(of(model.mean(a)) - of(model.mean(b))).abs() for a, b in halvings])
-        floor = torch.maximum(floor, apart.quantile(0.975, dim=0))
-    change = None if controls is None else (of(controls[1].mean()) - of(controls[0].mean())).tolist()
-    rows = zip(names, of(before.mean()).tolist(), of(after.mean()).tolist(), floor.tolist(), strict=True)
-    return tuple(
-        Share(name, old, new, bound, None if change is None else change[i], name in edited)
-        for i, (name, old, new, bound) in enumerate(rows)
-    )
-
-
-def changes_of(
-    before: PartScores,
-    after: PartScores,
-    controls: tuple[PartScores, ...] | None,
-    halvings: Sequence[Halving],
-    largest: int = 20,
-) -> tuple[EdgeChange, ...]:
-    """The edges whose normalized scores changed most, with the floor of each edge and of all edges."""
-    one, other = before.mean() / before.gap, after.mean() / after.gap
-    order = torch.argsort((other - one).abs(), descending=True, stable=True)[:largest]
-    floor = torch.zeros(len(order), dtype=torch.float64)
-    floor_of_all = 0.0
-    for model in (before, after):
-        at, most = [], []
-        for a, b in halvings:
-            apart = (model.mean(a) - model.mean(b)).abs_() / model.gap
-            at.append(apart[order])
-            most.append(float(apart.max()))
-        floor = torch.maximum(floor, torch.stack(at).quantile(0.975, dim=0))
-        floor_of_all = max(floor_of_all, _estimate(None, most).high)
-    change = None
-    if controls is not None:
-        change = (controls[1].mean() / controls[1].gap - controls[0].mean() / controls[0].gap)[order].tolist()
-    graph = before.graph
-    places = torch.nonzero(graph.mask)[order].tolist()
-    return tuple(
-        EdgeChange(
-            graph.sources[source], graph.targets[target], float(one[edge]), float(other[edge]), float(floor[i]),
-            floor_of_all, None if change is None else change[i],
-        )
-        for i, ((source, target), edge) in enumerate(zip(places, order.tolist(), strict=True))
-    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -789,29 +473,17 @@ class _Answers:
         check_pairs(view, pairs)
         right = [False] * len(pairs)
         values = torch.zeros(2, len(pairs), dtype=torch.float64)
-        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].clean), reverse=True)
         with evaluating(view):
-            while order:
-                count = max(1, _TOKENS // len(pairs[order[0]].clean))
-                chunk, order = order[:count], order[count:]
+            for chunk in batches_of(pairs):
                 part = [pairs[i] for i in chunk]
-                ends = torch.tensor([len(pair.clean) - 1 for pair in part])
-                logits = []
-                for rows in ([pair.clean for pair in part], [pair.corrupted for pair in part]):
-                    hidden = last_states(view, pad(rows, view.device))
-                    at = torch.arange(len(part), device=hidden.device)
-                    at_ends = view.head.logits(hidden[at, ends.to(hidden.device)])
-                    logits.append(at_ends.to(accumulation_dtype(at_ends)))
-                answers = torch.tensor([pair.answer for pair in part], device=logits[0].device)
-                wrongs = torch.tensor([pair.wrong for pair in part], device=logits[0].device)
-                said = logits[0].argmax(-1) == answers
-                for row, some in zip(values, logits, strict=True):
-                    row[chunk] = metric_values(metric, some, answers, wrongs, logits[0]).double().cpu()
-                for i, good in zip(chunk, said.tolist(), strict=True):
-                    right[i] = good
-        if not bool(torch.isfinite(values).all()):
-            first = int(torch.nonzero(~torch.isfinite(values).all(0))[0])
-            raise EvaluationError(f"{pairs[first].label}: the model's output is not finite on its prompts")
+                clean, corrupted = (
+                    end_logits(view, pad(rows, view.device), part)
+                    for rows in ([pair.clean for pair in part], [pair.corrupted for pair in part])
+                )
+                for row, logits in zip(values, (clean, corrupted), strict=True):
+                    row[chunk] = metric_of_pairs(logits, clean, part, metric).double().cpu()
+                for i, token in zip(chunk, clean.argmax(-1).tolist(), strict=True):
+                    right[i] = token == pairs[i].answer
         return cls(right, values[0], values[1], metric)
 
     @property
@@ -825,14 +497,7 @@ class _Answers:
     @property
     def reason(self) -> str:
         """Why nothing can be divided by m(clean) - m(corrupted); "" where it can."""
-        gap = self.clean_mean - self.corrupted_mean
-        size = float(torch.cat([self.clean, self.corrupted]).abs().mean())
-        if abs(gap) > NEAR_ZERO * size:
-            return ""
-        return (
-            f"the mean {self.metric} is {self.clean_mean:.3g} on the clean and {self.corrupted_mean:.3g} on the "
-            "corrupted prompts: too small a difference to divide by"
-        )
+        return no_gap(self.clean, self.corrupted, self.metric)
 
 
 def _runs(
@@ -860,7 +525,7 @@ def _runs(
                 continue
             value = faithfulness_of(result, side.clean, side.corrupted)
             drawn[which] = sampled_faithfulness(result, side.clean, side.corrupted, seed)
-            low, high = _range(drawn[which])
+            low, high = range_of(drawn[which])
             runs.append(Run(which, name, circuit.edge_count, value, low, high, ""))
         if not random_circuits:
             continue
@@ -879,29 +544,8 @@ def _runs(
         runs.append(Run("random", name, count, sum(shares) / len(shares), min(shares), max(shares), ""))
     after = {run.circuit: run.value for run in runs if run.model == "after"}
     if after["after"] is not None and after["before"] is not None:
-        lost = after["after"] - after["before"], *_range(drawn["after"] - drawn["before"])
+        lost = after["after"] - after["before"], *range_of(drawn["after"] - drawn["before"])
     return tuple(runs), lost
-
-
-def faithfulness_of(circuit: torch.Tensor, clean: torch.Tensor, corrupted: torch.Tensor) -> float:
-    """(m(circuit) - m(corrupted)) / (m(clean) - m(corrupted)) of metrics [n] of pairs."""
-    return float((circuit.mean() - corrupted.mean()) / (clean.mean() - corrupted.mean()))
-
-
-def sampled_faithfulness(
-    circuit: torch.Tensor, clean: torch.Tensor, corrupted: torch.Tensor, seed: int, draws: int = DRAWS
-) -> torch.Tensor:
-    """The same of samples of the pairs, drawn with replacement [draws]: the same samples for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(clean), (draws, len(clean)), generator=generator)
-    parts = [(values[drawn].mean(1)) for values in (circuit, corrupted, clean)]
-    return (parts[0] - parts[1]) / (parts[2] - parts[1])
-
-
-def _range(samples: torch.Tensor) -> tuple[float, float]:
-    finite = samples[torch.isfinite(samples)]
-    low, high = finite.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
 
 
 def random_circuit(graph: Graph, count: int, seed: int) -> Circuit:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from types import SimpleNamespace
 
+import golden_circuits
 import pytest
 import torch
 from dense_edges import WHOLE, dense_scores
-from safetensors import safe_open
+from golden_circuits import GOLDEN_KINDS
 from tiny_models import KINDS, make_model
 from torch_states import STATES
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from kedit_fast.errors import EvaluationError, InvalidArgumentError, RequestError, UnsupportedModelError
 from kedit_fast.locating.circuits import edge_scores
@@ -20,7 +18,6 @@ from kedit_fast.locating.graph import graph_of
 from kedit_fast.models.patching import patches_on
 from kedit_fast.models.view import ModelView
 
-DATA = Path(__file__).parents[1] / "data" / "golden_circuits.safetensors"
 FP32_INSIDE = ("gptj", *WHOLE)  # their attention is computed in fp32 also in float64 models
 
 
@@ -35,24 +32,12 @@ PAIRS = [
 ]
 
 
-@pytest.fixture(scope="module", params=("gpt2", "llama"))
+@pytest.fixture(scope="module", params=GOLDEN_KINDS)
 def golden(request):
-    with safe_open(DATA, "pt") as file:
-        about = json.loads(file.metadata()["json"])
-        tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(request.param)}  # noqa: SIM118
-    config = {
-        k: v for k, v in about[f"{request.param}.config"].items() if k not in ("model_type", "transformers_version")
-    }
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(request.param, **config))
-    weights = {n.split(".weights.")[1]: t for n, t in tensors.items() if ".weights." in n}
-    assert set(model.load_state_dict(weights, strict=False).missing_keys) <= {"lm_head.weight"}
-    model.tie_weights()
-    pairs = [
-        pair_of(*row[:2], *row[2], label=str(i))
-        for i, batch in enumerate(about["data"])
-        for row in zip(batch["clean"], batch["corrupted"], batch["labels"], strict=True)
-    ]
-    return SimpleNamespace(name=request.param, model=model.eval(), pairs=pairs, about=about, tensors=tensors)
+    tensors, about = golden_circuits.golden()
+    pairs = [pair_of(**row) for batch in golden_circuits.golden_rows() for row in batch]
+    model = golden_circuits.golden_model(request.param)
+    return SimpleNamespace(name=request.param, model=model, pairs=pairs, about=about, tensors=tensors)
 
 
 def test_the_graph_is_the_published_one(golden):

@@ -285,9 +285,9 @@ def test_wrong_arguments_are_named(run):
         run(model, circuit, [])
     with pytest.raises(InvalidArgumentError, match="probability-difference, kl; got 'accuracy'"):
         run(model, circuit, PAIRS, "accuracy")
-    with pytest.raises(RequestError, match="Ada: token 61 is past the model's 61 tokens"):
+    with pytest.raises(RequestError, match="pair 'Ada': token 61 is not one of the model's 61"):
         run(model, circuit, [PromptPair((1, 2), (1, 3), 61, 5, "Ada")])
-    with pytest.raises(RequestError, match="Ada: its prompts have 17 tokens, the model takes 16"):
+    with pytest.raises(RequestError, match="pair 'Ada': its prompts have 17 tokens, and the model takes 16"):
         run(model, circuit, [PromptPair((1,) * 17, (2,) * 17, 4, 5, "Ada")])
 
 
@@ -319,6 +319,22 @@ def test_a_model_that_cannot_be_opened_is_named():
     model.model.layers[1].self_attn.q_proj = torch.nn.Sequential(model.model.layers[1].self_attn.q_proj)
     with pytest.raises(UnsupportedModelError, match=r"layers\.1\.self_attn"):
         run_circuit(model, circuit_of(graph, graph.mask), PAIRS)
+
+
+@pytest.mark.parametrize(("metric", "passes"), [("logit-difference", 2), ("probability-difference", 2), ("kl", 3)])
+def test_a_run_has_no_more_passes_than_its_metric_needs(metric, passes):
+    model, graph = golden_model("gpt2"), Graph(layers=3, heads=3)
+    view = ModelView(model)
+    graph_of(view)
+    _ = view.head  # opened and checked before passes are counted
+    seen: list[int] = []
+    handle = model.transformer.h[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+    circuit = circuit_of(graph, graph.mask)
+    run_circuit(view, circuit, PAIRS[:2], metric)
+    assert len(seen) == passes
+    faithfulness(view, circuit, PAIRS[:2], metric)
+    assert len(seen) == passes + 3
+    handle.remove()
 
 
 def test_progress_counts_pairs_and_edges():

@@ -61,10 +61,9 @@ def test_copies_in_all_places_change_nothing(components):
     assert not patches_on(components.view.model)
 
 
+@pytest.mark.parametrize("components", [kind for kind in KINDS if kind not in POST_NORM], indirect=True)
 def test_one_head_reads_another_state(components):
     """A head whose keys are computed from a changed state gives what a changed weight of that head alone gives."""
-    if components.attention_whole:
-        pytest.skip("attention is one node")
     seen = {}
 
     class Change(Visitor):

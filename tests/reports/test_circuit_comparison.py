@@ -1,4 +1,4 @@
-"""Circuits before and after an edit: overlaps, floors and claims on made-up scores; the whole on a tiny model."""
+"""Circuits before and after an edit: what is claimed of made-up scores; the whole on a tiny model."""
 
 from __future__ import annotations
 
@@ -11,55 +11,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from edge_parts import GRAPH, parts, signal
 from tiny_models import make_model
 
 from kedit_fast import Patch, demo
 from kedit_fast.demo import world
-from kedit_fast.errors import EvaluationError, InvalidArgumentError, RequestError
+from kedit_fast.errors import InvalidArgumentError, RequestError
 from kedit_fast.locating.circuits import edge_scores
 from kedit_fast.locating.faithfulness import faithfulness
-from kedit_fast.locating.graph import Graph
 from kedit_fast.locating.prompt_pairs import PromptPair
 from kedit_fast.models.view import ModelView
 from kedit_fast.reports import circuit_comparison as comparing
-from kedit_fast.reports.circuit_comparison import (
-    NOTHING,
-    PartScores,
-    compare_circuits,
-    halves,
-    jaccard,
-    pairs_to_compare,
-    spearman,
-)
+from kedit_fast.reports.circuit_comparison import NOTHING, compare_circuits, pairs_to_compare
+from kedit_fast.reports.circuit_statistics import changes_of, halves, overlaps_of, shares_of
 
-GRAPH = Graph(layers=3, heads=4)
 TOP = (10, 40)
-
-
-def parts(signal: torch.Tensor, noise: float, seed: int, groups: int = 16) -> PartScores:
-    """Scores of `groups` parts of two pairs: a signal, and noise of each part."""
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for _ in range(groups):
-        scores = torch.zeros(GRAPH.mask.shape)
-        scores[GRAPH.mask] = signal + noise * torch.randn(len(signal), generator=generator)
-        made.append(SimpleNamespace(graph=GRAPH, scores=scores, pairs=2, clean=3.0, corrupted=1.0, steps=5))
-    return PartScores.of(made)
-
-
-def signal(seed: int) -> torch.Tensor:
-    """Few large scores, many small ones."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(GRAPH.edge_count, generator=generator) ** 3
 
 
 def compared(before: torch.Tensor, after: torch.Tensor, noise: float, control: torch.Tensor | None = None):
     models = parts(before, noise, 1), parts(after, noise, 2)
     ways = halves(models[0].sizes, 50, random.Random(0))
     controls = None if control is None else (parts(control, noise, 3), parts(control, noise, 3))
-    overlaps = comparing.overlaps_of(*models, controls, TOP, ways, ways if controls else ())
-    shares = comparing.shares_of(*models, controls, ways, ["mlp1"])
-    changes = comparing.changes_of(*models, controls, ways, 10)
+    overlaps = overlaps_of(*models, controls, TOP, ways, ways if controls else ())
+    shares = shares_of(*models, controls, ways, ["mlp1"])
+    changes = changes_of(*models, controls, ways, 10)
     return overlaps, shares, changes, comparing.claims_of(overlaps, shares, changes, (), None)
 
 
@@ -85,9 +60,9 @@ def test_a_change_that_unedited_prompts_show_too_is_not_claimed():
     before, after = signal(0), signal(9)
     models = parts(before, 0.2, 1), parts(after, 0.2, 2)
     ways = halves(models[0].sizes, 50, random.Random(0))
-    overlaps = comparing.overlaps_of(*models, models, TOP, ways, ways)
-    shares = comparing.shares_of(*models, models, ways)
-    changes = comparing.changes_of(*models, models, ways)
+    overlaps = overlaps_of(*models, models, TOP, ways, ways)
+    shares = shares_of(*models, models, ways)
+    changes = changes_of(*models, models, ways)
     assert comparing.claims_of(overlaps, shares, changes, (), None) == (NOTHING,)
 
 
@@ -101,49 +76,6 @@ def test_one_layer_that_gained_is_the_share_that_is_claimed():
     assert any(claim.startswith("mlp1 (edited) has") for claim in claims)
     assert sum(share.before for share in shares) == pytest.approx(1) == sum(share.after for share in shares)
     assert [share.name for share in shares][:3] == ["input", "attn0", "mlp0"]
-
-
-def test_scores_are_normalized_before_edges_are_compared():
-    before = parts(signal(0), 0.1, 1)
-    doubled = replace(before, values=2 * before.values, clean=5.0)  # the gap doubles, too
-    ways = halves(before.sizes, 50, random.Random(0))
-    assert all(abs(c.after - c.before) < 1e-6 for c in comparing.changes_of(before, doubled, None, ways))
-
-
-def test_overlaps_are_those_of_the_definitions():
-    one, other = torch.tensor([5.0, -4.0, 3.0, 0.1, 0.2]), torch.tensor([-5.0, 0.1, 3.0, 4.0, 0.2])
-    assert jaccard(one, other, 3) == 2 / 4
-    assert jaccard(one, one, 3) == 1 == pytest.approx(spearman(one, -one))
-    assert spearman(torch.tensor([1.0, 1.0, 2.0]), torch.tensor([1.0, 2.0, 3.0])) == pytest.approx(3**0.5 / 2)
-    assert spearman(torch.ones(3), torch.tensor([1.0, 2.0, 3.0])) == 0
-    generator = torch.Generator().manual_seed(0)
-    drawn = [jaccard(*torch.randn(2, 400, generator=generator), 60) for _ in range(300)]
-    assert sum(drawn) / 300 == pytest.approx(comparing.chance_jaccard(60, 400), abs=0.004)
-    assert comparing.chance_jaccard(50, 1108) == pytest.approx(0.0231, abs=1e-4)  # the judged comparison
-
-
-@pytest.mark.parametrize(
-    ("count", "splits", "expected"), [(4, 50, 3), (5, 50, 10), (8, 50, 35), (16, 60, 60), (1, 9, 0)]
-)
-def test_halvings_are_different_and_halve(count, splits, expected):
-    ways = halves([1] * count, splits, random.Random(1))
-    assert len(ways) == expected == len({frozenset((one, other)) for one, other in ways})
-    for one, other in ways:
-        assert sorted((*one, *other)) == list(range(count)) and abs(len(one) - len(other)) == count % 2
-
-
-def test_a_mean_of_parts_counts_their_pairs():
-    scores = replace(parts(signal(0), 1.0, 0, groups=2), sizes=(3, 1))
-    assert torch.allclose(scores.mean(), 0.75 * scores.values[0].double() + 0.25 * scores.values[1].double())
-    assert torch.equal(scores.mean([1]), scores.values[1].double())
-
-
-def test_faithfulness_is_sampled_in_pairs():
-    clean, corrupted = torch.tensor([4.0, 2.0, 3.0]).double(), torch.tensor([1.0, 0.0, 1.0]).double()
-    circuit = corrupted + 0.5 * (clean - corrupted)
-    assert comparing.faithfulness_of(circuit, clean, corrupted) == pytest.approx(0.5)
-    samples = comparing.sampled_faithfulness(circuit, clean, corrupted, 0, 50)
-    assert torch.allclose(samples, torch.full((50,), 0.5).double())
 
 
 @pytest.fixture(scope="module")
@@ -238,11 +170,6 @@ def test_what_cannot_be_compared_is_named(tiny, change, options, error, message)
     base, edited, before, after = tiny
     with pytest.raises(error, match=message):
         compare_circuits(base, edited, *change(before, after), **options)
-
-
-def test_scores_that_are_not_finite_are_refused():
-    with pytest.raises(EvaluationError, match="not finite"):
-        parts(signal(0) / 0, 0.1, 0)
 
 
 def test_the_demo_edited_by_memit_changes_as_was_recorded_with_the_published_code(demo_model):
