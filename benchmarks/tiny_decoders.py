@@ -112,7 +112,8 @@ OVERRIDES: Mapping[str, dict[str, Any]] = {
     **{kind: dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5,
                                        mrope_section=[1, 1, 0]))
        for kind in ("glm4v_text", "glm4v_moe_text", "glm_ocr_text")},
-    # Others. A value in the last block reaches the loss of no prompt that goes on behind its subject: experts not there alone.
+    # Others. A value in the last block reaches the loss of no prompt that goes on behind its subject: experts not there
+    # alone.
     "beam": dict(mlp_layer_types=("dense", "sparse")),
     "gemma4_text": dict(_WINDOWS, num_experts=None, global_head_dim=8),
     "gemma4_unified_text": dict(_WINDOWS, num_experts=None, global_head_dim=8),

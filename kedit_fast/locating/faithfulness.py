@@ -122,8 +122,8 @@ def faithfulness(
 ) -> Faithfulness:
     """The share of what the model does that a circuit does: (m(circuit) - m(corrupted)) / (m(clean) - m(corrupted)).
 
-    m is the mean of the metric over pairs. Arguments, errors and cost are those of `run_circuit`; three passes for every
-    metric.
+    m is the mean of the metric over pairs. Arguments, errors and cost are those of `run_circuit`; passes are three for
+    every metric.
 
     Example:
         >>> from kedit_fast.locating.circuits import edge_scores
