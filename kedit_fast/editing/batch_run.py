@@ -351,7 +351,8 @@ class BatchRun:
         """Note the norms of the weights that an update of a module is written to, before the first one."""
         modules, layer = self.context.modules, self._with_shared.get(module)
         for path in [module] if layer is None else self.context.view.edited_weights(layer):
-            self._weight_norms.setdefault(weight_name_of(path), _norm(modules[path]))
+            if (name := weight_name_of(path)) not in self._weight_norms:
+                self._weight_norms[name] = _norm(modules[path])
 
     def _written(self, module: str, update: Update) -> dict[str, Update]:
         """Write an update of a module into the ledger: name of each weight -> its part."""

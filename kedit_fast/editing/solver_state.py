@@ -7,7 +7,6 @@ last m. The state can be saved.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
@@ -19,30 +18,29 @@ import torch
 
 from kedit_fast._version import __version__
 from kedit_fast.editing.gradients import ModuleGradients
+from kedit_fast.editing.preconditioners import PRECONDITIONERS
+from kedit_fast.editing.stackable import require_stackable
 from kedit_fast.errors import EditError, MethodError, NullSpaceError, StatisticsError
 from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.hparams import DECLARATIONS, Hparams
-from kedit_fast.methods.recipe import Constraint, NormalizerKind, PreconditionerKind, Recipe
+from kedit_fast.methods.recipe import Constraint, NormalizerKind, Recipe
 from kedit_fast.models.sharded import whole
 from kedit_fast.models.view import ModelView
-from kedit_fast.solver.block_diagonal import EXPERT_RIDGE, BlockDiagonal, expert_covariances, expert_null_spaces
+from kedit_fast.solver.block_diagonal import BlockDiagonal
 from kedit_fast.solver.expert_update import ExpertUpdate, stacked_matrix
 from kedit_fast.solver.key_memory import PROBE_TOLERANCE, Appended, KeyMemory
 from kedit_fast.solver.least_squares import SystemForm, merge_columns, rank_one_equality, scale_of_share, solve_update
 from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.solver.normalizer import Normalizer, Scatter, WhitenedNormalizer, gradient_update
 from kedit_fast.solver.output_metric import OutputMetric
-from kedit_fast.solver.preconditioner import Covariance, Identity, NullSpace, Preconditioner, Scaled
+from kedit_fast.solver.preconditioner import NullSpace, Preconditioner, Scaled
 from kedit_fast.solver.shaping import attenuate, limit_norm, limit_spectrum, main_directions, spectral_norm
 from kedit_fast.statistics.collect import Statistics
 from kedit_fast.support.files import read_file, write_file
-from kedit_fast.support.messages import comma_list
 
 _log = logging.getLogger("kedit_fast")
 FORMAT_VERSION = "2"
 READABLE = ("1", "2")
-NORM_SHARE = 0.1
-"""update_norm_lambda = "auto": lambda_n as a share of lambda times the geometric mean of C's eigenvalues."""
 
 
 @dataclass
@@ -762,83 +760,6 @@ def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.
     """The tensors whose names begin with a prefix, named by the rest."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-
-def require_stackable(
-    view: ModelView, recipe: Recipe, hparams: Hparams, null_spaces: Mapping[int, NullSpace] | None = None
-) -> None:
-    """Raise MethodError when a method, or a hyper-parameter, does not go with the experts of an edited layer."""
-    stacks = {layer: stack for layer in hparams.layers if (stack := view.experts(layer)) is not None}
-    problems = {
-        f"{recipe.name} tunes one matrix by gradient steps": recipe.tuning is not None,
-        f"memory_window = {hparams.memory_window} folds earlier keys into a d x d system": bool(hparams.undo_window),
-        "memory_form = primal is a d x d system": recipe.memory and hparams.memory_form == "primal",
-        "nullspace_rule = absolute compares eigenvalues that depend on how often an expert is chosen (set "
-        "nullspace_rule to relative or energy, and nullspace_threshold for it)": recipe.uses_null_space
-        and hparams.nullspace_rule == "absolute",
-        "a null space that was given (null_spaces, a projector file) is of one matrix": bool(
-            stacks.keys() & set(null_spaces or ())
-        ),
-        "the output at a mean key is not known where experts have biases (method rome sets it at the bare key)": (
-            recipe.value_key == "mean" and any(stack.module.has_bias for stack in stacks.values())
-        ),
-    }
-    if view.is_gated and recipe.tuning is not None:
-        raise MethodError(
-            f"{view.spec.edit} is of shared experts behind a gate, and {recipe.name} tunes one matrix by gradient "
-            "steps: use a closed-form method"
-        )
-    if stacks and (problem := next((text for text, is_so in problems.items() if is_so), "")):
-        raise MethodError(f"layers {comma_list(stacks)} have experts, whose keys are stacked: {problem}")
-
-
-def _identity(state: SolverState, layer: int) -> Preconditioner:
-    return Identity(state.view.edited_shape(layer)[1], state.view.weight(layer).device)
-
-
-def _covariance(state: SolverState, layer: int) -> Preconditioner:
-    hparams, size = state.hparams, state.view.edited_shape(layer)[1]
-    scale = 1.0
-    if state.recipe.is_batched and hparams.mom2_update_weight != AUTO:
-        scale = float(hparams.mom2_update_weight)
-    automatic = hparams.update_norm_lambda == AUTO
-    if not hparams.mom2_adjustment:
-        norm_lambda = NORM_SHARE * scale if automatic else float(hparams.update_norm_lambda)
-        return Identity(size, state.view.weight(layer).device, scale + norm_lambda)
-    moment, ridge = state.moment(layer), hparams.mom2_ridge
-    factored: Callable[..., Any] = Covariance.from_moment
-    if state.view.experts(layer) is not None:
-        ridge = ridge or EXPERT_RIDGE
-        factored = functools.partial(expert_covariances, shared=state.shared_moment(layer))
-    norm_lambda = (
-        NORM_SHARE * scale * factored(moment, ridge).geometric_mean if automatic else float(hparams.update_norm_lambda)
-    )
-    dtype = getattr(torch, hparams.factor_dtype)
-    return factored(moment, ridge, weight=scale, norm_lambda=norm_lambda, dtype=dtype)
-
-
-def _null_space(state: SolverState, layer: int) -> Preconditioner:
-    hparams = state.hparams
-    ridge = 1.0 if hparams.L2 == AUTO else float(hparams.L2)
-    if state.view.experts(layer) is not None:
-        rule, shared = hparams.nullspace_rule, state.shared_moment(layer)
-        return expert_null_spaces(state.moment(layer), hparams.nullspace_threshold, rule, ridge, shared=shared)
-    override = state.null_space_overrides.get(layer)
-    if override is None:
-        return NullSpace.from_covariance(
-            state.moment(layer), hparams.nullspace_threshold, hparams.nullspace_rule, ridge
-        )
-    size = state.view.edited_shape(layer)[1]
-    if override.size != size:
-        raise StatisticsError(f"its null space is of {override.size} dimensions, the weight takes {size} inputs")
-    return replace(override, basis=override.basis.to(state.view.weight(layer).device), l2=ridge)
-
-
-PRECONDITIONERS: dict[PreconditionerKind, Callable[[SolverState, int], Preconditioner]] = {
-    "identity": _identity,
-    "covariance": _covariance,
-    "null_space": _null_space,
-}
-"""(state, layer) -> S^-1 of the layer."""
 
 NORMALIZERS: dict[NormalizerKind, type[Normalizer]] = {"standard": Normalizer, "whitened": WhitenedNormalizer}
 """The running normalizers of gradient methods."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kedit_fast.editing.keys import KeyPass
-from kedit_fast.editing.solver_state import require_stackable
+from kedit_fast.editing.stackable import require_stackable
 from kedit_fast.editing.values.batch_size import BatchSize, fitting_batch, request_bytes
 from kedit_fast.editing.values.chunks import Columns, find_chunk_values, spans_of
 from kedit_fast.editing.values.loop import SITES, find_values

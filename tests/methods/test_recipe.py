@@ -9,11 +9,12 @@ from typing import get_args
 
 import pytest
 
+from kedit_fast.editing.preconditioners import PRECONDITIONERS
 from kedit_fast.editing.schedules import SCHEDULES
 from kedit_fast.editing.schedules.mass import SPREADS
 from kedit_fast.editing.schedules.single import VALUE_KEYS
 from kedit_fast.editing.shaping import SHAPINGS
-from kedit_fast.editing.solver_state import NORMALIZERS, PRECONDITIONERS, RHOS
+from kedit_fast.editing.solver_state import NORMALIZERS, RHOS
 from kedit_fast.errors import MethodError
 from kedit_fast.methods import recipe as records
 from kedit_fast.methods.hparams import DECLARATIONS, Hparams, describe, reads
