@@ -1,5 +1,9 @@
 """The C++ kernels without Python: against plain loops in double, on this processor and on 64-bit ARM under an emulator,
 and the instructions that they take.
+
+A test is skipped where a tool that only it needs is not there, by the tool's name: the package needs none of them. The
+cross-compiler and the emulator stand for a processor that is not here; counts are of x86-64 with AVX2, under valgrind,
+and of one version of the compiler, as another one writes other instructions. `.ci/run` installs what it can.
 """
 
 from __future__ import annotations
