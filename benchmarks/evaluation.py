@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +35,7 @@ from benchmarks.harness import (
     Row,
     document_of,
     fail_on_wrong_results,
+    in_turns,
     provenance,
     require_clean,
     save,
@@ -190,18 +190,6 @@ def sample(records: Sequence[EditRequest], count: int, run: int, runs: int) -> l
     """`count` records spread over all, others in each run."""
     step = len(records) / count
     return [records[int((j + (run + 0.5) / runs) * step)] for j in range(count)]
-
-
-def in_turns(calls: Sequence[Callable[[int], Any]], runs: int) -> list[tuple[list[float], list[float]]]:
-    """Of each call, wall and processor seconds of its runs, A B A B; each is told the number of the run."""
-    times: list[tuple[list[float], list[float]]] = [([], []) for _ in calls]
-    for run in range(runs):
-        for (wall, cpu), call in zip(times, calls, strict=True):
-            begin = time.perf_counter(), time.process_time()
-            call(run)
-            wall.append(time.perf_counter() - begin[0])
-            cpu.append(time.process_time() - begin[1])
-    return times
 
 
 def row_of(name: str, records: int, timed: int, runs: int) -> Row:

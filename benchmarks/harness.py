@@ -51,6 +51,18 @@ def interleaved(calls: Sequence[Callable[[], Any]], runs: int, device: str) -> l
     return times
 
 
+def in_turns(calls: Sequence[Callable[[int], Any]], runs: int) -> list[tuple[list[float], list[float]]]:
+    """Of each call, wall and processor seconds of its runs, A B A B; each is told the number of the run."""
+    times: list[tuple[list[float], list[float]]] = [([], []) for _ in calls]
+    for run in range(runs):
+        for (wall, cpu), call in zip(times, calls, strict=True):
+            begin = time.perf_counter(), time.process_time()
+            call(run)
+            wall.append(time.perf_counter() - begin[0])
+            cpu.append(time.process_time() - begin[1])
+    return times
+
+
 def timing(times: list[float]) -> Row:
     """Median and spread of runs: the fields of a row that tell our time."""
     tenths = statistics.quantiles(times, n=10)

@@ -15,8 +15,7 @@ another, so it has no economies of scale. Times are of the wall; `cpu_ratio` is 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +30,7 @@ from benchmarks.harness import (
     Row,
     document_of,
     fail_on_wrong_results,
+    in_turns,
     provenance,
     require_clean,
     save,
@@ -42,6 +42,8 @@ from benchmarks.published_locating import published_trace
 from kedit_fast import demo
 from kedit_fast.locating.traced_prompts import TracedPrompt, traced_prompts
 from kedit_fast.locating.tracing import KINDS, SAMPLES, WINDOW, Trace, subject_noise, trace
+from kedit_fast.models.forward import Site, module_at
+from kedit_fast.models.restoring import RestoredKind
 from kedit_fast.models.view import ModelView
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -50,6 +52,10 @@ TRACING_LIMIT = 1e-5
 """Of the largest difference of a probability, as a share of the largest effect of its prompt and kind. Both sides are
 in fp32, and in the demo model each is up to 9e-7 from what fp64 gives."""
 BASELINE = "published loop, a pass a cell"
+
+
+Cells = dict[tuple[int, RestoredKind], list[tuple[int, int]]]
+"""By prompt and kind, the (token, layer) of each cell."""
 
 
 @dataclass
@@ -63,11 +69,10 @@ class Subject:
     floor: float
     goal: float
 
-    def modules(self, kind: str) -> list[torch.nn.Module]:
+    def modules(self, kind: RestoredKind) -> list[torch.nn.Module]:
         """What is restored in each layer."""
         view = ModelView(self.model)
-        return [{"block": view.block, "mlp": view.mlp, "attention": view.attention}[kind](layer)
-                for layer in range(view.num_layers)]  # fmt: skip
+        return [module_at(view, Site(layer, kind)) for layer in range(view.num_layers)]
 
 
 def subject(name: str, prompts: int) -> Subject:
@@ -90,7 +95,7 @@ def ours(on: Subject) -> list[Trace]:
     return trace(on.model, None, on.prompts, noise=on.noise)
 
 
-def cells_of(on: Subject, each: int, run: int = 0) -> dict[tuple[int, str], list[tuple[int, int]]]:
+def cells_of(on: Subject, each: int, run: int = 0) -> Cells:
     """By prompt and kind, `each` cells spread over all of them, others in each run; 0 for all."""
     layers = len(on.modules("block"))
     chosen = {}
@@ -104,7 +109,7 @@ def cells_of(on: Subject, each: int, run: int = 0) -> dict[tuple[int, str], list
     return chosen
 
 
-def published(on: Subject, cells: dict[tuple[int, str], list[tuple[int, int]]]) -> dict[tuple[int, str], torch.Tensor]:
+def published(on: Subject, cells: Cells) -> dict[tuple[int, str], torch.Tensor]:
     """The scores of these cells by the published loop."""
     modules = {kind: on.modules(kind) for kind in KINDS}
     results = {}
@@ -127,18 +132,6 @@ def error_of(on: Subject, each: int) -> float:
         differences = (one.probabilities[known] - scores[known]).abs()
         worst = max(worst, float(differences.max() / one.effects.abs().max()))
     return worst
-
-
-def in_turns(calls: Sequence[Callable[[int], Any]], runs: int) -> list[tuple[list[float], list[float]]]:
-    """Of each call, wall and processor seconds of its runs, A B A B; each is told the number of the run."""
-    times: list[tuple[list[float], list[float]]] = [([], []) for _ in calls]
-    for run in range(runs):
-        for (wall, cpu), call in zip(times, calls, strict=True):
-            begin = time.perf_counter(), time.process_time()
-            call(run)
-            wall.append(time.perf_counter() - begin[0])
-            cpu.append(time.process_time() - begin[1])
-    return times
 
 
 def tracing_row(on: Subject, each: int, runs: int) -> Row:

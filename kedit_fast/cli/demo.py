@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kedit_fast import demo as bundled
 from kedit_fast.cli.console import command, interactive, output, print_json
-from kedit_fast.cli.options import JsonOption, MethodOption, SeedOption
+from kedit_fast.cli.options import JsonOption, MethodOption, OverwriteOption, SeedOption
 from kedit_fast.cli.report import print_report, require_change
 from kedit_fast.cli.trials import chosen_by_trials
 from kedit_fast.errors import KeditError, MethodError
@@ -38,7 +38,7 @@ def demo(
     ] = None,
     seed: SeedOption = 0,
     out: Annotated[Path | None, typer.Option(help="save the edited model here")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Change facts inside the bundled demo model and show what changed. Saves nothing without --out."""

@@ -13,13 +13,13 @@ import typer
 from kedit_fast.cli.checks import check_device_map, checked_device
 from kedit_fast.cli.console import command, interactive, notices, output, print_json, say_skipped
 from kedit_fast.cli.options import (
-    DTYPE_NAMES,
     REQUESTS_HELP,
     TEXT_HELP,
     ArgumentsOption,
     ChatOption,
     DeviceMapOption,
     DeviceOption,
+    DtypeOption,
     FormOption,
     JsonOption,
     JudgeLabelOption,
@@ -29,6 +29,7 @@ from kedit_fast.cli.options import (
     MetricsOption,
     ModelArgument,
     OnErrorOption,
+    OverwriteOption,
     ReadingOption,
     SeparatorOption,
     SnippetsOption,
@@ -121,7 +122,7 @@ def evaluation(
     system: SystemOption = None,
     template: TemplateOption = None,
     template_arg: ArgumentsOption = None,
-    dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     device_map: DeviceMapOption = None,
     merge_adapter: MergeAdapter = False,
@@ -133,7 +134,7 @@ def evaluation(
             help="folder for the results: JSON, CSV, a page, pictures; a run that was killed goes on from OUT.part"
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure what edits did: every metric before and after."""

@@ -12,17 +12,18 @@ from kedit_fast.cli.checks import check_device_map, checked_device
 from kedit_fast.cli.console import command, interactive, notices, output, print_json, say_skipped
 from kedit_fast.cli.locate_tables import print_comparison, print_located
 from kedit_fast.cli.options import (
-    DTYPE_NAMES,
     REQUESTS_HELP,
     ArgumentsOption,
     ChatOption,
     DeviceMapOption,
     DeviceOption,
+    DtypeOption,
     FormOption,
     JsonOption,
     MergeAdapter,
     ModelArgument,
     OnErrorOption,
+    OverwriteOption,
     ReadingOption,
     SpecOption,
     SystemOption,
@@ -112,7 +113,7 @@ def locate(
     system: SystemOption = None,
     template: TemplateOption = None,
     template_arg: ArgumentsOption = None,
-    dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     device_map: DeviceMapOption = None,
     merge_adapter: MergeAdapter = False,
@@ -122,7 +123,7 @@ def locate(
     heat_maps: Annotated[
         int, typer.Option(min=0, help="with --out: of how many requests, the first ones, a heat map is drawn")
     ] = 8,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say in which layers a model holds facts, and through which edges it answers.
@@ -140,14 +141,14 @@ def locate(
         check_new(out, overwrite, KeditError)
     records = load_requests(requests, on_error, need_subject=True, form=form, reading=reading)
     unedited = [] if control is None else load_requests(control, on_error, need_subject=True)
-    for path in (model, *filter(None, [base])):
+    for path in (model,) if base is None else (model, base):
         load_config(path, merge_adapter)
     if base is not None and tokenizer_hash(load_tokenizer(base)) != tokenizer_hash(load_tokenizer(model)):
         raise UnsupportedModelError(f"{base} and {model} have different tokenizers: the one is not the other, edited")
     place = checked_device(device)
     loaded, tokenizer = load_model(model, DTYPES[dtype], place, device_map, merge_adapter)
     formatted = None if chatting is None else chat_format(tokenizer, **chatting)
-    located = report.Located(len(records))
+    located, comparison = report.Located(len(records)), None
     left_out: dict[str, str] = {}
     if base is not None:
         before, _ = load_model(base, DTYPES[dtype], place, device_map, merge_adapter)
@@ -167,10 +168,9 @@ def locate(
             spec=architecture,
             progress=interactive(),
         )
-        located = dataclasses.replace(located, comparison=comparison)
         del before  # from here on one model is needed
     if names:
-        parts_of_it = report.locate(
+        located = report.locate(
             loaded,
             tokenizer,
             records,
@@ -191,7 +191,7 @@ def locate(
             spec=architecture,
             progress=interactive(),
         )
-        located = dataclasses.replace(parts_of_it, comparison=located.comparison)
+    located = dataclasses.replace(located, comparison=comparison)
     about: dict[str, Any] = {"model": model, "base": base, "requests": str(requests), "parts": names, **provenance()}
     files = []
     if out is not None:
@@ -205,8 +205,8 @@ def locate(
         print_json({"about": about, **located.as_dict(), **({"left_out": left_out} if base else {}), **places})
         return
     say_skipped(records.skipped, records.total)
-    if located.comparison is not None:
-        print_comparison(located.comparison, left_out)
+    if comparison is not None:
+        print_comparison(comparison, left_out)
     print_located(located)
     if out is not None:
         output.print(f"Saved to {out}: {', '.join(files)}", markup=False)

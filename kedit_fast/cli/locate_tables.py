@@ -17,7 +17,7 @@ from kedit_fast.reports.circuit_comparison import CircuitComparison
 from kedit_fast.reports.circuit_statistics import Estimate
 from kedit_fast.reports.locating import CircuitReport, Located
 from kedit_fast.reports.locating_pictures import LAST, LAST_SUBJECT, place_of, title_of
-from kedit_fast.reports.search import span
+from kedit_fast.reports.search import named_layers
 
 MOST_SHOWN = 12
 """Edges of a circuit that are listed."""
@@ -82,9 +82,10 @@ def headline(likely: LikelyLayers, window: int) -> str:
         return (
             f"The trace speaks for no layer: at best, in layer {likely.peak}, {place} {effect}, which may be nothing."
         )
-    named = f"layer {span(likely.layers)}" if len(likely.layers) == 1 else f"layers {span(likely.layers)}"
     others = ", and its neighbors there cannot be told from it" if len(likely.layers) > 1 else ""
-    return f"The trace speaks for {named}: {place} most, {effect}, in layer {likely.peak}{others}."
+    return (
+        f"The trace speaks for {named_layers(likely.layers)}: {place} most, {effect}, in layer {likely.peak}{others}."
+    )
 
 
 def best_layer(effects: AverageEffects, row: int) -> int | None:

@@ -45,6 +45,8 @@ def choice(values: Iterable[str], help: str, *names: str) -> Any:
 
 
 DTYPE_NAMES = sorted(DTYPES, key=lambda name: name != "auto")
+DtypeOption = Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")]
 OnErrorOption = Annotated[
     OnError,
     choice(

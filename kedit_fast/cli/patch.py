@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kedit_fast.cli.checks import check_file
 from kedit_fast.cli.console import command, output, print_json
-from kedit_fast.cli.options import JsonOption, choice
+from kedit_fast.cli.options import JsonOption, OverwriteOption, choice
 from kedit_fast.cli.report import print_harm
 from kedit_fast.patches.checkpoint import Checkpoint
 from kedit_fast.patches.dequantized import apply_dequantized
@@ -163,7 +163,7 @@ def export(
     tolerance: Annotated[float, typer.Option(min=0.0, help="of |Delta - Delta'| / |Delta| of each matrix")] = 0.0,
     rank: Annotated[int | None, typer.Option(min=1, help="at most; however far from the edit that is")] = None,
     base_model: Annotated[str | None, typer.Option(help="name or path of the model, for the configuration")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a patch as a LoRA adapter."""

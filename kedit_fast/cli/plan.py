@@ -14,12 +14,12 @@ from kedit_fast.cli.checks import check_device_map, check_range, checked_device
 from kedit_fast.cli.console import command, output, print_json, say_skipped
 from kedit_fast.cli.hparams import overridden_hparams, warn_of_ignored_settings
 from kedit_fast.cli.options import (
-    DTYPE_NAMES,
     REQUESTS_HELP,
     ArgumentsOption,
     ChatOption,
     DeviceMapOption,
     DeviceOption,
+    DtypeOption,
     FormOption,
     HparamsOption,
     JsonOption,
@@ -35,7 +35,6 @@ from kedit_fast.cli.options import (
     TemplateOption,
     chat_options,
     check_form,
-    choice,
     read_spec,
 )
 from kedit_fast.cli.quantized import DequantizeEdited, dequantize_for
@@ -76,7 +75,7 @@ def plan(
     system: SystemOption = None,
     template: TemplateOption = None,
     template_arg: ArgumentsOption = None,
-    dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     device_map: DeviceMapOption = None,
     merge_adapter: MergeAdapter = False,

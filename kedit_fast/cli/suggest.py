@@ -11,13 +11,13 @@ from kedit_fast.cli.checks import check_device_map, check_file, check_range, che
 from kedit_fast.cli.console import command, interactive, output, print_json, say_skipped
 from kedit_fast.cli.hparams import overridden_hparams, requested_sample, warn_of_ignored_settings
 from kedit_fast.cli.options import (
-    DTYPE_NAMES,
     REQUESTS_HELP,
     TEXT_HELP,
     ArgumentsOption,
     ChatOption,
     DeviceMapOption,
     DeviceOption,
+    DtypeOption,
     FormOption,
     HparamsOption,
     JsonOption,
@@ -32,7 +32,6 @@ from kedit_fast.cli.options import (
     SystemOption,
     TemplateOption,
     chat_options,
-    choice,
     parsed_layers,
     read_spec,
 )
@@ -88,7 +87,7 @@ def suggest(
     system: SystemOption = None,
     template: TemplateOption = None,
     template_arg: ArgumentsOption = None,
-    dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     device_map: DeviceMapOption = None,
     merge_adapter: MergeAdapter = False,

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from kedit_fast.cli.console import interactive, notices
 from kedit_fast.reports.choice import REQUESTS, Choice, choose
-from kedit_fast.reports.search import span
+from kedit_fast.reports.search import named_layers, span
 from kedit_fast.reports.trials import StoredStatistics
 from kedit_fast.support.process_group import world
 
@@ -55,7 +55,7 @@ def table_of_trials(
 def label(trial: Mapping[str, Any]) -> str:
     """What a trial varied: "layers 4-8", or "residual_share 0.35, 4-8" with its layers."""
     if trial["stage"] == "layers":
-        return f"{'layer' if len(trial['layers']) == 1 else 'layers'} {span(trial['layers'])}"
+        return named_layers(trial["layers"])
     if trial["stage"] == "preset":
         return f"preset, layers {span(trial['layers'])}"
     value = trial["value"]

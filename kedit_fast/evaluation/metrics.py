@@ -17,7 +17,7 @@ from kedit_fast.evaluation.results import Evaluation
 from kedit_fast.evaluation.rows import rows_of
 from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.view import ModelView
-from kedit_fast.requests.problems import require_no_problems
+from kedit_fast.requests.problems import numbered, require_no_problems
 from kedit_fast.requests.prompts import PromptFormat, requested_separator
 from kedit_fast.requests.reading import as_requests
 from kedit_fast.requests.request import EditRequest
@@ -129,8 +129,7 @@ def evaluate_each(
     problems = {}
     for index, (request, parts) in enumerate(zip(requests, asks, strict=True)):
         if problem := next((unusable[ask] for part in parts for ask in part if ask in unusable), ""):
-            name = f"request {request.id!r}" if request.id is not None else f"request {index + 1}"
-            problems[index] = f"{name}: {problem}"
+            problems[index] = f"{numbered(request.id, index)}: {problem}"
     require_no_problems(problems)
     answers = answer_rows(view, tokenizer, rows, finite=False)
     scores = []

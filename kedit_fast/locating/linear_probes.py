@@ -23,6 +23,7 @@ from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import Site, capture, evaluating, pad, unknown_token
 from kedit_fast.models.view import ModelView, view_without_memory
 from kedit_fast.ops import spd_solve
+from kedit_fast.requests.problems import numbered
 from kedit_fast.requests.prompts import Prompt, PromptFormat, continuation, fill, is_plain
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.tokens import non_words
@@ -42,15 +43,13 @@ TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class RelationProbes:
-    """What probes of one relation say, by layer."""
+class ProbeAccuracy:
+    """What probes say by layer, over the facts of one relation or of all."""
 
-    relation: str
-    """The relation's id or name."""
     layers: tuple[int, ...]
     """The layers whose states were probed; all lists below are in their order."""
     accuracy: tuple[float, ...]
-    """Share of held-out subjects whose object the probe names."""
+    """Share of facts whose object the probe names while their subject is held out."""
     low: tuple[float, ...]
     """Lower end of the 95 % interval of `accuracy`, Wilson's over subjects."""
     high: tuple[float, ...]
@@ -62,52 +61,43 @@ class RelationProbes:
     control_high: tuple[float, ...]
     """Its upper end."""
     classes: int
-    """How many objects the probe chooses from."""
+    """Objects of all relations; a probe chooses from those of its relation."""
     majority: float
-    """Share of subjects that have the most frequent object: what a constant answer gives."""
+    """Share of facts that have the most frequent object of their relation: what a constant answer gives."""
     count: int
     """Facts that were asked about, each once, when its subject was held out."""
     subjects: int
     """Subjects of these facts."""
-    left_out: int
-    """Facts that were not used, because their object has one subject alone: no probe could have seen it before."""
 
     @property
     def from_layer(self) -> int | None:
         """The first layer from which on `low` is above `control_high` and `majority`; None where there is none."""
-        return from_layer_of(self)
+        first = None
+        for layer, low, bound in sorted(zip(self.layers, self.low, self.control_high, strict=True), reverse=True):
+            if low <= max(bound, self.majority):
+                break
+            first = layer
+        return first
 
 
 @dataclass(frozen=True)
-class LinearProbes:
-    """What probes say, by layer: the average of all relations, and each relation."""
+class RelationProbes(ProbeAccuracy):
+    """What probes of one relation say, by layer."""
+
+    relation: str
+    """The relation's id or name."""
+    left_out: int
+    """Facts that were not used, because their object has one subject alone: no probe could have seen it before."""
+
+
+@dataclass(frozen=True)
+class LinearProbes(ProbeAccuracy):
+    """What probes say, by layer: the average over the facts of all relations, and each relation."""
 
     site: str
     """Which output of a layer was probed."""
     position: str
     """At which token."""
-    layers: tuple[int, ...]
-    """The layers whose states were probed; all lists below are in their order."""
-    accuracy: tuple[float, ...]
-    """Mean over all facts."""
-    low: tuple[float, ...]
-    """Lower end of the 95 % interval of `accuracy`, Wilson's over subjects."""
-    high: tuple[float, ...]
-    """Its upper end."""
-    control: tuple[float, ...]
-    """Mean over all facts and shuffles."""
-    control_low: tuple[float, ...]
-    """As of a relation."""
-    control_high: tuple[float, ...]
-    """As of a relation."""
-    classes: int
-    """Objects of all relations; a probe chooses from those of its relation."""
-    majority: float
-    """Mean over all facts of what a constant answer for each relation gives."""
-    count: int
-    """Facts that were asked about."""
-    subjects: int
-    """Their subjects."""
     relations: tuple[RelationProbes, ...]
     """Each relation."""
     skipped: Mapping[str, str]
@@ -120,11 +110,6 @@ class LinearProbes:
     """Shuffles."""
     seed: int
     """Of folds and shuffles."""
-
-    @property
-    def from_layer(self) -> int | None:
-        """The first layer from which on `low` is above `control_high` and `majority`; None where there is none."""
-        return from_layer_of(self)
 
 
 @dataclass(frozen=True)
@@ -229,21 +214,11 @@ def linear_probes(
     for relation, (facts, left_out) in usable.items():
         score = _score(facts, states, ridge, folds, controls, seed)
         scores.append((facts, score))
-        results.append(RelationProbes(relation, chosen, **_summary([(facts, score)]), left_out=left_out))
+        results.append(RelationProbes(chosen, **_summary([(facts, score)]), relation=relation, left_out=left_out))
     return LinearProbes(
-        site, position, chosen, **_summary(scores), relations=tuple(results), skipped=skipped, ridge=ridge, folds=folds,
-        controls=controls, seed=seed,
+        chosen, **_summary(scores), site=site, position=position, relations=tuple(results), skipped=skipped,
+        ridge=ridge, folds=folds, controls=controls, seed=seed,
     )  # fmt: skip
-
-
-def from_layer_of(probes: RelationProbes | LinearProbes) -> int | None:
-    """The first layer from which on `low` is above `control_high` and `majority`; None where there is none."""
-    first = None
-    for layer, low, bound in sorted(zip(probes.layers, probes.low, probes.control_high, strict=True), reverse=True):
-        if low <= max(bound, probes.majority):
-            break
-        first = layer
-    return first
 
 
 @plain_torch()
@@ -322,7 +297,7 @@ def _facts(
     by_relation: dict[str, list[_Fact]] = {}
     has_relations = any(request.relation is not None for request in requests)
     for i, request in enumerate(requests):
-        name = f"request {request.id!r}" if request.id is not None else f"request {i + 1}"
+        name = numbered(request.id, i)
         label = request.target_true if labels is None else labels[i]
         if not isinstance(label, str) or not label.strip():
             raise RequestError(f"{name} has no target_true, the object that a probe is to name: give it, or `labels`")

@@ -19,7 +19,7 @@ from kedit_fast.models.architectures import ArchSpec
 from kedit_fast.models.forward import evaluating, last_states, pad, unknown_token
 from kedit_fast.models.view import ModelView, view_without_memory
 from kedit_fast.requests.chat import is_plain
-from kedit_fast.requests.problems import OnError, check_on_error, require_no_problems
+from kedit_fast.requests.problems import OnError, check_on_error, numbered, require_no_problems
 from kedit_fast.requests.prompts import (
     Prompt,
     PromptFormat,
@@ -175,15 +175,15 @@ def prompt_pairs(
             pool = subjects[relation_of(request)]
             drafts[index] = _draft(view, tokenizer, request, answers, pool, f"{seed} {index}", prompt_format)
         except RequestError as error:
-            problems[index] = f"{_name(request, index)}: {error}"
+            problems[index] = f"{numbered(request.id, index)}: {error}"
     rows = dict.fromkeys(row for draft in drafts.values() for row in (draft.clean.ids, *draft.corrupted))
     said = _said(view, list(rows))
     pairs: dict[int, PromptPair] = {}
     for index, draft in drafts.items():
         try:
-            pairs[index] = _pair(tokenizer, draft, said, _name(requests[index], index))
+            pairs[index] = _pair(tokenizer, draft, said, numbered(requests[index].id, index))
         except RequestError as error:
-            problems[index] = f"{_name(requests[index], index)}: {error}"
+            problems[index] = f"{numbered(requests[index].id, index)}: {error}"
     if on_error == "raise" or not pairs:
         require_no_problems(problems, "no prompts to compare:")
     places = sorted(pairs)
@@ -259,10 +259,6 @@ def relation_of(request: EditRequest) -> str:
     return request.prompt if request.relation is None else request.relation
 
 
-def _name(request: EditRequest, index: int) -> str:
-    return f"request {request.id!r}" if request.id is not None else f"request {index + 1}"
-
-
 def _subjects(requests: Sequence[EditRequest], others: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """All subjects of each relation, each once, in order."""
     pools: dict[str, dict[str, None]] = {}
@@ -318,7 +314,7 @@ def _filled(
 ) -> tuple[Prompt, tuple[int, ...]]:
     """A prompt with a subject, without closing tokens; and the tokens of what stands before the subject by itself."""
     prompt = fill(tokenizer, template, subject, "", prompt_format)
-    text, begin = in_format(template, subject, prompt_format)
+    text, begin, _ = in_format(template, subject, prompt_format)
     before = tokenizer(text[:begin], add_special_tokens=adds_special(tokenizer, text, prompt_format))["input_ids"]
     closing = non_words(tokenizer).closing
     if is_plain(prompt_format):
@@ -344,7 +340,7 @@ def _targets(
     for name, text in zip(names, texts, strict=True):
         if text is None:
             raise RequestError(f"it has no {name}, which answers={answers!r} compares: use answers='model'")
-    text, _ = in_format(request.prompt, request.subject or "", prompt_format)
+    text, *_ = in_format(request.prompt, request.subject or "", prompt_format)
     tokens = [_first_token(tokenizer, text, target, prompt_format, request, is_framed=True) for target in texts]
     if problem := unknown_token(tokenizer, tokens, view.vocabulary):
         raise RequestError(problem)

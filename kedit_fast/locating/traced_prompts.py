@@ -9,18 +9,10 @@ from typing import Any, Literal
 
 from kedit_fast.errors import RequestError
 from kedit_fast.models.forward import unknown_token
-from kedit_fast.requests.problems import OnError, check_on_error, require_no_problems
-from kedit_fast.requests.prompts import (
-    PromptFormat,
-    adds_special,
-    continuation,
-    covering_without_offsets,
-    decoded_plain,
-    in_format,
-    without_closing,
-)
+from kedit_fast.requests.chat import is_plain
+from kedit_fast.requests.problems import OnError, check_on_error, numbered, require_no_problems
+from kedit_fast.requests.prompts import PromptFormat, continuation, fill_span, without_closing
 from kedit_fast.requests.request import EditRequest
-from kedit_fast.requests.tokens import non_words
 
 _log = logging.getLogger("kedit_fast")
 Expected = Literal["any", "true", "new"]
@@ -79,8 +71,7 @@ def traced_prompts(
 
 
 def _name(request: EditRequest | TracedPrompt, index: int) -> str:
-    named = getattr(request, "id", None)
-    return f"request {named!r}" if named is not None else f"request {index + 1}"
+    return numbered(getattr(request, "id", None), index)
 
 
 def prompts_of(
@@ -111,39 +102,10 @@ def _prompt(tokenizer: Any, request: EditRequest, prompt_format: PromptFormat | 
             f"it has no subject, and tracing puts noise at one: write the prompt {request.prompt!r} with {{}} in place "
             "of its subject"
         )
-    text, begin = in_format(request.prompt, request.subject, prompt_format)
-    subject = request.subject.rstrip() if prompt_format is None else request.subject.strip()
-    end = begin + len(subject)
-    special = adds_special(tokenizer, text, prompt_format)
-    if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
-        ids = encoded["input_ids"]
-        covering = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > begin and b > a]
-    else:
-        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-        covering = _covering_without_offsets(tokenizer, text, begin, end, ids, special)
-    if not covering:
-        raise RequestError(f"the subject {request.subject!r} has no tokens in {text!r}")
-    if prompt_format is None:
-        ids = without_closing(tokenizer, ids, covering[-1] + 1)
-    return TracedPrompt(tuple(ids), (covering[0], covering[-1] + 1), None, request.label)
-
-
-def _covering_without_offsets(
-    tokenizer: Any, text: str, begin: int, end: int, ids: Sequence[int], special: bool
-) -> list[int]:
-    """Index of the first and the last token of text[begin:end], for tokenizers without offsets; or none."""
-    last = covering_without_offsets(tokenizer, text, begin, end, ids, special)
-    if not last:
-        return []
-    before = without_closing(tokenizer, tokenizer(text[:begin], add_special_tokens=special)["input_ids"])
-    shown, special_ids = decoded_plain(tokenizer, before), non_words(tokenizer).special
-    first = next(
-        i
-        for i, token in enumerate(ids)
-        if token not in special_ids and len(decoded_plain(tokenizer, ids[: i + 1])) > len(shown)
-    )
-    return [min(first, last[0]), last[0]]
+    ids, first, last = fill_span(tokenizer, request.prompt, request.subject, "", prompt_format)
+    if is_plain(prompt_format):
+        ids = tuple(without_closing(tokenizer, ids, last + 1))
+    return TracedPrompt(ids, (first, last + 1), None, request.label)
 
 
 def _check_prompt(prompt: TracedPrompt, tokenizer: Any, max_length: int | None, vocabulary: int | None) -> None:

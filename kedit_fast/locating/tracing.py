@@ -12,7 +12,7 @@ Source: Meng et al. 2022, arXiv 2202.05262, section 2; their experiments/causal_
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -384,7 +384,7 @@ def _check_arguments(
         raise InvalidArgumentError(f"expect = {expect!r}: choose any, true or new")
 
 
-def _model_answers(view: ModelView, prompts: Sequence[TracedPrompt], batch_tokens: int) -> Any:
+def _model_answers(view: ModelView, prompts: Sequence[TracedPrompt], batch_tokens: int) -> Iterator[int]:
     """The most probable token behind each prompt."""
     answers: list[int] = []
     with evaluating(view):

@@ -341,24 +341,6 @@ class _RepeatedLayout(tail_attention.Layout):
         return self._one.bias(window).repeat(self._copies, 1, 1, 1)
 
 
-class _JoiningCache(DynamicCache):
-    """Gives each layer the noisy run's keys and values of the rows that run there."""
-
-    def __init__(self, of_layer: Callable[[int], tuple[tail_attention.KeysValues, tail_attention.Layout]]):
-        super().__init__()
-        self._of_layer = of_layer
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        storage, layout = self._of_layer(layer_idx)
-        return tail_attention.packed_keys(key_states, storage, layout), value_states
-
-    def get_seq_length(self, *args, **kwargs) -> int:
-        return 0
-
-    def get_mask_sizes(self, *args, **kwargs) -> tuple[int, int]:
-        return 0, 0
-
-
 def _joining(
     runs: NoisyRuns, restorations: Sequence[Restoration], units: Units
 ) -> tuple[torch.Tensor, set[int | None]]:
@@ -457,7 +439,7 @@ def _joining(
                 input_ids=ids,
                 attention_mask=None,
                 position_ids=position.repeat(len(plan))[None],
-                past_key_values=_JoiningCache(of_layer),
+                past_key_values=tail_attention.TailCache(of_layer),
                 use_cache=True,
             ).last_hidden_state
     states = hidden.flatten(0, 1).index_select(0, wanted.to(hidden.device)).view(len(plan), count, -1)

@@ -10,7 +10,7 @@ transformers' registry; models or versions of transformers without one keep thei
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +70,7 @@ class Layout:
 
     def __init__(self, inside: torch.Tensor, positions: torch.Tensor, prefix: int, lookup: torch.Tensor):
         self.row, self.place = torch.nonzero(inside, as_tuple=True)  # of every packed token [N]
-        self.shape, self.prefix = inside.shape, prefix
+        self.shape = inside.shape
         self.slot = prefix + self.place
         """[N] where a packed token's key stands among those of its row."""
         slots = torch.arange(prefix, device=inside.device) - (prefix - lookup)[:, None]  # [R, P] positions
@@ -113,25 +113,24 @@ class _Tail:
 
 
 class TailCache(DynamicCache):
-    """A cache whose prefixes are fixed: `update` returns the tail's keys with the places that they belong to."""
+    """A cache whose prefixes are fixed: `update` returns the tail's keys with the places that they belong to.
 
-    def __init__(self, caches: Mapping[int, KeysValues], layout: Layout):
+    Args:
+        of_layer: from a layer to its prefixes' keys and values, None where there are none, and to its rows' layout.
+    """
+
+    def __init__(self, of_layer: Callable[[int], tuple[KeysValues | None, Layout]]):
         super().__init__()
-        self.caches, self.layout = caches, layout
+        self._of_layer = of_layer
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):  # noqa: D102
-        return _Tail(key_states, self.caches.get(layer_idx), self.layout), value_states
+        return _Tail(key_states, *self._of_layer(layer_idx)), value_states
 
     def get_seq_length(self, *args, **kwargs) -> int:  # noqa: D102
         return 0
 
     def get_mask_sizes(self, *args, **kwargs) -> tuple[int, int]:  # noqa: D102
         return 0, 0
-
-
-def packed_keys(keys: torch.Tensor, storage: KeysValues | None, layout: Layout) -> Any:
-    """What a cache returns as keys under `installed`: those of packed tokens [1, groups, N, size], and their places."""
-    return _Tail(keys, storage, layout)
 
 
 @contextlib.contextmanager

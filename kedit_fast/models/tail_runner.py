@@ -163,10 +163,10 @@ class TailRunner:
             [n, h].
         """
         last = self.view.num_layers - 1
-        if self.layout is not None and self.packed_place is not None:
+        if (layout := self.layout) is not None and self.packed_place is not None:
             first, wanted = self.packed_place[:, 0], self.packed_place.flatten()[wanted.to(self.packed_place.device)]
             ids, positions = (part.flatten()[self.tokens][None] for part in (self.ids, self.positions))
-            mask, cache = None, tail_attention.TailCache(self.caches, self.layout)
+            mask, cache = None, tail_attention.TailCache(lambda layer: (self.caches.get(layer), layout))
             attention = tail_attention.installed(self.view)
             picks = {last: wanted} if last >= self.first_live else {}
         else:
@@ -209,9 +209,12 @@ class TailRunner:
             wanted = torch.arange(len(wanted), device=states.device)
             entering, picks = states[None], {}
             ids, positions = ids[None], positions[None]
-        elif self.layout is not None:
+        elif (layout := self.layout) is not None:
             entering, ids, positions = states[None], ids[None], positions[None]
-            cache, attention = tail_attention.TailCache({}, self.layout), tail_attention.installed(self.view)
+            cache, attention = (
+                tail_attention.TailCache(lambda layer: (None, layout)),
+                tail_attention.installed(self.view),
+            )
             picks = {last: wanted}
         else:
             here = self.tokens.to(states.device)

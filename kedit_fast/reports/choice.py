@@ -73,7 +73,6 @@ def choose(
     prompt_format: PromptFormat | None = None,
     target_separator: str = AUTO,
     on_error: OnError = "raise",
-    trace: bool = False,
     progress: bool = False,
     spec: ArchSpec | None = None,
 ) -> tuple[Choice, str]:
@@ -85,7 +84,7 @@ def choose(
             ArchSpec and this
             package's version are the same, and it was made from as many requests and for half as many edits or more.
         model, tokenizer, requests, method, statistics, hparams, seed, prompt_format, target_separator, on_error,
-            trace, progress, spec: as in `suggest`.
+            progress, spec: as in `suggest`.
 
     Returns:
         the choice, and where it is from or what became of its file, as half a sentence.
@@ -105,7 +104,6 @@ def choose(
         "seed": seed,
         "prompt format": "{} is" if prompt_format is None else prompt_format("{} is"),
         "target separator": target_separator,
-        **({"trace": True} if trace else {}),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
     path = None if folder is None else Path(folder) / f"trials_{find_recipe(method).name}_{digest[:16]}.json"
@@ -127,7 +125,6 @@ def choose(
         effort="short",
         most=REQUESTS,
         expected=len(rows),
-        trace=trace,
         progress=progress,
         spec=spec,
     )

@@ -23,7 +23,7 @@ from kedit_fast.locating.logit_lens import LogitLens, Position, logit_lens
 from kedit_fast.locating.metrics import Metric
 from kedit_fast.locating.prompt_pairs import Answers, PromptPair, prompt_pairs
 from kedit_fast.locating.pruning import greedy_edges, top_edges
-from kedit_fast.locating.traced_prompts import traced_prompts
+from kedit_fast.locating.traced_prompts import prompts_of
 from kedit_fast.locating.tracing import (
     KINDS,
     AverageEffects,
@@ -39,8 +39,8 @@ from kedit_fast.models.restoring import RestoredKind
 from kedit_fast.models.view import ModelView
 from kedit_fast.reports import locating_pictures as pictures
 from kedit_fast.reports.circuit_comparison import CIRCUIT_EDGES, CircuitComparison, compare_circuits, pairs_to_compare
-from kedit_fast.reports.search import span
-from kedit_fast.requests.problems import OnError, check_on_error, require_no_problems
+from kedit_fast.reports.search import named_layers
+from kedit_fast.requests.problems import OnError, check_on_error, require_no_problems, skipped_records
 from kedit_fast.requests.prompts import PromptFormat
 from kedit_fast.requests.reading import as_requests
 from kedit_fast.requests.request import EditRequest
@@ -147,11 +147,7 @@ class Located:
             document["probes"] = {**plain_values(asdict(self.probes)), "from_layer": self.probes.from_layer}
         if self.comparison is not None:
             document["comparison"] = plain_values(self.comparison.as_record())
-        document["skipped"] = {
-            part: [{"index": index, "record": index + 1, "reason": reasons[index]} for index in sorted(reasons)]
-            for part, reasons in self.skipped.items()
-            if reasons
-        }
+        document["skipped"] = {part: skipped_records(reasons) for part, reasons in self.skipped.items() if reasons}
         return document
 
 
@@ -331,22 +327,13 @@ def _traceable(
     view: ModelView, tokenizer: Any, rows: Sequence[EditRequest], prompt_format: PromptFormat | None, on_error: OnError
 ) -> tuple[list[EditRequest], dict[int, str]]:
     """The requests that can be traced, and why the others cannot, by index."""
-    limits: dict[str, Any] = {"max_length": view.max_length, "vocabulary": view.vocabulary}
+    prompts = prompts_of(tokenizer, rows, prompt_format, view.max_length, view.vocabulary)
+    problems = {index: prompt for index, prompt in enumerate(prompts) if isinstance(prompt, str)}
     if on_error == "raise":
-        traced_prompts(tokenizer, rows, prompt_format, **limits)  # names all that cannot be traced
-        return list(rows), {}
-    usable, problems = [], {}
-    for index, row in enumerate(rows):
-        try:
-            traced_prompts(tokenizer, [row], prompt_format, **limits)
-            usable.append(row)
-        except RequestError as error:
-            problems[index] = (
-                str(error) if row.id is not None else f"request {index + 1}{str(error)[len('request 1') :]}"
-            )
-    if not usable:
+        require_no_problems(problems)
+    if len(problems) == len(rows):
         require_no_problems(problems, "no request can be traced:")
-    return usable, problems
+    return [row for index, row in enumerate(rows) if index not in problems], problems
 
 
 @plain_torch()
@@ -511,17 +498,9 @@ def _figures(located: Located, heat_maps: int) -> Iterator[tuple[str, Any]]:
 
 
 @dataclass(frozen=True)
-class TracedLayers:
+class TracedLayers(LikelyLayers):
     """The layers that a trace of some requests speaks for."""
 
-    layers: tuple[int, ...]
-    """Adjacent ones; empty where the trace speaks for none."""
-    peak: int
-    """The one of the largest effect."""
-    effect: float
-    """The mean indirect effect of its MLPs at the subject's last token."""
-    interval: tuple[float, float]
-    """Its 95 % interval."""
     requests: int
     """Requests that were traced."""
 
@@ -532,9 +511,7 @@ class TracedLayers:
         effect = f"effect {self.effect:.2f} [{low:.2f}, {high:.2f}] at layer {self.peak}"
         if not self.layers:
             return f"the trace of {self.requests} requests speaks for no layer ({effect})"
-        named = span(self.layers)
-        named = f"layer {named}" if len(self.layers) == 1 else f"layers {named}"
-        return f"the trace of {self.requests} requests speaks for {named} ({effect})"
+        return f"the trace of {self.requests} requests speaks for {named_layers(self.layers)} ({effect})"
 
 
 @plain_torch()
@@ -567,4 +544,4 @@ def traced_layers(
         view, tokenizer, usable, kinds=("mlp",), window=window_of(view.num_layers), prompt_format=prompt_format
     )
     likely = likely_layers(average_effects(traces))
-    return TracedLayers(likely.layers, likely.peak, likely.effect, likely.interval, len(usable))
+    return TracedLayers(**vars(likely), requests=len(usable))

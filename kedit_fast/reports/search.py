@@ -325,6 +325,11 @@ def _past(tried: Sequence[Any], best: Any, stage: Numbers) -> float | None:
     return best / stage.ratio if _same(best, min(tried)) else None
 
 
+def named_layers(layers: Sequence[int]) -> str:
+    """Layers in a sentence: layer 4, or layers 4-8."""
+    return f"{'layer' if len(layers) == 1 else 'layers'} {span(layers)}"
+
+
 def span(layers: Sequence[int]) -> str:
     """Layers as --layers takes them: 4-8 for neighboring ones, else 3,5,7."""
     if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):

@@ -14,6 +14,7 @@ from kedit_fast.errors import RequestError
 from kedit_fast.requests.prompts import (
     PromptFormat,
     adds_special,
+    covering,
     covering_without_offsets,
     decoded_plain,
     in_format,
@@ -147,9 +148,8 @@ def _in_frame(
     frame = prefix + request.prompt
     if request.subject is None:
         return frame if prompt_format is None else prompt_format(frame), None
-    text, begin = in_format(frame, request.subject, prompt_format)
-    subject = request.subject.rstrip() if prompt_format is None else request.subject.strip()
-    return text, (begin, begin + len(subject))
+    text, begin, end = in_format(frame, request.subject, prompt_format)
+    return text, (begin, end)
 
 
 def _encoded(tokenizer: Any, texts: Sequence[str], prompt_format: PromptFormat | None) -> Iterator[EncodedText]:
@@ -183,14 +183,14 @@ def _lookup(
     """The last token of text[begin:end]; None where there is none. Without spans, `beyond` is without white space."""
     text, ids = encoded.text, encoded.ids
     if encoded.spans is not None:
-        covering = [i for i, (first, after) in enumerate(encoded.spans) if first < end and after > max(begin, first)]
-        if not covering:
+        places = covering(encoded.spans, begin, end)
+        if not places:
             return None
-        return Lookup(ids[covering[-1]], text[end : encoded.spans[covering[-1]][1]].strip())
+        return Lookup(ids[places[-1]], text[end : encoded.spans[places[-1]][1]].strip())
     special = adds_special(tokenizer, text, prompt_format)
-    covering = covering_without_offsets(tokenizer, text, begin, end, ids, special)
-    if not covering:
+    places = covering_without_offsets(tokenizer, text, begin, end, ids, special)
+    if not places:
         return None
     up_to_end = without_closing(tokenizer, tokenizer(text[:end], add_special_tokens=special)["input_ids"])
-    shown, wanted = decoded_plain(tokenizer, ids[: covering[0] + 1]), decoded_plain(tokenizer, up_to_end)
-    return Lookup(ids[covering[0]], shown[len(wanted) :] if shown.startswith(wanted) else "")
+    shown, wanted = decoded_plain(tokenizer, ids[: places[-1] + 1]), decoded_plain(tokenizer, up_to_end)
+    return Lookup(ids[places[-1]], shown[len(wanted) :] if shown.startswith(wanted) else "")

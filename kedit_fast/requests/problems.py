@@ -18,6 +18,11 @@ def check_on_error(on_error: str) -> None:
         raise RequestError(f"on_error = {on_error!r}: choose raise or skip")
 
 
+def numbered(identifier: str | int | None, index: int) -> str:
+    """How problems call a request: by its id, or else by its number from 1."""
+    return f"request {identifier!r}" if identifier is not None else f"request {index + 1}"
+
+
 def require_no_problems(problems: Mapping[int, str], headline: str = "") -> None:
     """Raise RequestError with the problems by request, at most 20 of them and the count of the others."""
     if problems:

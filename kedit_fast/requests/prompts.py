@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AnySet
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ from kedit_fast.errors import RequestError
 from kedit_fast.models.forward import unknown_token
 from kedit_fast.requests.chat import ChatFormat, is_plain
 from kedit_fast.requests.general import general_prompts
-from kedit_fast.requests.problems import require_no_problems
+from kedit_fast.requests.problems import numbered, require_no_problems
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO, check_separator, separator
 from kedit_fast.requests.tokens import ends_with_one_of, non_words, unknown_id
@@ -85,24 +86,31 @@ def fill(
     tokenizer: Any, template: str, subject: str, prefix: str = "", prompt_format: PromptFormat | None = None
 ) -> Prompt:
     """Tokenize `prefix + template` with `subject` at the template's {}; raises RequestError when it has no tokens."""
+    ids, _, last = fill_span(tokenizer, template, subject, prefix, prompt_format)
+    return Prompt(ids, last)
+
+
+def fill_span(
+    tokenizer: Any, template: str, subject: str, prefix: str = "", prompt_format: PromptFormat | None = None
+) -> tuple[tuple[int, ...], int, int]:
+    """As `fill`: the token ids, and the index of the first and of the last token that covers the subject."""
     frame = prefix.replace("{}", "") + template
-    text, begin = in_format(frame, subject, prompt_format)
-    end = begin + len(subject.rstrip())
+    text, begin, end = in_format(frame, subject, prompt_format)
     special = adds_special(tokenizer, text, prompt_format)
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
         ids = encoded["input_ids"]
-        covering = [i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and b > begin and b > a]
+        places = covering(encoded["offset_mapping"], begin, end)
     else:
         ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-        covering = covering_without_offsets(tokenizer, text, begin, end, ids, special)
-    if not covering:
+        places = covering_without_offsets(tokenizer, text, begin, end, ids, special)
+    if not places:
         raise RequestError(f"the subject {subject!r} has no tokens in {text!r}")
-    return Prompt(tuple(ids), covering[-1])
+    return tuple(ids), places[0], places[-1]
 
 
-def in_format(template: str, subject: str, prompt_format: PromptFormat | None) -> tuple[str, int]:
-    """A template with its subject, in the caller's format, and the index at which the subject begins."""
+def in_format(template: str, subject: str, prompt_format: PromptFormat | None) -> tuple[str, int, int]:
+    """A template with its subject, in the caller's format, and where in it the subject begins and ends."""
     if prompt_format is None:
         prompt_format, places = str, ("{}",)
     else:
@@ -112,7 +120,7 @@ def in_format(template: str, subject: str, prompt_format: PromptFormat | None) -
         framed = prompt_format(template.replace("{}", place))
         if framed.count(place) == 1:
             before, _, after = framed.partition(place)
-            return before + subject + after, len(before)
+            return before + subject + after, len(before), len(before) + len(subject.rstrip())
     result = prompt_format(template)
     raise RequestError(f"the prompt format must keep the {{}} of {template!r} once; it made {result!r}")
 
@@ -122,27 +130,43 @@ def adds_special(tokenizer: Any, text: str, prompt_format: PromptFormat | None) 
     return is_plain(prompt_format) or not (tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token))
 
 
+def covering(spans: Iterable[tuple[int, int]], begin: int, end: int) -> list[int]:
+    """Indices of the tokens that cover a part of text[begin:end], of the characters that each token stands for."""
+    return [i for i, (first, after) in enumerate(spans) if first < end and after > max(begin, first)]
+
+
 def covering_without_offsets(
     tokenizer: Any, text: str, begin: int, end: int, ids: Sequence[int], special: bool
 ) -> list[int]:
-    """The index of the last token of text[begin:end], for tokenizers without offsets, whatever they normalize; or none.
+    """Indices of the first and the last token of text[begin:end], for tokenizers without offsets; or none.
 
-    The tokens of the whole text usually begin with those of text[:end]. They do not if one token extends past `end`.
-    Then the result is the last token of the shortest run, from the first token on, that decodes to everything that the
-    tokens of text[:end] decode to, apart from white space, case and Unicode composition.
+    The tokens of the whole text usually begin with those of text[:end], whatever the tokenizer normalizes. They do not
+    if one token extends past `end`. Then the last token is that of the shortest run, from the first token on, that
+    decodes to everything that the tokens of text[:end] decode to, apart from white space, case and Unicode composition.
+    The first token is the one that adds to what the tokens of text[:begin] decode to.
     """
 
     def encoded(part: str) -> list[int]:
         return without_closing(tokenizer, tokenizer(part, add_special_tokens=special)["input_ids"])
 
-    up_to_end = encoded(text[:end])
-    wanted = decoded_plain(tokenizer, up_to_end)
-    if wanted == decoded_plain(tokenizer, encoded(text[:begin])):
+    before, up_to_end = encoded(text[:begin]), encoded(text[:end])
+    shown, wanted = decoded_plain(tokenizer, before), decoded_plain(tokenizer, up_to_end)
+    if wanted == shown:
         return []
-    if list(ids[: len(up_to_end)]) == up_to_end:
-        return [len(up_to_end) - 1]
-    runs = (count for count in range(1, len(ids) + 1) if decoded_plain(tokenizer, ids[:count]).startswith(wanted))
-    return [count - 1 for count in (next(runs, 0),) if count]
+    last = len(up_to_end) - 1
+    if list(ids[: len(up_to_end)]) != up_to_end:
+        runs = (count for count in range(1, len(ids) + 1) if decoded_plain(tokenizer, ids[:count]).startswith(wanted))
+        last = next(runs, 0) - 1
+        if last < 0:
+            return []
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, before, strict=False)))
+    markers = non_words(tokenizer).special
+    adding = (
+        i
+        for i in range(same, last)
+        if ids[i] not in markers and len(decoded_plain(tokenizer, ids[: i + 1])) > len(shown)
+    )
+    return [next(adding, last), last]
 
 
 def decoded_plain(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -303,7 +327,7 @@ def prepare_each(
     check_separator(target_separator)
     prepared, problems = [], {}
     for index, request in requests.items():
-        name = f"request {request.id!r}" if request.id is not None else f"request {index + 1}"
+        name = numbered(request.id, index)
         try:
             one = _prepare_one(tokenizer, request, prefixes, max_length, prompt_format, target_separator)
             if neighbors:
@@ -333,7 +357,7 @@ def _prepare_one(
 ) -> PreparedRequest:
     if request.subject is None:
         return _prepare_whole_prompt(tokenizer, request, prefixes, max_length, prompt_format, target_separator)
-    text, _ = in_format(request.prompt, request.subject, prompt_format)
+    text, *_ = in_format(request.prompt, request.subject, prompt_format)
     requested = requested_separator(request, target_separator)
     between = separator_before(tokenizer, text, request.target_new, requested, prompt_format)
     special = adds_special(tokenizer, text, prompt_format)

@@ -185,7 +185,7 @@ class CrossMomentAccumulator:
         if mask is not None:
             rows, others = rows[mask], others[mask]
             weights = None if weights is None else weights[mask]
-        dtype = torch.float64 if torch.float64 in (rows.dtype, others.dtype) else torch.float32
+        dtype = torch.promote_types(accumulation_dtype(rows), accumulation_dtype(others))
         for begin in range(0, rows.shape[0], CHUNK):
             left, right = (part[begin : begin + CHUNK].to(dtype) for part in (rows, others))  # [chunk, d], [chunk, e]
             if weights is not None:

@@ -113,7 +113,7 @@ def edited(tmp_path_factory):
     """A folder of the demo model with ten edits, and files of these requests and of others."""
     root = tmp_path_factory.mktemp("edited")
     model, tokenizer = demo.load()
-    statistics = collect_statistics(model, tokenizer, demo.corpus(200), (0, 1))
+    statistics = collect_statistics(model, tokenizer, demo.corpus(60), (0, 1))
     Editor(model, tokenizer, "memit", statistics=statistics).edit(demo.requests(10), on_error="skip")
     model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
@@ -145,6 +145,11 @@ def test_a_model_without_edits_has_nothing_to_compare(edited):
     assert done.returncode == 1 and "no prompt whose answer was edited is left" in done.stderr and not done.stdout
     done = run("locate", demo.DATA, "--requests", edited / "requests.jsonl", "--control", edited / "control.jsonl")
     assert done.returncode == 2 and "--base" in done.stderr
+
+
+def test_a_traced_suggestion_is_not_of_given_layers():
+    done = run("suggest", demo.DATA, "--requests", REQUESTS, "--edits", 2, "--trace", "--layers", 1)
+    assert done.returncode == 1 and "layers are given" in done.stderr and not done.stdout
 
 
 @pytest.mark.parametrize(

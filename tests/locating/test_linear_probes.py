@@ -131,7 +131,7 @@ def test_states_are_those_of_the_site_at_the_subject(tiny, site):
 def test_the_first_layer_is_that_from_which_on_all_are_above():
     lows = (0.6, 0.2, 0.5, 0.7)
     probes = probing.RelationProbes(
-        "r", (0, 2, 4, 6), (0.9,) * 4, lows, (1.0,) * 4, (0.1,) * 4, (0.0,) * 4, (0.3,) * 4, 2, 0.4, 9, 9, 0
+        (0, 2, 4, 6), (0.9,) * 4, lows, (1.0,) * 4, (0.1,) * 4, (0.0,) * 4, (0.3,) * 4, 2, 0.4, 9, 9, "r", 0
     )
     assert probes.from_layer == 4
     assert dataclasses.replace(probes, majority=0.65).from_layer == 6

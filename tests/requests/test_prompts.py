@@ -7,7 +7,7 @@ from tiny_models import KINDS, make_model, make_tokenizer
 from kedit_fast.errors import RequestError
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prefixes import generate_prefixes
-from kedit_fast.requests.prompts import fill, prepare, target_tokens
+from kedit_fast.requests.prompts import fill, fill_span, prepare, target_tokens
 from kedit_fast.requests.request import EditRequest
 
 
@@ -30,6 +30,18 @@ def test_the_lookup_token_is_the_subjects_last(bos, prefix, template, subject):
     text = prefix + template.replace("{}", subject)
     end = len(prefix) + template.index("{}") + len(subject)
     assert len(before) < end <= len(upto) and text.startswith(before)
+
+
+@pytest.mark.parametrize("offsets", (True, False))
+@pytest.mark.parametrize("subject", ("Miles Davis", " Miles Davis "))
+def test_a_format_strips_the_subject_and_its_tokens_are_still_its_alone(subject, offsets, monkeypatch):
+    tokenizer = make_tokenizer()
+    if not offsets:
+        monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    ids, first, last = fill_span(tokenizer, "I say: {}s", subject, "", lambda text: f"Q: {text}")
+    whole = fill_span(tokenizer, "I say: {} plays", subject, "", lambda text: f"Q: {text}")
+    assert tokenizer.decode(whole[0][whole[1] : whole[2] + 1]).strip() == "Miles Davis"
+    assert tokenizer.decode(ids[:first]).strip() == "Q: I say:" and "Davis" in tokenizer.decode(ids[first : last + 1])
 
 
 @pytest.mark.parametrize("bos", (False, True))

@@ -15,6 +15,7 @@ from kedit_fast.cli.options import (
     JsonOption,
     LabelsOption,
     OnErrorOption,
+    OverwriteOption,
     ReadingOption,
     RelationPromptsOption,
     RequestSeedOption,
@@ -36,7 +37,7 @@ def convert(
     snippets: SnippetsOption = None,
     seed: RequestSeedOption = 0,
     on_error: OnErrorOption = "raise",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the requests of a file of any form as records of this package."""

@@ -12,11 +12,11 @@ from kedit_fast.cli.console import command, print_json
 from kedit_fast.cli.findings import print_findings
 from kedit_fast.cli.hparams import overridden_hparams, requested_sample
 from kedit_fast.cli.options import (
-    DTYPE_NAMES,
     REQUESTS_HELP,
     ArgumentsOption,
     ChatOption,
     DeviceOption,
+    DtypeOption,
     FormOption,
     HparamsOption,
     JsonOption,
@@ -29,7 +29,6 @@ from kedit_fast.cli.options import (
     SystemOption,
     TemplateOption,
     chat_options,
-    choice,
     read_spec,
 )
 from kedit_fast.methods.presets import make_hparams
@@ -80,7 +79,7 @@ def lint(
     system: SystemOption = None,
     template: TemplateOption = None,
     template_arg: ArgumentsOption = None,
-    dtype: Annotated[str, choice(DTYPE_NAMES, "dtype the model is loaded in")] = "auto",
+    dtype: DtypeOption = "auto",
     device: DeviceOption = "cpu",
     spec: SpecOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="print notes, too")] = False,

@@ -9,7 +9,7 @@ import typer
 
 from kedit_fast.cli.checks import check_file
 from kedit_fast.cli.console import command, notices, output, print_json, say_skipped
-from kedit_fast.cli.options import REQUESTS_HELP, FormOption, JsonOption, OnErrorOption, ReadingOption
+from kedit_fast.cli.options import REQUESTS_HELP, FormOption, JsonOption, OnErrorOption, OverwriteOption, ReadingOption
 from kedit_fast.requests.paraphrase import add_paraphrases
 from kedit_fast.requests.problems import first_problems, skipped_records
 from kedit_fast.requests.reading import load_requests
@@ -30,7 +30,7 @@ def paraphrase(
     form: FormOption = None,
     reading: ReadingOption = None,
     on_error: OnErrorOption = "raise",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Add other phrasings to requests, from templates of the same relation; needs no model."""

@@ -15,6 +15,7 @@ from kedit_fast.cli.options import (
     JsonOption,
     LabelsOption,
     OnErrorOption,
+    OverwriteOption,
     ReadingOption,
     RelationPromptsOption,
 )
@@ -35,7 +36,7 @@ def sample(
     labels: LabelsOption = None,
     relation_prompts: RelationPromptsOption = None,
     on_error: OnErrorOption = "raise",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing --out")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Draw some of a file's requests, whole cases together, and write them as records of this package."""
