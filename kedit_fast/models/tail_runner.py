@@ -211,10 +211,8 @@ class TailRunner:
             ids, positions = ids[None], positions[None]
         elif (layout := self.layout) is not None:
             entering, ids, positions = states[None], ids[None], positions[None]
-            cache, attention = (
-                tail_attention.TailCache(lambda layer: (None, layout)),
-                tail_attention.installed(self.view),
-            )
+            cache = tail_attention.TailCache(lambda layer: (None, layout))
+            attention = tail_attention.installed(self.view)
             picks = {last: wanted}
         else:
             here = self.tokens.to(states.device)

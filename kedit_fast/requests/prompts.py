@@ -131,7 +131,7 @@ def adds_special(tokenizer: Any, text: str, prompt_format: PromptFormat | None) 
 
 
 def covering(spans: Iterable[tuple[int, int]], begin: int, end: int) -> list[int]:
-    """Indices of the tokens that cover a part of text[begin:end], of the characters that each token stands for."""
+    """Indices of the tokens that cover a part of text[begin:end]; `spans` are the characters of each token."""
     return [i for i, (first, after) in enumerate(spans) if first < end and after > max(begin, first)]
 
 

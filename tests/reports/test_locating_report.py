@@ -184,7 +184,7 @@ def test_a_search_may_ask_a_trace_for_its_layers(loaded):
 
 
 def test_a_traced_search_begins_at_the_traced_layers_and_takes_fewer_trials(loaded):
-    statistics = collect_statistics(*loaded, demo.corpus(20), (0, 1, 2, 3))
+    statistics = collect_statistics(*loaded, demo.corpus(60), (0, 1, 2, 3))
     options = {"statistics": statistics, "effort": "short", "hparams": {"v_num_grad_steps": 6, "residual_share": 0.2}}
     plain, traced = (suggest(*loaded, demo.requests(2), "memit", trace=trace, **options) for trace in (False, True))
     assert traced.trials[0].layers[-1] == 0 and len(traced.trials) < len(plain.trials)
