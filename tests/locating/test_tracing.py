@@ -108,7 +108,7 @@ def compare(model, prompt, traces, window, samples, level, tolerance):
 # The published numbers -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "count", "limit"), [(torch.float64, 3, 1e-6), (torch.float32, 2, 2e-6)])
+@pytest.mark.parametrize(("dtype", "count", "limit"), [(torch.float64, 6, 1e-6), (torch.float32, 2, 2e-6)])
 def test_traces_of_the_demo_model_are_the_published_ones(dtype, count, limit):
     """The published run was in fp32, and is up to 9e-7 from what the model gives in fp64."""
     model, tokenizer = demo.load()
