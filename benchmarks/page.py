@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import paper_plan
 from benchmarks.architectures import VERDICTS
 from benchmarks.frontier import compared
 from benchmarks.harness import RESULTS, Row, read
+from benchmarks.limits import PHASES
 from benchmarks.long_targets import HEADER, cells
 from benchmarks.mixture import EDITED, MODELS
 from benchmarks.mixture import METHODS as MIXTURE_METHODS
-from benchmarks.plots import strongest
+from benchmarks.plots import GROWTH_TITLES, strongest
 from benchmarks.quality import SEQUENCES, TITLES, VARIANTS
 from benchmarks.quality_tuning import ROWS as TUNING_ROWS
 from benchmarks.quality_tuning import TABLES as TUNING_TABLES
@@ -252,6 +254,35 @@ def sequence() -> str:
     return table((row["case"], f"{row['machine']}, {row['commit']}"), lines)
 
 
+def growth() -> str:
+    """Each point's rate, time by phase, limit, peak and the plan's bytes."""
+    if not (RESULTS / "growth.json").exists():
+        return "Not measured yet."
+    lines = []
+    for row in rows_in("growth"):
+        size = f"{row['value']:,} {GROWTH_TITLES[row['axis']]}" if row["axis"] != "edits" else "demo model"
+        start = (size, f"{row['edits']:,}", f"{row['iterations']}", f"{row['steps']:.1f}")
+        if row["wrong"]:
+            lines.append((*start, "wrong result", *("",) * 9))
+            continue
+        seconds = (f"{row['seconds'][phase]:.3g}" for phase in PHASES)
+        efficacy = "" if row["efficacy"] is None else f"{row['efficacy']:.2f}"
+        memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
+        lines.append((
+            *start, f"{row['edits_per_s']:.3g}", *seconds, f"{row['limit_edits_per_s']:.3g}",
+            f"{row['share_of_limit']:.0%}", memory, f"{sum(row['planned'].values()) / 2**20:,.0f}", efficacy,
+        ))  # fmt: skip
+    names = ("model", "edits", "iterations", "steps", "edits a second", *(f"{phase}, s" for phase in PHASES),
+             "limit", "share of it", "peak MiB", "plan's MiB", "efficacy")  # fmt: skip
+    picture = "\n\n![edits a second and bytes against each size](results/growth_curves.png)"
+    return table(names, lines) + (picture if (RESULTS / "growth_curves.png").exists() else "")
+
+
+def growth_on_paper() -> str:
+    """Llama-3-70B on eight GPUs, by formula."""
+    return table(("Llama-3-70B", *(f"{edits:,} edits" for edits in paper_plan.EDITS)), paper_plan.lines())
+
+
 def long_targets() -> str:
     """How much of a long target an edit makes the model say, by the length of its chunks."""
     measured = (RESULTS / "long_targets.json").exists()
@@ -478,6 +509,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "savings": lambda: seconds_and_ratio("values", "value iteration"),
     "solver": lambda: seconds_and_ratio("solver"),
     "sequence": sequence,
+    "growth": growth,
+    "growth on paper": growth_on_paper,
     "statistics": lambda: seconds_and_ratio("statistics"),
     "statistics rate": statistics_rate,
     "evaluation": evaluation,

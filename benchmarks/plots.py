@@ -254,6 +254,54 @@ def endless_figure(document: Document) -> Any:
     return figure
 
 
+GROWTH_TITLES = {"edits": "edits in one batch", "layers": "blocks", "hidden": "hidden size", "vocabulary": "vocabulary"}
+
+
+@_styled
+def growth_figure(document: Document) -> Any:
+    """Edits a second above, peak bytes below, against each axis of growth; log-log, with the limit and the plan."""
+    rows = _some([row for row in document["rows"] if not row["wrong"]], "points with right results")
+    axes_of = [name for name in GROWTH_TITLES if any(row["axis"] == name for row in rows)]
+    figure, panels = figures.figure(len(axes_of), 3.1, 2.9, rows=2)
+    for name, above, below in zip(axes_of, panels, panels[len(axes_of) :], strict=False):
+        curve = [row for row in rows if row["axis"] == name]
+        places = [row["value"] for row in curve]
+        whole = max(row["iterations"] for row in curve)
+        above.plot(places, [row["edits_per_s"] for row in curve], "-", color="#4c72b0")
+        for row in curve:
+            fewer = row["iterations"] < whole
+            above.plot(row["value"], row["edits_per_s"], "o", color="#4c72b0", markersize=5,
+                       markerfacecolor="white" if fewer else "#4c72b0")  # fmt: skip
+            if fewer:
+                place = (row["value"], row["edits_per_s"])
+                above.annotate(f"{row['iterations']} of {whole}\niterations", place, xytext=(0, -9),
+                               textcoords="offset points", ha="center", va="top", fontsize=6)  # fmt: skip
+        above.plot(places, [row["limit_edits_per_s"] for row in curve], "--", color="black", linewidth=1)
+        memory = [row for row in curve if row["peak_bytes"]]
+        below.plot([row["value"] for row in memory], [row["peak_bytes"] / 2**20 for row in memory], "s-",
+                   color="#dd8452", markersize=4)  # fmt: skip
+        below.plot(places, [sum(row["planned"].values()) / 2**20 for row in curve], "--", color="black", linewidth=1)
+        for axes in (above, below):
+            axes.set_xscale("log")
+            axes.set_yscale("log")
+            axes.margins(0.12)
+            figures.log_ticks(axes.yaxis)
+            figures.ticks_at(axes.xaxis, places)
+            axes.grid(alpha=0.3)
+        below.set_xlabel(GROWTH_TITLES[name])
+        above.set_title(f"{curve[0]['edits']} edits" if name != "edits" else curve[0]["case"])
+    panels[0].set_ylabel("edits a second")
+    panels[len(axes_of)].set_ylabel("peak above model and statistics, MiB")
+    handles = [
+        Line2D([], [], marker="o", color="#4c72b0", label="measured edits a second"),
+        Line2D([], [], marker="s", color="#dd8452", label="measured peak"),
+        Line2D([], [], linestyle="--", color="black", label="above: limit by formula; below: bytes by kedit-fast plan"),
+    ]
+    figure.legend(handles=handles, fontsize=7, loc="outside lower center", ncols=3)
+    figure.suptitle(_machine([document["about"]]))
+    return figure
+
+
 def _label_halves(figure: Any, left: Any, right: Any, seconds: str, places: str, document: Document) -> None:
     """Name the axes of a picture whose left half shows seconds, on a log scale, and whose right half bytes."""
     left.set_yscale("log")
@@ -328,3 +376,8 @@ def frontier_curves(document: Document, stem: Path) -> list[Path]:
 def endless_curves(document: Document, stem: Path) -> list[Path]:
     """Save `endless_figure`."""
     return _save(endless_figure(document), stem)
+
+
+def growth_curves(document: Document, stem: Path) -> list[Path]:
+    """Save `growth_figure`."""
+    return _save(growth_figure(document), stem)

@@ -34,7 +34,7 @@ from kedit_fast.requests.reading import as_requests, rows_of
 from kedit_fast.requests.request import EditRequest
 from kedit_fast.requests.spacing import AUTO
 from kedit_fast.solver.key_memory import FOLD_ABOVE, window_columns
-from kedit_fast.solver.least_squares import PRIMAL_ABOVE
+from kedit_fast.solver.least_squares import system_flops
 from kedit_fast.statistics.memory_plan import chosen_experts, sum_bytes
 from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.free_memory import free_bytes
@@ -339,20 +339,16 @@ def _seconds(
     rate = _fp64_rate(view.device)
     columns, others = _columns(prepared, hparams, edits)
     u = columns if recipe.is_batched else 1
-    n = u + others
     count = len(hparams.layers)
     # The factor is computed once per layer, whatever the number of solves.
     factor = 0.0 if not hparams.uses_moments else blocks * (9.0 if recipe.uses_null_space else 1 / 3) * size**3
-    if n <= PRIMAL_ABOVE * d or stack is not None:
-        once = d * n * n + n**3 / 3 + 2 * u * n * d
-    else:
-        once = d * d * n + d**3 / 3 + 2 * d * d * u
+    once = system_flops(d, u, others, "auto" if stack is None else "dual")
     short_side, long_side = sorted((out, d))
     attenuation = 2.0 * short_side**2 * long_side + 9.0 * short_side**3 if hparams.sphere_strength else 0.0
     if hparams.weighs_outputs:
         factor += 9.0 * out**3
         once += 9.0 * u**3 + 2 * u * u * d + 4 * out * (out + u) * u
-    flops = factor + (2 * blocks * size * size * n + once + attenuation) * columns / u
+    flops = factor + (2 * blocks * size * size * (u + others) + once + attenuation) * columns / u
     solve = count * 2 * flops / rate
     weight = view.weight(hparams.layers[0])
     weight = (weight if stack is None else weight[0]).clone()

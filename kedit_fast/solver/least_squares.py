@@ -25,6 +25,7 @@ ALIKE = 1e-9  # exact constraints are refused for a key whose squared share outs
 SAME_KEY = 0.99  # cosine above which two keys count as the same
 CROWDED_ABOVE = 0.5  # edits and unmoved columns, as a share of d, above which an update has little freedom left
 SPARSE_CONDITION = 1e4  # of a system above which a sparse solution would lose digits in float32
+COLUMNS_AT_ONCE = 1024  # whose cosines with all others are in memory together
 SAME_SPAN = 1e-10  # singular value, as a share of the largest, below which a direction is no part of a span
 
 
@@ -126,6 +127,31 @@ def solve_update(
     return LowRankUpdate(left, right)
 
 
+def system_flops(d: int, u: int, p: int = 0, form: SystemForm = "auto") -> float:
+    """Flops of the system of `solve_update` between whitening and its way back, for keys [d, u] and p unmoved columns.
+
+    Multiplication and addition count as one each, and of a symmetric product one half is needed. In the dual form these
+    are d n^2 for K^T K, n^3 / 3 for its factor and 2 u n d for the solutions, with n = u + p; in the primal one d^2 n,
+    d^3 / 3 and 2 d^2 u.
+
+    Args:
+        d: inputs of the layer.
+        u: columns with a residual.
+        p: columns without one.
+        form: as in `solve_update`.
+
+    Example:
+        >>> system_flops(3, 2, form="dual") == 3 * 2**2 + 2**3 / 3 + 2 * 2 * 2 * 3
+        True
+        >>> system_flops(3, 1, 2) == system_flops(3, 1, 2, form="primal")
+        True
+    """
+    n = u + p
+    if form == "primal" or (form == "auto" and n > PRIMAL_ABOVE * d):
+        return d * d * n + d**3 / 3 + 2.0 * d * d * u
+    return d * n * n + n**3 / 3 + 2.0 * u * n * d
+
+
 @plain_torch()
 def scale_of_share(keys: torch.Tensor, preconditioner: Preconditioner, share: float, rho: float = 1.0) -> float:
     """The factor of S with which an edit alone leaves `share` of its residual undone, in the median over keys.
@@ -210,10 +236,16 @@ def rank_one_equality(
 
 @plain_torch()
 def collisions(keys: torch.Tensor, above: float = SAME_KEY) -> list[tuple[int, int]]:
-    """Pairs of columns of `keys` [d, u] whose cosine is above a bound: requests that compete for one key."""
+    """Pairs of columns of `keys` [d, u] whose cosine is above a bound: requests that compete for one key.
+
+    Cost: d u^2 flops; the cosines of 1024 columns with all later ones are in memory at a time.
+    """
     unit = torch.nn.functional.normalize(keys, dim=0)
-    pairs = torch.nonzero(torch.triu(unit.T @ unit, 1) > above).tolist()
-    return [(i, j) for i, j in pairs]
+    pairs: list[tuple[int, int]] = []
+    for begin in range(0, unit.shape[1], COLUMNS_AT_ONCE):
+        cosines = unit[:, begin : begin + COLUMNS_AT_ONCE].T @ unit[:, begin:]  # [b, u - begin]
+        pairs += [(begin + i, begin + j) for i, j in torch.nonzero(torch.triu(cosines, 1) > above).tolist()]
+    return pairs
 
 
 @plain_torch()

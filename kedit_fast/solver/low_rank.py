@@ -81,9 +81,16 @@ class LowRankUpdate(_Factors):
 
     @plain_torch()
     def norm(self) -> float:
-        """|Delta| (Frobenius), from the factors: sqrt(sum((left^T left) * (right^T right)))."""
+        """|Delta| (Frobenius), fp64: sqrt(sum((left^T left) * (right^T right))), or by rows of Delta.
+
+        Cost: 2 k^2 (out + in) flops or 2 k out in, whichever is less; k^2 numbers, or 1024 rows of Delta.
+        """
+        (out, inner), k = self.shape, self.rank
         left, right = self.left.double(), self.right.double()
-        return float(((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt())
+        if k * (out + inner) <= out * inner:
+            return float(((left.T @ left) * (right.T @ right)).sum().clamp(min=0).sqrt())
+        rows = [(part @ right.T).square().sum() for part in left.split(_ROWS)]
+        return float(torch.stack(rows).sum().sqrt())
 
     def to(self, dtype: torch.dtype) -> LowRankUpdate:
         """The factors in another dtype."""

@@ -19,17 +19,17 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def figure(columns: int = 1, width: float = 6.0, height: float = 4.0) -> tuple[Any, list[Any]]:
-    """A figure with axes side by side; raises KeditError without matplotlib."""
+def figure(columns: int = 1, width: float = 6.0, height: float = 4.0, rows: int = 1) -> tuple[Any, list[Any]]:
+    """A figure with axes side by side, row by row; each is so wide and high. Raises KeditError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise KeditError("pictures need matplotlib: pip install 'kedit-fast[plot]'") from None
-    result = Figure(figsize=(width * columns, height), layout="constrained")
+    result = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(result)
-    axes = result.subplots(1, columns, squeeze=False)
-    return result, list(axes[0])
+    axes = result.subplots(rows, columns, squeeze=False)
+    return result, list(axes.flat)
 
 
 def colors(count: int) -> list[Any]:
