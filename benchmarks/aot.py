@@ -45,7 +45,8 @@ QUICK = (
     ("activation_distance", "bfloat16, silu"), ("routed_linear", "bfloat16, weight"),
     ("nearest_key", "float32 keys"),
     ("best_overlap", "words"), ("magnitude_bound", "bfloat16 sizes of differences"),
-    ("ties_merge_", "bfloat16, 2 memories"),
+    ("ties_merge_", "bfloat16, 2 memories"), ("rms_norm", "bfloat16"), ("rms_norm, gradient", "bfloat16"),
+    ("gated_silu", "bfloat16"), ("gated_silu, gradient", "bfloat16"), ("gated_gelu, gradient", "bfloat16"),
 )  # fmt: skip
 ODD = "odd strides"  # no stride or size is a multiple of 16 elements: loads cannot be wide
 
@@ -64,6 +65,7 @@ def variants() -> Iterator[Variant]:
     from kedit_fast.kernels.triton import (
         best_overlap,
         distribution_kl,
+        gated,
         grouped_rank_k_update,
         grouped_symmetric_rank_k_update,
         lm_head,
@@ -71,6 +73,7 @@ def variants() -> Iterator[Variant]:
         masked_step,
         nearest_key,
         rank_k_update,
+        rms_norm,
         row_products,
         symmetric_rank_k_update,
         target_log_probs,
@@ -78,10 +81,12 @@ def variants() -> Iterator[Variant]:
     )
     from kedit_fast.kernels.triton.configs import (
         DIGITS,
+        GATED,
         GRADIENT,
         LOGITS,
         MERGE,
         NEAREST,
+        NORM,
         OVERLAP,
         RANK_K,
         ROW_PRODUCTS,
@@ -285,6 +290,35 @@ def variants() -> Iterator[Variant]:
                 MERGE, f"{name(dtype)}, {m} memories",
                 lambda arch, a=(x, x, memory, *marks): ties_merge.launches(*a, lookup(MERGE, "entries", arch)),
             )  # fmt: skip
+    for dtype in FLOATS:
+        for options, width in (("", 4096), (ODD, 4095)) if dtype != torch.float16 else (("", 4096),):
+            x, grad, out, beside = (empty(64, width, dtype=dtype) for _ in range(4))
+            rstd, case = empty(64), ", ".join(filter(None, (name(dtype), options)))
+            for stored in dict.fromkeys((dtype, torch.float32)):
+                weight, text = empty(width, dtype=stored), case if stored == dtype else f"{case}, float32 weight"
+                yield Variant(
+                    NORM, text,
+                    lambda arch, a=(out, rstd, x, weight, 1e-6, True): rms_norm.launches(
+                        *a, lookup(NORM, "rows", arch)
+                    ),
+                )  # fmt: skip
+                yield Variant(
+                    f"{NORM}, gradient", text,
+                    lambda arch, a=(out, grad, x, weight, rstd): rms_norm.backward_launches(
+                        *a, lookup(NORM, "backward", arch)
+                    ),
+                )  # fmt: skip
+            for op, activation in (("gated_silu", gated.SILU), ("gated_gelu", gated.GELU_TANH)):
+                yield Variant(
+                    op, case,
+                    lambda arch, a=(out, x, grad, activation): gated.launches(*a, lookup(GATED, "entries", arch)),
+                )  # fmt: skip
+                yield Variant(
+                    f"{op}, gradient", case,
+                    lambda arch, a=(out, beside, x, x, grad, activation): gated.backward_launches(
+                        *a, lookup(GATED, "backward", arch)
+                    ),
+                )  # fmt: skip
 
 
 def name(dtype: torch.dtype) -> str:

@@ -162,6 +162,19 @@ def _by_rows() -> list[Case]:
     return cases
 
 
+def _by_rows_backward(gpu: bool = False) -> list[Case]:
+    """Rows are the tokens of a step of values, whose norms and activations are differentiated."""
+    cases, floor = [], None if gpu else 1.5
+    m, tokens = MODELS["Llama-3-8B"], 4096 if gpu else 1024
+    large = [("Llama-3-8B", dtype, tokens, m.hidden, m.inner) for dtype in ("float32", "bfloat16")]
+    small = [] if gpu else [("small Llama", "float32", 2048, 512, 1376)]
+    for model, dtype, rows, hidden, inner in small + large:
+        for op, d in (("rms_norm", hidden), ("gated_silu", inner), ("gated_gelu", inner)):
+            sizes = {"rows": rows, "d": d, "backward": 1}
+            cases.append(Case(op, f"{model}, [{rows}, {d}], forward + backward", dtype, sizes, floor))
+    return cases
+
+
 def _steps() -> list[Case]:
     """One step on a matrix: WISE's, from the factors of 300 tokens, and one of Adam with a box, as FT takes it."""
     m = MODELS["GPT-2"]
@@ -223,7 +236,8 @@ def _selections(gpu: bool = False) -> list[Case]:
 
 
 OPS = [
-    *_symmetric(), *_rank_k(), *_grouped(), *_head(), *_solve(), *_by_rows(), *_steps(), *_memories(), *_selections(),
+    *_symmetric(), *_rank_k(), *_grouped(), *_head(), *_solve(), *_by_rows(), *_by_rows_backward(), *_steps(),
+    *_memories(), *_selections(),
 ]  # fmt: skip
 
 
@@ -261,7 +275,7 @@ def _gpu() -> list[Case]:
              {**memories, "tokens": 25}),
         Case("routed_linear", "Llama-3-8B, 8 tokens, 2 memories", "bfloat16", {**memories, "tokens": 1}),
     ]  # fmt: skip
-    return cases + _grouped(gpu=True) + _solve() + _selections(gpu=True)
+    return cases + _grouped(gpu=True) + _solve() + _by_rows_backward(gpu=True) + _selections(gpu=True)
 
 
 GPU_OPS = _gpu()
@@ -286,6 +300,10 @@ SMALL = [
     Case("distribution_kl", "[5, 16] x [99, 16]", "bfloat16", {"rows": 5, "width": 16, "vocabulary": 99}),
     Case("rms_norm", "[7, 33]", "bfloat16", {"rows": 7, "d": 33}),
     Case("gated_silu", "[7, 33]", "float32", {"rows": 7, "d": 33}),
+    Case("gated_gelu", "[7, 33]", "float32", {"rows": 7, "d": 33}),
+    Case("rms_norm", "[7, 33], forward + backward", "float32", {"rows": 7, "d": 33, "backward": 1}),
+    Case("gated_silu", "[7, 33], forward + backward", "bfloat16", {"rows": 7, "d": 33, "backward": 1}),
+    Case("gated_gelu", "[7, 33], forward + backward", "float16", {"rows": 7, "d": 33, "backward": 1}),
     Case("masked_descent_", "W [9, 33], 5 tokens, a fifth of the entries, box", "float32",
          {"h": 9, "d": 33, "tokens": 5, "share": 20}),
     Case("masked_descent_", "W [9, 33], 5 tokens, all entries, box", "float32", {"h": 9, "d": 33, "tokens": 5}),

@@ -408,38 +408,67 @@ def _solve(case: Case, device: str, backend: str | None) -> Problem:
 
 
 def _by_rows(case: Case, device: str, backend: str | None) -> Problem:
+    """The norm or a gated activation, alone or with the gradients of its inputs; a norm's weight has none."""
     rows, d = case.sizes["rows"], case.sizes["d"]
     dtype = getattr(torch, case.dtype)
-    x, other, weight = (torch.randn(*shape, device=device).to(dtype) for shape in ((rows, d), (rows, d), (d,)))
-    norm = case.op == "rms_norm"
+    norm, backward = case.op == "rms_norm", bool(case.sizes.get("backward"))
+    x, other, grad = (torch.randn(rows, d, device=device).to(dtype) for _ in range(3))
+    if norm:
+        other = torch.randn(d, device=device).to(dtype)
+    inputs = ((x,) if norm else (x, other)) if backward else ()
+    for part in inputs:
+        part.requires_grad_()
+    op = getattr(kedit_fast, case.op)
 
     def ours():
-        return kedit_fast.rms_norm(x, weight, backend=backend) if norm else kedit_fast.gated_silu(
-            x, other, backend=backend
-        )  # fmt: skip
+        return op(x, other, backend=backend)
 
-    def expression(x, other, weight):
-        if not norm:
+    def expression(x, other):
+        if case.op == "gated_silu":
             return F.silu(x) * other
+        if case.op == "gated_gelu":
+            return F.gelu(x, approximate="tanh") * other
         wide = x.float()
-        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return other * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    def exact(x, other):
+        if not norm:
+            return expression(x, other)
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * other
+
+    def with_gradients(function: Callable[[], torch.Tensor]) -> Callable[[], Any]:
+        def call():
+            value = function()
+            return (value.detach(), *torch.autograd.grad(value, inputs, grad))
+
+        return call if backward else lambda: (function(),)
 
     def error() -> float:
-        wide = x.double()
-        unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-        expected = unit * weight.double() if norm else F.silu(wide) * other.double()
-        return float((ours().double() - expected).norm() / expected.norm())
+        """The largest of the value's and the gradients'."""
+        wide = [part.detach().double().requires_grad_(part.requires_grad) for part in (x, other)]
+        value = exact(*wide)
+        slopes = torch.autograd.grad(value, wide[: len(inputs)], grad.double()) if backward else ()
+        worst = 0.0
+        for result, expected in zip(with_gradients(ours)(), (value.detach(), *slopes), strict=True):
+            worst = max(worst, float((result.double() - expected).norm() / expected.norm()))
+        return worst
 
     compiled = torch.compile(expression)
-    text = "weight * (x32 * rsqrt(x32.pow(2).mean(-1) + eps)).to(x.dtype)" if norm else "F.silu(gate) * up"
-    baselines = {text: lambda: expression(x, other, weight)}
+    text = {
+        "rms_norm": "weight * (x32 * rsqrt(x32.pow(2).mean(-1) + eps)).to(x.dtype)",
+        "gated_silu": "F.silu(gate) * up",
+        "gated_gelu": "F.gelu(gate, approximate='tanh') * up",
+    }[case.op]
+    baselines = {text: with_gradients(lambda: expression(x, other))}
     if norm:
-        baselines["F.rms_norm(x, (d,), weight, eps)"] = lambda: F.rms_norm(x, (d,), weight, 1e-6)
-    baselines[f"torch.compile({text})"] = lambda: compiled(x, other, weight)
+        baselines["F.rms_norm(x, (d,), weight, eps)"] = with_gradients(lambda: F.rms_norm(x, (d,), other, 1e-6))
+    baselines[f"torch.compile({text})"] = with_gradients(lambda: compiled(x, other))
+    flops, passes = (4, 2) if norm else (20, 3)
+    if backward:
+        flops, passes = (12, 5) if norm else (60, 8)
     return Problem(
-        ours=ours, baselines=baselines, error=error, limit=LIMITS[case.dtype], flops=(4 if norm else 20) * rows * d,
-        bytes=(2 if norm else 3) * x.nbytes, rate="fp32",
-        backend=_runs(case.op, x, weight if norm else other, backend=backend),
+        ours=with_gradients(ours), baselines=baselines, error=error, limit=LIMITS[case.dtype], flops=flops * rows * d,
+        bytes=passes * x.nbytes, rate="fp32", backend=_runs(case.op, x, other, backend=backend),
     )  # fmt: skip
 
 
@@ -720,6 +749,7 @@ _BUILDERS = {
     "spd_solve": _solve,
     "rms_norm": _by_rows,
     "gated_silu": _by_rows,
+    "gated_gelu": _by_rows,
     "masked_descent_": _descent,
     "masked_adam_": _adam,
     "activation_distance": _memories,

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.p
     from kedit_fast.ops import best_overlap as best_overlap
     from kedit_fast.ops import distribution_kl as distribution_kl
     from kedit_fast.ops import edge_contraction as edge_contraction
+    from kedit_fast.ops import gated_gelu as gated_gelu
     from kedit_fast.ops import gated_silu as gated_silu
     from kedit_fast.ops import grouped_rank_k_update_ as grouped_rank_k_update_
     from kedit_fast.ops import grouped_symmetric_rank_k_update_ as grouped_symmetric_rank_k_update_
@@ -95,6 +96,7 @@ PUBLIC_NAMES = {
     "edge_contraction": "kedit_fast.ops",
     "evaluate": "kedit_fast.evaluation.evaluator",
     "explain": "kedit_fast.backends",
+    "gated_gelu": "kedit_fast.ops",
     "gated_silu": "kedit_fast.ops",
     "grouped_rank_k_update_": "kedit_fast.ops",
     "grouped_symmetric_rank_k_update_": "kedit_fast.ops",

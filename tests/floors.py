@@ -32,6 +32,18 @@ GATED = {  # gated_silu by gate: silu is rounded before the product
     torch.float16: 8e-4,
     torch.float64: 3e-16,
 }
+NORM_GRADIENT = {  # relative to the norm of the gradient's first term, which the second may cancel
+    torch.float32: 1.5e-7,
+    torch.bfloat16: 4e-3,
+    torch.float16: 5e-4,
+    torch.float64: 4e-16,
+}
+GATED_GRADIENT = {  # in gate and in up
+    torch.float32: 2e-7,
+    torch.bfloat16: 4e-3,
+    torch.float16: 5e-4,
+    torch.float64: 4e-16,
+}
 HEAD = {  # log probabilities and KL by states, relative to the larger of 1 and their norm
     torch.float32: 1e-6,
     torch.bfloat16: 1e-6,

@@ -5,7 +5,7 @@
 #include "../common/aligned_buffer.h"
 #include "../common/parallel.h"
 #include "../cpu/best_overlap.h"
-#include "../cpu/gated_silu.h"
+#include "../cpu/gated.h"
 #include "../cpu/kernel_table.h"
 #include "../cpu/magnitude_bound.h"
 #include "../cpu/masked_step.h"
@@ -20,6 +20,7 @@
 namespace py = pybind11;
 using kf::Isa;
 using kf::bind::borrow;
+using kf::cpu::Gate;
 
 namespace {
 
@@ -165,21 +166,45 @@ PYBIND11_MODULE(_cpu, m) {
   m.def(
       "rms_norm",
       [](const py::object& out, const py::object& x, const py::object& weight, double eps, bool round_first,
-         int threads) {
+         int threads, const py::object& rstd) {
         auto o = borrow(kDLCPU, out, "out"), a = borrow(kDLCPU, x, "x"), w = borrow(kDLCPU, weight, "weight");
+        auto r = borrow(kDLCPU, rstd, "rstd");
         py::gil_scoped_release release;
-        kf::cpu::rms_norm(o.view, a.view, w.view, eps, round_first, threads);
+        kf::cpu::rms_norm(o.view, a.view, w.view, eps, round_first, threads, r.view);
       },
-      py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("round_first"), py::arg("threads"));
+      py::arg("out"), py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("round_first"), py::arg("threads"),
+      py::arg("rstd") = py::none());
 
   m.def(
-      "gated_silu",
-      [](const py::object& out, const py::object& gate, const py::object& up, int threads) {
-        auto o = borrow(kDLCPU, out, "out"), g = borrow(kDLCPU, gate, "gate"), u = borrow(kDLCPU, up, "up");
+      "rms_norm_backward",
+      [](const py::object& out, const py::object& grad, const py::object& x, const py::object& weight,
+         const py::object& rstd, int threads) {
+        auto o = borrow(kDLCPU, out, "out"), g = borrow(kDLCPU, grad, "grad"), a = borrow(kDLCPU, x, "x");
+        auto w = borrow(kDLCPU, weight, "weight"), r = borrow(kDLCPU, rstd, "rstd");
         py::gil_scoped_release release;
-        kf::cpu::gated_silu(o.view, g.view, u.view, threads);
+        kf::cpu::rms_norm_backward(o.view, g.view, a.view, w.view, r.view, threads);
       },
-      py::arg("out"), py::arg("gate"), py::arg("up"), py::arg("threads"));
+      py::arg("out"), py::arg("grad"), py::arg("x"), py::arg("weight"), py::arg("rstd"), py::arg("threads"));
+
+  for (const auto& [op, activation] : {std::pair{"gated_silu", Gate::silu}, std::pair{"gated_gelu", Gate::gelu_tanh}}) {
+    m.def(
+        op,
+        [activation = activation](const py::object& out, const py::object& gate, const py::object& up, int threads) {
+          auto o = borrow(kDLCPU, out, "out"), g = borrow(kDLCPU, gate, "gate"), u = borrow(kDLCPU, up, "up");
+          py::gil_scoped_release release;
+          kf::cpu::gated(activation, o.view, g.view, u.view, threads);
+        },
+        py::arg("out"), py::arg("gate"), py::arg("up"), py::arg("threads"));
+    m.def((std::string(op) + "_backward").c_str(),
+          [activation = activation](const py::object& d_gate, const py::object& d_up, const py::object& grad,
+                                    const py::object& gate, const py::object& up, int threads) {
+            auto dg = borrow(kDLCPU, d_gate, "d_gate"), du = borrow(kDLCPU, d_up, "d_up");
+            auto o = borrow(kDLCPU, grad, "grad"), g = borrow(kDLCPU, gate, "gate"), u = borrow(kDLCPU, up, "up");
+            py::gil_scoped_release release;
+            kf::cpu::gated_backward(activation, dg.view, du.view, o.view, g.view, u.view, threads);
+          },
+          py::arg("d_gate"), py::arg("d_up"), py::arg("grad"), py::arg("gate"), py::arg("up"), py::arg("threads"));
+  }
 
   m.def(
       "nearest_key",

@@ -16,7 +16,7 @@ namespace {
 #include "masked_step_impl.inl"
 #include "row_products_impl.inl"
 #include "rms_norm_impl.inl"
-#include "gated_silu_impl.inl"
+#include "gated_impl.inl"
 #include "best_overlap_impl.inl"
 #include "size_selection_impl.inl"
 #include "ties_merge_impl.inl"
@@ -35,7 +35,9 @@ const KernelTable& KF_TABLE() {
                                     RowProductsBody<float>::kernel(),
                                     RowProductsBody<double>::kernel(),
                                     RmsNormBody::rows,
-                                    GatedSiluBody::rows,
+                                    RmsNormBody::slopes,
+                                    GatedBodies::rows,
+                                    GatedBodies::slopes,
                                     OverlapBody::rows,
                                     SizeBodies::count_digits,
                                     SizeBodies::find_equal,

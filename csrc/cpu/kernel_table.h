@@ -165,10 +165,27 @@ struct RmsNormCall {
   int64_t d;
   double eps;
   bool round_first;  // to the dtype of x, before the product with the weight
+  float* rstd;       // [rows], written; may be null
 };
 
-// Rows of silu(gate) * up, both [rows, d], into those of out, which is contiguous.
-struct GatedSiluCall {
+// Its gradient in x: rows of grad and x [rows, d] into those of out, which is contiguous.
+struct RmsNormBackwardCall {
+  const void* grad;
+  int64_t grad_stride;
+  const void* x;
+  int64_t x_stride;
+  void* out;
+  DType dtype;
+  const void* weight;
+  DType weight_dtype;
+  const float* rstd;
+  int64_t d;
+};
+
+enum class Gate : int { silu, gelu_tanh };
+
+// Rows of gate(x) * up, both [rows, d], into those of out, which is contiguous.
+struct GatedCall {
   const void* gate;
   int64_t gate_stride;
   const void* up;
@@ -176,6 +193,22 @@ struct GatedSiluCall {
   void* out;
   DType dtype;
   int64_t d;
+  Gate activation;
+};
+
+// Its gradients in both: rows of grad, gate and up [rows, d] into those of d_gate and d_up, which are contiguous.
+struct GatedBackwardCall {
+  const void* grad;
+  int64_t grad_stride;
+  const void* gate;
+  int64_t gate_stride;
+  const void* up;
+  int64_t up_stride;
+  void* d_gate;
+  void* d_up;
+  DType dtype;
+  int64_t d;
+  Gate activation;
 };
 
 // Rows of bytes: masks [rows, bytes] and a book of the same width.
@@ -247,7 +280,9 @@ struct KernelTable {
   StepKernel step_f32, step_f64;
   RowProductsKernel row_products_f32, row_products_f64;
   void (*rms_norm)(const RmsNormCall&, int64_t first, int64_t last);  // rows [first, last)
-  void (*gated_silu)(const GatedSiluCall&, int64_t first, int64_t last);
+  void (*rms_norm_backward)(const RmsNormBackwardCall&, int64_t first, int64_t last);
+  void (*gated)(const GatedCall&, int64_t first, int64_t last);
+  void (*gated_backward)(const GatedBackwardCall&, int64_t first, int64_t last);
   // Rows [first, last) of the book: count [rows] and index [rows] are replaced where one of them is better.
   void (*best_overlap)(const OverlapCall&, int64_t first, int64_t last, int64_t* count, int64_t* index);
   // Entries [first, last), fewer than 2^31, into histogram [2^width]; where all are counted, `largest` rises to the

@@ -24,6 +24,7 @@ from kedit_fast.models.forward import (
     Site,
     TokenBatch,
     evaluating,
+    fused_modules,
     hidden_of,
     last_states,
     pad,
@@ -138,7 +139,8 @@ class RowRunner:
         if self._norm is not None:
             bias = self._module.bias
             outputs = (outputs if bias is None else outputs + bias.to(outputs)).to(dtype)
-            outputs = self._norm(outputs[None])[0]
+            with fused_modules(self.view):
+                outputs = self._norm(outputs[None])[0]
         return self._tails.run_states((self.beside + outputs).to(dtype), wanted)
 
 

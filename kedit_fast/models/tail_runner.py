@@ -28,6 +28,7 @@ from kedit_fast.models.forward import (
     Site,
     TokenBatch,
     did_not_run,
+    fused_modules,
     hidden_of,
     module_at,
     stubs,
@@ -174,8 +175,13 @@ class TailRunner:
             ids, positions, mask, cache = self.ids, self.positions, self.mask, self._fresh_cache()
             attention = contextlib.nullcontext()
             picks = {layer: wanted if layer == last else self.tokens for layer in self.caches}
-        forwards = {**self._stubs(delta, first), **picked_mlps(self.view, picks)}
-        with replaced_forwards(forwards), self._hooks(delta, first), attention:
+        below = self._stubs(delta, first)
+        with (
+            fused_modules(self.view),  # first: picked MLPs call the forward functions that it puts in
+            replaced_forwards({**below, **picked_mlps(self.view, picks)}),
+            self._hooks(delta, first),
+            attention,
+        ):
             hidden = self.view.base(
                 input_ids=ids,
                 attention_mask=mask,
@@ -221,7 +227,11 @@ class TailRunner:
             ids, positions, mask = self.ids, self.positions, self.mask
             picks = {layer: wanted if layer == last else here for layer in range(first, last + 1)}
         below = stubs(self.view, Entering(first, entering, self.returns_tuple))
-        with replaced_forwards({**below, **picked_mlps(self.view, picks)}), attention:
+        with (
+            fused_modules(self.view),
+            replaced_forwards({**below, **picked_mlps(self.view, picks)}),
+            attention,
+        ):
             hidden = self.view.base(
                 input_ids=ids,
                 attention_mask=mask,
@@ -415,7 +425,7 @@ def _full_pass(
     hooks = [(module_at(view, site), record_site(site)) for site in sites]
     if first_live > 0:
         hooks.append((view.block(first_live - 1), record_entering))
-    with output_hooks(hooks), replaced_forwards(picked_mlps(view, picks)):
+    with fused_modules(view), output_hooks(hooks), replaced_forwards(picked_mlps(view, picks)):
         output = view.base(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,

@@ -5,6 +5,7 @@ from kedit_fast.ops.best_overlap import BestOverlap, best_overlap
 from kedit_fast.ops.distribution_kl import distribution_kl
 from kedit_fast.ops.edge_contraction import edge_contraction
 from kedit_fast.ops.entry_bits import pack_bits, unpack_bits
+from kedit_fast.ops.gated_gelu import gated_gelu
 from kedit_fast.ops.gated_silu import gated_silu
 from kedit_fast.ops.grouped_rank_k_update import grouped_rank_k_update_
 from kedit_fast.ops.grouped_symmetric_rank_k_update import grouped_symmetric_rank_k_update_
@@ -29,6 +30,7 @@ __all__ = [
     "best_overlap",
     "distribution_kl",
     "edge_contraction",
+    "gated_gelu",
     "gated_silu",
     "grouped_rank_k_update_",
     "grouped_symmetric_rank_k_update_",

@@ -57,6 +57,12 @@ def require_no_grad(op: str, **tensors: torch.Tensor | None) -> None:
                 )
 
 
+def refuse_second_derivative(op: str) -> None:
+    """Raise GradientError in a backward pass that is itself to be differentiated (create_graph=True)."""
+    if torch.is_grad_enabled():
+        raise GradientError(f"{op} has no second derivative: call backward() or grad() without create_graph=True")
+
+
 def require_not_overlapping(name: str, tensor: torch.Tensor) -> None:
     """Raise when two entries of a written tensor share memory, as those of an expanded tensor do."""
     if tensor.is_contiguous():

@@ -7,15 +7,18 @@ import torch
 from floors import relative_error
 from tiny_models import KINDS, make_model
 
-from kedit_fast.backends import use_backend
+from kedit_fast.backends import probe, use_backend
 from kedit_fast.models import fused
-from kedit_fast.models.forward import fused_forwards, last_states, pad
+from kedit_fast.models.forward import Site, evaluating, fused_forwards, hidden_of, last_states, pad, with_hidden
+from kedit_fast.models.patching import output_hooks
+from kedit_fast.models.prompt_runner import record_prompts
+from kedit_fast.models.row_runner import RowRunner, record_rows, row_pass
 from kedit_fast.models.view import ModelView
 
 ROWS = [[5, 6, 7, 8, 9], [10, 11, 12], [20] * 7]
 RECOGNISED = {  # of 4 blocks and the norm before the head
     "gpt2": 4, "gptj": 4, "gpt_neox": 0, "llama": 13, "mistral": 13, "qwen2": 13, "qwen3": 21, "phi3": 13,
-    "gemma2": 17, "gemma3_text": 25, "olmo2": 21,
+    "gemma2": 21, "gemma3_text": 29, "olmo2": 21,
 }  # fmt: skip
 
 
@@ -97,11 +100,128 @@ def test_a_subclass_is_asked_itself():
     assert norm not in found and model.model.layers[1].input_layernorm in found
 
 
-def test_gradients_take_the_modules_own_code():
+def slope(view, rows=ROWS):
+    """The gradient of a weighed sum of last states in what is added to the first block's output."""
+    batch = pad(rows, torch.device("cpu"))
+    with evaluating(view), torch.enable_grad():
+        delta = torch.zeros(view.model.config.hidden_size, requires_grad=True)
+
+        def add(module, args, output):
+            return with_hidden(output, hidden_of(output) + delta.to(hidden_of(output).dtype))
+
+        with output_hooks([(view.block(0), add)]):
+            result = last_states(view, batch)
+        weights = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
+        (gradient,) = torch.autograd.grad((result.float() * weights).sum(), delta)
+    return gradient
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The class of each module whose forward function is replaced, whenever the class's own runs."""
+    names = []
+
+    def watch(view):
+        _ = view.head  # the first time, it runs the model
+        for kind in {type(module) for module in view.once(fused_forwards)}:
+
+            def forward(self, *args, original=kind.forward, **kwargs):
+                names.append(type(self).__name__)
+                return original(self, *args, **kwargs)
+
+            monkeypatch.setattr(kind, "forward", forward)
+        return names
+
+    return watch
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_architecture_has_the_same_gradients(kind, calls):
+    view = ModelView(make_model(kind))
+    names = calls(view)
+    replaced = slope(view)
+    assert not names
+    with use_backend("torch"):
+        plain = slope(view)
+    assert len(names) == RECOGNISED[kind] and relative_error(replaced, plain) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ("llama", "gpt2", "gemma2", "olmo2"))
+def test_gradients_in_bf16_differ_by_rounding(kind, monkeypatch):
+    monkeypatch.setenv("KEDIT_FAST_16BIT", "native")
+    exact = slope(ModelView(make_model(kind)))
+    view = ModelView(make_model(kind, torch.bfloat16))
+    replaced = slope(view)
+    with use_backend("torch"):
+        plain = slope(view)
+    assert relative_error(replaced, exact) < 1.2 * relative_error(plain, exact)
+
+
+def test_interpreted_triton_kernels_take_a_models_norms_and_activations():
+    if not probe("triton").explicit_only:
+        pytest.skip("the interpreter is not in use")
+    for kind in ("llama", "gemma2"):
+        view, rows = ModelView(make_model(kind)), [[5, 6, 7]]
+        with use_backend("torch"):
+            plain = slope(view, rows)
+        with use_backend("triton"):
+            assert fused.can_run() and relative_error(slope(view, rows), plain) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ("llama", "gemma2"))
+def test_passes_over_tails_and_rows_replace_modules(kind, calls):
+    """Passes of value and tuning loops, with gradients: no class's own forward function runs."""
+    view = ModelView(make_model(kind))
+    names, how = calls(view), row_pass(view, 1)
+    site = Site(1, "mlp")
+    with evaluating(view):
+        weight = view.weight(1).clone()
+        recorded = record_rows(view, ROWS, 1, weight, how)
+        rows = RowRunner(view, 1, how, pad(ROWS, view.device), recorded.beside)
+        prompts = record_prompts(view, ROWS, [1, 1, 2], [site])
+        delta = torch.zeros(3, 1, 32, requires_grad=True)
+        outputs = recorded.outputs.clone().requires_grad_()
+        wanted = torch.tensor([0, 2])
+
+        def slopes():
+            results = prompts.runner.run(delta, wanted), rows.run(outputs, wanted)
+            return torch.autograd.grad([result.square().sum() for result in results], (delta, outputs))
+
+        names.clear()
+        replaced = slopes()
+        assert not names
+        with use_backend("torch"):
+            plain = slopes()
+    assert names and all(relative_error(a, b) < 1e-5 for a, b in zip(replaced, plain, strict=True))
+
+
+def test_norms_whose_weights_are_trained_take_their_own_code(calls):
     model = make_model("llama")
-    loss = last_states(ModelView(model), pad(ROWS, torch.device("cpu"))).square().mean()
-    loss.backward()
+    view = ModelView(model)
+    names = calls(view)
+    last_states(view, pad(ROWS, torch.device("cpu"))).square().mean().backward()
     assert all(p.grad is not None for p in model.model.layers.parameters())
+    assert names == ["LlamaRMSNorm"] * 9
+    trained = model.model.norm.weight.grad.clone()
+    model.zero_grad()
+    with use_backend("torch"):
+        last_states(view, pad(ROWS, torch.device("cpu"))).square().mean().backward()
+    assert relative_error(trained, model.model.norm.weight.grad) < 1e-5
+
+
+def test_a_class_with_another_gradient_is_left_alone():
+    """Its results are those of the norm, bit for bit; what it sends back is not."""
+    norm = make_model("llama").model.norm
+
+    class DetachedRMSNorm(type(norm)):
+        def forward(self, hidden_states):
+            wide = hidden_states.float()
+            rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon).detach()
+            return self.weight * (wide * rstd).to(hidden_states.dtype)
+
+    assert norm in fused.forwards(torch.nn.Sequential(norm))
+    norm.__class__ = DetachedRMSNorm
+    assert fused.forwards(torch.nn.Sequential(norm)) == {}
 
 
 def test_hooks_see_what_they_saw():

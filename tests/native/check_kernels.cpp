@@ -1,12 +1,12 @@
-// rank_k_update, symmetric_rank_k_update, rms_norm and gated_silu of every instruction set in this build against plain
-// loops in double: sizes around those of vectors and tiles, every layout, NaN, canaries. Prints what is wrong; the
-// last line is "N passed, M failed". Ends with 1 where anything failed.
+// rank_k_update, symmetric_rank_k_update, rms_norm, gated_silu and the gradients of both of every instruction set in
+// this build against plain loops in double: sizes around those of vectors and tiles, every layout, NaN, canaries.
+// Prints what is wrong; the last line is "N passed, M failed". Ends with 1 where anything failed.
 #include <algorithm>
 #include <cstdio>
 #include <string>
 #include <vector>
 
-#include "../../csrc/cpu/gated_silu.h"
+#include "../../csrc/cpu/gated.h"
 #include "../../csrc/cpu/kernel_table.h"
 #include "../../csrc/cpu/rank_k_update.h"
 #include "../../csrc/cpu/rms_norm.h"
@@ -165,6 +165,35 @@ void check_rms_norm(Random& random, DType dtype, int64_t rows, int64_t d, bool s
   report(out.intact() && x.intact() && weight.intact(), what, "wrote beside its matrix");
 }
 
+void check_rms_norm_backward(Random& random, DType dtype, int64_t rows, int64_t d, bool spoil) {
+  Matrix x(dtype, rows, d, random.below(2) ? Layout::rows : Layout::padded), out(dtype, rows, d);
+  Matrix grad(dtype, rows, d, random.below(2) ? Layout::rows : Layout::padded);
+  Matrix weight(random.below(2) ? dtype : DType::f32, 1, d), rstd(DType::f32, 1, rows);
+  x.fill(random), grad.fill(random), weight.fill(random);
+  if (spoil && rows > 1 && d > 1) x.set(rows / 2, d - 1, NOT_A_NUMBER), grad.set(0, d / 2, NOT_A_NUMBER);
+  std::vector<double> first, second;  // the gradient's two terms, which may cancel
+  for (int64_t i = 0; i < rows; ++i) {
+    double squares = 0, products = 0;
+    for (int64_t j = 0; j < d; ++j) squares += x.get(i, j) * x.get(i, j);
+    for (int64_t j = 0; j < d; ++j) products += grad.get(i, j) * weight.get(0, j) * x.get(i, j);
+    rstd.set(0, i, 1 / std::sqrt(squares / double(d) + 1e-6));
+    const double r = rstd.get(0, i);
+    for (int64_t j = 0; j < d; ++j) {
+      first.push_back(r * grad.get(i, j) * weight.get(0, j));
+      second.push_back(x.get(i, j) * r * r * r * products / double(d));
+    }
+  }
+  rms_norm_backward(out.view, grad.view, x.view, weight.vector(), rstd.vector(), 1);
+  std::vector<double> result = out.numbers();
+  for (size_t i = 0; i < result.size(); ++i) {
+    result[i] += second[i];
+    if (std::isnan(second[i])) first[i] = NOT_A_NUMBER;
+  }
+  const std::string what = call_of("rms_norm_backward", dtype, rows, d, spoil);
+  report(close(result, first, element_limit(dtype)), what, "differs");
+  report(out.intact() && x.intact() && grad.intact() && weight.intact() && rstd.intact(), what, "wrote beside");
+}
+
 void check_gated_silu(Random& random, DType dtype, int64_t rows, int64_t d, bool spoil) {
   Matrix gate(dtype, rows, d, random.below(2) ? Layout::rows : Layout::padded), out(dtype, rows, d);
   Matrix up(dtype, rows, d, random.below(2) ? Layout::rows : Layout::padded);
@@ -180,10 +209,37 @@ void check_gated_silu(Random& random, DType dtype, int64_t rows, int64_t d, bool
       expected.push_back(operands::rounded_to(dtype, g / (1 + std::exp(-g))) * up.get(i, j));
     }
   }
-  gated_silu(out.view, gate.view, up.view, 1);
+  gated(Gate::silu, out.view, gate.view, up.view, 1);
   const std::string what = call_of("gated_silu", dtype, rows, d, spoil);
   report(each_close(out.numbers(), expected, element_limit(dtype), element_tiny(dtype)), what, "differs");
   report(out.intact() && gate.intact() && up.intact(), what, "wrote beside its matrix");
+}
+
+void check_gated_backward(Random& random, Gate activation, DType dtype, int64_t rows, int64_t d, bool spoil) {
+  Matrix gate(dtype, rows, d, random.below(2) ? Layout::rows : Layout::padded), d_gate(dtype, rows, d);
+  Matrix up(dtype, rows, d, random.below(2) ? Layout::rows : Layout::padded), d_up(dtype, rows, d);
+  Matrix grad(dtype, rows, d, random.below(2) ? Layout::rows : Layout::padded);
+  gate.fill(random, 2), up.fill(random), grad.fill(random);
+  if (spoil && rows > 0 && d > 3) {
+    const double special[] = {NOT_A_NUMBER, 1000, -1000};
+    for (int i = 0; i < 3; ++i) gate.set(rows - 1, d - 1 - i, special[i]);
+  }
+  std::vector<double> in_gate, in_up;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < d; ++j) {
+      const double x = gate.get(i, j), c = 2 * std::sqrt(2 / 3.14159265358979323846);
+      const bool silu = activation == Gate::silu;
+      const double z = silu ? x : c * (x + 0.044715 * x * x * x), dz = silu ? 1 : c * (1 + 3 * 0.044715 * x * x);
+      const double s = 1 / (1 + std::exp(-z));
+      in_gate.push_back(grad.get(i, j) * up.get(i, j) * (s + x * dz * s * (1 - s)));
+      in_up.push_back(grad.get(i, j) * operands::rounded_to(dtype, x * s));
+    }
+  }
+  gated_backward(activation, d_gate.view, d_up.view, grad.view, gate.view, up.view, 1);
+  const std::string what = call_of("gated_backward", dtype, rows, d, spoil);
+  report(close(d_gate.numbers(), in_gate, element_limit(dtype)), what, "differs in the gate");
+  report(close(d_up.numbers(), in_up, element_limit(dtype)), what, "differs beside the gate");
+  report(d_gate.intact() && d_up.intact() && grad.intact() && gate.intact() && up.intact(), what, "wrote beside");
 }
 
 // Every 16-bit number widened, and numbers of all sizes narrowed, ties, subnormal and overflowing ones among them.
@@ -235,6 +291,9 @@ void check_all() {
           if (dtype == DType::f64) continue;
           check_rms_norm(random, dtype, rows, columns, spoil);
           check_gated_silu(random, dtype, rows, columns, spoil);
+          check_rms_norm_backward(random, dtype, rows, columns, spoil);
+          check_gated_backward(random, Gate::silu, dtype, rows, columns, spoil);
+          check_gated_backward(random, Gate::gelu_tanh, dtype, rows, columns, spoil);
         }
       }
     }

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/best_overlap.h"
-#include "../../csrc/cpu/gated_silu.h"
+#include "../../csrc/cpu/gated.h"
 #include "../../csrc/cpu/kernel_table.h"
 #include "../../csrc/cpu/magnitude_bound.h"
 #include "../../csrc/cpu/masked_step.h"
@@ -112,7 +112,7 @@ int main(int count, char** arguments) {
                        [=] { symmetric_rank_k_update(acc->view, x->view, {}, {}, 1e-3, 1); });
     if (!to) continue;
     cases.emplace_back("rms_norm " + dtype, [=] { rms_norm(to->view, x->view, scale->vector(), 1e-6, true, 1); });
-    cases.emplace_back("gated_silu " + dtype, [=] { gated_silu(to->view, x->view, x->view, 1); });
+    cases.emplace_back("gated_silu " + dtype, [=] { gated(Gate::silu, to->view, x->view, x->view, 1); });
   }
   cases.emplace_back("rank_k_update float32 with a bfloat16 copy",
                      [&] { rank_k_update(wide[0]->view, left.view, right.view, 1e-3, copy.view, 1); });

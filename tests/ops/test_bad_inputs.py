@@ -12,6 +12,7 @@ from kedit_fast import (
     best_overlap,
     distribution_kl,
     edge_contraction,
+    gated_gelu,
     gated_silu,
     grouped_rank_k_update_,
     grouped_symmetric_rank_k_update_,
@@ -39,6 +40,11 @@ def of(*shape, dtype=torch.float32, device=None):
     if dtype in (torch.int64, torch.int32, torch.bool, torch.uint8):
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.ones(shape, dtype=dtype, device=device)
+
+
+def second_derivative(op):
+    gate = of(3, 4).requires_grad_()
+    torch.autograd.grad(op(gate, of(3, 4)).sum(), gate, create_graph=True)
 
 
 def symmetric(acc=None, x=None, weights=None, mask=None, **more):
@@ -229,7 +235,9 @@ BAD = [
     ("gate a number", lambda: gated_silu(torch.tensor(1.0), torch.tensor(1.0)), Invalid, r"gate must be \[.., d\]"),
     ("gate of another shape", lambda: gated_silu(of(3, 4), of(4)), Invalid, r"up must be \[3, 4\]"),
     ("gate of another dtype", lambda: gated_silu(of(3, 4), of(3, 4).half()), Invalid, "up must be float32"),
-    ("gate wants a gradient", lambda: gated_silu(of(3, 4).requires_grad_(), of(3, 4)), GradientError, "gate, which"),
+    ("gate wants a second derivative", lambda: second_derivative(gated_silu), GradientError, "gated_silu has no"),
+    ("gelu of another shape", lambda: gated_gelu(of(3, 4), of(4)), Invalid, r"up must be \[3, 4\]"),
+    ("gelu wants a second derivative", lambda: second_derivative(gated_gelu), GradientError, "gated_gelu has no"),
     ("a step on a vector", lambda: descend(of(4)), Invalid, r"weight must be \[h, d\]"),
     ("a step on bf16", lambda: descend(of(3, 4).bfloat16()), Invalid, "weight must be float32, float64"),
     ("a step's weight expanded", lambda: descend(of(1, 4).expand(3, 4)), Invalid, "weight overlaps itself"),

@@ -28,7 +28,13 @@ def cases():
         (OPS.grouped_rank_k_update_, (stack.clone(), left, torch.randn(6, 9), rows, starts, 1.0, None, "")),
         (OPS.grouped_rank_k_update_, (stack.clone(), left, torch.randn(6, 9), rows, starts, 1.0, stack.bfloat16(), "")),
         (OPS.rms_norm, (hidden, torch.rand(8), 1e-6, True, "")),
+        (OPS.rms_norm, (hidden.bfloat16().requires_grad_(), torch.rand(8), 1e-6, False, "")),
+        (OPS.rms_norm_backward, (hidden, torch.randn(6, 8), torch.rand(8), torch.rand(6), "")),
         (OPS.gated_silu, (hidden, torch.randn(6, 8), "")),
+        (OPS.gated_silu, (*(torch.randn(6, 16).requires_grad_().chunk(2, -1)), "")),
+        (OPS.gated_silu_backward, (hidden, torch.randn(6, 8), torch.randn(6, 8), "")),
+        (OPS.gated_gelu, (hidden.clone().requires_grad_(), torch.randn(6, 8), "")),
+        (OPS.gated_gelu_backward, (hidden, torch.randn(6, 8), torch.randn(6, 8), "")),
         (OPS.spd_solve, (torch.eye(4), torch.randn(4, 2), 0.1, "")),
         (OPS.target_log_probs, (hidden.clone().requires_grad_(), head, targets, None, 0.0, True, "")),
         (OPS.distribution_kl, (hidden.clone().requires_grad_(), torch.randn(6, 8), head, None, 2.0, True, False, "")),
@@ -137,6 +143,19 @@ def test_ops_of_the_forward_pass_compile_without_a_graph_break():
         return kedit_fast.gated_silu(kedit_fast.rms_norm(x, weight), x)
 
     torch.testing.assert_close(_compiled(step, x), step(x))
+
+
+def test_their_gradients_compile_without_a_graph_break():
+    weight, up = torch.randn(8), torch.randn(6, 8)
+
+    def loss(x):
+        gated = kedit_fast.gated_silu(kedit_fast.rms_norm(x, weight), up)
+        return kedit_fast.gated_gelu(gated, x).square().sum()
+
+    plain, compiled = (torch.randn(6, 8, generator=torch.manual_seed(1)).requires_grad_() for _ in range(2))
+    loss(plain).backward()
+    _compiled(loss, compiled).backward()
+    torch.testing.assert_close(compiled.grad, plain.grad)
 
 
 def test_spd_solve_compiles_without_a_graph_break():

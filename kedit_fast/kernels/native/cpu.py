@@ -192,21 +192,57 @@ def routed_linear(
     return out
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, round_first: bool) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, round_first: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Call the C++ kernel of the op of the same name."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows, weight = _rows(x), weight.contiguous()
-    threads = torch.get_num_threads()
-    call(module().rms_norm, capsule(_rows(out)), capsule(rows), capsule(weight), eps, round_first, threads)
+    rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    tensors = capsule(_rows(out)), capsule(_rows(x)), capsule(weight.contiguous())
+    call(module().rms_norm, *tensors, eps, round_first, torch.get_num_threads(), capsule(rstd.view(-1)))
+    return out, rstd
+
+
+def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor) -> torch.Tensor:
+    """Call the C++ kernel of the op of the same name."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tensors = capsule(_rows(out)), capsule(_rows(grad)), capsule(_rows(x)), capsule(weight.contiguous())
+    call(module().rms_norm_backward, *tensors, capsule(rstd.reshape(-1)), torch.get_num_threads())
     return out
 
 
 def gated_silu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """Call the C++ kernel of the op of the same name."""
+    return _gated("gated_silu", gate, up)
+
+
+def gated_silu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call the C++ kernel of the op of the same name."""
+    return _gated_backward("gated_silu_backward", grad, gate, up)
+
+
+def gated_gelu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Call the C++ kernel of the op of the same name."""
+    return _gated("gated_gelu", gate, up)
+
+
+def gated_gelu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call the C++ kernel of the op of the same name."""
+    return _gated_backward("gated_gelu_backward", grad, gate, up)
+
+
+def _gated(kernel: str, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    gate, up = _rows(gate), _rows(up)
-    call(module().gated_silu, capsule(_rows(out)), capsule(gate), capsule(up), torch.get_num_threads())
+    tensors = (_rows(part) for part in (out, gate, up))
+    call(getattr(module(), kernel), *map(capsule, tensors), torch.get_num_threads())
     return out
+
+
+def _gated_backward(
+    kernel: str, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    tensors = (_rows(part) for part in (d_gate, d_up, grad, gate, up))
+    call(getattr(module(), kernel), *map(capsule, tensors), torch.get_num_threads())
+    return d_gate, d_up
 
 
 def nearest_key(queries: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -95,6 +95,12 @@ def loads_wide(*matrices: torch.Tensor) -> bool:
     )
 
 
+def by_rows(x: torch.Tensor) -> torch.Tensor:
+    """[.., d] as [n, d] with contiguous rows: the tensor's own memory where its strides allow it."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def size_class(number: int) -> str:
     """The smallest power of two not below the number: one tuned configuration serves all sizes of a class."""
     return str(1 << max(0, number - 1).bit_length())
