@@ -1,6 +1,7 @@
 """What an edit does to the circuit of the edited facts: MEMIT, AlphaEdit and LocFT-BF on the demo model.
 
     python -m benchmarks.circuits_after_edits [--methods NAMES] [--edits N] [--control N] [--json FILE]
+    python -m benchmarks.circuits_after_edits plot FILE FOLDER
 
 Each method writes the same requests in one batch into a copy of the model. Then the circuits of the edited facts, and
 of as many facts that were not edited, are compared by `kedit_fast.reports.circuit_comparison`: edge scores by EAP-IG in
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import Row, provenance, read, require_clean, save
+from benchmarks.plots import circuit_bars
 from kedit_fast import Editor, EditRequest, collect_statistics, demo
 from kedit_fast.demo import world
 from kedit_fast.methods.hparams import reads
@@ -85,8 +87,9 @@ def show(method: str, comparison: CircuitComparison) -> None:
         console.print(f"- {claim}")
 
 
-@app.command()
+@app.callback(invoke_without_command=True)
 def run(
+    context: typer.Context,
     methods: Annotated[str, typer.Option(help="names, comma-separated")] = ",".join(METHODS),
     edits: Annotated[int, typer.Option(help="requests")] = 40,
     control: Annotated[int, typer.Option(help="requests that are not edited")] = 40,
@@ -96,6 +99,8 @@ def run(
     ] = None,
 ) -> None:
     """Edit, compare, print, and write the comparisons to a file when asked."""
+    if context.invoked_subcommand is not None:
+        return
     origin = provenance("cpu")
     require_clean(json_file, origin)
     names = methods.split(",")
@@ -114,6 +119,13 @@ def run(
             older = read(json_file)["rows"] if json_file.exists() else []
             others = [one for one in older if one["method"] != name]
             save(json_file, {"peaks": {}, "rows": [*others, {**row, **origin}], "about": origin})
+
+
+@app.command()
+def plot(file: Path, folder: Path) -> None:
+    """Draw how the shares of scores by node changed, as PNG and SVG named as the file."""
+    for path in circuit_bars(read(file), folder / file.stem):
+        console.print(str(path), soft_wrap=True)
 
 
 if __name__ == "__main__":

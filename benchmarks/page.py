@@ -38,6 +38,11 @@ VARIANTS_FILE = "quality_variants"
 TUNING_FILE = "quality_tuning"
 LOOP_FILE = "cpu_zen4_2_threads_tuning"
 TUNING_OPS_FILE = "cpu_zen4_2_threads_tuning_ops"
+GROUPED_OPS_FILE = "cpu_zen4_2_threads_grouped_ops"
+TRACING_FILE = "cpu_zen4_2_threads_tracing"
+EDGES_FILE = "cpu_zen4_2_threads_edge_scores"
+EDGE_MEMORY_FILE = "edge_memory"
+CIRCUITS_FILE = "circuits_after_edits"
 METRICS = {
     "efficacy": lambda value: f"{value:.2f}",
     "paraphrase": lambda value: f"{value:.2f}",
@@ -65,9 +70,9 @@ def rows_in(name: str) -> list[Row]:
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table."""
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in escaped)])
+    head, *body = ([cell.replace("|", "\\|") for cell in row] for row in (columns, *rows))
+    lines = [f"| {' | '.join(row)} |" for row in (head, *body)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def quality(metric: str) -> str:
@@ -151,14 +156,12 @@ def tuning_loop() -> str:
     return table(names, lines)
 
 
-def tuning_ops() -> str:
-    """Ratios of the ops of tuning, memories and merges, and our median times."""
-    if not (RESULTS / f"{TUNING_OPS_FILE}.json").exists():
-        return "Not measured yet."
+def op_ratios(name: str) -> str:
+    """Ratios of the ops in a file over every baseline, and our median times."""
     lines = [
         (f"`{op}`", case, dtype, rows[0]["isa"], f"{rows[0]['median_s'] * 1e3:.3g}",
          "; ".join(f"{row['ratio']:.1f} over `{row['baseline']}`" for row in rows))
-        for (op, case, dtype), rows in cases(TUNING_OPS_FILE).items()
+        for (op, case, dtype), rows in cases(name).items()
     ]  # fmt: skip
     return table(("op", "case", "dtype", "instruction set", "ms", "ratios"), lines)
 
@@ -215,6 +218,93 @@ def seconds_and_ratio(name: str, op: str | None = None) -> str:
         if (row["op"] == "value iteration") == (op == "value iteration")
     ]
     return table(("case", "baseline", "seconds", "seconds of the baseline", "ratio"), lines)
+
+
+def tracing() -> str:
+    """Seconds of ours and of the published loop, and their ratio beside floor and goal."""
+    lines = [
+        (row["case"], f"{row['median_s']:.3g}", f"{row['baseline_median_s']:.3g}", f"{row['ratio']:.1f}",
+         f"{row['cpu_ratio']:.1f}", f"{row['floor']:g}, {row['goal']:g}", f"{row['error']:.0e}")
+        for row in rows_in(TRACING_FILE)
+    ]  # fmt: skip
+    names = ("case", "seconds", "seconds of the published loop", "ratio", "ratio of processor time", "floor, goal",
+             "largest error of a probability, of the largest effect")  # fmt: skip
+    return table(names, lines)
+
+
+def edge_time() -> str:
+    """Seconds of ours and of the published algorithm, and their ratio beside floor and goal."""
+    lines = [
+        (row["case"], row["baseline"], f"{row['median_s']:.3g}", f"{row['baseline_median_s']:.3g}",
+         f"{row['ratio']:.2f}", f"{row['floor']:g}, {row['goal']:g}", f"{row['error']:.0e}")
+        for row in rows_in(EDGES_FILE)
+    ]  # fmt: skip
+    names = ("case", "baseline", "seconds", "seconds of the baseline", "ratio", "floor, goal", "error")
+    return table(names, lines)
+
+
+def edge_memory() -> str:
+    """Bytes a token above a plain forward and backward pass, measured and by formula."""
+    lines = []
+    for row in rows_in(EDGE_MEMORY_FILE):
+        measured = ", ".join(f"{value:.3f}" for value in row["measured_mb"])
+        rest = (f"{row[name]:.2f}" for name in ("extrapolated_mb", "formula_mb", "limit_mb"))
+        lines.append((row["case"], measured, *rest))
+    names = ("case", "MB a token, measured on fewer layers", "extrapolated", "by formula", "at most")
+    return table(names, lines)
+
+
+def circuits_after_edits() -> str:
+    """The circuits of the edited facts before and after, beside split halves and facts that were not edited."""
+    lines = []
+    for row in rows_in(CIRCUITS_FILE):
+        for overlap in row["overlaps"]:
+            floor = min(overlap["floor_before"]["low"], overlap["floor_after"]["low"])
+            control = "" if overlap["control"] is None else f"{overlap['control']['value']:.2f}"
+            claim = "below both" if overlap["is_beyond"] else ""
+            lines.append((
+                f"`{row['method']}`", f"{row['pairs']} of {row['requests']}", overlap["name"],
+                f"{overlap['edited']['value']:.2f}", f"{floor:.2f}", control, f"{overlap['chance']:.2f}", claim,
+            ))  # fmt: skip
+    names = ("method", "facts", "of |score|", "before against after", "lowest of halves", "not edited", "by chance", "")
+    return table(names, lines)
+
+
+def circuit_faithfulness() -> str:
+    """What the circuits from before and after do in both models."""
+    lines = []
+    for row in rows_in(CIRCUITS_FILE):
+        runs = {(run["circuit"], run["model"]): run for run in row["runs"]}
+
+        def cell(circuit: str, model: str, runs: dict[tuple[str, str], Row] = runs) -> str:
+            run = runs.get((circuit, model))
+            if run is None or run["value"] is None:
+                return "n/a"
+            return f"{run['value']:.2f} ({run['low']:.2f} to {run['high']:.2f})"
+
+        edited = ", ".join(row["edited"])
+        lines.append((
+            f"`{row['method']}`", edited,
+            *(cell(circuit, model) for model in ("before", "after") for circuit in ("before", "after", "random")),
+        ))  # fmt: skip
+    names = (f"{model} model: {circuit}" for model in ("unedited", "edited")
+             for circuit in ("circuit before", "circuit after", "random ones"))  # fmt: skip
+    return table(("method", "edited", *names), lines)
+
+
+def circuit_shares() -> str:
+    """Shares of all |score| that leave the attention and the MLP of a layer: the edited ones and those that changed."""
+    lines = []
+    for row in rows_in(CIRCUITS_FILE):
+        for share in (share for share in row["shares"] if share["is_edited"] or share["is_beyond"]):
+            control = "" if share["control"] is None else f"{share['control']:+.3f}"
+            name = f"**{share['name']}**" if share["is_edited"] else share["name"]
+            lines.append((
+                f"`{row['method']}`", name, f"{share['before']:.3f}", f"{share['after']:.3f}",
+                f"{share['after'] - share['before']:+.3f}", f"{share['floor']:.3f}", control,
+                "beyond both" if share["is_beyond"] else "",
+            ))  # fmt: skip
+    return table(("method", "part", "before", "after", "change", "halves differ by", "change, not edited", ""), lines)
 
 
 def evaluation() -> str:
@@ -504,7 +594,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ops times": ops_times,
     "ops overhead": ops_overhead,
     "tuning loop": tuning_loop,
-    "tuning ops": tuning_ops,
+    "tuning ops": lambda: op_ratios(TUNING_OPS_FILE),
+    "grouped ops": lambda: op_ratios(GROUPED_OPS_FILE),
     "values": lambda: seconds_and_ratio("values"),
     "savings": lambda: seconds_and_ratio("values", "value iteration"),
     "solver": lambda: seconds_and_ratio("solver"),
@@ -514,6 +605,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "statistics": lambda: seconds_and_ratio("statistics"),
     "statistics rate": statistics_rate,
     "evaluation": evaluation,
+    "tracing": tracing,
+    "edge scores": edge_time,
+    "edge memory": edge_memory,
+    "circuits after edits": circuits_after_edits,
+    "circuit faithfulness": circuit_faithfulness,
+    "circuit shares": circuit_shares,
     "harm": harm,
     "harm of parts": lambda: harm_of("scales", "scale", "part of the update"),
     "harm by lambda": lambda: harm_of("lambdas", "lambda", "lambda"),

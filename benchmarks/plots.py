@@ -302,6 +302,37 @@ def growth_figure(document: Document) -> Any:
     return figure
 
 
+@_styled
+def circuits_figure(document: Document) -> Any:
+    """How the shares of all |score| by node changed with each method, beside halves and facts that were not edited.
+
+    Grey bands are what halves of the prompts differ by; crosses are changes of the unedited facts.
+    """
+    rows = _some(document["rows"], "circuits before and after edits")
+    figure, axes = figures.figure(len(rows), 3.6, 3.2)
+    reach = max(abs(share["after"] - share["before"]) for row in rows for share in row["shares"])
+    reach = max(reach, *(share["floor"] for row in rows for share in row["shares"])) * 1.1
+    for panel, row in zip(axes, rows, strict=True):
+        shares = row["shares"]
+        places = range(len(shares))
+        floors = [share["floor"] for share in shares]
+        panel.bar(places, [2 * floor for floor in floors], 0.9, bottom=[-floor for floor in floors], color="0.9",
+                  label="halves differ by")  # fmt: skip
+        for edited, color, label in ((True, "#c44e52", "change, edited"), (False, "#4c72b0", "change, others")):
+            some = [i for i in places if shares[i]["is_edited"] == edited]
+            panel.bar(some, [shares[i]["after"] - shares[i]["before"] for i in some], 0.5, color=color, label=label)
+        known = [i for i in places if shares[i]["control"] is not None]
+        panel.plot(known, [shares[i]["control"] for i in known], "kx", markersize=4, label="change, facts not edited")
+        panel.axhline(0, color="0.3", linewidth=0.6)
+        panel.set_title(f"{row['method']}, {row['pairs']} facts", fontsize=8)
+        panel.set_xticks(list(places), [share["name"] for share in shares], rotation=90, fontsize=6)
+        panel.set_ylim(-reach, reach)
+    axes[0].set_ylabel("change of the share of all |score|")
+    figures.legend_beside(figure, axes[-1])
+    figure.suptitle(_machine(rows))
+    return figure
+
+
 def _label_halves(figure: Any, left: Any, right: Any, seconds: str, places: str, document: Document) -> None:
     """Name the axes of a picture whose left half shows seconds, on a log scale, and whose right half bytes."""
     left.set_yscale("log")
@@ -381,3 +412,8 @@ def endless_curves(document: Document, stem: Path) -> list[Path]:
 def growth_curves(document: Document, stem: Path) -> list[Path]:
     """Save `growth_figure`."""
     return _save(growth_figure(document), stem)
+
+
+def circuit_bars(document: Document, stem: Path) -> list[Path]:
+    """Save `circuits_figure`."""
+    return _save(circuits_figure(document), stem)

@@ -17,6 +17,16 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.p
     from kedit_fast.backends import use_backend as use_backend
     from kedit_fast.editing.editor import Editor as Editor
     from kedit_fast.evaluation.evaluator import evaluate as evaluate
+    from kedit_fast.locating.circuits import edge_scores as edge_scores
+    from kedit_fast.locating.faithfulness import faithfulness as faithfulness
+    from kedit_fast.locating.linear_probes import linear_probes as linear_probes
+    from kedit_fast.locating.logit_lens import logit_lens as logit_lens
+    from kedit_fast.locating.prompt_pairs import prompt_pairs as prompt_pairs
+    from kedit_fast.locating.pruning import greedy_edges as greedy_edges
+    from kedit_fast.locating.pruning import top_edges as top_edges
+    from kedit_fast.locating.tracing import average_effects as average_effects
+    from kedit_fast.locating.tracing import likely_layers as likely_layers
+    from kedit_fast.locating.tracing import trace as trace
     from kedit_fast.memories.attach import attach as attach
     from kedit_fast.memories.attach import attached as attached
     from kedit_fast.memories.attach import detach as detach
@@ -86,6 +96,7 @@ PUBLIC_NAMES = {
     "activation_distance": "kedit_fast.ops",
     "attach": "kedit_fast.memories.attach",
     "attached": "kedit_fast.memories.attach",
+    "average_effects": "kedit_fast.locating.tracing",
     "backends": "kedit_fast.backends",
     "best_overlap": "kedit_fast.ops",
     "collect_into": "kedit_fast.statistics.resumable",
@@ -94,15 +105,24 @@ PUBLIC_NAMES = {
     "detach": "kedit_fast.memories.attach",
     "distribution_kl": "kedit_fast.ops",
     "edge_contraction": "kedit_fast.ops",
+    "edge_scores": "kedit_fast.locating.circuits",
     "evaluate": "kedit_fast.evaluation.evaluator",
     "explain": "kedit_fast.backends",
+<<<<<<< HEAD
     "gated_gelu": "kedit_fast.ops",
+=======
+    "faithfulness": "kedit_fast.locating.faithfulness",
+>>>>>>> 3e2c9c1 (Measured: grouped ops, tracing, edge scores, circuits after edits; locating's names in the package; spectra of shared experts)
     "gated_silu": "kedit_fast.ops",
+    "greedy_edges": "kedit_fast.locating.pruning",
     "grouped_rank_k_update_": "kedit_fast.ops",
     "grouped_symmetric_rank_k_update_": "kedit_fast.ops",
+    "likely_layers": "kedit_fast.locating.tracing",
+    "linear_probes": "kedit_fast.locating.linear_probes",
     "lint_requests": "kedit_fast.reports.lint",
     "load_requests": "kedit_fast.requests.reading",
     "load_statistics": "kedit_fast.statistics.store",
+    "logit_lens": "kedit_fast.locating.logit_lens",
     "magnitude_bound": "kedit_fast.ops",
     "masked_adam_": "kedit_fast.ops",
     "masked_descent_": "kedit_fast.ops",
@@ -110,6 +130,7 @@ PUBLIC_NAMES = {
     "mirror_": "kedit_fast.ops",
     "nearest_key": "kedit_fast.ops",
     "optimize_values": "kedit_fast.solver.value_descent",
+    "prompt_pairs": "kedit_fast.locating.prompt_pairs",
     "rank_k_update_": "kedit_fast.ops",
     "rank_one_update_": "kedit_fast.ops",
     "rms_norm": "kedit_fast.ops",
@@ -121,7 +142,9 @@ PUBLIC_NAMES = {
     "symmetric_rank_k_update_": "kedit_fast.ops",
     "target_log_probs": "kedit_fast.ops",
     "ties_merge_": "kedit_fast.ops",
+    "top_edges": "kedit_fast.locating.pruning",
     "top_features": "kedit_fast.ops",
+    "trace": "kedit_fast.locating.tracing",
     "use_backend": "kedit_fast.backends",
 }
 """Public name -> the module that it is loaded from. `__all__`, `dir()` and loading on first use follow from it."""

@@ -140,7 +140,9 @@ def locate(
     if out is not None:
         check_new(out, overwrite, KeditError)
     records = load_requests(requests, on_error, need_subject=True, form=form, reading=reading)
-    unedited = [] if control is None else load_requests(control, on_error, need_subject=True)
+    unedited = []
+    if control is not None:
+        unedited = load_requests(control, on_error, need_subject=True, form=form, reading=reading)
     for path in (model,) if base is None else (model, base):
         load_config(path, merge_adapter)
     if base is not None and tokenizer_hash(load_tokenizer(base)) != tokenizer_hash(load_tokenizer(model)):

@@ -45,7 +45,12 @@ class ExpertStack:
     @property
     def size(self) -> int:
         """Columns of the matrix: E m, and those of shared experts."""
-        return self.count * self.inputs + (0 if self.shared is None else self.shared.inputs)
+        return self.count * self.inputs + self.shared_inputs
+
+    @property
+    def shared_inputs(self) -> int:
+        """Columns m_s of the shared experts' block; 0 without it."""
+        return 0 if self.shared is None else self.shared.inputs
 
     @property
     def weight(self) -> torch.Tensor:

@@ -283,7 +283,7 @@ def _factor_inputs(view: ModelView, hparams: Hparams) -> int:
     if stack is None:
         return view.edited_shape(layer)[1]
     contexts = 1 + sum(count for _, count in hparams.context_template_length_params)
-    shared = 0 if stack.shared is None else stack.shared.inputs
+    shared = stack.shared_inputs
     return stack.inputs * min(stack.count, contexts * chosen_experts(view, stack)) + shared
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,13 @@ class Spectrum:
     """Of an output metric, of gradients at the layer's d outputs: which labels the loss has."""
     experts: ExpertTokens | None = None
     """How many tokens chose the experts of the layer; None without experts."""
+    is_shared: bool = False
+    """Whether C is that of the layer's shared experts, a block of the stack beside those of the experts."""
+
+    @property
+    def name(self) -> str:
+        """The layer's number, and whether it is that of shared experts."""
+        return f"{self.layer}, shared" if self.is_shared else str(self.layer)
 
     def as_dict(self) -> dict[str, Any]:
         """The object that `stats show --json` prints for a layer."""
@@ -78,6 +85,7 @@ class Spectrum:
             "eigenvalues": shown,
             **({"labels": self.labels} if self.labels else {"null_dimensions": self.null_dimensions}),
             **({} if self.experts is None else {"experts": asdict(self.experts)}),
+            **({"is_shared": True} if self.is_shared else {}),
         }
 
 
@@ -85,12 +93,22 @@ class Spectrum:
 def spectra(folder: str | os.PathLike) -> list[Spectrum]:
     """The spectrum of every layer in a folder of statistics, kedit_fast's or memit's npz. No model is needed.
 
+    Shared experts that are a block of a layer's stack have a spectrum of their own behind that of the experts.
+
     Raises:
         StatisticsError: the folder has no statistics, or a file is damaged; the message names it.
 
     Cost: a symmetric eigendecomposition per layer: about 4/3 d^3 flops in fp64 without vectors (4/3 E m^3 of experts).
     """
-    return [_spectrum(read_layer(Path(folder), module).second) for module in modules_in(folder)]
+    result = []
+    for module in modules_in(folder):
+        second = read_layer(Path(folder), module).second
+        result.append(_spectrum(second))
+        if second.shared is not None:
+            shared = _spectrum(SecondMoment(second.module, second.shared, second.count))
+            relative = {name: n for name, n in shared.null_dimensions.items() if not name.startswith("absolute")}
+            result.append(replace(shared, null_dimensions=relative, is_shared=True))
+    return result
 
 
 @plain_torch()
@@ -182,7 +200,7 @@ def figure_of(layer_spectra: list[Spectrum]) -> Any:
         axes.plot(
             range(1, spectrum.size + 1),
             values.clamp(min=floor).tolist(),
-            label=f"layer {spectrum.layer}{note}",
+            label=f"layer {spectrum.name}{note}",
             color=color,
             linewidth=1.2,
             marker="." if spectrum.size < 50 else None,

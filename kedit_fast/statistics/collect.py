@@ -299,7 +299,7 @@ class Job:
             master = torch.device("cpu") if group.on_cpu else device
             stack = stack_of(self.view, layer, self.side)
             if stack is not None:
-                shared = 0 if stack.shared is None else stack.shared.inputs
+                shared = stack.shared_inputs
                 sums[layer] = ExpertMomentSum(name, stack.count, stack.inputs, device, master, shared)
             else:
                 sums[layer] = SecondMomentAccumulator(name, side_size(self.view, layer, self.side), device, master)

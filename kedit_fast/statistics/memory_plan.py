@@ -94,7 +94,7 @@ def sum_shape(view: ModelView, layer: int, side: Side = "input") -> tuple[int, .
 def sum_bytes(view: ModelView, layer: int, side: Side = "input") -> int:
     """Bytes of the fp64 sum of a layer, and of its file."""
     stack = stack_of(view, layer, side)
-    shared = 0 if stack is None or stack.shared is None else stack.shared.inputs
+    shared = 0 if stack is None else stack.shared_inputs
     return 8 * (math.prod(sum_shape(view, layer, side)) + shared * shared)
 
 
@@ -162,7 +162,7 @@ def row_widths(view: ModelView, layer: int) -> tuple[int, int]:
     out, size = view.edited_shape(layer)
     if stack := view.experts(layer):
         size = stack.inputs * min(stack.count, chosen_experts(view, stack))
-        size += 0 if stack.shared is None else stack.shared.inputs
+        size += stack.shared_inputs
     return out, size
 
 

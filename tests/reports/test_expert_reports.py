@@ -9,11 +9,14 @@ from floors import relative_error
 from support import REQUESTS
 from tiny_models import TEXT, make_model, make_tokenizer
 
-from kedit_fast import Editor, collect_statistics
+from kedit_fast import Editor, collect_statistics, save_statistics
+from kedit_fast.cli.stats.show import show
 from kedit_fast.errors import MethodError
+from kedit_fast.models.introspection import find_spec
 from kedit_fast.models.view import ModelView
 from kedit_fast.reports.convergence import convergence
 from kedit_fast.reports.plan import plan
+from kedit_fast.reports.spectra import spectra
 from kedit_fast.solver.block_diagonal import EXPERT_RIDGE
 from kedit_fast.statistics.corpus import Corpus
 
@@ -89,3 +92,23 @@ def test_convergence_refuses_absolute_thresholds_of_experts():
     numbers = {**NUMBERS, "nullspace_rule": "absolute"}
     with pytest.raises(MethodError, match="set it to relative or energy"):
         convergence(model, tokenizer, Corpus(DOCUMENTS), REQUESTS, counts=(300,), hparams=numbers)
+
+
+def test_spectra_of_a_stack_with_shared_experts_beside_a_plain_layer(tmp_path, capsys):
+    """The shared block has a line of its own; null spaces of experts are relative, those of a plain matrix are all."""
+    model, tokenizer = make_model("deepseek_v3"), make_tokenizer()
+    stacked, alone = (find_spec(model, shared_experts=how) for how in ("stack", "alone"))
+    statistics = collect_statistics(model, tokenizer, DOCUMENTS, (1,), spec=stacked, max_tokens=600)
+    save_statistics(statistics, tmp_path)
+    save_statistics(collect_statistics(model, tokenizer, DOCUMENTS, (2,), spec=alone, max_tokens=600), tmp_path)
+    experts, shared, plain = spectra(tmp_path)
+    assert [s.name for s in (experts, shared, plain)] == ["1", "1, shared", "2"]
+    assert [s.is_shared for s in (experts, shared, plain)] == [False, True, False]
+    block = statistics.moment(1).shared
+    assert block is not None and shared.size == len(block) and shared.experts is None
+    assert torch.allclose(shared.eigenvalues, torch.linalg.eigvalsh(block.double()))
+    assert "absolute 0.02" in plain.null_dimensions and set(shared.null_dimensions) == set(experts.null_dimensions)
+    assert shared.as_dict()["is_shared"] and "is_shared" not in experts.as_dict()
+    show(tmp_path, draw=False)
+    printed = capsys.readouterr().out
+    assert "1, shared" in printed and "energy 0.05" in printed and "absolute 0.02" in printed

@@ -41,9 +41,9 @@ def show(
         print_json({"folder": str(folder), "layers": layers, "output_metrics": metrics, "png": png_path})
         return
     spaces = Table(title="Null-space dimensions", title_justify="left", show_header=False)
-    spaces.add_row("layer", *(str(s.layer) for s in layer_spectra))
-    for name in layer_spectra[0].null_dimensions:
-        spaces.add_row(name, *(str(s.null_dimensions[name]) for s in layer_spectra))
+    spaces.add_row("layer", *(s.name for s in layer_spectra))
+    for name in dict.fromkeys(name for s in layer_spectra for name in s.null_dimensions):
+        spaces.add_row(name, *(str(s.null_dimensions.get(name, "")) for s in layer_spectra))
     output.print(_table(str(folder), layer_spectra))
     if output_spectra:
         labels = comma_list(dict.fromkeys(spectrum.labels for spectrum in output_spectra))
@@ -64,7 +64,7 @@ def _table(title: str, layer_spectra: list[spectra.Spectrum]) -> Table:
     for s in layer_spectra:
         values = (s.eigenvalues[-1], s.eigenvalues[s.size // 2], s.eigenvalues[0])
         table.add_row(
-            str(s.layer),
+            s.name,
             str(s.size),
             str(s.count),
             f"{s.trace:.4g}",
