@@ -108,11 +108,8 @@ PUBLIC_NAMES = {
     "edge_scores": "kedit_fast.locating.circuits",
     "evaluate": "kedit_fast.evaluation.evaluator",
     "explain": "kedit_fast.backends",
-<<<<<<< HEAD
-    "gated_gelu": "kedit_fast.ops",
-=======
     "faithfulness": "kedit_fast.locating.faithfulness",
->>>>>>> 3e2c9c1 (Measured: grouped ops, tracing, edge scores, circuits after edits; locating's names in the package; spectra of shared experts)
+    "gated_gelu": "kedit_fast.ops",
     "gated_silu": "kedit_fast.ops",
     "greedy_edges": "kedit_fast.locating.pruning",
     "grouped_rank_k_update_": "kedit_fast.ops",
