@@ -1,6 +1,6 @@
 """Time the optimization of values, and whole edits, against the published algorithm.
 
-    python -m benchmarks.values [--suite values|pipeline|savings|batches|all] [--json FILE] [--device cuda]
+    python -m benchmarks.values [--suite values|pipeline|savings|batches|prefixes|all] [--json FILE] [--device cuda]
     python -m benchmarks.values plot FILE [--out DIR]
 
 Both sides get the same prepared requests and the same model in the same dtype, and run in turns. Before anything is
@@ -45,8 +45,10 @@ from benchmarks.harness import (
 from benchmarks.harness import save as save_document
 from kedit_fast import Editor, collect_statistics, demo
 from kedit_fast.editing.values.loop import find_values
-from kedit_fast.methods.hparams import Hparams
+from kedit_fast.methods.hparams import DECLARATIONS, Hparams, reads
 from kedit_fast.methods.presets import make_hparams, published_values
+from kedit_fast.methods.registry import find_recipe
+from kedit_fast.models import shared_prefixes
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prefixes import generate_prefixes
 from kedit_fast.requests.prompts import PreparedRequest, prepare
@@ -66,6 +68,7 @@ class Suite(str, Enum):
     pipeline = "pipeline"
     savings = "savings"
     batches = "batches"
+    prefixes = "prefixes"
     all = "all"
 
 
@@ -241,6 +244,48 @@ def savings_rows(device: str, runs: int, requests: int = 16) -> list[Row]:
     return rows
 
 
+def prefix_rows(device: str, runs: int, edits: int = 100) -> list[Row]:
+    """MEMIT edits with the contexts of all requests run once, and with every prompt run whole."""
+    rows = []
+    for name in ("demo model", GPT2_SMALL):
+        on = subject(name, edits, device)
+        moments = collect_statistics(on.model, on.tokenizer, demo.corpus(40), on.hparams.layers, progress=False)
+        memit = find_recipe("memit")
+        settings = {
+            name: getattr(on.hparams, name)
+            for name in DECLARATIONS
+            if reads(memit, name) and on.hparams.has_effect(name)
+        }
+        editor = Editor(on.model, on.tokenizer, "memit", statistics=moments, hparams=settings)
+
+        def edit(least: int, editor: Editor = editor, on: Subject = on) -> tuple[float, dict[str, torch.Tensor]]:
+            """Seconds, and the changes of the matrices."""
+            before, shared_prefixes.LEAST_TOKENS = shared_prefixes.LEAST_TOKENS, least
+            try:
+                begin = time.perf_counter()
+                result = editor.edit(on.prepared, on_error="skip")
+                synchronize(device)
+                spent = time.perf_counter() - begin
+            finally:
+                shared_prefixes.LEAST_TOKENS = before
+            editor.restore()
+            return spent, {path: update.left @ update.right.T for path, (update,) in result.updates.items()}
+
+        mine, whole = [], []
+        one, other = {}, {}
+        for _ in range(runs):
+            for seconds, least in ((mine, shared_prefixes.LEAST_TOKENS), (whole, 1 << 40)):
+                spent, changes = edit(least)
+                seconds.append(spent)
+                one, other = other, changes
+        error = max(float((one[path] - other[path]).norm() / other[path].norm()) for path in one)
+        case = f"{name}, MEMIT, {edits} edits, statistics ready"
+        row = row_of("shared prefixes", case, error, None, None, "", device)
+        rows.append(with_baseline({**row, **timing(mine), "edits_per_s": edits / statistics.median(mine)},
+                                  "every prompt whole", whole))  # fmt: skip
+    return rows
+
+
 def batch_rows(device: str, requests: int = 128) -> list[Row]:
     """Edits a second and peak memory of the demo model's values, by batch."""
     on = subject("demo model", requests, device)
@@ -320,6 +365,9 @@ def run(
         save()
     if every or suite == Suite.savings:
         rows += savings_rows(device, runs)
+        save()
+    if every or suite == Suite.prefixes:
+        rows += prefix_rows(device, runs)
         save()
     if every or suite == Suite.values:
         rows.append(values_row("demo model", device, runs, 8.0, 20.0, 16 if device == "cpu" else None))

@@ -29,6 +29,7 @@ from kedit_fast.editing.values.memit_values import MemitCache
 from kedit_fast.editing.values.protocol import ValueStore
 from kedit_fast.editing.values.shared import flush_store
 from kedit_fast.editing.values.store import ValueFile, open_values
+from kedit_fast.editing.values.values_dtype import copied_bytes
 from kedit_fast.errors import EditError, InvalidArgumentError, MethodError, NullSpaceError, StatisticsError
 from kedit_fast.memories.memory import SideMemory
 from kedit_fast.methods.declaration import AUTO
@@ -787,7 +788,8 @@ class Editor:
         if not self.recipe.optimizes_values or self.hparams.values_batch or not prepared:
             return None
         sites = [Site(self.hparams.layers[-1], kind) for kind in SITES[self.value_sites]]
-        return fitting_batch(self.view, prepared, sites).requests
+        reserved = copied_bytes(self.view, sites, self.hparams)
+        return fitting_batch(self.view, prepared, sites, reserved=reserved).requests
 
     def take_over(self, prefixes: Sequence[str], values_most: int | None) -> None:
         """Take over what an editor like this one had decided before its first batch: see `prefixes`, `values_most`."""

@@ -3,7 +3,7 @@
 A write to one layer changes every position above it. The pass for the next edited layer therefore starts from the
 hidden states that entered the previous one, of all positions up to the last lookup token, and runs only the blocks in
 between. These states stay on the device within a budget, then on the host; where neither has room they are computed
-again.
+again. Texts that many prompts begin with, as contexts are, run and stay once (`models.shared_prefixes`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 
 from kedit_fast.methods.recipe import KeyWeights
 from kedit_fast.models.forward import Entering, Site, TokenBatch, capture, evaluating, pad, starts_midway
+from kedit_fast.models.prompt_runner import shared_rows
 from kedit_fast.models.sharded import agreed_minimum
+from kedit_fast.models.shared_prefixes import SharedRows
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.free_memory import free_bytes
@@ -70,11 +72,11 @@ class _Row:
 class _Pass:
     """Rows of one forward pass, and the states that enter the block it starts from next."""
 
-    batch: TokenBatch
+    batch: TokenBatch | SharedRows
     rows: torch.Tensor
-    """[n] rows of the tokens whose keys are read."""
+    """[n] rows of the tokens whose keys are read; of shared rows all are in row 0."""
     positions: torch.Tensor
-    """[n] their positions."""
+    """[n] their positions; of shared rows among all tokens of the pass."""
     columns: torch.Tensor
     """[n] their columns; -1 for other tokens."""
     bare: bool
@@ -100,7 +102,8 @@ class KeyPass:
             at which no request has its lookup token after the same text.
 
     Cost: for the first layer the blocks up to the site for bare prompts, and up to the layer for the others; for each
-        further layer the blocks from the previous one on. States take rows * T * h elements of the model's dtype.
+        further layer the blocks from the previous one on. States take rows * T * h elements of the model's dtype, less
+        where rows share their beginnings.
     """
 
     @plain_torch()
@@ -178,7 +181,13 @@ class KeyPass:
             ]
         device = self.view.device
         at, positions, columns = (torch.tensor(part, device=device) for part in zip(*places, strict=True))
-        return _Pass(pad([row.ids for row in rows], device), at, positions, columns, bare)
+        ids = [row.ids for row in rows]
+        first_read = [len(one) - 1 for one in ids]
+        for r, position, _ in places:
+            first_read[r] = min(first_read[r], position)
+        if (shared := shared_rows(self.view, ids, first_read)) is not None:
+            return _Pass(shared, torch.zeros_like(at), shared.index(at, positions), columns, bare)
+        return _Pass(pad(ids, device), at, positions, columns, bare)
 
     @plain_torch()
     def at(self, layer: int) -> KeysAndOutputs:

@@ -42,6 +42,7 @@ GradientRows = Literal["mask", "ans"]
 OnBadPivot = Literal["raise", "skip", "allow"]
 OnPredicted = Literal["error", "allow"]
 KlDirection = Literal["edited", "original"]
+ValuesDtype = Literal["model", "bfloat16"]
 
 
 def _optimizing(recipe: Recipe) -> bool:
@@ -532,6 +533,17 @@ class Hparams(TuningHparams):
             BOOLEAN,
             "whether iterations are replayed as a CUDA graph (tested on a GPU, not timed); the result is the same",
             read_by=_optimizing,
+        ),
+    )
+    values_dtype: ValuesDtype = field(
+        default="model",
+        metadata=declare(
+            Range.choices(ValuesDtype),
+            "dtype of blocks' matrices in iterations of the value loop: the model's, or bfloat16 copies on GPUs and "
+            "processors with AMX, an approximation; what is stored and written stays in the model's",
+            read_by=_optimizing,
+            identifies=("value",),
+            off="model",
         ),
     )
     most_probable_steps: int = field(

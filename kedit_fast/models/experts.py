@@ -8,6 +8,7 @@ which is zero where an expert was not chosen. Shared experts can be one more blo
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from kedit_fast.models.weight_names import EXPERTS_WEIGHT
 from kedit_fast.support.dtypes import FLOATS
 from kedit_fast.support.messages import comma_list
 
+_EXPERTS_NAME = re.compile(r"expert|moe", re.IGNORECASE)
 TRANSFORMERS = transformers.__version__
 _QUANTIZERS = "transformers.integrations."  # where transformers has the modules that it puts in place of quantized ones
 
@@ -67,6 +69,11 @@ def is_expert_module(module: Any) -> bool:
         and weight.ndim == 3
         and all(isinstance(getattr(module, name, None), bool) for name in ("is_transposed", "has_bias", "has_gate"))
     )
+
+
+def is_mixture(base: torch.nn.Module) -> bool:
+    """Whether modules of a decoder are, by their names or classes, those of a mixture of experts."""
+    return any(_EXPERTS_NAME.search(f"{path} {type(module).__name__}") for path, module in base.named_modules())
 
 
 def expert_stack(model: torch.nn.Module, path: str) -> ExpertStack:

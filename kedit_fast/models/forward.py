@@ -28,6 +28,7 @@ from kedit_fast.models.patching import (
 )
 from kedit_fast.models.sharded import is_split, whole_inputs
 from kedit_fast.models.shared_experts import gate_values
+from kedit_fast.models.shared_prefixes import SharedRows
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.widened import Widening, computing
 from kedit_fast.support.messages import first_line
@@ -149,7 +150,7 @@ def stubs(view: ModelView, entering: Entering) -> dict[torch.nn.Module, Callable
 @plain_torch()
 def capture(
     view: ModelView,
-    batch: TokenBatch,
+    batch: TokenBatch | SharedRows,
     sites: Sequence[Site],
     positions: torch.Tensor | None = None,
     *,
@@ -161,7 +162,7 @@ def capture(
 
     Args:
         view: the model.
-        batch: R rows of tokens.
+        batch: R rows of tokens; shared rows are one packed row, of which `SharedRows.index` names the positions.
         sites: where to read states.
         positions: [R] one position per row, or [n] positions in the rows that `rows` names; None for all positions.
         rows: [n] int64, the row of each position; None for one per row.
@@ -208,7 +209,7 @@ def capture(
 @plain_torch()
 def visit(
     view: ModelView,
-    batch: TokenBatch,
+    batch: TokenBatch | SharedRows,
     sites: Sequence[Site],
     see: Callable[[Site, Any], None],
     to_the_end: bool = False,
@@ -415,13 +416,15 @@ def did_not_run(view: ModelView, site: Site) -> UnsupportedModelError:
 
 
 @plain_torch()
-def last_states(view: ModelView, batch: TokenBatch) -> torch.Tensor:
-    """What the head takes: the states [R, T, h] after all blocks and the final norm.
+def last_states(view: ModelView, batch: TokenBatch | SharedRows) -> torch.Tensor:
+    """What the head takes: the states [R, T, h] after all blocks and the final norm; [1, N, h] of shared rows.
 
     Where the model runs whole (`Head.matrix` is None), its logits [R, T, V]; `view.head` takes either.
     """
     runs_whole = view.head.matrix is None
     with fused_modules(view):
+        if isinstance(batch, SharedRows):
+            return batch.run(view)
         if runs_whole:
             return model_logits(view.model, batch.input_ids, batch.attention_mask)
         return decoder_states(view.base, view.base_takes, batch.input_ids, batch.attention_mask)

@@ -14,9 +14,12 @@ from typing import Literal, NamedTuple
 import torch
 
 from kedit_fast.models import tail_attention
+from kedit_fast.models.experts import is_mixture
 from kedit_fast.models.fixed_deltas import FixedDeltas
-from kedit_fast.models.forward import Site, TokenBatch, evaluating, name_of, pad
+from kedit_fast.models.forward import Site, TokenBatch, evaluating, last_states, name_of, pad
 from kedit_fast.models.head import error_limit, refused_by_name, relative_error, sample_rows
+from kedit_fast.models.schemes import scheme_of
+from kedit_fast.models.shared_prefixes import SharedRows, split_rows
 from kedit_fast.models.tail_runner import TailRunner, record_tails
 from kedit_fast.models.view import ModelView
 from kedit_fast.models.whole_runner import WholeRunner, record_whole
@@ -62,10 +65,12 @@ def record_prompts(
     Raises:
         UnsupportedModelError: a site did not run.
 
-    Cost: one forward pass, without the head; for the first call of a view with these sites, a few passes of a few
-        tokens more.
+    Cost: one forward pass, without the head, over the tokens that no other row begins with, where that saves enough
+        (`split_rows`); for the first call of a view with these sites, a few passes of a few tokens more.
     """
-    return _record(view, pad(rows, view.device), lookups, sites, references, pass_kind(view, tuple(sites)), fixed)
+    kind = pass_kind(view, tuple(sites))
+    shared = shared_rows(view, rows, lookups) if kind == "packed tails" and fixed is None else None
+    return _record(view, pad(rows, view.device), lookups, sites, references, kind, fixed, shared)
 
 
 def _record(
@@ -76,10 +81,81 @@ def _record(
     references: Sequence[int],
     kind: PassKind,
     fixed: FixedDeltas | None = None,
+    shared: SharedRows | None = None,
 ) -> RecordedPrompts:
     if kind == "whole prompts":
         return RecordedPrompts(*record_whole(view, batch, lookups, sites, references, fixed))
-    return RecordedPrompts(*record_tails(view, batch, lookups, sites, references, kind == "packed tails", fixed))
+    packs_rows = kind == "packed tails"
+    return RecordedPrompts(*record_tails(view, batch, lookups, sites, references, packs_rows, fixed, shared))
+
+
+def shared_rows(view: ModelView, rows: Sequence[Sequence[int]], limits: Sequence[int]) -> SharedRows | None:
+    """Rows that run with what they share once; None where that saves too little, or the model does not run so.
+
+    Args:
+        view: the model.
+        rows: token ids of each row.
+        limits: [R] tokens of each row, from its first on, that may be shared; below the row's length. What is read of a
+            pass stands behind them.
+    """
+    split = split_rows(rows, limits)
+    return SharedRows(rows, split, view.device) if split is not None and shares_prefixes(view) else None
+
+
+def shares_prefixes(view: ModelView) -> bool:
+    """Whether rows that begin alike can run with what they share once; tried once for a view, with a few tokens.
+
+    Not in mixtures of experts and quantized models, whose states may depend on the rows beside them, nor where
+    processes hold the model together.
+    """
+    return view.once(_tried_sharing)
+
+
+@plain_torch()
+@torch.no_grad()
+def _tried_sharing(view: ModelView) -> bool:
+    """Whether it gives what padded rows give; said at INFO where not. Cost: two passes of a few tokens."""
+    obstacle = obstacle_of_tails(view) or _needs_whole_rows(view)
+    if not obstacle:
+        first, _, other = sample_rows(view.model.config, view.vocabulary)
+        begin = first[: max(1, len(first) - 2)]
+        rows = [row[: view.max_length] for row in (first, [*begin, *other], other, begin)]
+        split = split_rows(rows, [len(row) - 1 for row in rows], least_tokens=1, least_share=0.0)
+        if split is None:
+            return False  # it takes rows of one token alone
+        shared = SharedRows(rows, split, view.device)
+        with evaluating(view):
+            batch = pad(rows, view.device)
+            whole = last_states(view, batch)
+            places = [(r, t) for r, n in enumerate(split.lengths) for t in range(n, len(rows[r]))]
+            row, position = torch.tensor(places, device=view.device).T
+            expected = whole[row.to(whole.device), position.to(whole.device)]
+            try:
+                states = last_states(view, shared)[0]
+                error = relative_error(states[shared.index(row, position).to(states.device)], expected)
+                if not sees_windows(view, shared.layout.windows, 0):
+                    obstacle = "its attention does not say its sliding window"
+                elif error <= error_limit(expected.dtype, view.head.rounding):
+                    return True
+                else:
+                    obstacle = f"their states differ by {error:.1g}"
+            except Exception as error:  # it may be any code
+                obstacle = first_line(error) or type(error).__name__
+    _log.info("prompts of %s run whole, also where many begin alike: %s", view.spec.name, obstacle)
+    return False
+
+
+def _needs_whole_rows(view: ModelView) -> str:
+    """Why rows of a model are not to be taken apart; "" if that is to be tried."""
+    if not tail_attention.usable(view):
+        return "it does not take its attention from transformers' registry"
+    if view.is_sharded:
+        return "processes hold it together"
+    if getattr(view.model.config, "quantization_config", None) or any(map(scheme_of, view.base.modules())):
+        return "it is quantized"
+    if is_mixture(view.base):
+        return "it is a mixture of experts"
+    return ""
 
 
 def pass_kind(view: ModelView, sites: tuple[Site, ...]) -> PassKind:

@@ -35,6 +35,7 @@ from kedit_fast.models.forward import (
     with_hidden,
 )
 from kedit_fast.models.patching import output_hooks, replaced_forwards
+from kedit_fast.models.shared_prefixes import SharedRows, SharingCache
 from kedit_fast.models.view import ModelView
 from kedit_fast.support.torch_state import plain_torch
 
@@ -286,6 +287,7 @@ def record_tails(
     references: Sequence[int],
     packs_rows: bool,
     fixed: FixedDeltas | None = None,
+    shared: SharedRows | None = None,
 ) -> tuple[TailRunner, torch.Tensor, torch.Tensor]:
     """A runner of R prompts; the sites' outputs [R, sites, h] at their lookup tokens; last hidden states of references.
 
@@ -299,6 +301,8 @@ def record_tails(
         packs_rows: whether the tail tokens of all rows are to run as one row, under `tail_attention`.
         fixed: other deltas at the same sites, at tokens before the lookup tokens. They are in the recorded states, so
             that no pass over the tails adds them again.
+        shared: the same prompts, taken apart into prefixes that end before the lookup tokens and run once, and what
+            follows; None to run whole prompts. Not with `fixed`.
 
     Raises:
         UnsupportedModelError: a site, or the block below the first live one, did not run.
@@ -306,7 +310,7 @@ def record_tails(
     Cost: one forward pass, without the head.
     """
     sites = tuple(sites)
-    assert batch.attention_mask is not None
+    assert batch.attention_mask is not None and (shared is None or fixed is None)
     lookup = torch.tensor(list(lookups), device=view.device)
     lengths = batch.attention_mask.sum(1)
     prefix, tail = int(lookup.max()), int((lengths - lookup).max())
@@ -318,10 +322,12 @@ def record_tails(
     rows_of_references = torch.tensor(list(references), dtype=torch.int64, device=view.device)
     earlier = contextlib.nullcontext() if fixed is None else fixed.added(view, sites, batch.input_ids.shape)
     with earlier:
-        full_pass = _full_pass(view, batch, sites, lookup, places, rows_of_references)
-    caches = {}
+        full_pass = _full_pass(view, batch, sites, lookup, places, rows_of_references, shared)
+    caches, recorded_at = {}, slots.clamp(min=0)
+    if shared is not None:  # in the memory of a pass over shared rows, a prefix ends where what follows it begins
+        recorded_at = recorded_at + (shared.prefix - shared.lengths)[:, None]
     for layer in range(_first_live(sites), view.num_layers):
-        keys, values = (at_slots(part, slots.clamp(min=0)) for part in keys_values(full_pass.cache, layer))
+        keys, values = (at_slots(part, recorded_at) for part in _recorded(full_pass.cache, layer))
         caches[layer] = tail_attention.KeysValues(keys, values).padded(0, tail)
     runner = TailRunner(
         view=view,
@@ -387,37 +393,43 @@ def _full_pass(
     lookup: torch.Tensor,
     places: torch.Tensor,
     references: torch.Tensor,
+    shared: SharedRows | None,
 ) -> _FullPass:
-    """Run whole prompts; `places` [R, S] are the tails' positions, `references` rows."""
+    """Run whole prompts, or what they share once; `places` [R, S] are the tails' positions, `references` rows."""
     outputs: dict[Site, torch.Tensor] = {}
     entering: list[torch.Tensor] = []
     returns_tuple: list[bool] = []
     first_live, last = _first_live(sites), view.num_layers - 1
-    windowed = getattr(view.config, "sliding_window", None)
-    cache = DynamicCache() if windowed else None  # the model's own would hold no more than the window
     rows = torch.arange(places.shape[0], device=places.device)
+    assert batch.attention_mask is not None
+    length, valid = batch.input_ids.shape[1], batch.attention_mask.bool()
+
+    def index(row: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """Where tokens stand among all tokens of the pass."""
+        return row * length + position if shared is None else shared.index(row, position)
+
+    at_lookup, at_tails = index(rows, lookup), index(rows[:, None], places)
+    ends = at_lookup[references]
 
     def record_site(site: Site) -> Callable[..., None]:
         def hook(module, args, output):
             hidden = hidden_of(output)
-            outputs[site] = hidden[rows.to(hidden.device), lookup.to(hidden.device)]
+            outputs[site] = hidden.flatten(0, 1)[at_lookup.to(hidden.device)]
 
         return hook
 
     def record_entering(module, args, output):
         hidden = hidden_of(output)
-        index = places.to(hidden.device)[:, :, None].expand(-1, -1, hidden.shape[-1])
-        entering.append(hidden.gather(1, index))  # [R, S, h]
+        entering.append(hidden.flatten(0, 1)[at_tails.to(hidden.device)])  # [R, S, h]
         returns_tuple.append(isinstance(output, tuple))
 
     # From the first live block on, nothing that is recorded depends on a token after the lookup token.
-    assert batch.attention_mask is not None
-    length, valid = batch.input_ids.shape[1], batch.attention_mask.bool()
-    before = torch.arange(length, device=lookup.device) < lookup[:, None]
-    before[rows, lookup] = True
-    ends = references * length + lookup[references]
-    below, above = (torch.nonzero(mask.flatten())[:, 0] for mask in (valid, before))
-    picks = dict.fromkeys(range(view.num_layers), above) | dict.fromkeys(range(first_live), below)
+    if shared is None:
+        before = torch.arange(length, device=lookup.device) <= lookup[:, None]
+        below, above = (torch.nonzero(mask.flatten())[:, 0] for mask in (valid, before))
+        picks = dict.fromkeys(range(view.num_layers), above) | dict.fromkeys(range(first_live), below)
+    else:
+        picks = dict.fromkeys(range(first_live, view.num_layers), shared.up_to(lookup))
     if last > sites[0].layer:
         picks[last] = ends
 
@@ -426,25 +438,31 @@ def _full_pass(
     if first_live > 0:
         hooks.append((view.block(first_live - 1), record_entering))
     with fused_modules(view), output_hooks(hooks), replaced_forwards(picked_mlps(view, picks)):
-        output = view.base(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
+        if shared is not None:
+            cache = SharingCache(shared, range(first_live, view.num_layers))
+            hidden = shared.run(view, cache)
+        else:
+            windowed = getattr(view.config, "sliding_window", None)
+            new = DynamicCache() if windowed else None  # the model's would hold no more than the window
+            output = view.base(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                past_key_values=new,
+                use_cache=True,
+            )
+            cache, hidden = output.past_key_values, output.last_hidden_state
     missing = [site for site in sites if site not in outputs]
     if first_live and not entering:
         missing.append(Site(first_live - 1, "block"))
     if missing:
         raise did_not_run(view, missing[0])
-    hidden = output.last_hidden_state
     return _FullPass(
         site_outputs=torch.stack([outputs[site].to(view.device) for site in sites], 1),
         reference=hidden.flatten(0, 1)[ends.to(hidden.device)],
         entering=entering[-1] if entering else None,
         returns_tuple=returns_tuple[-1] if returns_tuple else False,
-        cache=output.past_key_values,
+        cache=cache,
     )
 
 
@@ -511,6 +529,14 @@ def at_slots(part: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Keys or values [R, heads, T, size] of the positions `slots` [R, P]."""
     index = slots.to(part.device)[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3])
     return part.gather(2, index)
+
+
+def _recorded(cache: Any, layer: int) -> Sequence[torch.Tensor]:
+    """Keys and values of one layer, by rows, from a full pass."""
+    if isinstance(cache, SharingCache):
+        states, count = cache.recorded[layer], cache.rows.prefixes
+        return states.keys[count:], states.values[count:]
+    return keys_values(cache, layer)
 
 
 def keys_values(cache: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

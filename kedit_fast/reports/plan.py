@@ -16,6 +16,7 @@ from kedit_fast.editing.values.chunks import Columns, find_chunk_values, spans_o
 from kedit_fast.editing.values.loop import SITES, find_values
 from kedit_fast.editing.values.objective import EarlierChunks
 from kedit_fast.editing.values.result import Values
+from kedit_fast.editing.values.values_dtype import copied_bytes
 from kedit_fast.errors import MethodError
 from kedit_fast.methods.declaration import AUTO as FROM_BATCH
 from kedit_fast.methods.hparams import Hparams
@@ -199,6 +200,8 @@ def plan(
         tokens = max(_read(p, r, chosen) for r in prepared for p in r.rewriting) * contexts
     columns, others = _columns(prepared, chosen, edits)
     sizes = _bytes(view, recipe, chosen, edits, tokens, columns, others)
+    if copies := copied_bytes(view, sites, chosen):
+        sizes["matrices in bfloat16, while values are optimized"] = copies
     batch = seconds = None
     if prepared:
         batch = _batch(view, recipe, chosen, sites, prepared, edits)
@@ -222,7 +225,8 @@ def _batch(
         return BatchSize(1, each)
     if hparams.values_batch:
         return BatchSize(min(edits, hparams.values_batch), each)
-    fitting = fitting_batch(view, prepared * -(-edits // len(prepared)), sites)
+    reserved = copied_bytes(view, sites, hparams)
+    fitting = fitting_batch(view, prepared * -(-edits // len(prepared)), sites, reserved=reserved)
     return BatchSize(min(fitting.requests, edits), each)
 
 

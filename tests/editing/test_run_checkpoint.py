@@ -213,6 +213,7 @@ def test_another_run_is_refused_by_name(tmp_path, run, monkeypatch):
     monkeypatch.setattr(Evaluator, "measure", None)  # nothing runs before the refusal
     for changed, message in (
         ({"hparams": {"v_num_grad_steps": 2}}, r"hyper-parameters: v_num_grad_steps \(3 there, 2 here\)"),
+        ({"hparams": {"values_dtype": "bfloat16"}}, r"hyper-parameters: values_dtype \(model there, bfloat16 here\)"),
         ({"batch_size": 2}, r"batch size \(1 there, 2 here\)"),
         ({"requests": REQUESTS[1:3]}, "requests"),
         ({"seed": 1}, r"seed \(0 there, 1 here\)"),

@@ -43,7 +43,11 @@ class BatchSize:
 
 @plain_torch()
 def fitting_batch(
-    view: ModelView, prepared: Sequence[PreparedRequest], sites: Sequence[Site], most: int | None = None
+    view: ModelView,
+    prepared: Sequence[PreparedRequest],
+    sites: Sequence[Site],
+    most: int | None = None,
+    reserved: int = 0,
 ) -> BatchSize:
     """The number of requests to optimize together: as many as fit in memory, at most what is useful on the device.
 
@@ -52,6 +56,7 @@ def fitting_batch(
         prepared: all requests.
         sites: where their deltas are added.
         most: upper bound; None for the device's.
+        reserved: bytes that are free now and will not be, as those of copies that are not made yet.
 
     Cost: a forward pass of the two longest requests, whose saved tensors are counted.
     """
@@ -61,7 +66,7 @@ def fitting_batch(
     if most <= FEW:
         return BatchSize(max(1, most), 0)
     each = request_bytes(view, prepared, sites)
-    free = int(SHARE * free_bytes(view.head.device))
+    free = int(SHARE * max(0, free_bytes(view.head.device) - reserved))
     return BatchSize(agreed_minimum(view.model, max(1, min(most, free // each))), each)
 
 

@@ -34,11 +34,13 @@ from kedit_fast.editing.values.objective import Drift, EarlierChunks, Objective,
 from kedit_fast.editing.values.order import by_length, in_groups
 from kedit_fast.editing.values.result import PROBLEMS, OnProblem, Values
 from kedit_fast.editing.values.stop_rules import MOST_PROBABLE, STOP_RULES, Stopping
+from kedit_fast.editing.values.values_dtype import multiplying, value_matrices
 from kedit_fast.errors import EditError
 from kedit_fast.methods.declaration import AUTO
 from kedit_fast.methods.hparams import Hparams
 from kedit_fast.methods.recipe import StopRule, ValueSites
 from kedit_fast.models.forward import Site, SiteKind, evaluating
+from kedit_fast.models.half_matrices import HalfMatrices
 from kedit_fast.models.prompt_runner import pass_kind
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
@@ -107,7 +109,7 @@ def find_values(
 
     Raises:
         EditError: a loss or gradient that is not finite, naming the request; the site "block" in a model with a norm
-            between the MLP and the residual sum.
+            between the MLP and the residual sum; a `values_dtype` that is not allowed here.
 
     Cost: one full pass over the prompts. After that each iteration runs a forward and a backward pass of the blocks
         above `layer`, over the tokens from the subject's last one on, for requests that have not stopped; the last
@@ -121,6 +123,7 @@ def find_values(
             'value at a block\'s output: use the site "mlp", before that norm'
         )
     sites = [Site(layer, kind) for kind in SITES[site_kind]]
+    matrices = value_matrices(view, sites, hparams)
     size = hparams.values_batch or min(most or 0, len(prepared))
     if size == 0:
         batch = fitting_batch(view, prepared, sites)
@@ -149,6 +152,7 @@ def find_values(
             starting=starting,
             on_problem=on_problem,
             finished=finished,
+            matrices=matrices,
         )
         return optimizer.run(bar)
 
@@ -180,7 +184,9 @@ class ValueOptimizer:
         starting: Sequence[torch.Tensor | None] | None = None,
         on_problem: OnProblem = "raise",
         finished: Callable[[Sequence[int], Values], None] | None = None,
+        matrices: HalfMatrices | None = None,
     ):
+        self.matrices = matrices
         self.view, self.prepared, self.sites, self.hparams = view, prepared, sites, hparams
         self.on_problem, self.finished, self.earlier, self.starting = on_problem, finished, earlier, starting
         if hparams.clamp_norm_factor == AUTO:
@@ -265,7 +271,8 @@ class ValueOptimizer:
 
     def _losses(self, active: ActiveSet, delta: torch.Tensor) -> torch.Tensor:
         """The losses [v] at `delta`; requests that are done are marked before the step. Nothing is read back."""
-        terms = active.objective.terms(delta, self.needs_top1)
+        with multiplying(self.matrices):
+            terms = active.objective.terms(delta, self.needs_top1)
         likelihood = active.likelihood_weight * terms.nll
         loss = likelihood + self.hparams.kl_factor * terms.kl + self.decay * terms.decay
         self._mark_stopped(active, active.group_mean(loss.detach()), terms)
