@@ -205,6 +205,8 @@ def variants() -> Iterator[Variant]:
                         *a, row, row, row, 0, d, lookup(LOGITS, f"pair_{kind}", arch)
                     ),
                 )  # fmt: skip
+                if dtype != torch.float32:
+                    yield from chunk_variants(case, states, other, vocabulary, targets, bias, cap)
             kind = lm_head.gradient_class(d_logits, vocabulary)
             yield Variant(
                 "gradient of both", ", ".join(filter(None, (name(dtype), options))),
@@ -319,6 +321,33 @@ def variants() -> Iterator[Variant]:
                         *a, lookup(GATED, "backward", arch)
                     ),
                 )  # fmt: skip
+
+
+def chunk_variants(case: str, states, other, vocabulary, targets, bias, cap) -> Iterator[Variant]:
+    """The two ops from products of a library: values alone, and with the gradient."""
+    from kedit_fast.kernels.triton import head_chunks
+    from kedit_fast.kernels.triton.configs import CHUNK, lookup
+
+    rows, tokens = states.shape[0], vocabulary.shape[0]
+    both = torch.empty(2 * rows, tokens)
+    for gradient in (False, True):
+        planes = [head_chunks.planes_of(states, gradient, cancels) for cancels in (cap > 0, True)]
+        of_one = head_chunks.Chunks(states, vocabulary, bias, cap, planes[0], tokens)
+        of_both = head_chunks.Chunks(torch.cat([states, other]), vocabulary, bias, cap, planes[1], tokens)
+        row, logits = torch.empty(rows), torch.empty(rows, tokens)
+        text = f"{case}, weights" if gradient else case
+        yield Variant(
+            "target_log_probs, chunk", text,
+            lambda arch, a=(of_one, targets, row, targets, logits): head_chunks.log_probs_launches(
+                *a, 0, lookup(CHUNK, "rows", arch)
+            ),
+        )  # fmt: skip
+        for reverse in (False, True):
+            yield Variant(
+                "distribution_kl, chunk", f"{text}, reverse" if reverse else text,
+                lambda arch, a=(of_both, row, row, reverse, both):
+                head_chunks.divergence_launches(*a, 0, lookup(CHUNK, "rows", arch)),
+            )  # fmt: skip
 
 
 def name(dtype: torch.dtype) -> str:

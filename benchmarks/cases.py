@@ -141,6 +141,14 @@ def _head() -> list[Case]:
         for op in ("target_log_probs", "distribution_kl"):
             name = f"{model}, [{rows}, {m.hidden}] x [{m.vocabulary}, {m.hidden}], forward + backward"
             cases.append(Case(op, name, dtype, sizes, note=note))
+    for width in (768, 4096):
+        for vocabulary in (50257, 32000):
+            sizes = {"rows": 64, "width": width, "vocabulary": vocabulary, "forward": 1}
+            for op in ("target_log_probs", "distribution_kl"):
+                cases.append(Case(op, f"[64, {width}] x [{vocabulary}, {width}], forward", "float32", sizes))
+    for op in ("target_log_probs", "distribution_kl"):  # what a call takes that has nothing to compute
+        sizes = {"rows": 2, "width": 8, "vocabulary": 16}
+        cases.append(Case(op, "[2, 8] x [16, 8], forward + backward", "float32", sizes))
     return cases
 
 
@@ -298,6 +306,8 @@ SMALL = [
          {"groups": 3, "rows": 8, "out": 9, "inner": 33, "uneven": 1, "copy": 1}),
     Case("target_log_probs", "[5, 16] x [99, 16]", "float32", {"rows": 5, "width": 16, "vocabulary": 99}),
     Case("distribution_kl", "[5, 16] x [99, 16]", "bfloat16", {"rows": 5, "width": 16, "vocabulary": 99}),
+    Case("target_log_probs", "[5, 16] x [99, 16], forward", "float32",
+         {"rows": 5, "width": 16, "vocabulary": 99, "forward": 1}),
     Case("rms_norm", "[7, 33]", "bfloat16", {"rows": 7, "d": 33}),
     Case("gated_silu", "[7, 33]", "float32", {"rows": 7, "d": 33}),
     Case("gated_gelu", "[7, 33]", "float32", {"rows": 7, "d": 33}),

@@ -306,13 +306,16 @@ def _head(case: Case, device: str, backend: str | None) -> Problem:
     targets = torch.randint(0, vocabulary, (rows,), device=device)
     kl = case.op == "distribution_kl"
     states = (hidden, other) if kl else (hidden,)
+    forward = "forward" in case.sizes  # values alone
+    if forward:
+        hidden.requires_grad_(False)
 
     def ours():
         if kl:
             value = kedit_fast.distribution_kl(hidden, other, head, backend=backend)
         else:
             value = kedit_fast.target_log_probs(hidden, head, targets, backend=backend).log_prob
-        return value.detach(), torch.autograd.grad(value.sum(), hidden)[0]
+        return value.detach(), None if forward else torch.autograd.grad(value.sum(), hidden)[0]
 
     def loss(hidden, other, head, targets):
         log_p = F.log_softmax(hidden.float() @ head.float().T, -1)
@@ -323,7 +326,7 @@ def _head(case: Case, device: str, backend: str | None) -> Problem:
 
     def baseline(function):
         value = function(hidden, other, head, targets)
-        return torch.autograd.grad(value.sum(), hidden)[0]
+        return value if forward else torch.autograd.grad(value.sum(), hidden)[0]
 
     def error() -> float:
         """The larger of the value's and the gradient's; in float64 the states are taken a few rows at a time."""
@@ -339,23 +342,25 @@ def _head(case: Case, device: str, backend: str | None) -> Problem:
             else:
                 expected = log_p.gather(1, targets[i : i + 16, None])[:, 0]
             (slope,) = torch.autograd.grad(expected.sum(), part)
-            for result, right in ((value[i : i + 16], expected.detach()), (gradient[i : i + 16], slope)):
+            pairs = [(value[i : i + 16], expected.detach())]
+            pairs += [] if gradient is None else [(gradient[i : i + 16], slope)]
+            for result, right in pairs:
                 worst = max(worst, float((result.double() - right).norm() / right.norm()))
         return worst
 
     compiled = torch.compile(loss)
     text = "kl_div(log_softmax(...), log_softmax(...))" if kl else "log_softmax(hidden.float() @ head.float().T)"
     baselines = {text: lambda: baseline(loss), f"torch.compile({text})": lambda: baseline(compiled)}
-    if has_wide_product(hidden):  # what a GPU does best comes first: it is the baseline
+    if has_wide_product(hidden) and not forward:  # what a GPU does best comes first: it is the baseline
         half, fused = half_product_step, torch.compile(half_product_step)
         name = f"{'2 ' if kl else ''}mm(hidden, head.T, out_dtype=float32), softmax, {case.dtype} mm for the gradient"
         reference = other if kl else None
         operands = (hidden.detach(), reference, head, targets)
         baselines = {name: lambda: half(*operands), f"torch.compile({name})": lambda: fused(*operands), **baselines}
-    products = 3 if kl else 2  # what has to be done: logits (of both), and d logits times head
+    products = 1 + kl + (not forward)  # what has to be done: logits (of both), and d logits times head
     return Problem(
         ours=ours, baselines=baselines, error=error, limit=max(LIMITS[case.dtype], 2e-6),
-        flops=2 * products * rows * vocabulary * width, bytes=2 * head.nbytes,
+        flops=2 * products * rows * vocabulary * width, bytes=(1 if forward else 2) * head.nbytes,
         rate="bf16" if has_wide_product(hidden) else "fp32",
         backend=_runs(case.op, *states, head, backend=backend),
     )  # fmt: skip

@@ -7,6 +7,7 @@
 #include "../cpu/best_overlap.h"
 #include "../cpu/gated.h"
 #include "../cpu/kernel_table.h"
+#include "../cpu/lm_head.h"
 #include "../cpu/magnitude_bound.h"
 #include "../cpu/masked_step.h"
 #include "../cpu/nearest_key.h"
@@ -227,6 +228,34 @@ PYBIND11_MODULE(_cpu, m) {
         return kf::cpu::nearest_open_share(q.view, k.view, threads);
       },
       py::arg("queries"), py::arg("keys"), py::arg("threads"));
+
+  m.def(
+      "target_log_probs",
+      [](const py::object& log_prob, const py::object& top1, const py::object& top1_log_prob, const py::object& slope,
+         const py::object& hidden, const py::object& head, const py::object& targets, const py::object& bias,
+         double softcap, int threads) {
+        auto v = borrow(kDLCPU, log_prob, "log_prob"), i = borrow(kDLCPU, top1, "top1");
+        auto l = borrow(kDLCPU, top1_log_prob, "top1_log_prob"), s = borrow(kDLCPU, slope, "slope");
+        auto x = borrow(kDLCPU, hidden, "hidden"), e = borrow(kDLCPU, head, "head");
+        auto t = borrow(kDLCPU, targets, "targets"), b = borrow(kDLCPU, bias, "bias");
+        py::gil_scoped_release release;
+        kf::cpu::target_log_probs({v.view, i.view, l.view, s.view}, x.view, e.view, t.view, b.view, softcap, threads);
+      },
+      py::arg("log_prob"), py::arg("top1"), py::arg("top1_log_prob"), py::arg("slope"), py::arg("hidden"),
+      py::arg("head"), py::arg("targets"), py::arg("bias"), py::arg("softcap"), py::arg("threads"));
+
+  m.def(
+      "distribution_kl",
+      [](const py::object& kl, const py::object& slope, const py::object& hidden, const py::object& hidden_ref,
+         const py::object& head, const py::object& bias, double softcap, bool reverse, int threads) {
+        auto v = borrow(kDLCPU, kl, "kl"), s = borrow(kDLCPU, slope, "slope");
+        auto x = borrow(kDLCPU, hidden, "hidden"), r = borrow(kDLCPU, hidden_ref, "hidden_ref");
+        auto e = borrow(kDLCPU, head, "head"), b = borrow(kDLCPU, bias, "bias");
+        py::gil_scoped_release release;
+        kf::cpu::distribution_kl(v.view, s.view, x.view, r.view, e.view, b.view, softcap, reverse, threads);
+      },
+      py::arg("kl"), py::arg("slope"), py::arg("hidden"), py::arg("hidden_ref"), py::arg("head"), py::arg("bias"),
+      py::arg("softcap"), py::arg("reverse"), py::arg("threads"));
 
   m.def(
       "best_overlap",

@@ -21,6 +21,7 @@ namespace {
 #include "size_selection_impl.inl"
 #include "ties_merge_impl.inl"
 #include "nearest_key_impl.inl"
+#include "lm_head_impl.inl"
 
 }  // namespace
 
@@ -44,7 +45,9 @@ const KernelTable& KF_TABLE() {
                                     TiesMergeBodies::run,
                                     NearestBody<float>::add_squares,
                                     NearestBody<double>::add_squares,
-                                    WidenBody::row};
+                                    WidenBody::row,
+                                    LmHeadBody<float>::kernel(),
+                                    LmHeadBody<double>::kernel()};
   return table;
 }
 

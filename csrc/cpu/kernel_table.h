@@ -272,6 +272,45 @@ struct NearestBlock {
   const T* limits;  // [query_count]
 };
 
+// target_log_probs, or with `pair` distribution_kl, for the rows of one group. Rows of states are lanes, packed by
+// HeadKernel::pack; with `pair` those of the reference are the second half of the lanes.
+struct HeadCall {
+  StepMatrix head;  // [V, d]
+  StepMatrix bias;  // one row; data is null where there is none
+  const void* states;
+  int64_t d, rows, lanes;
+  const int64_t* targets;  // [lanes], -1 in those without a row; null with `pair`
+  double softcap;          // 0: none
+  bool gradient, pair, reverse;
+};
+
+// What a part of the vocabulary contributes. Nothing needs to be set before.
+struct HeadPart {
+  void* numbers;  // five arrays of as many numbers as there are lanes
+  int64_t* best;  // [lanes]
+  void* slopes;   // [lanes, d filled up to vectors]; null without a gradient
+};
+
+// Where results of a group's rows go, the first of them to `row`.
+struct HeadResult {
+  int64_t row;
+  void *value, *top;
+  int64_t* best;
+  void* slope;  // [rows, d]
+};
+
+struct HeadKernel {
+  int64_t lane;    // the lanes of a call are a multiple of it, each half of a pair's too
+  int64_t block;   // a part is best a multiple of it
+  int64_t vector;  // columns of slopes are filled up to a multiple of it
+  size_t element;  // bytes of a number
+  size_t (*scratch_bytes)(int64_t lanes);
+  void (*pack)(const StepMatrix& states, int64_t rows, int64_t d, int64_t first_lane, int64_t lanes, void* packed);
+  void (*run)(const HeadCall&, int64_t begin, int64_t end, const HeadPart&, void* scratch);  // tokens [begin, end)
+  // The results of one row of the group, from all parts of the vocabulary.
+  void (*finish)(const HeadCall&, const HeadPart* parts, int64_t count, int64_t row, const HeadResult&);
+};
+
 struct KernelTable {
   SymmetricKernel symmetric_f32;   // x fp32, bf16, fp16: arithmetic in fp32
   SymmetricKernel symmetric_f64;   // x fp64
@@ -295,6 +334,7 @@ struct KernelTable {
   void (*add_squares_f32)(const NearestBlock<float>&);
   void (*add_squares_f64)(const NearestBlock<double>&);
   void (*widen_row)(const void* data, DType dtype, int64_t count, float* out);  // bfloat16 or float16
+  HeadKernel head_f32, head_f64;
 };
 
 // setup.py defines KF_ISA_* for those whose flags the compiler knows.

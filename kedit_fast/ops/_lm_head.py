@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from kedit_fast.errors import GradientError
-from kedit_fast.kernels import triton
+from kedit_fast.kernels import native, triton
 from kedit_fast.ops._checks import describe, require, require_dtype
-from kedit_fast.reference.wide_product import has_wide_product
+from kedit_fast.reference.wide_product import has_wide_product, wide_product
 from kedit_fast.support.dtypes import FLOATS, accumulation_dtype
 
 
@@ -39,6 +40,43 @@ def triton_is_slower(hidden: torch.Tensor, *_: torch.Tensor) -> str:
     if hidden.dtype == torch.float32 or has_wide_product(hidden):  # a head beside 16-bit states has their dtype
         return "torch's own matrix products are faster"
     return ""
+
+
+def triton_runs(op: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The Triton form of an op: chunks of torch's products where it has those with fp32 results, else one kernel."""
+    fused, chunked = triton.lazy(op, op), triton.lazy("head_chunks", op)
+
+    def run(hidden: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+        if has_wide_product(hidden):  # a head beside 16-bit states has their dtype
+            return chunked(hidden, *rest, wide_product)
+        return fused(hidden, *rest)
+
+    return run
+
+
+def cpu_declines(op: str) -> Callable[..., str]:
+    """Why the C++ kernel of an op does not take these states and their head, or ''."""
+    return lambda hidden, *_: native.cpu.declines_older(op, hidden)
+
+
+class DirectCall(torch.autograd.Function):
+    """An op on a head without the dispatcher: what `register_autograd` makes of it, for plain tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, op: str, run: Callable[..., tuple[torch.Tensor, ...]], *args: Any
+    ) -> tuple[torch.Tensor, ...]:
+        """Run the op on args, of which the first are the states; its last result is the gradient."""
+        *results, slope = run(*args)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.save_for_backward(slope)
+        ctx.op, ctx.gradient, ctx.dtype, ctx.others = op, True, args[0].dtype, len(args) - 1
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The chain rule for the states."""
+        return None, None, chain(ctx.op, ctx, grads[0]), *(None,) * ctx.others
 
 
 def fake_gradient(hidden: torch.Tensor, gradient: bool) -> torch.Tensor:

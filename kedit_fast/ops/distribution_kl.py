@@ -7,10 +7,19 @@ from typing import Any
 import torch
 
 from kedit_fast.backends import Implementation, register
-from kedit_fast.kernels import triton
+from kedit_fast.kernels import native
 from kedit_fast.ops._checks import describe, require, require_dtype, require_no_grad, require_same_device
-from kedit_fast.ops._library import LIBRARY, dispatch
-from kedit_fast.ops._lm_head import chain, check_head, fake_gradient, triton_declines, triton_is_slower
+from kedit_fast.ops._library import LIBRARY, dispatch, runs_at_once
+from kedit_fast.ops._lm_head import (
+    DirectCall,
+    chain,
+    check_head,
+    cpu_declines,
+    fake_gradient,
+    triton_declines,
+    triton_is_slower,
+    triton_runs,
+)
 from kedit_fast.reference import distribution_kl as reference
 from kedit_fast.support.dtypes import accumulation_dtype
 
@@ -19,6 +28,7 @@ LIBRARY.define(
     f"{OP}(Tensor hidden, Tensor hidden_ref, Tensor head, Tensor? bias, float softcap, bool gradient,"
     " bool reverse, str backend) -> (Tensor, Tensor)"
 )
+_op = torch.ops.kedit_fast.distribution_kl.default
 
 
 def distribution_kl(
@@ -46,7 +56,7 @@ def distribution_kl(
         bias: [V] or None.
         softcap: Gemma 2's logit cap; 0 for none.
         reverse: whether the mean is over the distribution of `hidden_ref`.
-        backend: "torch", "triton" or "auto"; None takes the choice of `use_backend` or KEDIT_FAST_BACKEND.
+        backend: "torch", "cpu", "triton" or "auto"; None takes the choice of `use_backend` or KEDIT_FAST_BACKEND.
 
     Returns:
         [rows] fp32 (fp64 for fp64 input).
@@ -68,9 +78,10 @@ def distribution_kl(
     """
     require_no_grad(OP, hidden_ref=hidden_ref, head=head, bias=bias)
     gradient = hidden.requires_grad and torch.is_grad_enabled()
-    return torch.ops.kedit_fast.distribution_kl(
-        hidden, hidden_ref, head, bias, float(softcap), gradient, reverse, backend or ""
-    )[0]
+    args = hidden, hidden_ref, head, bias, float(softcap), gradient, bool(reverse), backend or ""
+    if not runs_at_once(hidden, hidden_ref, head, *(() if bias is None else (bias,))):
+        return _op(*args)[0]
+    return (DirectCall.apply(OP, _run, *args) if gradient else _run(*args))[0]
 
 
 def _check(
@@ -127,4 +138,5 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | Non
 
 torch.library.register_autograd(f"kedit_fast::{OP}", _backward, setup_context=_setup_context, lib=LIBRARY)
 register(Implementation(OP, "torch", reference.distribution_kl))
-register(Implementation(OP, "triton", triton.lazy("distribution_kl", OP), triton_declines, triton_is_slower))
+register(Implementation(OP, "cpu", native.cpu.distribution_kl, cpu_declines(OP)))
+register(Implementation(OP, "triton", triton_runs(OP), triton_declines, triton_is_slower))

@@ -7,10 +7,19 @@ from typing import Any, NamedTuple
 import torch
 
 from kedit_fast.backends import Implementation, register
-from kedit_fast.kernels import triton
+from kedit_fast.kernels import native
 from kedit_fast.ops._checks import describe, require, require_dtype, require_no_grad, require_same_device
-from kedit_fast.ops._library import LIBRARY, dispatch
-from kedit_fast.ops._lm_head import chain, check_head, fake_gradient, triton_declines, triton_is_slower
+from kedit_fast.ops._library import LIBRARY, dispatch, runs_at_once
+from kedit_fast.ops._lm_head import (
+    DirectCall,
+    chain,
+    check_head,
+    cpu_declines,
+    fake_gradient,
+    triton_declines,
+    triton_is_slower,
+    triton_runs,
+)
 from kedit_fast.reference import target_log_probs as reference
 from kedit_fast.support.dtypes import accumulation_dtype
 
@@ -19,6 +28,7 @@ LIBRARY.define(
     f"{OP}(Tensor hidden, Tensor head, Tensor targets, Tensor? bias, float softcap, bool gradient, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_op = torch.ops.kedit_fast.target_log_probs.default
 
 
 class TargetLogProbs(NamedTuple):
@@ -55,7 +65,7 @@ def target_log_probs(
         bias: [V] or None.
         softcap: Gemma 2's logit cap; 0 for none.
         return_top1: also return the most probable token and its log probability (not differentiable).
-        backend: "torch", "triton" or "auto"; None takes the choice of `use_backend` or KEDIT_FAST_BACKEND.
+        backend: "torch", "cpu", "triton" or "auto"; None takes the choice of `use_backend` or KEDIT_FAST_BACKEND.
 
     Returns:
         TargetLogProbs.
@@ -80,9 +90,13 @@ def target_log_probs(
     """
     require_no_grad(OP, head=head, bias=bias)
     gradient = hidden.requires_grad and torch.is_grad_enabled()
-    log_prob, top1, best, _ = torch.ops.kedit_fast.target_log_probs(
-        hidden, head, targets, bias, float(softcap), gradient, backend or ""
-    )
+    args = hidden, head, targets, bias, float(softcap), gradient, backend or ""
+    if not runs_at_once(hidden, head, targets, *(() if bias is None else (bias,))):
+        log_prob, top1, best, _ = _op(*args)
+    elif gradient:
+        log_prob, top1, best = DirectCall.apply(OP, _run, *args)  # pyright: ignore[reportGeneralTypeIssues]
+    else:
+        log_prob, top1, best, _ = _run(*args)
     if return_top1:
         return TargetLogProbs(log_prob, top1, best.detach())
     return TargetLogProbs(log_prob, None, None)
@@ -113,7 +127,7 @@ def _run(
     _check(hidden, head, targets, bias, softcap)
     # Reading the bounds from a GPU would stall it at every step; there a target outside the vocabulary gives NaN.
     if targets.device.type == "cpu" and targets.numel():
-        low, high = int(targets.min()), int(targets.max())
+        low, high = (int(bound) for bound in torch.aminmax(targets))
         require(
             low >= 0 and high < head.shape[0], lambda: f"targets must be in [0, {head.shape[0]}); got {low} to {high}"
         )
@@ -148,4 +162,5 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | Non
 
 torch.library.register_autograd(f"kedit_fast::{OP}", _backward, setup_context=_setup_context, lib=LIBRARY)
 register(Implementation(OP, "torch", reference.target_log_probs))
-register(Implementation(OP, "triton", triton.lazy("target_log_probs", OP), triton_declines, triton_is_slower))
+register(Implementation(OP, "cpu", native.cpu.target_log_probs, cpu_declines(OP)))
+register(Implementation(OP, "triton", triton_runs(OP), triton_declines, triton_is_slower))

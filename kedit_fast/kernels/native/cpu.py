@@ -272,6 +272,49 @@ def _product(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.cat([queries @ part.to(queries.dtype).T for part in keys.split(WIDENED_KEYS)], 1)
 
 
+def target_log_probs(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float,
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Call the C++ kernel of the op of the same name: log p, the top-1 id, its log p, and the gradient of log p."""
+    rows, width = hidden.shape
+    dtype, device = accumulation_dtype(hidden), hidden.device
+    log_prob, best = (torch.empty(rows, dtype=dtype, device=device) for _ in range(2))
+    top1 = torch.empty(rows, dtype=torch.int64, device=device)
+    slope = torch.empty(rows if gradient else 0, width, dtype=dtype, device=device)
+    filled = capsule(log_prob), capsule(top1), capsule(best), capsule(slope if gradient else None)
+    given = capsule(hidden.detach()), capsule(head.detach()), capsule(targets.contiguous()), _detached(bias)
+    call(module().target_log_probs, *filled, *given, softcap, torch.get_num_threads())
+    return log_prob, top1, best, slope
+
+
+def distribution_kl(
+    hidden: torch.Tensor,
+    hidden_ref: torch.Tensor,
+    head: torch.Tensor,
+    bias: torch.Tensor | None,
+    softcap: float,
+    gradient: bool,
+    reverse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call the C++ kernel of the op of the same name: the divergence, and its gradient."""
+    rows, width = hidden.shape
+    kl = torch.empty(rows, dtype=accumulation_dtype(hidden), device=hidden.device)
+    slope = torch.empty(rows if gradient else 0, width, dtype=kl.dtype, device=hidden.device)
+    filled = capsule(kl), capsule(slope if gradient else None)
+    given = capsule(hidden.detach()), capsule(hidden_ref.detach()), capsule(head.detach()), _detached(bias)
+    call(module().distribution_kl, *filled, *given, softcap, reverse, torch.get_num_threads())
+    return kl, slope
+
+
+def _detached(tensor: torch.Tensor | None) -> Any:
+    return None if tensor is None else capsule(tensor.detach())
+
+
 def best_overlap(masks: torch.Tensor, book: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Call the C++ kernel of the op of the same name."""
     index, count = (masks.new_empty(len(masks), dtype=torch.int64) for _ in range(2))

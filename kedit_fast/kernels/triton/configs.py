@@ -34,6 +34,7 @@ SYMMETRIC, RANK_K, LOGITS, GRADIENT = "symmetric_rank_k_update_", "rank_k_update
 STEP, ROW_PRODUCTS = "masked_step", "row_products"
 NEAREST, OVERLAP, DIGITS, MERGE = "nearest_key", "best_overlap", "magnitude_bound", "ties_merge_"
 NORM, GATED = "rms_norm", "gated"
+CHUNK = "logits of a chunk"
 
 # Shape classes. symmetric: "native" (16-bit rows as they are), "native64" (the same with an fp64 acc, whose tile takes
 # twice the registers), "split" (fp32 rows or weights, written as bf16 terms); "narrow" and "split_narrow" are the same
@@ -45,6 +46,7 @@ NORM, GATED = "rms_norm", "gated"
 # (activation_distance): "native" (16-bit operands of one dtype), "split"; "routed_" before them for routed_linear.
 # nearest_key: m queries and n keys, k columns at a time. best_overlap: m rows of the book, n words. magnitude_bound and
 # ties_merge_: n entries. rms_norm and gated, and their gradients: n columns of a row at a time.
+# logits of a chunk: n of a row's, read twice.
 TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (SYMMETRIC, "native"): {
         "sm_80": Config(128, 128, 32, 8, 4),
@@ -96,6 +98,7 @@ TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (NORM, "backward"): {"sm_80": Config(1, 1024, 1, 4, 2)},
     (GATED, "entries"): {"sm_80": Config(1, 1024, 1, 4, 2)},
     (GATED, "backward"): {"sm_80": Config(1, 1024, 1, 4, 2)},
+    (CHUNK, "rows"): {"sm_80": Config(1, 1024, 1, 4, 2)},
     (GRADIENT, "native"): {"sm_80": Config(64, 64, 32, 4, 3)},
     (GRADIENT, "split"): {"sm_80": Config(64, 64, 32, 4, 2)},
     (GRADIENT, "split_narrow"): {
@@ -118,6 +121,7 @@ INTERPRETED = {
     MERGE: Config(1, 1024, 1, 4, 1),
     NORM: Config(1, 64, 1, 4, 1),
     GATED: Config(1, 64, 1, 4, 1),
+    CHUNK: Config(1, 64, 1, 4, 1),
 }
 
 CANDIDATES: dict[str, tuple[Config, ...]] = {
@@ -163,6 +167,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     ),
     OVERLAP: tuple(Config(m, n, 1, 4, 2) for m, n in ((8, 128), (16, 64), (16, 128), (32, 64), (32, 128))),
     DIGITS: tuple(Config(1, n, 1, warps, 2) for n, warps in ((512, 4), (1024, 4), (2048, 4), (2048, 8), (4096, 8))),
+    CHUNK: tuple(Config(1, n, 1, warps, 2) for n, warps in ((512, 4), (2048, 4), (2048, 8), (4096, 8))),
     MERGE: tuple(Config(1, n, 1, warps, 2) for n, warps in ((256, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8))),
     NORM: tuple(Config(1, n, 1, warps, 2) for n, warps in ((512, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8))),
     GATED: tuple(Config(1, n, 1, warps, 2) for n, warps in ((512, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8))),
