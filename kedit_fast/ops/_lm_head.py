@@ -59,6 +59,12 @@ def cpu_declines(op: str) -> Callable[..., str]:
     return lambda hidden, *_: native.cpu.declines_older(op, hidden)
 
 
+def cpu_is_slower(hidden: torch.Tensor, *_: torch.Tensor) -> str:
+    """Why torch's own products are preferred to the C++ kernel, or ''. Timed on AVX2 and AVX-512 alone."""
+    isa = native.cpu.module().isa()
+    return f"not timed beside torch's own matrix products on {isa}" if isa in ("generic", "neon") else ""
+
+
 class DirectCall(torch.autograd.Function):
     """An op on a head without the dispatcher: what `register_autograd` makes of it, for plain tensors."""
 

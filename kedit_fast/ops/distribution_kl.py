@@ -15,6 +15,7 @@ from kedit_fast.ops._lm_head import (
     chain,
     check_head,
     cpu_declines,
+    cpu_is_slower,
     fake_gradient,
     triton_declines,
     triton_is_slower,
@@ -66,8 +67,8 @@ def distribution_kl(
         GradientError: hidden_ref, head or bias requires grad.
 
     Cost: 4 rows V h flops. Where a gradient is wanted it is computed with the value and stored, [rows, h]: 4 rows V h
-    flops more (triton: 6 rows V h, 16-bit states on a GPU: 8). Logits in memory at a time: 8,192 per row and
-    distribution on a CPU and 16,384 on a GPU (torch); none for the value and 64 MiB for the gradient (triton).
+    flops more (triton: 6 rows V h, 16-bit states on a GPU: 8). Logits in memory at a time as in
+    `target_log_probs`, of both distributions.
 
     Example:
         >>> hidden, hidden_ref, head = torch.randn(3, 8), torch.randn(3, 8), torch.randn(50, 8)
@@ -138,5 +139,5 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | Non
 
 torch.library.register_autograd(f"kedit_fast::{OP}", _backward, setup_context=_setup_context, lib=LIBRARY)
 register(Implementation(OP, "torch", reference.distribution_kl))
-register(Implementation(OP, "cpu", native.cpu.distribution_kl, cpu_declines(OP)))
+register(Implementation(OP, "cpu", native.cpu.distribution_kl, cpu_declines(OP), cpu_is_slower))
 register(Implementation(OP, "triton", triton_runs(OP), triton_declines, triton_is_slower))

@@ -15,6 +15,7 @@ from kedit_fast.ops._lm_head import (
     chain,
     check_head,
     cpu_declines,
+    cpu_is_slower,
     fake_gradient,
     triton_declines,
     triton_is_slower,
@@ -75,8 +76,10 @@ def target_log_probs(
         GradientError: head or bias requires grad.
 
     Cost: 2 rows V h flops. Where a gradient is wanted it is computed with the value and stored, [rows, h]: 2 rows V h
-    flops more (triton, and 16-bit states on a GPU: 4 rows V h). Logits in memory at a time: 8,192 per row on a CPU and
-    16,384 on a GPU (torch); none for the value and 64 MiB for the gradient (triton).
+    flops more (triton, and 16-bit states on a GPU: 4 rows V h). Logits in memory at a time: 96 per row and
+    thread (cpu), 8,192 per row on a CPU and 16,384 on a GPU (torch); none for the value and 64 MiB for the gradient
+    (triton), or 256 MiB of logits and weights where torch has products with fp32 results. The C++ kernel gives the same
+    bits for any number of threads, and holds the gradient by up to 32 parts, 64 MiB in all.
 
     Example:
         >>> hidden, head = torch.randn(3, 8), torch.randn(50, 8)
@@ -162,5 +165,5 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | Non
 
 torch.library.register_autograd(f"kedit_fast::{OP}", _backward, setup_context=_setup_context, lib=LIBRARY)
 register(Implementation(OP, "torch", reference.target_log_probs))
-register(Implementation(OP, "cpu", native.cpu.target_log_probs, cpu_declines(OP)))
+register(Implementation(OP, "cpu", native.cpu.target_log_probs, cpu_declines(OP), cpu_is_slower))
 register(Implementation(OP, "triton", triton_runs(OP), triton_declines, triton_is_slower))
