@@ -20,7 +20,8 @@ from torch.nn.functional import gelu, silu
 
 from kedit_fast.backends import AUTO, probe, requested, select
 from kedit_fast.models.patching import Forward, has_replaced_forward
-from kedit_fast.ops import gated_gelu, gated_silu, rms_norm
+from kedit_fast.ops import unregistered
+from kedit_fast.ops.unregistered import GatedOp
 from kedit_fast.reference.gated_silu import gated_silu_backward
 from kedit_fast.reference.rms_norm import rms_norm as plain_norm
 from kedit_fast.reference.rms_norm import rms_norm_backward, rms_norm_with_rstd
@@ -28,6 +29,8 @@ from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
 _SAMPLE_ROWS = 4
+SMALLEST_GATED = 131072
+"""Entries of a gate from which one pass is worth its call: for fewer, torch's two operations take less time."""
 _GRADIENT_ERROR = 1e-5
 """Of a class's gradient in fp32, relative to that of the replacement in fp64."""
 
@@ -150,7 +153,7 @@ def _norm(module: Any, plus_one: bool, round_first: bool) -> Forward:
         trained = torch.is_grad_enabled() and weight.requires_grad
         if gate or gates or trained or hidden_states.dtype != weight.dtype or not _takes(hidden_states, "rms_norm"):
             return _class_forward(module)(hidden_states, *gate, **gates)  # Mamba 2's norm may get a gate as well
-        return rms_norm(hidden_states, _norm_weight(weight, plus_one), _eps(module), round_first=round_first)
+        return unregistered.norm(hidden_states, _norm_weight(weight, plus_one), _eps(module), round_first)
 
     return forward
 
@@ -199,16 +202,16 @@ def _watched(module: torch.nn.Module) -> bool:
     return any(hooks) or has_replaced_forward(module)
 
 
-def _gated_op(module: torch.nn.Module) -> Callable[..., torch.Tensor] | None:
+def _gated_op(module: torch.nn.Module) -> GatedOp | None:
     """The op of MLPs with this activation; None where there is none."""
     x = _sample(256, dtype=torch.float32)
     result = _run(module, module, x)
     if result is None:
         return None
     if torch.equal(result, silu(x)) and _has_gradient(module, module, x, torch.ops.aten.silu_backward):
-        return gated_silu
+        return "gated_silu"
     if torch.equal(result, gelu(x, approximate="tanh")) and _has_gradient(module, module, x, _gelu_slope):
-        return gated_gelu
+        return "gated_gelu"
     return None
 
 
@@ -247,10 +250,12 @@ def _is_gated_mlp(module: torch.nn.Module) -> bool:
     return _has_gradient(module, stand_in, x, slope)
 
 
-def _gated_mlp(module: Any, act: torch.nn.Module, gated: Callable[..., torch.Tensor]) -> Forward:
+def _gated_mlp(module: Any, act: torch.nn.Module, op: GatedOp) -> Forward:
     def forward(hidden_states: torch.Tensor) -> torch.Tensor:
         if not _takes(hidden_states) or _activation(module) is not act or _watched(act):
             return _class_forward(module)(hidden_states)
-        return module.down_proj(gated(*_gate_and_up(module, hidden_states)))
+        gate, up = _gate_and_up(module, hidden_states)
+        gated = act(gate) * up if gate.numel() < SMALLEST_GATED else unregistered.gated(op, gate, up)
+        return module.down_proj(gated)
 
     return forward

@@ -8,12 +8,14 @@ from floors import relative_error
 from tiny_models import KINDS, make_model
 
 from kedit_fast.backends import probe, use_backend
+from kedit_fast.errors import GradientError
 from kedit_fast.models import fused
 from kedit_fast.models.forward import Site, evaluating, fused_forwards, hidden_of, last_states, pad, with_hidden
 from kedit_fast.models.patching import output_hooks
 from kedit_fast.models.prompt_runner import record_prompts
 from kedit_fast.models.row_runner import RowRunner, record_rows, row_pass
 from kedit_fast.models.view import ModelView
+from kedit_fast.ops.unregistered import gated
 
 ROWS = [[5, 6, 7, 8, 9], [10, 11, 12], [20] * 7]
 RECOGNISED = {  # of 4 blocks and the norm before the head
@@ -23,7 +25,8 @@ RECOGNISED = {  # of 4 blocks and the norm before the head
 
 
 @pytest.fixture(autouse=True)
-def native(cpu_module):
+def native(cpu_module, monkeypatch):
+    monkeypatch.setattr(fused, "SMALLEST_GATED", 0)
     return cpu_module
 
 
@@ -193,6 +196,27 @@ def test_passes_over_tails_and_rows_replace_modules(kind, calls):
         with use_backend("torch"):
             plain = slopes()
     assert names and all(relative_error(a, b) < 1e-5 for a, b in zip(replaced, plain, strict=True))
+
+
+def test_a_few_rows_are_gated_by_torchs_own_operations(monkeypatch):
+    view = ModelView(make_model("llama"))
+    with use_backend("torch"):
+        plain = slope(view)
+    for smallest in (0, 10**9):
+        monkeypatch.setattr(fused, "SMALLEST_GATED", smallest)
+        ops = []
+        monkeypatch.setattr(fused.unregistered, "gated", lambda *args, ops=ops: ops.append(args[0]) or gated(*args))
+        assert relative_error(slope(view), plain) < 1e-5
+        assert bool(ops) == (smallest == 0)
+
+
+def test_a_second_derivative_through_a_model_is_refused():
+    view, batch = ModelView(make_model("llama")), pad(ROWS, torch.device("cpu"))
+    delta = torch.zeros(32, requires_grad=True)
+    with evaluating(view), output_hooks([(view.mlp(1), lambda module, args, output: output + delta)]):
+        result = last_states(view, batch)
+        with pytest.raises(GradientError, match="no second derivative"):
+            torch.autograd.grad(result.square().sum(), delta, create_graph=True)
 
 
 def test_norms_whose_weights_are_trained_take_their_own_code(calls):

@@ -43,9 +43,8 @@ def _gated_kernel(
     row = (program // blocks).to(tl.int64)
     column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = column < d
-    value, _ = _value_and_slope(
-        tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32), ACTIVATION
-    )
+    opened = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    value, _ = _value_and_slope(opened, ACTIVATION)  # pyright: ignore[reportGeneralTypeIssues] - triton compiles it
     value = narrow(value, gate.dtype.element_ty, INTERPRET).to(tl.float32)
     value *= tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * d + column, narrow(value, out.dtype.element_ty, INTERPRET), mask=inside)
@@ -60,9 +59,8 @@ def _gated_backward_kernel(
     row = (program // blocks).to(tl.int64)
     column = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = column < d
-    value, slope = _value_and_slope(
-        tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32), ACTIVATION
-    )
+    opened = tl.load(gate + row * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    value, slope = _value_and_slope(opened, ACTIVATION)  # pyright: ignore[reportGeneralTypeIssues] - triton compiles it
     value = narrow(value, gate.dtype.element_ty, INTERPRET).to(tl.float32)
     slope *= tl.load(up + row * up_stride + column, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(grad + row * grad_stride + column, mask=inside, other=0.0).to(tl.float32)
