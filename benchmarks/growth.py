@@ -9,7 +9,9 @@ weights, REQUESTS edits, ITERATIONS iterations of each value and no early stop, 
 10,000 edits take FEWER iterations of each value, because all would take too long; their row says so.
 
 Every point runs in a process of its own, so that its peak of memory is its own. Statistics are collected and one edit
-is made and undone before the clock starts; the factors of the statistics are computed within the measured call.
+is made and undone before the clock starts; the factors of the statistics are computed within the measured call. The
+making of an Editor, whose check of the head takes memory in proportion to the vocabulary, is a peak of its own
+(`editor_peak_bytes`).
 
 A point without a right result has no number. Read back are the keys and outputs of the edited model: with S = lambda C,
 K the keys of a layer and Delta its update, Delta = R (S + K K^T)^-1 K must hold in fp64, the weight must have changed
@@ -64,6 +66,7 @@ from kedit_fast.editing.values.batch_size import MOST
 from kedit_fast.models.forward import Site
 from kedit_fast.reports.plan import Plan, plan
 from kedit_fast.requests.reading import as_requests
+from kedit_fast.solver.low_rank import LowRankUpdate
 from kedit_fast.statistics.collect import Statistics
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
@@ -157,30 +160,28 @@ def measure(on: Subject, runs: int = 1) -> Row:
     warm.edit([EditRequest("{} plays the", "Ada Novak", "violin")])
     warm.restore()
     prepared = warm.check(on.requests)[0]
-    give_back_freed()
-    forget_peak("cpu")
-    before = peak_bytes("cpu")
+    weights = {name: weight.clone() for name, weight in warm.modules.items()}
     timed: list[tuple[float, dict[str, float]]] = []
-    error, residual, efficacy, held = 0.0, 0.0, None, 0
+    error, residual, efficacy = 0.0, 0.0, None
+    opened, held = [], []
     result: EditResult | None = None
     for _ in range(runs):
         result = None  # of the run before
-        give_back_freed()
-        forget_peak("cpu")
+        before = marked_peak()
         editor = editor_of(on, warm.prefixes)
-        weights = {name: weight.clone() for name, weight in editor.modules.items()}
+        opened.append(peak_above(before))
+        marked_peak()
         begin = time.perf_counter()
         result = editor.edit(prepared)
         spent = time.perf_counter() - begin
         timed.append((spent, {phase: result.seconds[phase] for phase in PHASES}))
-        peak = peak_bytes("cpu")
+        held.append(peak_above(before))
         error, residual = max(error, error_of(on, editor, prepared, result, weights)), result.residual
         if not on.hparams.get("layers"):  # the demo model
             sample = on.requests[:: max(1, len(on.requests) // ROOMY)][:ROOMY]
             efficacy = evaluate(on.model, on.tokenizer, sample, ["cf.accuracy/rewrite"], average="prompt")
             efficacy = efficacy.value("cf.accuracy/rewrite") / 100
         editor.restore()
-        held = max(held, 0 if before is None or peak is None else peak - before)
     assert result is not None
     total, seconds = sorted(timed, key=lambda run: run[0])[len(timed) // 2]
     texts = Texts.of(prepared)
@@ -196,17 +197,34 @@ def measure(on: Subject, runs: int = 1) -> Row:
         "isa": instruction_set(), "threads": torch.get_num_threads(), "dtype": "float32",
         "error": error, "error_limit": ERROR_LIMIT, "wrong": wrong, "residual": residual, "efficacy": efficacy,
         "seconds": seconds, "total_s": total, "edits_per_s": None if wrong else len(on.requests) / total,
-        "peak_bytes": None if before is None or wrong else held, "planned": planned_bytes(planned, on),
+        "peak_bytes": None if wrong else largest(held), "editor_peak_bytes": largest(opened),
+        "planned": planned_bytes(planned, on),
         "planned_s": planned.seconds, "texts": asdict(texts),
         "work": {phase: asdict(work) for phase, work in each.items()},
     }  # fmt: skip
 
 
-def give_back_freed() -> None:
-    """Return freed memory to the system, where the C library can: what it holds back would be in no peak after."""
+def marked_peak() -> int:
+    """Measure the peak from here on; the bytes of this process now (0 where the system does not say).
+
+    Freed memory goes back to the system first, where the C library can: what it holds would be in no peak after.
+    """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+    forget_peak("cpu")
+    return peak_bytes("cpu") or 0
+
+
+def peak_above(before: int) -> int | None:
+    """The peak since `marked_peak` above what it returned then or earlier; None where the system does not say."""
+    peak = peak_bytes("cpu")
+    return None if peak is None else max(0, peak - before)
+
+
+def largest(peaks: Sequence[int | None]) -> int | None:
+    """Of some peaks; None where there are none."""
+    return max((peak for peak in peaks if peak is not None), default=None)
 
 
 def instruction_set() -> str:
@@ -232,13 +250,14 @@ def error_of(
     for layer in layers:
         measured = passes.at(layer)  # lower layers are as they were when this one was solved
         (update,) = result.updates[view.weight_name(layer)]
+        assert isinstance(update, LowRankUpdate)  # as of all layers without experts
         keys, right = measured.keys.double(), update.right.double()
         moment = on.moments.moment(layer).moment.double()
         ridged = moment + editor.hparams.mom2_ridge * moment.diagonal().mean() * torch.eye(len(moment)).double()
-        applied = float(editor.hparams.mom2_update_weight) * (ridged @ right) + keys @ (keys.T @ right)
+        system = float(editor.hparams.mom2_update_weight) * ridged + keys @ keys.T  # [d, d]
         delta = update.left.double() @ right.T
         written = view.weight(layer).double() - before[view.module_name(layer)].double()
-        worst = max(worst, relative(applied, keys), relative(written, delta))
+        worst = max(worst, relative(system @ right, keys), relative(written, delta))
         if layer == layers[0]:
             first = float(update.left.double().norm()) * len(layers)
         predicted = float((update.left - delta @ measured.bare_keys).norm())

@@ -129,11 +129,11 @@ def _model() -> torch.nn.Module:
 def planned(edits: int) -> PaperPlan:
     """The plan of a batch."""
     model = _model()
-    shape, (hparams, _) = Shape.of(model.config), make_hparams("memit", model.config)
+    config: Any = model.config
+    shape, (hparams, _) = Shape.of(config), make_hparams("memit", config)
     sizes: Plan = plan(model, None, edits, "memit")
-    layers, d, h, count = sizes.layers, shape.inner, shape.hidden, len(sizes.layers)
+    layers, d, count = sizes.layers, shape.inner, len(sizes.layers)
     last = layers[-1]
-    # The optimizer takes a step less than there are iterations. Weights move once for each batch that runs together.
     draft = PaperPlan(
         edits, layers, sum(p.numel() for p in model.parameters()), {}, dict(sizes.bytes),
         Work(count * d**3 / 3, count * 16.0 * d * d),
@@ -143,10 +143,9 @@ def planned(edits: int) -> PaperPlan:
         ),
         {size: tuple(_placement(shape, layers, gpu, size) for gpu in range(GPUS)) for size in (8, 4)},
     )  # fmt: skip
-    batch = max(1, draft.batch(4))
-    steps = hparams.v_num_grad_steps - 1
+    # The optimizer takes a step less than there are iterations. Weights move once for each batch that runs together.
+    steps, batch = hparams.v_num_grad_steps - 1, max(1, draft.batch(4))
     each = works(shape, layers, texts(edits), steps, batch=batch, element=ELEMENT)
-    assert h == model.config.hidden_size
     return PaperPlan(**{**vars(draft), "works": each})
 
 

@@ -267,16 +267,18 @@ def growth_figure(document: Document) -> Any:
         curve = [row for row in rows if row["axis"] == name]
         places = [row["value"] for row in curve]
         whole = max(row["iterations"] for row in curve)
-        above.plot(places, [row["edits_per_s"] for row in curve], "-", color="#4c72b0")
+        alike = [row for row in curve if row["iterations"] == whole]
+        for part, mark in ((alike, "o-"), ([row for row in curve if row not in alike], "o")):
+            at = [row["value"] for row in part]
+            above.plot(at, [row["edits_per_s"] for row in part], mark, color="#4c72b0", markersize=5,
+                       markerfacecolor="#4c72b0" if part is alike else "white")  # fmt: skip
+            dashes = {"linestyle": "--"} if part is alike else {"linestyle": "", "marker": "_", "markersize": 9}
+            above.plot(at, [row["limit_edits_per_s"] for row in part], color="black", linewidth=1, **dashes)
         for row in curve:
-            fewer = row["iterations"] < whole
-            above.plot(row["value"], row["edits_per_s"], "o", color="#4c72b0", markersize=5,
-                       markerfacecolor="white" if fewer else "#4c72b0")  # fmt: skip
-            if fewer:
+            if row["iterations"] < whole:
                 place = (row["value"], row["edits_per_s"])
-                above.annotate(f"{row['iterations']} of {whole}\niterations", place, xytext=(0, -9),
-                               textcoords="offset points", ha="center", va="top", fontsize=6)  # fmt: skip
-        above.plot(places, [row["limit_edits_per_s"] for row in curve], "--", color="black", linewidth=1)
+                above.annotate(f"{row['iterations']} of {whole}\niterations", place, xytext=(-7, 0),
+                               textcoords="offset points", ha="right", va="center", fontsize=6)  # fmt: skip
         memory = [row for row in curve if row["peak_bytes"]]
         below.plot([row["value"] for row in memory], [row["peak_bytes"] / 2**20 for row in memory], "s-",
                    color="#dd8452", markersize=4)  # fmt: skip

@@ -132,7 +132,7 @@ def test_the_picture_has_a_column_for_each_axis(tmp_path):
     figure = growth_figure(document())
     assert len(figure.axes) == 8 and all(axes.get_xscale() == axes.get_yscale() == "log" for axes in figure.axes)
     dashed = [line for axes in figure.axes for line in axes.get_lines() if line.get_linestyle() == "--"]
-    assert [list(line.get_ydata()) for line in (dashed[0], dashed[4])] == [[8.0] * 5, [4.0] * 5]
+    assert [list(line.get_ydata()) for line in (dashed[0], dashed[4])] == [[8.0] * 4, [4.0] * 5]
     assert any("2 of 25" in text.get_text() for text in figure.axes[0].texts)
     assert growth_curves(document(), tmp_path / "growth")[0].read_bytes()[:4] == b"\x89PNG"
 
