@@ -200,6 +200,11 @@ def lines() -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the lines."""
     for line in lines():
         print(" | ".join(line))
+
+
+if __name__ == "__main__":
+    main()
