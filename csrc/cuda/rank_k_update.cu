@@ -16,6 +16,11 @@ namespace {
 // time.
 constexpr int WARPS = 8, ROWS_PER_WARP = 8, LANE_COLUMNS = 8, DEPTH = 16;
 constexpr int BLOCK_ROWS = WARPS * ROWS_PER_WARP, BLOCK_COLUMNS = 32 * LANE_COLUMNS;
+// A lane's columns of the right factor are in two halves of four, so that lanes that read together read neighbors: no
+// two of them the same bank. 16 more than the columns, so that threads that write neighbors write different banks, too.
+constexpr int HALF = BLOCK_COLUMNS / 2 + 16;
+
+__device__ inline int right_place(int column) { return column % 8 / 4 * HALF + column / 8 * 4 + column % 4; }
 
 __device__ inline float to_float(float v) { return v; }
 __device__ inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
@@ -24,21 +29,37 @@ __device__ inline void from_float(float v, float* out) { *out = v; }
 __device__ inline void from_float(float v, __nv_bfloat16* out) { *out = __float2bfloat16_rn(v); }
 __device__ inline void from_float(float v, __half* out) { *out = __float2half_rn(v); }
 
+using Word = uint32_t __attribute__((may_alias));
+
 template <class T>
 struct alignas(16) Pack {
   T item[16 / sizeof(T)];
 };
 
+// Eight neighbors, as they are in memory.
 template <class T>
-__device__ inline void load_eight(const T* from, float* to) {
-  constexpr int n = 16 / sizeof(T);
+struct Eight {
+  static constexpr int PACKS = LANE_COLUMNS * sizeof(T) / 16;
+  Pack<T> pack[PACKS];
+
+  __device__ inline void load(const T* from) {
 #pragma unroll
-  for (int p = 0; p < LANE_COLUMNS / n; ++p) {
-    const Pack<T> pack = reinterpret_cast<const Pack<T>*>(from)[p];
-#pragma unroll
-    for (int i = 0; i < n; ++i) to[p * n + i] = to_float(pack.item[i]);
+    for (int p = 0; p < PACKS; ++p) pack[p] = reinterpret_cast<const Pack<T>*>(from)[p];
   }
-}
+  __device__ inline float get(int i) const {
+    constexpr int n = 16 / sizeof(T);
+    return to_float(pack[i / n].item[i % n]);
+  }
+  // Numbers are converted after this: earlier, 16 bits would take a register of 32 until then.
+  __device__ inline void stay_as_they_are() {
+#pragma unroll
+    for (int p = 0; p < PACKS; ++p) {
+      auto* word = reinterpret_cast<Word*>(&pack[p]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) asm volatile("" : "+r"(word[i]));
+    }
+  }
+};
 
 template <class T>
 __device__ inline void store_eight(T* to, const float* from) {
@@ -65,14 +86,28 @@ struct Target {
 };
 
 // ALIGNED: neighboring columns are neighbors in memory and rows begin at multiples of 16 bytes.
+// Of 16-bit weights two blocks share a multiprocessor: one stores while the other loads.
 template <class W, class C, bool ALIGNED>
-__global__ void __launch_bounds__(WARPS * 32)
+__global__ void __launch_bounds__(WARPS * 32, sizeof(W) == 2 ? 2 : 1)
     rank_k_update_kernel(Target<W> weight, Target<C> copy, Factor left, Factor right, float alpha, int64_t rows,
                          int64_t columns, int64_t k) {
   __shared__ float left_part[DEPTH][BLOCK_ROWS];
-  __shared__ __align__(16) float right_part[DEPTH][BLOCK_COLUMNS];
+  __shared__ __align__(16) float right_part[DEPTH][2 * HALF];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t row0 = int64_t(blockIdx.y) * BLOCK_ROWS, column0 = int64_t(blockIdx.x) * BLOCK_COLUMNS;
+
+  const int64_t column = column0 + lane * LANE_COLUMNS, first_row = row0 + warp * ROWS_PER_WARP;
+
+  // All of the weight that this lane changes is on its way before anything waits: a store after each load would hold
+  // back the next load, because the compiler cannot know that they are of different addresses.
+  const bool whole = ALIGNED && column + LANE_COLUMNS <= columns;
+  Eight<W> before[ROWS_PER_WARP];
+  if (whole) {
+#pragma unroll
+    for (int r = 0; r < ROWS_PER_WARP; ++r) {
+      if (first_row + r < rows) before[r].load(weight.data + (first_row + r) * weight.row_stride + column);
+    }
+  }
 
   float sum[ROWS_PER_WARP][LANE_COLUMNS] = {};
   for (int64_t k0 = 0; k0 < k; k0 += DEPTH) {
@@ -85,35 +120,37 @@ __global__ void __launch_bounds__(WARPS * 32)
     for (int i = threadIdx.x; i < DEPTH * BLOCK_COLUMNS; i += blockDim.x) {
       const int p = i / BLOCK_COLUMNS, c = i % BLOCK_COLUMNS;
       const bool inside = p < depth && column0 + c < columns;
-      right_part[p][c] = inside ? right.data[(column0 + c) * right.row_stride + (k0 + p) * right.k_stride] : 0.0f;
+      right_part[p][right_place(c)] =
+          inside ? right.data[(column0 + c) * right.row_stride + (k0 + p) * right.k_stride] : 0.0f;
     }
     __syncthreads();
     for (int p = 0; p < depth; ++p) {
-      float b[LANE_COLUMNS];
-      load_eight(&right_part[p][lane * LANE_COLUMNS], b);
+      Eight<float> b;
+      b.pack[0] = *reinterpret_cast<const Pack<float>*>(&right_part[p][lane * 4]);
+      b.pack[1] = *reinterpret_cast<const Pack<float>*>(&right_part[p][HALF + lane * 4]);
 #pragma unroll
       for (int r = 0; r < ROWS_PER_WARP; ++r) {
         const float a = left_part[p][warp * ROWS_PER_WARP + r];
 #pragma unroll
-        for (int c = 0; c < LANE_COLUMNS; ++c) sum[r][c] = fmaf(a, b[c], sum[r][c]);
+        for (int c = 0; c < LANE_COLUMNS; ++c) sum[r][c] = fmaf(a, b.get(c), sum[r][c]);
       }
     }
     __syncthreads();
   }
 
-  const int64_t column = column0 + lane * LANE_COLUMNS;
+#pragma unroll
+  for (int r = 0; r < ROWS_PER_WARP; ++r) before[r].stay_as_they_are();
 #pragma unroll
   for (int r = 0; r < ROWS_PER_WARP; ++r) {
-    const int64_t row = row0 + warp * ROWS_PER_WARP + r;
+    const int64_t row = first_row + r;
     if (row >= rows || column >= columns) continue;
     const int64_t w_step = ALIGNED ? 1 : weight.step, c_step = ALIGNED ? 1 : copy.step;
     W* w = weight.data + row * weight.row_stride + column * w_step;
     C* c = copy.data ? copy.data + row * copy.row_stride + column * c_step : nullptr;
-    if (ALIGNED && column + LANE_COLUMNS <= columns) {
+    if (whole) {
       float value[LANE_COLUMNS];
-      load_eight(w, value);
 #pragma unroll
-      for (int i = 0; i < LANE_COLUMNS; ++i) value[i] += sum[r][i];
+      for (int i = 0; i < LANE_COLUMNS; ++i) value[i] = before[r].get(i) + sum[r][i];
       store_eight(w, value);
       if (c) store_eight(c, value);
     } else {

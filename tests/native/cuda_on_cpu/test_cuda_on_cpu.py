@@ -51,6 +51,8 @@ def test_the_kernel_agrees_with_plain_loops_in_any_order_of_threads(kernel, tmp_
     (
         ("p < depth && row0 + r < rows", "p < depth"),  # reads past the rows of left
         ("column + LANE_COLUMNS <= columns", "column < columns"),  # writes past the end of a row
+        ("if (first_row + r < rows) before", "before"),  # reads past the rows of weight
+        ("column % 8 / 4 * HALF +", "column % 8 / 4 * (HALF - 16) / 2 +"),  # two columns in one place
         ("    __syncthreads();\n    for (int p = 0", "    for (int p = 0"),  # reads what others have not written yet
     ),
 )
