@@ -24,6 +24,8 @@ from kedit_fast.editing.values.objective import EarlierChunks
 from kedit_fast.editing.values.protocol import ValueStore
 from kedit_fast.editing.values.result import PROBLEMS, Values
 from kedit_fast.editing.values.shared import find_shared_values
+from kedit_fast.editing.values.slot_shape import SlotShape
+from kedit_fast.editing.values.slots import RecordedIteration
 from kedit_fast.editing.values.store import ValueFile
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
@@ -134,14 +136,17 @@ class BatchRun:
         """The subject of each request, where requests on one subject share a value; else None."""
         return [(p.request.subject or "").strip() for p in prepared] if self.context.recipe.merge else None
 
-    def find_values(self, indices: Sequence[int], layer: int) -> tuple[list[PreparedRequest], Values]:
+    def find_values(
+        self, indices: Sequence[int], layer: int, recorded: RecordedIteration | None = None
+    ) -> tuple[list[PreparedRequest], Values]:
         """Values of some requests, and which of them can be written; the others are skipped or raised.
 
-        The values are in the order of `Columns`: where targets are taken in chunks, a request has several.
+        The values are in the order of `Columns`: where targets are taken in chunks, a request has several. Calls that
+        share a `recorded` iteration (`recorded_iteration`) record it once.
         """
         context = self.context
         prepared = [self.prepared[i] for i in indices]
-        values = self._optimized(prepared, layer, context.hparams, context.value_store)
+        values = self._optimized(prepared, layer, context.hparams, context.value_store, recorded)
         problems = self._problems(prepared, values)
         if self.on_error == "raise":
             require_no_problems(problems)
@@ -152,6 +157,13 @@ class BatchRun:
         if not context.hparams.norm_anchor or not prepared:
             return prepared, values
         return self._anchored([indices[place] for place in usable], prepared, values, layer)
+
+    def recorded_iteration(self) -> RecordedIteration | None:
+        """An iteration for calls of `find_values` with any requests of the batch; None where none is recorded."""
+        if not self.context.hparams.values_graph:
+            return None
+        shape = SlotShape.of(self.prepared, self.context.view.max_length)
+        return None if shape is None else RecordedIteration(shape)
 
     def _problems(self, prepared: Sequence[PreparedRequest], values: Values) -> dict[int, str]:
         """Place of a request -> why its value cannot be written."""
@@ -243,7 +255,12 @@ class BatchRun:
         return anchor
 
     def _optimized(
-        self, prepared: Sequence[PreparedRequest], layer: int, hparams: Hparams, store: ValueStore | None
+        self,
+        prepared: Sequence[PreparedRequest],
+        layer: int,
+        hparams: Hparams,
+        store: ValueStore | None,
+        recorded: RecordedIteration | None = None,
     ) -> Values:
         """The values of requests at a layer, by these hyper-parameters, in the order of `Columns`."""
         context = self.context
@@ -264,6 +281,7 @@ class BatchRun:
                 store=store,
                 most=context.values_most,
                 progress=context.progress,
+                recorded=recorded,
             )
 
         spans = spans_of(prepared, hparams)

@@ -22,6 +22,7 @@ from kedit_fast.models.shared_prefixes import SharedRows
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.free_memory import free_bytes
+from kedit_fast.support.page_locked import Copied, PageLocked, copy_out, crosses
 from kedit_fast.support.sums import add_by_owner_
 from kedit_fast.support.torch_state import plain_torch
 
@@ -30,6 +31,8 @@ ROWS, TOKENS = 256, 16384
 """Prompts of one forward pass, and their tokens with padding, at most."""
 DEVICE_SHARE, HOST_SHARE = 0.25, 0.5
 """Shares of the free memory that the states between layers may take."""
+LOCKED_SHARE = 0.5
+"""Of the bytes for states on the host, page-locked at most: copies of these run beside what the host does."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,12 @@ class _Pass:
     entering: Entering | None = None
     has_no_room: bool = False
     """Whether the states found no room, so that they are computed again."""
+    on_host: bool = False
+    """Whether the states are on the host, beside a model that is not."""
+    locked: torch.Tensor | None = None
+    """Page-locked memory for them there; None for ordinary memory."""
+    copied: Copied | None = None
+    """The end of the last copy into `locked`."""
 
 
 class KeyPass:
@@ -130,6 +139,8 @@ class KeyPass:
             on_host = agreed_minimum(view.model, int(HOST_SHARE * free_bytes(torch.device("cpu"))))
         self.free = {"device": on_device, "host": on_host}
         """Place -> bytes that are left for states."""
+        self.locked = PageLocked(int(LOCKED_SHARE * on_host))
+        """Page-locked memory for states on the host."""
         self.stored_bytes = {"device": 0, "host": 0, "recomputed": 0}
         """Place -> bytes of the states there; "recomputed" for states without room."""
         rows = self._rows(prepared, spans)
@@ -274,6 +285,8 @@ class KeyPass:
     def _entering(self, part: _Pass) -> Entering | None:
         """A pass's states, on the device."""
         entering = part.entering
+        if part.copied is not None:
+            part.copied.synchronize()
         if entering is None or entering.states.device.type == self.view.device.type:
             return entering
         return replace(entering, states=entering.states.to(self.view.device, non_blocking=True))
@@ -284,7 +297,7 @@ class KeyPass:
             return
         size = entering.states.nbytes
         if part.entering is not None:
-            place = "device" if part.entering.states.device.type == self.view.device.type else "host"
+            place = "host" if part.on_host else "device"
         elif part.has_no_room:
             return
         else:
@@ -294,8 +307,21 @@ class KeyPass:
             if part.has_no_room:
                 return
             self.free[place] -= size
-        states = entering.states if place == "device" else entering.states.cpu()
+        part.on_host = place == "host"
+        states = self._copied_to_host(part, entering.states) if part.on_host else entering.states
         part.entering = replace(entering, states=states)
+
+    def _copied_to_host(self, part: _Pass, states: torch.Tensor) -> torch.Tensor:
+        """The states of a pass on the host; in page-locked memory the copy may still run."""
+        if not crosses(states.device, torch.device("cpu")):
+            return states.cpu()
+        if part.locked is None or (part.locked.shape, part.locked.dtype) != (states.shape, states.dtype):
+            part.locked = self.locked.empty(tuple(states.shape), states.dtype)
+        if part.locked is None:
+            return states.cpu()
+        # What the pass has read from this memory is read: these states were computed from it.
+        part.copied = copy_out(part.locked, states)
+        return part.locked
 
 
 @plain_torch()

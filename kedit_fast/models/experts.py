@@ -153,7 +153,39 @@ class ExpertRows:
     def experts(self) -> torch.Tensor:
         """[n] int64, the expert of each pair."""
         counts = self.offsets.diff()
-        return torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        every = torch.arange(len(counts), device=counts.device)
+        return every.repeat_interleave(counts, output_size=len(self.rows))  # without the size it waits for the device
+
+    @classmethod
+    def joined(cls, parts: Sequence[ExpertRows], tokens: Sequence[int]) -> ExpertRows:
+        """The pairs of several groups of tokens as those of one, without waiting for the device.
+
+        Args:
+            parts: of one experts module.
+            tokens: how many tokens each of them numbers; those of later parts get numbers behind those of earlier ones.
+
+        Cost: the rows are copied once.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.argsort(torch.cat([part.experts for part in parts]), stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        rows = parts[0].rows.new_empty(len(order), parts[0].rows.shape[1])
+        for part, places in zip(parts, place.split([len(part.rows) for part in parts]), strict=True):
+            rows.index_copy_(0, places, part.rows)
+        before = itertools.accumulate(tokens, initial=0)
+        numbers = [part.tokens + first for part, first in zip(parts, before, strict=False)]
+        shared = [part.shared for part in parts if part.shared is not None]
+        gates = [part.shared_gates for part in parts if part.shared_gates is not None]
+        return cls(
+            rows,
+            torch.cat([part.gates for part in parts])[order],
+            torch.cat(numbers)[order],
+            torch.stack([part.offsets for part in parts]).sum(0),
+            torch.cat(shared) if shared else None,
+            torch.cat(gates) if gates else None,
+        )
 
     def stacked(self, count_of_tokens: int) -> torch.Tensor:
         """The stacked keys [T, E m], k = g a in the expert's place and zero elsewhere, in float32 (float64 of float64).

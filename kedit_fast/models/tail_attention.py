@@ -48,6 +48,11 @@ class KeysValues:
         """The same with more places, of zeros, before and behind."""
         return KeysValues(*(torch.nn.functional.pad(part, (0, 0, before, behind)) for part in (self.keys, self.values)))
 
+    def write_(self, rows: torch.Tensor, other: KeysValues) -> None:
+        """Put the rows of another in the place of some of these, in their memory."""
+        for part, new in ((self.keys, other.keys), (self.values, other.values)):
+            part[rows.to(part.device)] = new
+
     def select(self, rows: torch.Tensor, begin: int, end: int) -> KeysValues:
         """Some of the rows, from place `begin` up to place `end`."""
         return KeysValues(*(part[rows.to(part.device), :, begin:end].contiguous() for part in (self.keys, self.values)))
@@ -78,6 +83,17 @@ class Layout:
         self.is_key = torch.cat([slots >= 0, inside], 1)
         self.queries_at = positions
         self._bias: dict[int | None, torch.Tensor] = {}
+
+    def write_(self, rows: torch.Tensor, other: Layout) -> None:
+        """Lay out some rows as those of another layout, in this one's own memory. All places of tails hold tokens.
+
+        Args:
+            rows: [n] int64.
+            other: of n rows, with as many places.
+        """
+        self.keys_at[rows], self.is_key[rows], self.queries_at[rows] = other.keys_at, other.is_key, other.queries_at
+        for window, bias in self._bias.items():
+            bias[rows] = other.bias(window)
 
     @property
     def windows(self) -> set[int | None]:

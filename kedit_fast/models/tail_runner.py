@@ -127,31 +127,64 @@ class TailRunner:
     def append(self, other: TailRunner) -> TailRunner:
         """A runner with the rows of both, which are of one model and have the same sites."""
         prefix, tail = max(self.prefix, other.prefix), max(self.ids.shape[1], other.ids.shape[1])
-        # Places to add before the prefixes and behind the tails of each.
-        padded = [(runner, prefix - runner.prefix, tail - runner.ids.shape[1]) for runner in (self, other)]
+        first, second = (one.padded(prefix - one.prefix, tail - one.ids.shape[1]) for one in (self, other))
         entering = None
-        if self.entering is not None and other.entering is not None:
-            behind = [(0, 0, 0, places) for _, _, places in padded]
-            entering = torch.cat([pad_with_zeros(self.entering, behind[0]), pad_with_zeros(other.entering, behind[1])])
+        if first.entering is not None and second.entering is not None:
+            entering = torch.cat([first.entering, second.entering])
         return TailRunner(
             view=self.view,
             sites=self.sites,
             packs_rows=self.packs_rows,
             returns_tuple=self.returns_tuple,
             prefix=prefix,
-            lookup=torch.cat([self.lookup, other.lookup]),
-            ids=torch.cat([pad_with_zeros(runner.ids, (0, behind)) for runner, _, behind in padded]),
-            positions=torch.cat([pad_with_zeros(runner.positions, (0, behind)) for runner, _, behind in padded]),
-            inside=torch.cat([pad_with_zeros(runner.inside, (0, behind)) for runner, _, behind in padded]),
-            mask=torch.cat([pad_with_zeros(runner.mask, (before, behind)) for runner, before, behind in padded]),
+            lookup=torch.cat([first.lookup, second.lookup]),
+            ids=torch.cat([first.ids, second.ids]),
+            positions=torch.cat([first.positions, second.positions]),
+            inside=torch.cat([first.inside, second.inside]),
+            mask=torch.cat([first.mask, second.mask]),
             entering=entering,
             caches={
-                layer: tail_attention.KeysValues.cat(
-                    [runner.caches[layer].padded(before, behind) for runner, before, behind in padded]
-                )
+                layer: tail_attention.KeysValues.cat([first.caches[layer], second.caches[layer]])
                 for layer in self.caches
             },
         )
+
+    def padded(self, before: int, behind: int) -> TailRunner:
+        """A runner with more places, which hold no token: before the prefixes and behind the tails."""
+        if before == behind == 0:
+            return self
+        return TailRunner(
+            view=self.view,
+            sites=self.sites,
+            packs_rows=self.packs_rows,
+            returns_tuple=self.returns_tuple,
+            prefix=self.prefix + before,
+            lookup=self.lookup,
+            ids=pad_with_zeros(self.ids, (0, behind)),
+            positions=pad_with_zeros(self.positions, (0, behind)),
+            inside=pad_with_zeros(self.inside, (0, behind)),
+            mask=pad_with_zeros(self.mask, (before, behind)),
+            entering=None if self.entering is None else pad_with_zeros(self.entering, (0, 0, 0, behind)),
+            caches={layer: cache.padded(before, behind) for layer, cache in self.caches.items()},
+        )
+
+    def write_(self, rows: torch.Tensor, other: TailRunner) -> None:
+        """Put the rows of another runner in the place of some of this one's, in its own memory.
+
+        Args:
+            rows: [n] int64.
+            other: of n rows of the same model and sites, with as many places for prefixes and tails. Every place of
+                the tails of both holds a token, so that what is computed has one shape.
+        """
+        for name in ("lookup", "ids", "positions", "mask"):
+            part: torch.Tensor = getattr(self, name)
+            part[rows.to(part.device)] = getattr(other, name)
+        if self.entering is not None and other.entering is not None:
+            self.entering[rows.to(self.entering.device)] = other.entering
+        for layer, cache in self.caches.items():
+            cache.write_(rows, other.caches[layer])
+        if self.layout is not None and other.layout is not None:
+            self.layout.write_(rows.to(self.lookup.device), other.layout)
 
     @plain_torch()
     def run(self, delta: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

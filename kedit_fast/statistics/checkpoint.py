@@ -83,6 +83,8 @@ def save(folder: Path, progress: Progress, sums: Mapping[int, MomentSum], side: 
     Raises:
         StatisticsError: a sum is not finite, or the file cannot be written; the previous checkpoint stays.
     """
+    for total in sums.values():
+        total.flush()
     tensors = {str(layer): total.sum.cpu() for layer, total in sums.items()}
     tensors |= {_shared(layer): total.shared.cpu() for layer, total in sums.items() if total.shared is not None}
     for layer, total in sums.items():

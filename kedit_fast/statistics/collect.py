@@ -29,6 +29,7 @@ from kedit_fast.statistics.updates import CountedRows, Updates, real_positions, 
 from kedit_fast.support import process_group
 from kedit_fast.support.dtypes import dtype_name
 from kedit_fast.support.messages import comma_list
+from kedit_fast.support.page_locked import HostStage
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
@@ -147,7 +148,8 @@ def collect_statistics(
 
     Cost: a pass through the blocks up to the last layer, and tokens * d (d + 1) flops per layer; with k of E experts a
         token, tokens * k m (m + 1), and their activations once more. Memory: 8 d^2 bytes per layer (8 E m^2) and one
-        batch (two on a GPU, whose updates and forward passes overlap). Where the sums of all layers
+        batch (two on a GPU, whose updates and forward passes overlap, and where there is room for them the inputs of up
+        to `memory_plan.UPDATE_ROWS` tokens of each layer, which wait for one update). Where the sums of all layers
         do not fit, there are several passes. With several processes and `max_tokens` the text is tokenized twice.
         An output metric: a forward pass to the logits and a backward pass to the lowest layer over its tokens, two to
         three times a forward pass; memory for what that pass needs of a batch in all blocks above, and 8 out^2 bytes.
@@ -294,15 +296,17 @@ class Job:
     def accumulators(self, group: Group) -> dict[int, MomentSum]:
         """Empty sums of a group's layers."""
         sums: dict[int, MomentSum] = {}
+        stage = HostStage()
         for layer in group.layers:
             name, device = self.view.module_name(layer), self.view.row_device(layer)
             master = torch.device("cpu") if group.on_cpu else device
             stack = stack_of(self.view, layer, self.side)
             if stack is not None:
-                shared = stack.shared_inputs
-                sums[layer] = ExpertMomentSum(name, stack.count, stack.inputs, device, master, shared)
+                shared, size = stack.shared_inputs, stack.inputs
+                sums[layer] = ExpertMomentSum(name, stack.count, size, device, master, shared, group.update_rows, stage)
             else:
-                sums[layer] = SecondMomentAccumulator(name, side_size(self.view, layer, self.side), device, master)
+                size = side_size(self.view, layer, self.side)
+                sums[layer] = SecondMomentAccumulator(name, size, device, master, group.update_rows, stage)
         return sums
 
     @plain_torch()
@@ -345,9 +349,11 @@ class Job:
                     self._add(documents, sums, updates)
                     bar.update(sum(map(len, documents)))
                     if saver is not None and saver.due():
+                        updates.flush(sums.values())
                         updates.wait()
                         saver.save(replace(window.before, batches=number, until=window.after.digest))
                 end = window.after
+            updates.flush(sums.values())
         return end
 
     def _add(self, documents: list[Document], sums: Mapping[int, MomentSum], updates: Updates) -> None:

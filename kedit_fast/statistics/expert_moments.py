@@ -20,6 +20,7 @@ from kedit_fast.ops import grouped_symmetric_rank_k_update_, symmetric_rank_k_up
 from kedit_fast.statistics.moments import MomentSum, SecondMoment
 from kedit_fast.support.dtypes import accumulation_dtype
 from kedit_fast.support.messages import comma_list
+from kedit_fast.support.page_locked import HostStage
 from kedit_fast.support.torch_state import plain_torch
 
 _log = logging.getLogger("kedit_fast")
@@ -40,6 +41,8 @@ class ExpertMomentSum(MomentSum):
         device: of the rows.
         master: device of the sum, the rows' for None. Where it is another one, products are summed beside the rows for
             as many experts at a time as fit into STAGED_BYTES.
+        update_rows: what tokens chose waits until there are so many tokens (`flush` adds fewer); 0 adds it at once.
+        stage: buffers for the way to a sum on the host, which sums can share; None for its own.
 
     Example:
         >>> chosen = ExpertRows(torch.ones(3, 2), torch.tensor([0.5, 0.5, 2.0]), torch.tensor([0, 1, 0]),
@@ -59,8 +62,12 @@ class ExpertMomentSum(MomentSum):
         device: torch.device | str = "cpu",
         master: torch.device | str | None = None,
         shared: int = 0,
+        update_rows: int = 0,
+        stage: HostStage | None = None,
     ):
-        super().__init__(module, (experts, size, size), device, master)
+        super().__init__(module, (experts, size, size), device, master, stage)
+        self._update_rows = update_rows
+        self._waiting: list[tuple[ExpertRows, int, torch.Tensor | None]] = []  # with their tokens, and the weights
         if shared:
             self.shared = torch.zeros(shared, shared, dtype=torch.float64, device=master or device)
         self.tokens_by_expert = torch.zeros(experts, dtype=torch.int64, device=device)
@@ -81,6 +88,32 @@ class ExpertMomentSum(MomentSum):
 
         Cost: n m (m + 1) flops for n pairs.
         """
+        self.count += totals[0]
+        self.weight += totals[1]
+        if not self._update_rows:
+            self._add(chosen, weights)
+            return
+        tokens = totals[0] if weights is None else len(weights)
+        waiting = sum(count for _, count, _ in self._waiting)
+        if waiting + tokens > self._update_rows:
+            self.flush()
+        self._waiting.append((chosen, tokens, weights))
+
+    @plain_torch()
+    def flush(self) -> None:
+        """Add what waits to the sum."""
+        if not self._waiting:
+            return
+        parts, tokens, weights = zip(*self._waiting, strict=True)
+        self._waiting = []
+        given = None
+        if any(part is not None for part in weights):
+            like = next(part for part in weights if part is not None)
+            ones = (like.new_ones(count) if part is None else part for part, count in zip(weights, tokens, strict=True))
+            given = torch.cat(list(ones))
+        self._add(ExpertRows.joined(parts, tokens), given)
+
+    def _add(self, chosen: ExpertRows, weights: torch.Tensor | None) -> None:
         assert self.tokens_by_expert is not None
         row_weights, offsets = chosen.gates.double().square(), chosen.offsets
         if weights is None:
@@ -96,8 +129,6 @@ class ExpertMomentSum(MomentSum):
         if self.shared is not None:
             self._add_shared(self.shared, chosen, weights)
         self.tokens_by_expert += by_expert.to(self.tokens_by_expert.device)
-        self.count += totals[0]
-        self.weight += totals[1]
 
     def _add_shared(self, total: torch.Tensor, chosen: ExpertRows, weights: torch.Tensor | None) -> None:
         """Add s^2 a a^T of shared experts to their sum."""
@@ -109,7 +140,7 @@ class ExpertMomentSum(MomentSum):
         if self._staged:
             part = torch.zeros(total.shape, dtype=accumulation_dtype(rows), device=rows.device)
             symmetric_rank_k_update_(part, rows, weights)
-            total.add_(part.to(total.device))
+            self._stage.add_lower_(total, part)
         else:
             symmetric_rank_k_update_(total, rows, weights)
 
@@ -127,7 +158,7 @@ class ExpertMomentSum(MomentSum):
             part = torch.zeros(last - first, size, size, dtype=dtype, device=chosen.rows.device)
             offsets = chosen.offsets[first : last + 1] - begin
             grouped_symmetric_rank_k_update_(part, chosen.rows[begin:end], offsets, row_weights[begin:end])
-            self.sum[first:last].add_(part.to(self.sum.device))
+            self._stage.add_lower_(self.sum[first:last], part)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -31,6 +31,12 @@ STATES = 16
 STATES_A_BLOCK = 6
 """As many more that a block is assumed to hold in a pass with gradients."""
 
+UPDATE_ROWS = 16384
+"""Rows that are collected on a GPU before one update of a sum, at most. The fp64 sum of d inputs is read and written at
+each update: 1.6 GB for d = 14336, beside products of 2 d^2 operations a row."""
+BUFFER_SHARE = 0.5
+"""Of what the sums leave free, for rows that wait for an update."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -39,6 +45,8 @@ class Group:
     layers: tuple[int, ...]
     on_cpu: bool
     """Whether their sums are on the host instead of beside the layers' inputs."""
+    update_rows: int = 0
+    """Rows of each layer that are collected, beside the model, before one update of its sum; 0 for those of a batch."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,8 @@ class Needs:
     """The most that files and checkpoints take at once."""
     side: Side = "input"
     """Of which rows the moments are."""
+    buffer_bytes: int = 0
+    """The largest total of rows that wait for an update of the sums, beside the model; 0 where none wait."""
 
 
 def needs(view: ModelView, groups: Sequence[Group], side: Side = "input") -> Needs:
@@ -70,7 +80,8 @@ def needs(view: ModelView, groups: Sequence[Group], side: Side = "input") -> Nee
         files += size
     largest = groups[sizes.index(max(sizes))]
     layers = tuple(sorted(layer for group in groups for layer in group.layers))
-    return Needs(layers, len(groups), max(sizes), largest.on_cpu, files, most, side)
+    waiting = max(sum(group.update_rows * row_bytes(view, layer, side) for layer in group.layers) for group in groups)
+    return Needs(layers, len(groups), max(sizes), largest.on_cpu, files, most, side, waiting)
 
 
 def side_size(view: ModelView, layer: int, side: Side) -> int:
@@ -96,6 +107,14 @@ def sum_bytes(view: ModelView, layer: int, side: Side = "input") -> int:
     stack = stack_of(view, layer, side)
     shared = 0 if stack is None else stack.shared_inputs
     return 8 * (math.prod(sum_shape(view, layer, side)) + shared * shared)
+
+
+def row_bytes(view: ModelView, layer: int, side: Side = "input") -> int:
+    """Bytes of a token's row that waits for an update; of experts also of the copy that is sorted by expert."""
+    itemsize = computing_dtype(view.base).itemsize
+    if stack_of(view, layer, side) is None:
+        return itemsize * side_size(view, layer, side)
+    return 2 * itemsize * row_widths(view, layer)[1]
 
 
 def check_masters(masters: str) -> None:
@@ -149,6 +168,9 @@ def plan_groups(
         )
     chosen = min(possible, key=len)  # the first of those with the fewest passes
     chosen = process_group.gather(chosen)[0]  # the same for all processes
+    rows = [_update_rows(view, group, batch_tokens, budget, side, held) for group in chosen]
+    rows = [min(of_group) for of_group in zip(*process_group.gather(rows), strict=True)]
+    chosen = [replace(group, update_rows=count) for group, count in zip(chosen, rows, strict=True)]
     if len(chosen) > 1:
         parts = "; ".join(comma_list(group.layers) for group in chosen)
         _log.warning(
@@ -181,6 +203,28 @@ def _room(view: ModelView, device: torch.device, batch_tokens: int, layer: int, 
     if device.type == "cpu":
         share /= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of a job on this host
     return max(0, int(share * free_bytes(device)) - batch)
+
+
+def _waits(device: torch.device) -> bool:
+    """Whether rows wait for an update: on a CPU the sum is in the way of the products less, and memory is dearer."""
+    return device.type == "cuda"
+
+
+def _update_rows(view: ModelView, group: Group, batch_tokens: int, budget: int | None, side: Side, held: int) -> int:
+    """Rows of each layer that are collected before an update; 0 where there is no room for those of two batches."""
+    rows: dict[torch.device, int] = {}  # bytes of a row of all layers
+    sums: dict[torch.device, int] = {}  # bytes that sums take, or the products of one layer on their way to the host
+    for layer in group.layers:
+        device = view.row_device(layer)
+        if not _waits(device):
+            return 0
+        rows[device] = rows.get(device, 0) + row_bytes(view, layer, side)
+        size = sum_bytes(view, layer, side)
+        sums[device] = max(sums.get(device, 0), size) if group.on_cpu else sums.get(device, 0) + size
+    room = {device: _room(view, device, batch_tokens, group.layers[0], budget, held) for device in rows}
+    most = min(int(BUFFER_SHARE * max(0, room[device] - sums[device])) // rows[device] for device in rows)
+    most = min(most, UPDATE_ROWS)
+    return most if most >= 2 * batch_tokens else 0
 
 
 def _grouped(

@@ -10,8 +10,10 @@ import torch
 
 from kedit_fast.errors import InvalidArgumentError, StatisticsError
 from kedit_fast.ops import mirror_, symmetric_rank_k_update_
+from kedit_fast.statistics.row_buffer import RowBuffer
 from kedit_fast.support import process_group
 from kedit_fast.support.dtypes import FLOATS, accumulation_dtype, describe_tensor
+from kedit_fast.support.page_locked import HostStage
 from kedit_fast.support.torch_state import plain_torch
 
 CHUNK = 1024
@@ -38,7 +40,10 @@ class SecondMoment:
 
 
 class MomentSum:
-    """A sum of w k k^T over rows: `result()` and `finish()` return the mean. What adds rows is up to its kinds."""
+    """A sum of w k k^T over rows: `result()` and `finish()` return the mean. What adds rows is up to its kinds.
+
+    Rows may wait for others (`flush`); `count` and `weight` have them already, `sum` and `tokens_by_expert` have not.
+    """
 
     @plain_torch()
     def __init__(
@@ -47,6 +52,7 @@ class MomentSum:
         shape: tuple[int, ...],
         device: torch.device | str = "cpu",
         master: torch.device | str | None = None,
+        stage: HostStage | None = None,
     ):
         self.module = module
         self.count = 0
@@ -56,15 +62,21 @@ class MomentSum:
         self.device = torch.device(device)
         self.sum = torch.zeros(shape, dtype=torch.float64, device=master or device)  # lower triangles
         self._staged = torch.device(master or device) != self.device
+        self._stage = stage or HostStage()
+
+    def flush(self) -> None:
+        """Add the rows that wait to the sum. On a GPU, on the stream of the updates."""
 
     @plain_torch()
     def result(self) -> SecondMoment:
         """The mean so far; raises StatisticsError when no row was added, or the mean is not finite."""
+        self.flush()
         return self._mean(self.sum.clone(), None if self.shared is None else self.shared.clone())
 
     @plain_torch()
     def finish(self) -> SecondMoment:
         """As `result`, in the memory of the sum: nothing can be added afterwards."""
+        self.flush()
         total, self.sum = self.sum, self.sum.new_empty(*(0 for _ in self.sum.shape))
         shared, self.shared = self.shared, None
         return self._mean(total, shared)
@@ -85,6 +97,7 @@ class MomentSum:
     @plain_torch()
     def reduce_(self) -> None:
         """Add up the sums of all processes; afterwards every process has the total."""
+        self.flush()
         process_group.sum_(self.sum)
         if self.shared is not None:
             process_group.sum_(self.shared)
@@ -106,12 +119,31 @@ class SecondMomentAccumulator(MomentSum):
         device: of the rows.
         master: device of the sum, the rows' for None. Where it is another one, the products of one call are summed in a
             [d, d] matrix beside the rows, which is then added to the sum.
+        update_rows: rows without a mask wait, in memory beside the sum, until there are so many (`flush` adds fewer); 0
+            adds them at once.
+        stage: buffers for the way to a sum on the host, which sums can share; None for its own.
+
+    Example:
+        >>> total = SecondMomentAccumulator("rows", 4, update_rows=100)
+        >>> total.update(torch.ones(60, 4))
+        >>> total.count, float(total.sum[0, 0])     # they wait
+        (60, 0.0)
+        >>> total.update(torch.ones(60, 4))         # 100 are added, 20 wait
+        >>> float(total.sum[0, 0]), float(total.result().moment[0, 0])
+        (100.0, 1.0)
     """
 
     def __init__(
-        self, module: str, size: int, device: torch.device | str = "cpu", master: torch.device | str | None = None
+        self,
+        module: str,
+        size: int,
+        device: torch.device | str = "cpu",
+        master: torch.device | str | None = None,
+        update_rows: int = 0,
+        stage: HostStage | None = None,
     ):
-        super().__init__(module, (size, size), device, master)
+        super().__init__(module, (size, size), device, master, stage)
+        self._waiting = RowBuffer(update_rows) if update_rows else None
 
     @plain_torch()
     def update(
@@ -130,16 +162,29 @@ class SecondMomentAccumulator(MomentSum):
             totals: the number of rows that count and the sum of their weights, if the caller knows them: reading them
                 from the tensors would wait for the device.
         """
-        if self._staged:
-            dtype = accumulation_dtype(rows)
-            part = torch.zeros(self.sum.shape, dtype=dtype, device=rows.device)
-            symmetric_rank_k_update_(part, rows, weights, mask)
-            self.sum.add_(part.to(self.sum.device))
+        if self._waiting is None or mask is not None or not self._waiting.takes(rows, weights, self.sum.shape[0]):
+            self._add(rows, weights, mask)
         else:
-            symmetric_rank_k_update_(self.sum, rows, weights, mask)
+            for part, of_part in self._waiting.put(rows, weights):
+                self._add(part, of_part)
         count, weight = totals or _totals(rows.shape[0], mask, weights)
         self.count += count
         self.weight += weight
+
+    @plain_torch()
+    def flush(self) -> None:
+        """Add the rows that wait to the sum."""
+        if self._waiting is not None:
+            for rows, weights in self._waiting.take():
+                self._add(rows, weights)
+
+    def _add(self, rows: torch.Tensor, weights: torch.Tensor | None, mask: torch.Tensor | None = None) -> None:
+        if self._staged:
+            part = torch.zeros(self.sum.shape, dtype=accumulation_dtype(rows), device=rows.device)
+            symmetric_rank_k_update_(part, rows, weights, mask)
+            self._stage.add_lower_(self.sum, part)
+        else:
+            symmetric_rank_k_update_(self.sum, rows, weights, mask)
 
 
 class CrossMomentAccumulator:

@@ -11,6 +11,7 @@ import torch
 
 from kedit_fast.models.experts import ExpertInputs, ExpertRows
 from kedit_fast.statistics.expert_moments import ExpertMomentSum
+from kedit_fast.statistics.moments import MomentSum
 
 
 def real_positions(lengths: Sequence[int], width: int) -> torch.Tensor | None:
@@ -91,8 +92,12 @@ class _Chosen:
 
 
 def _gathers(device: torch.device) -> bool:
-    """Whether rows are gathered: on a GPU an update takes 1.8 times as long with a mask (H200, bf16, d 14336)."""
-    return device.type == "cuda"
+    """Whether rows are gathered: on a GPU an update takes 1.8 times as long with a mask (H200, bf16, d 14336).
+
+    On other devices plain torch would wait to learn how many rows a mask leaves. The C++ kernels leave rows out while
+    they pack them, so on a CPU a copy would only come on top.
+    """
+    return device.type != "cpu"
 
 
 class Updates:
@@ -128,6 +133,11 @@ class Updates:
             for tensor in reads:
                 if tensor is not None:
                     tensor.record_stream(stream)
+
+    def flush(self, sums: Iterable[MomentSum]) -> None:
+        """Add the rows that wait in sums to them, beside what comes next."""
+        for total in sums:
+            self.run(total.device, total.flush, ())
 
     def next_batch(self) -> None:
         """Wait for the updates of the previous batch; those of this one may still run."""

@@ -181,11 +181,13 @@ def _say_needs(needs: Needs) -> None:
         return
     subject = "layers" if needs.side == "input" else "output metrics of layers"
     passes = "1 pass" if needs.passes == 1 else f"{needs.passes} passes"
+    waiting = f", rows that wait for them {size_text(needs.buffer_bytes)}" if needs.buffer_bytes else ""
     notices.print(
         f"kedit-fast: {subject} {comma_list(needs.layers)} ({len(needs.layers)} in {passes} over the text): "
         "fp64 sums of "
         f"{'' if needs.passes == 1 else 'up to '}{size_text(needs.sum_bytes)} "
-        f"{'on the host' if needs.on_cpu else 'beside the model'}; files of {size_text(needs.file_bytes)}, up to "
+        f"{'on the host' if needs.on_cpu else 'beside the model'}"
+        f"{waiting}; files of {size_text(needs.file_bytes)}, up to "
         f"{size_text(needs.disk_bytes)} with checkpoints",
         markup=False,
     )

@@ -9,6 +9,7 @@ import torch
 from kedit_fast.editing.batch_run import BatchRun
 from kedit_fast.editing.keys import KeyPass, KeysAndOutputs
 from kedit_fast.editing.values.chunks import Columns
+from kedit_fast.editing.values.slots import RecordedIteration
 from kedit_fast.methods.recipe import ValueKey
 from kedit_fast.models.forward import Site
 from kedit_fast.solver.expert_update import ExpertUpdate
@@ -40,15 +41,16 @@ and the residual [out] there."""
 
 def write_one_by_one(batch: BatchRun) -> None:
     """Write every request of the batch before the value of the next one is looked for."""
+    recorded = batch.recorded_iteration()
     for index in range(len(batch.prepared)):
-        _write_one(batch, index)
+        _write_one(batch, index, recorded)
 
 
-def _write_one(batch: BatchRun, index: int) -> None:
+def _write_one(batch: BatchRun, index: int, recorded: RecordedIteration | None) -> None:
     context, recipe = batch.context, batch.context.recipe
     (layer,) = context.hparams.layers
     site = Site(layer, context.site)
-    prepared, values = batch.find_values([index], layer)
+    prepared, values = batch.find_values([index], layer, recorded)
     if not prepared:
         return
     with batch.timed("keys"):

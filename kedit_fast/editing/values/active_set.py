@@ -17,8 +17,8 @@ from kedit_fast.support.sums import add_by_owner_
 class ActiveSet:
     """The v requests being optimized now; row i of every tensor belongs to one request.
 
-    A field is a tensor with a row for each request, or None, or has `select` and `append` of its own. So a new field
-    takes part in `select`, `append` and `copy_` without being named in them.
+    A field is a tensor with a row for each request, or None, or has `select`, `append` and `write_` of its own. So a
+    new field takes part in `select`, `append`, `copy_` and `write_` without being named in them.
     """
 
     objective: Objective
@@ -135,6 +135,21 @@ class ActiveSet:
         for name, part in self._parts().items():
             if isinstance(part, torch.Tensor) and others[name] is not part:
                 part.copy_(others[name])
+
+    def write_(self, rows: torch.Tensor, other: ActiveSet) -> None:
+        """Put the requests of another set in the place of some of this one's, in its own tensors.
+
+        Args:
+            rows: [n] int64, of those that go.
+            other: of n requests without groups, of one shape with these; see `Objective.write_`.
+        """
+        assert self.leader is None and other.leader is None
+        others = other._parts()
+        for name, part in self._parts().items():
+            if isinstance(part, torch.Tensor):
+                part[rows] = others[name]
+            elif part is not None:
+                part.write_(rows, others[name])
 
     def _parts(self) -> dict[str, Any]:
         """What the constructor takes, by name."""

@@ -22,6 +22,7 @@ class GraphedStep:
         self.step = step
         self.runs = 0
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.stream: torch.cuda.Stream | None = None  # of all warm-ups: each stream would hold memory of its own
 
     def run(self) -> None:
         """Run the step once."""
@@ -35,11 +36,12 @@ class GraphedStep:
         self.graph.replay()
 
     def _warm_up(self) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             self.step()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         self.runs += 1
 
 

@@ -33,6 +33,8 @@ from kedit_fast.editing.values.cuda_graph import GraphedStep, graph_obstacle
 from kedit_fast.editing.values.objective import Drift, EarlierChunks, Objective, Terms
 from kedit_fast.editing.values.order import by_length, in_groups
 from kedit_fast.editing.values.result import PROBLEMS, OnProblem, Values
+from kedit_fast.editing.values.slot_shape import SlotShape
+from kedit_fast.editing.values.slots import MOST_SLOTS, RecordedIteration, Slots
 from kedit_fast.editing.values.stop_rules import MOST_PROBABLE, STOP_RULES, Stopping
 from kedit_fast.editing.values.values_dtype import multiplying, value_matrices
 from kedit_fast.errors import EditError
@@ -81,6 +83,7 @@ def find_values(
     most: int | None = None,
     progress: bool = False,
     finished: Callable[[Sequence[int], Values], None] | None = None,
+    recorded: RecordedIteration | None = None,
 ) -> Values:
     """Optimize the value of each request at layer `layer`.
 
@@ -106,6 +109,8 @@ def find_values(
             for as many as fit.
         progress: show a bar on stderr.
         finished: called with the indices and values of requests when they are done.
+        recorded: with `values_graph`, an iteration that calls like this one share, so that it is recorded once; None to
+            record one for this call.
 
     Raises:
         EditError: a loss or gradient that is not finite, naming the request; the site "block" in a model with a norm
@@ -153,6 +158,7 @@ def find_values(
             on_problem=on_problem,
             finished=finished,
             matrices=matrices,
+            recorded=recorded,
         )
         return optimizer.run(bar)
 
@@ -185,6 +191,7 @@ class ValueOptimizer:
         on_problem: OnProblem = "raise",
         finished: Callable[[Sequence[int], Values], None] | None = None,
         matrices: HalfMatrices | None = None,
+        recorded: RecordedIteration | None = None,
     ):
         self.matrices = matrices
         self.view, self.prepared, self.sites, self.hparams = view, prepared, sites, hparams
@@ -209,6 +216,8 @@ class ValueOptimizer:
         if self.uses_graph and pass_kind(view, tuple(sites)) == "whole prompts":
             raise EditError("values_graph needs a model in which the tails of prompts can run alone")
         self.graphed_step: GraphedStep | None = None  # of the requests that are active now
+        self.slots: Slots | None = None  # of the active requests, where these have a recorded iteration for good
+        self.recorded = recorded
         self.iteration = 0
         self.last_iterations: set[int] = set()  # of requests that were admitted together and do not stop before
 
@@ -222,25 +231,62 @@ class ValueOptimizer:
                 active = self._admit(self._retire_finished(active, running))
                 if not bar.disable:
                     bar.update(self._progress(active) - bar.n)
+        if self.recorded is not None and self.slots is not None:
+            self.recorded.step, self.recorded.slots = self.graphed_step, self.slots
         return Values.in_order(self.retired, self.view.head.device)
 
     def _admit(self, active: ActiveSet | None) -> ActiveSet | None:
         """Requests from the queue join the active ones as long as there is room for them."""
+        if (shape := self._slot_shape) is not None:
+            return self._fill_slots(shape)
         while self.queue and (active is None or len(active) + self.admission <= self.size):
             admitted: list[list[int]] = []
             while self.queue and sum(map(len, admitted)) < self.admission:
                 admitted.append(self.queue.pop(0))
             requests = [i for group in admitted for i in group]
             leaders = [requests.index(group[0]) for group in admitted for _ in group] if self.has_groups else None
-            earlier = None if self.earlier is None else [self.earlier[i] for i in requests]
-            prepared = [self.prepared[i] for i in requests]
-            objective = Objective.build(self.view, prepared, self.sites, self.decay_power, self.drift, earlier)
-            starting = None if self.starting is None else [self.starting[i] for i in requests]
-            entering = ActiveSet.start(objective, requests, leaders, self.clamp, self.rate_scale, starting)
+            entering = self._started(requests, leaders)
             active = entering if active is None else active.append(entering)
             self.last_iterations.add(self.iteration + self.hparams.v_num_grad_steps)
             self.graphed_step = None
         return active
+
+    def _started(
+        self, requests: Sequence[int], leaders: Sequence[int] | None = None, shape: SlotShape | None = None
+    ) -> ActiveSet:
+        """Requests before their first iteration, after the full pass over their prompts."""
+        earlier = None if self.earlier is None else [self.earlier[i] for i in requests]
+        starting = None if self.starting is None else [self.starting[i] for i in requests]
+        prepared = [self.prepared[i] for i in requests]
+        objective = Objective.build(self.view, prepared, self.sites, self.decay_power, self.drift, earlier, shape)
+        return ActiveSet.start(objective, requests, leaders, self.clamp, self.rate_scale, starting)
+
+    @functools.cached_property
+    def _slot_shape(self) -> SlotShape | None:
+        """What a slot takes, where iterations are recorded and requests are few enough for slots; else None."""
+        if not self.uses_graph or self.has_groups or self.size > MOST_SLOTS:
+            return None
+        if self.recorded is not None:
+            return self.recorded.shape
+        return SlotShape.of(self.prepared, self.view.max_length)
+
+    def _fill_slots(self, shape: SlotShape) -> ActiveSet | None:
+        """Requests from the queue enter free slots; the first ones make them. None when all requests are done."""
+        if self.slots is None and self.recorded is not None:
+            self.slots, self.graphed_step = self.recorded.slots, self.recorded.step
+        room = min(self.size, len(self.queue))
+        if self.slots is not None:
+            free, wanted = len(self.slots.free), min(self.admission, len(self.queue))
+            room = min(free, len(self.queue)) if free >= wanted else 0
+        requests = [i for _ in range(room) for i in self.queue.pop(0)]
+        if requests:
+            entering = self._started(requests, shape=shape)
+            if self.slots is None:
+                self.slots = Slots(entering, requests)
+            else:
+                self.slots.enter(entering, requests)
+            self.last_iterations.add(self.iteration + self.hparams.v_num_grad_steps)
+        return self.slots.active if self.slots is not None and self.slots.taken else None
 
     def _iterate(self, active: ActiveSet) -> list[int] | None:
         """One iteration; returns what `_poll` does, None in an iteration without a poll."""
@@ -328,6 +374,12 @@ class ValueOptimizer:
 
     def _retire_finished(self, active: ActiveSet, running: list[int]) -> ActiveSet | None:
         """The active requests without those that are done, once these are enough to be worth it; None if all are."""
+        if self.slots is not None:
+            still = set(running)
+            if done := [slot for slot in self.slots.taken if slot not in still]:
+                self._collect(active, done)
+                self.slots.release(done)
+            return active
         if len(running) == len(active):
             return active
         if running and len(running) > RETIRE_SHARE * len(active) and not self.queue:
@@ -357,4 +409,7 @@ class ValueOptimizer:
     def _progress(self, active: ActiveSet | None) -> float:
         """How many requests are done, those that are active counted by the share of their steps."""
         done = float(sum(len(requests) for requests, _ in self.retired))
-        return done if active is None else done + float(active.steps_taken.sum()) / self.hparams.v_num_grad_steps
+        if active is None:
+            return done
+        steps = active.steps_taken if self.slots is None else active.steps_taken[self.slots.taken]
+        return done + float(steps.sum()) / self.hparams.v_num_grad_steps

@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import torch
 
+from kedit_fast.editing.values.slot_shape import SlotShape
 from kedit_fast.models.fixed_deltas import FixedDeltas
 from kedit_fast.models.forward import Site
 from kedit_fast.models.head import Head
 from kedit_fast.models.prompt_runner import PromptRunner, record_prompts
+from kedit_fast.models.tail_runner import TailRunner
 from kedit_fast.models.view import ModelView
 from kedit_fast.requests.prompts import PreparedRequest
 from kedit_fast.support.sums import add_by_owner_
@@ -123,8 +125,11 @@ class Objective:
     """[n + u] int64, places of all tails whose hidden states the terms need."""
 
     def __post_init__(self):
+        self.wanted = self._wanted()
+
+    def _wanted(self) -> torch.Tensor:
         length = self.runner.ids.shape[1]
-        self.wanted = torch.cat([self.targets.row * length + self.targets.place, self.kl_rows * length])
+        return torch.cat([self.targets.row * length + self.targets.place, self.kl_rows * length])
 
     @classmethod
     def build(
@@ -135,10 +140,13 @@ class Objective:
         decay_power: int = 2,
         drift: Drift = PUBLISHED,
         earlier: Sequence[EarlierChunks] | None = None,
+        shape: SlotShape | None = None,
     ) -> Objective:
         """The objective of some requests, with deltas at `sites`; runs the full pass over their prompts.
 
-        `earlier` has the deltas of earlier chunks of each request, the same number of all; None without any.
+        `earlier` has the deltas of earlier chunks of each request, the same number of all; None without any. With a
+        `shape` every request takes as much as any other: rows get more tokens behind their own, which no earlier token
+        sees, and targets get more tokens, without weight.
         """
         rows: list[tuple[int, ...]] = []
         lookups: list[int] = []
@@ -149,9 +157,15 @@ class Objective:
         for i, request in enumerate(prepared):
             bare_rows.append(len(rows))
             weight = 1.0 / (len(request.rewriting) * len(request.target))
+            weights = dict.fromkeys(range(len(request.target)), weight)
+            padding = 0 if shape is None else shape.target - len(request.target)
+            # Repeated, not any token: one that the head never says would make the loss infinite.
+            target = (*request.target, *(request.target[-1],) * padding)
             for c, prompt in enumerate(request.rewriting):
                 last, is_bare = len(prompt.ids) - 1 - prompt.lookup, int(c == 0 and len(request.rewriting) > 1)
-                targets += [(len(rows), last + t, token, i, weight, is_bare) for t, token in enumerate(request.target)]
+                targets += [
+                    (len(rows), last + t, token, i, weights.get(t, 0.0), is_bare) for t, token in enumerate(target)
+                ]
                 rows.append((*prompt.ids, *request.target[:-1]))
                 lookups.append(prompt.lookup)
                 owner.append(i)
@@ -159,8 +173,14 @@ class Objective:
             rows.append(request.kl.cut().ids)
             lookups.append(request.kl.lookup)
             owner.append(i)
+        if shape is not None:
+            ends = (lookup + shape.tail for lookup in lookups)
+            rows = [(*row, *(row[-1],) * (end - len(row))) for row, end in zip(rows, ends, strict=True)]
         fixed = None if earlier is None else _fixed(earlier, owner, lookups, set(kl_rows))
         recorded = record_prompts(view, rows, lookups, sites, kl_rows, fixed)
+        runner = recorded.runner
+        if shape is not None and isinstance(runner, TailRunner):
+            runner = runner.padded(shape.prefix - runner.prefix, 0)
         device = view.head.device
 
         def column(values: Sequence[float]) -> torch.Tensor:
@@ -168,7 +188,7 @@ class Objective:
 
         return cls(
             view=view,
-            runner=recorded.runner,
+            runner=runner,
             owner=column(owner),
             kl_rows=column(kl_rows),
             targets=TargetTokens(*(column(values) for values in zip(*targets, strict=True))),
@@ -219,6 +239,22 @@ class Objective:
             drift=self.drift,
         )
 
+    def write_(self, requests: torch.Tensor, other: Objective) -> None:
+        """Put the requests of another objective in the place of some of these, in this one's own memory.
+
+        Args:
+            requests: [n] int64, of those that go.
+            other: of n requests; both were built with one `shape`, without `select` or `append` since.
+        """
+        runner, new = self.runner, other.runner
+        assert isinstance(runner, TailRunner) and isinstance(new, TailRunner)
+        runner.write_(_members(requests, self.owner.numel() // len(self)), new)
+        tokens = _members(requests, self.targets.token.numel() // len(self))
+        for name in ("place", "token", "weight", "is_bare"):  # rows and requests stay
+            getattr(self.targets, name)[tokens] = getattr(other.targets, name)
+        self.h0[requests], self.reference[requests] = other.h0, other.reference
+        self.wanted.copy_(self._wanted())
+
     def terms(self, delta: torch.Tensor, top1: bool = False) -> Terms:
         """The terms at delta [u, sites, h], differentiable in it; with `top1`, also which targets are right already."""
         view, targets, count = self.view, self.targets, len(self)
@@ -231,7 +267,7 @@ class Objective:
         decay = (torch.linalg.vector_norm(delta, dim=2) / self.h0.norm(dim=2) ** self.decay_power).sum(1)
         all_top1 = prefixed_top1 = None
         if top1:
-            wrong = (scores.top1 != targets.token).to(torch.int32)
+            wrong = ((scores.top1 != targets.token) & (targets.weight > 0)).to(torch.int32)
             none = torch.zeros(2, count, device=self.device, dtype=torch.int32)
             all_top1 = add_by_owner_(none[0], targets.request, wrong) == 0
             prefixed_top1 = add_by_owner_(none[1], targets.request, wrong * (1 - targets.is_bare).to(wrong)) == 0
@@ -251,6 +287,11 @@ def _fixed(
     of_rows = deltas[torch.tensor(list(owner), device=deltas.device)]
     of_rows = of_rows * torch.tensor(scored, device=deltas.device)[:, None, None, None]
     return FixedDeltas(torch.tensor(positions, device=deltas.device), of_rows)
+
+
+def _members(groups: torch.Tensor, size: int) -> torch.Tensor:
+    """[n size] the numbers in groups [n] int64 of `size` neighbors each."""
+    return (groups[:, None] * size + torch.arange(size, device=groups.device)).flatten()
 
 
 def _new_numbers(chosen: torch.Tensor, count: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from kedit_fast.editing.values.objective import EarlierChunks
 from kedit_fast.editing.values.order import by_length, in_groups
 from kedit_fast.editing.values.protocol import ValueRun, ValueStore
 from kedit_fast.editing.values.result import Values
+from kedit_fast.editing.values.slots import RecordedIteration
 from kedit_fast.editing.values.store import edited_hash
 from kedit_fast.errors import EditError
 from kedit_fast.methods.hparams import Hparams
@@ -44,6 +45,7 @@ def find_shared_values(
     store: ValueStore | None = None,
     most: int | None = None,
     progress: bool = False,
+    recorded: RecordedIteration | None = None,
 ) -> Values:
     """`find_values` of requests that `store` does not have; each process of a process group takes its share.
 
@@ -57,7 +59,7 @@ def find_shared_values(
     Args:
         tokenizer: the model's; it is part of what identifies a stored value.
         store: where values are looked up and written; None for no store.
-        view, prepared, layer, site_kind, hparams, stop_rule, groups, earlier, starting, most, progress: as in
+        view, prepared, layer, site_kind, hparams, stop_rule, groups, earlier, starting, most, progress, recorded: as in
             `find_values`.
 
     Raises:
@@ -96,6 +98,7 @@ def find_shared_values(
             most=most,
             finished=finished,
             progress=progress and rank == 0,
+            recorded=recorded,
         )
 
     if size == 1:
