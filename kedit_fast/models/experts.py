@@ -175,13 +175,13 @@ class ExpertRows:
         for part, places in zip(parts, place.split([len(part.rows) for part in parts]), strict=True):
             rows.index_copy_(0, places, part.rows)
         before = itertools.accumulate(tokens, initial=0)
-        numbers = [part.tokens + first for part, first in zip(parts, before, strict=False)]
+        of_all = [part.tokens + first for part, first in zip(parts, before, strict=False)]
         shared = [part.shared for part in parts if part.shared is not None]
         gates = [part.shared_gates for part in parts if part.shared_gates is not None]
         return cls(
             rows,
             torch.cat([part.gates for part in parts])[order],
-            torch.cat(numbers)[order],
+            torch.cat(of_all)[order],
             torch.stack([part.offsets for part in parts]).sum(0),
             torch.cat(shared) if shared else None,
             torch.cat(gates) if gates else None,
