@@ -69,12 +69,13 @@ class HalfMatrices:
 
 def _matrices(view: ModelView, first: int) -> dict[Any, tuple[str, torch.Tensor]]:
     """Linear modules of blocks from `first` on -> their path, and their weight as it is stored."""
-    return {
-        module: (f"{view.spec.blocks}.{layer}.{path}", module.weight.detach())
-        for layer in range(first, view.num_layers)
-        for path, module in view.block(layer).named_modules()
-        if type(module) is torch.nn.Linear or type(module).__name__ == "Conv1D"
-    }
+    matrices = {}
+    for layer in range(first, view.num_layers):
+        modules: Iterator[tuple[str, Any]] = view.block(layer).named_modules()
+        for path, module in modules:
+            if type(module) is torch.nn.Linear or type(module).__name__ == "Conv1D":
+                matrices[module] = f"{view.spec.blocks}.{layer}.{path}", module.weight.detach()
+    return matrices
 
 
 def _forward(matrix: torch.Tensor, is_out_first: bool, module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
