@@ -47,6 +47,8 @@ QUICK = (
     ("best_overlap", "words"), ("magnitude_bound", "bfloat16 sizes of differences"),
     ("ties_merge_", "bfloat16, 2 memories"), ("rms_norm", "bfloat16"), ("rms_norm, gradient", "bfloat16"),
     ("gated_silu", "bfloat16"), ("gated_silu, gradient", "bfloat16"), ("gated_gelu, gradient", "bfloat16"),
+    ("tail_attention", "bfloat16, heads of 64, prefixes"),
+    ("tail_attention, gradients", "float32, heads of 128, prefixes by index, soft-cap, window"),
 )  # fmt: skip
 ODD = "odd strides"  # no stride or size is a multiple of 16 elements: loads cannot be wide
 
@@ -76,6 +78,7 @@ def variants() -> Iterator[Variant]:
         rms_norm,
         row_products,
         symmetric_rank_k_update,
+        tail_attention,
         target_log_probs,
         ties_merge,
     )
@@ -92,6 +95,7 @@ def variants() -> Iterator[Variant]:
         ROW_PRODUCTS,
         STEP,
         SYMMETRIC,
+        TAIL,
         lookup,
     )
 
@@ -321,6 +325,31 @@ def variants() -> Iterator[Variant]:
                         *a, lookup(GATED, "backward", arch)
                     ),
                 )  # fmt: skip
+    starts, spans = torch.zeros(9, dtype=torch.int64), torch.zeros(8, 2, dtype=torch.int64)
+    for dtype in FLOATS:
+        for size, options in (
+            (64, "no prefixes"), (64, "prefixes"), (128, "prefixes"),
+            (128, "prefixes by index, soft-cap, window"), (63, f"prefixes by index, soft-cap, window, {ODD}"),
+        ):  # fmt: skip
+            query, key = empty(512, 32, size, dtype=dtype), empty(512, 8, size, dtype=dtype)
+            stored = None if options == "no prefixes" else empty(8, 8, 32, size, dtype=dtype)
+            rows = starts[:8] if "index" in options else None
+            cap, window = (30.0, 64) if "window" in options else (0.0, 0)
+            inputs = (query, key, key, starts, 64, stored, stored, None if stored is None else spans, rows,
+                      0.125, cap, window)  # fmt: skip
+            normalizer, means = empty(512, 32, 2), empty(512, 32)
+            case, kind = f"{name(dtype)}, heads of {size}, {options}", tail_attention.shape_class(query)
+            yield Variant(
+                TAIL, case,
+                lambda arch, a=(inputs, query, normalizer), kind=kind: tail_attention.launches(
+                    *a, lookup(TAIL, kind, arch)
+                ),
+            )  # fmt: skip
+            yield Variant(
+                f"{TAIL}, gradients", case,
+                lambda arch, a=(inputs, query, normalizer, (means, query, key, key)), kind=kind:
+                tail_attention.backward_launches(*a, lookup(TAIL, kind, arch)),
+            )  # fmt: skip
 
 
 def chunk_variants(case: str, states, other, vocabulary, targets, bias, cap) -> Iterator[Variant]:

@@ -245,9 +245,26 @@ def _selections(gpu: bool = False) -> list[Case]:
     return cases
 
 
+def _tails(gpu: bool = False) -> list[Case]:
+    """A pass and its gradients in the loop of values: rows of tails and prefixes of lengths up to those named."""
+    cases = []
+    shapes = [
+        ("GPT-2", 64, 20, 20, 12, 12, 64, "float32", 2.0), ("GPT-2", 512, 20, 8, 12, 12, 64, "float32", 2.0),
+        ("small Llama", 64, 40, 12, 8, 2, 32, "float32", 2.0), ("small Llama", 512, 12, 6, 8, 4, 64, "float32", 2.0),
+        ("Llama-3-8B", 64, 20, 20, 32, 8, 128, "bfloat16", None),
+        ("GPT-2, whole rows", 16, 0, 200, 12, 12, 64, "float32", None),
+        ("small Llama, whole rows", 16, 0, 64, 8, 2, 64, "float32", None),
+    ]  # fmt: skip
+    for model, rows, prefix, tail, heads, groups, size, dtype, floor in shapes:
+        sizes = {"rows": rows, "prefix": prefix, "tail": tail, "heads": heads, "groups": groups, "size": size}
+        name = f"{model}, {rows} rows, prefixes to {prefix}, tails to {tail}, {heads} heads of {size}, {groups} groups"
+        cases.append(Case("tail_attention", f"{name}, forward + backward", dtype, sizes, None if gpu else floor))
+    return cases
+
+
 OPS = [
     *_symmetric(), *_rank_k(), *_grouped(), *_head(), *_solve(), *_by_rows(), *_by_rows_backward(), *_steps(),
-    *_memories(), *_selections(),
+    *_memories(), *_selections(), *_tails(),
 ]  # fmt: skip
 
 
@@ -285,7 +302,8 @@ def _gpu() -> list[Case]:
              {**memories, "tokens": 25}),
         Case("routed_linear", "Llama-3-8B, 8 tokens, 2 memories", "bfloat16", {**memories, "tokens": 1}),
     ]  # fmt: skip
-    return cases + _grouped(gpu=True) + _solve() + _by_rows_backward(gpu=True) + _selections(gpu=True)
+    cases += _grouped(gpu=True) + _solve() + _by_rows_backward(gpu=True)
+    return cases + _selections(gpu=True) + _tails(gpu=True)
 
 
 GPU_OPS = _gpu()
@@ -329,5 +347,9 @@ SMALL = [
     Case("magnitude_bound", "[7, 33]", "bfloat16", {"out": 7, "inner": 33, "divided": 0}),
     Case("magnitude_bound", "[7, 33], divided", "float32", {"out": 7, "inner": 33, "divided": 1}),
     Case("ties_merge_", "2 memories [7, 33]", "float32", {"out": 7, "inner": 33, "memories": 2}),
+    Case("tail_attention", "3 rows, prefixes to 4, tails to 3, 4 heads of 8, 2 groups, forward + backward", "float32",
+         {"rows": 3, "prefix": 4, "tail": 3, "heads": 4, "groups": 2, "size": 8}),
+    Case("tail_attention", "3 rows, prefixes to 0, tails to 5, 2 heads of 9, 2 groups, forward + backward", "bfloat16",
+         {"rows": 3, "prefix": 0, "tail": 5, "heads": 2, "groups": 2, "size": 9}),
     Case("spd_solve", "[9, 9], 4 right sides", "float64", {"u": 9, "columns": 4}),
 ]  # fmt: skip

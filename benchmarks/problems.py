@@ -740,6 +740,117 @@ def _ties(case: Case, device: str, backend: str | None) -> Problem:
     )  # fmt: skip
 
 
+class _LaidOut(torch.autograd.Function):
+    """The composition: tails scattered behind their prefixes, bmm, softmax, bmm, gathered; weights are stored.
+
+    Gradients are those by the tail alone; `bias` [R, 1, S, P + S] is made before, and `keys` and `values`
+    [R, groups, P + S, size] have room for the tails, as memory that every pass overwrites.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, row, place, keys, values, bias, scale):
+        (rows, groups, width, size), tail, heads = keys.shape, bias.shape[2], query.shape[1]
+        slot = place + width - tail
+        keys[row, :, slot], values[row, :, slot] = key, value
+        laid = query.new_zeros(rows, heads, tail, size)
+        laid[row, :, place] = query
+        laid = laid.view(rows * groups, -1, size)
+        scores = torch.bmm(laid, keys.flatten(0, 1).mT).float().mul_(scale)
+        scores.view(rows, heads, tail, -1).add_(bias)
+        weights = torch.softmax(scores, -1).to(query.dtype)
+        ctx.save_for_backward(laid, weights, row, place, keys, values)
+        ctx.scale, ctx.shape = scale, (rows, heads, groups, tail)
+        return torch.bmm(weights, values.flatten(0, 1)).view(rows, heads, tail, -1)[row, :, place]
+
+    @staticmethod
+    def backward(ctx, grad):
+        laid, weights, row, place, keys, values = ctx.saved_tensors
+        rows, heads, groups, tail = ctx.shape
+        out = grad.new_zeros(rows, heads, tail, grad.shape[2])
+        out[row, :, place] = grad
+        out = out.view(laid.shape)
+        slopes = torch.bmm(out, values.flatten(0, 1).mT)
+        slopes = torch._softmax_backward_data(slopes.float(), weights.float(), -1, torch.float32)
+        slopes = slopes.mul_(ctx.scale).to(grad.dtype)
+        of_query = torch.bmm(slopes, keys.flatten(0, 1)).view(rows, heads, tail, -1)[row, :, place]
+        of_key = torch.bmm(slopes[..., -tail:].mT, laid).view(rows, groups, tail, -1)[row, :, place]
+        of_value = torch.bmm(weights[..., -tail:].mT, out).view(rows, groups, tail, -1)[row, :, place]
+        return of_query, of_key, of_value, *(None,) * 6
+
+
+def _tails(case: Case, device: str, backend: str | None) -> Problem:
+    """Lengths of prefixes from a quarter of the longest, of tails from two tokens, as requests have them."""
+    rows, prefix, tail, heads, groups, size = (
+        case.sizes[name] for name in ("rows", "prefix", "tail", "heads", "groups", "size")
+    )
+    dtype, scale = getattr(torch, case.dtype), size**-0.5
+    tails = torch.randint(2, tail + 1, (rows,))
+    lengths = torch.randint(prefix // 4, prefix + 1, (rows,))
+    tails[0], lengths[0] = tail, prefix
+    starts = F.pad(tails.cumsum(0), (1, 0)).to(device)
+    tokens, pairs = int(tails.sum()), int((tails * lengths + tails * (tails + 1) // 2).sum())
+    query, grad = (torch.randn(tokens, heads, size, device=device).to(dtype) for _ in range(2))
+    key, value = (torch.randn(tokens, groups, size, device=device).to(dtype) for _ in range(2))
+    stored = [torch.randn(rows, groups, prefix, size, device=device).to(dtype) for _ in range(2)]
+    spans = torch.stack([prefix - lengths, torch.full_like(lengths, prefix)], 1).to(device)
+    options = {"prefix_keys": stored[0], "prefix_values": stored[1], "spans": spans} if prefix else {}
+    leaves = [part.requires_grad_() for part in (query, key, value)]
+
+    # Rows of one length, for the baselines: what they read is laid out before the clock starts.
+    offsets, places = torch.arange(tail), torch.arange(prefix)
+    inside = offsets < tails[:, None]
+    at = torch.cat([(places - prefix).expand(rows, -1), offsets.expand(rows, -1)], 1)  # [R, P + S]
+    is_key = torch.cat([places >= (prefix - lengths)[:, None], inside], 1)
+    visible = (is_key[:, None] & (offsets[:, None] >= at[:, None]))[:, None].to(device)
+    row, place = (index.to(device) for index in torch.nonzero(inside, as_tuple=True))
+    bias = torch.zeros(visible.shape, device=device).masked_fill_(~visible, torch.finfo(torch.float32).min)
+    room = [F.pad(part, (0, 0, 0, tail)) for part in stored]
+    padded = []
+    for part in (query, key, value, grad):
+        laid = torch.zeros(rows, part.shape[1], tail, size, dtype=dtype, device=device)
+        laid[row, :, place] = part.detach()
+        padded.append(laid)
+    *padded_leaves, padded_grad = (part.requires_grad_(i < 3) for i, part in enumerate(padded))
+
+    def ours():
+        out = kedit_fast.tail_attention(*leaves, starts, tail, scale=scale, **options, backend=backend)
+        return out, *torch.autograd.grad(out, leaves, grad)
+
+    def composition():
+        out = _LaidOut.apply(*leaves, row, place, *room, bias, scale)
+        return torch.autograd.grad(out, leaves, grad)
+
+    def attend(q, k, v):
+        k, v = torch.cat([stored[0], k], 2), torch.cat([stored[1], v], 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=True)
+
+    compiled = torch.compile(attend)
+
+    def library(function):
+        return torch.autograd.grad(function(*padded_leaves), padded_leaves, padded_grad)
+
+    def error() -> float:
+        wide = [part.detach().double().requires_grad_() for part in leaves]
+        more = {name: part.double() if name != "spans" else part for name, part in options.items()}
+        out = kedit_fast.tail_attention(*wide, starts, tail, scale=scale, **more, backend="torch")
+        expected = (out, *torch.autograd.grad(out, wide, grad.double()))
+        pairs = zip(ours(), expected, strict=True)
+        return max(float((found.double() - right).norm() / right.norm()) for found, right in pairs)
+
+    text = "F.scaled_dot_product_attention(padded rows, mask)"
+    return Problem(
+        ours=ours,
+        baselines={
+            "scatter; softmax(bmm(q, k) + bias); bmm(p, v); gather, gradients by hand": composition,
+            text: lambda: library(attend),
+            f"torch.compile({text})": lambda: library(compiled),
+        },
+        error=error, limit=2e-6 if dtype == torch.float32 else 1e-2, flops=14 * size * heads * pairs,
+        bytes=4 * (query.nbytes + key.nbytes + value.nbytes) + 2 * sum(part.nbytes for part in stored),
+        rate="fp32" if dtype == torch.float32 else "bf16", backend=_runs("tail_attention", query, backend=backend),
+    )  # fmt: skip
+
+
 def _runs(op: str, *args: Any, backend: str | None) -> str:
     return kedit_fast.explain(op, *args, backend=backend).runs.split()[0]
 
@@ -763,4 +874,5 @@ _BUILDERS = {
     "best_overlap": _overlap,
     "magnitude_bound": _bound,
     "ties_merge_": _ties,
+    "tail_attention": _tails,
 }

@@ -54,6 +54,7 @@ if TYPE_CHECKING:  # the same names for type checkers; tests/test_public_names.p
     from kedit_fast.ops import routed_linear as routed_linear
     from kedit_fast.ops import spd_solve as spd_solve
     from kedit_fast.ops import symmetric_rank_k_update_ as symmetric_rank_k_update_
+    from kedit_fast.ops import tail_attention as tail_attention
     from kedit_fast.ops import target_log_probs as target_log_probs
     from kedit_fast.ops import ties_merge_ as ties_merge_
     from kedit_fast.ops import top_features as top_features
@@ -137,6 +138,7 @@ PUBLIC_NAMES = {
     "solve_update": "kedit_fast.solver.least_squares",
     "spd_solve": "kedit_fast.ops",
     "symmetric_rank_k_update_": "kedit_fast.ops",
+    "tail_attention": "kedit_fast.ops",
     "target_log_probs": "kedit_fast.ops",
     "ties_merge_": "kedit_fast.ops",
     "top_edges": "kedit_fast.locating.pruning",

@@ -54,6 +54,12 @@ HEAD_GRADIENT = {  # gradients by states: the rounding of their dtype
     torch.bfloat16: 2.5e-3,
     torch.float16: 3.2e-4,
 }
+TAILS = {  # tail_attention and its gradients: weights of up to a few hundred keys, summed in fp32
+    torch.float32: 2e-6,
+    torch.bfloat16: 1e-2,  # weights, or slopes by scores, are rounded to 16 bits by the reference
+    torch.float16: 1.5e-3,
+    torch.float64: 1e-13,
+}
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

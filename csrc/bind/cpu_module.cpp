@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <iterator>
+
 #include "../common/aligned_buffer.h"
 #include "../common/parallel.h"
 #include "../cpu/best_overlap.h"
@@ -15,6 +17,7 @@
 #include "../cpu/rms_norm.h"
 #include "../cpu/routed_linear.h"
 #include "../cpu/symmetric_rank_k_update.h"
+#include "../cpu/tail_attention.h"
 #include "../cpu/ties_merge.h"
 #include "dlpack_tensor.h"
 
@@ -24,6 +27,21 @@ using kf::bind::borrow;
 using kf::cpu::Gate;
 
 namespace {
+
+// The inputs of tail_attention and its backward pass, in this order; those of prefixes may be None.
+struct TailAttentionArguments {
+  std::vector<kf::bind::BorrowedTensor> tensors;
+  kf::cpu::TailAttentionInputs inputs;
+
+  TailAttentionArguments(const py::tuple& arguments, double scale, double softcap, int64_t window) {
+    constexpr const char* NAMES[] = {"query",       "key",           "value", "starts",
+                                     "prefix_keys", "prefix_values", "spans", "prefix_rows"};
+    kf::require(arguments.size() == std::size(NAMES), "inputs must be eight tensors");
+    for (size_t i = 0; i < std::size(NAMES); ++i) tensors.push_back(borrow(kDLCPU, arguments[i], NAMES[i]));
+    inputs = {tensors[0].view, tensors[1].view, tensors[2].view, tensors[3].view, tensors[4].view, tensors[5].view,
+              tensors[6].view, tensors[7].view, scale,           softcap,         window};
+  }
+};
 
 constexpr Isa ALL_ISAS[] = {Isa::generic, Isa::avx2, Isa::avx512, Isa::amx, Isa::neon};
 
@@ -288,4 +306,31 @@ PYBIND11_MODULE(_cpu, m) {
       },
       py::arg("out"), py::arg("base"), py::arg("memories"), py::arg("coefficients"), py::arg("count"),
       py::arg("threads"));
+
+  m.def(
+      "tail_attention",
+      [](const py::object& out, const py::object& normalizer, const py::tuple& inputs, double scale, double softcap,
+         int64_t window, int threads) {
+        auto o = borrow(kDLCPU, out, "out"), n = borrow(kDLCPU, normalizer, "normalizer");
+        const TailAttentionArguments arguments(inputs, scale, softcap, window);
+        py::gil_scoped_release release;
+        kf::cpu::tail_attention(o.view, n.view, arguments.inputs, threads);
+      },
+      py::arg("out"), py::arg("normalizer"), py::arg("inputs"), py::arg("scale"), py::arg("softcap"), py::arg("window"),
+      py::arg("threads"));
+
+  m.def(
+      "tail_attention_backward",
+      [](const py::object& of_query, const py::object& of_key, const py::object& of_value, const py::object& grad,
+         const py::object& normalizer, const py::tuple& inputs, double scale, double softcap, int64_t window,
+         int threads) {
+        auto q = borrow(kDLCPU, of_query, "of_query"), k = borrow(kDLCPU, of_key, "of_key");
+        auto v = borrow(kDLCPU, of_value, "of_value"), g = borrow(kDLCPU, grad, "grad");
+        auto n = borrow(kDLCPU, normalizer, "normalizer");
+        const TailAttentionArguments arguments(inputs, scale, softcap, window);
+        py::gil_scoped_release release;
+        kf::cpu::tail_attention_backward(q.view, k.view, v.view, g.view, n.view, arguments.inputs, threads);
+      },
+      py::arg("of_query"), py::arg("of_key"), py::arg("of_value"), py::arg("grad"), py::arg("normalizer"),
+      py::arg("inputs"), py::arg("scale"), py::arg("softcap"), py::arg("window"), py::arg("threads"));
 }

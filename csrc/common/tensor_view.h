@@ -11,7 +11,7 @@ constexpr int64_t item_size(DType t) {
   return t == DType::f64 || t == DType::i64 ? 8 : t == DType::f32 ? 4 : t == DType::u8 ? 1 : 2;
 }
 
-constexpr int MAX_DIMS = 3;
+constexpr int MAX_DIMS = 4;
 
 struct TensorView {
   void* data = nullptr;

@@ -22,6 +22,7 @@ namespace {
 #include "ties_merge_impl.inl"
 #include "nearest_key_impl.inl"
 #include "lm_head_impl.inl"
+#include "tail_attention_impl.inl"
 
 }  // namespace
 
@@ -47,7 +48,8 @@ const KernelTable& KF_TABLE() {
                                     NearestBody<double>::add_squares,
                                     WidenBody::row,
                                     LmHeadBody<float>::kernel(),
-                                    LmHeadBody<double>::kernel()};
+                                    LmHeadBody<double>::kernel(),
+                                    TailAttentionBody::kernel()};
   return table;
 }
 

@@ -311,6 +311,45 @@ struct HeadKernel {
   void (*finish)(const HeadCall&, const HeadPart* parts, int64_t count, int64_t row, const HeadResult&);
 };
 
+// Tokens [N, heads, size], a head's numbers contiguous; strides in numbers.
+struct HeadRows {
+  void* data;
+  int64_t token_stride, head_stride;
+};
+
+// Fixed keys or values [rows, groups, places, size], a place's numbers contiguous.
+struct PrefixRows {
+  const void* data;  // null: there are none
+  int64_t row_stride, group_stride, place_stride;
+};
+
+// Attention of packed tail tokens over fixed prefixes; all numbers of one dtype, but the normalizer.
+struct TailAttentionCall {
+  DType dtype;
+  bool backward;
+  int64_t heads, groups, size;
+  const int64_t* starts;  // [rows + 1]
+  HeadRows query, key, value;
+  PrefixRows prefix_keys, prefix_values;
+  const int64_t* spans;        // [rows, 2] places of each prefix; null where there are none
+  const int64_t* prefix_rows;  // [rows]; null: row r has prefix r
+  float scale, softcap;
+  int64_t window;     // 0: none
+  float* normalizer;  // [N, heads, 2]: largest score, and 1 / the sum of exponentials; written by the forward pass
+  HeadRows out;
+  HeadRows grad, of_query, of_key, of_value;
+};
+
+struct TailAttentionScratch {
+  int64_t longest_tail, longest_keys;  // of any row
+  void* memory;
+};
+
+struct TailAttentionKernel {
+  size_t (*scratch_bytes)(const TailAttentionCall&, int64_t longest_tail, int64_t longest_keys);  // of a thread
+  void (*run)(const TailAttentionCall&, int64_t row, int64_t group, const TailAttentionScratch&);
+};
+
 struct KernelTable {
   SymmetricKernel symmetric_f32;   // x fp32, bf16, fp16: arithmetic in fp32
   SymmetricKernel symmetric_f64;   // x fp64
@@ -335,6 +374,7 @@ struct KernelTable {
   void (*add_squares_f64)(const NearestBlock<double>&);
   void (*widen_row)(const void* data, DType dtype, int64_t count, float* out);  // bfloat16 or float16
   HeadKernel head_f32, head_f64;
+  TailAttentionKernel tail_attention;
 };
 
 // setup.py defines KF_ISA_* for those whose flags the compiler knows.

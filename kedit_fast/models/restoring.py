@@ -315,32 +315,6 @@ def _branches(restorations: Sequence[Restoration]) -> list[_Branch]:
     return [_Branch(q, start, place[parent] if parent != q else -1) for start, q, parent in plan]
 
 
-class _Layout(tail_attention.Layout):
-    """The tails of U units, `copies` times; each key stands at its position, those of the noisy run before it."""
-
-    def __init__(self, inside: torch.Tensor, positions: torch.Tensor, width: int):
-        super().__init__(inside, positions, 0, positions[:, 0])
-        self.slot = positions[inside]
-        self.keys_at = torch.arange(width, device=inside.device).expand(len(inside), -1)
-        self.is_key = torch.ones_like(self.keys_at, dtype=torch.bool)
-
-    def repeated(self, copies: int) -> _RepeatedLayout:
-        """The layout of so many branches."""
-        return _RepeatedLayout(self, copies)
-
-
-class _RepeatedLayout(tail_attention.Layout):
-    def __init__(self, one: _Layout, copies: int):
-        units, tail = one.shape
-        begin = torch.arange(copies, device=one.row.device)[:, None] * units
-        self.row, self.place, self.slot = (begin + one.row).flatten(), one.place.repeat(copies), one.slot.repeat(copies)
-        self.shape = torch.Size((copies * units, tail))
-        self._one, self._copies = one, copies
-
-    def bias(self, window: int | None) -> torch.Tensor:
-        return self._one.bias(window).repeat(self._copies, 1, 1, 1)
-
-
 def _joining(
     runs: NoisyRuns, restorations: Sequence[Restoration], units: Units
 ) -> tuple[torch.Tensor, set[int | None]]:
@@ -358,8 +332,10 @@ def _joining(
     origin = prompt * (runs.samples + 1) + units.sample.to(device) + 1  # [U] rows of the noisy runs
     tokens = len(unit)
     total = len(plan) * tokens
-    offsets = torch.arange(int(tails.max()), device=device)
-    layout = _Layout(offsets < tails[:, None], place[:, None] + offsets, width)
+    # Keys of the noisy run stand at their positions: those before a unit's tail are its prefix.
+    starts = torch.nn.functional.pad(tails.cumsum(0), (1, 0))
+    spans = torch.stack([torch.zeros_like(place), place], 1)
+    layout = tail_attention.Layout(starts, int(tails.max()), spans, origin)
     active = [sum(branch.start <= layer for branch in plan) for layer in range(view.num_layers)]
     begins = torch.arange(len(plan), device=device)[:, None] * tokens
 
@@ -412,11 +388,8 @@ def _joining(
         return hook
 
     def of_layer(layer: int) -> tuple[tail_attention.KeysValues, tail_attention.Layout]:
-        copies = active[layer]
-        parts = (
-            part.index_select(0, origin.to(part.device)).repeat(copies, 1, 1, 1) for part in runs.keys_values[layer]
-        )
-        return tail_attention.KeysValues(*parts), layout.repeated(copies)
+        keys, values = runs.keys_values[layer]
+        return tail_attention.KeysValues(keys, values), layout.repeated(active[layer], tokens)
 
     hooks = []
     for kind in ("mlp", "attention"):

@@ -151,9 +151,9 @@ class SharedRows:
         self.prefixes, self.prefix = count, prefix
         self.lengths = before[count:]
         """[R] int64, tokens of each row's prefix."""
-        self.layout = tail_attention.Layout(inside, positions, prefix, before)
+        self.layout = tail_attention.Layout.of_tails(inside, prefix, before)
         self._starts = starts[count:]
-        self._row = self.layout.row - count  # of each packed token; below 0 of those of prefixes
+        self._row = torch.nonzero(inside)[:, 0] - count  # of each packed token; below 0 of those of prefixes
         # [D + R, P + S] the packed token whose keys stand in a slot; N, for zeros, where there is none.
         none = self.input_ids.numel()
         of_row = column([*range(count), *(max(i, 0) for i in split.of_row)])

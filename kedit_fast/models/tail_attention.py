@@ -2,16 +2,17 @@
 
 transformers' own path pads rows to one length, concatenates prefix and tail again for every layer and pass, repeats
 keys and values for grouped heads, makes a mask, and computes gradients for the prefix. Here the blocks see the tail
-tokens of all rows as one row without padding. Only the attention between them is laid out by rows, in memory that holds
-the prefix already, and gradients go to the tail alone. The function replaces the model's attention function through
+tokens of all rows as one row without padding, attention between them is the op `tail_attention`, which reads prefixes
+where they are, and gradients go to the tail alone. The function replaces the model's attention function through
 transformers' registry; models or versions of transformers without one keep their own, see `usable`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers import DynamicCache
 from kedit_fast.errors import UnsupportedModelError
 from kedit_fast.models.patching import replaced_attention, takes_attention_functions
 from kedit_fast.models.view import ModelView
-from kedit_fast.support.dtypes import accumulation_dtype
+from kedit_fast.ops import tail_attention
 
 _POSITIONS = ("position_ids", "cache_position")  # tensors that models pass on and attention does not use
 
@@ -37,16 +38,16 @@ def usable(view: ModelView) -> bool:
 
 @dataclass(frozen=True)
 class KeysValues:
-    """Keys and values of one layer: R rows of P places for prefixes, then S places that each pass overwrites."""
+    """Keys and values of one layer: R rows of P places for prefixes."""
 
     keys: torch.Tensor
-    """[R, groups, P + S, size]."""
+    """[R, groups, P, size]."""
     values: torch.Tensor
-    """[R, groups, P + S, size]."""
+    """[R, groups, P, size]."""
 
-    def padded(self, before: int, behind: int) -> KeysValues:
-        """The same with more places, of zeros, before and behind."""
-        return KeysValues(*(torch.nn.functional.pad(part, (0, 0, before, behind)) for part in (self.keys, self.values)))
+    def padded(self, before: int) -> KeysValues:
+        """The same with more places, of zeros, before them."""
+        return KeysValues(*(torch.nn.functional.pad(part, (0, 0, before, 0)) for part in (self.keys, self.values)))
 
     def write_(self, rows: torch.Tensor, other: KeysValues) -> None:
         """Put the rows of another in the place of some of these, in their memory."""
@@ -63,26 +64,33 @@ class KeysValues:
         return KeysValues(torch.cat([part.keys for part in parts]), torch.cat([part.values for part in parts]))
 
 
+@dataclass(frozen=True)
 class Layout:
-    """Where the packed tail tokens of R rows belong, and which tokens each of them attends to.
+    """Which packed tail tokens belong to which of R rows, and which places of a prefix come before them."""
 
-    Args:
-        inside: [R, S] bool, which places of the tails hold a token; packed tokens are in this order.
-        positions: [R, S] of the tokens in their own prompts.
-        prefix: P, the places for prefixes; those of a row end where its tail begins.
-        lookup: [R] position of each tail's first token, which is the length of its prefix.
-    """
+    starts: torch.Tensor
+    """[R + 1] int64, where each row's tokens begin among the N packed ones, and N."""
+    longest: int
+    """Tokens of the longest tail, or more."""
+    spans: torch.Tensor
+    """[R, 2] int64: from which place, and before which, the prefix of each row lies."""
+    prefix_rows: torch.Tensor | None = None
+    """[R] int64, the row of the prefixes' keys that each row has; None where it is its own."""
+    windows: set[int | None] = field(default_factory=set)
+    """The sliding windows that attention was called with; None for calls without one."""
 
-    def __init__(self, inside: torch.Tensor, positions: torch.Tensor, prefix: int, lookup: torch.Tensor):
-        self.row, self.place = torch.nonzero(inside, as_tuple=True)  # of every packed token [N]
-        self.shape = inside.shape
-        self.slot = prefix + self.place
-        """[N] where a packed token's key stands among those of its row."""
-        slots = torch.arange(prefix, device=inside.device) - (prefix - lookup)[:, None]  # [R, P] positions
-        self.keys_at = torch.cat([slots, positions], 1)  # [R, P + S]
-        self.is_key = torch.cat([slots >= 0, inside], 1)
-        self.queries_at = positions
-        self._bias: dict[int | None, torch.Tensor] = {}
+    @staticmethod
+    def of_tails(inside: torch.Tensor, prefix: int, lookup: torch.Tensor) -> Layout:
+        """The layout of tails whose prefixes end in one place.
+
+        Args:
+            inside: [R, S] bool, which places of the tails hold a token: the first ones of each.
+            prefix: P, the places for prefixes; those of a row end where its tail begins.
+            lookup: [R] position of each tail's first token, which is the length of its prefix.
+        """
+        starts = torch.nn.functional.pad(inside.sum(1).cumsum(0), (1, 0))
+        spans = torch.stack([prefix - lookup, torch.full_like(lookup, prefix)], 1)
+        return Layout(starts, inside.shape[1], spans)
 
     def write_(self, rows: torch.Tensor, other: Layout) -> None:
         """Lay out some rows as those of another layout, in this one's own memory. All places of tails hold tokens.
@@ -91,29 +99,15 @@ class Layout:
             rows: [n] int64.
             other: of n rows, with as many places.
         """
-        self.keys_at[rows], self.is_key[rows], self.queries_at[rows] = other.keys_at, other.is_key, other.queries_at
-        for window, bias in self._bias.items():
-            bias[rows] = other.bias(window)
+        self.spans[rows] = other.spans
 
-    @property
-    def windows(self) -> set[int | None]:
-        """The sliding windows that attention was called with; None for calls without one."""
-        return set(self._bias)
-
-    def bias(self, window: int | None) -> torch.Tensor:
-        """[R, 1, S, P + S] added to scores: 0, or the lowest fp32 number where a query does not attend to a key.
-
-        Args:
-            window: length of the sliding window in tokens; None without one.
-        """
-        if window not in self._bias:
-            distance = self.queries_at[:, :, None] - self.keys_at[:, None]  # [R, S, P + S]
-            visible = self.is_key[:, None] & (distance >= 0)
-            if window is not None:
-                visible = visible & (distance < window)
-            bias = torch.zeros(visible.shape, dtype=torch.float32, device=visible.device)
-            self._bias[window] = bias.masked_fill_(~visible, torch.finfo(torch.float32).min)[:, None]
-        return self._bias[window]
+    def repeated(self, copies: int, tokens: int) -> Layout:
+        """The layout of so many copies of all rows, one behind the other; a copy has so many tokens."""
+        begin = torch.arange(copies, device=self.starts.device)[:, None] * tokens
+        starts = torch.nn.functional.pad((begin + self.starts[:-1]).flatten(), (0, 1), value=copies * tokens)
+        rows = torch.arange(len(self.spans), device=self.spans.device) if self.prefix_rows is None else self.prefix_rows
+        spans = self.spans.repeat(copies, 1)
+        return dataclasses.replace(self, starts=starts, spans=spans, prefix_rows=rows.repeat(copies))
 
 
 @dataclass(frozen=True)
@@ -122,10 +116,10 @@ class _Tail:
 
     keys: torch.Tensor
     """[1, groups, N, size] of the packed tail tokens."""
-    storage: KeysValues | None
-    """Where they belong, beside the prefixes; None where there are no prefixes."""
+    prefixes: KeysValues | None
+    """The prefixes of their rows; None where there are none."""
     layout: Layout
-    """How they are laid out there."""
+    """Which row and prefix each token belongs to."""
 
 
 class TailCache(DynamicCache):
@@ -170,66 +164,25 @@ def _attention(
     unknown = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in _POSITIONS]
     if unknown:  # sinks, biases of positions: `prompt_runner` then runs the model's own attention
         raise UnsupportedModelError(f"attention that takes {unknown[0]} does not run over packed tails")
-    scale = module.scaling if scaling is None else scaling
-    bias = key.layout.bias(sliding_window)
-    packed = (part[0].transpose(0, 1) for part in (query, key.keys, value))  # [N, heads, size]
-    output = _TailAttention.apply(*packed, key.storage, key.layout, bias, scale, softcap or 0.0)
+    layout, device = key.layout, query.device
+    prefixes: dict[str, torch.Tensor | None] = {}
+    layout.windows.add(sliding_window)
+    if key.prefixes is not None:
+        prefixes = {
+            "prefix_keys": key.prefixes.keys,
+            "prefix_values": key.prefixes.values,
+            "spans": layout.spans.to(device),
+            "prefix_rows": None if layout.prefix_rows is None else layout.prefix_rows.to(device),
+        }
+    output = tail_attention(
+        query[0].transpose(0, 1),  # [N, heads, size]
+        key.keys[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        layout.starts.to(device),
+        layout.longest,
+        scale=module.scaling if scaling is None else scaling,
+        softcap=softcap or 0.0,
+        window=sliding_window,
+        **prefixes,
+    )
     return output[None], None  # [1, N, heads, size]
-
-
-class _TailAttention(torch.autograd.Function):
-    """softmax(cap(scale Q [Kp, K]^T) + bias) [Vp, V] for every row, differentiable in Q, K and V of the tail.
-
-    Source: Vaswani et al. 2017, arXiv 1706.03762, eq. 1; grouped heads by Ainslie et al. 2023, arXiv 2305.13245.
-    """
-
-    @staticmethod
-    def forward(ctx, query, key, value, storage: KeysValues | None, layout: Layout, bias, scale: float, softcap: float):
-        rows, tail = layout.shape
-        heads, groups = query.shape[1], key.shape[1]
-        row, place = layout.row.to(query.device), layout.place.to(query.device)
-        if storage is None:
-            storage = KeysValues(*(_laid_out(part, rows, tail, row, place) for part in (key, value)))
-        else:
-            slot = layout.slot.to(query.device)
-            storage.keys[row, :, slot] = key
-            storage.values[row, :, slot] = value
-        keys, values = (part.flatten(0, 1) for part in (storage.keys, storage.values))  # [R groups, P + S, size]
-        queries = _laid_out(query, rows, tail, row, place).view(rows * groups, -1, query.shape[2])
-        scores = torch.bmm(queries, keys.mT)  # [R groups, heads / groups * S, P + S]
-        wide = scores.to(accumulation_dtype(scores))
-        wide = wide.mul_(scale)
-        capped = ()
-        if softcap:
-            capped = (torch.tanh(wide / softcap),)
-            wide = capped[0] * softcap
-        wide.view(rows, heads, tail, -1).add_(bias.to(wide.device))
-        weights = torch.softmax(wide, -1).to(query.dtype)
-        ctx.save_for_backward(queries, weights, row, place, *capped)
-        ctx.keys_values, ctx.scale, ctx.shape = (keys, values), scale, (rows, heads, groups, tail)
-        return torch.bmm(weights, values).view(rows, heads, tail, -1)[row, :, place]
-
-    @staticmethod
-    def backward(ctx, gradient):
-        queries, weights, row, place, *capped = ctx.saved_tensors
-        keys, values = ctx.keys_values
-        rows, heads, groups, tail = ctx.shape
-        out = _laid_out(gradient, rows, tail, row, place).view(queries.shape)
-        of_weights = torch.bmm(out, values.mT)
-        wide = weights.to(accumulation_dtype(weights))
-        # torch makes no public function of this kernel.
-        of_scores = torch._softmax_backward_data(of_weights.to(wide.dtype), wide, -1, wide.dtype)  # pyright: ignore[reportPrivateImportUsage]
-        if capped:
-            of_scores = of_scores * (1 - capped[0].square())
-        of_scores = of_scores.mul_(ctx.scale).to(queries.dtype)
-        of_query = torch.bmm(of_scores, keys).view(rows, heads, tail, -1)[row, :, place]
-        of_key = torch.bmm(of_scores[..., -tail:].mT, queries).view(rows, groups, tail, -1)[row, :, place]
-        of_value = torch.bmm(weights[..., -tail:].mT, out).view(rows, groups, tail, -1)[row, :, place]
-        return of_query, of_key, of_value, None, None, None, None, None
-
-
-def _laid_out(packed: torch.Tensor, rows: int, tail: int, row: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Packed tokens [N, heads, size] laid out as [rows, heads, tail, size], zero elsewhere."""
-    rows_first = packed.new_zeros(rows, packed.shape[1], tail, packed.shape[2])
-    rows_first[row, :, place] = packed
-    return rows_first

@@ -74,7 +74,7 @@ class TailRunner:
     entering: torch.Tensor | None
     """[R, S, h] hidden states that enter the first live block; None where that is block 0."""
     caches: dict[int, tail_attention.KeysValues]
-    """Keys and values of the prefixes by live layer, with room for the tails."""
+    """Keys and values of the prefixes by live layer."""
     tokens: torch.Tensor = field(init=False)
     """[N] int64, the places of the flattened [R * S] that hold a token."""
     packed_place: torch.Tensor | None = field(init=False, default=None)
@@ -86,7 +86,7 @@ class TailRunner:
         self.tokens = torch.nonzero(self.inside.flatten())[:, 0]
         if self.packs_rows:
             self.packed_place = (self.inside.flatten().cumsum(0) - 1).view_as(self.inside)
-            self.layout = tail_attention.Layout(self.inside, self.positions, self.prefix, self.lookup)
+            self.layout = tail_attention.Layout.of_tails(self.inside, self.prefix, self.lookup)
 
     @property
     def first_live(self) -> int:
@@ -121,7 +121,7 @@ class TailRunner:
             inside=cut(self.inside),
             mask=self.mask[rows, gap : self.prefix + tail],
             entering=None if self.entering is None else cut(self.entering),
-            caches={layer: cache.select(rows, gap, self.prefix + tail) for layer, cache in self.caches.items()},
+            caches={layer: cache.select(rows, gap, self.prefix) for layer, cache in self.caches.items()},
         )
 
     def append(self, other: TailRunner) -> TailRunner:
@@ -165,7 +165,7 @@ class TailRunner:
             inside=pad_with_zeros(self.inside, (0, behind)),
             mask=pad_with_zeros(self.mask, (before, behind)),
             entering=None if self.entering is None else pad_with_zeros(self.entering, (0, 0, 0, behind)),
-            caches={layer: cache.padded(before, behind) for layer, cache in self.caches.items()},
+            caches={layer: cache.padded(before) for layer, cache in self.caches.items()},
         )
 
     def write_(self, rows: torch.Tensor, other: TailRunner) -> None:
@@ -361,7 +361,7 @@ def record_tails(
         recorded_at = recorded_at + (shared.prefix - shared.lengths)[:, None]
     for layer in range(_first_live(sites), view.num_layers):
         keys, values = (at_slots(part, recorded_at) for part in _recorded(full_pass.cache, layer))
-        caches[layer] = tail_attention.KeysValues(keys, values).padded(0, tail)
+        caches[layer] = tail_attention.KeysValues(keys, values)
     runner = TailRunner(
         view=view,
         sites=sites,

@@ -18,6 +18,7 @@ from kedit_fast.ops.rms_norm import rms_norm
 from kedit_fast.ops.routed_linear import routed_linear
 from kedit_fast.ops.spd_solve import spd_solve
 from kedit_fast.ops.symmetric_rank_k_update import mirror_, symmetric_rank_k_update_
+from kedit_fast.ops.tail_attention import tail_attention
 from kedit_fast.ops.target_log_probs import TargetLogProbs, target_log_probs
 from kedit_fast.ops.ties_merge import ties_merge_
 from kedit_fast.ops.top_features import top_features
@@ -46,6 +47,7 @@ __all__ = [
     "routed_linear",
     "spd_solve",
     "symmetric_rank_k_update_",
+    "tail_attention",
     "target_log_probs",
     "ties_merge_",
     "top_features",

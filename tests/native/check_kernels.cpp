@@ -1,6 +1,6 @@
-// rank_k_update, symmetric_rank_k_update, rms_norm, gated_silu and the gradients of both of every instruction set in
-// this build against plain loops in double: sizes around those of vectors and tiles, every layout, NaN, canaries.
-// Prints what is wrong; the last line is "N passed, M failed". Ends with 1 where anything failed.
+// rank_k_update, symmetric_rank_k_update, rms_norm, gated_silu, the gradients of both, and tail_attention of every
+// instruction set in this build against plain loops in double: sizes around those of vectors and tiles, every layout,
+// NaN, canaries. Prints what is wrong; the last line is "N passed, M failed". Ends with 1 where anything failed.
 #include <algorithm>
 #include <cstdio>
 #include <string>
@@ -11,6 +11,7 @@
 #include "../../csrc/cpu/rank_k_update.h"
 #include "../../csrc/cpu/rms_norm.h"
 #include "../../csrc/cpu/symmetric_rank_k_update.h"
+#include "../../csrc/cpu/tail_attention.h"
 #include "operands.h"
 
 using namespace kf::cpu;
@@ -276,6 +277,123 @@ void check_conversions(Random& random) {
   }
 }
 
+struct Tails {
+  int64_t size, prefix, tail, share, window;
+  double softcap;
+};
+
+// Two rows, of `tail` tokens and of one, over one stored prefix each, with two groups of heads: outputs and gradients.
+void check_tail_attention(Random& random, const Tails& t) {
+  constexpr int64_t GROUPS = 2;
+  const int64_t tokens = t.tail + 1, heads = GROUPS * t.share, places = t.prefix + 2;
+  std::vector<int64_t> starts = {0, t.tail, tokens}, spans = {1, 1 + t.prefix, 0, t.prefix};
+  const auto numbers = [&](int64_t count) {
+    std::vector<float> v(size_t(count) + 16, 7.0f);  // canaries behind
+    for (int64_t i = 0; i < count; ++i) v[size_t(i)] = float(random.normal());
+    return v;
+  };
+  const auto view = [](std::vector<float>& v, std::initializer_list<int64_t> shape) {
+    kf::TensorView view;
+    view.data = v.data();
+    for (int64_t n : shape) view.shape[view.ndim++] = n;
+    for (int64_t i = view.ndim, step = 1; i-- > 0; step *= view.shape[i]) view.stride[i] = step;
+    return view;
+  };
+  const auto indices = [](std::vector<int64_t>& v, int64_t columns) {
+    kf::TensorView view;
+    view.data = v.data();
+    view.dtype = DType::i64;
+    view.ndim = columns > 1 ? 2 : 1;
+    view.shape[0] = int64_t(v.size()) / columns;
+    view.shape[1] = view.stride[0] = columns;
+    view.stride[1] = 1;
+    return view;
+  };
+  const int64_t wide = tokens * heads * t.size, narrow = tokens * GROUPS * t.size;
+  auto query = numbers(wide), key = numbers(narrow), value = numbers(narrow), grad = numbers(wide);
+  auto prefix_keys = numbers(2 * GROUPS * places * t.size), prefix_values = numbers(2 * GROUPS * places * t.size);
+  auto out = numbers(wide), of_query = numbers(wide), of_key = numbers(narrow), of_value = numbers(narrow);
+  auto normalizer = numbers(tokens * heads * 2);
+  const double scale = 1 / std::sqrt(double(t.size));
+  const auto heads_of = [&](std::vector<float>& v, int64_t n) { return view(v, {tokens, n, t.size}); };
+  const auto stored = [&](std::vector<float>& v) { return view(v, {2, GROUPS, places, t.size}); };
+  const TailAttentionInputs inputs = {heads_of(query, heads),
+                                      heads_of(key, GROUPS),
+                                      heads_of(value, GROUPS),
+                                      indices(starts, 1),
+                                      stored(prefix_keys),
+                                      stored(prefix_values),
+                                      indices(spans, 2),
+                                      kf::TensorView(),
+                                      scale,
+                                      t.softcap,
+                                      t.window};
+  const auto scratch = view(normalizer, {tokens, heads, 2});
+  tail_attention(heads_of(out, heads), scratch, inputs, 1);
+  tail_attention_backward(heads_of(of_query, heads), heads_of(of_key, GROUPS), heads_of(of_value, GROUPS),
+                          heads_of(grad, heads), scratch, inputs, 1);
+
+  std::vector<double> results(size_t(2 * wide + 2 * narrow), 0.0);
+  double *y = results.data(), *dq = y + wide, *dk = dq + wide, *dv = dk + narrow;
+  const auto dot = [&](const float* a, const float* b) {
+    double sum = 0;
+    for (int64_t d = 0; d < t.size; ++d) sum += double(a[d]) * double(b[d]);
+    return sum;
+  };
+  for (int64_t token = 0; token < tokens; ++token) {
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t row = token >= t.tail, group = head / t.share, at = (token * heads + head) * t.size;
+      const int64_t end = t.prefix + token - starts[size_t(row)] + 1;
+      const int64_t begin = t.window > 0 && end > t.window ? end - t.window : 0;
+      std::vector<double> weight, bend, slope;
+      const auto tail_at = [&](int64_t j) { return ((starts[size_t(row)] + j - t.prefix) * GROUPS + group) * t.size; };
+      const auto at_key = [&](std::vector<float>& before, std::vector<float>& tail, int64_t j) {
+        const int64_t place = ((row * GROUPS + group) * places + spans[size_t(2 * row)] + j) * t.size;
+        return j < t.prefix ? &before[size_t(place)] : &tail[size_t(tail_at(j))];
+      };
+      double total = 0, mean = 0;
+      for (int64_t j = begin; j < end; ++j) {
+        double score = scale * dot(&query[size_t(at)], at_key(prefix_keys, key, j));
+        bend.push_back(1);
+        if (t.softcap > 0) {
+          const double bent = std::tanh(score / t.softcap);
+          score = t.softcap * bent;
+          bend.back() = 1 - bent * bent;
+        }
+        weight.push_back(std::exp(score));
+        total += weight.back();
+      }
+      for (int64_t j = begin; j < end; ++j) {
+        double& w = weight[size_t(j - begin)];
+        w /= total;
+        const float* v = at_key(prefix_values, value, j);
+        slope.push_back(dot(&grad[size_t(at)], v));
+        mean += w * slope.back();
+        for (int64_t d = 0; d < t.size; ++d) y[at + d] += w * double(v[d]);
+      }
+      for (int64_t j = begin; j < end; ++j) {
+        const double w = weight[size_t(j - begin)];
+        const double by_product = w * (slope[size_t(j - begin)] - mean) * bend[size_t(j - begin)] * scale;
+        const float* k = at_key(prefix_keys, key, j);
+        for (int64_t d = 0; d < t.size; ++d) {
+          dq[at + d] += by_product * double(k[d]);
+          if (j < t.prefix) continue;
+          dk[tail_at(j) + d] += by_product * double(query[size_t(at + d)]);
+          dv[tail_at(j) + d] += w * double(grad[size_t(at + d)]);
+        }
+      }
+    }
+  }
+  const std::string call = call_of("tail_attention", DType::f32, t.size, t.prefix, t.tail, t.share, t.window);
+  const double* expected = y;
+  for (const auto* part : {&out, &of_query, &of_key, &of_value}) {
+    const auto count = int64_t(part->size()) - 16;
+    report(close({part->begin(), part->end() - 16}, {expected, expected + count}, 2e-6), call, "is not close");
+    report(std::all_of(part->end() - 16, part->end(), [](float v) { return v == 7.0f; }), call, "wrote behind the end");
+    expected += count;
+  }
+}
+
 void check_all() {
   Random random(7);
   check_conversions(random);
@@ -295,6 +413,15 @@ void check_all() {
           check_gated_backward(random, Gate::silu, dtype, rows, columns, spoil);
           check_gated_backward(random, Gate::gelu_tanh, dtype, rows, columns, spoil);
         }
+      }
+    }
+  }
+  for (int64_t size : {1, 7, 32, 63, 64, 65}) {
+    for (int64_t share : {1, 3}) {
+      for (int64_t prefix : {0, 1, 9}) {
+        check_tail_attention(random, {size, prefix, 1, share, 0, 0});
+        check_tail_attention(random, {size, prefix, 7, share, 0, 2.0});
+        check_tail_attention(random, {size, prefix, 37, share, 5, 0});
       }
     }
   }

@@ -27,6 +27,7 @@ from kedit_fast import (
     routed_linear,
     spd_solve,
     symmetric_rank_k_update_,
+    tail_attention,
     target_log_probs,
     ties_merge_,
 )
@@ -110,6 +111,18 @@ def routed(x=None, memories=None, route=None, **more):
 def nearest(queries=None, keys=None, radii=None):
     tensors = (of(2, 4) if queries is None else queries, of(3, 4) if keys is None else keys)
     return nearest_key(*tensors, of(3) if radii is None else radii)
+
+
+def tails(query=None, key=None, value=None, starts=(0, 2, 5), longest=3, scale=0.5, **more):
+    tensors = (of(5, 4, 3) if query is None else query, of(5, 2, 3) if key is None else key)
+    starts = torch.tensor(starts) if isinstance(starts, tuple) else starts
+    return tail_attention(*tensors, of(5, 2, 3) if value is None else value, starts, longest, scale=scale, **more)
+
+
+def prefixed(keys=None, values=None, spans=((0, 4), (1, 3)), **more):
+    keys, values = (of(2, 2, 4, 3) if part is None else part for part in (keys, values))
+    spans = torch.tensor(spans) if isinstance(spans, tuple) else spans
+    return tails(prefix_keys=keys, prefix_values=values, spans=spans, **more)
 
 
 BYTES = {"dtype": torch.uint8}
@@ -318,6 +331,32 @@ BAD = [
     ("merge into a memory", lambda: ties(out=SHARED[0], memories=SHARED), Invalid, "out and memories share memory"),
     ("out expanded", lambda: ties(out=of(1, 4).expand(3, 4)), Invalid, "out overlaps itself"),
     ("gram not positive", lambda: spd_solve(-torch.eye(3), of(3, 1)), SolveError, "order 1 of 3"),
+    ("tails in rows", lambda: tails(of(2, 5, 4, 3)), Invalid, r"query must be \[N, heads, size\]"),
+    ("heads of nothing", lambda: tails(of(5, 4, 0), of(5, 2, 0), of(5, 2, 0)), Invalid, "query must have heads"),
+    ("keys of other tokens", lambda: tails(key=of(4, 2, 3)), Invalid, r"key must be \[5, groups, 3\]"),
+    ("three groups", lambda: tails(key=of(5, 3, 3)), Invalid, "groups of key must divide 4 heads; got 3"),
+    ("values of other groups", lambda: tails(value=of(5, 4, 3)), Invalid, r"value must be \[5, 2, 3\]"),
+    ("keys in half", lambda: tails(key=of(5, 2, 3).half()), Invalid, "key must be float32; got"),
+    ("tails of integers", lambda: tails(of(5, 4, 3, dtype=torch.int64)), Invalid, "query must be float32, float64"),
+    ("starts of int32", lambda: tails(starts=torch.tensor([0, 2, 5]).int()), Invalid, "starts must be int64"),
+    ("starts that end early", lambda: tails(starts=(0, 2, 4)), Invalid, "starts must rise from 0 to 5"),
+    ("starts that fall", lambda: tails(starts=(0, 6, 5)), Invalid, "starts must rise from 0 to 5"),
+    ("a longer tail", lambda: tails(longest=2), Invalid, "longest must be 3 or more"),
+    ("scale NaN", lambda: tails(scale=math.nan), Invalid, "scale must be finite"),
+    ("softcap negative", lambda: tails(softcap=-1.0), Invalid, "softcap must be 0"),
+    ("a window of nothing", lambda: tails(window=0), Invalid, "window must be 1 or more"),
+    ("prefixes without spans", lambda: prefixed(spans=None), Invalid, "come together"),
+    ("prefixes of other groups", lambda: prefixed(of(2, 4, 4, 3)), Invalid, r"prefix_keys must be \[M, 2, P, 3\]"),
+    ("prefix values shorter", lambda: prefixed(values=of(2, 2, 3, 3)), Invalid, r"prefix_values must be \[2, 2, 4"),
+    ("prefixes in half", lambda: prefixed(of(2, 2, 4, 3).half()), Invalid, "prefix_keys must be float32"),
+    ("a prefix too few", lambda: prefixed(*[of(1, 2, 4, 3)] * 2), Invalid, "or pass prefix_rows"),
+    ("spans past the end", lambda: prefixed(spans=((0, 4), (1, 5))), Invalid, r"<= end in \[0, 4\]"),
+    ("spans backwards", lambda: prefixed(spans=((0, 4), (3, 1))), Invalid, "spans must be begin <= end"),
+    ("spans of one row", lambda: prefixed(spans=((0, 4),)), Invalid, r"spans must be \[2, 2\]"),
+    ("prefix rows outside", lambda: prefixed(prefix_rows=torch.tensor([0, 2])), Invalid, r"in \[0, 2\)"),
+    ("prefix rows alone", lambda: tails(prefix_rows=torch.tensor([0, 1])), Invalid, "prefix_rows needs prefix_keys"),
+    ("prefixes elsewhere", lambda: prefixed(of(2, 2, 4, 3, device=META)), Invalid, "prefix_keys on meta"),
+    ("a prefix's gradient", lambda: prefixed(of(2, 2, 4, 3).requires_grad_()), GradientError, "prefix_keys, which"),
 ]  # fmt: skip
 
 

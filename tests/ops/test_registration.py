@@ -18,6 +18,8 @@ def cases():
     mask, weights = torch.rand(6) > 0.5, torch.rand(6)
     bits, state, count = torch.full((75,), 0xA5, dtype=torch.uint8), torch.zeros(2, 20, 30), torch.zeros(())
     factors, box = (None, left.T, right.T, bits), (master.half(), 0.5)
+    tail = [torch.randn(6, n, 4).requires_grad_() for n in (4, 2, 2)]
+    prefixes = (*torch.randn(2, 3, 2, 5, 4), torch.tensor([[0, 4], [1, 3]]), torch.tensor([2, 0]))
     stack, rows = torch.randn(2, 20, 9), torch.tensor([0, 2, 2, 1, 0, 2])
     memories, starts, route = torch.randn(2, 5, 8), torch.tensor([0, 2, 6]), torch.tensor([0, -1, 1, 1, -1, 0])
     return [
@@ -41,6 +43,8 @@ def cases():
         (OPS.distribution_kl, (hidden.clone().requires_grad_(), torch.randn(6, 8), head, None, 2.0, True, True, "")),
         (OPS.edge_contraction, (hidden, torch.randn(1, 6, 2, 4), [torch.randn(8, 2, 4)], hidden[None], None, [], [],
                                 True, hidden[None], hidden, [hidden[None]], torch.randn(1, 3, 1, 6, 2), False, "")),
+        (OPS.tail_attention, (*tail, starts, 4, None, None, None, None, 0.5, 0.0, 0, "")),
+        (OPS.tail_attention, (*tail, starts, 4, *prefixes, 0.5, 2.0, 3, "")),
         (OPS.nearest_key, (hidden, head, torch.rand(50), "")),
         (OPS.nearest_key, (hidden, head[:0], torch.rand(0), "")),
         (OPS.best_overlap, (*(torch.randint(0, 256, (n, 4), dtype=torch.uint8) for n in (3, 5)), "")),
@@ -134,6 +138,22 @@ def test_differentiable_ops_compile_without_a_graph_break():
     loss(plain).backward()
     _compiled(loss, compiled).backward()
     torch.testing.assert_close(compiled.grad, plain.grad)
+
+
+def test_attention_of_tails_compiles_without_a_graph_break():
+    starts, prefixes = torch.tensor([0, 2, 6]), torch.randn(2, 2, 2, 5, 4)
+    spans = torch.tensor([[0, 4], [1, 3]])
+
+    def loss(query, key):
+        more = {"prefix_keys": prefixes[0], "prefix_values": prefixes[1], "spans": spans, "window": 5}
+        return kedit_fast.tail_attention(query, key, key, starts, 4, scale=0.5, **more).square().sum()
+
+    tensors = torch.randn(6, 4, 4), torch.randn(6, 2, 4)
+    plain, compiled = ([t.clone().requires_grad_() for t in tensors] for _ in range(2))
+    loss(*plain).backward()
+    _compiled(loss, *compiled).backward()
+    for one, other in zip(compiled, plain, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 def test_ops_of_the_forward_pass_compile_without_a_graph_break():

@@ -338,6 +338,51 @@ def ties_merge_(
     return call(module().ties_merge_, *tensors, list(coefficients), count, torch.get_num_threads())
 
 
+def tail_attention(query: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call the C++ kernel of the op of the same name."""
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    normalizer = torch.empty((*query.shape[:2], 2), dtype=torch.float32, device=query.device)
+    inputs, options = _tails(query, *rest)
+    call(module().tail_attention, capsule(out), capsule(normalizer), inputs, *options, torch.get_num_threads())
+    return out, normalizer
+
+
+def tail_attention_backward(
+    grad: torch.Tensor, normalizer: torch.Tensor, query: torch.Tensor, key: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Call the C++ kernel of the backward pass of `tail_attention`."""
+    results = tuple(torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (query, key, key))
+    inputs, options = _tails(query, key, *rest)
+    tensors = (*map(capsule, results), capsule(_by_last(grad)), capsule(normalizer.contiguous()), inputs)
+    call(module().tail_attention_backward, *tensors, *options, torch.get_num_threads())
+    return results  # pyright: ignore[reportReturnType] - a tuple of three
+
+
+def _tails(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    prefix_keys: torch.Tensor | None,
+    prefix_values: torch.Tensor | None,
+    spans: torch.Tensor | None,
+    prefix_rows: torch.Tensor | None,
+    *options: float,
+) -> tuple[tuple[Any, ...], tuple[float, ...]]:
+    """The tensors of both passes as capsules; scale, softcap and window. The longest tail is in `starts`."""
+    rows = [
+        None if part is None else _by_last(part.detach()) for part in (query, key, value, prefix_keys, prefix_values)
+    ]
+    indices = [None if part is None else part.contiguous() for part in (starts, spans, prefix_rows)]
+    return tuple(map(capsule, (*rows[:3], indices[0], *rows[3:], *indices[1:]))), options
+
+
+def _by_last(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where numbers of its last dimension are contiguous, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """[.., d] as [n, d] with contiguous rows: the tensor's own memory where its strides allow it."""
     return _by_rows(x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1]))

@@ -32,6 +32,7 @@ class Config:
 
 SYMMETRIC, RANK_K, LOGITS, GRADIENT = "symmetric_rank_k_update_", "rank_k_update_", "logits", "gradient"
 STEP, ROW_PRODUCTS = "masked_step", "row_products"
+TAIL = "tail_attention"
 NEAREST, OVERLAP, DIGITS, MERGE = "nearest_key", "best_overlap", "magnitude_bound", "ties_merge_"
 NORM, GATED = "rms_norm", "gated"
 CHUNK = "logits of a chunk"
@@ -47,6 +48,8 @@ CHUNK = "logits of a chunk"
 # nearest_key: m queries and n keys, k columns at a time. best_overlap: m rows of the book, n words. magnitude_bound and
 # ties_merge_: n entries. rms_norm and gated, and their gradients: n columns of a row at a time.
 # logits of a chunk: n of a row's, read twice.
+# tail_attention: m queries of one row and group, n keys; "native" (16-bit numbers), "split" (fp32), each "wide" for heads of
+# more than 64 numbers.
 TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (SYMMETRIC, "native"): {
         "sm_80": Config(128, 128, 32, 8, 4),
@@ -99,6 +102,10 @@ TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (GATED, "entries"): {"sm_80": Config(1, 1024, 1, 4, 2)},
     (GATED, "backward"): {"sm_80": Config(1, 1024, 1, 4, 2)},
     (CHUNK, "rows"): {"sm_80": Config(1, 1024, 1, 4, 2)},
+    (TAIL, "native"): {"sm_80": Config(32, 32, 1, 4, 2)},
+    (TAIL, "native_wide"): {"sm_80": Config(16, 32, 1, 4, 2)},
+    (TAIL, "split"): {"sm_80": Config(16, 32, 1, 4, 2)},
+    (TAIL, "split_wide"): {"sm_80": Config(16, 16, 1, 4, 2)},
     (GRADIENT, "native"): {"sm_80": Config(64, 64, 32, 4, 3)},
     (GRADIENT, "split"): {"sm_80": Config(64, 64, 32, 4, 2)},
     (GRADIENT, "split_narrow"): {
@@ -122,6 +129,7 @@ INTERPRETED = {
     NORM: Config(1, 64, 1, 4, 1),
     GATED: Config(1, 64, 1, 4, 1),
     CHUNK: Config(1, 64, 1, 4, 1),
+    TAIL: Config(16, 16, 1, 4, 1),
 }
 
 CANDIDATES: dict[str, tuple[Config, ...]] = {
@@ -171,6 +179,10 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     MERGE: tuple(Config(1, n, 1, warps, 2) for n, warps in ((256, 2), (512, 4), (1024, 4), (1024, 8), (2048, 8))),
     NORM: tuple(Config(1, n, 1, warps, 2) for n, warps in ((512, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8))),
     GATED: tuple(Config(1, n, 1, warps, 2) for n, warps in ((512, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8))),
+    TAIL: tuple(
+        Config(m, n, 1, warps, 2)
+        for m, n, warps in ((16, 16, 2), (16, 16, 4), (16, 32, 2), (16, 32, 4), (32, 32, 4), (64, 32, 4), (64, 64, 4))
+    ),
     GRADIENT: tuple(
         Config(m, n, k, warps, stages)
         for m, n, k, warps, stages in (
