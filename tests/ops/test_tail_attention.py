@@ -135,8 +135,10 @@ def test_tails_attend_to_their_prefixes_and_to_themselves(backend, rows):
 
 
 @pytest.mark.skipif(not probe("triton").explicit_only, reason="Triton's interpreter is not in use")
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("rows", INTERPRETED, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [(INTERPRETED[0], dtype) for dtype in FLOATS] + [(rows, torch.float32) for rows in INTERPRETED[1:]],
+)
 def test_the_triton_kernels(rows, dtype):
     check(problem(rows, dtype, strided=dtype == torch.bfloat16), "triton")
 
@@ -185,14 +187,16 @@ def test_float64_is_computed_by_torch_and_its_gradients_are_right():
     )
 
 
-def test_scores_far_from_zero_do_not_overflow(every_backend):
+def test_scores_far_from_zero_do_not_overflow(backend):
     one = problem(INTERPRETED[1])
     query, key, value = one.tensors
-    check(replace(one, tensors=(query * 200, key, value)), every_backend, also=1e-3)  # scores of 1000, rounded to 6e-5
+    check(replace(one, tensors=(query * 200, key, value)), backend, also=1e-3)  # scores of 1000, rounded to 6e-5
 
 
 @pytest.mark.parametrize("which", range(3))
 def test_nan_reaches_every_token_that_attends_to_it_and_no_other_row(every_backend, which):
+    if every_backend == "triton" and which != 1:
+        pytest.skip("one of three, in the slow interpreter")
     one = problem(Rows((2, 4, 1), (1, 2, 1), heads=2, groups=1, size=4))
     tensors = [part.clone() for part in one.tensors]
     tensors[which][2 + 1, 0] = torch.nan  # the second token of the second row
@@ -235,11 +239,11 @@ def test_no_token_and_no_row(every_backend):
         assert [tuple(part.shape) for part in one.run(every_backend)] == [(0, 4, 8), (0, 4, 8), (0, 2, 8), (0, 2, 8)]
 
 
-def test_backends_read_what_another_one_left_for_gradients(every_backend):
+def test_backends_read_what_another_one_left_for_gradients(backend):
     """As where a block of `use_backend` ends before the backward pass."""
     one = problem(INTERPRETED[1])
     leaves = [part.requires_grad_() for part in one.tensors]
-    with kedit_fast.use_backend(every_backend):
+    with kedit_fast.use_backend(backend):
         out = tail_attention(*leaves, one.starts, 18, **one.prefixes, **one.options)
     for ours, expected in zip(torch.autograd.grad(out, leaves, one.grad), one.expected()[1:], strict=True):
         assert relative_error(ours, expected) <= TAILS[torch.float32]
