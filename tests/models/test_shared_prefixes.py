@@ -129,7 +129,7 @@ def test_what_is_recorded_is_that_of_whole_prompts(kind, dtype, sharing):
             close(once.runner.run(delta, wanted), whole.runner.run(delta, wanted), most)
         assert torch.equal(once.runner.mask, whole.runner.mask) and torch.equal(once.runner.ids, whole.runner.ids)
         for layer, states in whole.runner.caches.items():
-            inside = whole.runner.mask.bool() & (torch.arange(whole.runner.mask.shape[1]) < whole.runner.prefix)
+            inside = whole.runner.mask[:, : whole.runner.prefix].bool()
             for part in ("keys", "values"):
                 one, other = (getattr(s, part).transpose(1, 2)[inside] for s in (once.runner.caches[layer], states))
                 close(one, other, most)
