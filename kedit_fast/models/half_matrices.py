@@ -71,10 +71,11 @@ def _matrices(view: ModelView, first: int) -> dict[Any, tuple[str, torch.Tensor]
     """Linear modules of blocks from `first` on -> their path, and their weight as it is stored."""
     matrices = {}
     for layer in range(first, view.num_layers):
-        modules: Iterator[tuple[str, Any]] = view.block(layer).named_modules()
-        for path, module in modules:
+        block: torch.nn.Module = view.block(layer)
+        for path, module in block.named_modules():
             if type(module) is torch.nn.Linear or type(module).__name__ == "Conv1D":
-                matrices[module] = f"{view.spec.blocks}.{layer}.{path}", module.weight.detach()
+                weight: Any = module.weight
+                matrices[module] = f"{view.spec.blocks}.{layer}.{path}", weight.detach()
     return matrices
 
 

@@ -151,7 +151,7 @@ def installed(view: ModelView) -> Iterator[None]:
 
 
 def _attention(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: _Tail,
     value: torch.Tensor,
@@ -165,7 +165,7 @@ def _attention(
     if unknown:  # sinks, biases of positions: `prompt_runner` then runs the model's own attention
         raise UnsupportedModelError(f"attention that takes {unknown[0]} does not run over packed tails")
     layout, device = key.layout, query.device
-    prefixes: dict[str, torch.Tensor | None] = {}
+    prefixes: dict[str, Any] = {}
     layout.windows.add(sliding_window)
     if key.prefixes is not None:
         prefixes = {

@@ -48,8 +48,8 @@ CHUNK = "logits of a chunk"
 # nearest_key: m queries and n keys, k columns at a time. best_overlap: m rows of the book, n words. magnitude_bound and
 # ties_merge_: n entries. rms_norm and gated, and their gradients: n columns of a row at a time.
 # logits of a chunk: n of a row's, read twice.
-# tail_attention: m queries of one row and group, n keys; "native" (16-bit numbers), "split" (fp32), each "wide" for heads of
-# more than 64 numbers.
+# tail_attention: m queries of one row and group, n keys; "native" (16-bit numbers), "split" (fp32), each "wide" for
+# heads of more than 64 numbers.
 TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (SYMMETRIC, "native"): {
         "sm_80": Config(128, 128, 32, 8, 4),

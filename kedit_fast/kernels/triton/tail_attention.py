@@ -106,7 +106,7 @@ def _forward_kernel(
     PRODUCTS: tl.constexpr, SUM_PRODUCTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    row, group, first, tail, m0 = _task(tl.program_id(0), starts, tokens, groups, tiles, M)
+    row, group, first, tail, m0 = _task(tl.program_id(0), starts, tokens, groups, tiles, M)  # pyright: ignore[reportGeneralTypeIssues]
     at, begin, end = _prefix(row, spans, prefix_rows, stored, places, PREFIX, INDEXED)
     m = m0 + tl.arange(0, M)
     position = m // SHARE
@@ -151,7 +151,7 @@ def _slopes(
     M: tl.constexpr, N: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Weights [M, N], slopes by them, and slopes of scores by products."""
-    scores, bend = _scores(
+    scores, bend = _scores(  # pyright: ignore[reportGeneralTypeIssues]
         q, k, position, key_position, inside, scale, softcap, window, CAPPED, WINDOWED, PRODUCTS, M, N, INTERPRET
     )
     weights = tl.exp(scores - peak[:, None]) * inverse[:, None]
@@ -208,7 +208,7 @@ def _query_kernel(
     PRODUCTS: tl.constexpr, SUM_PRODUCTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    row, group, first, tail, m0 = _task(tl.program_id(0), starts, tokens, groups, tiles, M)
+    row, group, first, tail, m0 = _task(tl.program_id(0), starts, tokens, groups, tiles, M)  # pyright: ignore[reportGeneralTypeIssues]
     at, begin, end = _prefix(row, spans, prefix_rows, stored, places, PREFIX, INDEXED)
     m = m0 + tl.arange(0, M)
     position = m // SHARE
@@ -263,7 +263,7 @@ def _key_kernel(
     SHARE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, PRODUCTS: tl.constexpr,
     SUM_PRODUCTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    _row, group, first, tail, n0 = _task(tl.program_id(0), starts, tokens, groups, tiles, N)
+    _row, group, first, tail, n0 = _task(tl.program_id(0), starts, tokens, groups, tiles, N)  # pyright: ignore[reportGeneralTypeIssues]
     place = n0 + tl.arange(0, N)
     is_key = place < tail
     k = _rows(key, (first + place) * key_token + group * key_group, 1, is_key, size, SIZE)
