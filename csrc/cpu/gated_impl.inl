@@ -1,23 +1,6 @@
 // Gated activations and their gradients for the vectors of one instruction set: arithmetic in fp32, storage in fp32,
 // bf16 or fp16.
 
-// exp of numbers in [-87, 88], to 2 ulp: e^x = 2^n e^r with |r| <= ln(2) / 2 and the polynomial of Cephes' expf
-// (https://www.netlib.org/cephes/).
-inline Vec<float> exp_vector(Vec<float> x) {
-  constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
-  const Vec<float> shifted = x * 1.44269504088896341f + shift;
-  const Vec<float> n = shifted - shift;
-  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const VecU32 scale = ((VecU32)shifted << 23) + 0x3f800000;
-  return p * (Vec<float>)scale;
-}
-
 // Both activations are x sigmoid(z): silu with z = x, and gelu in its tanh form with z = 2 sqrt(2 / pi) (x + a x^3),
 // because 1 + tanh(z / 2) = 2 sigmoid(z).
 struct Silu {
@@ -36,7 +19,7 @@ struct GatedBody {
   static constexpr int W = LANES<float>;
 
   // e^-z, of z in [-88, 87].
-  static Vec<float> decline(Vec<float> z) {
+  static inline __attribute__((always_inline)) Vec<float> decline(Vec<float> z) {
     const Vec<float> minus = -z;
     Vec<float> exponent = minus > 88.0f ? Vec<float>{} + 88.0f : minus;
     exponent = exponent > -87.0f ? exponent : Vec<float>{} - 87.0f;
@@ -44,14 +27,14 @@ struct GatedBody {
   }
 
   // NaN stays NaN: it is divided by a number.
-  static Vec<float> active(Vec<float> x) {
+  static inline __attribute__((always_inline)) Vec<float> active(Vec<float> x) {
     const Vec<float> z = Activation::z(x);
     const Vec<float> value = x / (decline(z) + 1.0f);
     return z < -88.0f ? x * 0.0f : value;  // -0, and NaN of minus infinity, as torch has it
   }
 
   // The activation and its derivative s + x z' s (1 - s), whose second term is nothing where sigmoid s is 0 or 1.
-  static void with_slope(Vec<float> x, Vec<float>* value, Vec<float>* slope) {
+  static inline __attribute__((always_inline)) void with_slope(Vec<float> x, Vec<float>* value, Vec<float>* slope) {
     const Vec<float> z = Activation::z(x), e = decline(z);
     const Vec<float> s = 1.0f / (e + 1.0f);
     const Vec<float> bend = x * Activation::dz(x) * s * (e * s), none = x * 0.0f;

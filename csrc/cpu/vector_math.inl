@@ -190,6 +190,23 @@ inline void store_part(S* p, Vec<float> v, int64_t count) {
   __builtin_memcpy(p, part, count * sizeof(S));
 }
 
+// exp of numbers in [-87, 88], to 2 ulp: e^x = 2^n e^r with |r| <= ln(2) / 2 and the polynomial of Cephes' expf
+// (https://www.netlib.org/cephes/).
+inline __attribute__((always_inline)) Vec<float> exp_vector(Vec<float> x) {
+  constexpr float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
+  const Vec<float> shifted = x * 1.44269504088896341f + shift;
+  const Vec<float> n = shifted - shift;
+  const Vec<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const VecU32 scale = ((VecU32)shifted << 23) + 0x3f800000;
+  return p * (Vec<float>)scale;
+}
+
 // Left panel [k, MR] times right panel [k, NR]: write(i, sums) is called for each row of the product, whose NR numbers
 // are still in registers.
 template <class T, int MR, int NR, class Write>
