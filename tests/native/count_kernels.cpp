@@ -9,6 +9,7 @@
 #include "../../csrc/cpu/best_overlap.h"
 #include "../../csrc/cpu/gated.h"
 #include "../../csrc/cpu/kernel_table.h"
+#include "../../csrc/cpu/lm_head.h"
 #include "../../csrc/cpu/magnitude_bound.h"
 #include "../../csrc/cpu/masked_step.h"
 #include "../../csrc/cpu/nearest_key.h"
@@ -16,6 +17,7 @@
 #include "../../csrc/cpu/rms_norm.h"
 #include "../../csrc/cpu/routed_linear.h"
 #include "../../csrc/cpu/symmetric_rank_k_update.h"
+#include "../../csrc/cpu/tail_attention.h"
 #include "../../csrc/cpu/ties_merge.h"
 #include "operands.h"
 
@@ -52,6 +54,15 @@ TensorView integers_view(std::vector<int64_t>& numbers) {
   v.dtype = DType::i64;
   v.ndim = 1;
   v.shape[0] = int64_t(numbers.size()), v.stride[0] = 1;
+  return v;
+}
+
+// The columns of a matrix as [rows, heads, size].
+TensorView by_heads(const Matrix& m, int64_t heads) {
+  TensorView v = m.view;
+  v.ndim = 3;
+  v.shape[2] = v.shape[1] / heads, v.stride[2] = v.stride[1];
+  v.shape[1] = heads, v.stride[1] = v.shape[2] * v.stride[2];
   return v;
 }
 
@@ -133,6 +144,37 @@ int main(int count, char** arguments) {
                      [&] { ties_merge(merged.vector(), flat.vector(), changed.view, {1.0, 0.5}, n * d / 5, 1); });
   cases.emplace_back("routed_linear float32",
                      [&] { routed_linear(layer_out.view, tall[0]->view, layer.view, memories, route.data(), {}, 1); });
+
+  const int64_t states = 16, vocabulary = 301;
+  Matrix hidden(DType::f32, states, d), head(DType::f32, vocabulary, d), slope(DType::f32, states, d);
+  Matrix log_prob(DType::f32, 1, states), top1_log_prob(DType::f32, 1, states), rstd(DType::f32, 1, n);
+  hidden.fill(random), head.fill(random), rstd.fill(random);
+  std::vector<int64_t> targets(states, 7), top1(states), starts = {0, 5, 6, 40, n};
+  const LogProbs probabilities = {log_prob.vector(), integers_view(top1), top1_log_prob.vector(), slope.view};
+  cases.emplace_back("rms_norm_backward float32", [&] {
+    rms_norm_backward(out_f32.view, wide[0]->view, tall[0]->view, norm_weight[0]->vector(), rstd.vector(), 1);
+  });
+  cases.emplace_back("gated_gelu float32",
+                     [&] { gated(Gate::gelu_tanh, out_f32.view, tall[0]->view, wide[0]->view, 1); });
+  cases.emplace_back("gated_silu_backward float32", [&] {
+    gated_backward(Gate::silu, out_f32.view, mean.view, wide[0]->view, tall[0]->view, wide[0]->view, 1);
+  });
+  cases.emplace_back("target_log_probs float32", [&] {
+    target_log_probs(probabilities, hidden.view, head.view, integers_view(targets), {}, 0.0, 1);
+  });
+  Matrix query(DType::f32, n, 160), key(DType::f32, n, 80), value(DType::f32, n, 80), attended(DType::f32, n, 160);
+  Matrix of_query(DType::f32, n, 160), of_key(DType::f32, n, 80), of_value(DType::f32, n, 80);
+  Matrix normalizer(DType::f32, n, 8);
+  query.fill(random), key.fill(random), value.fill(random), attended.fill(random);
+  TailAttentionInputs tails = {};
+  tails.query = by_heads(query, 4), tails.key = by_heads(key, 2), tails.value = by_heads(value, 2);
+  tails.starts = integers_view(starts), tails.scale = 0.15;
+  cases.emplace_back("tail_attention float32",
+                     [&] { tail_attention(by_heads(attended, 4), by_heads(normalizer, 4), tails, 1); });
+  cases.emplace_back("tail_attention_backward float32", [&] {
+    tail_attention_backward(by_heads(of_query, 4), by_heads(of_key, 2), by_heads(of_value, 2), by_heads(query, 4),
+                            by_heads(normalizer, 4), tails, 1);
+  });
 
   for (int i = 1; i < count; ++i) {
     for (Isa isa : {Isa::generic, Isa::avx2, Isa::neon}) {
