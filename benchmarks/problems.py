@@ -835,7 +835,9 @@ def _tails(case: Case, device: str, backend: str | None) -> Problem:
         out = kedit_fast.tail_attention(*wide, starts, tail, scale=scale, **more, backend="torch")
         expected = (out, *torch.autograd.grad(out, wide, grad.double()))
         pairs = zip(ours(), expected, strict=True)
-        return max(float((found.double() - right).norm() / right.norm()) for found, right in pairs)
+        return max(
+            float((result.detach().double() - right.detach()).norm() / right.detach().norm()) for result, right in pairs
+        )
 
     text = "F.scaled_dot_product_attention(padded rows, mask)"
     return Problem(

@@ -151,7 +151,7 @@ def installed(view: ModelView) -> Iterator[None]:
 
 
 def _attention(
-    module: Any,
+    module: torch.nn.Module,
     query: torch.Tensor,
     key: _Tail,
     value: torch.Tensor,
@@ -165,6 +165,7 @@ def _attention(
     if unknown:  # sinks, biases of positions: `prompt_runner` then runs the model's own attention
         raise UnsupportedModelError(f"attention that takes {unknown[0]} does not run over packed tails")
     layout, device = key.layout, query.device
+    scale: Any = module.scaling if scaling is None else scaling
     prefixes: dict[str, Any] = {}
     layout.windows.add(sliding_window)
     if key.prefixes is not None:
@@ -180,7 +181,7 @@ def _attention(
         value[0].transpose(0, 1),
         layout.starts.to(device),
         layout.longest,
-        scale=module.scaling if scaling is None else scaling,
+        scale=scale,
         softcap=softcap or 0.0,
         window=sliding_window,
         **prefixes,

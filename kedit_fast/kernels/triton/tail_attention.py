@@ -7,6 +7,8 @@ kernels, each of which writes what is its own: no atomic additions, so bits do n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -72,7 +74,7 @@ def _attend(
 
 
 @triton.jit
-def _task(program, starts, tokens, groups, tiles, LENGTH: tl.constexpr):
+def _task(program, starts, tokens, groups, tiles, LENGTH: tl.constexpr) -> Any:
     """Row, group, first token, tail and tile of a program; the tile is of LENGTH queries or keys."""
     row = (program // (groups * tiles)).to(tl.int64)
     group = (program // tiles % groups).to(tl.int64)
@@ -106,7 +108,8 @@ def _forward_kernel(
     PRODUCTS: tl.constexpr, SUM_PRODUCTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    row, group, first, tail, m0 = _task(tl.program_id(0), starts, tokens, groups, tiles, M)  # pyright: ignore[reportGeneralTypeIssues]
+    program = tl.program_id(0)
+    row, group, first, tail, m0 = _task(program, starts, tokens, groups, tiles, M)
     at, begin, end = _prefix(row, spans, prefix_rows, stored, places, PREFIX, INDEXED)
     m = m0 + tl.arange(0, M)
     position = m // SHARE
@@ -151,7 +154,7 @@ def _slopes(
     M: tl.constexpr, N: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Weights [M, N], slopes by them, and slopes of scores by products."""
-    scores, bend = _scores(  # pyright: ignore[reportGeneralTypeIssues]
+    scores, bend = _scores(
         q, k, position, key_position, inside, scale, softcap, window, CAPPED, WINDOWED, PRODUCTS, M, N, INTERPRET
     )
     weights = tl.exp(scores - peak[:, None]) * inverse[:, None]
@@ -208,7 +211,8 @@ def _query_kernel(
     PRODUCTS: tl.constexpr, SUM_PRODUCTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    row, group, first, tail, m0 = _task(tl.program_id(0), starts, tokens, groups, tiles, M)  # pyright: ignore[reportGeneralTypeIssues]
+    program = tl.program_id(0)
+    row, group, first, tail, m0 = _task(program, starts, tokens, groups, tiles, M)
     at, begin, end = _prefix(row, spans, prefix_rows, stored, places, PREFIX, INDEXED)
     m = m0 + tl.arange(0, M)
     position = m // SHARE
@@ -263,7 +267,8 @@ def _key_kernel(
     SHARE: tl.constexpr, CAPPED: tl.constexpr, WINDOWED: tl.constexpr, PRODUCTS: tl.constexpr,
     SUM_PRODUCTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    _row, group, first, tail, n0 = _task(tl.program_id(0), starts, tokens, groups, tiles, N)  # pyright: ignore[reportGeneralTypeIssues]
+    program = tl.program_id(0)
+    _row, group, first, tail, n0 = _task(program, starts, tokens, groups, tiles, N)
     place = n0 + tl.arange(0, N)
     is_key = place < tail
     k = _rows(key, (first + place) * key_token + group * key_group, 1, is_key, size, SIZE)
