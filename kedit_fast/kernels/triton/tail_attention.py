@@ -7,8 +7,6 @@ kernels, each of which writes what is its own: no atomic additions, so bits do n
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -74,7 +72,7 @@ def _attend(
 
 
 @triton.jit
-def _task(program, starts, tokens, groups, tiles, LENGTH: tl.constexpr) -> Any:
+def _task(program, starts, tokens, groups, tiles, LENGTH: tl.constexpr):
     """Row, group, first token, tail and tile of a program; the tile is of LENGTH queries or keys."""
     row = (program // (groups * tiles)).to(tl.int64)
     group = (program // tiles % groups).to(tl.int64)
@@ -109,7 +107,7 @@ def _forward_kernel(
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    row, group, first, tail, m0 = _task(program, starts, tokens, groups, tiles, M)
+    row, group, first, tail, m0 = _task(program, starts, tokens, groups, tiles, M)  # pyright: ignore[reportGeneralTypeIssues] - triton compiles it
     at, begin, end = _prefix(row, spans, prefix_rows, stored, places, PREFIX, INDEXED)
     m = m0 + tl.arange(0, M)
     position = m // SHARE
@@ -154,7 +152,7 @@ def _slopes(
     M: tl.constexpr, N: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Weights [M, N], slopes by them, and slopes of scores by products."""
-    scores, bend = _scores(
+    scores, bend = _scores(  # pyright: ignore[reportGeneralTypeIssues] - triton compiles it
         q, k, position, key_position, inside, scale, softcap, window, CAPPED, WINDOWED, PRODUCTS, M, N, INTERPRET
     )
     weights = tl.exp(scores - peak[:, None]) * inverse[:, None]
@@ -212,7 +210,7 @@ def _query_kernel(
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    row, group, first, tail, m0 = _task(program, starts, tokens, groups, tiles, M)
+    row, group, first, tail, m0 = _task(program, starts, tokens, groups, tiles, M)  # pyright: ignore[reportGeneralTypeIssues] - triton compiles it
     at, begin, end = _prefix(row, spans, prefix_rows, stored, places, PREFIX, INDEXED)
     m = m0 + tl.arange(0, M)
     position = m // SHARE
@@ -268,7 +266,7 @@ def _key_kernel(
     SUM_PRODUCTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    _row, group, first, tail, n0 = _task(program, starts, tokens, groups, tiles, N)
+    _row, group, first, tail, n0 = _task(program, starts, tokens, groups, tiles, N)  # pyright: ignore[reportGeneralTypeIssues] - triton compiles it
     place = n0 + tl.arange(0, N)
     is_key = place < tail
     k = _rows(key, (first + place) * key_token + group * key_group, 1, is_key, size, SIZE)
