@@ -280,7 +280,8 @@ class ValueOptimizer:
             room = min(free, len(self.queue)) if free >= wanted else 0
         requests = [i for _ in range(room) for i in self.queue.pop(0)]
         if requests:
-            entering = self._started(requests, shape=shape)
+            is_last = self.slots is None and self.recorded is None and not self.queue  # none comes after these
+            entering = self._started(requests, shape=None if is_last else shape)
             if self.slots is None:
                 self.slots = Slots(entering, requests)
             else:
