@@ -237,6 +237,8 @@ def _cpu_declines(query: torch.Tensor, *_: object) -> str:
 
 
 def _triton_declines(query: torch.Tensor, *_: object) -> str:
+    if query.device.type == "cuda" and query.dtype == torch.float32:
+        return "float32 on a GPU, for which the kernels do not fit into the registers"
     return triton.declines_device(query) or triton.declines_float64(query)
 
 

@@ -48,8 +48,7 @@ CHUNK = "logits of a chunk"
 # nearest_key: m queries and n keys, k columns at a time. best_overlap: m rows of the book, n words. magnitude_bound and
 # ties_merge_: n entries. rms_norm and gated, and their gradients: n columns of a row at a time.
 # logits of a chunk: n of a row's, read twice.
-# tail_attention: m queries of one row and group, n keys; "native" (16-bit numbers), "split" (fp32), each "wide" for
-# heads of more than 64 numbers.
+# tail_attention: m queries of one row and group, n keys; "native" for heads of at most 64 numbers, else "wide".
 TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (SYMMETRIC, "native"): {
         "sm_80": Config(128, 128, 32, 8, 4),
@@ -101,11 +100,9 @@ TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (NORM, "backward"): {"sm_80": Config(1, 1024, 1, 4, 2)},
     (GATED, "entries"): {"sm_80": Config(1, 1024, 1, 4, 2)},
     (GATED, "backward"): {"sm_80": Config(1, 1024, 1, 4, 2)},
-    (CHUNK, "rows"): {"sm_80": Config(1, 512, 1, 8, 2)},
-    (TAIL, "native"): {"sm_80": Config(32, 32, 1, 4, 2)},
-    (TAIL, "native_wide"): {"sm_80": Config(16, 32, 1, 4, 2)},
-    (TAIL, "split"): {"sm_80": Config(16, 32, 1, 4, 2)},
-    (TAIL, "split_wide"): {"sm_80": Config(16, 16, 1, 4, 2)},
+    (CHUNK, "rows"): {"sm_80": Config(1, 256, 1, 8, 2)},
+    (TAIL, "native"): {"sm_80": Config(32, 16, 1, 8, 2)},
+    (TAIL, "wide"): {"sm_80": Config(16, 32, 1, 8, 2)},
     (GRADIENT, "native"): {"sm_80": Config(64, 64, 32, 4, 3)},
     (GRADIENT, "split"): {"sm_80": Config(64, 64, 32, 4, 2)},
     (GRADIENT, "split_narrow"): {

@@ -311,9 +311,8 @@ Inputs = tuple[
 
 
 def shape_class(query: torch.Tensor) -> str:
-    """The rows of the configurations' table: "native" for 16-bit numbers, else "split"; "wide" above 64 numbers."""
-    kind = "split" if query.dtype == torch.float32 else "native"
-    return f"{kind}_wide" if query.shape[2] > 64 else kind
+    """The rows of the configurations' table: "native" for heads of at most 64 numbers, else "wide"."""
+    return "wide" if query.shape[2] > 64 else "native"
 
 
 def _shared(inputs: Inputs, config: Config) -> tuple[dict, dict, dict, dict]:
