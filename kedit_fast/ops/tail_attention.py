@@ -21,7 +21,7 @@ from kedit_fast.ops._checks import (
 )
 from kedit_fast.ops._library import LIBRARY, dispatch
 from kedit_fast.reference import tail_attention as reference
-from kedit_fast.support.dtypes import FLOATS, accumulation_dtype
+from kedit_fast.support.dtypes import FLOATS, accumulation_dtype, dtype_name
 
 OP = "tail_attention"
 BACKWARD = f"{OP}_backward"
@@ -237,9 +237,10 @@ def _cpu_declines(query: torch.Tensor, *_: object) -> str:
 
 
 def _triton_declines(query: torch.Tensor, *_: object) -> str:
-    if query.device.type == "cuda" and query.dtype == torch.float32:
-        return "float32 on a GPU, for which the kernels do not fit into the registers"
-    return triton.declines_device(query) or triton.declines_float64(query)
+    if reason := triton.declines_device(query) or triton.declines_float64(query):
+        return reason
+    most = 64 if query.dtype == torch.float32 else 256  # gradients of larger heads do not fit the registers
+    return f"heads of {query.shape[2]} numbers in {dtype_name(query.dtype)}" if query.shape[2] > most else ""
 
 
 torch.library.register_autograd(f"kedit_fast::{OP}", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -186,6 +186,12 @@ def test_float64_is_computed_by_torch_and_its_gradients_are_right():
     )
 
 
+def test_large_heads_are_left_to_torch_where_a_kernel_has_no_registers_for_them():
+    for dtype, size, declined in ((torch.float32, 65, True), (torch.bfloat16, 256, False), (torch.bfloat16, 257, True)):
+        reasons = kedit_fast.explain("tail_attention", torch.empty(3, 2, size, dtype=dtype)).reasons
+        assert ("heads of" in reasons["triton"]) == (declined and not probe("triton").reason)
+
+
 def test_scores_far_from_zero_do_not_overflow(every_backend):
     one = problem(INTERPRETED[1])
     query, key, value = one.tensors

@@ -48,7 +48,8 @@ CHUNK = "logits of a chunk"
 # nearest_key: m queries and n keys, k columns at a time. best_overlap: m rows of the book, n words. magnitude_bound and
 # ties_merge_: n entries. rms_norm and gated, and their gradients: n columns of a row at a time.
 # logits of a chunk: n of a row's, read twice.
-# tail_attention: m queries of one row and group, n keys; "native" for heads of at most 64 numbers, else "wide".
+# tail_attention: m queries of one row and group, n keys; "native" (16-bit numbers), "split" (fp32), "wide" for heads of
+# more than 64 numbers and "widest" of more than 128; "backward_" before them for gradients.
 TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (SYMMETRIC, "native"): {
         "sm_80": Config(128, 128, 32, 8, 4),
@@ -101,8 +102,14 @@ TABLE: dict[tuple[str, str], dict[str, Config]] = {
     (GATED, "entries"): {"sm_80": Config(1, 1024, 1, 4, 2)},
     (GATED, "backward"): {"sm_80": Config(1, 1024, 1, 4, 2)},
     (CHUNK, "rows"): {"sm_80": Config(1, 256, 1, 8, 2)},
-    (TAIL, "native"): {"sm_80": Config(32, 16, 1, 8, 2)},
-    (TAIL, "wide"): {"sm_80": Config(16, 32, 1, 8, 2)},
+    (TAIL, "native"): {"sm_80": Config(16, 16, 1, 8, 2)},
+    (TAIL, "native_wide"): {"sm_80": Config(16, 32, 1, 8, 2)},
+    (TAIL, "native_widest"): {"sm_80": Config(16, 32, 1, 8, 1)},
+    (TAIL, "split"): {"sm_80": Config(16, 32, 1, 4, 2)},
+    (TAIL, "backward_native"): {"sm_80": Config(16, 16, 1, 8, 2)},
+    (TAIL, "backward_native_wide"): {"sm_80": Config(16, 16, 1, 4, 2)},
+    (TAIL, "backward_native_widest"): {"sm_80": Config(16, 16, 1, 8, 2)},
+    (TAIL, "backward_split"): {"sm_80": Config(16, 16, 1, 4, 1)},
     (GRADIENT, "native"): {"sm_80": Config(64, 64, 32, 4, 3)},
     (GRADIENT, "split"): {"sm_80": Config(64, 64, 32, 4, 2)},
     (GRADIENT, "split_narrow"): {
@@ -178,7 +185,7 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     GATED: tuple(Config(1, n, 1, warps, 2) for n, warps in ((512, 4), (1024, 8), (2048, 4), (2048, 8), (4096, 8))),
     TAIL: tuple(
         Config(m, n, 1, warps, 2)
-        for m, n, warps in ((16, 16, 2), (16, 16, 4), (16, 32, 2), (16, 32, 4), (32, 32, 4), (64, 32, 4), (64, 64, 4))
+        for m, n, warps in ((16, 16, 2), (16, 16, 4), (16, 16, 8), (16, 32, 4), (16, 32, 8), (32, 32, 4), (64, 32, 4))
     ),
     GRADIENT: tuple(
         Config(m, n, k, warps, stages)

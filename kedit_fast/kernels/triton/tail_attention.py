@@ -311,8 +311,10 @@ Inputs = tuple[
 
 
 def shape_class(query: torch.Tensor) -> str:
-    """The rows of the configurations' table: "native" for heads of at most 64 numbers, else "wide"."""
-    return "wide" if query.shape[2] > 64 else "native"
+    """The rows of the configurations' table: "native" for 16-bit numbers, else "split"; wider with larger heads."""
+    size = query.shape[2]
+    kind = "split" if query.dtype == torch.float32 else "native"
+    return kind + ("_widest" if size > 128 else "_wide" if size > 64 else "")
 
 
 def _shared(inputs: Inputs, config: Config) -> tuple[dict, dict, dict, dict]:
@@ -423,7 +425,10 @@ def tail_attention_backward(
     def plan(config: Config) -> list[Launch]:
         return backward_launches(inputs, grad, normalizer, (means, of_query, of_key, of_value), config)
 
-    run(plan(choose(TAIL, shape_class(query), query.device, plan, _size("backward", inputs))), query.device)
+    run(
+        plan(choose(TAIL, f"backward_{shape_class(query)}", query.device, plan, _size("backward", inputs))),
+        query.device,
+    )
     return of_query, of_key, of_value
 
 
