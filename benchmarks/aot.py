@@ -326,7 +326,7 @@ def variants() -> Iterator[Variant]:
                     ),
                 )  # fmt: skip
     starts, spans = torch.zeros(9, dtype=torch.int64), torch.zeros(8, 2, dtype=torch.int64)
-    for dtype in (torch.bfloat16, torch.float16):
+    for dtype in FLOATS:
         for size, options in (
             (64, "no prefixes"), (64, "prefixes"), (128, "prefixes"),
             (128, "prefixes by index, soft-cap, window"), (63, f"prefixes by index, soft-cap, window, {ODD}"),
