@@ -90,7 +90,8 @@ def time_rows(pairs: int, length: int, steps: int, runs: int) -> list[Row]:
     error = float((ours() - expected).abs().max() / expected.abs().max())
     row: Row = {
         "op": "edge_scores", "case": f"GPT-2-small shape, {pairs} pairs of {length} tokens, {steps} steps",
-        "dtype": "float32", "backend": "torch", "error": error, "error_limit": LIMIT, "floor": 1.5, "goal": 3.0,
+        "dtype": "float32", "backend": "torch", "isa": torch.backends.cpu.get_cpu_capability().lower(), "error": error,
+        "error_limit": LIMIT, "flops": None, "bytes": None, "share_of_peak": None, "floor": 1.5, "goal": 3.0,
     }  # fmt: skip
     if not error <= LIMIT:
         return [{**row, "baseline": BASELINE, "ratio": None}]

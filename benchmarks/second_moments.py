@@ -94,12 +94,16 @@ class ExactSum:
     """What an accumulator is given, summed in fp64."""
 
     def __init__(self, size: int, device: torch.device):
+        self.device = device
         self.sum, self.count = torch.zeros(size, size, dtype=torch.float64, device=device), 0
 
     def update(self, rows: torch.Tensor, mask=None, weights=None, totals=None) -> None:
         rows = (rows if mask is None else rows[mask]).double()
         self.sum.addmm_(rows.T, rows)
         self.count += len(rows)
+
+    def flush(self) -> None:
+        """Nothing waits."""
 
 
 def documents(tokenizer: Any, shape: Shape) -> list[str]:
