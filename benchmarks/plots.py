@@ -329,6 +329,7 @@ def circuits_figure(document: Document) -> Any:
         panel.set_title(f"{row['method']}, {row['pairs']} facts", fontsize=8)
         panel.set_xticks(list(places), [share["name"] for share in shares], rotation=90, fontsize=6)
         panel.set_ylim(-reach, reach)
+        panel.set_yticks([tick for tick in panel.get_yticks() if abs(tick) <= reach])
     axes[0].set_ylabel("change of the share of all |score|")
     figures.legend_beside(figure, axes[-1])
     figure.suptitle(_machine(rows))

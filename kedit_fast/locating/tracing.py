@@ -347,6 +347,13 @@ def likely_layers(averages: AverageEffects, group: str = "last subject token") -
 
     Raises:
         InvalidArgumentError: an unknown group, or one that no prompt has.
+
+    Example:
+        >>> import kedit_fast.demo as demo
+        >>> averages = average_effects(trace(*demo.load(), demo.requests(4), kinds=("mlp",), window=1))
+        >>> likely = likely_layers(averages)
+        >>> likely.peak in likely.layers
+        True
     """
     if group not in averages.groups:
         raise InvalidArgumentError(f"unknown token group {group!r}: choose one of {', '.join(averages.groups)}")

@@ -314,6 +314,7 @@ def test_committed_pictures_are_those_of_the_committed_numbers():
         "h200_ratios": plots.ratio_figure(document("h200")),
         "frontier_demo": plots.frontier_figure(document("frontier_demo")),
         "sequence_edits": plots.endless_figure(document("sequence")),
+        "circuits_after_edits": plots.circuits_figure(document("circuits_after_edits")),
     }  # fmt: skip
     assert {path.stem for path in RESULTS.glob("*.svg")} == {path.stem for path in RESULTS.glob("*.png")} == set(drawn)
     for stem, figure in drawn.items():
