@@ -162,7 +162,7 @@ def test_gradients_in_bf16_differ_by_rounding(kind, monkeypatch):
 
 def test_interpreted_triton_kernels_take_a_models_norms_and_activations():
     if not probe("triton").explicit_only:
-        pytest.skip("the interpreter is not in use")
+        pytest.skip("the interpreter is not in use: Triton takes no tensors of the CPU")
     for kind in ("llama", "gemma2"):
         view, rows = ModelView(make_model(kind)), [[5, 6, 7]]
         with use_backend("torch"):
